@@ -1,0 +1,1 @@
+"""PromCSE: sentence embeddings from a soft prompt on a frozen encoder."""

@@ -1,0 +1,27 @@
+"""The errors a user can cause. Each message says what was given, what is allowed and what to type."""
+
+from __future__ import annotations
+
+
+class PromcseError(Exception):
+    """Base of every error that this package raises on purpose; the command line prints it without a traceback."""
+
+
+class ConfigError(PromcseError, ValueError):
+    """A setting has a wrong key, type, range or combination."""
+
+
+class DataError(PromcseError, ValueError):
+    """A data file, row or sentence cannot be used."""
+
+
+class EncoderError(PromcseError, ValueError):
+    """A pre-trained encoder cannot be found, read, or does not take deep prompts."""
+
+
+class AdapterError(PromcseError, ValueError):
+    """An adapter folder cannot be read, or does not fit its encoder."""
+
+
+class NonFiniteError(PromcseError, FloatingPointError):
+    """A loss, gradient or vector is NaN or infinite."""

