@@ -18,18 +18,18 @@ SHARED_NOUNS = frozenset({"person", "people", "animal", "object", "thing"})
 TOP_WORDS = {"person": ("person",), "animal": ("animal",), "thing": ("object", "thing")}
 
 _PEOPLE = {
-    "train": """medical worker|health worker: doctor|physician, nurse, dentist, paramedic
+    "train": """medical professional|health professional: doctor|physician, nurse, dentist, paramedic
         musician|music maker: guitarist|guitar player, drummer, pianist|piano player, cellist
-        child|kid: boy|young boy, girl|young girl
+        child|kid: boy|lad, girl|lass
         athlete|sportsperson: sprinter|short-distance runner, swimmer, boxer, gymnast
         scientist|researcher: chemist, biologist, physicist, astronomer|stargazer
         cook: head chef, pastry chef, line cook
         driver|motorist: truck driver|trucker, bus driver, taxi driver|cabbie""",
     "dev": """construction worker|builder: carpenter|woodworker, bricklayer, roofer, plumber
         performer|entertainer: clown, juggler, magician|conjurer, acrobat
-        relative|family member: grandmother|grandma, grandfather|grandpa, aunt, uncle
+        relative|relation: grandmother|grandma, grandfather|grandpa, aunt, uncle
         official|public servant: mayor, judge, ambassador|envoy""",
-    "test": """emergency worker|rescue worker: firefighter|fireman, lifeguard, police officer|cop
+    "test": """emergency responder|rescuer: firefighter|fireman, lifeguard, police officer|cop
         cleric|member of the clergy: priest, monk, nun, bishop
         writer|author: poet, novelist, journalist|reporter, playwright
         royal|member of the royal family: king|monarch, queen, prince, princess
@@ -44,15 +44,15 @@ _ANIMALS = {
 }
 _PLACES = {
     "train": """in: in the kitchen; in the office|at the workplace; in the garage; in the classroom|in the schoolroom;
-        in the hospital|at the clinic; in the living room|in the lounge
+        in the hospital|in the infirmary; in the living room|in the lounge
         out: in the park; on the beach|on the seashore; on the street|on the road; in the forest|in the woods;
         on the rooftop""",
     "dev": """in: in the library; in the museum; in the gym|in the fitness center; in the basement|in the cellar;
         in the bedroom
         out: in the garden|in the yard; on the bridge; in the meadow|in the grassland; in the desert""",
-    "test": """in: in the church|in the chapel; in the bakery|in the bread shop; in the barn; in the theater|in the playhouse;
-        at the airport|in the terminal
-        out: by the lake; on the mountain|on the hillside; on the pier|on the dock; in the orchard;
+    "test": """in: in the church|in the house of worship; in the bakery|in the bread shop; in the barn;
+        in the theater|in the playhouse; in the airport|in the terminal
+        out: by the lake; on the mountain|on the mountainside; on the pier|on the dock; in the orchard;
         in the market square|in the plaza""",
 }
 # One scene a block: venue (in, out, any), the things, then its actions.
@@ -61,7 +61,7 @@ _SCENES = {
         """any; string instrument|stringed instrument: guitar, violin|fiddle, cello, harp
         play|*make music on > use
         tune|*adjust the strings of > adjust
-        repair|fix|mend > *work on <> smash|break {} to pieces > damage""",
+        repair|fix|mend > *work on <> smash|shatter > damage""",
         """in; vegetable: carrot, onion, cucumber, potato
         slice|cut {} into slices > cut|cut up
         wash|rinse {} with water > clean
@@ -71,80 +71,80 @@ _SCENES = {
         drive|*travel in > use
         wash|clean {} with soapy water > clean
         *start the engine of|*get the motor going of <> *turn off the engine of|*shut down the motor of
-        buy|purchase > acquire <> sell|*take money for > *part with""",
+        buy|purchase > acquire <> sell|*find a buyer for > *part with""",
         """any; container: box|carton, suitcase, crate, trunk
         open <> close|shut
-        lock|secure {} with a key <> unlock|release the lock of
+        lock|secure {} with a key <> unlock|*release the lock of
         fill|load > *put things into <> empty|unload > *take things out of
         lift|pick up|raise > move <> put down|set down|lower > move""",
         """in; document|paper: letter, contract|written agreement, report, invoice|bill
-        read|*look through > study
+        read|*read through > *look at
         sign|*put a signature on > *write on
         hide|conceal|put {} out of sight <> reveal|show|put {} on display
         tear up|rip {} to shreds > destroy""",
-        """any; garment|piece of clothing: shirt, jacket, sweater|pullover, scarf
+        """any; garment|item of clothing: shirt, jacket, sweater|pullover, scarf
         put on|*get dressed in <> take off|*get out of
         fold|fold up <> unfold|spread out
         iron|press {} with an iron > smooth
         sew|make {} with a needle > make""",
-        """any; lamp: lantern, flashlight|electric torch, desk lamp
+        """any; light|light source: lantern, flashlight|electric torch, desk lamp
         switch on|turn on <> switch off|turn off
-        repair|fix|mend > *work on <> smash|break {} to pieces > damage
+        repair|fix|mend > *work on <> smash|shatter > damage
         clean|wipe {} with a cloth > *touch""",
         """any; toy|plaything: kite, doll, teddy bear|stuffed bear, spinning top
         hide|conceal|put {} out of sight <> reveal|show|put {} on display
-        buy|purchase > acquire <> sell|*take money for > *part with
-        lose|mislay <> find|discover""",
+        buy|purchase > acquire <> sell|*find a buyer for > *part with
+        lose|misplace <> find|discover""",
     ),
     "dev": (
-        """any; fruit|piece of fruit: apple, orange, pear, peach
+        """any; fruit: apple, orange, pear, peach
         eat|*make a meal of > consume
-        drop|let {} fall <> catch|grab {} in the air
+        drop|*let {} fall <> catch|grab {} in the air
         weigh|put {} on the scales > measure""",
         """any; tool|hand tool: hammer, saw, drill, wrench|spanner
         use|*work with > handle
         borrow|take {} on loan > obtain <> lend out|give {} out on loan > *part with
         break|damage <> mend|repair""",
-        """any; item of furniture|furnishing: chair, table, sofa|couch, cabinet|cupboard
+        """any; furnishing|piece of furniture: chair, table, sofa|couch, cabinet|cupboard
         assemble|put together > build <> take apart|dismantle
         paint|*put a coat of paint on > decorate
         drag|haul {} along the ground > move
-        cover|put a cloth over > *do something to <> uncover|*take the cloth off""",
+        cover|*put a cloth over > *do something to <> uncover|*take the cloth off""",
         """in; electronic device|gadget: laptop|portable computer, television|TV set, radio, camera
         plug in|connect {} to the power <> unplug|disconnect {} from the power
         test|try out > use
-        pack|put {} into its box <> unpack|take {} out of its box""",
-        """any; bag: backpack|rucksack, handbag|purse, basket|wicker carrier
+        pack|put {} into the packaging <> unpack|take {} out of the packaging""",
+        """any; bag: backpack|rucksack, handbag|purse, basket
         carry|*walk around with > hold
         lift|raise > move <> lower|set down > move
         steal|*run off with > take <> return|give back""",
     ),
     "test": (
-        """out; boat|small vessel: canoe, kayak, sailboat|sailing dinghy, raft
+        """out; boat|small vessel: canoe, kayak, sailboat|sailing boat, raft
         tie up|moor|fasten {} with a rope <> untie|set loose
         steer|navigate > control
-        rent|hire|pay for the use of > use
+        rent|hire|*pay for the use of > use
         push {} into the water|launch > move <> pull {} out of the water|haul {} ashore > move""",
-        """any; baked treat|dessert: pie, cake|gateau, muffin|cupcake, tart
+        """any; baked treat|baked good: pie, cake|gateau, muffin, croissant
         bake|cook {} in the oven > make
-        taste|*take a bite of|*try a mouthful of > eat some of
+        taste|*take a bite of|*try a mouthful of > *eat some of
         hide|put {} away out of sight <> serve|dish up
         decorate|*put icing on > *work on""",
-        """any; jewel|piece of jewelry: ring, necklace, bracelet|bangle, brooch|ornamental pin
+        """any; jewel|precious ornament: ring, necklace, bracelet|bangle, brooch
         polish|rub {} with a cloth > clean
         steal|*make off with > take <> return|give back|hand back
         admire|*gaze in wonder at > *look at
-        buy|purchase > acquire <> sell|*take money for > *part with""",
-        """out; flower|blossoming plant: rose, tulip, daisy, sunflower
-        water|pour water on > *look after
+        buy|purchase > acquire <> sell|*find a buyer for > *part with""",
+        """out; flower|flowering plant: rose, tulip, daisy, sunflower
+        water|*pour water on > *look after
         plant|put {} in the soil <> dig up|uproot|pull {} out of the soil
         smell|sniff|*breathe in the scent of
-        draw|sketch|make a drawing of > depict""",
-        """out; ball: football, basketball, volleyball, beach ball
+        draw|sketch|*make a drawing of > depict""",
+        """out; ball: football, basketball, volleyball, rubber ball
         throw|toss|hurl > release <> catch|grab {} in the air
-        inflate|blow up|fill {} with air <> deflate|let the air out of
+        inflate|blow up|fill {} with air <> deflate|*let the air out of
         kick|hit {} with a foot > hit""",
-        """out; structure|building project: fence, wall, tower, shed
+        """out; structure: fence, wall, tower, shed
         build|construct|put up > make <> demolish|tear down|knock down > destroy
         climb|scale|*get to the top of
         measure|*find the height of|*take the dimensions of""",
@@ -153,38 +153,38 @@ _SCENES = {
 # Actions of one being on another; the first block takes animals too.
 _ENCOUNTERS = {
     "train": (
-        """chase|pursue|*run after|~*run away from
-        carry|hold {} in the air > move
+        """chase|pursue|*run after
         push|shove > touch <> pull|tug > touch
         wake up|rouse""",
-        """teach|instruct|~*learn from|~*take lessons from
+        """carry|*walk along holding > hold
+        teach|instruct|~*learn from|~*take lessons from
         beat|defeat|*win against|~*lose to
-        photograph|*take a picture of|~*pose for""",
+        photograph|*take a picture of|~*pose for a photo taken by""",
     ),
     "dev": (
-        """follow|*walk behind|*trail after|~*walk ahead of
-        frighten|scare > upset <> calm down|soothe""",
+        """follow|*trail after|*go along behind|~*go along in front of
+        frighten|scare > disturb <> calm down|soothe""",
         """interview|*put questions to|~*answer questions from
         praise|*speak well of <> scold|tell off
         phone|call {} on the telephone|~*get a phone call from""",
     ),
     "test": (
-        """lead|guide|~*go along behind
+        """lead|guide|~*follow the lead of
         watch|observe|*keep an eye on > see
-        feed|give food to|~*get food from <> *take food from|*grab a meal from""",
+        feed|*give food to|~*get food from <> *take food from|*grab a meal from""",
         """rescue|save|*bring {} to safety > help
-        hire|employ|give a job to|~*get a job from <> fire|dismiss|~*lose a job because of
+        hire|employ|*give a job to|~*get a job from <> fire|dismiss|~*lose a job because of
         lift|raise|hoist > move <> put down|set down > move""",
     ),
 }
 _STATES = {
-    "train": """sit|stay seated|be in a chair <> stand|be upright|be standing up
-        sleep|be asleep|take a nap > rest
+    "train": """sit down|take a seat <> stand up|get up
+        sleep|doze|take a nap > rest
         laugh|giggle <> cry|weep|shed tears""",
     "dev": """whisper|speak very softly > speak <> shout|yell|speak very loudly > speak
         dance|move to the music > move
         wait|hang around""",
-    "test": """work|do a job|be busy with a task <> rest|relax|take a break
+    "test": """work|do a job|carry out a task <> rest|relax|take a break
         sing|perform a song <> stay silent|keep quiet
         fall down|tumble to the ground <> get up|rise from the ground""",
 }
@@ -193,20 +193,15 @@ _PLURALS = {
     "person": "people",
     "child": "children",
     "goose": "geese",
+    "lass": "lasses",
     "scarf": "scarves",
     "potato": "potatoes",
     "fireman": "firemen",
-    "fruit": "pieces of fruit",
-    "piece of fruit": "pieces of fruit",
-    "piece of clothing": "pieces of clothing",
-    "piece of jewelry": "pieces of jewelry",
-    "item of furniture": "items of furniture",
+    "item of clothing": "items of clothing",
+    "piece of furniture": "pieces of furniture",
     "member of the clergy": "members of the clergy",
     "member of the royal family": "members of the royal family",
-    "kayak": "kayaks",
 }
-_AN_BEFORE_VOWEL_ONLY = "aeiou"
-
 # lemma: third person, past, past participle, -ing form
 _IRREGULAR = {
     "be": ("is", "was", "been", "being"),
@@ -272,12 +267,12 @@ _IRREGULAR = {
     "win": ("wins", "won", "won", "winning"),
     "write": ("writes", "wrote", "written", "writing"),
 }
-_DOUBLED = frozenset({"drop", "drag", "grab", "hug", "plug", "rub", "rip", "tug", "unplug"})
+_DOUBLED = frozenset({"drop", "drag", "grab", "hug", "plug", "rub", "rip", "tug", "unplug", "control"})
 
 
 @dataclass(frozen=True, slots=True)
 class Noun:
-    """A concept with its hypernyms: ``chain[0]`` its own words, ``chain[1]`` the group's, ``chain[2]`` the most general."""
+    """A concept with its hypernyms: words of its own in ``chain[0]``, of the group in [1], the most general in [2]."""
 
     chain: tuple[tuple[str, ...], ...]
 
@@ -308,7 +303,7 @@ class Verb:
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """What is done: ``verbs`` mean the same, ``broad`` ones follow from them, ``opposite`` names the contrary action."""
+    """What is done: ``verbs`` mean the same, ``broad`` ones follow from them, ``opposite`` names the contrary."""
 
     name: str
     verbs: tuple[Verb, ...]

@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from promcse_pl.model.dropout import dropout as cheap_dropout
+
 PROMPT_ATTENTION = "promcse_prompt"
 """The name to give as `attn_implementation`."""
 
@@ -53,10 +55,23 @@ def prompt_attention(
         if attention_mask is not None:
             visible = True if attention_mask.dtype == torch.bool else 0.0
             attention_mask = F.pad(attention_mask, (prompt_kv.shape[-2], 0), value=visible)
-    mixed_BNTH = F.scaled_dot_product_attention(
-        query_BNTH, key_BNTH, value_BNTH, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
-    )
+    if dropout and query_BNTH.device.type == "cpu":
+        mixed_BNTH = _dropped_attention(query_BNTH, key_BNTH, value_BNTH, attention_mask, dropout, scaling)
+    else:
+        mixed_BNTH = F.scaled_dot_product_attention(
+            query_BNTH, key_BNTH, value_BNTH, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
+        )
     return mixed_BNTH.transpose(1, 2).contiguous(), None
+
+
+def _dropped_attention(
+    query_BNTH: Tensor, key_BNTH: Tensor, value_BNTH: Tensor, mask: Tensor | None, probability: float, scaling: float | None
+) -> Tensor:
+    """Attention with dropout, step by step: torch has no fused kernel for it on a CPU, and draws the mask slowly."""
+    scores_BNTS = (query_BNTH * (scaling or query_BNTH.shape[-1] ** -0.5)) @ key_BNTH.transpose(-1, -2)
+    if mask is not None:
+        scores_BNTS = scores_BNTS.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores_BNTS + mask
+    return cheap_dropout(scores_BNTS.softmax(-1), probability) @ value_BNTH
 
 
 AttentionInterface.register(PROMPT_ATTENTION, prompt_attention)

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +18,8 @@ from torch import Tensor, nn
 
 from promcse_pl.errors import EncoderError
 from promcse_pl.model.attention import PROMPT_ATTENTION
+from promcse_pl.model.dropout import use_cheap_dropout
+from promcse_pl.model.mlm import MlmHead
 
 SUPPORTED = ("bert", "roberta", "xlm-roberta", "electra", "modernbert")
 """Encoder families (`model_type` in config.json) whose every layer takes a prompt; each has a test."""
@@ -31,6 +35,27 @@ WEIGHT_WHEELS = {
     )
 }
 """Hub id -> (installed package that carries the same files, folder in it, sha256 of its model.safetensors)."""
+
+_MLM_NAMES = {
+    family: {
+        "dense.weight": f"{dense}.weight",
+        "dense.bias": f"{dense}.bias",
+        "layer_norm.weight": f"{norm}.weight",
+        "layer_norm.bias": f"{norm}.bias",
+        "decoder.bias": bias,
+    }
+    for families, dense, norm, bias in (
+        (("roberta", "xlm-roberta"), "lm_head.dense", "lm_head.layer_norm", "lm_head.bias"),
+        (
+            ("bert",),
+            "cls.predictions.transform.dense",
+            "cls.predictions.transform.LayerNorm",
+            "cls.predictions.bias",
+        ),
+    )
+    for family in families
+}
+"""Our name -> the name in pre-trained files, of the MLM head's tensors; its decoder is tied to the embeddings there."""
 
 
 def file_sha256(path: Path) -> str:
@@ -78,6 +103,22 @@ def _read_config(source: str | Path, name: str) -> Any:  # noqa: ANN401  (a tran
     return config
 
 
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keep loading bars and reports off the terminal; what matters in them is checked and raised here."""
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+
+
 def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n", 1)[0]
 
@@ -116,18 +157,19 @@ class FrozenBackbone(nn.Module):
     Args:
         model: A transformers encoder of a supported family. It is switched to the prompt attention and frozen in place.
         identity: What the adapter will store to find the same encoder again.
-        tokenizer_source: Where the tokenizer lies; None for models made in memory without one.
+        source: Folder of the encoder's files and its tokenizer; None for a model made in memory.
 
     Raises:
         EncoderError: Another family, or an encoder that ignores the prompt.
     """
 
-    def __init__(self, model: nn.Module, identity: EncoderId, tokenizer_source: str | Path | None = None) -> None:
+    def __init__(self, model: nn.Module, identity: EncoderId, source: Path | None = None) -> None:
         super().__init__()
         config: Any = model.config
         if config.model_type not in SUPPORTED:
             raise EncoderError(f"{identity.name} is a {config.model_type} encoder. Supported: {', '.join(SUPPORTED)}")
         config._attn_implementation = PROMPT_ATTENTION
+        use_cheap_dropout(model)
         self.model = model.requires_grad_(False)
         self.identity = identity
         self.family: str = config.model_type
@@ -138,7 +180,7 @@ class FrozenBackbone(nn.Module):
         self.hidden_dropout = float(getattr(config, "hidden_dropout_prob", getattr(config, "mlp_dropout", 0.0)))
         self.layer_norm_eps = float(getattr(config, "layer_norm_eps", getattr(config, "norm_eps", 1e-5)))
         self.pad_id: int = config.pad_token_id or 0
-        self._tokenizer_source = tokenizer_source
+        self._source = source
         self._check_prompt_reaches_every_layer()
 
     @classmethod
@@ -160,11 +202,23 @@ class FrozenBackbone(nn.Module):
         extra = {"add_pooling_layer": False} if config.model_type in _WITHOUT_POOLER else {}
         sha256 = _weights_sha256(source)
         try:
-            model = AutoModel.from_pretrained(
-                source, config=config, dtype=dtype, use_safetensors=True, attn_implementation=PROMPT_ATTENTION, **extra
-            )
+            with _quiet_transformers():
+                model, report = AutoModel.from_pretrained(
+                    source,
+                    config=config,
+                    dtype=dtype,
+                    use_safetensors=True,
+                    attn_implementation=PROMPT_ATTENTION,
+                    output_loading_info=True,
+                    **extra,
+                )
         except Exception as error:
             raise EncoderError(f"cannot read the weights of {name}: {type(error).__name__}: {_first_line(error)}") from error
+        if report["missing_keys"]:
+            raise EncoderError(
+                f"the weights of {name} lack {len(report['missing_keys'])} tensors of the encoder, such as "
+                f"{min(report['missing_keys'])}: they would be random"
+            )
         return cls(model, EncoderId(name, commit, sha256), source)
 
     @property
@@ -188,10 +242,10 @@ class FrozenBackbone(nn.Module):
         """The encoder's own tokenizer, read when first asked for."""
         from transformers import AutoTokenizer
 
-        if self._tokenizer_source is None:
+        if self._source is None:
             raise EncoderError(f"{self.identity.name} has no tokenizer: save one beside it with tokenizer.save_pretrained")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self._tokenizer_source)
+            tokenizer = AutoTokenizer.from_pretrained(self._source)
         except Exception as error:
             raise EncoderError(
                 f"cannot read the tokenizer of {self.identity.name}: {type(error).__name__}: {_first_line(error)}"
@@ -202,6 +256,28 @@ class FrozenBackbone(nn.Module):
                 f"{len(self.word_embeddings)}: they do not belong together"
             )
         return tokenizer
+
+    def fill_mlm_head(self, head: MlmHead) -> bool:
+        """Put the pre-trained MLM head of the encoder's files, if they hold one, into a head.
+
+        Returns:
+            Whether there was one.
+        """
+        from safetensors import safe_open
+
+        names = _MLM_NAMES.get(self.family)
+        folder = self._source
+        if names is None or folder is None:
+            return False
+        found: dict[str, Tensor] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                stored = set(file.keys())
+                found |= {ours: file.get_tensor(theirs) for ours, theirs in names.items() if theirs in stored}
+        if set(found) != set(names):
+            return False
+        head.load_state_dict({**found, "decoder.weight": self.word_embeddings}, strict=True)
+        return True
 
     def longest_input(self, position_offset: int) -> int:
         """Return how many tokens, special ones included, fit behind a position offset."""

@@ -48,6 +48,13 @@ class Tokens:
         parts = (self.ids_NT, self.mask_NT, self.types_NT, self.mlm_ids_NT, self.mlm_labels_NT)
         return Tokens(*(None if part is None else part.to(device, non_blocking=non_blocking) for part in parts))  # type: ignore[arg-type]
 
+    def padded_tokens(self, budget: int | None) -> int:
+        """Return how many tokens, padding included, pass the encoder when the batch goes through in chunks."""
+        if budget is None:
+            return self.ids_NT.numel()
+        lengths_N = self.mask_NT.sum(1)
+        return sum(len(rows) * int(lengths_N[rows].max()) for rows in plan_chunks(lengths_N, budget))
+
 
 def plan_chunks(lengths_N: Tensor, budget: int | None) -> list[Tensor]:
     """Group sentences of similar length, so that a chunk padded to its own longest wastes little.

@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from promcse_pl.model.dropout import dropout
 
 INIT_STD = 0.02
 """Standard deviation of every fresh weight, as in BERT and the official PromCSE code."""
@@ -68,4 +70,5 @@ class DeepPrompt(nn.Module):
         """
         if not self.training or self.dropout == 0.0:
             return prompt_kv
-        return F.dropout(prompt_kv.expand(-1, -1, sentences, -1, -1, -1), self.dropout)
+        shape = torch.Size((*prompt_kv.shape[:2], sentences, *prompt_kv.shape[3:]))
+        return dropout(prompt_kv, self.dropout, shape)

@@ -1,0 +1,201 @@
+"""An adapter on disk: adapter.safetensors (the trained tensors) and adapter.json (all that is needed to use them).
+
+No code is stored and none is run. The folder is written under a temporary name and renamed, so it is whole or absent.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from promcse_pl.errors import AdapterError
+from promcse_pl.model.backbone import FrozenBackbone
+from promcse_pl.model.encoder import HEADS, PromptEncoder
+from promcse_pl.model.pooling import POOLINGS
+from promcse_pl.version import __version__
+
+FORMAT = 1
+"""Grows when an older version could misread a newer folder."""
+WEIGHTS, DESCRIPTION = "adapter.safetensors", "adapter.json"
+
+
+def describe(encoder: PromptEncoder) -> dict[str, Any]:
+    """Return everything about a prompt encoder but its tensors, as plain values."""
+    backbone, prompt = encoder.backbone, encoder.prompt
+    return {
+        "format": FORMAT,
+        "promcse_pl": __version__,
+        "encoder": {
+            "name": backbone.identity.name,
+            "revision": backbone.identity.revision,
+            "sha256": backbone.identity.sha256,
+            "family": backbone.family,
+        },
+        "prompt": {
+            "length": prompt.length,
+            "projection_size": None if prompt.trans is None else prompt.trans[0].out_features,
+            "dropout": prompt.dropout,
+        },
+        "pooling": encoder.pooling,
+        "head": encoder.head_mode,
+        "position_offset": encoder.position_offset,
+        "dtype": "float32",
+    }
+
+
+def save_adapter(encoder: PromptEncoder, folder: Path, *, training: dict[str, Any] | None = None) -> None:
+    """Write an adapter folder; an existing one is replaced only when the new one is complete.
+
+    Args:
+        encoder: The prompt encoder.
+        folder: Where to.
+        training: Summary of the run, plain values.
+
+    Raises:
+        AdapterError: The place cannot be written.
+    """
+    state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
+    description = {**describe(encoder), "training": training or {}}
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True) as temporary:
+            new = Path(temporary) / "new"
+            new.mkdir()
+            save_file(state, new / WEIGHTS)
+            (new / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+            if folder.exists():
+                folder.rename(Path(temporary) / "old")
+            new.rename(folder)
+    except OSError as error:
+        raise AdapterError(f"cannot write the adapter to {folder}: {error.strerror or error}") from error
+
+
+def load_adapter(folder: Path, *, encoder: str | None = None, dtype: torch.dtype = torch.float32) -> PromptEncoder:
+    """Read an adapter and its frozen encoder.
+
+    Args:
+        folder: The adapter's folder, or that of the run it lies in.
+        encoder: Where the frozen encoder lies now; None: where the adapter says.
+        dtype: Type of the frozen weights.
+
+    Returns:
+        The prompt encoder in eval mode, on the CPU.
+
+    Raises:
+        AdapterError: Not an adapter, a newer format, missing or unknown keys, wrong shapes, a truncated file, not finite, or
+            made for another encoder.
+    """
+    if (folder / "adapter" / DESCRIPTION).is_file():
+        folder = folder / "adapter"
+    about = _read_description(folder)
+    backbone = FrozenBackbone.load(encoder or about["encoder"]["name"], revision=about["encoder"]["revision"], dtype=dtype)
+    if backbone.identity.sha256 != about["encoder"]["sha256"]:
+        raise AdapterError(
+            f"{folder} was trained on {about['encoder']['name']} with weights {about['encoder']['sha256'][:12]}…, but "
+            f"{backbone.identity.name} has {backbone.identity.sha256[:12]}…. Give the right one: PromCSE.load(..., encoder=FOLDER)"
+        )
+    prompt = about["prompt"]
+    model = PromptEncoder(
+        backbone,
+        length=prompt["length"],
+        projection_size=prompt["projection_size"],
+        pooling=about["pooling"],
+        head=about["head"],
+        dropout=prompt["dropout"],
+        position_offset=about["position_offset"],
+    )
+    _fill(model, folder / WEIGHTS)
+    return model.eval()
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    path = folder / DESCRIPTION
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AdapterError(
+            f"{folder} is not an adapter: it has no {DESCRIPTION}. Give the `adapter` folder of a run, or the run's folder"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path} cannot be read: {error}") from error
+    if not isinstance(about, dict) or type(about.get("format")) is not int:
+        raise AdapterError(f"{path} is not an adapter's description: it has no format number")
+    if about["format"] > FORMAT:
+        raise AdapterError(
+            f"{path} has format {about['format']} (written by promcse_pl {about.get('promcse_pl')}); this version "
+            f"({__version__}) reads up to {FORMAT}. Try: pip install --upgrade promcse_pl"
+        )
+    return _checked(about, path)
+
+
+def _checked(about: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Check every field of a description; an unknown key may mean something that matters, so it is refused too."""
+    template: dict[str, Any] = {
+        "format": int,
+        "promcse_pl": str,
+        "encoder": {"name": str, "revision": str | None, "sha256": str, "family": str},
+        "prompt": {"length": int, "projection_size": int | None, "dropout": float | int},
+        "pooling": str,
+        "head": str,
+        "position_offset": int,
+        "dtype": str,
+        "training": dict,
+    }
+
+    def check(value: Any, wanted: Any, key: str) -> None:  # noqa: ANN401
+        if isinstance(wanted, dict):
+            if not isinstance(value, dict) or set(value) != set(wanted):
+                given = sorted(value) if isinstance(value, dict) else value
+                raise AdapterError(f"{path}: {key or 'the file'} must have the keys {sorted(wanted)}, got {given}")
+            for name, inner in wanted.items():
+                check(value[name], inner, f"{key}.{name}" if key else name)
+        elif not isinstance(value, wanted) or isinstance(value, bool):
+            raise AdapterError(f"{path}: {key} has the wrong type: {value!r}")
+
+    check(about, template, "")
+    for key, value, allowed in (
+        ("pooling", about["pooling"], POOLINGS),
+        ("head", about["head"], HEADS),
+        ("dtype", about["dtype"], ("float32",)),
+    ):
+        if value not in allowed:
+            raise AdapterError(f"{path}: {key} is {value!r}; allowed: {', '.join(allowed)}")
+    prompt = about["prompt"]
+    ranges = (
+        ("prompt.length", prompt["length"], 0, 4096),
+        ("prompt.projection_size", prompt["projection_size"] or 1, 1, 2**20),
+        ("prompt.dropout", prompt["dropout"], 0, 1),
+        ("position_offset", about["position_offset"], 0, 2**20),
+    )
+    for key, value, low, high in ranges:
+        if not low <= value <= high:
+            raise AdapterError(f"{path}: {key} is {value}; allowed: {low} to {high}")
+    return about
+
+
+def _fill(model: PromptEncoder, path: Path) -> None:
+    """Put the stored tensors into the model after checking names, shapes, types and values."""
+    try:
+        stored = load_file(path)
+    except FileNotFoundError:
+        raise AdapterError(f"{path} is missing: the adapter is incomplete") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterError(f"{path} is damaged or cut short: {error}") from error
+    wanted = model.state_dict()
+    if set(stored) != set(wanted):
+        raise AdapterError(f"{path} must hold the tensors {sorted(wanted)}, got {sorted(stored)}")
+    for name, tensor in stored.items():
+        if tensor.shape != wanted[name].shape:
+            raise AdapterError(f"{path}: {name} has shape {tuple(tensor.shape)}, the encoder needs {tuple(wanted[name].shape)}")
+        if tensor.dtype != torch.float32:
+            raise AdapterError(f"{path}: {name} is {tensor.dtype}, expected torch.float32")
+        if not bool(torch.isfinite(tensor).all()):
+            raise AdapterError(f"{path}: {name} holds values that are not finite")
+    model.load_state_dict(stored, strict=True)
+

@@ -1,0 +1,402 @@
+"""The schema of a run: every setting with its unit, range and source. Nothing is read or built before all of it is valid.
+
+`Config.from_dict` takes the plain dictionary that Hydra (or a saved config.yaml) gives, and raises `ConfigError` with the key,
+the value, what is allowed and what to type.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from promcse_pl.errors import ConfigError
+
+Kind = Literal["sentences", "pairs", "triplets"]
+WIDTH: dict[Kind, int] = {"sentences": 1, "pairs": 2, "triplets": 3}
+"""Texts in a row of each kind of training data."""
+
+
+def _require(ok: bool, key: str, value: object, allowed: str, example: object) -> None:
+    if not ok:
+        raise ConfigError(f"{key} must be {allowed}, got {value!r}. Try: python run.py {key}={example}")
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """The frozen encoder and how its token vectors become a sentence vector."""
+
+    path: str
+    """Local folder, or hub id (an installed weight wheel of that id is used before the hub)."""
+    revision: str | None = None
+    """Commit, tag or branch on the hub; None for the newest."""
+    pooling: Literal["cls", "cls_before_pooler", "avg", "avg_top2", "avg_first_last"] = "cls"
+    """What is pooled (paper, section 3; the avg poolers as in SimCSE)."""
+    head: Literal["none", "mlp", "mlp_train_only"] = "mlp"
+    """MLP on the pooled vector: none, kept (supervised recipe), or left out of the test-time vector (unsupervised recipe)."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.path.strip()), "model.path", self.path, "a folder or a hub id", "bert-base-uncased")
+        if self.pooling == "cls_before_pooler" and self.head != "none":
+            raise ConfigError(
+                f"model.pooling=cls_before_pooler means the vector before the MLP, so model.head={self.head} has no place. "
+                "Try: model.pooling=cls_before_pooler model.head=none, or model.pooling=cls model.head=mlp_train_only"
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Training rows, development set, and where files lie."""
+
+    kind: Kind
+    """Texts in a row: one sentence (seen twice), anchor and positive, or anchor, positive and hard negative."""
+    train: str
+    """`demo`, or a .csv, .tsv, .txt, .jsonl or .parquet file (.gz too); a relative path is looked for in data.dir, then here."""
+    dev: str | None = None
+    """`demo`, `stsb` (needs data.dir), `holdout` (a part of the training triplets is kept back), a file of two texts and a
+    score, or None: no selection, the last step is kept."""
+    dir: str | None = None
+    """Folder of data sets: nli/, wiki/, senteval/."""
+    columns: list[str | int] | None = None
+    """Columns of the texts, by name or by position from 0; None: the first ones."""
+    header: bool | None = None
+    """Whether a csv or tsv file begins with column names; None: yes, unless columns are positions."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """A broken row stops the run, or is skipped, counted and listed in the run's folder."""
+    max_rows: int | None = None
+    """Use only the first so many rows, >= 2; None: all."""
+    max_length: int = 32
+    """Tokens of a training sentence, special ones included, in [3, 512]; longer ones are cut (official: 32)."""
+    batch_size: int = 256
+    """Rows in a step, >= 2 (official: 64 to 512)."""
+    cache_dir: str | None = None
+    """Folder of the token cache; None: $XDG_CACHE_HOME/promcse_pl or ~/.cache/promcse_pl."""
+
+    def __post_init__(self) -> None:
+        _require(3 <= self.max_length <= 512, "data.max_length", self.max_length, "in [3, 512] tokens", 32)
+        _require(self.batch_size >= 2, "data.batch_size", self.batch_size, "at least 2 (a row needs others)", 256)
+        _require(self.max_rows is None or self.max_rows >= 2, "data.max_rows", self.max_rows, "at least 2, or null", 1000)
+        width = WIDTH[self.kind]
+        if self.columns is not None and len(self.columns) != width:
+            raise ConfigError(
+                f"data.columns must name {width} columns for data.kind={self.kind}, got {self.columns}. "
+                f"Try: 'data.columns=[{','.join(('sent0', 'sent1', 'hard_neg')[:width])}]'"
+            )
+        if self.dev == "holdout" and self.kind != "triplets":
+            raise ConfigError(
+                f"data.dev=holdout needs triplets (positives against hard negatives), got data.kind={self.kind}. "
+                "Try: data.dev=FILE with two texts and a score, or data.dev=null"
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class LossConfig:
+    """NT-Xent + hinge_weight x energy hinge + mlm_weight x MLM (paper, eq. 12)."""
+
+    temperature: float = 0.05
+    """Divides the cosines in NT-Xent, in (0, 10] (paper, section 4.1)."""
+    margin: float = 0.2
+    """Cosine gap between the positive and the hardest negative, in [0, 2] (paper, section 4.2)."""
+    hinge_weight: float = 10.0
+    """Lambda of the energy hinge, >= 0; 0 switches it off; needs triplets (paper, section 4.2)."""
+    hard_negative_logit: float = 0.0
+    """Added to an anchor's logit for its own hard negative (official --hard_negative_weight), any finite number."""
+    mlm_weight: float = 0.0
+    """Weight of the masked-language-model task at step 0, in [0, 10]; it falls by 0.95 every 100 steps (official: 0.1 for
+    unsupervised RoBERTa)."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.temperature <= 10, "loss.temperature", self.temperature, "in (0, 10]", 0.05)
+        _require(0 <= self.margin <= 2, "loss.margin", self.margin, "in [0, 2] (a difference of cosines)", 0.2)
+        _require(
+            0 <= self.hinge_weight < math.inf, "loss.hinge_weight", self.hinge_weight, "a finite number >= 0", 10
+        )
+        _require(
+            math.isfinite(self.hard_negative_logit),
+            "loss.hard_negative_logit",
+            self.hard_negative_logit,
+            "a finite number",
+            0,
+        )
+        _require(0 <= self.mlm_weight <= 10, "loss.mlm_weight", self.mlm_weight, "in [0, 10]", 0.1)
+
+
+@dataclass(kw_only=True, slots=True)
+class PromptConfig:
+    """The trained keys and values in front of every layer."""
+
+    kind: Literal["deep", "projected"] = "deep"
+    """Free keys and values for every layer, or made by an MLP from one embedding (official --prefix_projection)."""
+    length: int = 10
+    """Prompt slots P of every layer, in [0, 256] (paper: 10 to 16)."""
+    projection_size: int | None = None
+    """Hidden width of the MLP with kind=projected, >= 1 (official: 512)."""
+    dropout: float | None = None
+    """Probability of dropping a prompt channel in training, in [0, 1); None: the encoder's own (official)."""
+    position_offset: int | None = None
+    """Shift of the token positions, >= 0; None: P (official)."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.length <= 256, "prompt.length", self.length, "in [0, 256] slots", 10)
+        _require(
+            self.dropout is None or 0 <= self.dropout < 1, "prompt.dropout", self.dropout, "in [0, 1), or null", 0.1
+        )
+        _require(
+            self.position_offset is None or self.position_offset >= 0,
+            "prompt.position_offset",
+            self.position_offset,
+            "at least 0, or null",
+            self.length,
+        )
+        if self.kind == "projected":
+            _require(
+                self.projection_size is not None and self.projection_size >= 1,
+                "prompt.projection_size",
+                self.projection_size,
+                "at least 1 with prompt.kind=projected",
+                512,
+            )
+        elif self.projection_size is not None:
+            raise ConfigError(
+                f"prompt.projection_size={self.projection_size} has no effect with prompt.kind=deep. "
+                "Try: prompt.kind=projected, or prompt.projection_size=null"
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW (0.9, 0.999, eps 1e-8, no weight decay) with linear decay to 0 and no warm-up (official)."""
+
+    lr: float = 1e-2
+    """Learning rate at step 0, in (0, 1] (paper: 5e-3 to 3e-2)."""
+    clip_norm: float = 1.0
+    """Bound on the joint gradient norm, > 0 (official: 1.0)."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.lr <= 1, "optim.lr", self.lr, "in (0, 1]", 0.01)
+        _require(0 < self.clip_norm < math.inf, "optim.clip_norm", self.clip_norm, "a finite number > 0", 1.0)
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainerConfig:
+    """How long, how often, and on what."""
+
+    epochs: int = 10
+    """Passes over the training rows, >= 1 (official: 10 supervised, 1 unsupervised)."""
+    max_steps: int | None = None
+    """Stop after so many optimiser steps, >= 1; the learning rate then falls to 0 at that step. None: after the epochs."""
+    eval_every: int = 125
+    """Steps between two looks at the development set, >= 1 (official: 125)."""
+    log_every: int = 10
+    """Steps between two entries of the history, >= 1."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute; auto takes a GPU if there is one."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the frozen encoder while training; auto measures which is faster here. Prompt, head, loss and optimiser are
+    always float32, and so is the final evaluation."""
+    chunk_tokens: int | None = 1024
+    """Tokens (padding included) that pass the encoder at once, >= 1; None: the whole batch. It moves speed and memory, not the
+    loss."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "eval_every", "log_every"):
+            _require(getattr(self, name) >= 1, f"trainer.{name}", getattr(self, name), "at least 1", 1)
+        for name in ("max_steps", "chunk_tokens"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"trainer.{name}", value, "at least 1, or null", 1000)
+
+
+@dataclass(kw_only=True, slots=True)
+class TrackingConfig:
+    """Weights & Biases. The local history (metrics.jsonl) is always written."""
+
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online with a key, offline without one. The environment variable WANDB_MODE wins."""
+    project: str = "promcse"
+    """W&B project."""
+    entity: str | None = None
+    """W&B user or team; None: the account's default."""
+    group: str | None = None
+    """W&B group."""
+    name: str | None = None
+    """W&B run name; None: the name of the run's folder."""
+    tags: list[str] = field(default_factory=list)
+    """W&B tags."""
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluationConfig:
+    """What the finished adapter is scored on, beside the frozen encoder."""
+
+    tasks: list[Literal["demo", "sts"]] = field(default_factory=list)
+    """`demo`: the demo's test pairs; `sts`: STS12-16, STS-B and SICK-R from data.dir. The development score is always shown."""
+    frozen: bool = True
+    """Also score the frozen encoder, for comparison."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    """Everything that decides a run."""
+
+    model: ModelConfig
+    data: DataConfig
+    loss: LossConfig
+    prompt: PromptConfig
+    optim: OptimConfig
+    trainer: TrainerConfig
+    tracking: TrackingConfig
+    evaluation: EvaluationConfig
+    seed: int = 42
+    """Seed of weights, dropout, masks and batch order, in [0, 2**32) (official: 42)."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.seed < 2**32, "seed", self.seed, "in [0, 2**32)", 42)
+        if self.loss.hinge_weight and self.data.kind != "triplets":
+            raise ConfigError(
+                f"loss.hinge_weight={self.loss.hinge_weight:g} needs hard negatives, but data.kind={self.data.kind} has none. "
+                "Try: loss.hinge_weight=0, or triplets"
+            )
+        if self.loss.hard_negative_logit and self.data.kind != "triplets":
+            raise ConfigError(
+                f"loss.hard_negative_logit={self.loss.hard_negative_logit:g} has no effect with data.kind={self.data.kind}: "
+                "there are no hard negatives. Try: loss.hard_negative_logit=0"
+            )
+        if self.prompt.length == 0 and self.model.head == "none":
+            raise ConfigError(
+                "prompt.length=0 with model.head=none leaves nothing to train. Try: prompt.length=10, or model.head=mlp"
+            )
+        if self.data.train == "demo" and self.data.kind != "triplets":
+            raise ConfigError(f"the demo data are triplets, got data.kind={self.data.kind}. Try: data=demo alone")
+        needs_dir = [
+            key
+            for key, needed in (("data.dev=stsb", self.data.dev == "stsb"), ("evaluation.tasks=[sts]", "sts" in self.evaluation.tasks))
+            if needed
+        ]
+        if needs_dir and self.data.dir is None:
+            raise ConfigError(
+                f"{' and '.join(needs_dir)} read data.dir/senteval, but data.dir is not set. Try: data.dir=FOLDER with "
+                "senteval/ in it, or data.dev=null 'evaluation.tasks=[]'"
+            )
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> Config:
+        """Check a plain dictionary against the schema.
+
+        Raises:
+            ConfigError: An unknown or missing key, a wrong type, a value out of range, or settings that exclude each other.
+        """
+        config: Config = _build(cls, raw, "")
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values; `from_dict` gives an equal config back."""
+        return dataclasses.asdict(self)
+
+
+def setting_keys(schema: type = Config, prefix: str = "") -> dict[str, list[str]]:
+    """Return the dotted keys of the schema, grouped by the part they belong to ("" for the top level)."""
+    keys: dict[str, list[str]] = {prefix: []}
+    for name, hint in get_type_hints(schema).items():
+        if dataclasses.is_dataclass(hint):
+            keys |= setting_keys(hint, name)  # type: ignore[arg-type]
+        else:
+            keys[prefix].append(f"{prefix}.{name}" if prefix else name)
+    return keys
+
+
+def unknown_key(key: str) -> ConfigError:
+    """Return the error for a dotted key that the schema does not have, with the nearest ones."""
+    keys = setting_keys()
+    part = key.rpartition(".")[0]
+    every = [known for group in keys.values() for known in group]
+    near = difflib.get_close_matches(key, every, n=3, cutoff=0.6)
+    meant = f" Did you mean {' or '.join(near)}?" if near else ""
+    allowed = keys.get(part) or sorted(part for part in keys if part)
+    return ConfigError(f"{key} is not a setting.{meant} Allowed{f' under {part}' if part in keys and part else ''}: {', '.join(allowed)}")
+
+
+def check_overrides(arguments: Sequence[str], groups: Sequence[str]) -> None:
+    """Refuse `key=value` arguments whose key is neither a setting nor a group of conf/, before Hydra composes anything.
+
+    Raises:
+        ConfigError: With the nearest keys.
+    """
+    every = {known for keys in setting_keys().values() for known in keys} | set(setting_keys())
+    for argument in arguments:
+        key, equals, _ = argument.partition("=")
+        key = key.lstrip("+~").partition("@")[0]
+        if argument.startswith("-") or not equals or key.startswith("hydra.") or key.split("/")[0] in ("hydra", *groups):
+            if key.split(".")[0] not in groups or "." not in key:
+                continue
+        if key not in every:
+            raise unknown_key(key)
+
+
+def _build(schema: type, raw: object, prefix: str) -> Any:  # noqa: ANN401  (an instance of schema)
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{prefix or 'the config'} must hold settings, got {raw!r}")
+    hints = get_type_hints(schema)
+    for name in raw:
+        if name not in hints:
+            raise unknown_key(f"{prefix}.{name}" if prefix else str(name))
+    values = {}
+    for item in dataclasses.fields(schema):
+        key = f"{prefix}.{item.name}" if prefix else item.name
+        hint = hints[item.name]
+        if item.name in raw:
+            values[item.name] = _convert(hint, raw[item.name], key)
+        elif dataclasses.is_dataclass(hint) and _all_default(hint):
+            values[item.name] = hint()  # type: ignore[operator]
+        elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{key} is not set. It must be {_describe(hint)}")
+    return schema(**values)
+
+
+def _all_default(schema: Any) -> bool:  # noqa: ANN401
+    return all(
+        item.default is not dataclasses.MISSING or item.default_factory is not dataclasses.MISSING
+        for item in dataclasses.fields(schema)
+    )
+
+
+def _convert(hint: Any, value: object, key: str) -> Any:  # noqa: ANN401
+    """Return `value` as the type `hint`, without guessing: only an integer counts as a float, nothing as a string."""
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, key)  # type: ignore[arg-type]
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and types.NoneType in get_args(hint):
+            return None
+        for option in get_args(hint):
+            if option is types.NoneType:
+                continue
+            try:
+                return _convert(option, value, key)
+            except ConfigError:
+                continue
+    elif origin is list and isinstance(value, list):
+        (item,) = get_args(hint)
+        return [_convert(item, entry, key) for entry in value]
+    elif origin is Literal and isinstance(value, str) and value in get_args(hint):
+        return value
+    elif (hint is float and type(value) in (int, float)) or (hint is not float and type(value) is hint):
+        return float(value) if hint is float else value  # type: ignore[arg-type]
+    near = difflib.get_close_matches(str(value), [str(arg) for arg in get_args(hint)], n=1)
+    meant = f" Did you mean {key}={near[0]}?" if near else ""
+    raise ConfigError(f"{key} must be {_describe(hint)}, got {value!r}.{meant}")
+
+
+def _describe(hint: Any) -> str:  # noqa: ANN401
+    names = {int: "an integer", float: "a number", str: "text", bool: "true or false", types.NoneType: "null"}
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, args))}"
+    if origin in (Union, types.UnionType):
+        return " or ".join(_describe(arg) for arg in args)
+    if origin is list:
+        return f"a list (like [a,b]) whose entries are {_describe(args[0])}"
+    return names.get(hint, getattr(hint, "__name__", str(hint)))

@@ -1,0 +1,134 @@
+"""Which rows a run trains on and which pairs it is chosen by, from the settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from promcse_pl.config import WIDTH, DataConfig
+from promcse_pl.data.demo import demo_pairs, demo_triplets
+from promcse_pl.data.readers import BadRow, read_scored_pairs
+from promcse_pl.data.tokens import RowSource, file_source, memory_source
+from promcse_pl.errors import ConfigError, DataError
+from promcse_pl.evaluation.sts import ScoredPairs, load_stsb
+
+HOLDOUT_SHARE, HOLDOUT_MOST = 0.1, 500
+"""Part of the triplets that `data.dev=holdout` keeps back, and the most rows of it."""
+
+
+def cache_dir(config: DataConfig) -> Path:
+    """Return the folder of the token cache."""
+    if config.cache_dir is not None:
+        return Path(config.cache_dir).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "promcse_pl"
+
+
+def senteval_dir(config: DataConfig) -> Path:
+    """Return SentEval's data folder.
+
+    Raises:
+        ConfigError: data.dir is not set, or has no senteval/ in it.
+    """
+    if config.dir is None:
+        raise ConfigError("the STS tasks are read from data.dir/senteval, but data.dir is not set. Try: data.dir=FOLDER")
+    folder = Path(config.dir).expanduser() / "senteval"
+    if not folder.is_dir():
+        raise ConfigError(
+            f"data.dir={config.dir} has no senteval/ folder in it (SentEval's data: STS/, SICK/). "
+            "Try: data.dir=FOLDER, or data.dev=null 'evaluation.tasks=[]' to train without it"
+        )
+    return folder
+
+
+def find_file(name: str, config: DataConfig, key: str) -> Path:
+    """Return a data file: as it stands, or relative to data.dir first and to the current folder then.
+
+    Raises:
+        DataError: It is in none of these places.
+    """
+    path = Path(name).expanduser()
+    places = [path] if path.is_absolute() or config.dir is None else [Path(config.dir).expanduser() / path, path]
+    for place in places:
+        if place.exists():
+            return place
+    looked = " and ".join(str(place.absolute()) for place in places)
+    hint = "" if config.dir else f", or data.dir=FOLDER that has {name} in it"
+    raise DataError(f"{key}={name} is not there; looked for {looked}. Try: {key}=FILE{hint}")
+
+
+def load_sources(config: DataConfig, seed: int) -> tuple[RowSource, ScoredPairs | None]:
+    """Return the training rows and the development pairs of the settings.
+
+    Args:
+        config: The data settings.
+        seed: Decides which rows `data.dev=holdout` keeps back.
+
+    Raises:
+        ConfigError, DataError: A file or folder is missing, or a row is broken.
+    """
+    source = _train_source(config)
+    if config.max_rows is not None:
+        source = _first_rows(source, config.max_rows)
+    if config.dev != "holdout":
+        return source, _dev_pairs(config)
+    return _hold_out(source, seed)
+
+
+def _train_source(config: DataConfig) -> RowSource:
+    if config.train == "demo":
+        return memory_source("demo", demo_triplets())
+    return file_source(
+        find_file(config.train, config, "data.train"),
+        width=WIDTH[config.kind],
+        columns=config.columns,
+        header=config.header,
+        on_bad_row=config.on_bad_row,
+    )
+
+
+def _first_rows(source: RowSource, most: int) -> RowSource:
+    fingerprint = hashlib.sha256(f"{source.fingerprint} first {most}".encode()).hexdigest()
+    return dataclasses.replace(source, fingerprint=fingerprint, rows=lambda bad: islice(source.rows(bad), most))
+
+
+def _dev_pairs(config: DataConfig) -> ScoredPairs | None:
+    if config.dev is None:
+        return None
+    if config.dev == "demo":
+        return ScoredPairs.of("demo dev", demo_pairs("dev"))
+    if config.dev == "stsb":
+        return load_stsb(senteval_dir(config), "dev")
+    path = find_file(config.dev, config, "data.dev")
+    return ScoredPairs.of(path.name, read_scored_pairs(path), hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def _hold_out(source: RowSource, seed: int) -> tuple[RowSource, ScoredPairs]:
+    """Keep back a tenth of the triplets, all rows of an anchor together: its positive counts 1, its hard negative 0."""
+    bad_rows: list[BadRow] = []
+    rows = list(source.rows(bad_rows))
+    anchors = list(dict.fromkeys(row[0] for row in rows))
+    order = np.random.default_rng(seed).permutation(len(anchors))
+    most = min(HOLDOUT_MOST, max(1, int(len(anchors) * HOLDOUT_SHARE)))
+    kept_back = {anchors[place] for place in order[:most]}
+    train = [row for row in rows if row[0] not in kept_back]
+    if len(train) < 2:
+        raise DataError(
+            f"{source.name} has too few different anchors ({len(anchors)}) to keep some back. Try: data.dev=FILE, or data.dev=null"
+        )
+    pairs = [
+        (anchor, text, score)
+        for anchor, positive, negative in rows
+        if anchor in kept_back
+        for text, score in ((positive, 1.0), (negative, 0.0))
+    ]
+    remaining = memory_source(source.name, train)
+    return (
+        dataclasses.replace(remaining, rows=lambda bad: (bad.extend(bad_rows), iter(train))[1]),
+        ScoredPairs.of(f"{most} anchors kept back", pairs),
+    )

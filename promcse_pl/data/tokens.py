@@ -1,0 +1,297 @@
+"""Tokenises rows once into a memory-mapped folder, and gathers padded batches from it."""
+
+# N sentences of a batch, T tokens of its longest sentence.
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from promcse_pl.data.readers import BadRow, OnBadRow, file_suffix, open_file, read_rows
+from promcse_pl.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+_FORMAT = 1  # raise it when the files below, or what the readers keep of a row, change
+_BATCH = 10_000  # sentences per call of the tokenizer; memory does not grow with the file
+_STALE_SECONDS = 24 * 3600
+
+
+@dataclass(frozen=True)
+class RowSource:
+    """Rows of `width` texts that can be read again and again, and a fingerprint of all that decides them."""
+
+    name: str
+    fingerprint: str
+    rows: Callable[[list[BadRow]], Iterator[tuple[str, ...]]]
+    """Called with a list that takes the bad rows."""
+    width: int
+
+
+def file_source(
+    path: Path, *, width: int, columns: Sequence[str | int] | None, header: bool | None, on_bad_row: OnBadRow
+) -> RowSource:
+    """The rows of a data file; the arguments and errors are those of `read_rows`."""
+    with open_file(path) as stream:
+        content = hashlib.file_digest(stream, "sha256").hexdigest()
+    # The rest of the path is left out: a file that moves is not tokenised again.
+    options = [file_suffix(path), width, None if columns is None else list(columns), header, on_bad_row]
+
+    def rows(bad_rows: list[BadRow]) -> Iterator[tuple[str, ...]]:
+        return read_rows(path, width=width, columns=columns, header=header, on_bad_row=on_bad_row, bad_rows=bad_rows)
+
+    return RowSource(str(path), _sha256([content, *options]), rows, width)
+
+
+def memory_source(name: str, rows: Sequence[tuple[str, ...]]) -> RowSource:
+    """Rows that are already in memory; raises DataError for no rows, ragged rows and blank texts."""
+    if not rows:
+        raise DataError(f"{name} holds no rows")
+    width = len(rows[0])
+    digest = hashlib.sha256()
+    for number, row in enumerate(rows):
+        if len(row) != width or not all(isinstance(text, str) and text.strip() for text in row):
+            raise DataError(f"{name}: row {number} must hold {width} texts that are not blank, got {row}")
+        try:
+            digest.update(json.dumps(row, ensure_ascii=False).encode())  # quoted: ("ab", "c") and ("a", "bc") differ
+        except UnicodeEncodeError as error:
+            raise DataError(f"{name}: row {number} holds half a surrogate pair, which no tokenizer takes") from error
+    return RowSource(name, digest.hexdigest(), lambda _: iter(rows), width)
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 of all that decides the token ids: vocabulary, normalisation, special tokens, side of truncation."""
+    described: list[object] = [
+        type(tokenizer).__name__,
+        tokenizer.pad_token_id,
+        tokenizer.truncation_side,
+        tokenizer.split_special_tokens,
+    ]
+    if tokenizer.is_fast:
+        backend = json.loads(tokenizer.backend_tokenizer.to_str())
+        # Leftovers of the last call; each call below sets its own.
+        backend.update(truncation=None, padding=None)
+        described.append(backend)
+    else:
+        described += [tokenizer.get_vocab(), tokenizer.init_kwargs]
+    return _sha256(described)
+
+
+class TokenRows:
+    """Token ids of all rows, memory-mapped read-only: worker processes share one copy.
+
+    Attributes:
+        width: texts per row.
+        bad_rows: rows of the source that were skipped.
+        truncated: sentences that lost tokens to max_length.
+        tokens_total: tokens of all sentences, special tokens included.
+        fingerprint: name of the cache folder; equal rows, tokenizer and max_length give an equal one.
+        reused: whether the cache was there before.
+    """
+
+    def __init__(self, folder: Path, name: str, *, reused: bool) -> None:
+        meta = _read_meta(folder)
+        self._folder, self._name, self._rows, self._pad_id = folder, name, int(meta["rows"]), int(meta["pad_id"])
+        self.width = int(meta["width"])
+        # The path of today, not of the run that built the cache.
+        self.bad_rows = [BadRow(name, line, reason) for line, reason in meta["bad_rows"]]
+        self.truncated = int(meta["truncated"])
+        self.tokens_total = int(meta["tokens"])
+        self.fingerprint = folder.name
+        self.reused = reused
+        self._ids: npt.NDArray[np.int32] = np.memmap(folder / "ids.bin", np.int32, "r")
+        self._offsets: npt.NDArray[np.int64] = np.memmap(folder / "offsets.bin", np.int64, "r")
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # numpy pickles a memory map as a copy of its content; a spawned worker maps the files again instead.
+        return partial(TokenRows, reused=self.reused), (self._folder, self._name)
+
+    def fetch(self, rows: npt.NDArray[np.integer[Any]]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Gather rows: all first texts, then all second texts, then all third.
+
+        Args:
+            rows: row numbers, each in [0, len(self)); repeats are fine.
+
+        Returns:
+            ids_NT, padded on the right to the longest sentence, and lengths_N, with N = width * len(rows).
+        """
+        if len(rows) == 0 or rows.min() < 0 or rows.max() >= self._rows:
+            raise IndexError(f"row numbers must lie in [0, {self._rows}), got {rows}")
+        sentences_N = (rows.astype(np.int64) * self.width + np.arange(self.width)[:, None]).ravel()
+        starts_N = self._offsets[sentences_N]
+        lengths_N = self._offsets[sentences_N + 1] - starts_N
+        positions_T = np.arange(lengths_N.max())
+        real_NT = positions_T < lengths_N[:, None]
+        ids_NT = np.full(real_NT.shape, self._pad_id, dtype=np.int64)
+        ids_NT[real_NT] = self._ids[(starts_N[:, None] + positions_T)[real_NT]]
+        return ids_NT, lengths_N
+
+
+def load_tokens(
+    source: RowSource,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    cache_dir: Path,
+    progress: Callable[[int], None] | None = None,
+) -> TokenRows:
+    """Map the token ids of a source, tokenising it first unless cache_dir has them.
+
+    Safe to call from several processes at once: each builds its own folder, the first to finish wins.
+
+    Args:
+        source: the rows.
+        tokenizer: its truncation and special tokens are used, and its padding token is kept with the cache.
+        max_length: most tokens of a sentence, special tokens included.
+        cache_dir: folder for caches; made if absent.
+        progress: called with the number of sentences done so far.
+
+    Raises:
+        DataError: a bad row, a sentence or tokenizer that cannot be used, or a cache_dir that cannot be written.
+    """
+    special = tokenizer.num_special_tokens_to_add()
+    if max_length <= special:
+        raise DataError(f"data.max_length must exceed the {special} special tokens of the tokenizer, got {max_length}")
+    if tokenizer.pad_token_id is None:
+        raise DataError("the tokenizer has no padding token. Try: tokenizer.pad_token = tokenizer.eos_token")
+    key = _sha256([_FORMAT, source.fingerprint, source.width, tokenizer_fingerprint(tokenizer), max_length])
+    folder = cache_dir / "tokens" / key
+    reused = _is_whole(folder)
+    if not reused:
+        if folder.exists():
+            log.warning("The token cache %s of %s is damaged; it is built again.", folder, source.name)
+        _build(folder, source, tokenizer, max_length, progress)
+    return TokenRows(folder, source.name, reused=reused)
+
+
+def _build(
+    folder: Path,
+    source: RowSource,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    progress: Callable[[int], None] | None,
+) -> None:
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        _remove_stale(folder.parent)
+        _write(temporary, source, tokenizer, max_length, progress)
+        _publish(temporary, folder)
+    except OSError as error:
+        raise DataError(f"the token cache {folder} cannot be written: {error}. Try: data.cache_dir=FOLDER") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(
+    folder: Path,
+    source: RowSource,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    progress: Callable[[int], None] | None,
+) -> None:
+    bad_rows: list[BadRow] = []
+    sentences = tokens = truncated = 0
+    texts = chain.from_iterable(source.rows(bad_rows))
+    with (folder / "ids.bin").open("wb") as ids_file, (folder / "offsets.bin").open("wb") as offsets_file:
+        offsets_file.write(np.zeros(1, np.int64).tobytes())
+        while batch := list(islice(texts, _BATCH)):
+            ids, cut = _tokenize(tokenizer, batch, max_length)
+            lengths_N = np.fromiter(map(len, ids), np.int64, len(ids))
+            if not lengths_N.all():
+                raise DataError(f"{source.name}: no token is left of the text {batch[int(lengths_N.argmin())]!r}")
+            ends_N = tokens + np.cumsum(lengths_N)
+            sentences, tokens, truncated = sentences + len(batch), int(ends_N[-1]), truncated + cut
+            ids_file.write(np.fromiter(chain.from_iterable(ids), np.int32).tobytes())
+            offsets_file.write(ends_N.tobytes())
+            if progress is not None:
+                progress(sentences)
+        for file in (ids_file, offsets_file):  # on disk before the rename is: a power cut leaves no empty files
+            file.flush()
+            os.fsync(file.fileno())
+    meta = {
+        "format": _FORMAT,
+        "source": source.name,
+        "rows": sentences // source.width,
+        "width": source.width,
+        "tokens": tokens,
+        "truncated": truncated,
+        "max_length": max_length,
+        "pad_id": tokenizer.pad_token_id,
+        "bad_rows": [(bad.line, bad.reason) for bad in bad_rows],
+    }
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int) -> tuple[list[list[int]], int]:
+    """Token ids of the texts, and how many of them lost tokens."""
+    options = {"add_special_tokens": True, "return_attention_mask": False, "return_token_type_ids": False}
+    encoded = tokenizer(texts, truncation=True, max_length=max_length, **options)
+    ids: list[list[int]] = encoded["input_ids"]
+    # Only a sentence of exactly max_length can have lost tokens.
+    full = [i for i, sentence in enumerate(ids) if len(sentence) == max_length]
+    if tokenizer.is_fast:
+        return ids, sum(bool(encoded.encodings[i].overflowing) for i in full)
+    # verbose=False silences "sequence length is longer than": these ids are counted, never used.
+    whole = tokenizer([texts[i] for i in full], verbose=False, **options)["input_ids"] if full else []
+    return ids, sum(len(sentence) > max_length for sentence in whole)
+
+
+def _publish(temporary: Path, folder: Path) -> None:
+    """Rename into place. Where another process was first, its folder holds the same and stays."""
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if _is_whole(folder):
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the files are there and have the sizes that meta.json asks for."""
+    try:
+        meta = _read_meta(folder)
+        ids_size, offsets_size = 4 * meta["tokens"], 8 * (meta["rows"] * meta["width"] + 1)
+        sizes = [(folder / name).stat().st_size for name in ("ids.bin", "offsets.bin")]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return sizes == [ids_size, offsets_size] and meta["format"] == _FORMAT
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    return meta
+
+
+def _remove_stale(root: Path) -> None:
+    """Remove what killed writers left behind; a living one touches its files all the time."""
+    for folder in root.glob("*.tmp"):
+        with suppress(OSError):  # another process removes it at the same time
+            if time.time() - max(path.stat().st_mtime for path in (folder, *folder.iterdir())) > _STALE_SECONDS:
+                shutil.rmtree(folder)
+
+
+def _sha256(described: object) -> str:
+    return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()

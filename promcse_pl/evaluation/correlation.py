@@ -1,0 +1,38 @@
+"""Rank correlation between cosines and human scores."""
+
+# n pairs
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from promcse_pl.errors import DataError, NonFiniteError
+
+
+def _checked(predicted: ArrayLike, gold: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    predicted_n, gold_n = np.asarray(predicted, dtype=np.float64), np.asarray(gold, dtype=np.float64)
+    if len(predicted_n) != len(gold_n) or len(gold_n) < 2:
+        raise DataError(f"a correlation needs two or more pairs, got {len(predicted_n)} and {len(gold_n)} values")
+    if not np.isfinite(predicted_n).all():
+        raise NonFiniteError(f"{int((~np.isfinite(predicted_n)).sum())} of {len(predicted_n)} similarities are not finite")
+    for name, values in (("similarities", predicted_n), ("gold scores", gold_n)):
+        if np.ptp(values) == 0:
+            raise DataError(f"all {len(values)} {name} equal {values[0]}: a correlation is not defined")
+    return predicted_n, gold_n
+
+
+def spearman(predicted: ArrayLike, gold: ArrayLike) -> float:
+    """Return Spearman's rank correlation in [-1, 1], ties by mean rank.
+
+    Raises:
+        DataError: Fewer than two pairs, or all values of one side equal.
+        NonFiniteError: A similarity is NaN or infinite.
+    """
+    return float(stats.spearmanr(*_checked(predicted, gold)).statistic)
+
+
+def pearson(predicted: ArrayLike, gold: ArrayLike) -> float:
+    """Return Pearson's correlation in [-1, 1]; errors as `spearman`."""
+    return float(stats.pearsonr(*_checked(predicted, gold)).statistic)

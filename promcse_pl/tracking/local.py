@@ -1,0 +1,50 @@
+"""The local history: one JSON object a line, always written, readable while the run goes on."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.loggers.logger import Logger
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
+
+class JsonlLogger(Logger):
+    """Append every logged set of metrics to a file as {"step": ..., "name": value, ...}.
+
+    Args:
+        path: The file; made if absent.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        return self._path.name
+
+    @property
+    def version(self) -> str:
+        """There is one history per run."""
+        return ""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Append a line."""
+        values = {name: value for name, value in metrics.items() if name != "epoch"}
+        if not values:
+            return
+        with self._path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"step": step, **values}) + "\n")
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        """Nothing: config.yaml beside the history holds them."""
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """Return the entries of a history file, oldest first."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,120 @@
+"""What watches a training run: development score, throughput, plain progress lines."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from promcse_pl.data.module import TrainBatch
+from promcse_pl.embedder import PromCSE
+from promcse_pl.evaluation.sts import ScoredPairs, score_pairs
+from promcse_pl.training.module import PromcseModule
+
+log = logging.getLogger("promcse_pl")
+
+
+class BestByDev(pl.Callback):
+    """Score the test-time vector on development pairs every so many steps, keep the strictly better, restore it at the end.
+
+    Args:
+        dev: The pairs.
+        tokenizer: Of the encoder.
+        every: Steps between two looks; the last step is always looked at.
+    """
+
+    def __init__(self, dev: ScoredPairs, tokenizer: Any, *, every: int) -> None:  # noqa: ANN401
+        self.dev, self.tokenizer, self.every = dev, tokenizer, every
+        self.best_score: float | None = None
+        self.best_step: int | None = None
+        self.history: list[tuple[int, float]] = []
+        self._best: dict[str, Tensor] = {}
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any  # noqa: ANN401
+    ) -> None:
+        """Look at the development set when it is time."""
+        assert isinstance(pl_module, PromcseModule)
+        step = trainer.global_step
+        if step % self.every == 0 or step >= pl_module.total_steps:
+            self._look(trainer, pl_module, step)
+
+    def _look(self, trainer: pl.Trainer, module: PromcseModule, step: int) -> None:
+        score = score_pairs(PromCSE(module.encoder, self.tokenizer).encode, self.dev).spearman
+        self.history.append((step, score))
+        if self.best_score is None or score > self.best_score:
+            self.best_score, self.best_step = score, step
+            self._best = {name: tensor.detach().clone() for name, tensor in module.encoder.state_dict().items()}
+        for logger in trainer.loggers:
+            logger.log_metrics({"dev/spearman": 100 * score, "dev/best_spearman": 100 * self.best_score}, step=step)
+        module.log("dev", 100 * score, prog_bar=True, logger=False)
+        log.info("step %d: dev Spearman %.2f (best %.2f at step %d)", step, 100 * score, 100 * self.best_score, self.best_step)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        """Put the best tensors back."""
+        if self._best:
+            assert isinstance(pl_module, PromcseModule)
+            pl_module.encoder.load_state_dict(self._best)
+
+
+class Throughput(pl.Callback):
+    """Log rows/s, real tokens/s, padding share and learning rate, averaged since the last entry; the dev looks are left out."""
+
+    def __init__(self, every: int, chunk_tokens: int | None) -> None:
+        self.every, self.chunk_tokens = every, chunk_tokens
+        self.rows = self.real_tokens = self.padded_tokens = 0
+        self.total_rows, self.total_seconds = 0, 0.0
+        self._seconds, self._start = 0.0, 0.0
+
+    def on_train_batch_start(self, *_: Any, **__: Any) -> None:  # noqa: ANN401
+        """Start the clock of a step."""
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: TrainBatch, batch_idx: int  # noqa: ANN401, ARG002
+    ) -> None:
+        """Count the step and log when it is time."""
+        if batch.tokens.ids_NT.is_cuda:
+            torch.cuda.synchronize()
+        self._seconds += time.perf_counter() - self._start
+        self.rows += len(batch.rows_B)
+        self.real_tokens += int(batch.tokens.mask_NT.sum())
+        self.padded_tokens += batch.tokens.padded_tokens(self.chunk_tokens)
+        if trainer.global_step % self.every:
+            return
+        metrics = {
+            "speed/rows_per_second": self.rows / self._seconds,
+            "speed/tokens_per_second": self.real_tokens / self._seconds,
+            "speed/padding_share": 1 - self.real_tokens / self.padded_tokens,
+            "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
+        }
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+        self.total_rows, self.total_seconds = self.total_rows + self.rows, self.total_seconds + self._seconds
+        self.rows = self.real_tokens = self.padded_tokens = 0
+        self._seconds = 0.0
+
+
+class ProgressLines(pl.Callback):
+    """A line every tenth of the run, for output that is not a terminal."""
+
+    def __init__(self) -> None:
+        self._start = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        """Start the clock."""
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any  # noqa: ANN401
+    ) -> None:
+        """Write a line when another tenth is done."""
+        assert isinstance(pl_module, PromcseModule)
+        step, steps = trainer.global_step, pl_module.total_steps
+        if step * 10 // steps > (step - 1) * 10 // steps:
+            loss = float(trainer.callback_metrics["loss"])
+            log.info("step %d of %d: loss %.3f, %.0f s", step, steps, loss, time.perf_counter() - self._start)

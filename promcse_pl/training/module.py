@@ -1,0 +1,98 @@
+"""The LightningModule: wiring of encoder, hybrid loss and optimiser, nothing else."""
+
+# B rows, N = views x B sentences, D width
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from promcse_pl.config import LossConfig, OptimConfig
+from promcse_pl.data.module import TrainBatch
+from promcse_pl.errors import NonFiniteError
+from promcse_pl.loss.hybrid import LossParts, hybrid_loss, mlm_loss, mlm_weight_at
+from promcse_pl.model.encoder import PromptEncoder
+from promcse_pl.model.mlm import IGNORED, MlmHead
+
+
+class PromcseModule(pl.LightningModule):
+    """Trains the prompt (and heads) of a prompt encoder.
+
+    Args:
+        encoder: The model; its backbone takes no gradient and enters no checkpoint.
+        loss: Weights of the terms.
+        optim: Learning rate and clipping.
+        total_steps: Step at which the learning rate reaches 0.
+        chunk_tokens: See `PromptEncoder.forward`.
+        mlm_head: For the MLM task; trained along, not part of the adapter.
+    """
+
+    def __init__(
+        self,
+        encoder: PromptEncoder,
+        *,
+        loss: LossConfig,
+        optim: OptimConfig,
+        total_steps: int,
+        chunk_tokens: int | None = None,
+        mlm_head: MlmHead | None = None,
+    ) -> None:
+        super().__init__()
+        self.encoder, self.mlm_head = encoder, mlm_head
+        self.loss, self.optim, self.total_steps, self.chunk_tokens = loss, optim, total_steps, chunk_tokens
+
+    def losses(self, batch: TrainBatch) -> LossParts:
+        """Encode a batch and return its loss, term by term."""
+        vectors_ND, hidden_MD = self.encoder(batch.tokens, train_head=True, chunk_tokens=self.chunk_tokens)
+        views = vectors_ND.view(batch.views, -1, vectors_ND.shape[1])
+        mlm = None
+        if self.mlm_head is not None and hidden_MD is not None and batch.tokens.mlm_labels_NT is not None:
+            labels_NT = batch.tokens.mlm_labels_NT
+            mlm = mlm_loss(self.mlm_head(hidden_MD), labels_NT[labels_NT != IGNORED])
+        return hybrid_loss(
+            views[0],
+            views[1],
+            views[2] if batch.views == 3 else None,
+            temperature=self.loss.temperature,
+            margin=self.loss.margin,
+            hinge_weight=self.loss.hinge_weight,
+            hard_negative_logit=self.loss.hard_negative_logit,
+            mlm=mlm,
+            mlm_weight=mlm_weight_at(self.global_step, self.loss.mlm_weight),
+        )
+
+    def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
+        """Return the total loss; raise NonFiniteError, before any update, if it is not finite."""
+        parts = self.losses(batch)
+        if not bool(torch.isfinite(parts.total)):
+            values = ", ".join(f"{name} {float(part):g}" for name, part in parts.named().items())
+            raise NonFiniteError(
+                f"the loss of step {self.global_step} (batch {batch_idx} of epoch {self.current_epoch}, training rows "
+                f"{batch.rows_B[:4].tolist()}...) is not finite: {values}. The prompt is unchanged since the last step. "
+                f"Try: optim.lr={self.optim.lr / 3:.2g}"
+            )
+        self.log_dict(
+            {f"train/{name}": part.detach() for name, part in parts.named().items()}, batch_size=len(batch.rows_B)
+        )
+        self.log("loss", parts.total.detach(), prog_bar=True, logger=False)
+        return parts.total
+
+    def configure_optimizers(self) -> Any:  # noqa: ANN401  (Lightning's own union of dictionaries)
+        """AdamW on the trained tensors alone, with linear decay to 0."""
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=self.optim.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / self.total_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: ARG002
+        """Log the joint gradient norm before clipping, and refuse one that is not finite."""
+        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not bool(torch.isfinite(norm)):
+            raise NonFiniteError(
+                f"the gradient of step {self.global_step} is not finite. Try: optim.lr={self.optim.lr / 3:.2g}"
+            )
+        self.log("train/gradient_norm", norm)

@@ -1,0 +1,63 @@
+"""Hydra's door: compose, validate, hand ONE resolved config to ONE job. See `python run.py --help`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from promcse_pl.config import Config, check_overrides
+from promcse_pl.errors import ConfigError, PromcseError
+
+CONF = Path(__file__).parent / "conf"
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(composed: DictConfig) -> None:
+    """Run one job; a job of a sweep gets a process of its own."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        missing = sorted(OmegaConf.missing_keys(composed))
+        if missing:
+            raise ConfigError(f"{missing[0]} is not set. Try: python run.py {' '.join(sys.argv[1:])} {missing[0]}=FILE")
+        raw: Any = OmegaConf.to_container(composed, resolve=True)
+        config = Config.from_dict(raw)
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            _run_apart(config, folder)
+        else:
+            from promcse_pl.job import run_job
+
+            run_job(config, folder)
+    except PromcseError as error:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+        _stop(error)
+
+
+def _run_apart(config: Config, folder: Path) -> None:
+    """Run a job of a sweep in a fresh process: W&B, CUDA and random state of one job do not reach the next."""
+    from promcse_pl.job import write_config
+
+    start = write_config(config, folder / "start.yaml")
+    command = [sys.executable, "-m", "promcse_pl.cli", "train", str(start), "--out", str(folder)]
+    if subprocess.run(command, check=False).returncode:
+        raise PromcseError(f"the job in {folder} failed; its run.log says why")
+
+
+def _stop(error: PromcseError) -> None:
+    sys.stderr.write(f"error: {error}\n")
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    try:
+        check_overrides(sys.argv[1:], groups=[path.name for path in CONF.iterdir() if path.is_dir()])
+    except ConfigError as error:
+        _stop(error)
+    main()
