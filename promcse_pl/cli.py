@@ -26,7 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="promcse", description="Sentence embeddings from a soft prompt on a frozen encoder.")
+    parser = argparse.ArgumentParser(
+        prog="promcse", description="Sentence embeddings from a soft prompt on a frozen encoder."
+    )
     parser.add_argument("--version", action="version", version=f"promcse {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 

@@ -64,7 +64,7 @@ class DataConfig:
     columns: list[str | int] | None = None
     """Columns of the texts, by name or by position from 0; None: the first ones."""
     header: bool | None = None
-    """Whether a csv or tsv file begins with column names; None: yes, unless columns are positions."""
+    """Whether a csv or tsv file begins with column names; None: yes, but a first row that looks like data stops the run."""
     on_bad_row: Literal["stop", "skip"] = "stop"
     """A broken row stops the run, or is skipped, counted and listed in the run's folder."""
     max_rows: int | None = None
@@ -79,7 +79,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         _require(3 <= self.max_length <= 512, "data.max_length", self.max_length, "in [3, 512] tokens", 32)
         _require(self.batch_size >= 2, "data.batch_size", self.batch_size, "at least 2 (a row needs others)", 256)
-        _require(self.max_rows is None or self.max_rows >= 2, "data.max_rows", self.max_rows, "at least 2, or null", 1000)
+        _require(
+            self.max_rows is None or self.max_rows >= 2, "data.max_rows", self.max_rows, "at least 2, or null", 1000
+        )
         width = WIDTH[self.kind]
         if self.columns is not None and len(self.columns) != width:
             raise ConfigError(
@@ -112,9 +114,7 @@ class LossConfig:
     def __post_init__(self) -> None:
         _require(0 < self.temperature <= 10, "loss.temperature", self.temperature, "in (0, 10]", 0.05)
         _require(0 <= self.margin <= 2, "loss.margin", self.margin, "in [0, 2] (a difference of cosines)", 0.2)
-        _require(
-            0 <= self.hinge_weight < math.inf, "loss.hinge_weight", self.hinge_weight, "a finite number >= 0", 10
-        )
+        _require(0 <= self.hinge_weight < math.inf, "loss.hinge_weight", self.hinge_weight, "a finite number >= 0", 10)
         _require(
             math.isfinite(self.hard_negative_logit),
             "loss.hard_negative_logit",
@@ -273,7 +273,10 @@ class Config:
             raise ConfigError(f"the demo data are triplets, got data.kind={self.data.kind}. Try: data=demo alone")
         needs_dir = [
             key
-            for key, needed in (("data.dev=stsb", self.data.dev == "stsb"), ("evaluation.tasks=[sts]", "sts" in self.evaluation.tasks))
+            for key, needed in (
+                ("data.dev=stsb", self.data.dev == "stsb"),
+                ("evaluation.tasks=[sts]", "sts" in self.evaluation.tasks),
+            )
             if needed
         ]
         if needs_dir and self.data.dir is None:
@@ -316,7 +319,9 @@ def unknown_key(key: str) -> ConfigError:
     near = difflib.get_close_matches(key, every, n=3, cutoff=0.6)
     meant = f" Did you mean {' or '.join(near)}?" if near else ""
     allowed = keys.get(part) or sorted(part for part in keys if part)
-    return ConfigError(f"{key} is not a setting.{meant} Allowed{f' under {part}' if part in keys and part else ''}: {', '.join(allowed)}")
+    return ConfigError(
+        f"{key} is not a setting.{meant} Allowed{f' under {part}' if part in keys and part else ''}: {', '.join(allowed)}"
+    )
 
 
 def check_overrides(arguments: Sequence[str], groups: Sequence[str]) -> None:
@@ -329,9 +334,10 @@ def check_overrides(arguments: Sequence[str], groups: Sequence[str]) -> None:
     for argument in arguments:
         key, equals, _ = argument.partition("=")
         key = key.lstrip("+~").partition("@")[0]
-        if argument.startswith("-") or not equals or key.startswith("hydra.") or key.split("/")[0] in ("hydra", *groups):
-            if key.split(".")[0] not in groups or "." not in key:
-                continue
+        part = key.split(".")[0].split("/")[0]
+        is_choice = part in groups and "." not in key
+        if argument.startswith("-") or not equals or is_choice or part == "hydra":
+            continue
         if key not in every:
             raise unknown_key(key)
 

@@ -128,7 +128,9 @@ class PromCSE:
             vectors_ND = F.normalize(vectors_ND, dim=1) if normalize else vectors_ND
         if not bool(torch.isfinite(vectors_ND).all()):
             place = int((~torch.isfinite(vectors_ND)).any(1).nonzero()[0])
-            raise NonFiniteError(f"the vector of {sentences[place][:80]!r} is not finite: the adapter or the encoder is damaged")
+            raise NonFiniteError(
+                f"the vector of {sentences[place][:80]!r} is not finite: the adapter or the encoder is damaged"
+            )
         return vectors_ND.cpu().numpy()
 
     def _tokenize(self, sentences: Sequence[str]) -> Tokens:

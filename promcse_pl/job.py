@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from rich.console import Console
@@ -78,8 +78,7 @@ def run_job(config: Config, folder: Path, console: Console | None = None) -> dic
     except OSError as error:
         raise ConfigError(f"cannot make the run's folder {folder}: {error.strerror}") from error
     with _logging_to(folder / LOG, console):
-        results = _run(config, folder, console, started)
-    return results
+        return _run(config, folder, console, started)
 
 
 def _run(config: Config, folder: Path, console: Console, started: float) -> dict[str, Any]:
@@ -108,8 +107,8 @@ def _run(config: Config, folder: Path, console: Console, started: float) -> dict
         senteval_dir(config.data)  # before hours of training, not after
     device = pick_device(config.trainer.device)
     dtype, why = choose_dtype(config.trainer.precision, device)
-    trainer_config = dataclasses.replace(config.trainer, precision=str(dtype).removeprefix("torch."))
-    config = dataclasses.replace(config, trainer=trainer_config)
+    precision: Literal["bfloat16", "float32"] = "bfloat16" if dtype == torch.bfloat16 else "float32"
+    config = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, precision=precision))
     console.print(config_tree(config.to_dict()))
     log.info("device: %s; precision: %s", device.type, why)
 
@@ -208,7 +207,9 @@ def _run(config: Config, folder: Path, console: Console, started: float) -> dict
         "trained_parameters": trained,
         "trained_share": trained / total,
         "training_seconds": round(training_seconds, 2),
-        "rows_per_second": round(throughput.total_rows / throughput.total_seconds, 2) if throughput.total_seconds else None,
+        "rows_per_second": round(throughput.total_rows / throughput.total_seconds, 2)
+        if throughput.total_seconds
+        else None,
         "seconds": round(time.perf_counter() - started, 2),
         "tokens": {"cache": rows.fingerprint, "truncated": rows.truncated, "skipped_rows": len(rows.bad_rows)},
         "data": data_used,

@@ -64,7 +64,9 @@ def save_adapter(encoder: PromptEncoder, folder: Path, *, training: dict[str, An
     description = {**describe(encoder), "training": training or {}}
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True) as temporary:
+        with tempfile.TemporaryDirectory(
+            prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True
+        ) as temporary:
             new = Path(temporary) / "new"
             new.mkdir()
             save_file(state, new / WEIGHTS)
@@ -94,7 +96,9 @@ def load_adapter(folder: Path, *, encoder: str | None = None, dtype: torch.dtype
     if (folder / "adapter" / DESCRIPTION).is_file():
         folder = folder / "adapter"
     about = _read_description(folder)
-    backbone = FrozenBackbone.load(encoder or about["encoder"]["name"], revision=about["encoder"]["revision"], dtype=dtype)
+    backbone = FrozenBackbone.load(
+        encoder or about["encoder"]["name"], revision=about["encoder"]["revision"], dtype=dtype
+    )
     if backbone.identity.sha256 != about["encoder"]["sha256"]:
         raise AdapterError(
             f"{folder} was trained on {about['encoder']['name']} with weights {about['encoder']['sha256'][:12]}…, but "
@@ -192,10 +196,11 @@ def _fill(model: PromptEncoder, path: Path) -> None:
         raise AdapterError(f"{path} must hold the tensors {sorted(wanted)}, got {sorted(stored)}")
     for name, tensor in stored.items():
         if tensor.shape != wanted[name].shape:
-            raise AdapterError(f"{path}: {name} has shape {tuple(tensor.shape)}, the encoder needs {tuple(wanted[name].shape)}")
+            raise AdapterError(
+                f"{path}: {name} has shape {tuple(tensor.shape)}, the encoder needs {tuple(wanted[name].shape)}"
+            )
         if tensor.dtype != torch.float32:
             raise AdapterError(f"{path}: {name} is {tensor.dtype}, expected torch.float32")
         if not bool(torch.isfinite(tensor).all()):
             raise AdapterError(f"{path}: {name} holds values that are not finite")
     model.load_state_dict(stored, strict=True)
-

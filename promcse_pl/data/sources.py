@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -36,7 +37,9 @@ def senteval_dir(config: DataConfig) -> Path:
         ConfigError: data.dir is not set, or has no senteval/ in it.
     """
     if config.dir is None:
-        raise ConfigError("the STS tasks are read from data.dir/senteval, but data.dir is not set. Try: data.dir=FOLDER")
+        raise ConfigError(
+            "the STS tasks are read from data.dir/senteval, but data.dir is not set. Try: data.dir=FOLDER"
+        )
     folder = Path(config.dir).expanduser() / "senteval"
     if not folder.is_dir():
         raise ConfigError(
@@ -127,8 +130,10 @@ def _hold_out(source: RowSource, seed: int) -> tuple[RowSource, ScoredPairs]:
         if anchor in kept_back
         for text, score in ((positive, 1.0), (negative, 0.0))
     ]
-    remaining = memory_source(source.name, train)
-    return (
-        dataclasses.replace(remaining, rows=lambda bad: (bad.extend(bad_rows), iter(train))[1]),
-        ScoredPairs.of(f"{most} anchors kept back", pairs),
-    )
+
+    def remaining(bad: list[BadRow]) -> Iterator[tuple[str, ...]]:
+        bad.extend(bad_rows)
+        return iter(train)
+
+    kept = dataclasses.replace(memory_source(source.name, train), rows=remaining)
+    return kept, ScoredPairs.of(f"{most} anchors kept back", pairs)

@@ -16,7 +16,9 @@ def _checked(predicted: ArrayLike, gold: ArrayLike) -> tuple[NDArray[np.float64]
     if len(predicted_n) != len(gold_n) or len(gold_n) < 2:
         raise DataError(f"a correlation needs two or more pairs, got {len(predicted_n)} and {len(gold_n)} values")
     if not np.isfinite(predicted_n).all():
-        raise NonFiniteError(f"{int((~np.isfinite(predicted_n)).sum())} of {len(predicted_n)} similarities are not finite")
+        raise NonFiniteError(
+            f"{int((~np.isfinite(predicted_n)).sum())} of {len(predicted_n)} similarities are not finite"
+        )
     for name, values in (("similarities", predicted_n), ("gold scores", gold_n)):
         if np.ptp(values) == 0:
             raise DataError(f"all {len(values)} {name} equal {values[0]}: a correlation is not defined")

@@ -1,0 +1,1 @@
+"""The frozen encoder and the trained prompt; all contact with transformers."""

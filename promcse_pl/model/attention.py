@@ -9,7 +9,7 @@ outputs for prompt slots, so the encoder still returns T positions.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ def prompt_attention(
         The mixed values, (B, T, N, H), and no weights.
     """
     if prompt_kv is not None and prompt_kv.shape[-2] > 0:
-        prompt_key, prompt_value = prompt_kv[module.layer_idx].to(key_BNTH.dtype)
+        prompt_key, prompt_value = prompt_kv[cast(int, module.layer_idx)].to(key_BNTH.dtype)
         key_BNTH = torch.cat([prompt_key.expand(len(key_BNTH), -1, -1, -1), key_BNTH], dim=2)
         value_BNTH = torch.cat([prompt_value.expand(len(value_BNTH), -1, -1, -1), value_BNTH], dim=2)
         if attention_mask is not None:
@@ -65,7 +65,12 @@ def prompt_attention(
 
 
 def _dropped_attention(
-    query_BNTH: Tensor, key_BNTH: Tensor, value_BNTH: Tensor, mask: Tensor | None, probability: float, scaling: float | None
+    query_BNTH: Tensor,
+    key_BNTH: Tensor,
+    value_BNTH: Tensor,
+    mask: Tensor | None,
+    probability: float,
+    scaling: float | None,
 ) -> Tensor:
     """Attention with dropout, step by step: torch has no fused kernel for it on a CPU, and draws the mask slowly."""
     scores_BNTS = (query_BNTH * (scaling or query_BNTH.shape[-1] ** -0.5)) @ key_BNTH.transpose(-1, -2)

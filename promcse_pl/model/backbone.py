@@ -94,7 +94,9 @@ def _read_config(source: str | Path, name: str) -> Any:  # noqa: ANN401  (a tran
             if not isinstance(source, Path)
             else "expected a folder with config.json and model.safetensors as transformers writes them"
         )
-        raise EncoderError(f"cannot read the encoder {name}: {hint}. ({type(error).__name__}: {_first_line(error)})") from error
+        raise EncoderError(
+            f"cannot read the encoder {name}: {hint}. ({type(error).__name__}: {_first_line(error)})"
+        ) from error
     if config.model_type not in SUPPORTED:
         raise EncoderError(
             f"{name} is a {config.model_type} encoder, which cannot take a prompt in every layer. "
@@ -213,7 +215,9 @@ class FrozenBackbone(nn.Module):
                     **extra,
                 )
         except Exception as error:
-            raise EncoderError(f"cannot read the weights of {name}: {type(error).__name__}: {_first_line(error)}") from error
+            raise EncoderError(
+                f"cannot read the weights of {name}: {type(error).__name__}: {_first_line(error)}"
+            ) from error
         if report["missing_keys"]:
             raise EncoderError(
                 f"the weights of {name} lack {len(report['missing_keys'])} tensors of the encoder, such as "
@@ -243,7 +247,9 @@ class FrozenBackbone(nn.Module):
         from transformers import AutoTokenizer
 
         if self._source is None:
-            raise EncoderError(f"{self.identity.name} has no tokenizer: save one beside it with tokenizer.save_pretrained")
+            raise EncoderError(
+                f"{self.identity.name} has no tokenizer: save one beside it with tokenizer.save_pretrained"
+            )
         try:
             tokenizer = AutoTokenizer.from_pretrained(self._source)
         except Exception as error:
@@ -341,7 +347,9 @@ class FrozenBackbone(nn.Module):
             self.model.train(training)
             # a random direction: the sum over a LayerNorm's outputs is constant and has no gradient
             weights = torch.randn(states.last_hidden_state.shape, dtype=torch.float32).to(self.device)
-            (grad,) = torch.autograd.grad((states.last_hidden_state.float() * weights).sum(), prompt_kv, allow_unused=True)
+            (grad,) = torch.autograd.grad(
+                (states.last_hidden_state.float() * weights).sum(), prompt_kv, allow_unused=True
+            )
         reached = grad is not None and bool(grad.flatten(2).ne(0).any(-1).all())
         if not reached:
             raise EncoderError(
@@ -355,7 +363,9 @@ def _locate(name: str, revision: str | None) -> tuple[Path, str | None]:
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise EncoderError(f"{name} is a folder without config.json. Try: model.path=FOLDER with a transformers encoder")
+            raise EncoderError(
+                f"{name} is a folder without config.json. Try: model.path=FOLDER with a transformers encoder"
+            )
         return folder, None
     wheel = _wheel_folder(name)
     if wheel is not None:
@@ -372,4 +382,3 @@ def _locate(name: str, revision: str | None) -> tuple[Path, str | None]:
     except Exception as error:
         raise EncoderError(f"the hub did not give {name}: {type(error).__name__}: {_first_line(error)}") from error
     return Path(path), Path(path).name
-

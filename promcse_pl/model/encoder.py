@@ -132,8 +132,8 @@ class PromptEncoder(nn.Module):
         self.head_mode: Head = head
         self.head = None if head == "none" else MlpHead(backbone.width)
         self.position_offset = length if position_offset is None else position_offset
-        self.register_state_dict_post_hook(_drop_backbone)
-        self.register_load_state_dict_post_hook(_expect_no_backbone)
+        self.register_state_dict_post_hook(_drop_backbone)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_expect_no_backbone)  # type: ignore[no-untyped-call]
 
     @property
     def longest_input(self) -> int:
@@ -161,7 +161,9 @@ class PromptEncoder(nn.Module):
         chunks = plan_chunks(tokens.mask_NT.sum(1), chunk_tokens)
         pooled, hidden = [], []
         for rows in chunks:
-            chunk = tokens.select(rows, int(tokens.mask_NT[rows].sum(1).max()) if chunk_tokens else tokens.mask_NT.shape[1])
+            chunk = tokens.select(
+                rows, int(tokens.mask_NT[rows].sum(1).max()) if chunk_tokens else tokens.mask_NT.shape[1]
+            )
             # the MLM pass sees the same prompt with the same dropout mask
             dropped_kv = self.prompt.drop(prompt_kv, len(rows))
             pooled.append(self._pool(chunk, dropped_kv))

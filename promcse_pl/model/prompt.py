@@ -45,10 +45,11 @@ class DeepPrompt(nn.Module):
         nn.init.normal_(self.embedding.weight, std=INIT_STD)
         self.trans: nn.Sequential | None = None
         if projection_size is not None:
-            self.trans = nn.Sequential(nn.Linear(width, projection_size), nn.Tanh(), nn.Linear(projection_size, flat))
-            for layer in (self.trans[0], self.trans[2]):
+            layers_in_out = nn.Linear(width, projection_size), nn.Linear(projection_size, flat)
+            for layer in layers_in_out:
                 nn.init.normal_(layer.weight, std=INIT_STD)
                 nn.init.zeros_(layer.bias)
+            self.trans = nn.Sequential(layers_in_out[0], nn.Tanh(), layers_in_out[1])
 
     def forward(self) -> Tensor:
         """Return the keys and values shared by all sentences, (L, 2, 1, N, P, H), before dropout."""

@@ -1,0 +1,1 @@
+"""Where numbers go: the local history and W&B."""

@@ -32,7 +32,9 @@ def resolve_mode(setting: str) -> str:
     if from_environment:
         mode = {"dryrun": "offline", "run": "online"}.get(from_environment, from_environment)
         if mode not in MODES:
-            raise ConfigError(f"WANDB_MODE must be one of {', '.join(MODES)}, got {from_environment!r}. Try: unset WANDB_MODE")
+            raise ConfigError(
+                f"WANDB_MODE must be one of {', '.join(MODES)}, got {from_environment!r}. Try: unset WANDB_MODE"
+            )
         return mode
     if setting != "auto":
         return setting
@@ -65,7 +67,7 @@ def start_wandb(config: Config, folder: Path) -> WandbLogger | None:
 
     tracking = config.tracking
     settings = wandb.Settings(
-        mode=mode,  # type: ignore[arg-type]
+        mode=mode,
         console="off",
         silent=True,
         disable_git=True,

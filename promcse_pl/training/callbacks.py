@@ -27,7 +27,7 @@ class BestByDev(pl.Callback):
         every: Steps between two looks; the last step is always looked at.
     """
 
-    def __init__(self, dev: ScoredPairs, tokenizer: Any, *, every: int) -> None:  # noqa: ANN401
+    def __init__(self, dev: ScoredPairs, tokenizer: Any, *, every: int) -> None:
         self.dev, self.tokenizer, self.every = dev, tokenizer, every
         self.best_score: float | None = None
         self.best_step: int | None = None
@@ -35,7 +35,11 @@ class BestByDev(pl.Callback):
         self._best: dict[str, Tensor] = {}
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any  # noqa: ANN401
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        *_: Any,
+        **__: Any,
     ) -> None:
         """Look at the development set when it is time."""
         assert isinstance(pl_module, PromcseModule)
@@ -52,9 +56,15 @@ class BestByDev(pl.Callback):
         for logger in trainer.loggers:
             logger.log_metrics({"dev/spearman": 100 * score, "dev/best_spearman": 100 * self.best_score}, step=step)
         module.log("dev", 100 * score, prog_bar=True, logger=False)
-        log.info("step %d: dev Spearman %.2f (best %.2f at step %d)", step, 100 * score, 100 * self.best_score, self.best_step)
+        log.info(
+            "step %d: dev Spearman %.2f (best %.2f at step %d)",
+            step,
+            100 * score,
+            100 * self.best_score,
+            self.best_step,
+        )
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the best tensors back."""
         if self._best:
             assert isinstance(pl_module, PromcseModule)
@@ -70,12 +80,17 @@ class Throughput(pl.Callback):
         self.total_rows, self.total_seconds = 0, 0.0
         self._seconds, self._start = 0.0, 0.0
 
-    def on_train_batch_start(self, *_: Any, **__: Any) -> None:  # noqa: ANN401
+    def on_train_batch_start(self, *_: Any, **__: Any) -> None:
         """Start the clock of a step."""
         self._start = time.perf_counter()
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: TrainBatch, batch_idx: int  # noqa: ANN401, ARG002
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: TrainBatch,
+        batch_idx: int,
     ) -> None:
         """Count the step and log when it is time."""
         if batch.tokens.ids_NT.is_cuda:
@@ -105,12 +120,16 @@ class ProgressLines(pl.Callback):
     def __init__(self) -> None:
         self._start = 0.0
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""
         self._start = time.perf_counter()
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any  # noqa: ANN401
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        *_: Any,
+        **__: Any,
     ) -> None:
         """Write a line when another tenth is done."""
         assert isinstance(pl_module, PromcseModule)

@@ -33,4 +33,7 @@ def choose_dtype(setting: str, device: torch.device) -> tuple[torch.dtype, str]:
         return getattr(torch, setting), f"{setting} (as set)"
     gain = measure_bfloat16_gain(device)
     dtype = torch.bfloat16 if gain >= GAIN else torch.float32
-    return dtype, f"{str(dtype).removeprefix('torch.')} (a bfloat16 product is {gain:.1f}x as fast as a float32 one here)"
+    return (
+        dtype,
+        f"{str(dtype).removeprefix('torch.')} (a bfloat16 product is {gain:.1f}x as fast as a float32 one here)",
+    )

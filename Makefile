@@ -1,0 +1,28 @@
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format constraints
+PYTHON ?= .venv/bin/python
+
+help: ## show the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: ## create .venv with all that development needs
+	python3 -m venv .venv
+	.venv/bin/pip install -c constraints.txt -e '.[dev]'
+
+demo: ## train and evaluate the embedded default
+	$(PYTHON) run.py
+
+test: ## run the tests
+	$(PYTHON) -m pytest
+
+lint: ## ruff and mypy
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+format: ## let ruff write the code's form
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+constraints: ## resolve all extras anew and write constraints.txt
+	bash tools/write_constraints.sh
