@@ -35,8 +35,7 @@ def main(composed: DictConfig) -> None:
 
             run_job(config, folder)
     except PromcseError as error:
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+        _remove_empty(folder)
         _stop(error)
 
 
@@ -50,6 +49,22 @@ def _run_apart(config: Config, folder: Path) -> None:
         raise PromcseError(f"the job in {folder} failed; its run.log says why")
 
 
+def _remove_empty(folder: Path) -> None:
+    """Remove the folder that Hydra made for a run that never began, and its parents below here that held nothing else."""
+    here = Path.cwd()
+    while folder.is_dir() and folder != here and not any(folder.iterdir()):
+        folder.rmdir()
+        folder = folder.parent
+        if here not in folder.parents:
+            return
+
+
+def _choices() -> dict[str, list[str]]:
+    """Return the groups of conf/ and what each offers; recipe/ is chosen by mode and model."""
+    groups = sorted(path for path in CONF.iterdir() if path.is_dir())
+    return {group.name: sorted(path.stem for path in group.glob("*.yaml")) for group in groups}
+
+
 def _stop(error: PromcseError) -> None:
     sys.stderr.write(f"error: {error}\n")
     sys.exit(2)
@@ -57,7 +72,7 @@ def _stop(error: PromcseError) -> None:
 
 if __name__ == "__main__":
     try:
-        check_overrides(sys.argv[1:], groups=[path.name for path in CONF.iterdir() if path.is_dir()])
+        check_overrides(sys.argv[1:], _choices())
     except ConfigError as error:
         _stop(error)
     main()

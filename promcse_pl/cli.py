@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,11 +17,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         code: int = options.run(options)
+        sys.stdout.flush()
     except PromcseError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output has gone, as with `promcse ... | head`
+    except BrokenPipeError:  # the reader of our output has gone, as with `promcse ... | head`
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # so that Python's last flush has nothing to tell
         return 0
     return code
 
@@ -39,15 +43,52 @@ def _parser() -> argparse.ArgumentParser:
 
     encode = commands.add_parser("encode", help="sentences to vectors")
     encode.add_argument("adapter", type=Path, help="adapter folder or run folder")
-    encode.add_argument("sentences", type=Path, help="text file, one sentence a line (.gz too)")
-    encode.add_argument("--out", type=Path, required=True, help="the vectors, (sentences, width) float32, as .npy")
+    encode.add_argument(
+        "sentences", metavar="FILE", help="one sentence a line (csv, jsonl, .gz... too); - reads a pipe"
+    )
+    encode.add_argument(
+        "--out",
+        metavar="FILE",
+        type=Path,
+        required=True,
+        help="unit vectors, (sentences, width) float32, as .npy; - prints a JSON list a line",
+    )
     encode.set_defaults(run=_encode)
 
-    similarity = commands.add_parser("similarity", help="cosine of two sentences")
+    search = commands.add_parser("search", help="the sentences of a file that are nearest to a query")
+    search.add_argument("adapter", type=Path, help="adapter folder or run folder")
+    search.add_argument("corpus", metavar="FILE", help="as for encode")
+    search.add_argument(
+        "query", help="a sentence: prints score, tab, sentence; - reads queries, prints a JSON object each"
+    )
+    search.add_argument("--top-k", type=int, default=5, help="most hits of a query (default 5)")
+    search.add_argument("--threshold", type=float, default=0.6, help="least cosine of a hit, in [-1, 1] (default 0.6)")
+    search.set_defaults(run=_search)
+
+    similarity = commands.add_parser("similarity", help="cosine of two sentences, or of two files line by line")
     similarity.add_argument("adapter", type=Path, help="adapter folder or run folder")
-    similarity.add_argument("first")
-    similarity.add_argument("second")
+    similarity.add_argument("first", help="a sentence, a file as for encode, or - for a pipe")
+    similarity.add_argument("second", help="the same")
     similarity.set_defaults(run=_similarity)
+
+    official = commands.add_parser("import", help="a checkpoint of the official PromCSE code to an adapter")
+    official.add_argument("source", metavar="FOLDER_OR_HUB_ID", help="published folder or hub id")
+    official.add_argument(
+        "--pooling", help="cls, cls_before_pooler, avg, avg_top2, avg_first_last (default: seen or guessed)"
+    )
+    official.add_argument(
+        "--encoder", metavar="NAME", help="refer to this encoder if it equals the checkpoint's bit for bit"
+    )
+    official.add_argument("-o", "--out", metavar="ADAPTER", type=Path, required=True, help="the new adapter's folder")
+    official.set_defaults(run=_import)
+
+    export = commands.add_parser("export", help="an adapter to the format of other software")
+    export.add_argument("adapter", type=Path, help="adapter folder or run folder")
+    export.add_argument(
+        "--to", choices=("official",), required=True, help="official: the PromCSE code, transformers 4.2.1"
+    )
+    export.add_argument("-o", "--out", metavar="FOLDER", type=Path, required=True, help="the new folder")
+    export.set_defaults(run=_export)
     return parser
 
 
@@ -62,29 +103,122 @@ def _encode(options: argparse.Namespace) -> int:
     import numpy as np
     from rich.console import Console
 
-    from promcse_pl.data.readers import read_rows
     from promcse_pl.embedder import PromCSE
     from promcse_pl.terminal import progress_bar
 
-    if options.out.suffix != ".npy":
-        raise DataError(f"--out must end in .npy, got {options.out}")
-    if not options.out.absolute().parent.is_dir():
-        raise DataError(f"the folder of --out {options.out} does not exist")
-    sentences = [text for (text,) in read_rows(options.sentences, width=1)]
+    out: Path = options.out
+    if out != Path("-") and out.suffix != ".npy":
+        raise DataError(f"--out must end in .npy, or be - for standard output, got {out}")
+    if not out.absolute().parent.is_dir():
+        raise DataError(f"the folder of --out {out} does not exist")
+    sentences = _sentences(options.sentences)
     model = PromCSE.load(options.adapter)
     with progress_bar(Console(stderr=True), "encoding", len(sentences)) as progress:
-        vectors = model.encode(sentences, progress=progress)
-    temporary = options.out.with_name(f".{options.out.name}.tmp.npy")
-    np.save(temporary, vectors)
-    temporary.replace(options.out)
-    sys.stdout.write(f"{options.out}: {vectors.shape[0]} x {vectors.shape[1]} float32, unit length\n")
+        vectors_ND = model.encode(sentences, progress=progress)
+    if out == Path("-"):
+        for vector_D in vectors_ND:
+            sys.stdout.write(
+                f"[{', '.join(map(str, vector_D))}]\n"
+            )  # of float32 the shortest decimals that give it back
+        return 0
+    temporary = out.with_name(f".{out.name}.tmp.npy")
+    try:
+        np.save(temporary, vectors_ND)
+        temporary.replace(out)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise DataError(f"cannot write {out}: {error.strerror or error}") from error
+    sys.stdout.write(f"{out}: {vectors_ND.shape[0]} x {vectors_ND.shape[1]} float32, unit length\n")
+    return 0
+
+
+def _search(options: argparse.Namespace) -> int:
+    import json
+
+    from rich.console import Console
+
+    from promcse_pl.embedder import PromCSE
+    from promcse_pl.index import check_search
+    from promcse_pl.terminal import progress_bar
+
+    check_search(options.top_k, options.threshold)  # before the corpus is encoded
+    corpus = _sentences(options.corpus)
+    queries = _sentences("-") if options.query == "-" else [options.query]
+    model = PromCSE.load(options.adapter)
+    with progress_bar(Console(stderr=True), "encoding", len(corpus)) as progress:
+        model.build_index(corpus, progress=progress)
+    found = model.search(queries, top_k=options.top_k, threshold=options.threshold)
+    if options.query == "-":
+        for query, hits in zip(queries, found, strict=True):
+            named = [{"sentence": sentence, "score": score} for sentence, score in hits]
+            sys.stdout.write(json.dumps({"query": query, "hits": named}, ensure_ascii=False) + "\n")
+    else:
+        sys.stdout.write("".join(f"{score:.4f}\t{sentence}\n" for sentence, score in found[0]))
+        if not found[0]:
+            sys.stderr.write(f"no sentence has a cosine of {options.threshold} or more. Try: --threshold 0\n")
     return 0
 
 
 def _similarity(options: argparse.Namespace) -> int:
     from promcse_pl.embedder import PromCSE
 
-    sys.stdout.write(f"{float(PromCSE.load(options.adapter).similarity(options.first, options.second)):.4f}\n")
+    given = (options.first, options.second)
+    files = [_names_file(text) for text in given]
+    if files[0] != files[1]:
+        raise DataError(f"similarity takes two sentences or two files, got one file: {given[files.index(True)]}")
+    first, second = (_sentences(text) if files[0] else [text] for text in given)
+    if len(first) != len(second):
+        raise DataError(
+            f"the files must have as many lines as each other, got {len(first)} in {given[0]} and {len(second)} in {given[1]}"
+        )
+    vectors_ND = PromCSE.load(options.adapter).encode([*first, *second])
+    cosines_N = (vectors_ND[: len(first)] * vectors_ND[len(first) :]).sum(1)
+    sys.stdout.write("".join(f"{cosine:.4f}\n" for cosine in cosines_N))
+    return 0
+
+
+def _names_file(text: str) -> bool:
+    """Tell a file (or -) from a sentence; what looks like a file's name is one, so that a typo is not taken for a sentence."""
+    from promcse_pl.data.readers import SUFFIXES, file_suffix
+
+    exists = os.path.isfile(text)  # noqa: PTH113  (Path.is_file raises for a long sentence)
+    return text == "-" or exists or (" " not in text and file_suffix(Path(text)) in SUFFIXES)
+
+
+def _sentences(file: str) -> list[str]:
+    """Return the sentences of a file, or for - the lines of standard input."""
+    from promcse_pl.data.readers import read_rows
+
+    if file != "-":
+        return [text for (text,) in read_rows(Path(file), width=1)]
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"standard input is not UTF-8: {error}") from None
+    lines = [line.removesuffix("\r") for line in text.rstrip("\r\n").split("\n")]
+    if lines == [""]:
+        raise DataError("standard input holds no sentence; it can be read only once, so only one - is allowed")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            raise DataError(f"standard input:{number}: the line is empty")
+    return lines
+
+
+def _import(options: argparse.Namespace) -> int:
+    from promcse_pl.adapter.files import save_adapter
+    from promcse_pl.adapter.official import import_official
+
+    imported = import_official(options.source, pooling=options.pooling, encoder=options.encoder)
+    save_adapter(imported.encoder, options.out)
+    sys.stdout.write("".join(f"{line}\n" for line in (*imported.notes, f"adapter: {options.out}")))
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from promcse_pl.adapter.files import load_adapter
+    from promcse_pl.adapter.official import export_official
+
+    sys.stdout.write(export_official(load_adapter(options.adapter), options.out))
     return 0
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -77,6 +79,7 @@ class DataConfig:
     """Folder of the token cache; None: $XDG_CACHE_HOME/promcse_pl or ~/.cache/promcse_pl."""
 
     def __post_init__(self) -> None:
+        _require(bool(self.train.strip()), "data.train", self.train, "`demo` or a file", "my.csv")
         _require(3 <= self.max_length <= 512, "data.max_length", self.max_length, "in [3, 512] tokens", 32)
         _require(self.batch_size >= 2, "data.batch_size", self.batch_size, "at least 2 (a row needs others)", 256)
         _require(
@@ -318,28 +321,43 @@ def unknown_key(key: str) -> ConfigError:
     every = [known for group in keys.values() for known in group]
     near = difflib.get_close_matches(key, every, n=3, cutoff=0.6)
     meant = f" Did you mean {' or '.join(near)}?" if near else ""
-    allowed = keys.get(part) or sorted(part for part in keys if part)
-    return ConfigError(
-        f"{key} is not a setting.{meant} Allowed{f' under {part}' if part in keys and part else ''}: {', '.join(allowed)}"
-    )
+    if part and part in keys:
+        return ConfigError(f"{key} is not a setting.{meant} Allowed under {part}: {', '.join(keys[part])}")
+    return ConfigError(f"{key} is not a setting.{meant} Allowed: {', '.join([*sorted(filter(None, keys)), *keys['']])}")
 
 
-def check_overrides(arguments: Sequence[str], groups: Sequence[str]) -> None:
-    """Refuse `key=value` arguments whose key is neither a setting nor a group of conf/, before Hydra composes anything.
+def check_overrides(arguments: Sequence[str], groups: Mapping[str, Sequence[str]]) -> None:
+    """Refuse `key=value` arguments that name no setting, no group of conf/ or no choice of it, before Hydra composes anything.
+
+    Args:
+        arguments: The command line.
+        groups: Groups of conf/, and the choices of each.
 
     Raises:
-        ConfigError: With the nearest keys.
+        ConfigError: With the nearest keys or choices.
     """
     every = {known for keys in setting_keys().values() for known in keys} | set(setting_keys())
     for argument in arguments:
-        key, equals, _ = argument.partition("=")
+        key, equals, value = argument.partition("=")
         key = key.lstrip("+~").partition("@")[0]
         part = key.split(".")[0].split("/")[0]
         is_choice = part in groups and "." not in key
         if argument.startswith("-") or not equals or is_choice or part == "hydra":
+            if not argument.startswith("-") and equals and groups.get(key):
+                _check_choice(key, value, groups[key])
             continue
         if key not in every:
             raise unknown_key(key)
+
+
+def _check_choice(group: str, value: str, choices: Sequence[str]) -> None:
+    """Refuse a name, or one of a sweep's names, that a group of conf/ does not have; Hydra's own syntax is left to Hydra."""
+    for choice in value.split(","):
+        name = choice.strip().removesuffix(".yaml")
+        if re.fullmatch(r"[\w.-]+", name) and name not in (*choices, "null"):
+            near = difflib.get_close_matches(name, choices, n=3)
+            meant = f" Did you mean {' or '.join(f'{group}={one}' for one in near)}?" if near else ""
+            raise ConfigError(f"{group}={name} is not a choice.{meant} Allowed: {', '.join(choices)}")
 
 
 def _build(schema: type, raw: object, prefix: str) -> Any:  # noqa: ANN401  (an instance of schema)
@@ -354,7 +372,7 @@ def _build(schema: type, raw: object, prefix: str) -> Any:  # noqa: ANN401  (an 
         key = f"{prefix}.{item.name}" if prefix else item.name
         hint = hints[item.name]
         if item.name in raw:
-            values[item.name] = _convert(hint, raw[item.name], key)
+            values[item.name] = _convert(hint, raw[item.name], key, item.default)
         elif dataclasses.is_dataclass(hint) and _all_default(hint):
             values[item.name] = hint()  # type: ignore[operator]
         elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
@@ -369,7 +387,7 @@ def _all_default(schema: Any) -> bool:  # noqa: ANN401
     )
 
 
-def _convert(hint: Any, value: object, key: str) -> Any:  # noqa: ANN401
+def _convert(hint: Any, value: object, key: str, default: object = None) -> Any:  # noqa: ANN401
     """Return `value` as the type `hint`, without guessing: only an integer counts as a float, nothing as a string."""
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, key)  # type: ignore[arg-type]
@@ -386,14 +404,42 @@ def _convert(hint: Any, value: object, key: str) -> Any:  # noqa: ANN401
                 continue
     elif origin is list and isinstance(value, list):
         (item,) = get_args(hint)
-        return [_convert(item, entry, key) for entry in value]
+        with suppress(ConfigError):
+            return [_convert(item, entry, key) for entry in value]
     elif origin is Literal and isinstance(value, str) and value in get_args(hint):
         return value
     elif (hint is float and type(value) in (int, float)) or (hint is not float and type(value) is hint):
         return float(value) if hint is float else value  # type: ignore[arg-type]
-    near = difflib.get_close_matches(str(value), [str(arg) for arg in get_args(hint)], n=1)
-    meant = f" Did you mean {key}={near[0]}?" if near else ""
-    raise ConfigError(f"{key} must be {_describe(hint)}, got {value!r}.{meant}")
+    raise ConfigError(
+        f"{key} must be {_describe(hint)}, got {value!r}. Try: python run.py {_example(hint, value, key, default)}"
+    )
+
+
+def _example(hint: Any, value: object, key: str, default: object) -> str:  # noqa: ANN401
+    """Return what to type in place of a value of the wrong type."""
+    if get_origin(hint) in (Union, types.UnionType):
+        hint = next(option for option in get_args(hint) if option is not types.NoneType)
+    entries = value if isinstance(value, list) and value else [value]
+    if get_origin(hint) is list:
+        (item,) = get_args(hint)
+        return f"'{key}=[{','.join(_example_text(item, entry) for entry in entries)}]'"
+    if hint is str:
+        return f"'{key}={_example_text(hint, value)}'"
+    if get_origin(hint) is Literal:
+        return f"{key}={_example_text(hint, value)}"
+    if default is None or default is dataclasses.MISSING:
+        default = {int: 100, float: 0.1, bool: True}[hint]
+    return f"{key}={str(default).lower()}"
+
+
+def _example_text(hint: Any, value: object) -> str:  # noqa: ANN401
+    """Return a choice or text near to `value`; a number that shall be text needs quotes to pass Hydra."""
+    if get_origin(hint) is Literal:
+        choices = get_args(hint)
+        return str((difflib.get_close_matches(str(value), choices, n=1) or choices)[0])
+    if isinstance(value, str):
+        return value
+    return f'"{str(value).lower()}"' if isinstance(value, bool | int | float) else "TEXT"
 
 
 def _describe(hint: Any) -> str:  # noqa: ANN401
@@ -405,4 +451,6 @@ def _describe(hint: Any) -> str:  # noqa: ANN401
         return " or ".join(_describe(arg) for arg in args)
     if origin is list:
         return f"a list (like [a,b]) whose entries are {_describe(args[0])}"
-    return names.get(hint, getattr(hint, "__name__", str(hint)))
+    if dataclasses.is_dataclass(hint):
+        return f"settings ({', '.join(item.name for item in dataclasses.fields(hint))})"
+    return names[hint]

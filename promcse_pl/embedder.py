@@ -15,7 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
+from promcse_pl.adapter.files import adapter_hash, load_adapter
 from promcse_pl.errors import ConfigError, DataError, NonFiniteError
+from promcse_pl.index import Hit, Kind, SentenceIndex
 from promcse_pl.model.encoder import PromptEncoder, Tokens
 
 Vectors = NDArray[np.float32]
@@ -36,12 +38,16 @@ class PromCSE:
         >>> model = PromCSE.load("outputs/.../adapter")  # doctest: +SKIP
         >>> vectors = model.encode(["A woman is reading.", "Someone reads."])  # doctest: +SKIP
         >>> model.similarity("A woman is reading.", "Someone reads.")  # doctest: +SKIP
+        >>> model.build_index(["Someone reads a book.", "A dog sleeps."])  # doctest: +SKIP
+        >>> model.search("A woman is reading.", top_k=1)  # doctest: +SKIP
+        [('Someone reads a book.', 0.810473)]
     """
 
     def __init__(self, encoder: PromptEncoder, tokenizer: Any | None = None) -> None:  # noqa: ANN401
         self.encoder = encoder
         self.tokenizer = encoder.backbone.tokenizer if tokenizer is None else tokenizer
         self._lock = threading.Lock()
+        self._index: SentenceIndex | None = None
 
     @classmethod
     def load(
@@ -59,8 +65,6 @@ class PromCSE:
             AdapterError: The folder is not an adapter, is damaged, or belongs to another encoder.
             EncoderError: The encoder is not to be found.
         """
-        from promcse_pl.adapter.files import load_adapter
-
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ConfigError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
         return cls(load_adapter(Path(folder), encoder=encoder, dtype=getattr(torch, dtype)).to(pick_device(device)))
@@ -99,7 +103,7 @@ class PromCSE:
             (N, D) float32; (D,) for a single sentence; (0, D) for an empty list.
 
         Raises:
-            DataError: Something that is not text; it names the place in the list.
+            DataError: Something that is not text, or half a surrogate pair; it names the place in the list.
             NonFiniteError: A vector is not finite.
         """
         if isinstance(sentences, str):
@@ -108,6 +112,10 @@ class PromCSE:
         for place, sentence in enumerate(sentences):
             if not isinstance(sentence, str):
                 raise DataError(f"sentence {place} is {type(sentence).__name__} ({sentence!r}), not text")
+            try:
+                sentence.encode()
+            except UnicodeEncodeError:
+                raise DataError(f"sentence {place} holds half a surrogate pair, which no tokenizer takes") from None
         vectors_ND = np.empty((len(sentences), self.width), dtype=np.float32)
         for start in range(0, len(sentences), BLOCK_SENTENCES):
             block = sentences[start : start + BLOCK_SENTENCES]
@@ -120,6 +128,89 @@ class PromCSE:
         """Return the cosine of every sentence of `a` with every one of `b`: (A, B) float32; a single sentence has no axis."""
         cosines: NDArray[np.float32] = self.encode(a) @ self.encode(b).T
         return cosines
+
+    def build_index(
+        self, sentences: Sequence[str], *, kind: Kind = "exact", progress: Callable[[int], None] | None = None
+    ) -> None:
+        """Encode the sentences that `search` will look through, in the place of those of an earlier index.
+
+        Args:
+            sentences: At least one; a sentence that stands twice is found twice.
+            kind: `exact`, or through FAISS (extra `faiss`) `flat` or `ivf`; see `promcse_pl.index.SentenceIndex`.
+            progress: See `encode`.
+
+        Raises:
+            ConfigError: An unknown kind, or FAISS is not installed.
+            DataError: No sentences, or something that is not text.
+        """
+        index = SentenceIndex(kind)
+        if isinstance(sentences, str) or not len(sentences):
+            raise DataError(
+                f'an index needs a list of sentences, got {sentences!r}. Try: build_index(["A woman reads."])'
+            )
+        index.add(self.encode(sentences, progress=progress), sentences)
+        self._index = index
+
+    def add(self, sentences: Sequence[str]) -> None:
+        """Append sentences to the index.
+
+        Raises:
+            DataError: There is no index yet, or something that is not text.
+        """
+        if isinstance(sentences, str):
+            raise DataError(f"add needs a list of sentences, got {sentences!r}. Try: add([{sentences!r}])")
+        self._built_index().add(self.encode(sentences), sentences)
+
+    @overload
+    def search(  # type: ignore[overload-overlap]  # a str is a Sequence[str] too
+        self, queries: str, *, top_k: int = 5, threshold: float = 0.6
+    ) -> list[Hit]: ...
+    @overload
+    def search(self, queries: Sequence[str], *, top_k: int = 5, threshold: float = 0.6) -> list[list[Hit]]: ...
+    def search(
+        self, queries: str | Sequence[str], *, top_k: int = 5, threshold: float = 0.6
+    ) -> list[Hit] | list[list[Hit]]:
+        """Return the nearest sentences of the index with their cosines, the best first; equal ones in the order they were added.
+
+        Args:
+            queries: One sentence or many.
+            top_k: Most hits of each query, at least 1; all if the index holds fewer.
+            threshold: Least cosine of a hit, in [-1, 1].
+
+        Returns:
+            A list of (sentence, cosine) for one query; for many a list of such lists, empty where nothing reaches the threshold.
+
+        Raises:
+            ConfigError: top_k or threshold out of range.
+            DataError: There is no index yet, or a query is not text.
+        """
+        if isinstance(queries, str):
+            return self.search([queries], top_k=top_k, threshold=threshold)[0]
+        return self._built_index().search(self.encode(queries), top_k=top_k, threshold=threshold)
+
+    def save_index(self, folder: str | Path) -> None:
+        """Write the index as a folder of its own; an index that is already there is replaced.
+
+        Raises:
+            AdapterError: The place holds something else, or cannot be written.
+            DataError: There is no index yet.
+        """
+        self._built_index().save(Path(folder), adapter=adapter_hash(self.encoder))
+
+    def load_index(self, folder: str | Path) -> None:
+        """Read an index that this adapter made, in the place of an earlier one.
+
+        Raises:
+            AdapterError: Another adapter made it.
+            DataError: It is not an index, or a file is missing, cut short or changed.
+            ConfigError: It needs FAISS, which is not installed.
+        """
+        self._index = SentenceIndex.load(Path(folder), adapter=adapter_hash(self.encoder))
+
+    def _built_index(self) -> SentenceIndex:
+        if self._index is None:
+            raise DataError("there is no index yet. Try: model.build_index(sentences), or model.load_index(folder)")
+        return self._index
 
     def _encode_block(self, sentences: Sequence[str], normalize: bool) -> Vectors:
         tokens = self._tokenize(sentences)
@@ -139,6 +230,7 @@ class PromCSE:
             truncation=True,
             max_length=self.max_tokens,
             padding=True,
+            padding_side="right",
             return_token_type_ids=False,
             return_tensors="pt",
         )

@@ -17,7 +17,7 @@ import yaml
 from rich.console import Console
 
 from promcse_pl.config import Config
-from promcse_pl.errors import ConfigError, DataError
+from promcse_pl.errors import ConfigError, DataError, EncoderError
 from promcse_pl.version import __version__
 
 log = logging.getLogger("promcse_pl")
@@ -73,12 +73,36 @@ def run_job(config: Config, folder: Path, console: Console | None = None) -> dic
     started = time.perf_counter()
     if (folder / CONFIG).exists():
         raise ConfigError(f"{folder} already holds a run. Try another folder, or delete this one")
+    check_inputs(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot make the run's folder {folder}: {error.strerror}") from error
     with _logging_to(folder / LOG, console):
         return _run(config, folder, console, started)
+
+
+def check_inputs(config: Config) -> None:
+    """Look whether the files, folders and modes that a config names are there: in a second, before torch and any model.
+
+    Raises:
+        ConfigError, DataError, EncoderError: Something is missing.
+    """
+    from promcse_pl.data.sources import find_file, senteval_dir
+    from promcse_pl.tracking.wandb import resolve_mode
+
+    resolve_mode(config.tracking.wandb)
+    path = config.model.path
+    if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).expanduser().is_dir():
+        raise EncoderError(
+            f"the encoder folder {path} does not exist (current folder: {Path.cwd()}). Try: model.path=FOLDER"
+        )
+    if "sts" in config.evaluation.tasks or config.data.dev == "stsb":
+        senteval_dir(config.data)
+    if config.data.train != "demo":
+        find_file(config.data.train, config.data, "data.train")
+    if config.data.dev not in ("demo", "stsb", "holdout", None):
+        find_file(config.data.dev, config.data, "data.dev")
 
 
 def _run(config: Config, folder: Path, console: Console, started: float) -> dict[str, Any]:
@@ -96,15 +120,11 @@ def _run(config: Config, folder: Path, console: Console, started: float) -> dict
         from promcse_pl.model.encoder import PromptEncoder
         from promcse_pl.model.mlm import MlmHead
         from promcse_pl.tracking.local import JsonlLogger
-        from promcse_pl.tracking.wandb import finish_wandb, start_wandb
+        from promcse_pl.tracking.wandb import abandon_wandb, finish_wandb, start_wandb
         from promcse_pl.training.callbacks import BestByDev, ProgressLines, Throughput
         from promcse_pl.training.module import PromcseModule
         from promcse_pl.training.precision import choose_dtype
 
-    if "sts" in config.evaluation.tasks:
-        from promcse_pl.data.sources import senteval_dir
-
-        senteval_dir(config.data)  # before hours of training, not after
     device = pick_device(config.trainer.device)
     dtype, why = choose_dtype(config.trainer.precision, device)
     precision: Literal["bfloat16", "float32"] = "bfloat16" if dtype == torch.bfloat16 else "float32"
@@ -187,7 +207,12 @@ def _run(config: Config, folder: Path, console: Console, started: float) -> dict
             default_root_dir=folder,
         )
         training_started = time.perf_counter()
-        trainer.fit(module, datamodule=data)
+        try:
+            trainer.fit(module, datamodule=data)
+        except BaseException:
+            if wandb_logger:
+                abandon_wandb(wandb_logger)
+            raise
         training_seconds = time.perf_counter() - training_started
 
     summary = {
@@ -221,7 +246,7 @@ def _run(config: Config, folder: Path, console: Console, started: float) -> dict
         console.print(score_table("Spearman x 100 (higher is better)", scores))
     sync = finish_wandb(wandb_logger, results, folder / ADAPTER) if wandb_logger else None
     if sync:
-        log.info("W&B has no key here, the run is offline. To upload it: wandb login && %s", sync)
+        log.info("the W&B run is offline. To upload it: wandb login && %s", sync)
     log.info("adapter: %s (%.0f s in all)", folder / ADAPTER, results["seconds"])
     return results
 
@@ -258,11 +283,11 @@ def _write_text(path: Path, text: str) -> None:
 @contextmanager
 def _logging_to(path: Path, console: Console) -> Iterator[None]:
     """Send the package's log lines to the terminal and, with times, to a file."""
-    from rich.logging import RichHandler
+    from promcse_pl.terminal import ConsoleHandler
 
     to_file = logging.FileHandler(path, encoding="utf-8")
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    to_terminal = RichHandler(console=console, show_path=False, show_time=False, show_level=False, markup=False)
+    to_terminal = ConsoleHandler(console)
     handlers = (to_file, to_terminal)
     level = log.level
     log.setLevel(logging.INFO)

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.tree import Tree
+
+
+class ConsoleHandler(logging.Handler):
+    """Prints log lines unbroken, however long: a command or path in them can be copied."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a line; from a warning on with its level before it."""
+        level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        self.console.print(f"{level}{self.format(record)}", soft_wrap=True, markup=False)
 
 
 def config_tree(config: Mapping[str, Any]) -> Tree:
@@ -36,11 +51,14 @@ def score_table(title: str, scores: Mapping[str, Mapping[str, float]]) -> Table:
         title: What is measured, in which unit.
         scores: Model -> task -> score.
     """
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
+    # seven STS tasks, their mean and dev must fit 80 columns
+    table = Table(
+        title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=title, min_width=len(title)
+    )
+    table.add_column("", no_wrap=True)
     rows = list(scores.items())
     for task in rows[0][1]:
-        table.add_column(task, justify="right")
+        table.add_column(task, justify="right", no_wrap=True)
     for name, row in rows:
         table.add_row(name, *(f"{value:.2f}" for value in row.values()))
     if len(rows) == 2:

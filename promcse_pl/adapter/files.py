@@ -1,18 +1,23 @@
 """An adapter on disk: adapter.safetensors (the trained tensors) and adapter.json (all that is needed to use them).
 
-No code is stored and none is run. The folder is written under a temporary name and renamed, so it is whole or absent.
+The frozen encoder is referred to by name; where no name gives it, it lies in the adapter's own folder encoder/. No code is
+stored and none is run. The folder is written under a temporary name and renamed, so it is whole or absent.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from promcse_pl.errors import AdapterError
 from promcse_pl.model.backbone import FrozenBackbone
@@ -23,6 +28,8 @@ from promcse_pl.version import __version__
 FORMAT = 1
 """Grows when an older version could misread a newer folder."""
 WEIGHTS, DESCRIPTION = "adapter.safetensors", "adapter.json"
+BUNDLED = "./encoder"
+"""The encoder's name when it lies in the adapter's own folder."""
 
 
 def describe(encoder: PromptEncoder) -> dict[str, Any]:
@@ -49,8 +56,37 @@ def describe(encoder: PromptEncoder) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def whole_folder(folder: Path, *, mark: str | None = None) -> Iterator[Path]:
+    """Give a temporary folder that becomes `folder` when the block ends well and vanishes when it does not.
+
+    Args:
+        folder: Where to.
+        mark: An existing folder is replaced if it holds this file; otherwise it must be empty.
+
+    Raises:
+        AdapterError: Something else is in the place, or it cannot be written.
+    """
+    try:
+        ours = mark is not None and (folder / mark).is_file()
+        if folder.exists() and not ours and (not folder.is_dir() or any(folder.iterdir())):
+            raise AdapterError(f"{folder} exists already and is not replaced. Give another name, or delete it first")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True
+        ) as temporary:
+            new = Path(temporary) / "new"
+            new.mkdir()
+            yield new
+            if folder.exists():
+                folder.rename(Path(temporary) / "old")
+            new.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"cannot write to {folder}: {getattr(error, 'strerror', None) or error}") from error
+
+
 def save_adapter(encoder: PromptEncoder, folder: Path, *, training: dict[str, Any] | None = None) -> None:
-    """Write an adapter folder; an existing one is replaced only when the new one is complete.
+    """Write an adapter folder; an existing adapter is replaced only when the new one is complete.
 
     Args:
         encoder: The prompt encoder.
@@ -58,24 +94,30 @@ def save_adapter(encoder: PromptEncoder, folder: Path, *, training: dict[str, An
         training: Summary of the run, plain values.
 
     Raises:
-        AdapterError: The place cannot be written.
+        AdapterError: The place cannot be written, or holds something else.
     """
     state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
     description = {**describe(encoder), "training": training or {}}
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True
-        ) as temporary:
-            new = Path(temporary) / "new"
-            new.mkdir()
-            save_file(state, new / WEIGHTS)
-            (new / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-            if folder.exists():
-                folder.rename(Path(temporary) / "old")
-            new.rename(folder)
-    except OSError as error:
-        raise AdapterError(f"cannot write the adapter to {folder}: {error.strerror or error}") from error
+    with whole_folder(folder, mark=DESCRIPTION) as new:
+        if encoder.backbone.identity.name == BUNDLED:
+            description["encoder"]["sha256"] = encoder.backbone.save(new / BUNDLED)
+        (new / WEIGHTS).write_bytes(save(state))  # safetensors' own save_file makes a file that only its owner can read
+        (new / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+def adapter_hash(encoder: PromptEncoder) -> str:
+    """Return the hex sha256 of what decides the vectors, and of nothing else.
+
+    That is: the trained tensors (names, shapes, float32 values), the frozen weights, pooling, head and positions; not the
+    encoder's name, the prompt's dropout, versions or the summary of the training.
+    """
+    about = describe(encoder)
+    settings = [about["encoder"]["sha256"], about["pooling"], about["head"], about["position_offset"]]
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for name, tensor in sorted(encoder.state_dict().items()):
+        digest.update(json.dumps([name, list(tensor.shape)]).encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_adapter(folder: Path, *, encoder: str | None = None, dtype: torch.dtype = torch.float32) -> PromptEncoder:
@@ -96,14 +138,16 @@ def load_adapter(folder: Path, *, encoder: str | None = None, dtype: torch.dtype
     if (folder / "adapter" / DESCRIPTION).is_file():
         folder = folder / "adapter"
     about = _read_description(folder)
-    backbone = FrozenBackbone.load(
-        encoder or about["encoder"]["name"], revision=about["encoder"]["revision"], dtype=dtype
-    )
+    bundled = encoder is None and about["encoder"]["name"] == BUNDLED
+    name = str((folder / BUNDLED).absolute()) if bundled else encoder or about["encoder"]["name"]
+    backbone = FrozenBackbone.load(name, revision=about["encoder"]["revision"], dtype=dtype)
     if backbone.identity.sha256 != about["encoder"]["sha256"]:
         raise AdapterError(
             f"{folder} was trained on {about['encoder']['name']} with weights {about['encoder']['sha256'][:12]}…, but "
-            f"{backbone.identity.name} has {backbone.identity.sha256[:12]}…. Give the right one: PromCSE.load(..., encoder=FOLDER)"
+            f"{backbone.identity.name} has {backbone.identity.sha256[:12]}…. Try: PromCSE.load(..., encoder=FOLDER)"
         )
+    if bundled:
+        backbone.identity = dataclasses.replace(backbone.identity, name=BUNDLED)  # saved again, it stays so
     prompt = about["prompt"]
     model = PromptEncoder(
         backbone,
@@ -114,6 +158,11 @@ def load_adapter(folder: Path, *, encoder: str | None = None, dtype: torch.dtype
         dropout=prompt["dropout"],
         position_offset=about["position_offset"],
     )
+    if model.longest_input < 3:
+        raise AdapterError(
+            f"{folder / DESCRIPTION}: position_offset {about['position_offset']} leaves no room for a sentence in "
+            f"{backbone.identity.name}"
+        )
     _fill(model, folder / WEIGHTS)
     return model.eval()
 
@@ -128,7 +177,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError) as error:
         raise AdapterError(f"{path} cannot be read: {error}") from error
-    if not isinstance(about, dict) or type(about.get("format")) is not int:
+    if not isinstance(about, dict) or type(about.get("format")) is not int or about["format"] < 1:
         raise AdapterError(f"{path} is not an adapter's description: it has no format number")
     if about["format"] > FORMAT:
         raise AdapterError(

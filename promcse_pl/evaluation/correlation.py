@@ -19,6 +19,8 @@ def _checked(predicted: ArrayLike, gold: ArrayLike) -> tuple[NDArray[np.float64]
         raise NonFiniteError(
             f"{int((~np.isfinite(predicted_n)).sum())} of {len(predicted_n)} similarities are not finite"
         )
+    if not np.isfinite(gold_n).all():
+        raise DataError(f"{int((~np.isfinite(gold_n)).sum())} of {len(gold_n)} gold scores are not finite")
     for name, values in (("similarities", predicted_n), ("gold scores", gold_n)):
         if np.ptp(values) == 0:
             raise DataError(f"all {len(values)} {name} equal {values[0]}: a correlation is not defined")
@@ -29,7 +31,7 @@ def spearman(predicted: ArrayLike, gold: ArrayLike) -> float:
     """Return Spearman's rank correlation in [-1, 1], ties by mean rank.
 
     Raises:
-        DataError: Fewer than two pairs, or all values of one side equal.
+        DataError: Fewer than two pairs, a gold score that is not finite, or all values of one side equal.
         NonFiniteError: A similarity is NaN or infinite.
     """
     return float(stats.spearmanr(*_checked(predicted, gold)).statistic)

@@ -7,6 +7,7 @@ score is "all": Spearman over the pairs of all its subsets together. The average
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,9 +136,12 @@ def _clean(sentence: str) -> str:
 
 def _score(text: str, path: Path, line: int) -> float:
     try:
-        return float(text)
+        score = float(text)
     except ValueError:
         raise DataError(f"{path}:{line}: the score {text!r} is not a number") from None
+    if not math.isfinite(score):
+        raise DataError(f"{path}:{line}: the score {text!r} is not a finite number")
+    return score
 
 
 def _load_year_subset(folder: Path, subset: str) -> ScoredPairs:

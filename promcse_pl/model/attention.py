@@ -75,7 +75,9 @@ def _dropped_attention(
     """Attention with dropout, step by step: torch has no fused kernel for it on a CPU, and draws the mask slowly."""
     scores_BNTS = (query_BNTH * (scaling or query_BNTH.shape[-1] ** -0.5)) @ key_BNTH.transpose(-1, -2)
     if mask is not None:
-        scores_BNTS = scores_BNTS.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores_BNTS + mask
+        # not -inf: a padding row that sees nothing (ModernBERT's window) would be NaN and reach the real tokens
+        lowest = torch.finfo(scores_BNTS.dtype).min
+        scores_BNTS = scores_BNTS.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores_BNTS + mask
     return cheap_dropout(scores_BNTS.softmax(-1), probability) @ value_BNTH
 
 

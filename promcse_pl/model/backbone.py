@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -82,11 +82,12 @@ def _wheel_folder(name: str) -> Path | None:
     return path
 
 
-def _read_config(source: str | Path, name: str) -> Any:  # noqa: ANN401  (a transformers config)
+def read_config(source: str | Path, name: str, revision: str | None = None) -> Any:  # noqa: ANN401  (a transformers config)
+    """Return the config of an encoder of a supported family; `name` is what messages call it."""
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
     except Exception as error:
         hint = (
             f"{name} is neither a local folder nor an installed weight wheel, and the hub did not give it. Check the name and "
@@ -95,7 +96,7 @@ def _read_config(source: str | Path, name: str) -> Any:  # noqa: ANN401  (a tran
             else "expected a folder with config.json and model.safetensors as transformers writes them"
         )
         raise EncoderError(
-            f"cannot read the encoder {name}: {hint}. ({type(error).__name__}: {_first_line(error)})"
+            f"cannot read the encoder {name}: {hint}. ({type(error).__name__}: {first_line(error)})"
         ) from error
     if config.model_type not in SUPPORTED:
         raise EncoderError(
@@ -106,7 +107,7 @@ def _read_config(source: str | Path, name: str) -> Any:  # noqa: ANN401  (a tran
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Keep loading bars and reports off the terminal; what matters in them is checked and raised here."""
     from transformers.utils import logging
 
@@ -121,7 +122,8 @@ def _quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of a message; those of the libraries run over screens."""
     return str(error).strip().split("\n", 1)[0]
 
 
@@ -146,7 +148,7 @@ def _weights_sha256(folder: Path) -> str:
     if not files:
         raise EncoderError(
             f"{folder} holds no *.safetensors. Pickled weights are not read; convert them once: "
-            "AutoModel.from_pretrained(OLD, weights_only=True).save_pretrained(NEW)"
+            "AutoModel.from_pretrained(OLD, weights_only=True).save_pretrained(NEW), and the same with AutoTokenizer"
         )
     if len(files) == 1:
         return file_sha256(files[0])
@@ -199,12 +201,12 @@ class FrozenBackbone(nn.Module):
         """
         from transformers import AutoModel
 
-        source, commit = _locate(name, revision)
-        config = _read_config(source, name)
+        source, commit = locate(name, revision)
+        config = read_config(source, name)
         extra = {"add_pooling_layer": False} if config.model_type in _WITHOUT_POOLER else {}
         sha256 = _weights_sha256(source)
         try:
-            with _quiet_transformers():
+            with quiet_transformers():
                 model, report = AutoModel.from_pretrained(
                     source,
                     config=config,
@@ -212,18 +214,39 @@ class FrozenBackbone(nn.Module):
                     use_safetensors=True,
                     attn_implementation=PROMPT_ATTENTION,
                     output_loading_info=True,
+                    trust_remote_code=False,
                     **extra,
                 )
         except Exception as error:
             raise EncoderError(
-                f"cannot read the weights of {name}: {type(error).__name__}: {_first_line(error)}"
+                f"cannot read the weights of {name}: {type(error).__name__}: {first_line(error)}"
             ) from error
         if report["missing_keys"]:
             raise EncoderError(
                 f"the weights of {name} lack {len(report['missing_keys'])} tensors of the encoder, such as "
                 f"{min(report['missing_keys'])}: they would be random"
             )
-        return cls(model, EncoderId(name, commit, sha256), source)
+        # "./encoder" in an adapter is the adapter's own folder, so a name relative to the current one is kept in full
+        stored = str(Path(name).absolute()) if name.startswith("./") else name
+        return cls(model, EncoderId(stored, commit, sha256), source)
+
+    def save(self, folder: Path) -> str:
+        """Write the encoder and its tokenizer as transformers does.
+
+        Returns:
+            The sha256 of the weights file.
+
+        Raises:
+            EncoderError: The weights were read in another type than float32, or there is no tokenizer.
+        """
+        if self.dtype != torch.float32:
+            raise EncoderError(
+                f"{self.identity.name} was read as {self.dtype}; writing it would round it for good. Load it as float32"
+            )
+        with quiet_transformers():
+            self.model.save_pretrained(folder)  # type: ignore[operator]
+            self.tokenizer.save_pretrained(folder)
+        return _weights_sha256(folder)
 
     @property
     def device(self) -> torch.device:
@@ -251,11 +274,17 @@ class FrozenBackbone(nn.Module):
                 f"{self.identity.name} has no tokenizer: save one beside it with tokenizer.save_pretrained"
             )
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self._source)
+            tokenizer = AutoTokenizer.from_pretrained(self._source, trust_remote_code=False)
         except Exception as error:
             raise EncoderError(
-                f"cannot read the tokenizer of {self.identity.name}: {type(error).__name__}: {_first_line(error)}"
+                f"cannot read the tokenizer of {self.identity.name}: {type(error).__name__}: {first_line(error)}"
             ) from error
+        # what transformers makes of a folder without tokenizer files
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):
+            raise EncoderError(
+                f"{self.identity.name} has no tokenizer. Try: AutoTokenizer.from_pretrained(OLD)."
+                f"save_pretrained({str(self._source)!r})"
+            )
         if len(tokenizer) > len(self.word_embeddings):
             raise EncoderError(
                 f"the tokenizer of {self.identity.name} knows {len(tokenizer)} tokens, its embedding matrix only "
@@ -358,8 +387,15 @@ class FrozenBackbone(nn.Module):
             )
 
 
-def _locate(name: str, revision: str | None) -> tuple[Path, str | None]:
-    """Return the folder that holds an encoder's files, and its commit if it comes from the hub."""
+def locate(
+    name: str, revision: str | None, *, weights: Sequence[str] = ("model*.safetensors",)
+) -> tuple[Path, str | None]:
+    """Return the folder that holds an encoder's files, and its commit if it comes from the hub.
+
+    Args:
+        name, revision: See `FrozenBackbone.load`.
+        weights: Patterns of the weight files that the hub is asked for.
+    """
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -372,13 +408,13 @@ def _locate(name: str, revision: str | None) -> tuple[Path, str | None]:
         return wheel, None
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise EncoderError(f"the encoder folder {name} does not exist (current folder: {Path.cwd()}). Check model.path")
-    _read_config(name, name)  # refuses unknown names and other families before gigabytes travel
+    read_config(name, name, revision)  # refuses unknown names and other families before gigabytes travel
     from huggingface_hub import snapshot_download
 
     try:
         path = snapshot_download(
-            name, revision=revision, allow_patterns=["*.json", "*.txt", "*.model", "model*.safetensors"]
+            name, revision=revision, allow_patterns=["*.json", "*.txt", "*.model", *weights]
         )
     except Exception as error:
-        raise EncoderError(f"the hub did not give {name}: {type(error).__name__}: {_first_line(error)}") from error
+        raise EncoderError(f"the hub did not give {name}: {type(error).__name__}: {first_line(error)}") from error
     return Path(path), Path(path).name

@@ -158,7 +158,7 @@ class PromptEncoder(nn.Module):
             hidden tokens (M, D), in the row-major order of the labels.
         """
         prompt_kv = self.prompt()
-        chunks = plan_chunks(tokens.mask_NT.sum(1), chunk_tokens)
+        chunks = plan_chunks(tokens.mask_NT.sum(1).cpu(), chunk_tokens)
         pooled, hidden = [], []
         for rows in chunks:
             chunk = tokens.select(

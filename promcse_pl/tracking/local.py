@@ -39,7 +39,7 @@ class JsonlLogger(Logger):
         if not values:
             return
         with self._path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"step": step, **values}) + "\n")
+            stream.write(json.dumps({"step": None if step is None else int(step), **values}) + "\n")
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         """Nothing: config.yaml beside the history holds them."""

@@ -8,8 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
+from configparser import ConfigParser
+from configparser import Error as ParsingError
+from contextlib import suppress
+from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from promcse_pl.config import Config
 from promcse_pl.errors import ConfigError
@@ -20,6 +25,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("promcse_pl")
 
 MODES = ("online", "offline", "disabled")
+PUBLIC_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
+"""The public server's names: of always, and of wandb since 0.31."""
 
 
 def resolve_mode(setting: str) -> str:
@@ -42,14 +49,23 @@ def resolve_mode(setting: str) -> str:
 
 
 def _has_key() -> bool:
-    import wandb
-
-    if os.environ.get("WANDB_API_KEY"):
+    """Whether W&B will find a key: in the environment, or in the netrc file that `wandb login` writes."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    try:
-        return bool(wandb.api.api_key)
-    except Exception:  # whatever the lookup of a key does, no key is the answer
-        return False
+    names = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
+    for path in (Path(name).expanduser() for name in names):
+        with suppress(OSError, NetrcParseError):
+            return bool(_hosts() & set(netrc(path).hosts))
+    return False
+
+
+def _hosts() -> set[str]:
+    """Return the servers a key may be for: the one that the environment or `wandb login --host` names, or the public ones."""
+    settings = ConfigParser(interpolation=None)
+    with suppress(OSError, ParsingError, UnicodeDecodeError):
+        settings.read(Path(os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")).expanduser() / "settings")
+    url = os.environ.get("WANDB_BASE_URL") or settings.get("default", "base_url", fallback="")
+    return {urlsplit(url).netloc} if url else set(PUBLIC_HOSTS)
 
 
 def start_wandb(config: Config, folder: Path) -> WandbLogger | None:
@@ -89,13 +105,22 @@ def start_wandb(config: Config, folder: Path) -> WandbLogger | None:
         )
     except Exception as error:
         # a tracker is never worth a run: keys, networks, disks and versions fail in their own ways
-        log.warning("W&B did not start (%s: %s); the run goes on with metrics.jsonl alone", type(error).__name__, error)
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        log.warning("W&B did not start (%s); the run goes on with metrics.jsonl alone", reason)
         return None
     from pytorch_lightning.loggers import WandbLogger
 
     if mode == "online":
         log.info("W&B run: %s", run.url)
     return WandbLogger(experiment=run, log_model=False)
+
+
+def abandon_wandb(logger: WandbLogger) -> None:
+    """Close the run of a job that failed, as failed: the next run of this process does not continue it."""
+    try:
+        logger.experiment.finish(exit_code=1)
+    except Exception as error:
+        log.warning("W&B did not finish (%s: %s)", type(error).__name__, error)
 
 
 def finish_wandb(logger: WandbLogger, results: dict[str, Any], adapter: Path) -> str | None:
@@ -109,10 +134,11 @@ def finish_wandb(logger: WandbLogger, results: dict[str, Any], adapter: Path) ->
     try:
         run = logger.experiment
         scores = results["scores"]
-        columns = ["model", *next(iter(scores.values()))]
-        table = wandb.Table(columns=columns, data=[[name, *row.values()] for name, row in scores.items()])
-        run.log({"results": table})
-        run.summary.update({f"test/{task}": value for task, value in scores["adapter"].items()})
+        if scores:  # empty without a development set and without tasks
+            columns = ["model", *scores["adapter"]]
+            table = wandb.Table(columns=columns, data=[[name, *row.values()] for name, row in scores.items()])
+            run.log({"results": table})
+            run.summary.update({f"test/{task}": value for task, value in scores["adapter"].items()})
         run.summary.update({key: results[key] for key in ("best_step", "trained_parameters", "training_seconds")})
         directory = Path(run.dir).parent
         if not run.offline:

@@ -95,7 +95,9 @@ class Throughput(pl.Callback):
         """Count the step and log when it is time."""
         if batch.tokens.ids_NT.is_cuda:
             torch.cuda.synchronize()
-        self._seconds += time.perf_counter() - self._start
+        seconds = time.perf_counter() - self._start
+        self._seconds += seconds
+        self.total_rows, self.total_seconds = self.total_rows + len(batch.rows_B), self.total_seconds + seconds
         self.rows += len(batch.rows_B)
         self.real_tokens += int(batch.tokens.mask_NT.sum())
         self.padded_tokens += batch.tokens.padded_tokens(self.chunk_tokens)
@@ -109,7 +111,6 @@ class Throughput(pl.Callback):
         }
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
-        self.total_rows, self.total_seconds = self.total_rows + self.rows, self.total_seconds + self._seconds
         self.rows = self.real_tokens = self.padded_tokens = 0
         self._seconds = 0.0
 

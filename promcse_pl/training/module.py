@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytorch_lightning as pl
@@ -13,6 +14,7 @@ from torch import Tensor
 from promcse_pl.config import LossConfig, OptimConfig
 from promcse_pl.data.module import TrainBatch
 from promcse_pl.errors import NonFiniteError
+from promcse_pl.loss.gather import gather_rows, scaled_gradient, sum_over_ranks, world_size
 from promcse_pl.loss.hybrid import LossParts, hybrid_loss, mlm_loss, mlm_weight_at
 from promcse_pl.model.encoder import PromptEncoder
 from promcse_pl.model.mlm import IGNORED, MlmHead
@@ -28,6 +30,8 @@ class PromcseModule(pl.LightningModule):
         total_steps: Step at which the learning rate reaches 0.
         chunk_tokens: See `PromptEncoder.forward`.
         mlm_head: For the MLM task; trained along, not part of the adapter.
+        official_gradient: With several ranks, leave the gradient at 1 / ranks of the single process's, and each rank's MLM loss
+            a mean of its own, as the official code does. Otherwise loss and gradient are those of a single process.
     """
 
     def __init__(
@@ -39,20 +43,17 @@ class PromcseModule(pl.LightningModule):
         total_steps: int,
         chunk_tokens: int | None = None,
         mlm_head: MlmHead | None = None,
+        official_gradient: bool = False,
     ) -> None:
         super().__init__()
-        self.encoder, self.mlm_head = encoder, mlm_head
+        self.encoder, self.mlm_head, self.official_gradient = encoder, mlm_head, official_gradient
         self.loss, self.optim, self.total_steps, self.chunk_tokens = loss, optim, total_steps, chunk_tokens
 
     def losses(self, batch: TrainBatch) -> LossParts:
-        """Encode a batch and return its loss, term by term."""
+        """Encode this rank's rows and return the loss of the batch of all ranks, term by term."""
         vectors_ND, hidden_MD = self.encoder(batch.tokens, train_head=True, chunk_tokens=self.chunk_tokens)
-        views = vectors_ND.view(batch.views, -1, vectors_ND.shape[1])
-        mlm = None
-        if self.mlm_head is not None and hidden_MD is not None and batch.tokens.mlm_labels_NT is not None:
-            labels_NT = batch.tokens.mlm_labels_NT
-            mlm = mlm_loss(self.mlm_head(hidden_MD), labels_NT[labels_NT != IGNORED])
-        return hybrid_loss(
+        views = gather_rows(vectors_ND.view(batch.views, -1, vectors_ND.shape[1]))
+        parts = hybrid_loss(
             views[0],
             views[1],
             views[2] if batch.views == 3 else None,
@@ -60,23 +61,41 @@ class PromcseModule(pl.LightningModule):
             margin=self.loss.margin,
             hinge_weight=self.loss.hinge_weight,
             hard_negative_logit=self.loss.hard_negative_logit,
-            mlm=mlm,
+            mlm=self._mlm_loss(hidden_MD, batch.tokens.mlm_labels_NT),
             mlm_weight=mlm_weight_at(self.global_step, self.loss.mlm_weight),
         )
+        if self.official_gradient:
+            return parts
+        # DDP divides the sum of the ranks' gradients by their number
+        return dataclasses.replace(parts, total=scaled_gradient(parts.total, world_size()))
+
+    def _mlm_loss(self, hidden_MD: Tensor | None, labels_NT: Tensor | None) -> Tensor | None:
+        if self.mlm_head is None or hidden_MD is None or labels_NT is None:
+            return None
+        labels_M = labels_NT[labels_NT != IGNORED]
+        own = mlm_loss(self.mlm_head(hidden_MD), labels_M)
+        if self.official_gradient or world_size() == 1:
+            return own
+        share = len(labels_M) / sum_over_ranks(own.new_tensor(float(len(labels_M)))).clamp(min=1)
+        own = own * share
+        return own + (sum_over_ranks(own) - own).detach()  # the value of all ranks, the gradient of this one
+
+    def on_fit_start(self) -> None:
+        """Switch all dropout on: encoders are loaded in eval mode, and Lightning leaves the mode as it finds it."""
+        self.train()
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
         """Return the total loss; raise NonFiniteError, before any update, if it is not finite."""
         parts = self.losses(batch)
         if not bool(torch.isfinite(parts.total)):
-            values = ", ".join(f"{name} {float(part):g}" for name, part in parts.named().items())
+            values = ", ".join(f"{name} {float(part.detach()):g}" for name, part in parts.named().items())
             raise NonFiniteError(
-                f"the loss of step {self.global_step} (batch {batch_idx} of epoch {self.current_epoch}, training rows "
-                f"{batch.rows_B[:4].tolist()}...) is not finite: {values}. The prompt is unchanged since the last step. "
-                f"Try: optim.lr={self.optim.lr / 3:.2g}"
+                f"the loss of step {self.global_step + 1} (batch {batch_idx} of epoch {self.current_epoch}, training rows "
+                f"{batch.rows_B[:4].tolist()}...) is not finite: {values}. {self._remedy()}"
             )
-        self.log_dict(
-            {f"train/{name}": part.detach() for name, part in parts.named().items()}, batch_size=len(batch.rows_B)
-        )
+        entry = {f"train/{name}": part.detach() for name, part in parts.named().items()}
+        # Lightning takes the entry's step from "step"; by itself it would count from 0, unlike the callbacks
+        self.log_dict({**entry, "step": float(self.global_step + 1)}, batch_size=len(batch.rows_B))
         self.log("loss", parts.total.detach(), prog_bar=True, logger=False)
         return parts.total
 
@@ -92,7 +111,10 @@ class PromcseModule(pl.LightningModule):
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if not bool(torch.isfinite(norm)):
-            raise NonFiniteError(
-                f"the gradient of step {self.global_step} is not finite. Try: optim.lr={self.optim.lr / 3:.2g}"
-            )
+            raise NonFiniteError(f"the gradient of step {self.global_step + 1} is not finite. {self._remedy()}")
         self.log("train/gradient_norm", norm)
+
+    def _remedy(self) -> str:
+        if self.global_step == 0:
+            return "Nothing was trained yet: the encoder's weights give it. Try: trainer.precision=float32, or another model="
+        return f"The prompt is as the last step left it. Try: optim.lr={self.optim.lr / 3:.2g}"

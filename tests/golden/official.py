@@ -20,9 +20,9 @@ def read_json(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
-def official_state(folder: Path) -> dict[str, Tensor]:
+def official_state(folder: Path, weights: str = "model.safetensors") -> dict[str, Tensor]:
     args = read_json(folder / "args.json")
-    state = load_file(folder / "model.safetensors")
+    state = load_file(folder / weights)
     return {**load_file((folder / args["backbone"]).resolve()), **state} if "backbone" in args else state
 
 

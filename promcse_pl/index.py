@@ -1,0 +1,245 @@
+"""Sentences and their vectors, to be searched by cosine: in memory, and as a folder on disk."""
+
+# N sentences, Q queries, D width, R candidates of one query
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from promcse_pl.adapter.files import whole_folder
+from promcse_pl.errors import AdapterError, ConfigError, DataError, PromcseError
+from promcse_pl.model.backbone import file_sha256
+from promcse_pl.version import __version__
+
+Kind = Literal["exact", "flat", "ivf"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+Hit = tuple[str, float]
+"""A sentence and its cosine with the query."""
+
+FORMAT = 1
+"""Grows when an older version could misread a newer folder."""
+DESCRIPTION, SENTENCES = "index.json", "sentences.json"
+VECTORS = {"exact": "vectors.npy", "flat": "vectors.faiss", "ivf": "vectors.faiss"}
+DECIMALS = 6
+"""Of a score. Beyond them unit vectors of float32 are noise: so a sentence scores 1 with itself, and equal sentences tie."""
+SLACK = 2e-6
+"""More than a float32 dot product of unit vectors is off by: what comes so close is computed again in float64."""
+BLOCK_QUERIES, BLOCK_ROWS = 256, 65536
+"""Scores that exact search holds at once: 64 MiB."""
+
+
+class SentenceIndex:
+    """A growing list of sentences with unit vectors. Safe to use from several threads.
+
+    Args:
+        kind: `exact`: dot products with every vector, by numpy; `flat`: the same by FAISS; `ivf`: FAISS looks into the tenth
+            of its cells that lies nearest to the query: fast on millions of sentences, and may miss some.
+
+    Raises:
+        ConfigError: An unknown kind, or one that needs FAISS where it is not installed.
+
+    Example:
+        >>> index = SentenceIndex()
+        >>> index.add(np.eye(2, dtype=np.float32), ["east", "north"])
+        >>> index.search(np.array([[0.8, 0.6]], dtype=np.float32), top_k=2, threshold=0.7)
+        [[('east', 0.8)]]
+    """
+
+    def __init__(self, kind: Kind = "exact") -> None:
+        if kind not in KINDS:
+            raise ConfigError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+        if kind != "exact":
+            _faiss()  # a missing package is told before a million sentences are encoded
+        self.kind = kind
+        self.sentences: list[str] = []
+        self._vectors: Any = None  # (N, D) float32 of an exact index, else the FAISS index
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.sentences)
+
+    def add(self, vectors_ND: NDArray[np.float32], sentences: Sequence[str]) -> None:
+        """Append sentences. The first call on an `ivf` index also chooses its cells: give it a fair sample, best everything.
+
+        Args:
+            vectors_ND: Unit vectors, a row a sentence.
+            sentences: What `search` will return.
+        """
+        assert len(vectors_ND) == len(sentences)
+        if not len(sentences):
+            return
+        with self._lock:
+            if self.kind == "exact":
+                parts = [vectors_ND] if self._vectors is None else [self._vectors, vectors_ND]
+                self._vectors = np.concatenate(parts)
+            else:
+                if self._vectors is None:
+                    self._vectors = _new_faiss_index(vectors_ND, self.kind)
+                self._vectors.add(vectors_ND)
+            self.sentences += sentences
+
+    def search(self, queries_QD: NDArray[np.float32], *, top_k: int = 5, threshold: float = 0.6) -> list[list[Hit]]:
+        """Return the nearest sentences of each query, the best first; of equal scores the one added first.
+
+        Which of equal scores make the last places of a full list is FAISS's choice where it searches.
+
+        Args:
+            queries_QD: Unit vectors, a row a query.
+            top_k: Most hits of a query, at least 1.
+            threshold: Least cosine of a hit, in [-1, 1].
+
+        Raises:
+            ConfigError: top_k or threshold out of range.
+            DataError: The index is empty.
+        """
+        check_search(top_k, threshold)
+        with self._lock:
+            if self._vectors is None:
+                raise DataError("the index is empty: add sentences before you search")
+            if self.kind == "exact":
+                found = self._search_exactly(queries_QD, top_k, threshold)
+            else:
+                scores_QR, rows_QR = self._vectors.search(queries_QD, min(top_k, len(self)))
+                found = [  # a row number of -1 fills up what FAISS did not find
+                    _best(scores_R[rows_R >= 0], rows_R[rows_R >= 0], top_k, threshold)
+                    for scores_R, rows_R in zip(scores_QR, rows_QR, strict=True)
+                ]
+            return [
+                [(self.sentences[row], score) for row, score in zip(rows_R.tolist(), scores_R.tolist(), strict=True)]
+                for scores_R, rows_R in found
+            ]
+
+    def _search_exactly(self, queries_QD: NDArray[np.float32], top_k: int, threshold: float) -> list[_Ranked]:
+        found: list[_Ranked] = [(np.empty(0), np.empty(0, dtype=np.intp)) for _ in queries_QD]
+        for first_query in range(0, len(queries_QD), BLOCK_QUERIES):
+            for first_row in range(0, len(self), BLOCK_ROWS):
+                block_ND = self._vectors[first_row : first_row + BLOCK_ROWS]
+                scores_QN = queries_QD[first_query : first_query + BLOCK_QUERIES] @ block_ND.T
+                for query, scores_N in enumerate(scores_QN, first_query):
+                    rows_R = np.flatnonzero(scores_N >= threshold - SLACK)
+                    if len(rows_R) > top_k:
+                        rows_R = rows_R[scores_N[rows_R] >= np.partition(scores_N[rows_R], -top_k)[-top_k] - SLACK]
+                    scores_R = np.einsum("rd,d->r", block_ND[rows_R], queries_QD[query], dtype=np.float64)
+                    scores_R = np.concatenate([found[query][0], scores_R])
+                    rows_R = np.concatenate([found[query][1], rows_R + first_row])
+                    found[query] = _best(scores_R, rows_R, top_k, threshold)
+        return found
+
+    def save(self, folder: Path, *, adapter: str) -> None:
+        """Write the index as a folder that is whole or absent; an index that is already there is replaced.
+
+        Args:
+            folder: Where to.
+            adapter: Hash of the adapter that made the vectors; `load` asks for the same.
+
+        Raises:
+            AdapterError: The place cannot be written, or holds something else.
+            DataError: The index is empty.
+        """
+        if self._vectors is None:
+            raise DataError("the index is empty: add sentences before you save it")
+        with self._lock, whole_folder(folder, mark=DESCRIPTION) as new:
+            names = (SENTENCES, VECTORS[self.kind])
+            (new / SENTENCES).write_text(json.dumps(self.sentences), encoding="utf-8")
+            if self.kind == "exact":
+                np.save(new / names[1], self._vectors)
+            else:
+                _faiss().write_index(self._vectors, str(new / names[1]))
+            about = {"format": FORMAT, "promcse_pl": __version__, "kind": self.kind, "adapter": adapter}
+            about |= {"sha256": {name: file_sha256(new / name) for name in names}}
+            (new / DESCRIPTION).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path, *, adapter: str) -> SentenceIndex:
+        """Read a folder that `save` wrote. Nothing in it is unpickled.
+
+        Raises:
+            AdapterError: Another adapter made the vectors.
+            DataError: The folder is not an index, is newer than this version, or a file is missing, cut short or changed.
+            ConfigError: It needs FAISS, which is not installed.
+        """
+        try:
+            about = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+            if about["format"] != FORMAT:
+                raise DataError(
+                    f"{folder} has format {about['format']!r} (written by promcse_pl {about.get('promcse_pl')}); this version "
+                    f"({__version__}) reads {FORMAT}. Try: pip install --upgrade promcse_pl, or build the index again"
+                )
+            index, sums = cls(about["kind"]), about["sha256"]
+            if about["adapter"] != adapter:
+                raise AdapterError(
+                    f"the vectors of {folder} were made by another adapter ({str(about['adapter'])[:12]}…, this one is "
+                    f"{adapter[:12]}…), so cosines would mean nothing. Load that adapter, or build the index again"
+                )
+            vectors = folder / VECTORS[index.kind]
+            for path in (folder / SENTENCES, vectors):
+                if file_sha256(path) != sums[path.name]:
+                    raise DataError(f"{path} is cut short or was changed: build the index again")
+            index.sentences = json.loads((folder / SENTENCES).read_text(encoding="utf-8"))
+            index._vectors = (
+                np.load(vectors, allow_pickle=False) if index.kind == "exact" else _faiss().read_index(str(vectors))
+            )
+        except FileNotFoundError as error:
+            raise DataError(
+                f"{folder} is not a whole index: {error.filename} is missing. Write one with save_index"
+            ) from None
+        except PromcseError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise DataError(f"{folder} is not an index, or is damaged: {type(error).__name__}: {error}") from error
+        return index
+
+
+def check_search(top_k: int, threshold: float) -> None:
+    """Refuse what no search can have: `ConfigError`."""
+    if not isinstance(top_k, int | np.integer) or top_k < 1:
+        raise ConfigError(f"top_k must be a whole number of hits, at least 1, got {top_k!r}")
+    if not -1 <= threshold <= 1:
+        raise ConfigError(f"threshold must lie in [-1, 1] (a cosine), got {threshold!r}")
+
+
+_Ranked = tuple[NDArray[np.float64], NDArray[np.intp]]
+
+
+def _best(scores_R: NDArray[Any], rows_R: NDArray[np.intp], top_k: int, threshold: float) -> _Ranked:
+    """Return the `top_k` best scores from `threshold` on, and their rows; of equal scores the lower rows."""
+    scores_R = scores_R.astype(np.float64).round(DECIMALS).clip(-1, 1)
+    keep_R = scores_R >= threshold
+    if len(scores_R) > top_k:
+        keep_R &= scores_R >= np.partition(scores_R, -top_k)[-top_k]
+    scores_R, rows_R = scores_R[keep_R], rows_R[keep_R]
+    order_R = np.lexsort((rows_R, -scores_R))[:top_k]
+    return scores_R[order_R], rows_R[order_R]
+
+
+def _new_faiss_index(vectors_ND: NDArray[np.float32], kind: Kind) -> Any:  # noqa: ANN401
+    """Return an empty FAISS index; the cells of an `ivf` index are trained on the vectors."""
+    faiss, (rows, width) = _faiss(), vectors_ND.shape
+    flat = faiss.IndexFlatIP(width)
+    if kind == "flat":
+        return flat
+    # about as many cells as vectors in a cell, and the 39 training vectors a cell that FAISS asks for
+    cells = max(1, min(math.isqrt(rows), rows // 39))
+    index = faiss.IndexIVFFlat(flat, width, cells, faiss.METRIC_INNER_PRODUCT)
+    index.cp.min_points_per_centroid = 1  # no warning about a single cell with few vectors
+    index.nprobe = math.ceil(cells / 10)
+    index.train(vectors_ND)
+    return index
+
+
+def _faiss() -> Any:  # noqa: ANN401
+    try:
+        return importlib.import_module("faiss")
+    except ImportError:
+        raise ConfigError(
+            "the index kinds flat and ivf need FAISS. Try: pip install 'promcse_pl[faiss]', or kind=\"exact\""
+        ) from None

@@ -1,0 +1,54 @@
+"""The loss over the batch of all ranks."""
+
+# V views, B rows of this rank, G rows of all ranks, D width, W ranks
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Return W, the number of ranks; 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def gather_rows(local_VBD: Tensor) -> Tensor:
+    """Put the rows of all ranks side by side; ranks may hold different numbers of rows.
+
+    The gradient flows into the own rows alone. With the same global loss on every rank, the sum of the ranks' gradients is
+    that of a single process.
+
+    Args:
+        local_VBD: This rank's vectors; V and D are the same on all ranks.
+
+    Returns:
+        (V, G, D), in the order of the ranks, the same values on each.
+    """
+    if world_size() == 1:
+        return local_VBD
+    rows = torch.tensor([local_VBD.shape[1]], device=local_VBD.device)
+    counts = [torch.empty_like(rows) for _ in range(world_size())]
+    dist.all_gather(counts, rows)
+    sizes = [int(count) for count in counts]
+    padded = local_VBD.new_zeros(local_VBD.shape[0], max(sizes), local_VBD.shape[2])
+    padded[:, : local_VBD.shape[1]] = local_VBD.detach()
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    cut = [part[:, :size] for part, size in zip(parts, sizes, strict=True)]
+    cut[dist.get_rank()] = local_VBD
+    return torch.cat(cut, dim=1)
+
+
+def sum_over_ranks(local: Tensor) -> Tensor:
+    """Return the sum of a scalar over all ranks, without a gradient."""
+    total = local.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def scaled_gradient(value: Tensor, factor: float) -> Tensor:
+    """Return the same value with its gradient multiplied by a factor."""
+    return value if factor == 1 else value * factor - (value * (factor - 1)).detach()

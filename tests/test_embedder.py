@@ -1,0 +1,274 @@
+"""PromCSE.encode and similarity: order, shapes, equality with plain transformers, and what is refused."""
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from conftest import save_small_encoder
+from torch.nn import functional as F
+from transformers import AutoModel
+
+from promcse_pl import embedder as module
+from promcse_pl.adapter.files import save_adapter
+from promcse_pl.embedder import PromCSE, pick_device
+from promcse_pl.errors import ConfigError, DataError, NonFiniteError
+from promcse_pl.model.backbone import FrozenBackbone
+from promcse_pl.model.encoder import PromptEncoder
+
+MIXED = ["w7", "w8 w9 w10 w11 w12 w13 w14 w15", "w8 w9", "w90 w91 w92 w93 w94", "w7 w8", ""] * 7
+ENGLISH = [
+    "A man is playing a guitar.",
+    "It rains.",
+    "Two dogs run through a field of tall yellow grass at dusk.",
+    "Hello!",
+]
+
+
+def small_model(folder, family="bert", **options) -> PromCSE:
+    backbone = FrozenBackbone.load(str(save_small_encoder(folder, family)))
+    torch.manual_seed(0)
+    encoder = PromptEncoder(backbone, **{"length": 4, "pooling": "avg", **options})
+    with torch.no_grad():
+        encoder.prompt.embedding.weight.normal_()
+    return PromCSE(encoder)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> PromCSE:
+    return small_model(tmp_path_factory.mktemp("encoders") / "small")
+
+
+@pytest.fixture(scope="module")
+def minilm() -> FrozenBackbone:
+    return FrozenBackbone.load("sentence-transformers/all-MiniLM-L6-v2")
+
+
+# --- vectors
+
+
+@pytest.mark.parametrize("length", [0, 10])
+def test_minilm_without_a_prompt_equals_plain_mean_pooling_and_with_one_does_not(minilm, length):
+    plain = AutoModel.from_pretrained(minilm._source, attn_implementation="eager").eval()
+    batch = minilm.tokenizer(ENGLISH, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        states = plain(**batch).last_hidden_state
+    mask = batch["attention_mask"].unsqueeze(-1)
+    expected = F.normalize((states * mask).sum(1) / mask.sum(1), dim=1).numpy()
+    torch.manual_seed(0)
+    error = np.abs(PromCSE(PromptEncoder(minilm, length=length, pooling="avg")).encode(ENGLISH) - expected).max()
+    assert (error < 1e-5) == (length == 0)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 20, 2048])
+@pytest.mark.parametrize("block", [1, 5, 16384])
+def test_vectors_come_in_the_order_of_the_sentences(model, monkeypatch, chunk_tokens, block):
+    expected = np.stack([model.encode(sentence) for sentence in MIXED])
+    monkeypatch.setattr(module, "CHUNK_TOKENS", chunk_tokens)
+    monkeypatch.setattr(module, "BLOCK_SENTENCES", block)
+    np.testing.assert_allclose(model.encode(MIXED), expected, rtol=0, atol=1e-6)
+
+
+def test_equal_sentences_get_equal_vectors_and_others_do_not(model):
+    vectors = model.encode(["w7 w8", "w30", "w7 w8"])
+    np.testing.assert_allclose(vectors[0], vectors[2], rtol=0, atol=1e-6)
+    assert np.abs(vectors[0] - vectors[1]).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("sentences", "shape"), [("w7", (16,)), ([], (0, 16)), (["w7"], (1, 16)), (["w7", "w8"], (2, 16))]
+)
+def test_the_shape_follows_the_input(model, sentences, shape):
+    vectors = model.encode(sentences)
+    assert vectors.shape == shape
+    assert vectors.dtype == np.float32
+    assert model.width == 16
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, lambda rows: np.array(rows, dtype=object)])
+def test_any_sequence_of_text_is_taken(model, kind):
+    assert np.array_equal(model.encode(kind(MIXED)), model.encode(MIXED))
+    assert model.encode(np.str_("w7")).shape == (16,)
+
+
+def test_vectors_have_length_1_unless_told_otherwise(model):
+    unit, raw = model.encode(MIXED), model.encode(MIXED, normalize=False)
+    np.testing.assert_allclose(np.linalg.norm(unit, axis=1), 1, atol=1e-6)
+    lengths = np.linalg.norm(raw, axis=1, keepdims=True)
+    assert np.abs(lengths - 1).max() > 0.1
+    np.testing.assert_allclose(raw / lengths, unit, rtol=0, atol=1e-6)
+
+
+def test_text_of_any_script_gets_its_own_finite_vector(minilm):
+    model = PromCSE(PromptEncoder(minilm, length=2, pooling="avg"))
+    sentences = ["naïve café", "東京タワー", "привет мир", "🎸🔥", "\t \n", "a\x00b", "e\u0301", ""]
+    vectors = model.encode(sentences)
+    assert vectors.shape == (8, 384)
+    assert np.isfinite(vectors).all()
+    assert np.abs(vectors[1] - vectors[2]).max() > 0.01
+
+
+@pytest.mark.parametrize(("family", "longest"), [("bert", 36), ("roberta", 34)])
+def test_a_sentence_that_is_too_long_is_cut_to_max_tokens(tmp_path, family, longest):
+    model = small_model(tmp_path, family)
+    assert model.max_tokens == longest
+    words = [f"w{5 + i % 90}" for i in range(200)]
+    fits = " ".join(words[: longest - 2])
+    vectors = model.encode([" ".join(words), fits, " ".join(words[: longest - 3])])
+    np.testing.assert_allclose(vectors[0], vectors[1], rtol=0, atol=1e-6)
+    assert np.abs(vectors[1] - vectors[2]).max() > 1e-4
+
+
+@pytest.mark.parametrize("pooling", ["avg", "cls"])
+def test_a_tokenizer_that_pads_on_the_left_changes_nothing(model, pooling):
+    encoder = PromptEncoder(model.encoder.backbone, length=4, pooling=pooling)
+    model = PromCSE(encoder)
+    expected = model.encode(MIXED)
+    model.tokenizer.padding_side = "left"
+    try:
+        np.testing.assert_allclose(model.encode(MIXED), expected, rtol=0, atol=1e-6)
+    finally:
+        model.tokenizer.padding_side = "right"
+
+
+def test_the_test_time_vector_is_used(model):
+    torch.manual_seed(0)
+    encoder = PromptEncoder(model.encoder.backbone, length=4, pooling="cls", head="mlp_train_only")
+    plain = PromptEncoder(model.encoder.backbone, length=4, pooling="cls", head="none")
+    plain.load_state_dict({"prompt.embedding.weight": encoder.prompt.embedding.weight})
+    assert np.array_equal(PromCSE(encoder).encode(MIXED), PromCSE(plain).encode(MIXED))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_half_precision_encoder_gives_float32_vectors_near_the_full_ones(model, tmp_path, dtype):
+    save_adapter(model.encoder, tmp_path)
+    vectors = PromCSE.load(tmp_path, device="cpu", dtype=dtype).encode(MIXED)
+    assert vectors.dtype == np.float32
+    assert (vectors * model.encode(MIXED)).sum(1).min() > 0.995
+    assert not np.array_equal(vectors, model.encode(MIXED))
+
+
+def test_a_loaded_model_gives_the_vectors_of_the_saved_one(model, tmp_path):
+    save_adapter(model.encoder, tmp_path / "adapter")
+    for place in (tmp_path, str(tmp_path / "adapter")):
+        assert np.array_equal(PromCSE.load(place, device="cpu").encode(MIXED), model.encode(MIXED))
+
+
+# --- state
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_encode_uses_eval_mode_and_leaves_the_mode_as_it_was(model, training):
+    model.encoder.train(training)
+    try:
+        vectors = model.encode(MIXED)
+        assert {part.training for part in model.encoder.modules()} == {training}
+    finally:
+        model.encoder.eval()
+    assert np.array_equal(vectors, model.encode(MIXED))
+
+
+def test_the_mode_comes_back_after_an_error(model):
+    encoder = PromptEncoder(model.encoder.backbone, length=4, pooling="avg").train()
+    torch.nn.init.constant_(encoder.prompt.embedding.weight, float("nan"))
+    with pytest.raises(NonFiniteError):
+        PromCSE(encoder).encode(MIXED)
+    assert encoder.training
+    model.encoder.eval()  # the two share a backbone
+
+
+def test_encode_draws_no_random_number_and_leaves_gradients_on(model):
+    state = torch.get_rng_state()
+    model.encode(MIXED)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_four_threads_get_the_results_of_one(tmp_path):
+    model = small_model(tmp_path, head="mlp")
+    model.encoder.train()  # a thread that runs in train mode would give other vectors
+    jobs = [MIXED[i:] + MIXED[:i] for i in range(16)]
+    expected = [model.encode(job) for job in jobs]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            results = list(pool.map(model.encode, jobs))
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(np.array_equal(a, b) for a, b in zip(results, expected, strict=True))
+    assert model.encoder.training
+
+
+def test_progress_counts_the_sentences_done(model, monkeypatch):
+    monkeypatch.setattr(module, "BLOCK_SENTENCES", 20)
+    done = []
+    model.encode(MIXED, progress=done.append)
+    assert done == [20, 40, 42]
+
+
+# --- similarity
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "shape"),
+    [("w7", "w8", ()), ("w7", ["w8", "w9"], (2,)), (["w7", "w8"], "w9", (2,)), (["w7"] * 3, ["w8"] * 2, (3, 2)), ([], ["w8"], (0, 1))],
+)  # fmt: skip
+def test_similarity_has_an_axis_for_each_list(model, a, b, shape):
+    assert np.shape(model.similarity(a, b)) == shape
+
+
+def test_similarity_is_the_cosine_of_the_raw_vectors(model):
+    a, b = model.encode(MIXED[:3], normalize=False), model.encode(MIXED[3:5], normalize=False)
+    cosines = model.similarity(MIXED[:3], MIXED[3:5])
+    for i in range(3):
+        for j in range(2):
+            expected = a[i] @ b[j] / (np.linalg.norm(a[i]) * np.linalg.norm(b[j]))
+            assert cosines[i, j] == pytest.approx(expected, abs=1e-6)
+    assert model.similarity("w7 w8", "w7 w8") == pytest.approx(1, abs=1e-6)
+
+
+# --- refused
+
+
+@pytest.mark.parametrize("value", [None, 3, 2.5, b"bytes", ["w7"], float("nan")], ids=str)
+@pytest.mark.parametrize("place", [0, 2])
+def test_something_that_is_not_text_is_refused_with_its_place(model, place, value):
+    sentences = ["w7", "w8", "w9"]
+    sentences[place] = value
+    with pytest.raises(DataError, match=rf"sentence {place} is {type(value).__name__} .*, not text"):
+        model.encode(sentences)
+
+
+def test_half_a_surrogate_pair_is_refused_with_its_place(model):
+    with pytest.raises(DataError, match="sentence 1 holds half a surrogate pair"):
+        model.encode(["w7", "\ud83d"])
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_damaged_prompt_is_never_a_silent_vector(model, value, normalize):
+    encoder = PromptEncoder(model.encoder.backbone, length=4, pooling="avg")
+    torch.nn.init.constant_(encoder.prompt.embedding.weight, value)
+    with pytest.raises(NonFiniteError, match="the vector of 'w7' is not finite"):
+        PromCSE(encoder).encode(["w7", "w8"], normalize=normalize)
+
+
+def test_an_unknown_type_or_device_is_refused(model, tmp_path):
+    save_adapter(model.encoder, tmp_path / "adapter")
+    with pytest.raises(ConfigError, match="dtype must be float32, bfloat16 or float16, got 'int8'"):
+        PromCSE.load(tmp_path, dtype="int8")
+    with pytest.raises(ConfigError, match="device must be auto, cpu, cuda or mps, got 'tpu9'"):
+        pick_device("tpu9")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(ConfigError, match="there is no cuda device on this machine"):
+        pick_device("cuda")
+
+
+def test_auto_is_a_device_that_is_there():
+    assert torch.zeros(1, device=pick_device("auto")).device.type == pick_device("auto").type

@@ -1,0 +1,162 @@
+"""What a person meets who types `python run.py`: real processes, in an empty folder."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, save_small_encoder
+from safetensors.torch import load_file
+
+RUN = str(ROOT / "run.py")
+
+
+def start(cwd: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    own = {"XDG_CACHE_HOME": str(cwd.parent / "cache"), "HF_HUB_OFFLINE": "1", "HOME": str(cwd.parent)}
+    return subprocess.run(
+        [sys.executable, "-X", "importtime", RUN, *arguments]
+        if environment.pop("IMPORTS", "")
+        else [sys.executable, RUN, *arguments],
+        cwd=cwd,
+        env={**clean, **own, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+@pytest.fixture
+def here(tmp_path) -> Path:
+    folder = tmp_path / "here"
+    folder.mkdir()
+    return folder
+
+
+MISTAKES = {
+    "loss.margn=0.3": "loss.margn is not a setting. Did you mean loss.margin? Allowed under loss: loss.temperature, ",
+    "loss.margin=-1": "loss.margin must be in [0, 2] (a difference of cosines), got -1.0. Try: python run.py loss.margin=0.2",
+    "loss.margin=abc": "loss.margin must be a number, got 'abc'. Try: python run.py loss.margin=0.2",
+    "model=robeta": "model=robeta is not a choice. Did you mean model=roberta-base",
+    "data=triplets": "data.train is not set. Try: python run.py data=triplets data.train=FILE",
+    "data.train=missing.csv": "data.train=missing.csv is not there; looked for ",
+    "data=nli": "data.dev=stsb and evaluation.tasks=[sts] read data.dir/senteval, but data.dir is not set. Try: data.dir=FOLDER",
+    "data=nli data.dir=.": "data.dir=. has no senteval/ folder in it (SentEval's data: STS/, SICK/). Try: data.dir=FOLDER",
+    "model.path=/nowhere": "the encoder folder /nowhere does not exist ",
+    "tracking.wandb=onlin": "tracking.wandb must be one of auto, online, offline, disabled, got 'onlin'. Try: ",
+    "seed=-1": "seed must be in [0, 2**32), got -1. Try: python run.py seed=42",
+    "data.train=": "data.train must be `demo` or a file, got ''. Try: ",
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES.items(), ids=MISTAKES)
+def test_a_mistake_ends_at_once_with_one_line_and_leaves_nothing(arguments, message, here):
+    done = start(here, *arguments.split(), IMPORTS="yes")
+    lines = done.stderr.splitlines()
+    imports = [line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")]
+    printed = [line for line in lines if not line.startswith("import time:")]
+    assert done.returncode == 2, done.stderr
+    assert len(printed) == 1, printed
+    assert printed[0].startswith(f"error: {message}")
+    assert done.stdout == ""
+    assert "hydra" in imports
+    assert not {"torch", "transformers", "pytorch_lightning"} & set(imports), "a mistake must not wait for torch"
+    assert list(here.iterdir()) == []
+
+
+def test_a_wrong_wandb_mode_of_the_environment_is_such_a_mistake(here):
+    done = start(here, WANDB_MODE="nonsense")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(
+        "error: WANDB_MODE must be one of online, offline, disabled, got 'nonsense'. Try: unset WANDB_MODE"
+    )
+    assert list(here.iterdir()) == []
+
+
+def test_a_mistake_leaves_the_folders_of_others_alone(here):
+    (here / "outputs/earlier").mkdir(parents=True)
+    assert start(here, "seed=-1").returncode == 2
+    assert [path.relative_to(here).as_posix() for path in here.rglob("*")] == ["outputs", "outputs/earlier"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ("seed", "missing EQUAL"),
+        ("loss.margin=0.1,0.2", "To sweep over it, add --multirun"),
+        ("model=minilm,bert-base", "minilm"),
+    ],
+)
+def test_what_hydra_refuses_is_told_without_a_traceback(arguments, text, here):
+    done = start(here, arguments)
+    assert done.returncode != 0
+    assert text in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(here.iterdir()) == []
+
+
+def test_cfg_job_shows_the_recipe_with_the_one_value_that_was_changed(here):
+    done = start(here, "model=roberta-large", "loss.margin=0.2", "--cfg", "job")
+    assert done.returncode == 0, done.stderr
+    shown = yaml.safe_load(done.stdout)
+    assert (shown["optim"]["lr"], shown["data"]["batch_size"], shown["prompt"]["length"]) == (0.005, 512, 10)
+    assert (shown["loss"]["margin"], shown["loss"]["hinge_weight"], shown["loss"]["temperature"]) == (0.2, 10.0, 0.05)
+    assert (shown["trainer"]["epochs"], shown["data"]["kind"], shown["data"]["train"]) == (
+        10,
+        "triplets",
+        "nli/nli_train.csv",
+    )
+    assert shown["model"]["path"] == "FacebookAI/roberta-large"
+    assert list(here.iterdir()) == []
+
+
+def test_help_lists_the_groups_and_is_quick(here):
+    begin = time.perf_counter()
+    done = start(here, "--help")
+    assert done.returncode == 0
+    for group in ("model: bert-base", "data: ", "loss: default", "sweep: "):
+        assert group in done.stdout
+    assert time.perf_counter() - begin < 10  # half a second; torch alone takes several
+
+
+def test_a_multirun_makes_a_complete_folder_and_an_adapter_of_its_own_for_every_job(here):
+    save_small_encoder(here / "encoder")
+    (here / "train.csv").write_text("a,b,c\n" + "".join(f"w{row} w7,w{row} w8,w{row + 40}\n" for row in range(5, 25)))
+    done = start(
+        here,
+        "-m",
+        "optim.lr=0.01,0.02",
+        "debug=fast",
+        "data=triplets",
+        "data.train=train.csv",
+        "data.max_length=16",
+        "data.dev=null",
+        "model.path=encoder",
+        "trainer.precision=float32",
+        "hydra.sweep.dir=sweep",
+        OMP_NUM_THREADS="1",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    adapters = []
+    for job, lr in enumerate((0.01, 0.02)):
+        folder = here / "sweep" / str(job)
+        names = {path.name for path in folder.iterdir()}
+        assert {"adapter", "results.json", "metrics.jsonl", "config.yaml", "run.log"} <= names
+        assert yaml.safe_load((folder / "config.yaml").read_text())["optim"]["lr"] == lr
+        adapters.append(load_file(folder / "adapter/adapter.safetensors"))
+    assert set(adapters[0]) == set(adapters[1])
+    assert not torch.equal(adapters[0]["prompt.embedding.weight"], adapters[1]["prompt.embedding.weight"])
+
+
+def test_a_job_of_a_multirun_that_fails_ends_it_with_its_own_message(here):
+    done = start(here, "-m", "seed=1,2", "model.path=./missing", "hydra.sweep.dir=sweep")
+    assert done.returncode == 2
+    assert "error: the encoder folder ./missing does not exist" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (here / "sweep/1").exists()

@@ -1,0 +1,263 @@
+"""W&B: an offline run is read back from its own file; nothing secret is in it; trouble with it costs the run nothing."""
+
+import io
+import json
+import socket
+import struct
+import time
+from pathlib import Path
+
+import pytest
+import wandb
+from conftest import SECRETS, save_small_encoder
+from rich.console import Console
+from wandb.proto.wandb_internal_pb2 import Record
+
+from promcse_pl.config import Config
+from promcse_pl.errors import ConfigError, NonFiniteError
+from promcse_pl.job import run_job
+from promcse_pl.tracking.wandb import resolve_mode
+from promcse_pl.training.module import PromcseModule
+
+
+def records(folder: Path) -> list[Record]:
+    """Read a .wandb file: a 7-byte head, then LevelDB's log, blocks of 32 KiB of chunks (crc 4, length 2, type 1, data)."""
+    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    content = path.read_bytes()
+    assert content.startswith(b":W&B")
+    found, parts, place = [], b"", 7
+    while place + 7 <= len(content):
+        if (left := 32768 - place % 32768) < 7:
+            place += left
+            continue
+        length, kind = struct.unpack_from("<HB", content, place + 4)
+        parts += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last chunk
+            found.append(Record.FromString(parts))
+            parts = b""
+    return found
+
+
+def items(part) -> dict:
+    """Key -> value of a list of updates."""
+    return {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in part}
+
+
+@pytest.fixture(scope="module")
+def tracked(trained_run) -> list[Record]:
+    return records(trained_run.folder)
+
+
+def small_run(folder: Path, wandb_mode: str, **changes: object) -> tuple[dict, str]:
+    save_small_encoder(folder / "encoder")
+    (folder / "train.csv").write_text("a,b,c\n" + "".join(f"w{row} w7,w{row} w8,w{row + 40}\n" for row in range(5, 15)))
+    config = Config.from_dict(
+        {
+            "model": {"path": str(folder / "encoder")},
+            "data": {"kind": "triplets", "train": str(folder / "train.csv"), "batch_size": 4, "max_length": 16, "cache_dir": str(folder)},
+            "trainer": {"epochs": 1, "precision": "float32", "device": "cpu"},
+            "tracking": {"wandb": wandb_mode},
+            **changes,
+        }
+    )  # fmt: skip
+    printed = io.StringIO()
+    return run_job(config, folder / "run", Console(file=printed)), printed.getvalue()
+
+
+@pytest.fixture
+def clean(tmp_path, monkeypatch) -> pytest.MonkeyPatch:
+    """No key, no mode, a home of its own."""
+    for name in (
+        "WANDB_MODE",
+        "WANDB_API_KEY",
+        "WANDB_BASE_URL",
+        "WANDB_IDENTITY_TOKEN_FILE",
+        "NETRC",
+        "WANDB_CONFIG_DIR",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return monkeypatch
+
+
+# --- what an offline run holds ---------------------------------------------------------------------------------------
+
+
+def test_an_offline_run_holds_every_setting_and_its_own_names(tracked, trained_run):
+    run = next(record.run for record in tracked if record.HasField("run"))
+    config = items(run.config.update)
+    assert {name: value for name, value in config.items() if name != "_wandb"} == trained_run.config.to_dict()
+    assert (run.project, run.display_name, list(run.tags)) == ("test", "shared", ["short"])
+
+
+def test_an_offline_run_holds_loss_parts_rate_gradient_norm_speed_and_dev_by_step(tracked):
+    rows = [items(record.history.item) for record in tracked if record.HasField("history")]
+    by_step: dict[int, dict[str, float]] = {}
+    for row in rows:
+        by_step.setdefault(int(row.get("trainer/global_step", -1)), {}).update(row)
+    training = {"train/loss", "train/contrastive", "train/hinge", "train/gradient_norm", "train/lr"}
+    speed = {"speed/rows_per_second", "speed/tokens_per_second", "speed/padding_share"}
+    for step in range(1, 8):
+        assert training | speed <= set(by_step[step]), step
+    assert {step for step, row in by_step.items() if "dev/spearman" in row} == {2, 4, 6, 7}
+    assert by_step[7]["train/lr"] == 0
+
+
+def test_the_history_of_wandb_is_the_local_history(tracked, trained_run):
+    def numbers(rows) -> list[tuple[str, float]]:
+        return [
+            (name, value)
+            for row in rows
+            for name, value in row.items()
+            if name.partition("/")[0] in ("train", "dev", "speed")
+        ]
+
+    local = [json.loads(line) for line in (trained_run.folder / "metrics.jsonl").read_text().splitlines()]
+    there = [items(record.history.item) for record in tracked if record.HasField("history")]
+    assert sorted(name for name, _ in numbers(there)) == sorted(name for name, _ in numbers(local))
+    assert [value for _, value in sorted(numbers(there))] == pytest.approx(
+        [value for _, value in sorted(numbers(local))]
+    )
+
+
+def test_the_summary_of_an_offline_run_holds_the_final_scores_and_the_table(tracked, trained_run):
+    summary: dict = {}
+    for record in tracked:
+        if record.HasField("summary"):
+            summary |= items(record.summary.update)
+        if record.HasField("history"):
+            summary |= items(record.history.item)
+    assert summary["test/dev"] == trained_run.results["scores"]["adapter"]["dev"]
+    for name in ("best_step", "trained_parameters", "training_seconds"):
+        assert summary[name] == trained_run.results[name]
+    assert summary["results/_type"] == "table-file"
+    (path,) = trained_run.folder.glob("wandb/offline-run-*/files/media/table/results_*.json")
+    scores = trained_run.results["scores"]
+    assert json.loads(path.read_text()) == {
+        "columns": ["model", "dev"],
+        "data": [["frozen encoder", scores["frozen encoder"]["dev"]], ["adapter", scores["adapter"]["dev"]]],
+    }
+
+
+def test_an_offline_run_is_closed_as_successful(tracked):
+    exits = [record.exit.exit_code for record in tracked if record.HasField("exit")]
+    assert exits == [0]
+
+
+def test_no_secret_of_the_environment_is_in_any_file_of_the_run(trained_run):
+    files = [path for path in trained_run.folder.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in files)
+    for path in files:
+        content = path.read_bytes()
+        for name, secret in SECRETS.items():
+            assert secret.encode() not in content, path
+            assert name.encode() not in content, path
+    assert not any(secret in trained_run.output for secret in SECRETS.values())
+
+
+# --- which mode ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("environment", "setting", "mode"),
+    [
+        ("disabled", "online", "disabled"),
+        ("offline", "online", "offline"),
+        ("online", "disabled", "online"),
+        ("dryrun", "online", "offline"),
+        ("run", "disabled", "online"),
+        ("", "offline", "offline"),
+        (None, "disabled", "disabled"),
+        (None, "auto", "offline"),
+    ],
+)
+def test_the_mode_of_the_environment_wins_over_the_setting(environment, setting, mode, clean):
+    if environment is not None:
+        clean.setenv("WANDB_MODE", environment)
+    assert resolve_mode(setting) == mode
+
+
+def test_a_mode_that_does_not_exist_is_refused(clean):
+    clean.setenv("WANDB_MODE", "nonsense")
+    with pytest.raises(ConfigError, match="WANDB_MODE must be one of online, offline, disabled, got 'nonsense'"):
+        resolve_mode("auto")
+
+
+def test_auto_is_online_with_a_key_in_the_environment(clean):
+    clean.setenv("WANDB_API_KEY", "0" * 40)
+    assert resolve_mode("auto") == "online"
+
+
+@pytest.mark.parametrize(
+    ("netrc_host", "base_url", "saved_url", "mode"),
+    [
+        ("api.wandb.ai", None, None, "online"),
+        ("wandb.example.org", "https://wandb.example.org", None, "online"),
+        ("wandb.example.org:8080", None, "http://wandb.example.org:8080", "online"),
+        ("api.wandb.ai", "https://wandb.example.org", None, "offline"),
+        ("github.com", None, None, "offline"),
+    ],
+)
+def test_auto_is_online_with_a_key_of_the_server_in_netrc(netrc_host, base_url, saved_url, mode, clean, tmp_path):
+    (tmp_path / ".netrc").write_text(f"machine {netrc_host}\n  login user\n  password {'0' * 40}\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    if base_url:
+        clean.setenv("WANDB_BASE_URL", base_url)
+    if saved_url:
+        (tmp_path / ".config/wandb").mkdir(parents=True)
+        (tmp_path / ".config/wandb/settings").write_text(f"[default]\nbase_url = {saved_url}\n")
+    assert resolve_mode("auto") == mode
+
+
+def test_a_broken_netrc_is_no_key(clean, tmp_path):
+    (tmp_path / ".netrc").write_text("machine")
+    assert resolve_mode("auto") == "offline"
+
+
+# --- trouble ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["disabled", "offline"])
+def test_the_environment_decides_about_a_run_that_asks_for_online(mode, clean, tmp_path):
+    clean.setenv("WANDB_MODE", mode)
+    _, printed = small_run(tmp_path, "online")
+    assert (tmp_path / "run/wandb").exists() == (mode == "offline")
+    assert ("wandb sync" in printed) == (mode == "offline")
+
+
+def test_a_run_without_scores_is_closed_too(clean, tmp_path):
+    results, printed = small_run(tmp_path, "offline")
+    assert results["scores"] == {}
+    assert "warning" not in printed
+    assert "wandb sync" in printed
+    assert [record.exit.exit_code for record in records(tmp_path / "run") if record.HasField("exit")] == [0]
+    assert wandb.run is None
+
+
+def test_a_run_that_fails_is_closed_as_failed_and_not_continued_by_the_next(clean, tmp_path):
+    def broken(self, *_):
+        raise NonFiniteError("broken on purpose")
+
+    with clean.context() as patch, pytest.raises(NonFiniteError):
+        patch.setattr(PromcseModule, "on_train_batch_start", broken)
+        small_run(tmp_path, "offline")
+    assert wandb.run is None
+    assert [record.exit.exit_code for record in records(tmp_path / "run") if record.HasField("exit")] == [1]
+
+
+@pytest.mark.slow
+def test_a_server_that_cannot_be_reached_costs_a_warning_and_half_a_minute(clean, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    clean.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
+    clean.setenv("WANDB_API_KEY", "0" * 40)
+    begin = time.perf_counter()
+    results, printed = small_run(tmp_path, "online")
+    assert time.perf_counter() - begin < 60
+    assert "warning: W&B did not start (" in printed
+    assert "the run goes on with metrics.jsonl alone" in printed
+    assert results["steps"] == 3
+    assert (tmp_path / "run/adapter/adapter.safetensors").is_file()
+    assert (tmp_path / "run/metrics.jsonl").read_text()

@@ -1,0 +1,86 @@
+"""Choosing the best step, measuring the speed."""
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from conftest import small_backbone, small_tokenizer
+
+from promcse_pl.config import DataConfig, LossConfig, OptimConfig
+from promcse_pl.data.module import PromcseDataModule
+from promcse_pl.evaluation.sts import PairScores, ScoredPairs
+from promcse_pl.model.encoder import PromptEncoder
+from promcse_pl.training import callbacks
+from promcse_pl.training.callbacks import BestByDev, Throughput
+from promcse_pl.training.module import PromcseModule
+
+PAIRS = ScoredPairs.of("dev", [("w5 w6", "w7", 1.0), ("w8", "w9 w10", 0.0), ("w11", "w12", 0.5)])
+
+
+def train(tmp_path, steps: int, *watching: pl.Callback, loggers: bool | list = False) -> PromcseModule:
+    rows = [f"w{5 + row} w7,w{6 + row} w8,w{40 + row}" for row in range(10)]
+    (tmp_path / "rows.csv").write_text("a,b,c\n" + "\n".join(rows) + "\n")
+    config = DataConfig(
+        kind="triplets", train=str(tmp_path / "rows.csv"), batch_size=4, cache_dir=str(tmp_path / "cache")
+    )
+    data = PromcseDataModule(config, small_tokenizer(), longest_input=32, seed=0)
+    torch.manual_seed(5)
+    encoder = PromptEncoder(small_backbone(), length=4, head="mlp")
+    module = PromcseModule(encoder, loss=LossConfig(), optim=OptimConfig(), total_steps=steps)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        callbacks=list(watching),
+        logger=loggers,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(module, datamodule=data)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("scores", "best"),
+    [([0.1, 0.4, 0.4, 0.3], 2), ([0.5, 0.4, 0.3, 0.2], 1), ([0.1, 0.2, 0.3, 0.4], 4), ([-0.5, -0.6, -0.4, -0.4], 3)],
+)
+def test_the_strictly_better_step_is_kept_and_put_back_at_the_end(scores, best, tmp_path, monkeypatch):
+    states = []
+
+    def scripted(encode, pairs):
+        encoder = encode.__self__.encoder
+        states.append({name: tensor.clone() for name, tensor in encoder.state_dict().items()})
+        return PairScores(len(pairs), scores[len(states) - 1], 0.0)
+
+    monkeypatch.setattr(callbacks, "score_pairs", scripted)
+    watch = BestByDev(PAIRS, small_tokenizer(), every=1)
+    module = train(tmp_path, 4, watch)
+    assert (watch.best_step, watch.best_score) == (best, scores[best - 1])
+    assert watch.history == list(enumerate(scores, start=1))
+    assert all(torch.equal(tensor, states[best - 1][name]) for name, tensor in module.encoder.state_dict().items())
+    others = [state for step, state in enumerate(states, start=1) if step != best]
+    assert not any(torch.equal(state["head.dense.weight"], states[best - 1]["head.dense.weight"]) for state in others)
+
+
+@pytest.mark.parametrize(
+    ("every", "steps", "looks"), [(1, 3, [1, 2, 3]), (2, 5, [2, 4, 5]), (3, 6, [3, 6]), (100, 2, [2])]
+)
+def test_the_development_set_is_looked_at_on_time_and_always_at_the_last_step(every, steps, looks, tmp_path):
+    watch = BestByDev(PAIRS, small_tokenizer(), every=every)
+    train(tmp_path, steps, watch)
+    assert [step for step, _ in watch.history] == looks
+
+
+def test_a_look_leaves_the_random_state_and_the_training_as_they_were(tmp_path):
+    with_looks = train(tmp_path, 3, BestByDev(PAIRS, small_tokenizer(), every=1))
+    chance = torch.random.get_rng_state()
+    without = train(tmp_path, 3)
+    assert torch.equal(chance, torch.random.get_rng_state())
+    assert with_looks.encoder.training == without.encoder.training
+
+
+def test_the_throughput_counts_rows_and_tokens_and_leaves_the_ragged_batch_in(tmp_path):
+    watch = Throughput(1, None)
+    train(tmp_path, 3, watch)
+    assert watch.total_rows == 10
+    assert watch.total_seconds > 0
