@@ -186,7 +186,8 @@ def _run(config: Config, folder: Path, console: Console, started: float) -> dict
         )
         wandb_logger = start_wandb(config, folder)
         best = BestByDev(data.dev, backbone.tokenizer, every=config.trainer.eval_every) if data.dev else None
-        throughput = Throughput(config.trainer.log_every, config.trainer.chunk_tokens)
+        log_every = min(config.trainer.log_every, steps)  # a short run has an entry too
+        throughput = Throughput(log_every, config.trainer.chunk_tokens)
         callbacks: list[pl.Callback] = [throughput, *([best] if best else [])]
         if not console.is_terminal:
             callbacks.append(ProgressLines())
@@ -199,7 +200,7 @@ def _run(config: Config, folder: Path, console: Console, started: float) -> dict
             gradient_clip_val=config.optim.clip_norm,
             logger=[JsonlLogger(folder / HISTORY), *([wandb_logger] if wandb_logger else [])],
             callbacks=callbacks,
-            log_every_n_steps=config.trainer.log_every,
+            log_every_n_steps=log_every,
             enable_checkpointing=False,
             enable_progress_bar=console.is_terminal,
             enable_model_summary=False,

@@ -214,8 +214,14 @@ def test_progress_counts_the_sentences_done(model, monkeypatch):
 
 @pytest.mark.parametrize(
     ("a", "b", "shape"),
-    [("w7", "w8", ()), ("w7", ["w8", "w9"], (2,)), (["w7", "w8"], "w9", (2,)), (["w7"] * 3, ["w8"] * 2, (3, 2)), ([], ["w8"], (0, 1))],
-)  # fmt: skip
+    [
+        ("w7", "w8", ()),
+        ("w7", ["w8", "w9"], (2,)),
+        (["w7", "w8"], "w9", (2,)),
+        (["w7"] * 3, ["w8"] * 2, (3, 2)),
+        ([], ["w8"], (0, 1)),
+    ],
+)
 def test_similarity_has_an_axis_for_each_list(model, a, b, shape):
     assert np.shape(model.similarity(a, b)) == shape
 

@@ -230,9 +230,9 @@ def test_an_index_of_another_adapter_is_refused(model, adapter, tmp_path):
     model.build_index(CORPUS)
     model.save_index(tmp_path / "index")
     changes = {"prompt": {}, "pooling": {"pooling": "cls"}, "positions": {"position_offset": 0}}
-    for name, settings in changes.items():
+    for name, change in changes.items():
         model.build_index(["w5"])
-        other = PromCSE(PromptEncoder(model.encoder.backbone, length=3, **{"pooling": "avg", **settings}))
+        other = PromCSE(PromptEncoder(model.encoder.backbone, length=3, **{"pooling": "avg", **change}))
         if name != "prompt":  # which is fresh, and so another, in the first case
             other.encoder.load_state_dict(model.encoder.state_dict())
         with pytest.raises(AdapterError, match="were made by another adapter"):

@@ -176,7 +176,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 def _split(state: dict[str, Tensor], family: str, path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
     """Sort the tensors into the frozen encoder's, the trained ones under our names, and what is left out."""
     if "prefix_encoder.embedding.weight" not in state:
-        kind = "a SimCSE model" if any("mlp." in name or "pooler." in name for name in state) else "a plain encoder"
+        kind = "a SimCSE model" if "mlp.dense.weight" in state else "a plain encoder or a SimCSE model"
         raise AdapterError(
             f"{path} has no prompt (prefix_encoder.embedding.weight); it looks like {kind}. An encoder is trained on, not "
             f"imported: python run.py model.path={path.parent}"

@@ -12,14 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import InputModule, Normalize
 from torch import Tensor
 
 from promcse_pl.adapter.files import load_adapter, save_adapter, whole_folder
 from promcse_pl.embedder import PromCSE
 from promcse_pl.errors import AdapterError, ConfigError, DataError
 from promcse_pl.model.encoder import PromptEncoder, Tokens
+
+try:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import InputModule, Normalize
+except ImportError as error:
+    raise ConfigError("this needs sentence-transformers 6 or newer. Try: pip install 'promcse_pl[st]'") from error
 
 _SHORTEST_INPUT = 3  # the two special tokens and a word
 
@@ -44,10 +48,7 @@ class PromptTransformer(InputModule):  # type: ignore[misc]
     Args:
         encoder: The prompt encoder; it is shared, not copied.
         tokenizer: A transformers tokenizer; None takes the encoder's own. It is not saved.
-        max_seq_length: See the attribute; None: as long as the encoder allows.
-
-    Attributes:
-        max_seq_length: Tokens, special ones included, that a longer text is cut to.
+        max_seq_length: See the property; None: as long as the encoder allows.
     """
 
     config_file_name = "sentence_bert_config.json"
@@ -66,6 +67,7 @@ class PromptTransformer(InputModule):  # type: ignore[misc]
 
     @property
     def max_seq_length(self) -> int:
+        """Tokens, special ones included, that a longer text is cut to; it can be set."""
         return self._max_seq_length
 
     @max_seq_length.setter
@@ -124,20 +126,17 @@ class PromptTransformer(InputModule):  # type: ignore[misc]
         model_name_or_path: str,
         subfolder: str = "",
         *,
-        token: bool | str | None = None,
-        cache_folder: str | None = None,
-        revision: str | None = None,
-        local_files_only: bool = False,
         model_kwargs: dict[str, Any] | None = None,
         processor_kwargs: dict[str, Any] | None = None,
         config_kwargs: dict[str, Any] | None = None,
         backend: str = "torch",
-        **_: object,
+        trust_remote_code: bool = False,  # noqa: ARG003  (sentence-transformers has asked before it imports this class)
+        **where: Any,  # noqa: ANN401  (its options of a download: token, cache_folder, revision, local_files_only)
     ) -> PromptTransformer:
         """Read what `save` wrote; sentence-transformers calls this.
 
         Args:
-            model_name_or_path, subfolder, token, cache_folder, revision, local_files_only: Where the folder lies.
+            model_name_or_path, subfolder, where: Where the folder lies; a hub id is downloaded.
             model_kwargs: `encoder`: where the frozen encoder lies now; `dtype`: the type it computes in, a torch.dtype.
             processor_kwargs, config_kwargs, backend: Refused unless empty, empty and "torch".
 
@@ -154,17 +153,9 @@ class PromptTransformer(InputModule):  # type: ignore[misc]
             raise AdapterError(
                 f"model_kwargs['dtype'] must be a torch.dtype such as torch.bfloat16, got {given['dtype']!r}"
             )
-        where = {
-            "subfolder": subfolder,
-            "token": token,
-            "cache_folder": cache_folder,
-            "revision": revision,
-            "local_files_only": local_files_only,
-        }
-        folder = cls.load_dir_path(model_name_or_path, **where)
-        return cls(
-            load_adapter(Path(folder or model_name_or_path), **given), **cls.load_config(model_name_or_path, **where)
-        )
+        folder = cls.load_dir_path(model_name_or_path, subfolder, **where)
+        config = cls.load_config(model_name_or_path, subfolder, **where)
+        return cls(load_adapter(Path(folder or model_name_or_path), **given), **config)
 
 
 def as_sentence_transformer(model: PromCSE) -> SentenceTransformer:

@@ -178,11 +178,12 @@ def encode_distinct(encode: Encode, groups: Iterable[ScoredPairs]) -> dict[str, 
 
 
 def cosines(pairs: ScoredPairs, vectors: dict[str, NDArray[np.float32]]) -> NDArray[np.float64]:
-    """Return the cosine of each pair from unit vectors."""
+    """Return the cosine of each pair; exactly 1 for twice the same sentence, so that rounding does not rank such pairs."""
     first = np.stack([vectors[sentence] for sentence in pairs.first]).astype(np.float64)
     second = np.stack([vectors[sentence] for sentence in pairs.second]).astype(np.float64)
     products: NDArray[np.float64] = np.einsum("nd,nd->n", first, second)
-    return products
+    lengths: NDArray[np.float64] = np.sqrt(np.einsum("nd,nd->n", first, first) * np.einsum("nd,nd->n", second, second))
+    return products / lengths
 
 
 def score_pairs(encode: Encode, pairs: ScoredPairs) -> PairScores:

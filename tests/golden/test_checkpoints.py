@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN
-from golden.official import read_json
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from golden.official import read_json
 from promcse_pl.adapter.files import load_adapter, save_adapter
 from promcse_pl.adapter.official import export_official, import_official
 from promcse_pl.embedder import PromCSE
+from promcse_pl.index import SentenceIndex
 from promcse_pl.model.encoder import Tokens
 
 pytestmark = pytest.mark.golden
@@ -31,7 +32,9 @@ def _print_worst(request):
     yield
     reporter = request.config.pluginmanager.get_plugin("terminalreporter")
     for kind, error in sorted(WORST.items()):
-        reporter.write_line(f"\nofficial parity, {len(CHECKPOINTS)} checkpoints, {kind}: worst absolute error {error:.1e}")
+        reporter.write_line(
+            f"\nofficial parity, {len(CHECKPOINTS)} checkpoints, {kind}: worst absolute error {error:.1e}"
+        )
 
 
 @pytest.fixture(params=CHECKPOINTS, ids=lambda path: path.name)
@@ -73,7 +76,11 @@ def encode(model, sentences, *, max_length, batch_size=64):
     vectors = []
     for start in range(0, len(sentences), batch_size):
         encoded = model.tokenizer(
-            sentences[start : start + batch_size], truncation=True, max_length=max_length, padding=True, return_tensors="pt"
+            sentences[start : start + batch_size],
+            truncation=True,
+            max_length=max_length,
+            padding=True,
+            return_tensors="pt",
         )
         with torch.inference_mode():
             vectors.append(model.encoder(Tokens(encoded["input_ids"], encoded["attention_mask"]))[0])
@@ -84,7 +91,9 @@ def test_prompt_length_projection_and_head_are_seen_in_the_tensors(imported, fol
     encoder = imported.encoder
     trans = torch.load(folder / "pytorch_model.bin", weights_only=True).get("prefix_encoder.trans.0.weight")
     assert encoder.prompt.length == encoder.position_offset == expected[0]["pre_seq_len"]
-    assert (None if encoder.prompt.trans is None else encoder.prompt.trans[0].out_features) == (None if trans is None else len(trans))
+    assert (None if encoder.prompt.trans is None else encoder.prompt.trans[0].out_features) == (
+        None if trans is None else len(trans)
+    )
     assert (encoder.pooling, encoder.head_mode) == ("cls", POOLINGS[pooling])
     assert encoder.prompt.dropout == read_json(folder / "config.json")["hidden_dropout_prob"]
     assert f"prompt length {encoder.prompt.length}" in imported.notes[0]
@@ -94,7 +103,9 @@ def test_prompt_length_projection_and_head_are_seen_in_the_tensors(imported, fol
 def test_the_tokenizer_gives_the_official_tokens(model, expected, max_length):
     official = expected[0][f"tokenized_max_length_{max_length}"]
     ours = model.tokenizer(expected[0]["sentences"], truncation=True, max_length=max_length)["input_ids"]
-    assert ours == [ids[: sum(mask)] for ids, mask in zip(official["input_ids"], official["attention_mask"], strict=True)]
+    assert ours == [
+        ids[: sum(mask)] for ids, mask in zip(official["input_ids"], official["attention_mask"], strict=True)
+    ]
 
 
 def test_vectors_equal_those_of_the_official_tool(model, pooling, expected):
@@ -129,36 +140,42 @@ def test_similarities_and_searches_equal_those_of_the_official_tool(model, pooli
     check("similarities", similarities(queries[0]), vectors[f"similarity_str_list_{pooling}"])
     check("similarities", model.similarity(queries[0], sentences[1]), about[f"similarity_str_str_{pooling}"])
 
-    def search(query, threshold=OFFICIAL_THRESHOLD, top_k=OFFICIAL_TOP_K, extra=()):
-        scores = similarities(query, torch.cat([index, torch.from_numpy(model.encode([*extra]))]))
-        order = scores.argsort(descending=True)[:top_k]
-        return [([*sentences, *extra][i], scores[i].item()) for i in order if scores[i] >= threshold]
+    def search(asked, threshold=OFFICIAL_THRESHOLD, top_k=OFFICIAL_TOP_K, added=()):
+        found = SentenceIndex()
+        found.add(index.numpy(), sentences)
+        found.add(model.encode(list(added)), added)
+        return found.search(model.encode(asked), top_k=top_k, threshold=threshold)
 
-    defaults = [search(query) for query in queries]
     wanted = {
-        "str_default": search(queries[1]),
-        "str_threshold-1_top3": search(queries[1], -1, 3),
-        "str_threshold0.2_top12": search(queries[2], 0.2, 12),
-        "list_default": defaults,
-        "after_add_to_index_str_default": search(queries[0], extra=queries[:1]),
+        "str_default": search(queries[1:2]),
+        "str_threshold-1_top3": search(queries[1:2], -1, 3),
+        "str_threshold0.2_top12": search(queries[2:3], 0.2, 12),
+        "list_default": search(queries),
+        "after_add_to_index_str_default": search(queries[:1], added=queries[:1]),
     }
     for backend in ("brute", "faiss"):
         # brute force drops the threshold and the number of hits when it is given a list
-        limited = defaults if backend == "brute" else [search(query, 0.3, 2) for query in queries]
+        limited = search(queries) if backend == "brute" else search(queries, 0.3, 2)
         official = about[f"search_{pooling}_{backend}"]
         assert set(official) == {*wanted, "list_threshold0.3_top2"}
         for name, ours in (wanted | {"list_threshold0.3_top2": limited}).items():
-            pairs = zip(ours, official[name], strict=True) if name.startswith("list") else [(ours, official[name])]
-            for hits, official_hits in pairs:
-                assert [sentence for sentence, _ in hits] == [sentence for sentence, _ in official_hits], name
-                check("search scores", [score for _, score in hits], [score for _, score in official_hits])
+            theirs = official[name] if name.startswith("list") else [official[name]]
+            assert [[text for text, _ in hits] for hits in ours] == [[text for text, _ in hits] for hits in theirs], (
+                name
+            )
+            scores = [[score for hits in side for _, score in hits] for side in (ours, theirs)]
+            check("search scores", *scores)
 
 
 def test_export_gives_the_same_tensors_and_config_back(imported, folder, pooling, tmp_path):
     instructions = export_official(imported.encoder, tmp_path / "back")
-    before, after = (torch.load(place / "pytorch_model.bin", weights_only=True) for place in (folder, tmp_path / "back"))
+    before, after = (
+        torch.load(place / "pytorch_model.bin", weights_only=True) for place in (folder, tmp_path / "back")
+    )
     assert set(before) == set(after)
-    assert all(torch.equal(tensor, after[name]) and tensor.dtype == after[name].dtype for name, tensor in before.items())
+    assert all(
+        torch.equal(tensor, after[name]) and tensor.dtype == after[name].dtype for name, tensor in before.items()
+    )
     config = read_json(tmp_path / "back/config.json")
     assert config == {k: v for k, v in read_json(folder / "config.json").items() if k in config}
     assert f"--pooler_type {pooling} --pre_seq_len" in instructions
