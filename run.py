@@ -62,7 +62,7 @@ def _remove_empty(folder: Path) -> None:
 def _choices() -> dict[str, list[str]]:
     """Return the groups of conf/ and what each offers; recipe/ is chosen by mode and model."""
     groups = sorted(path for path in CONF.iterdir() if path.is_dir())
-    return {group.name: sorted(path.stem for path in group.glob("*.yaml")) for group in groups}
+    return {group.name: sorted(path.stem for path in group.glob("[!_]*.yaml")) for group in groups}
 
 
 def _stop(error: PromcseError) -> None:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import platform
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from rich.console import Console
 
 from promcse_pl.config import Config
 from promcse_pl.errors import ConfigError, DataError, EncoderError
+from promcse_pl.terminal import ConsoleHandler, config_tree, progress_bar, score_table
 from promcse_pl.version import __version__
 
 log = logging.getLogger("promcse_pl")
@@ -106,136 +105,64 @@ def check_inputs(config: Config) -> None:
 
 
 def _run(config: Config, folder: Path, console: Console, started: float) -> dict[str, Any]:
-    from promcse_pl.terminal import config_tree, progress_bar, score_table
-
-    with console.status("loading torch"):
-        import pytorch_lightning as pl
+    with console.status("loading torch"):  # late: mistakes in a config must not wait for it
         import torch
 
         from promcse_pl.adapter.files import save_adapter
-        from promcse_pl.data.module import PromcseDataModule
-        from promcse_pl.embedder import pick_device
         from promcse_pl.evaluation.results import evaluate_all
-        from promcse_pl.model.backbone import FrozenBackbone
-        from promcse_pl.model.encoder import PromptEncoder
-        from promcse_pl.model.mlm import MlmHead
         from promcse_pl.tracking.local import JsonlLogger
         from promcse_pl.tracking.wandb import abandon_wandb, finish_wandb, start_wandb
-        from promcse_pl.training.callbacks import BestByDev, ProgressLines, Throughput
-        from promcse_pl.training.module import PromcseModule
-        from promcse_pl.training.precision import choose_dtype
+        from promcse_pl.training.fit import build_data, build_encoder, build_mlm_head, fit, resolve_machine
 
-    device = pick_device(config.trainer.device)
-    dtype, why = choose_dtype(config.trainer.precision, device)
-    precision: Literal["bfloat16", "float32"] = "bfloat16" if dtype == torch.bfloat16 else "float32"
-    config = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, precision=precision))
+    config, device = resolve_machine(config)
     console.print(config_tree(config.to_dict()))
-    log.info("device: %s; precision: %s", device.type, why)
+    encoder = build_encoder(config)
+    mlm_head = build_mlm_head(config, encoder.backbone)
+    with progress_bar(console, "tokenising", None) as progress:
+        data = build_data(config, encoder, progress)
+    _report_rows(data, folder)
+    trained = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in encoder.parameters())
+    log.info("trained: %s of %s parameters (%.2f %%)", f"{trained:,}", f"{total:,}", 100 * trained / total)
+    write_config(config, folder / CONFIG)
 
-    for noisy in ("pytorch_lightning", "lightning_fabric"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)  # its hints on devices and paid services; errors stay
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="pytorch_lightning.*|lightning_fabric.*|torch.jit.*")
-        pl.seed_everything(config.seed, verbose=False)
-        backbone = FrozenBackbone.load(config.model.path, revision=config.model.revision, dtype=dtype)
-        encoder = PromptEncoder(
-            backbone,
-            length=config.prompt.length,
-            projection_size=config.prompt.projection_size,
-            pooling=config.model.pooling,
-            head=config.model.head,
-            dropout=config.prompt.dropout,
-            position_offset=config.prompt.position_offset,
-        )
-        if encoder.longest_input < 3:
-            raise ConfigError(
-                f"prompt.length={config.prompt.length} shifts the positions so far that no sentence fits the encoder. "
-                f"Try: prompt.length={max(0, config.prompt.length + encoder.longest_input - 32)}"
-            )
-        mlm_head = None
-        if config.loss.mlm_weight:
-            mlm_head = MlmHead(backbone.word_embeddings.float(), layer_norm_eps=backbone.layer_norm_eps)
-            if not backbone.fill_mlm_head(mlm_head):
-                log.warning("%s brings no MLM head; a fresh one is trained", config.model.path)
-        with progress_bar(console, "tokenising", None) as progress:
-            data = PromcseDataModule(
-                config.data,
-                backbone.tokenizer,
-                longest_input=encoder.longest_input,
-                seed=config.seed,
-                mlm=mlm_head is not None,
-                progress=progress,
-            )
-            data.setup()
-        rows = data.token_rows
-        _report_rows(data, folder)
-        trained = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
-        total = trained + sum(p.numel() for p in backbone.parameters())
-        log.info("trained: %s of %s parameters (%.2f %%)", f"{trained:,}", f"{total:,}", 100 * trained / total)
-
-        write_config(config, folder / CONFIG)
-        steps = -(-len(rows) // config.data.batch_size) * config.trainer.epochs
-        steps = min(steps, config.trainer.max_steps or steps)
-        module = PromcseModule(
+    wandb_logger = start_wandb(config, folder)
+    loggers = [JsonlLogger(folder / HISTORY), *([wandb_logger] if wandb_logger else [])]
+    try:
+        fitted = fit(
+            config,
             encoder,
-            loss=config.loss,
-            optim=config.optim,
-            total_steps=steps,
-            chunk_tokens=config.trainer.chunk_tokens,
+            data,
+            device=device,
             mlm_head=mlm_head,
+            loggers=loggers,
+            folder=folder,
+            show_bar=console.is_terminal,
         )
-        wandb_logger = start_wandb(config, folder)
-        best = BestByDev(data.dev, backbone.tokenizer, every=config.trainer.eval_every) if data.dev else None
-        log_every = min(config.trainer.log_every, steps)  # a short run has an entry too
-        throughput = Throughput(log_every, config.trainer.chunk_tokens)
-        callbacks: list[pl.Callback] = [throughput, *([best] if best else [])]
-        if not console.is_terminal:
-            callbacks.append(ProgressLines())
-        trainer = pl.Trainer(
-            accelerator={"cpu": "cpu", "cuda": "gpu", "mps": "mps"}[device.type],
-            devices=1,
-            precision="32-true",  # the frozen encoder has its own type; everything trained is float32
-            max_steps=steps,
-            max_epochs=config.trainer.epochs,
-            gradient_clip_val=config.optim.clip_norm,
-            logger=[JsonlLogger(folder / HISTORY), *([wandb_logger] if wandb_logger else [])],
-            callbacks=callbacks,
-            log_every_n_steps=log_every,
-            enable_checkpointing=False,
-            enable_progress_bar=console.is_terminal,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            default_root_dir=folder,
-        )
-        training_started = time.perf_counter()
-        try:
-            trainer.fit(module, datamodule=data)
-        except BaseException:
-            if wandb_logger:
-                abandon_wandb(wandb_logger)
-            raise
-        training_seconds = time.perf_counter() - training_started
-
-    summary = {
-        "rows": len(rows),
-        "steps": steps,
-        "best_step": best.best_step if best else steps,
-        "dev": data.dev.name if data.dev else None,
-        "dev_spearman": round(100 * best.best_score, 4) if best and best.best_score is not None else None,
-        "seed": config.seed,
-    }
-    save_adapter(encoder.to("cpu"), folder / ADAPTER, training=summary)
-    with progress_bar(console, "evaluating", None) as progress:
-        scores, data_used = evaluate_all(folder / ADAPTER, config, data.dev, device=device.type, progress=progress)
+        summary = {
+            "rows": len(data.token_rows),
+            "steps": fitted.steps,
+            "best_step": fitted.best_step,
+            "dev": data.dev.name if data.dev else None,
+            "dev_spearman": None if fitted.dev_score is None else round(100 * fitted.dev_score, 4),
+            "seed": config.seed,
+        }
+        save_adapter(encoder.to("cpu"), folder / ADAPTER, training=summary)
+        log.info("evaluating %s", "the adapter and the frozen encoder" if config.evaluation.frozen else "the adapter")
+        with progress_bar(console, "evaluating", None) as progress:
+            scores, data_used = evaluate_all(folder / ADAPTER, config, data.dev, device=device.type, progress=progress)
+    except BaseException:
+        if wandb_logger:
+            abandon_wandb(wandb_logger)
+        raise
+    rows = data.token_rows
     results = {
         "scores": scores,
         **summary,
         "trained_parameters": trained,
         "trained_share": trained / total,
-        "training_seconds": round(training_seconds, 2),
-        "rows_per_second": round(throughput.total_rows / throughput.total_seconds, 2)
-        if throughput.total_seconds
-        else None,
+        "training_seconds": round(fitted.seconds, 2),
+        "rows_per_second": round(fitted.rows_per_second, 2),
         "seconds": round(time.perf_counter() - started, 2),
         "tokens": {"cache": rows.fingerprint, "truncated": rows.truncated, "skipped_rows": len(rows.bad_rows)},
         "data": data_used,
@@ -284,8 +211,6 @@ def _write_text(path: Path, text: str) -> None:
 @contextmanager
 def _logging_to(path: Path, console: Console) -> Iterator[None]:
     """Send the package's log lines to the terminal and, with times, to a file."""
-    from promcse_pl.terminal import ConsoleHandler
-
     to_file = logging.FileHandler(path, encoding="utf-8")
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     to_terminal = ConsoleHandler(console)

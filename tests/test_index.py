@@ -112,6 +112,11 @@ def test_a_sentence_reaches_the_threshold_1_with_itself():
     assert filled(vectors).search(vectors, threshold=1.0) == [[(f"s{row}", 1.0)] for row in range(200)]
 
 
+def test_a_cosine_is_never_above_1():
+    vectors = random_units(3) * np.float32(1.000001)  # as half precision may leave them
+    assert filled(vectors).search(vectors, top_k=1) == [[(f"s{row}", 1.0)] for row in range(3)]
+
+
 @pytest.mark.parametrize("kind", ["flat", "ivf"])
 def test_faiss_finds_what_exact_search_finds_in_the_cells_it_looks_into(kind):
     pytest.importorskip("faiss")

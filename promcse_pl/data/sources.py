@@ -122,7 +122,8 @@ def _hold_out(source: RowSource, seed: int) -> tuple[RowSource, ScoredPairs]:
     train = [row for row in rows if row[0] not in kept_back]
     if len(train) < 2:
         raise DataError(
-            f"{source.name} has too few different anchors ({len(anchors)}) to keep some back. Try: data.dev=FILE, or data.dev=null"
+            f"{source.name} has too few different anchors ({len(anchors)}) to keep some back. "
+            "Try: data.dev=FILE, or data.dev=null"
         )
     pairs = [
         (anchor, text, score)

@@ -412,9 +412,7 @@ def locate(
     from huggingface_hub import snapshot_download
 
     try:
-        path = snapshot_download(
-            name, revision=revision, allow_patterns=["*.json", "*.txt", "*.model", *weights]
-        )
+        path = snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.txt", "*.model", *weights])
     except Exception as error:
         raise EncoderError(f"the hub did not give {name}: {type(error).__name__}: {first_line(error)}") from error
     return Path(path), Path(path).name

@@ -69,50 +69,54 @@ def _hosts() -> set[str]:
 
 
 def start_wandb(config: Config, folder: Path) -> WandbLogger | None:
-    """Start the W&B run of a job; None when disabled, or when W&B cannot be started (a warning says why).
+    """Start the W&B run of a job; None when disabled, or when W&B cannot be started at all (a warning says why).
+
+    A server that does not answer in 30 s makes the run an offline one.
 
     Args:
         config: The resolved config; it is logged whole.
         folder: The run's folder; W&B's own files go to folder/wandb.
     """
     mode = resolve_mode(config.tracking.wandb)
-    if mode == "disabled":
-        return None
     os.environ.setdefault("WANDB_SILENT", "true")
+    for attempt in {"online": ("online", "offline"), "offline": ("offline",), "disabled": ()}[mode]:
+        try:
+            run = _init(config, folder, attempt)
+        except Exception as error:
+            # a tracker is never worth a run: keys, networks, disks and versions fail in their own ways
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            log.warning("W&B did not start %s (%s)", attempt, reason)
+            continue
+        from pytorch_lightning.loggers import WandbLogger
+
+        if attempt == "online":
+            log.info("W&B run: %s", run.url)
+        return WandbLogger(experiment=run, log_model=False)
+    return None
+
+
+def _init(config: Config, folder: Path, mode: str) -> Any:  # noqa: ANN401  (a W&B run)
     import wandb
 
-    tracking = config.tracking
-    settings = wandb.Settings(
-        mode=mode,
-        console="off",
-        silent=True,
-        disable_git=True,
-        disable_code=True,
-        x_disable_meta=True,
-        x_disable_machine_info=True,
-        init_timeout=30,
+    return wandb.init(
+        project=config.tracking.project,
+        entity=config.tracking.entity,
+        group=config.tracking.group,
+        name=config.tracking.name or folder.name,
+        tags=config.tracking.tags,
+        dir=folder,
+        config=config.to_dict(),
+        settings=wandb.Settings(
+            mode=mode,
+            console="off",
+            silent=True,
+            disable_git=True,
+            disable_code=True,
+            x_disable_meta=True,
+            x_disable_machine_info=True,
+            init_timeout=30,
+        ),
     )
-    try:
-        run = wandb.init(
-            project=tracking.project,
-            entity=tracking.entity,
-            group=tracking.group,
-            name=tracking.name or folder.name,
-            tags=tracking.tags,
-            dir=folder,
-            config=config.to_dict(),
-            settings=settings,
-        )
-    except Exception as error:
-        # a tracker is never worth a run: keys, networks, disks and versions fail in their own ways
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        log.warning("W&B did not start (%s); the run goes on with metrics.jsonl alone", reason)
-        return None
-    from pytorch_lightning.loggers import WandbLogger
-
-    if mode == "online":
-        log.info("W&B run: %s", run.url)
-    return WandbLogger(experiment=run, log_model=False)
 
 
 def abandon_wandb(logger: WandbLogger) -> None:

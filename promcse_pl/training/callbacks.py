@@ -78,10 +78,11 @@ class Throughput(pl.Callback):
         self.every, self.chunk_tokens = every, chunk_tokens
         self.rows = self.real_tokens = self.padded_tokens = 0
         self.total_rows, self.total_seconds = 0, 0.0
-        self._seconds, self._start = 0.0, 0.0
+        self._seconds, self._start, self._lr = 0.0, 0.0, 0.0
 
-    def on_train_batch_start(self, *_: Any, **__: Any) -> None:
-        """Start the clock of a step."""
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
+        """Start the clock of a step and note its learning rate."""
+        self._lr = trainer.optimizers[0].param_groups[0]["lr"]
         self._start = time.perf_counter()
 
     def on_train_batch_end(
@@ -107,7 +108,7 @@ class Throughput(pl.Callback):
             "speed/rows_per_second": self.rows / self._seconds,
             "speed/tokens_per_second": self.real_tokens / self._seconds,
             "speed/padding_share": 1 - self.real_tokens / self.padded_tokens,
-            "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "train/lr": self._lr,
         }
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)

@@ -187,7 +187,7 @@ def test_a_changed_or_missing_inner_encoder_is_refused(carrying):
     weights = load_file(folder / "encoder/model.safetensors")
     weights["embeddings.word_embeddings.weight"][7, 7] += 1
     save_file(weights, folder / "encoder/model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(AdapterError, match="was trained on ./encoder with weights"):
+    with pytest.raises(AdapterError, match=r"was trained on ./encoder with weights"):
         load_adapter(folder)
     shutil.rmtree(folder / "encoder")
     with pytest.raises(EncoderError, match="adapter/encoder does not exist"):

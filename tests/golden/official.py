@@ -27,7 +27,9 @@ def official_state(folder: Path, weights: str = "model.safetensors") -> dict[str
 
 
 def build_backbone(folder: Path, state: dict[str, Tensor], dtype: torch.dtype) -> FrozenBackbone:
-    raw = {k: v for k, v in read_json(folder / "config.json").items() if k not in ("transformers_version", "architectures")}
+    raw = {
+        k: v for k, v in read_json(folder / "config.json").items() if k not in ("transformers_version", "architectures")
+    }
     family = raw.pop("model_type")
     config = AutoConfig.for_model(family, **raw)
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
@@ -40,7 +42,9 @@ def build_backbone(folder: Path, state: dict[str, Tensor], dtype: torch.dtype) -
     return FrozenBackbone(model.to(dtype), EncoderId(folder.name, None, ""))
 
 
-def build_encoder(folder: Path, state: dict[str, Tensor], args: dict, dtype: torch.dtype = torch.float64) -> PromptEncoder:
+def build_encoder(
+    folder: Path, state: dict[str, Tensor], args: dict, dtype: torch.dtype = torch.float64
+) -> PromptEncoder:
     pooling = args["pooler_type"]
     head = "none" if pooling != "cls" else "mlp_train_only" if args["mlp_only_train"] else "mlp"
     encoder = PromptEncoder(

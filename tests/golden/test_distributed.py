@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import GOLDEN
-from golden.official import build_encoder, build_mlm_head, official_state, read_json, tokens_of, worst
 from safetensors.torch import load_file, save_file
 
+from golden.official import build_encoder, build_mlm_head, official_state, read_json, tokens_of, worst
 from promcse_pl.config import LossConfig, OptimConfig
 from promcse_pl.data.module import TrainBatch
 from promcse_pl.model.encoder import Tokens
@@ -27,7 +27,9 @@ def _print_worst(request):
     yield
     reporter = request.config.pluginmanager.get_plugin("terminalreporter")
     for kind, error in sorted(WORST.items()):
-        reporter.write_line(f"\nofficial parity, {len(CASES)} cases over 2 and 3 processes, {kind}: worst error {error:.1e}")
+        reporter.write_line(
+            f"\nofficial parity, {len(CASES)} cases over 2 and 3 processes, {kind}: worst error {error:.1e}"
+        )
 
 
 def check(kind, error):

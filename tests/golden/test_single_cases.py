@@ -3,10 +3,19 @@
 import pytest
 import torch
 from conftest import GOLDEN
-from golden.official import build_encoder, build_mlm_head, lm_name, official_state, read_json, tokens_of, views_of, worst
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from golden.official import (
+    build_encoder,
+    build_mlm_head,
+    lm_name,
+    official_state,
+    read_json,
+    tokens_of,
+    views_of,
+    worst,
+)
 from promcse_pl.loss.contrastive import ntxent_logits
 from promcse_pl.loss.hybrid import hybrid_loss, mlm_loss
 from promcse_pl.model.mlm import IGNORED

@@ -1,0 +1,188 @@
+"""Build what a config describes, and train it."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import Logger
+
+from promcse_pl.config import Config
+from promcse_pl.data.module import PromcseDataModule
+from promcse_pl.embedder import pick_device
+from promcse_pl.errors import ConfigError
+from promcse_pl.model.backbone import FrozenBackbone
+from promcse_pl.model.encoder import PromptEncoder
+from promcse_pl.model.mlm import MlmHead
+from promcse_pl.training.callbacks import BestByDev, ProgressLines, Throughput
+from promcse_pl.training.module import PromcseModule
+from promcse_pl.training.precision import choose_dtype
+
+log = logging.getLogger("promcse_pl")
+
+SHORTEST_INPUT = 3
+"""Tokens of the shortest sentence worth encoding: one word between two special tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """What a training run leaves behind, beside the encoder itself.
+
+    Attributes:
+        steps: Optimiser steps of the run.
+        best_step: Step that was kept: the best by development score, else the last.
+        dev_score: Best development Spearman in [-1, 1], or None without a development set.
+        seconds: Of training, looks at the development set included.
+        rows_per_second: Training rows, looks left out.
+    """
+
+    steps: int
+    best_step: int
+    dev_score: float | None
+    seconds: float
+    rows_per_second: float
+
+
+def resolve_machine(config: Config) -> tuple[Config, torch.device]:
+    """Fix what `auto` left open, so that the saved config repeats this run; seed every generator; quieten Lightning.
+
+    Returns:
+        The config with the precision that was measured or set, and the device.
+    """
+    device = pick_device(config.trainer.device)
+    dtype, why = choose_dtype(config.trainer.precision, device)
+    precision: Literal["bfloat16", "float32"] = "bfloat16" if dtype == torch.bfloat16 else "float32"
+    log.info("device: %s; precision: %s", device.type, why)
+    for noisy in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)  # its hints on devices and paid services; errors stay
+    pl.seed_everything(config.seed, verbose=False)
+    return dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, precision=precision)), device
+
+
+def build_encoder(config: Config) -> PromptEncoder:
+    """Read the frozen encoder of a config and put a fresh prompt in front of it.
+
+    Raises:
+        EncoderError: The encoder cannot be had or takes no prompt.
+        ConfigError: The prompt leaves no room for a sentence.
+    """
+    dtype = torch.bfloat16 if config.trainer.precision == "bfloat16" else torch.float32
+    encoder = PromptEncoder(
+        FrozenBackbone.load(config.model.path, revision=config.model.revision, dtype=dtype),
+        length=config.prompt.length,
+        projection_size=config.prompt.projection_size,
+        pooling=config.model.pooling,
+        head=config.model.head,
+        dropout=config.prompt.dropout,
+        position_offset=config.prompt.position_offset,
+    )
+    if encoder.longest_input < SHORTEST_INPUT:
+        raise ConfigError(
+            f"prompt.length={config.prompt.length} shifts the positions so far that no sentence fits the encoder. "
+            f"Try: prompt.length={max(0, config.prompt.length + encoder.longest_input - config.data.max_length)}"
+        )
+    return encoder
+
+
+def build_mlm_head(config: Config, backbone: FrozenBackbone) -> MlmHead | None:
+    """Return the MLM head if the loss has an MLM term: the encoder's own where its files hold one, else a fresh one."""
+    if not config.loss.mlm_weight:
+        return None
+    if backbone.word_embeddings.shape[1] != backbone.width:
+        raise ConfigError(
+            f"loss.mlm_weight={config.loss.mlm_weight:g} does not work with {config.model.path}: its embeddings are "
+            f"{backbone.word_embeddings.shape[1]} wide, its hidden states {backbone.width}. Try: loss.mlm_weight=0"
+        )
+    head = MlmHead(backbone.word_embeddings.float(), layer_norm_eps=backbone.layer_norm_eps)
+    if not backbone.fill_mlm_head(head):
+        log.warning("%s brings no MLM head; a fresh one is trained", config.model.path)
+    return head
+
+
+def build_data(config: Config, encoder: PromptEncoder, progress: Callable[[int], None]) -> PromcseDataModule:
+    """Read and tokenise the training rows of a config, or find them in the cache."""
+    data = PromcseDataModule(
+        config.data,
+        encoder.backbone.tokenizer,
+        longest_input=encoder.longest_input,
+        seed=config.seed,
+        mlm=bool(config.loss.mlm_weight),
+        progress=progress,
+    )
+    data.setup()
+    return data
+
+
+def fit(
+    config: Config,
+    encoder: PromptEncoder,
+    data: PromcseDataModule,
+    *,
+    device: torch.device,
+    mlm_head: MlmHead | None,
+    loggers: Sequence[Logger],
+    folder: Path,
+    show_bar: bool,
+) -> Fitted:
+    """Train the prompt in place; at the end it holds the tensors of the best step.
+
+    Args:
+        config: The settings.
+        encoder, data, mlm_head: From the functions above.
+        device: Where to compute.
+        loggers: Where numbers go.
+        folder: Lightning's root; nothing is written there but by the loggers.
+        show_bar: A progress bar for a terminal, else a line now and then.
+
+    Raises:
+        NonFiniteError: A loss or gradient is NaN or infinite.
+    """
+    epoch_steps = -(-len(data.token_rows) // config.data.batch_size)
+    steps = min(epoch_steps * config.trainer.epochs, config.trainer.max_steps or epoch_steps * config.trainer.epochs)
+    log_every = min(config.trainer.log_every, steps)  # a short run has an entry too
+    module = PromcseModule(
+        encoder,
+        loss=config.loss,
+        optim=config.optim,
+        total_steps=steps,
+        chunk_tokens=config.trainer.chunk_tokens,
+        mlm_head=mlm_head,
+    )
+    throughput = Throughput(log_every, config.trainer.chunk_tokens)
+    best = BestByDev(data.dev, data.tokenizer, every=config.trainer.eval_every) if data.dev else None
+    watchers = [throughput, best, None if show_bar else ProgressLines()]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="pytorch_lightning.*|lightning_fabric.*|torch.jit.*")
+        trainer = pl.Trainer(
+            accelerator={"cpu": "cpu", "cuda": "gpu", "mps": "mps"}[device.type],
+            devices=1,
+            precision="32-true",  # the frozen encoder has its own type; everything trained is float32
+            max_steps=steps,
+            max_epochs=config.trainer.epochs,
+            gradient_clip_val=config.optim.clip_norm,
+            logger=list(loggers),
+            callbacks=[watcher for watcher in watchers if watcher is not None],
+            log_every_n_steps=log_every,
+            enable_checkpointing=False,
+            enable_progress_bar=show_bar,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            default_root_dir=folder,
+        )
+        started = time.perf_counter()
+        trainer.fit(module, datamodule=data)
+    return Fitted(
+        steps=steps,
+        best_step=best.best_step if best and best.best_step is not None else steps,
+        dev_score=best.best_score if best else None,
+        seconds=time.perf_counter() - started,
+        rows_per_second=throughput.total_rows / throughput.total_seconds,
+    )
