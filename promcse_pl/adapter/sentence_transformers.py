@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from promcse_pl.adapter.files import load_adapter, save_adapter, whole_folder
-from promcse_pl.embedder import PromCSE
+from promcse_pl.embedder import CHUNK_TOKENS, PromCSE
 from promcse_pl.errors import AdapterError, ConfigError, DataError
 from promcse_pl.model.encoder import PromptEncoder, Tokens
 
@@ -112,7 +112,8 @@ class PromptTransformer(InputModule):  # type: ignore[misc]
     def forward(self, features: dict[str, Tensor], **_: object) -> dict[str, Tensor]:
         """Add `sentence_embedding`, (N, D), to the features that `preprocess` made."""
         tokens = Tokens(features["input_ids"], features["attention_mask"])
-        features["sentence_embedding"], _hidden = self.encoder(tokens, train_head=self.training)
+        budget = CHUNK_TOKENS if tokens.ids_NT.is_cpu else None  # one long text does not pad a whole batch
+        features["sentence_embedding"], _hidden = self.encoder(tokens, train_head=self.training, chunk_tokens=budget)
         return features
 
     def save(self, output_path: str, *_: object, **_options: object) -> None:
