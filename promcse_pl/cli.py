@@ -70,7 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     similarity.add_argument("second", help="the same")
     similarity.set_defaults(run=_similarity)
 
-    official = commands.add_parser("import", help="a checkpoint of the official PromCSE code to an adapter")
+    official = commands.add_parser(
+        "import", help="a checkpoint of the official PromCSE code, or a PEFT prefix, to an adapter"
+    )
     official.add_argument("source", metavar="FOLDER_OR_HUB_ID", help="published folder or hub id")
     official.add_argument(
         "--pooling", help="cls, cls_before_pooler, avg, avg_top2, avg_first_last (default: seen or guessed)"
@@ -84,7 +86,10 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="an adapter to the format of other software")
     export.add_argument("adapter", type=Path, help="adapter folder or run folder")
     export.add_argument(
-        "--to", choices=("official",), required=True, help="official: the PromCSE code, transformers 4.2.1"
+        "--to",
+        choices=("official", "sentence-transformers", "peft"),
+        required=True,
+        help="official: the PromCSE code, transformers 4.2.1; sentence-transformers: 6 or newer; peft: prefix tuning",
     )
     export.add_argument("-o", "--out", metavar="FOLDER", type=Path, required=True, help="the new folder")
     export.set_defaults(run=_export)
@@ -205,19 +210,43 @@ def _sentences(file: str) -> list[str]:
 
 def _import(options: argparse.Namespace) -> int:
     from promcse_pl.adapter.files import save_adapter
-    from promcse_pl.adapter.official import import_official
 
-    imported = import_official(options.source, pooling=options.pooling, encoder=options.encoder)
-    save_adapter(imported.encoder, options.out)
-    sys.stdout.write("".join(f"{line}\n" for line in (*imported.notes, f"adapter: {options.out}")))
+    if (Path(options.source).expanduser() / "adapter_config.json").is_file():
+        from promcse_pl.adapter.peft import import_peft
+
+        pooling = options.pooling or "avg"
+        save_adapter(import_peft(Path(options.source), pooling=pooling, encoder=options.encoder), options.out)
+        sys.stdout.write(f"a PEFT prefix; it does not say how vectors are pooled, taken: --pooling {pooling}\n")
+    else:
+        from promcse_pl.adapter.official import import_official
+
+        imported = import_official(options.source, pooling=options.pooling, encoder=options.encoder)
+        save_adapter(imported.encoder, options.out)
+        sys.stdout.write("".join(f"{line}\n" for line in imported.notes))
+    sys.stdout.write(f"adapter: {options.out}\n")
     return 0
 
 
 def _export(options: argparse.Namespace) -> int:
     from promcse_pl.adapter.files import load_adapter
-    from promcse_pl.adapter.official import export_official
 
-    sys.stdout.write(export_official(load_adapter(options.adapter), options.out))
+    if options.to == "official":
+        from promcse_pl.adapter.official import export_official
+
+        sys.stdout.write(export_official(load_adapter(options.adapter), options.out))
+    elif options.to == "peft":
+        from promcse_pl.adapter.peft import export_peft
+
+        export_peft(load_adapter(options.adapter), options.out)
+        sys.stdout.write(
+            f"{options.out}: PeftModel.from_pretrained(encoder, {str(options.out)!r}); the pooling is yours to do\n"
+        )
+    else:
+        from promcse_pl.adapter.sentence_transformers import export_sentence_transformers
+        from promcse_pl.embedder import PromCSE
+
+        export_sentence_transformers(PromCSE.load(options.adapter, device="cpu"), options.out)
+        sys.stdout.write(f"{options.out}: SentenceTransformer({str(options.out)!r}, trust_remote_code=True)\n")
     return 0
 
 

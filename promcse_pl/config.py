@@ -163,6 +163,7 @@ class PromptConfig:
                 "at least 1 with prompt.kind=projected",
                 512,
             )
+            _require(self.length > 0, "prompt.length", self.length, "at least 1 with prompt.kind=projected", 10)
         elif self.projection_size is not None:
             raise ConfigError(
                 f"prompt.projection_size={self.projection_size} has no effect with prompt.kind=deep. "

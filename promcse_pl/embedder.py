@@ -23,7 +23,7 @@ from promcse_pl.model.encoder import PromptEncoder, Tokens
 Vectors = NDArray[np.float32]
 CHUNK_TOKENS = 2048
 """Tokens that pass the encoder at once; larger chunks leave the processor's cache."""
-BLOCK_SENTENCES = 16384
+BLOCK_SENTENCES = 4096
 """Sentences that are tokenised and sorted at once; it bounds the memory beside the vectors."""
 
 
@@ -34,13 +34,17 @@ class PromCSE:
         encoder: The model; it is used in eval mode and left in the mode it had.
         tokenizer: A transformers tokenizer; None takes the encoder's own.
 
-    Example:
-        >>> model = PromCSE.load("outputs/.../adapter")  # doctest: +SKIP
-        >>> vectors = model.encode(["A woman is reading.", "Someone reads."])  # doctest: +SKIP
-        >>> model.similarity("A woman is reading.", "Someone reads.")  # doctest: +SKIP
-        >>> model.build_index(["Someone reads a book.", "A dog sleeps."])  # doctest: +SKIP
-        >>> model.search("A woman is reading.", top_k=1)  # doctest: +SKIP
-        [('Someone reads a book.', 0.810473)]
+    Example (`run` is the folder of a run):
+        >>> model = PromCSE.load(run)
+        >>> vectors = model.encode(["A woman is reading.", "Someone reads."])
+        >>> vectors.shape, vectors.dtype.name
+        ((2, 384), 'float32')
+        >>> cosine = model.similarity("A woman is reading.", "Someone reads.")
+        >>> bool(-1 <= cosine <= 1)
+        True
+        >>> model.build_index(["Someone reads a book.", "A dog sleeps."])
+        >>> [sentence for sentence, score in model.search("A woman is reading.", top_k=1, threshold=-1)]
+        ['Someone reads a book.']
     """
 
     def __init__(self, encoder: PromptEncoder, tokenizer: Any | None = None) -> None:  # noqa: ANN401

@@ -246,6 +246,10 @@ class FrozenBackbone(nn.Module):
         with quiet_transformers():
             self.model.save_pretrained(folder)  # type: ignore[operator]
             self.tokenizer.save_pretrained(folder)
+        for weights in folder.glob("*.safetensors"):
+            weights.chmod(
+                (folder / "config.json").stat().st_mode
+            )  # safetensors writes a file that only its owner can read
         return _weights_sha256(folder)
 
     @property

@@ -99,7 +99,11 @@ def test_equals_the_official_trainer_with_its_optimiser_rule(case, monkeypatch):
     monkeypatch.setattr(PromcseModule, "global_step", property(lambda module: getattr(module, "trainer_step", 0)))
     module, losses = train(case, official_rule=True)
     expected = read_json(case / "loss.json")["f64"]["loss"]
-    check("loss, official rule", worst(torch.tensor(losses), torch.tensor(expected)), 1e-9)
+    check(
+        "loss, official rule",
+        worst(torch.tensor(losses, dtype=torch.float64), torch.tensor(expected, dtype=torch.float64)),
+        1e-9,
+    )
     outputs = load_file(case / "outputs.safetensors")
     for name, parameter in module.encoder.state_dict().items():
         official = outputs[f"final_f64.{name.replace('prompt.', 'prefix_encoder.').replace('head.', 'mlp.')}"]

@@ -1,0 +1,35 @@
+"""The examples in docstrings and in the README run as they stand."""
+
+import doctest
+import re
+
+import pytest
+from conftest import ROOT
+
+import promcse_pl.embedder
+import promcse_pl.index
+
+
+@pytest.mark.parametrize("module", [promcse_pl.embedder, promcse_pl.index], ids=lambda module: module.__name__)
+def test_docstring_examples_run(module, trained_run):
+    examples = doctest.DocTestFinder().find(module, extraglobs={"run": trained_run.folder})
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    results = [runner.run(example) for example in examples]
+    assert sum(result.attempted for result in results) > 0 or module is promcse_pl.index
+    assert sum(result.failed for result in results) == 0
+
+
+def test_the_readmes_python_runs(trained_run):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    code = blocks[0].replace("outputs/DATE/TIME-minilm-demo", str(trained_run.folder))
+    names: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["vectors"].shape == (2, 384)
+
+
+def test_the_readmes_two_first_commands_are_what_ci_and_contributors_use():
+    shell = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert shell[0].strip().endswith(".venv/bin/python run.py")
+    install, test = shell[1].strip().split(" && ")
+    assert f"{install} && {test}".replace("pip install", "pip install -q") in (ROOT / ".ci/run").read_text()
