@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from promcse_pl.errors import DataError, PromcseError
 from promcse_pl.version import __version__
@@ -214,7 +215,7 @@ def _import(options: argparse.Namespace) -> int:
     if (Path(options.source).expanduser() / "adapter_config.json").is_file():
         from promcse_pl.adapter.peft import import_peft
 
-        pooling = options.pooling or "avg"
+        pooling: Any = options.pooling or "avg"
         save_adapter(import_peft(Path(options.source), pooling=pooling, encoder=options.encoder), options.out)
         sys.stdout.write(f"a PEFT prefix; it does not say how vectors are pooled, taken: --pooling {pooling}\n")
     else:
