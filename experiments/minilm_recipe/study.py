@@ -41,7 +41,7 @@ def draw(study: dict) -> str:
     lines = [
         "# The MiniLM recipe",
         "",
-        "What was tried for `model=minilm data=nli`, ranked by STS-B dev (Spearman x 100). No test set was looked at.",
+        "What was tried for `model=minilm data=nli`, ranked by STS-B dev (Spearman x 100); no test set had a say.",
         f"One epoch of the first {study['rows']:,} NLI triplets; the frozen encoder has {study['frozen_dev']:.2f}.",
         "`position_offset=null` is the official shift by P = 10.",
         "",
