@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,16 @@ def _run_apart(config: Config, folder: Path) -> None:
     """Run a job of a sweep in a fresh process: W&B, CUDA and random state of one job do not reach the next."""
     from promcse_pl.job import write_config
 
-    start = write_config(config, folder / "start.yaml")
+    hydra_job = HydraConfig.get().job
+    tracking = replace(
+        config.tracking,
+        group=config.tracking.group or folder.parent.name,
+        name=config.tracking.name or hydra_job.override_dirname or folder.name,
+    )
+    start = write_config(replace(config, tracking=tracking), folder / "start.yaml")
     command = [sys.executable, "-m", "promcse_pl.cli", "train", str(start), "--out", str(folder)]
     if subprocess.run(command, check=False).returncode:
-        raise PromcseError(f"the job in {folder} failed; its run.log says why")
+        raise PromcseError(f"the job in {folder} failed; what it printed says why")
 
 
 def _remove_empty(folder: Path) -> None:

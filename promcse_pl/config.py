@@ -203,7 +203,7 @@ class TrainerConfig:
     """Type of the frozen encoder while training; auto measures which is faster here. Prompt, head, loss and optimiser are
     always float32, and so is the final evaluation."""
     chunk_tokens: int | None = 1024
-    """Tokens (padding included) that pass the encoder at once, >= 1; None: the whole batch. It moves speed and memory, not the
+    """Tokens (padding included) that pass the encoder at once, >= 1; None: the whole batch. It moves speed, not the
     loss."""
 
     def __post_init__(self) -> None:
@@ -269,6 +269,13 @@ class Config:
                 f"loss.hard_negative_logit={self.loss.hard_negative_logit:g} has no effect with data.kind={self.data.kind}: "
                 "there are no hard negatives. Try: loss.hard_negative_logit=0"
             )
+        if not self.loss.hinge_weight and self.loss.margin != LossConfig().margin:
+            raise ConfigError(
+                f"loss.margin={self.loss.margin:g} has no effect with loss.hinge_weight=0. Try: loss.hinge_weight=10 (triplets "
+                "only), or leave loss.margin out"
+            )
+        if self.data.train == "demo" and (self.data.columns is not None or self.data.header is not None):
+            raise ConfigError("data.columns and data.header have no effect on the demo data. Try: data.train=FILE")
         if self.prompt.length == 0 and self.model.head == "none":
             raise ConfigError(
                 "prompt.length=0 with model.head=none leaves nothing to train. Try: prompt.length=10, or model.head=mlp"

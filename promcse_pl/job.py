@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import platform
@@ -88,6 +89,7 @@ def check_inputs(config: Config) -> None:
         ConfigError, DataError, EncoderError: Something is missing.
     """
     from promcse_pl.data.sources import find_file, senteval_dir
+    from promcse_pl.evaluation.sts import TASKS, load_stsb, load_task
     from promcse_pl.tracking.wandb import resolve_mode
 
     resolve_mode(config.tracking.wandb)
@@ -96,8 +98,11 @@ def check_inputs(config: Config) -> None:
         raise EncoderError(
             f"the encoder folder {path} does not exist (current folder: {Path.cwd()}). Try: model.path=FOLDER"
         )
-    if "sts" in config.evaluation.tasks or config.data.dev == "stsb":
-        senteval_dir(config.data)
+    if config.data.dev == "stsb":
+        load_stsb(senteval_dir(config.data), "dev")
+    if "sts" in config.evaluation.tasks:  # a missing file must not show itself after hours of training
+        for task in TASKS:
+            load_task(senteval_dir(config.data), task)
     if config.data.train != "demo":
         find_file(config.data.train, config.data, "data.train")
     if config.data.dev not in ("demo", "stsb", "holdout", None):
@@ -117,6 +122,10 @@ def _run(config: Config, folder: Path, console: Console, started: float) -> dict
     config, device = resolve_machine(config)
     console.print(config_tree(config.to_dict()))
     encoder = build_encoder(config)
+    model = dataclasses.replace(config.model, revision=encoder.backbone.identity.revision)
+    config = dataclasses.replace(
+        config, model=model
+    )  # the commit that was read, so that the saved config repeats the run
     mlm_head = build_mlm_head(config, encoder.backbone)
     with progress_bar(console, "tokenising", None) as progress:
         data = build_data(config, encoder, progress)
@@ -211,13 +220,16 @@ def _write_text(path: Path, text: str) -> None:
 @contextmanager
 def _logging_to(path: Path, console: Console) -> Iterator[None]:
     """Send the package's log lines to the terminal and, with times, to a file."""
-    to_file = logging.FileHandler(path, encoding="utf-8")
+    try:
+        to_file = logging.FileHandler(path, mode="x", encoding="utf-8")  # claims the folder: of two runs one is refused
+    except FileExistsError:
+        raise ConfigError(f"{path.parent} already holds a run. Try another folder, or delete this one") from None
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     to_terminal = ConsoleHandler(console)
     handlers = (to_file, to_terminal)
     level = log.level
     log.setLevel(logging.INFO)
-    log.propagate = False
+    propagate, log.propagate = log.propagate, False
     for handler in handlers:
         log.addHandler(handler)
     try:
@@ -230,3 +242,4 @@ def _logging_to(path: Path, console: Console) -> Iterator[None]:
             log.removeHandler(handler)
             handler.close()
         log.setLevel(level)
+        log.propagate = propagate

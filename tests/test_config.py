@@ -22,7 +22,7 @@ from promcse_pl.job import read_config, write_config
 
 CONF = ROOT / "conf"
 MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
-DATA_CHOICES = sorted(path.stem for path in (CONF / "data").glob("*.yaml") if path.stem != "base")
+DATA_CHOICES = sorted(path.stem for path in (CONF / "data").glob("*.yaml") if path.stem[0] != "_")
 
 
 @cache
@@ -465,7 +465,7 @@ def test_what_holds_no_settings_is_refused(raw):
     [
         [],
         ["model=roberta-base", "data=wiki", "data.dir='/däta'", "seed=7", "tracking.tags=[a,b]"],
-        ["prompt=projected", "data.columns=[0,b,c]", "prompt.dropout=0.25"],
+        ["prompt=projected", "data=triplets", "data.train=t.csv", "data.columns=[0,b,c]", "prompt.dropout=0.25"],
     ],
 )
 def test_a_config_comes_back_equal_from_its_dictionary_and_from_its_file(overrides, tmp_path):

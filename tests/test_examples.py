@@ -32,4 +32,4 @@ def test_the_readmes_two_first_commands_are_what_ci_and_contributors_use():
     shell = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert shell[0].strip().endswith(".venv/bin/python run.py")
     install, test = shell[1].strip().split(" && ")
-    assert f"{install} && {test}".replace("pip install", "pip install -q") in (ROOT / ".ci/run").read_text()
+    assert {install.replace("pip install", "pip install -q"), test} <= set((ROOT / ".ci/run").read_text().splitlines())

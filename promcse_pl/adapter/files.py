@@ -112,9 +112,12 @@ def adapter_hash(encoder: PromptEncoder) -> str:
     encoder's name, the prompt's dropout, versions or the summary of the training.
     """
     about = describe(encoder)
-    settings = [about["encoder"]["sha256"], about["pooling"], about["head"], about["position_offset"]]
+    head_is_used = about["head"] == "mlp"
+    settings = [about["encoder"]["sha256"], about["pooling"], head_is_used, about["position_offset"]]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for name, tensor in sorted(encoder.state_dict().items()):
+        if name.startswith("head.") and not head_is_used:
+            continue
         digest.update(json.dumps([name, list(tensor.shape)]).encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
@@ -140,7 +143,7 @@ def load_adapter(folder: Path, *, encoder: str | None = None, dtype: torch.dtype
     about = _read_description(folder)
     bundled = encoder is None and about["encoder"]["name"] == BUNDLED
     name = str((folder / BUNDLED).absolute()) if bundled else encoder or about["encoder"]["name"]
-    backbone = FrozenBackbone.load(name, revision=about["encoder"]["revision"], dtype=dtype)
+    backbone = FrozenBackbone.load(name, revision=None if encoder else about["encoder"]["revision"], dtype=dtype)
     if backbone.identity.sha256 != about["encoder"]["sha256"]:
         raise AdapterError(
             f"{folder} was trained on {about['encoder']['name']} with weights {about['encoder']['sha256'][:12]}…, but "

@@ -81,7 +81,7 @@ def export_peft(encoder: PromptEncoder, folder: Path) -> None:
         "encoder_hidden_size": backbone.width,
         **_shape_of(backbone),
     }
-    with whole_folder(folder, mark=CONFIG) as new:
+    with whole_folder(folder) as new:
         (new / WEIGHTS).write_bytes(save({TENSOR: prompt_PLXNH.reshape(length, -1).float().cpu().contiguous()}))
         (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

@@ -104,6 +104,7 @@ class PromptTransformer(InputModule):  # type: ignore[misc]
             truncation=True,
             max_length=self.max_seq_length,
             padding=True,
+            padding_side="right",
             return_token_type_ids=False,
             return_tensors="pt",
         )
@@ -177,6 +178,6 @@ def export_sentence_transformers(model: PromCSE, folder: Path) -> None:
     Raises:
         AdapterError: The place cannot be written, or holds something else.
     """
-    with whole_folder(folder, mark="modules.json") as new:
+    with whole_folder(folder, mark="adapter/adapter.json") as new:
         as_sentence_transformer(model).save_pretrained(str(new), create_model_card=False)
         (new / "README.md").write_text(_CARD.format(encoder=model.encoder.backbone.identity.name), encoding="utf-8")

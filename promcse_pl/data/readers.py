@@ -10,6 +10,7 @@ import csv
 import gzip
 import io
 import json
+import logging
 import math
 import os
 import zlib
@@ -21,6 +22,8 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from promcse_pl.errors import DataError
+
+log = logging.getLogger(__name__)
 
 OnBadRow = Literal["stop", "skip"]
 
@@ -76,7 +79,17 @@ def read_scored_pairs(
     on_bad_row: OnBadRow = "stop",
     bad_rows: list[BadRow] | None = None,
 ) -> list[tuple[str, str, float]]:
-    """Read rows of text, text and a finite score; the arguments and errors are those of `read_rows`."""
+    """Read rows of text, text and a finite score; the arguments and errors are those of `read_rows`.
+
+    With header None, a csv or tsv file starts with column names if its first score is not a number.
+    """
+    if (
+        header is None
+        and file_suffix(path) in (".csv", ".tsv")
+        and not any(isinstance(name, str) for name in columns or ())
+    ):
+        first = next(_read(path, [_text] * 3, columns, False, on_bad_row, []))
+        header = not _is_number(first[2])
     return list(_read(path, [_text, _text, _score], columns, header, on_bad_row, bad_rows))
 
 
@@ -278,6 +291,8 @@ def _picked(path: Path, lines: _Lines, width: int, columns: _Columns, has_header
             names = list(cells) if has_header or isinstance(cells, dict) else None
             positions = _positions(path, names, width, columns)
             labels = [names[position] if names else str(position) for position in positions]
+            if names and columns is None and len(names) > width:
+                log.warning("%s: of its columns %s the first %d are read", path, _listed(names), width)
             if has_header:
                 by_name = any(isinstance(column, str) for column in columns or ())
                 if guessed and not by_name and any(len(label.split()) >= 4 or _is_number(label) for label in labels):

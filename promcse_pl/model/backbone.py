@@ -226,8 +226,8 @@ class FrozenBackbone(nn.Module):
                 f"the weights of {name} lack {len(report['missing_keys'])} tensors of the encoder, such as "
                 f"{min(report['missing_keys'])}: they would be random"
             )
-        # "./encoder" in an adapter is the adapter's own folder, so a name relative to the current one is kept in full
-        stored = str(Path(name).absolute()) if name.startswith("./") else name
+        # an adapter must find a folder from anywhere
+        stored = str(Path(name).expanduser().absolute()) if Path(name).expanduser().is_dir() else name
         return cls(model, EncoderId(stored, commit, sha256), source)
 
     def save(self, folder: Path) -> str:

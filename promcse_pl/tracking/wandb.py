@@ -114,6 +114,9 @@ def _init(config: Config, folder: Path, mode: str) -> Any:  # noqa: ANN401  (a W
             disable_code=True,
             x_disable_meta=True,
             x_disable_machine_info=True,
+            x_disable_stats=True,
+            x_save_requirements=False,
+            host="-",
             init_timeout=30,
         ),
     )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from promcse_pl.adapter.files import save_adapter
 from promcse_pl.data.module import TrainBatch
 from promcse_pl.embedder import PromCSE
 from promcse_pl.evaluation.sts import ScoredPairs, score_pairs
@@ -25,10 +27,11 @@ class BestByDev(pl.Callback):
         dev: The pairs.
         tokenizer: Of the encoder.
         every: Steps between two looks; the last step is always looked at.
+        save_to: Adapter folder that gets every better one at once, so that a run cut short leaves its best; None: no folder.
     """
 
-    def __init__(self, dev: ScoredPairs, tokenizer: Any, *, every: int) -> None:
-        self.dev, self.tokenizer, self.every = dev, tokenizer, every
+    def __init__(self, dev: ScoredPairs, tokenizer: Any, *, every: int, save_to: Path | None = None) -> None:
+        self.dev, self.tokenizer, self.every, self.save_to = dev, tokenizer, every, save_to
         self.best_score: float | None = None
         self.best_step: int | None = None
         self.history: list[tuple[int, float]] = []
@@ -53,6 +56,10 @@ class BestByDev(pl.Callback):
         if self.best_score is None or score > self.best_score:
             self.best_score, self.best_step = score, step
             self._best = {name: tensor.detach().clone() for name, tensor in module.encoder.state_dict().items()}
+            if self.save_to is not None:
+                save_adapter(
+                    module.encoder, self.save_to, training={"best_step": step, "dev_spearman": round(100 * score, 4)}
+                )
         for logger in trainer.loggers:
             logger.log_metrics({"dev/spearman": 100 * score, "dev/best_spearman": 100 * self.best_score}, step=step)
         module.log("dev", 100 * score, prog_bar=True, logger=False)

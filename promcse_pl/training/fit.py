@@ -28,6 +28,9 @@ from promcse_pl.training.precision import choose_dtype
 
 log = logging.getLogger("promcse_pl")
 
+DEVICES: dict[str, Literal["cpu", "cuda", "mps"]] = {"cpu": "cpu", "cuda": "cuda", "mps": "mps"}
+LOOKS = 4
+"""Looks at the development set that a run shorter than two `trainer.eval_every` gets."""
 SHORTEST_INPUT = 3
 """Tokens of the shortest sentence worth encoding: one word between two special tokens."""
 
@@ -64,7 +67,8 @@ def resolve_machine(config: Config) -> tuple[Config, torch.device]:
     for noisy in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(noisy).setLevel(logging.ERROR)  # its hints on devices and paid services; errors stay
     pl.seed_everything(config.seed, verbose=False)
-    return dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, precision=precision)), device
+    settled = dataclasses.replace(config.trainer, precision=precision, device=DEVICES[device.type])
+    return dataclasses.replace(config, trainer=settled), device
 
 
 def build_encoder(config: Config) -> PromptEncoder:
@@ -139,7 +143,7 @@ def fit(
         encoder, data, mlm_head: From the functions above.
         device: Where to compute.
         loggers: Where numbers go.
-        folder: Lightning's root; nothing is written there but by the loggers.
+        folder: Lightning's root; the best adapter so far is kept in its `adapter` folder.
         show_bar: A progress bar for a terminal, else a line now and then.
 
     Raises:
@@ -157,7 +161,13 @@ def fit(
         mlm_head=mlm_head,
     )
     throughput = Throughput(log_every, config.trainer.chunk_tokens)
-    best = BestByDev(data.dev, data.tokenizer, every=config.trainer.eval_every) if data.dev else None
+    best = None
+    if data.dev is not None:
+        every = config.trainer.eval_every
+        if 2 * every > steps:
+            every = max(1, steps // LOOKS)
+            log.info("%d steps are few: looking at the development set every %d", steps, every)
+        best = BestByDev(data.dev, data.tokenizer, every=every, save_to=folder / "adapter")
     watchers = [throughput, best, None if show_bar else ProgressLines()]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="pytorch_lightning.*|lightning_fabric.*|torch.jit.*")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from promcse_pl.config import LossConfig, OptimConfig
 from promcse_pl.data.module import TrainBatch
-from promcse_pl.errors import NonFiniteError
+from promcse_pl.errors import ConfigError, NonFiniteError
 from promcse_pl.loss.gather import gather_rows, scaled_gradient, sum_over_ranks, world_size
 from promcse_pl.loss.hybrid import LossParts, hybrid_loss, mlm_loss, mlm_weight_at
 from promcse_pl.model.encoder import PromptEncoder
@@ -83,6 +83,8 @@ class PromcseModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Switch all dropout on: encoders are loaded in eval mode, and Lightning leaves the mode as it finds it."""
         self.train()
+        if world_size() > 1:
+            raise ConfigError("the data module does not share its rows among processes yet. Try: trainer devices=1")
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
         """Return the total loss; raise NonFiniteError, before any update, if it is not finite."""
@@ -96,7 +98,7 @@ class PromcseModule(pl.LightningModule):
         entry = {f"train/{name}": part.detach() for name, part in parts.named().items()}
         # Lightning takes the entry's step from "step"; by itself it would count from 0, unlike the callbacks
         self.log_dict({**entry, "step": float(self.global_step + 1)}, batch_size=len(batch.rows_B))
-        self.log("loss", parts.total.detach(), prog_bar=True, logger=False)
+        self.log_dict({name: part.detach() for name, part in parts.named().items()}, prog_bar=True, logger=False)
         return parts.total
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401  (Lightning's own union of dictionaries)

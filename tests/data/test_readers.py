@@ -339,9 +339,12 @@ def test_a_missing_score_is_a_bad_row(write):
 
 def test_a_scored_file_without_header_is_not_robbed_of_its_first_pair(write):
     path = write("d.csv", "a man,a dog,0.5\nb,c,1\n")
-    with pytest.raises(DataError, match="looks like data"):
-        read_scored_pairs(path)
+    assert read_scored_pairs(path) == [("a man", "a dog", 0.5), ("b", "c", 1.0)]
     assert len(read_scored_pairs(path, header=False)) == 2
+
+
+def test_a_scored_file_with_a_header_is_read_without_it(write):
+    assert read_scored_pairs(write("d.csv", "a,b,score\na man,a dog,0.5\n")) == [("a man", "a dog", 0.5)]
 
 
 # --- files

@@ -1,9 +1,12 @@
 """Choosing the best step, measuring the speed."""
 
+import json
+
 import pytest
 import pytorch_lightning as pl
 import torch
 from conftest import small_backbone, small_tokenizer
+from safetensors.torch import load_file
 
 from promcse_pl.config import DataConfig, LossConfig, OptimConfig
 from promcse_pl.data.module import PromcseDataModule
@@ -84,3 +87,27 @@ def test_the_throughput_counts_rows_and_tokens_and_leaves_the_ragged_batch_in(tm
     train(tmp_path, 3, watch)
     assert watch.total_rows == 10
     assert watch.total_seconds > 0
+
+
+class StopAt(pl.Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == self.step:
+            raise RuntimeError("killed on purpose")
+
+
+def test_a_run_cut_short_leaves_its_best_adapter_on_disk(tmp_path, monkeypatch):
+    scores = iter([0.1, 0.4, 0.3])
+    monkeypatch.setattr(callbacks, "score_pairs", lambda _, pairs: PairScores(len(pairs), next(scores), 0.0))
+    watch = BestByDev(PAIRS, small_tokenizer(), every=1, save_to=tmp_path / "adapter")
+    with pytest.raises(RuntimeError, match="on purpose"):
+        train(tmp_path, 4, watch, StopAt(3))
+    stored = load_file(tmp_path / "adapter/adapter.safetensors")
+    assert stored.keys() == watch._best.keys()
+    assert all(torch.equal(tensor, watch._best[name]) for name, tensor in stored.items())
+    assert json.loads((tmp_path / "adapter/adapter.json").read_text())["training"] == {
+        "best_step": 2,
+        "dev_spearman": 40.0,
+    }
