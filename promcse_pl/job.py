@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import platform
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ from promcse_pl.version import __version__
 
 log = logging.getLogger("promcse_pl")
 
+NO_TERMINAL_WIDTH = 120
+"""Columns of tables in a pipe or file, where rich would assume 80 and cut numbers."""
 CONFIG, RESULTS, HISTORY, LOG, BAD_ROWS, ADAPTER = (
     "config.yaml",
     "results.json",
@@ -69,7 +72,7 @@ def run_job(config: Config, folder: Path, console: Console | None = None) -> dic
     Raises:
         PromcseError: Whatever the user can mend; the message says how.
     """
-    console = console or Console()
+    console = console or Console(width=None if sys.stdout.isatty() else NO_TERMINAL_WIDTH)
     started = time.perf_counter()
     if (folder / CONFIG).exists():
         raise ConfigError(f"{folder} already holds a run. Try another folder, or delete this one")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from promcse_pl.adapter.files import DESCRIPTION, FORMAT, WEIGHTS, describe, load_adapter, save_adapter
 from promcse_pl.errors import AdapterError
-from promcse_pl.model.backbone import FrozenBackbone
+from promcse_pl.model.backbone import SUPPORTED, FrozenBackbone
 from promcse_pl.model.encoder import HEADS, PromptEncoder
 from promcse_pl.model.pooling import POOLINGS
 
@@ -89,6 +89,14 @@ def test_a_loaded_adapter_gives_the_same_vectors_bit_by_bit(backbone, tmp_path, 
     assert torch.equal(vectors_of(loaded), vectors_of(encoder))
     assert describe(loaded) == describe(encoder)
     assert not loaded.training
+
+
+@pytest.mark.parametrize("family", SUPPORTED)
+def test_an_adapter_of_every_family_comes_back_exactly(family, tmp_path):
+    backbone = FrozenBackbone.load(str(save_small_encoder(tmp_path / "encoder", family)))
+    encoder = some_encoder(backbone)
+    save_adapter(encoder, tmp_path / "adapter")
+    assert torch.equal(vectors_of(load_adapter(tmp_path / "adapter")), vectors_of(encoder))
 
 
 @pytest.mark.parametrize(
