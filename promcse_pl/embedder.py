@@ -34,7 +34,7 @@ class PromCSE:
         encoder: The model; it is used in eval mode and left in the mode it had.
         tokenizer: A transformers tokenizer; None takes the encoder's own.
 
-    Example (`run` is the folder of a run):
+    Example (`run` is the folder of a run, `folder` one to write to):
         >>> model = PromCSE.load(run)
         >>> vectors = model.encode(["A woman is reading.", "Someone reads."])
         >>> vectors.shape, vectors.dtype.name
@@ -45,6 +45,11 @@ class PromCSE:
         >>> model.build_index(["Someone reads a book.", "A dog sleeps."])
         >>> [sentence for sentence, score in model.search("A woman is reading.", top_k=1, threshold=-1)]
         ['Someone reads a book.']
+        >>> model.add(["A woman studies a map."])
+        >>> model.save_index(folder / "index")
+        >>> model.load_index(folder / "index")
+        >>> len(model.search(["A woman is reading.", "A cat sleeps."], top_k=2, threshold=-1))
+        2
     """
 
     def __init__(self, encoder: PromptEncoder, tokenizer: Any | None = None) -> None:  # noqa: ANN401

@@ -11,11 +11,11 @@ import promcse_pl.index
 
 
 @pytest.mark.parametrize("module", [promcse_pl.embedder, promcse_pl.index], ids=lambda module: module.__name__)
-def test_docstring_examples_run(module, trained_run):
-    examples = doctest.DocTestFinder().find(module, extraglobs={"run": trained_run.folder})
+def test_docstring_examples_run(module, trained_run, tmp_path):
+    examples = doctest.DocTestFinder().find(module, extraglobs={"run": trained_run.folder, "folder": tmp_path})
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     results = [runner.run(example) for example in examples]
-    assert sum(result.attempted for result in results) > 0 or module is promcse_pl.index
+    assert sum(result.attempted for result in results) > 0
     assert sum(result.failed for result in results) == 0
 
 
