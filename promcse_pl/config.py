@@ -202,16 +202,19 @@ class TrainerConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the frozen encoder while training; auto measures which is faster here. Prompt, head, loss and optimiser are
     always float32, and so is the final evaluation."""
-    chunk_tokens: int | None = 1024
-    """Tokens (padding included) that pass the encoder at once, >= 1; None: the whole batch. It moves speed, not the
-    loss."""
+    chunk_tokens: int | Literal["auto"] | None = "auto"
+    """Tokens (padding included) that pass the encoder at once, >= 1; auto takes what suits the device; None: the whole
+    batch. It moves speed and memory, not the loss."""
+    recompute: Literal["auto", "always", "never"] = "auto"
+    """Run each chunk again in the backward pass instead of keeping its tensors: memory of a chunk, not of a batch, for half as
+    much computation more. auto: if the tensors of a batch would take more than half of the free memory."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "eval_every", "log_every"):
             _require(getattr(self, name) >= 1, f"trainer.{name}", getattr(self, name), "at least 1", 1)
         for name in ("max_steps", "chunk_tokens"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, f"trainer.{name}", value, "at least 1, or null", 1000)
+            _require(value in (None, "auto") or value >= 1, f"trainer.{name}", value, "at least 1, or null", 1000)
 
 
 @dataclass(kw_only=True, slots=True)

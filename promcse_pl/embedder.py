@@ -18,11 +18,10 @@ from torch.nn import functional as F
 from promcse_pl.adapter.files import adapter_hash, load_adapter
 from promcse_pl.errors import ConfigError, DataError, NonFiniteError
 from promcse_pl.index import Hit, Kind, SentenceIndex
+from promcse_pl.model.chunks import CHUNK_TOKENS
 from promcse_pl.model.encoder import PromptEncoder, Tokens
 
 Vectors = NDArray[np.float32]
-CHUNK_TOKENS = 2048
-"""Tokens that pass the encoder at once; larger chunks leave the processor's cache."""
 BLOCK_SENTENCES = 4096
 """Sentences that are tokenised and sorted at once; it bounds the memory beside the vectors."""
 
@@ -68,15 +67,20 @@ class PromCSE:
             folder: The `adapter` folder of a run, or the run's folder.
             encoder: Where the encoder lies now, if not where the adapter says.
             device: `cpu`, `cuda`, `mps`, or `auto`: a GPU if there is one.
-            dtype: `float32`, `bfloat16` or `float16`: the type the encoder computes in; vectors are float32 in any case.
+            dtype: `float32`, `bfloat16`, `float16`, or `int8` (a CPU's; docs/speed.md says what it costs): the type the encoder
+                computes in; vectors are float32 in any case.
 
         Raises:
             AdapterError: The folder is not an adapter, is damaged, or belongs to another encoder.
             EncoderError: The encoder is not to be found.
         """
-        if dtype not in ("float32", "bfloat16", "float16"):
-            raise ConfigError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
-        return cls(load_adapter(Path(folder), encoder=encoder, dtype=getattr(torch, dtype)).to(pick_device(device)))
+        if dtype not in ("float32", "bfloat16", "float16", "int8"):
+            raise ConfigError(f"dtype must be float32, bfloat16, float16 or int8, got {dtype!r}")
+        kept = torch.float32 if dtype == "int8" else getattr(torch, dtype)
+        model = load_adapter(Path(folder), encoder=encoder, dtype=kept).to(pick_device(device))
+        if dtype == "int8":
+            model.backbone.quantize()
+        return cls(model)
 
     @property
     def width(self) -> int:
@@ -222,9 +226,10 @@ class PromCSE:
         return self._index
 
     def _encode_block(self, sentences: Sequence[str], normalize: bool) -> Vectors:
-        tokens = self._tokenize(sentences)
+        tokens = tokenize(self.tokenizer, sentences, self.max_tokens)
         with self._lock, _eval_mode(self.encoder), torch.inference_mode():
-            vectors_ND, _ = self.encoder(tokens.to(self.encoder.backbone.device), chunk_tokens=CHUNK_TOKENS)
+            device = self.encoder.backbone.device
+            vectors_ND, _ = self.encoder(tokens.to(device), chunk_tokens=CHUNK_TOKENS[device.type])
             vectors_ND = F.normalize(vectors_ND, dim=1) if normalize else vectors_ND
         if not bool(torch.isfinite(vectors_ND).all()):
             place = int((~torch.isfinite(vectors_ND)).any(1).nonzero()[0])
@@ -233,17 +238,19 @@ class PromCSE:
             )
         return vectors_ND.cpu().numpy()
 
-    def _tokenize(self, sentences: Sequence[str]) -> Tokens:
-        encoded = self.tokenizer(
-            list(sentences),
-            truncation=True,
-            max_length=self.max_tokens,
-            padding=True,
-            padding_side="right",
-            return_token_type_ids=False,
-            return_tensors="pt",
-        )
-        return Tokens(encoded["input_ids"], encoded["attention_mask"])
+
+def tokenize(tokenizer: Any, sentences: Sequence[str], longest: int) -> Tokens:  # noqa: ANN401  (a transformers tokenizer)
+    """Return the token numbers of sentences, cut to `longest` tokens and padded at the end."""
+    encoded = tokenizer(
+        list(sentences),
+        truncation=True,
+        max_length=longest,
+        padding=True,
+        padding_side="right",
+        return_token_type_ids=False,
+        return_tensors="pt",
+    )
+    return Tokens(encoded["input_ids"], encoded["attention_mask"])
 
 
 def pick_device(name: str) -> torch.device:

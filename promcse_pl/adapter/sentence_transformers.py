@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from promcse_pl.adapter.files import load_adapter, save_adapter, whole_folder
-from promcse_pl.embedder import CHUNK_TOKENS, PromCSE
+from promcse_pl.embedder import PromCSE, tokenize
 from promcse_pl.errors import AdapterError, ConfigError, DataError
+from promcse_pl.model.chunks import CHUNK_TOKENS
 from promcse_pl.model.encoder import PromptEncoder, Tokens
 
 try:
@@ -99,21 +100,13 @@ class PromptTransformer(InputModule):  # type: ignore[misc]
         for text in inputs:
             if not isinstance(text, str):
                 raise DataError(f"this model encodes single texts, got {type(text).__name__} ({text!r})")
-        encoded = self.tokenizer(
-            [(prompt or "") + text for text in inputs],
-            truncation=True,
-            max_length=self.max_seq_length,
-            padding=True,
-            padding_side="right",
-            return_token_type_ids=False,
-            return_tensors="pt",
-        )
-        return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
+        tokens = tokenize(self.tokenizer, [(prompt or "") + text for text in inputs], self.max_seq_length)
+        return {"input_ids": tokens.ids_NT, "attention_mask": tokens.mask_NT}
 
     def forward(self, features: dict[str, Tensor], **_: object) -> dict[str, Tensor]:
         """Add `sentence_embedding`, (N, D), to the features that `preprocess` made."""
         tokens = Tokens(features["input_ids"], features["attention_mask"])
-        budget = CHUNK_TOKENS if tokens.ids_NT.is_cpu else None  # one long text does not pad a whole batch
+        budget = CHUNK_TOKENS[tokens.ids_NT.device.type]  # one long text does not pad a whole batch
         features["sentence_embedding"], _hidden = self.encoder(tokens, train_head=self.training, chunk_tokens=budget)
         return features
 

@@ -9,6 +9,7 @@ outputs for prompt slots, so the encoder still returns T positions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -31,7 +32,7 @@ def prompt_attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    prompt_kv: Tensor | None = None,
+    prompt_kv: Sequence[Tensor] | None = None,
     **_: Any,  # noqa: ANN401  (what else transformers hands to every attention function)
 ) -> tuple[Tensor, None]:
     """Scaled dot-product attention over the layer's prompt slots and the tokens.
@@ -43,18 +44,18 @@ def prompt_attention(
             masked.
         dropout: Probability of dropping an attention weight, of prompt slots as well as of tokens.
         scaling: Factor on the dot products; 1 / sqrt(H) if None.
-        prompt_kv: Keys and values of all layers, (L, 2, B or 1, N, P, H), or None for the plain encoder.
+        prompt_kv: Keys and values of each layer, (2, B or 1, N, P, H), or None for the plain encoder.
 
     Returns:
         The mixed values, (B, T, N, H), and no weights.
     """
-    if prompt_kv is not None and prompt_kv.shape[-2] > 0:
+    if prompt_kv is not None and prompt_kv[0].shape[-2] > 0:
         prompt_key, prompt_value = prompt_kv[cast(int, module.layer_idx)].to(key_BNTH.dtype)
         key_BNTH = torch.cat([prompt_key.expand(len(key_BNTH), -1, -1, -1), key_BNTH], dim=2)
         value_BNTH = torch.cat([prompt_value.expand(len(value_BNTH), -1, -1, -1), value_BNTH], dim=2)
         if attention_mask is not None:
             visible = True if attention_mask.dtype == torch.bool else 0.0
-            attention_mask = F.pad(attention_mask, (prompt_kv.shape[-2], 0), value=visible)
+            attention_mask = F.pad(attention_mask, (prompt_key.shape[-2], 0), value=visible)
     if dropout and query_BNTH.device.type == "cpu":
         mixed_BNTH = _dropped_attention(query_BNTH, key_BNTH, value_BNTH, attention_mask, dropout, scaling)
     else:

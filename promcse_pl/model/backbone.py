@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -252,6 +253,24 @@ class FrozenBackbone(nn.Module):
             )  # safetensors writes a file that only its owner can read
         return _weights_sha256(folder)
 
+    def quantize(self) -> None:
+        """Keep the linear layers in 8-bit integers from now on, a scale a row: for encoding on a CPU alone.
+
+        Raises:
+            EncoderError: The weights are not float32 on a CPU, or this torch has no such kernels.
+        """
+        if self.dtype != torch.float32 or self.device.type != "cpu":
+            raise EncoderError(f"int8 needs float32 weights on a CPU, these are {self.dtype} on {self.device.type}")
+        try:
+            from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
+        except ImportError as error:
+            raise EncoderError("this torch has no dynamic quantisation any more. Try: dtype=bfloat16") from error
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=DeprecationWarning)  # torch points to another package
+            self.model = quantize_dynamic(  # type: ignore[no-untyped-call]
+                self.model, {nn.Linear: per_channel_dynamic_qconfig}, dtype=torch.qint8
+            )
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
@@ -363,7 +382,7 @@ class FrozenBackbone(nn.Module):
             attention_mask=mask_BT,
             position_ids=self.positions(ids_BT, position_offset),
             output_hidden_states=all_layers,
-            prompt_kv=prompt_kv,
+            prompt_kv=None if prompt_kv is None else prompt_kv.unbind(0),
             **extra,
         )
         return tuple(output.hidden_states) if all_layers else (output.last_hidden_state,)
@@ -376,7 +395,9 @@ class FrozenBackbone(nn.Module):
             prompt_kv = torch.randn(shape, dtype=self.dtype).to(self.device).requires_grad_()
             ids = torch.full((1, 4), min(5, len(self.word_embeddings) - 1), device=self.device)
             training = self.model.training
-            states = self.model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), prompt_kv=prompt_kv)
+            states = self.model.eval()(
+                input_ids=ids, attention_mask=torch.ones_like(ids), prompt_kv=prompt_kv.unbind(0)
+            )
             self.model.train(training)
             # a random direction: the sum over a LayerNorm's outputs is constant and has no gradient
             weights = torch.randn(states.last_hidden_state.shape, dtype=torch.float32).to(self.device)

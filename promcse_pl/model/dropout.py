@@ -2,10 +2,14 @@
 
 torch draws one Bernoulli number at a time there (some 8 ns each), which made a quarter of a training step. Here a counter-free
 generator (SFC64) fills whole words and every 16 bits decide one entry: the same distribution, with the probability rounded to
-1/65536. Each mask is seeded from torch's own generator, so seeds and saved random states mean what they always meant.
+1/65536. Streams are seeded from torch's own generator, so seeds and saved random states mean what they always meant.
 """
 
 from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -14,15 +18,44 @@ from torch.nn import functional as F
 
 _LEVELS = 1 << 16
 _PER_WORD = 4  # 16-bit numbers in a 64-bit word
+_of_thread = threading.local()
 
 
-def keep_mask(shape: torch.Size, probability: float) -> Tensor:
-    """Return a boolean CPU tensor whose entries are True with 1 - `probability`, independently."""
-    seed = int(torch.randint(2**62, (1,)))
+@contextmanager
+def seeded_dropout(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Draw all masks of this thread from a stream of their own, so that the same work repeated drops the same.
+
+    Args:
+        seed: Of the stream, or None to leave things as they are.
+        device: Where the masks are drawn.
+    """
+    if seed is None:
+        yield
+    elif device.type == "cpu":
+        before, _of_thread.stream = getattr(_of_thread, "stream", None), np.random.SFC64(seed)
+        try:
+            yield
+        finally:
+            _of_thread.stream = before
+    else:
+        generator = torch.get_device_module(device)
+        state = generator.get_rng_state()
+        generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            generator.set_rng_state(state)
+
+
+def keep_mask(shape: torch.Size, probability: float, dtype: torch.dtype = torch.bool) -> Tensor:
+    """Return a CPU tensor whose entries are 1 (or True) with 1 - `probability`, independently, and else 0."""
+    stream = getattr(_of_thread, "stream", None) or np.random.SFC64(int(torch.randint(2**62, (1,))))
     count = shape.numel()
-    words = np.random.SFC64(seed).random_raw(-(-count // _PER_WORD))
+    words = stream.random_raw(-(-count // _PER_WORD))
     bits = torch.from_numpy(words.view(np.int16))[:count].view(shape)
-    return bits >= round(probability * _LEVELS) - _LEVELS // 2
+    level = round(probability * _LEVELS) - _LEVELS // 2
+    # straight into the type of the values: going through a boolean tensor costs four times as much
+    return torch.ge(bits, level, out=torch.empty(shape, dtype=dtype))
 
 
 def dropout(values: Tensor, probability: float, shape: torch.Size | None = None) -> Tensor:
@@ -37,7 +70,7 @@ def dropout(values: Tensor, probability: float, shape: torch.Size | None = None)
     if values.device.type != "cpu":
         return F.dropout(values.expand(shape), probability)
     kept_share = 1 - round(probability * _LEVELS) / _LEVELS
-    return values * keep_mask(shape, probability).to(values.dtype).mul_(1 / kept_share)
+    return values * keep_mask(shape, probability, values.dtype).mul_(1 / kept_share)
 
 
 class Dropout(nn.Module):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from promcse_pl.model.backbone import FrozenBackbone
+from promcse_pl.model.chunks import plan_chunks, run_chunks
 from promcse_pl.model.mlm import IGNORED
 from promcse_pl.model.pooling import Pooling, needs_all_layers, pool
 from promcse_pl.model.prompt import INIT_STD, DeepPrompt
@@ -54,28 +55,6 @@ class Tokens:
             return self.ids_NT.numel()
         lengths_N = self.mask_NT.sum(1)
         return sum(len(rows) * int(lengths_N[rows].max()) for rows in plan_chunks(lengths_N, budget))
-
-
-def plan_chunks(lengths_N: Tensor, budget: int | None) -> list[Tensor]:
-    """Group sentences of similar length, so that a chunk padded to its own longest wastes little.
-
-    Args:
-        lengths_N: Tokens of each sentence.
-        budget: Upper bound on rows x longest of a chunk (a single longer sentence is a chunk of its own), or None for one chunk
-            in the given order.
-
-    Returns:
-        Row numbers of each chunk, longest sentences first; together a permutation of all rows.
-    """
-    if budget is None:
-        return [torch.arange(len(lengths_N))]
-    order = torch.argsort(lengths_N, descending=True, stable=True)
-    chunks, start = [], 0
-    while start < len(order):
-        size = max(1, budget // max(1, int(lengths_N[order[start]])))
-        chunks.append(order[start : start + size])
-        start += size
-    return chunks
 
 
 class MlpHead(nn.Module):
@@ -141,7 +120,12 @@ class PromptEncoder(nn.Module):
         return self.backbone.longest_input(self.position_offset)
 
     def forward(
-        self, tokens: Tokens, *, train_head: bool = False, chunk_tokens: int | None = None
+        self,
+        tokens: Tokens,
+        *,
+        train_head: bool = False,
+        chunk_tokens: int | None = None,
+        recompute: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Encode sentences, in chunks of similar length.
 
@@ -152,29 +136,38 @@ class PromptEncoder(nn.Module):
             train_head: True for the vector that the loss sees, False for the test-time one (they differ with
                 `mlp_train_only`).
             chunk_tokens: See `plan_chunks`.
+            recompute: See `run_chunks`.
 
         Returns:
             Vectors (N, D), float32 or wider and not normalised; and, if the batch has an MLM task, the hidden vectors of its
             hidden tokens (M, D), in the row-major order of the labels.
         """
-        prompt_kv = self.prompt()
-        chunks = plan_chunks(tokens.mask_NT.sum(1).cpu(), chunk_tokens)
-        pooled, hidden = [], []
-        for rows in chunks:
-            chunk = tokens.select(
-                rows, int(tokens.mask_NT[rows].sum(1).max()) if chunk_tokens else tokens.mask_NT.shape[1]
+        lengths_N = tokens.mask_NT.sum(1).cpu()
+        chunks = plan_chunks(lengths_N, chunk_tokens)
+        whole = tokens.mask_NT.shape[1]
+
+        def run(rows: Tensor, prompt_kv: Tensor) -> tuple[Tensor, ...]:
+            return self.encode_chunk(
+                tokens.select(rows, int(lengths_N[rows].max()) if chunk_tokens else whole), prompt_kv
             )
-            # the MLM pass sees the same prompt with the same dropout mask
-            dropped_kv = self.prompt.drop(prompt_kv, len(rows))
-            pooled.append(self._pool(chunk, dropped_kv))
-            if chunk.mlm_ids_NT is not None and chunk.mlm_labels_NT is not None:
-                (states,) = self._states(chunk, chunk.mlm_ids_NT, dropped_kv, all_layers=False)
-                hidden.append(states[chunk.mlm_labels_NT != IGNORED])
+
+        found = run_chunks(run, self.prompt(), chunks, dropout=self.training, recompute=recompute)
+        pooled, hidden = [outputs[0] for outputs in found], [outputs[1] for outputs in found if len(outputs) > 1]
         order = torch.cat(chunks)
         vectors = _float(torch.cat(pooled))[torch.argsort(order).to(pooled[0].device)]
         if self.head is not None and (train_head or self.head_mode == "mlp"):
             vectors = self.head(vectors)
         return vectors, self._in_row_order(hidden, tokens, chunks) if hidden else None
+
+    def encode_chunk(self, chunk: Tokens, prompt_kv: Tensor) -> tuple[Tensor, ...]:
+        """Return the pooled vectors of some sentences before the head, and with an MLM task the hidden vectors of its tokens."""
+        # the MLM pass sees the same prompt with the same dropout mask
+        dropped_kv = self.prompt.drop(prompt_kv.to(self.backbone.dtype), len(chunk.ids_NT))
+        pooled = self._pool(chunk, dropped_kv)
+        if chunk.mlm_ids_NT is None or chunk.mlm_labels_NT is None:
+            return (pooled,)
+        (states,) = self._states(chunk, chunk.mlm_ids_NT, dropped_kv, all_layers=False)
+        return pooled, states[chunk.mlm_labels_NT != IGNORED]
 
     def _states(self, tokens: Tokens, ids_NT: Tensor, prompt_kv: Tensor, *, all_layers: bool) -> tuple[Tensor, ...]:
         states: tuple[Tensor, ...] = self.backbone(

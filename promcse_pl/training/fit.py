@@ -20,9 +20,11 @@ from promcse_pl.data.module import PromcseDataModule
 from promcse_pl.embedder import pick_device
 from promcse_pl.errors import ConfigError
 from promcse_pl.model.backbone import FrozenBackbone
+from promcse_pl.model.chunks import CHUNK_TOKENS
 from promcse_pl.model.encoder import PromptEncoder
 from promcse_pl.model.mlm import MlmHead
 from promcse_pl.training.callbacks import BestByDev, ProgressLines, Throughput
+from promcse_pl.training.memory import SHARE, free_bytes, kept_bytes
 from promcse_pl.training.module import PromcseModule
 from promcse_pl.training.precision import choose_dtype
 
@@ -58,7 +60,7 @@ def resolve_machine(config: Config) -> tuple[Config, torch.device]:
     """Fix what `auto` left open, so that the saved config repeats this run; seed every generator; quieten Lightning.
 
     Returns:
-        The config with the precision that was measured or set, and the device.
+        The config with the precision that was measured or set and the chunk size, and the device.
     """
     device = pick_device(config.trainer.device)
     dtype, why = choose_dtype(config.trainer.precision, device)
@@ -67,7 +69,10 @@ def resolve_machine(config: Config) -> tuple[Config, torch.device]:
     for noisy in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(noisy).setLevel(logging.ERROR)  # its hints on devices and paid services; errors stay
     pl.seed_everything(config.seed, verbose=False)
-    settled = dataclasses.replace(config.trainer, precision=precision, device=DEVICES[device.type])
+    chunk_tokens = CHUNK_TOKENS[device.type] if config.trainer.chunk_tokens == "auto" else config.trainer.chunk_tokens
+    settled = dataclasses.replace(
+        config.trainer, precision=precision, device=DEVICES[device.type], chunk_tokens=chunk_tokens
+    )
     return dataclasses.replace(config, trainer=settled), device
 
 
@@ -125,6 +130,27 @@ def build_data(config: Config, encoder: PromptEncoder, progress: Callable[[int],
     return data
 
 
+def must_recompute(config: Config, encoder: PromptEncoder, data: PromcseDataModule, device: torch.device) -> bool:
+    """Tell whether chunks run again in the backward pass: as the config says, or because the memory is too small for a batch."""
+    if config.trainer.recompute != "auto":
+        return config.trainer.recompute == "always"
+    free = free_bytes(device)
+    if free is None:
+        return False
+    rows = data.token_rows
+    sentences = config.data.batch_size * max(2, rows.width) * (2 if config.loss.mlm_weight else 1)
+    length = -(-rows.tokens_total // (len(rows) * rows.width))
+    needed = sentences * kept_bytes(encoder, length)
+    if needed <= SHARE * free:
+        return False
+    log.info(
+        "the tensors of a batch would take %.1f GB of %.1f GB free: chunks run twice, in the memory of one (trainer.recompute)",
+        needed / 1e9,
+        free / 1e9,
+    )
+    return True
+
+
 def fit(
     config: Config,
     encoder: PromptEncoder,
@@ -152,15 +178,18 @@ def fit(
     epoch_steps = -(-len(data.token_rows) // config.data.batch_size)
     steps = min(epoch_steps * config.trainer.epochs, config.trainer.max_steps or epoch_steps * config.trainer.epochs)
     log_every = min(config.trainer.log_every, steps)  # a short run has an entry too
+    chunk_tokens = config.trainer.chunk_tokens
+    assert chunk_tokens != "auto", "call resolve_machine first"
     module = PromcseModule(
-        encoder,
+        encoder.to(device),
         loss=config.loss,
         optim=config.optim,
         total_steps=steps,
-        chunk_tokens=config.trainer.chunk_tokens,
+        chunk_tokens=chunk_tokens,
+        recompute=must_recompute(config, encoder, data, device),
         mlm_head=mlm_head,
     )
-    throughput = Throughput(log_every, config.trainer.chunk_tokens)
+    throughput = Throughput(log_every, chunk_tokens)
     best = None
     if data.dev is not None:
         every = config.trainer.eval_every

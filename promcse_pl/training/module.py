@@ -28,7 +28,7 @@ class PromcseModule(pl.LightningModule):
         loss: Weights of the terms.
         optim: Learning rate and clipping.
         total_steps: Step at which the learning rate reaches 0.
-        chunk_tokens: See `PromptEncoder.forward`.
+        chunk_tokens, recompute: See `PromptEncoder.forward`.
         mlm_head: For the MLM task; trained along, not part of the adapter.
         official_gradient: With several ranks, leave the gradient at 1 / ranks of the single process's, and each rank's MLM loss
             a mean of its own, as the official code does. Otherwise loss and gradient are those of a single process.
@@ -42,16 +42,20 @@ class PromcseModule(pl.LightningModule):
         optim: OptimConfig,
         total_steps: int,
         chunk_tokens: int | None = None,
+        recompute: bool = False,
         mlm_head: MlmHead | None = None,
         official_gradient: bool = False,
     ) -> None:
         super().__init__()
         self.encoder, self.mlm_head, self.official_gradient = encoder, mlm_head, official_gradient
-        self.loss, self.optim, self.total_steps, self.chunk_tokens = loss, optim, total_steps, chunk_tokens
+        self.loss, self.optim, self.total_steps = loss, optim, total_steps
+        self.chunk_tokens, self.recompute = chunk_tokens, recompute
 
     def losses(self, batch: TrainBatch) -> LossParts:
         """Encode this rank's rows and return the loss of the batch of all ranks, term by term."""
-        vectors_ND, hidden_MD = self.encoder(batch.tokens, train_head=True, chunk_tokens=self.chunk_tokens)
+        vectors_ND, hidden_MD = self.encoder(
+            batch.tokens, train_head=True, chunk_tokens=self.chunk_tokens, recompute=self.recompute
+        )
         views = gather_rows(vectors_ND.view(batch.views, -1, vectors_ND.shape[1]))
         parts = hybrid_loss(
             views[0],
@@ -89,16 +93,17 @@ class PromcseModule(pl.LightningModule):
     def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
         """Return the total loss; raise NonFiniteError, before any update, if it is not finite."""
         parts = self.losses(batch)
+        named = {name: part.detach() for name, part in parts.named().items()}
         if not bool(torch.isfinite(parts.total)):
-            values = ", ".join(f"{name} {float(part.detach()):g}" for name, part in parts.named().items())
+            values = ", ".join(f"{name} {float(part):g}" for name, part in named.items())
             raise NonFiniteError(
                 f"the loss of step {self.global_step + 1} (batch {batch_idx} of epoch {self.current_epoch}, training rows "
                 f"{batch.rows_B[:4].tolist()}...) is not finite: {values}. {self._remedy()}"
             )
-        entry = {f"train/{name}": part.detach() for name, part in parts.named().items()}
+        entry = {f"train/{name}": part for name, part in named.items()}
         # Lightning takes the entry's step from "step"; by itself it would count from 0, unlike the callbacks
         self.log_dict({**entry, "step": float(self.global_step + 1)}, batch_size=len(batch.rows_B))
-        self.log_dict({name: part.detach() for name, part in parts.named().items()}, prog_bar=True, logger=False)
+        self.log_dict(named, prog_bar=True, logger=False)
         return parts.total
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401  (Lightning's own union of dictionaries)

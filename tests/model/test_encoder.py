@@ -11,7 +11,8 @@ from transformers import AutoModel
 
 from promcse_pl.loss.hybrid import hybrid_loss
 from promcse_pl.model.backbone import SUPPORTED
-from promcse_pl.model.encoder import HEADS, PromptEncoder, Tokens, plan_chunks
+from promcse_pl.model.chunks import plan_chunks
+from promcse_pl.model.encoder import HEADS, PromptEncoder, Tokens
 from promcse_pl.model.mlm import IGNORED
 from promcse_pl.model.pooling import POOLINGS
 

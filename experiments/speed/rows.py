@@ -1,0 +1,163 @@
+"""What is measured: one training step of ours, with each lever off, of a plain path, and of sentence-transformers + PEFT."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from promcse_pl.data.module import EpochBatches, TrainBatch, TrainBatches
+from promcse_pl.data.readers import read_rows
+from promcse_pl.data.tokens import file_source, load_tokens
+from promcse_pl.embedder import PromCSE
+from promcse_pl.loss.hybrid import hybrid_loss
+from promcse_pl.model import chunks, dropout
+from promcse_pl.model.backbone import FrozenBackbone, locate
+from promcse_pl.model.encoder import PromptEncoder
+
+NAME = "sentence-transformers/all-MiniLM-L6-v2"
+LENGTH, TRIPLETS, MAX_LENGTH, SEED = 10, 128, 32, 1
+TRAINING = ("ours", "no threads", "no sorting", "float32", "torch dropout", "recompute", "plain path", "ST + PEFT")
+ENCODING = ("ours bfloat16", "ours int8", "ours float32", "sentence-transformers")
+Step = Callable[[int], None]
+
+
+def prompt_encoder(dtype: torch.dtype = torch.float32) -> PromptEncoder:
+    torch.manual_seed(SEED)
+    return PromptEncoder(FrozenBackbone.load(NAME, dtype=dtype), length=LENGTH, pooling="avg")
+
+
+def batches(data: Path, cache: Path, count: int) -> list[TrainBatch]:
+    source = file_source(data / "nli" / "nli_train.csv", width=3, columns=None, header=None, on_bad_row="stop")
+    rows = load_tokens(source, FrozenBackbone.load(NAME).tokenizer, max_length=MAX_LENGTH, cache_dir=cache)
+    places = iter(EpochBatches(len(rows), TRIPLETS, SEED))
+    return [TrainBatches(rows, SEED, None)[next(places)] for _ in range(count)]
+
+
+def texts(data: Path, count: int) -> list[str]:
+    """Half from Wikipedia, half from NLI, of all lengths."""
+    chance = random.Random(SEED)
+    wiki = [text for (text,) in read_rows(data / "wiki" / "wiki.txt.gz", width=1)]
+    nli = [text for row in read_rows(data / "nli" / "nli_train.csv", width=3) for text in row]
+    return chance.sample(wiki, count // 2) + chance.sample(nli, count // 2)
+
+
+@contextmanager
+def without_threads() -> Iterator[None]:
+    with patch.object(chunks, "_map", lambda function, work, _device: [function(chunk) for chunk in work]):
+        yield
+
+
+@contextmanager
+def without_sorting() -> Iterator[None]:
+    """Chunks of the same number of sentences, in the order of the file, padded to the longest of the batch."""
+
+    def plan(lengths_N: Tensor, budget: int) -> list[Tensor]:
+        return list(torch.arange(len(lengths_N)).split(max(1, budget // int(lengths_N.max()))))
+
+    with patch("promcse_pl.model.encoder.plan_chunks", plan):
+        yield
+
+
+@contextmanager
+def with_torch_dropout() -> Iterator[None]:
+    def keep_mask(shape: torch.Size, probability: float, dtype: torch.dtype = torch.bool) -> Tensor:
+        return torch.empty(shape, dtype=dtype).bernoulli_(1 - probability)
+
+    with patch.object(dropout, "keep_mask", keep_mask):
+        yield
+
+
+def our_step(
+    work: list[TrainBatch],
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    chunk_tokens: int | None = 512,
+    recompute: bool = False,
+) -> Step:
+    encoder = prompt_encoder(dtype).train()
+    optimizer = torch.optim.AdamW(encoder.prompt.parameters(), lr=3e-2)
+
+    def step(number: int) -> None:
+        tokens = work[number % len(work)].tokens
+        vectors, _ = encoder(tokens, train_head=True, chunk_tokens=chunk_tokens, recompute=recompute)
+        views = vectors.view(3, -1, vectors.shape[1])
+        hybrid_loss(*views, temperature=0.05, margin=0.2, hinge_weight=10.0).total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def peer_step(work: list[TrainBatch]) -> Step:
+    """PEFT's prefix tuning put into a sentence-transformers model by hand, under that library's own loss.
+
+    It gets the same token numbers, ready padded, and no hinge loss, which it does not have.
+    """
+    from peft import PrefixTuningConfig, get_peft_model
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.losses import MultipleNegativesRankingLoss
+
+    torch.manual_seed(SEED)
+    model = SentenceTransformer(str(locate(NAME, None)[0]), device="cpu")
+    prefix = PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=LENGTH)
+    model[0].model = get_peft_model(model[0].model, prefix)
+    loss = MultipleNegativesRankingLoss(model).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
+
+    def step(number: int) -> None:
+        tokens = work[number % len(work)].tokens
+        columns = zip(tokens.ids_NT.chunk(3), tokens.mask_NT.chunk(3), strict=True)
+        features = [{"input_ids": ids, "attention_mask": mask} for ids, mask in columns]
+        loss(features, None).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+@contextmanager
+def lever_off(row: str) -> Iterator[None]:
+    """What must hold while a row's step runs."""
+    match row:
+        case "no threads":
+            with without_threads():
+                yield
+        case "no sorting":
+            with without_sorting():
+                yield
+        case "torch dropout" | "plain path":
+            with with_torch_dropout():
+                yield
+        case _:
+            yield
+
+
+def training_step(row: str, work: list[TrainBatch]) -> Step:
+    if row == "ST + PEFT":
+        return peer_step(work)
+    options = {
+        "float32": {"dtype": torch.float32},
+        "recompute": {"recompute": True},
+        "plain path": {"dtype": torch.float32, "chunk_tokens": None},  # as the official code: one padded batch
+    }
+    return our_step(work, **options.get(row, {}))
+
+
+def encoder_of(row: str) -> Callable[[list[str]], object]:
+    """Gives unit vectors; the same frozen MiniLM in every row, ours with a fresh prompt in front."""
+    if row == "sentence-transformers":
+        from sentence_transformers import SentenceTransformer
+
+        model = SentenceTransformer(str(locate(NAME, None)[0]), device="cpu")
+        model.max_seq_length = 512 - LENGTH
+        return lambda sentences: model.encode(sentences, normalize_embeddings=True)
+    encoder = prompt_encoder(torch.bfloat16 if row == "ours bfloat16" else torch.float32).eval()
+    if row == "ours int8":
+        encoder.backbone.quantize()
+    return PromCSE(encoder).encode
