@@ -69,8 +69,8 @@ def draw(results: dict[str, Any]) -> str:
     ours, by_file = results["sts_seconds"].values()
     lines += [
         "",
-        f"All sentences of the seven STS tasks: {ours:.0f} s ours in float32, each once; {by_file:.0f} s by sentence-transformers, "
-        f"file by file in batches of 64 ({by_file / ours:.1f}x).",
+        f"All sentences of the seven STS tasks: {ours:.0f} s ours in float32, each once; {by_file:.0f} s by "
+        f"sentence-transformers, file by file in batches of 64 ({by_file / ours:.1f}x).",
         "",
         f"A whole `run.py` of one step, token cache warm: {results['start_up_seconds']:.1f} s.",
         "",

@@ -13,7 +13,7 @@ import importlib.metadata
 import json
 import os
 import platform
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -114,15 +114,22 @@ def child(*arguments: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout.splitlines()[-1]
 
 
+def peak_bytes() -> int:
+    """Return the most memory that this process has held (Linux; `getrusage` would count the parent's too)."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1]) * 1024
+
+
 def memory(row: str, data: Path, cache: Path) -> dict[str, int]:
     """Return the bytes a process holds before its first step and at most in three steps."""
     work = batches(data, cache, 3)
     step = training_step(row, work)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = peak_bytes()
     with lever_off(row):
         for number in range(3):
             step(number)
-    return {"before": before, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    return {"before": before, "peak": peak_bytes()}
 
 
 def start_up(data: Path) -> float:
