@@ -44,13 +44,13 @@ class CxcData:
         pairs: The rows of the csv.
         ids: A number for the two captions of each row, from 0; rows of the same captions share it.
         images: Of each MS-COCO test image the numbers of its rated pairs.
-        sha256: Of each file by its name.
+        files: Rows or images, and sha256, of each file by its name.
     """
 
     pairs: ScoredPairs
     ids: tuple[int, ...]
     images: tuple[tuple[int, ...], ...]
-    sha256: dict[str, str]
+    files: dict[str, tuple[int, str]]
 
 
 def load_cxc(folder: Path) -> CxcData:
@@ -62,7 +62,8 @@ def load_cxc(folder: Path) -> CxcData:
     pairs, keys = _read_pairs(folder / PAIRS)
     places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
     images, digest = _read_images(folder / IMAGES, places)
-    return CxcData(pairs, tuple(places[key] for key in keys), images, {PAIRS: pairs.sha256, IMAGES: digest})
+    files = {PAIRS: (len(pairs), pairs.sha256), IMAGES: (len(images), digest)}
+    return CxcData(pairs, tuple(places[key] for key in keys), images, files)
 
 
 def _read(path: Path) -> tuple[str, str]:

@@ -5,8 +5,9 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy.special import entr
+from scipy.stats import gaussian_kde
 
 from promcse_pl.errors import DataError
 
@@ -73,6 +74,27 @@ def effective_rank(vectors_ND: Vectors) -> float:
     """
     singular = np.linalg.svd(_wide(vectors_ND), compute_uv=False)
     return float(np.exp(entr(singular / singular.sum()).sum()))
+
+
+def cosine_density(cosines_N: Vectors, gold_N: ArrayLike) -> dict[str, list[float]]:
+    """Return the density of the cosines of pairs by gold score: the paper's figure 3.
+
+    Args:
+        cosines_N: Of the pairs.
+        gold_N: Their human scores, in [0, 5].
+
+    Returns:
+        `cosine`: the places in [-1, 1]; and at these places the density (Gaussian kernel, Scott's width) of the pairs of each
+        range of scores: `0-1` ... `4-5`. A range with fewer than 3 different cosines is left out.
+    """
+    places = np.linspace(-1, 1, 201)
+    bin_N = np.minimum(np.asarray(gold_N).astype(int), 4)
+    curves = {"cosine": places.round(2).tolist()}
+    for low in range(5):
+        part_n = cosines_N[bin_N == low]
+        if len(np.unique(part_n)) >= 3:
+            curves[f"{low}-{low + 1}"] = gaussian_kde(part_n)(places).round(4).tolist()
+    return curves
 
 
 def _wide(vectors_ND: Vectors) -> NDArray[np.float64]:

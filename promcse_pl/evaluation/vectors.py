@@ -25,11 +25,10 @@ from safetensors.numpy import save_file
 from promcse_pl.adapter.files import adapter_hash
 from promcse_pl.embedder import PromCSE
 from promcse_pl.errors import DataError, NonFiniteError
+from promcse_pl.evaluation.sts import VectorOf
 
 log = logging.getLogger(__name__)
 
-VectorOf = Mapping[str, NDArray[np.float32]]
-"""The unit vector of each sentence."""
 Progress = Callable[[int], None]
 ROUNDING = 1e-6
 """Vectors of unit length whose entries differ by less are one vector: float32 rounding alone makes them differ."""

@@ -80,9 +80,9 @@ def test_sentences_are_joined_by_single_spaces_and_files_are_named_by_their_hash
     assert data.pairs.first[0] == "a cat 0:0 ,"
     assert data.pairs.second[0] == 'a "dog" 1:0 here'
     assert len(data.images) == TEST_IMAGES
-    before = data.sha256
+    before = data.files
     write_rows(folder, [[*row[:2], "1.0", *row[3:]] for row in read_rows(folder)])
-    after = load_cxc(folder).sha256
+    after = load_cxc(folder).files
     assert (before[IMAGES] == after[IMAGES], before[PAIRS] == after[PAIRS]) == (True, False)
 
 
