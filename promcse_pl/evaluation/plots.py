@@ -19,7 +19,6 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
-    "axes.grid.axis": "y",
     "grid.linewidth": 0.4,
     "legend.frameon": False,
     "svg.fonttype": "none",
@@ -75,12 +74,12 @@ def _bars(tree: dict[str, Any]) -> Any:  # noqa: ANN401  (a figure)
     width = 0.8 / len(names)
     bars = len(tasks) * len(names)
     figure, axes = plt.subplots(figsize=(COLUMN if bars <= 20 else PAGE, 2.1), layout="constrained")
-    lowest = 100.0
+    lowest, highest = 100.0, 0.0
     for place, name in enumerate(names):
         scores = [tree["targets"][name]["scores"][task] for task in tasks]
         values = np.array([score["value"] for score in scores])
         edges = np.array([[score["low"], score["high"]] for score in scores]).T
-        lowest = min(lowest, float(edges.min()))
+        lowest, highest = min(lowest, float(edges.min())), max(highest, float(edges.max()))
         axes.bar(
             np.arange(len(tasks)) + (place - (len(names) - 1) / 2) * width,
             values,
@@ -94,10 +93,11 @@ def _bars(tree: dict[str, Any]) -> Any:  # noqa: ANN401  (a figure)
         )
     axes.set_xticks(np.arange(len(tasks)), tasks, rotation=45, ha="right", rotation_mode="anchor")
     axes.tick_params(axis="x", length=0)
-    bottom = max(0.0, 10 * np.floor((lowest - 5) / 10))
-    axes.set_ylim(bottom, 100 if bottom else None)
-    axes.set_ylabel(" / ".join(sorted({tree["tasks"][task]["unit"] for task in tasks}, reverse=True)))
-    axes.grid(True)
+    bottom = max(0, 10 * int((lowest - 5) // 10))
+    axes.set_ylim(bottom, min(100, 10 * int(highest // 10 + 1)))
+    units = " / ".join(sorted({tree["tasks"][task]["unit"].removesuffix(" x 100") for task in tasks}))
+    axes.set_ylabel(f"{units}\nx 100" + (f", axis from {bottom}" if bottom else ""))
+    axes.grid(True, axis="y")
     axes.set_xlim(-0.6, len(tasks) - 0.4)
     figure.legend(loc="outside upper center", ncols=min(3, len(names)))
     return figure
@@ -131,9 +131,11 @@ def _densities(tree: dict[str, Any]) -> Any:  # noqa: ANN401  (a figure)
                 axes.plot(places, densities[bin_], color=shade, linewidth=1.1, label=bin_)
         axes.set_title(name, fontsize=8, loc="left")
         axes.set_ylabel("density")
-        axes.set_ylim(bottom=0)
-        axes.set_xlim(inside.min(), 1)
     rows[-1, 0].set_xlabel("cosine of the pair")
+    rows[0, 0].set(xlim=(inside.min(), 1), ylim=(0, 1.05 * np.max(seen)))
     handles, labels = rows[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, title="gold score", loc="outside right upper")
+    named = [f"gold {labels[0]}", *labels[1:]]
+    figure.legend(
+        handles, named, loc="outside upper center", ncols=5, handlelength=1, columnspacing=1, handletextpad=0.4
+    )
     return figure

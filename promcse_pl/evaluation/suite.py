@@ -6,12 +6,10 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
-import scipy
-import torch
-import transformers
 
 from promcse_pl.adapter.files import adapter_hash
 from promcse_pl.evaluation.statistics import (
@@ -27,11 +25,12 @@ from promcse_pl.evaluation.sts import TASKS
 from promcse_pl.evaluation.targets import Target
 from promcse_pl.evaluation.tasks import Score, Task
 from promcse_pl.evaluation.vectors import VectorCache
-from promcse_pl.version import __version__
 
 Tree = dict[str, Any]
 Report = Callable[[str, int, int], None]
 """Called with what is being done, the steps done so far and of all."""
+PACKAGES = ("promcse_pl", "torch", "transformers", "numpy", "scipy", "scikit-learn")
+"""Whose versions stand in the results."""
 AVERAGES = {"Avg": TASKS, "Avg transfer": ("MR", "CR", "SUBJ", "MPQA", "SST-2", "TREC", "MRPC")}
 """Mean scores that the papers print, and the tasks they are of."""
 
@@ -82,14 +81,7 @@ def evaluate(
             if task.expected_rows not in (None, task.rows)
         ],
         "bootstrap": {"resamples": RESAMPLES, "seed": SEED, "level": LEVEL},
-        "versions": {
-            "promcse_pl": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "numpy": np.__version__,
-            "scipy": scipy.__version__,
-        },
+        "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
     }
 
 
