@@ -25,12 +25,13 @@ from promcse_pl.evaluation.sts import TASKS
 from promcse_pl.evaluation.targets import Target
 from promcse_pl.evaluation.tasks import Score, Task
 from promcse_pl.evaluation.vectors import VectorCache
+from promcse_pl.version import __version__
 
 Tree = dict[str, Any]
 Report = Callable[[str, int, int], None]
 """Called with what is being done, the steps done so far and of all."""
-PACKAGES = ("promcse_pl", "torch", "transformers", "numpy", "scipy", "scikit-learn")
-"""Whose versions stand in the results."""
+PACKAGES = ("torch", "transformers", "numpy", "scipy", "scikit-learn")
+"""Whose versions stand in the results, beside our own."""
 AVERAGES = {"Avg": TASKS, "Avg transfer": ("MR", "CR", "SUBJ", "MPQA", "SST-2", "TREC", "MRPC")}
 """Mean scores that the papers print, and the tasks they are of."""
 
@@ -81,7 +82,11 @@ def evaluate(
             if task.expected_rows not in (None, task.rows)
         ],
         "bootstrap": {"resamples": RESAMPLES, "seed": SEED, "level": LEVEL},
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
+        "versions": {
+            "promcse_pl": __version__,
+            "python": platform.python_version(),
+            **{package: version(package) for package in PACKAGES},
+        },
     }
 
 

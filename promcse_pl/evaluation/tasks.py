@@ -134,7 +134,7 @@ def _load(name: str, data: Path | None) -> list[Task]:
     if name == "geometry":
         return _geometry_tasks(load_stsb(senteval, "test"))
     if name == "transfer":
-        return [_transfer_task(load_transfer(senteval, task)) for task in TRANSFER_TASKS]
+        return [transfer_task(load_transfer(senteval, task)) for task in TRANSFER_TASKS]
     path = next((place for place in (folder / name, Path(name).expanduser()) if place.exists()), Path(name))
     rows = read_scored_pairs(path)
     return [
@@ -217,7 +217,9 @@ def _cxc_task(data: CxcData) -> Task:
     )
 
 
-def _transfer_task(data: TransferData) -> Task:
+def transfer_task(data: TransferData) -> Task:
+    """Return the task of classifying sentences by their frozen vectors."""
+
     def score(vectors: VectorOf, progress: Progress) -> Score:
         from promcse_pl.evaluation.transfer import score_transfer  # late: scikit-learn takes a second
 

@@ -12,13 +12,15 @@ from scipy import stats
 
 from promcse_pl import PromCSE
 from promcse_pl.errors import ConfigError, DataError
+from promcse_pl.evaluation.geometry import effective_rank, mean_cosine, uniformity
 from promcse_pl.evaluation.plots import draw
 from promcse_pl.evaluation.report import headline, render, tables
 from promcse_pl.evaluation.statistics import bootstrap_spearman, interval, mean_over_seeds
 from promcse_pl.evaluation.sts import TASKS, YEARS, ScoredPairs, score_pairs
 from promcse_pl.evaluation.suite import evaluate
 from promcse_pl.evaluation.targets import Member, Target
-from promcse_pl.evaluation.tasks import load_tasks, pair_task
+from promcse_pl.evaluation.tasks import load_tasks, pair_task, transfer_task
+from promcse_pl.evaluation.transfer_data import Row, TransferData
 from promcse_pl.evaluation.vectors import VectorCache
 from promcse_pl.model.backbone import FrozenBackbone
 from promcse_pl.model.encoder import PromptEncoder
@@ -180,6 +182,79 @@ def test_every_distinct_sentence_of_all_tasks_is_encoded_once_in_one_call(models
     evaluate([target("a", models[0])], [*tasks, pair_task("again", "own", [pairs_of("x", 0)])], VectorCache(tmp_path))
     (asked,) = calls
     assert sorted(asked) == sorted({text for task in tasks for text in task.sentences})
+
+
+# --- other suites ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data(tmp_path):
+    """STS-B's test split and CxC-STS, small."""
+    pairs = pairs_of("STS-B", 7, rows=60)
+    rows = list(zip(pairs.gold, pairs.first, pairs.second, strict=True))
+    (tmp_path / "senteval/STS/STSBenchmark").mkdir(parents=True)
+    (tmp_path / "cxc").mkdir()
+    (tmp_path / "senteval/STS/STSBenchmark/sts-test.csv").write_text(
+        "".join(f"g\tf\ty\t1\t{gold}\t{a}\t{b}\n" for gold, a, b in rows)
+    )
+    (tmp_path / "cxc/cxc-sts-test.csv").write_text(
+        "caption1,caption2,agg_score,sampling_method,sent1,sent2\n"
+        + "".join(f"{n},{n + 1},{gold},x,{a},{b}\n" for n, (gold, a, b) in enumerate(rows))
+    )
+    images = [{"split": "test", "cxc_scores": [[str(n), str(n + 1)], [str(n + 1), str(n + 2)]]} for n in range(58)]
+    (tmp_path / "cxc/dataset_coco_with_cxc.json").write_text(json.dumps({"images": images}))
+    return tmp_path
+
+
+def test_geometry_is_measured_on_distinct_sentences_and_positive_pairs_of_sts_b(data, models, tmp_path):
+    tree = evaluate(
+        [target("a", models[0]), target("b", models[1])], load_tasks(["geometry"], data), VectorCache(tmp_path)
+    )
+    pairs = pairs_of("STS-B", 7, rows=60)
+    scores = tree["targets"]["a"]["scores"]
+    vectors = models[0].encode(sorted({*pairs.first, *pairs.second}))
+    assert scores["uniformity"]["value"] == pytest.approx(uniformity(vectors), abs=1e-5)
+    assert scores["mean cosine"]["value"] == pytest.approx(mean_cosine(vectors), abs=1e-5)
+    assert scores["effective rank"]["value"] == pytest.approx(effective_rank(vectors), abs=1e-3)
+    close = [place for place, gold in enumerate(pairs.gold) if gold >= 4]
+    sides = [models[0].encode([side[place] for place in close]) for side in (pairs.first, pairs.second)]
+    assert scores["alignment"]["value"] == pytest.approx(((sides[0] - sides[1]) ** 2).sum(1).mean(), abs=1e-5)
+    assert scores["alignment"]["positive_pairs"] == len(close)
+    assert tree["comparisons"] == []
+    assert [path.name for path in draw(tree, tmp_path / "plot.pdf")] == ["plot-density.pdf"]
+    assert "uniformity" in printed(tree)
+
+
+def test_the_cosine_density_of_each_gold_range_is_a_density(data, models, tmp_path):
+    tree = evaluate([target("a", models[0])], load_tasks(["geometry"], data), VectorCache(tmp_path))
+    curves = tree["targets"]["a"]["scores"]["alignment"]["cosine_density"]
+    assert list(curves) == ["cosine", "0-1", "1-2", "2-3", "3-4", "4-5"]
+    for low in range(5):
+        assert 0 < np.trapezoid(curves[f"{low}-{low + 1}"], curves["cosine"]) <= 1.001
+
+
+def test_cxc_has_mean_and_spread_of_its_bootstrap_and_tells_its_progress(data, models, tmp_path):
+    seen = []
+    (task,) = load_tasks(["cxc"], data)
+    report = lambda *step: seen.append(step)  # noqa: E731
+    tree = evaluate([target("a", models[0]), target("b", models[1])], [task], VectorCache(tmp_path), report)
+    score = tree["targets"]["a"]["scores"]["CxC-STS"]
+    assert score["low"] < score["value"] < score["high"]
+    assert score["std"] > 0
+    assert ("a: CxC-STS", 1000, 1000) in seen
+    assert [row["task"] for row in tree["comparisons"]] == ["CxC-STS"]
+    assert [file["rows"] for file in tree["tasks"]["CxC-STS"]["files"]] == [60, 58]
+
+
+def test_a_transfer_task_has_accuracy_with_the_bootstrap_of_its_tested_rows(models, tmp_path):
+    rows = tuple(Row((f"w{5 + place} w{20 + place % 2}",), place % 2) for place in range(60))
+    task = transfer_task(TransferData("CR", {"all": rows}, "0" * 64))
+    tree = evaluate([target("a", models[0]), target("b", models[1])], [task], VectorCache(tmp_path))
+    score = tree["targets"]["a"]["scores"]["CR"]
+    assert score["low"] <= score["value"] <= score["high"]
+    assert (score["tested_rows"], len(score["inverse_penalties"])) == (60, 10)
+    assert tree["warnings"] == ["CR has 60 rows, 3775 were published: its score is not comparable"]
+    assert "over 1000 resamples" in tree["comparisons"][0]["verdict"]
 
 
 # --- own files and data folders --------------------------------------------------------------------------------------
