@@ -71,6 +71,35 @@ def _parser() -> argparse.ArgumentParser:
     similarity.add_argument("second", help="the same")
     similarity.set_defaults(run=_similarity)
 
+    evaluate = commands.add_parser("evaluate", help="scores with intervals; several targets are compared")
+    evaluate.add_argument(
+        "targets",
+        metavar="TARGET",
+        nargs="+",
+        help="adapter or run folder, encoder (folder or hub id), official checkpoint, or a folder of runs that differ by seed; "
+        "the others are compared with the first",
+    )
+    evaluate.add_argument(
+        "--tasks",
+        metavar="NAMES",
+        required=True,
+        help="with commas: sts, sick, cxc, transfer, geometry, demo, or files (csv, tsv, jsonl) of two texts and a score",
+    )
+    evaluate.add_argument("--data", metavar="FOLDER", type=Path, help="data sets: senteval/, and cxc/ for cxc")
+    evaluate.add_argument("--out", metavar="FOLDER", type=Path, help="gets results.json and what --format asks for")
+    evaluate.add_argument("--format", choices=("markdown", "latex"), help="prints the tables so, instead of as text")
+    evaluate.add_argument(
+        "--plot",
+        metavar="FILE",
+        type=Path,
+        help="bars with intervals, .pdf, .png or .svg; with geometry also FILE-density: cosines by gold score",
+    )
+    evaluate.add_argument(
+        "--pooling", help="of frozen encoders (default avg) and official checkpoints (default: seen or guessed)"
+    )
+    evaluate.add_argument("--device", default="auto", help="cpu, cuda, mps, or auto: a GPU if there is one")
+    evaluate.set_defaults(run=_evaluate)
+
     official = commands.add_parser(
         "import", help="a checkpoint of the official PromCSE code, or a PEFT prefix, to an adapter"
     )
@@ -101,6 +130,54 @@ def _train(options: argparse.Namespace) -> int:
     from promcse_pl.job import read_config, run_job
 
     run_job(read_config(options.config), options.out)
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    import json
+
+    from rich.console import Console
+
+    from promcse_pl.config import check_tasks
+
+    tasks = options.tasks.split(",")
+    check_tasks(tasks, f"promcse evaluate {options.targets[0]} --tasks {{}}")
+    if options.plot:
+        from promcse_pl.evaluation.plots import check_plot, draw
+
+        check_plot(options.plot)
+
+    from promcse_pl.data.sources import cache_dir
+    from promcse_pl.evaluation.report import render, tables
+    from promcse_pl.evaluation.tasks import load_tasks
+
+    loaded = load_tasks(tasks, options.data)  # before torch: a missing file shows itself at once
+
+    from promcse_pl.evaluation.suite import evaluate
+    from promcse_pl.evaluation.targets import find_targets
+    from promcse_pl.evaluation.vectors import VectorCache
+    from promcse_pl.job import write_text
+    from promcse_pl.terminal import output_console, stages
+
+    targets = find_targets(options.targets, pooling=options.pooling, device=options.device)
+    cache = VectorCache(cache_dir(None) / "vectors")
+    with stages(Console(stderr=True)) as report:
+        tree = evaluate(targets, loaded, cache, report)
+    for warning in tree["warnings"]:
+        sys.stderr.write(f"warning: {warning}\n")
+    text = render(tree, options.format) if options.format else ""
+    if options.out:
+        write_text(options.out / "results.json", json.dumps(tree, indent=2) + "\n")
+        if text:
+            write_text(options.out / f"results.{'tex' if options.format == 'latex' else 'md'}", text)
+    if text:
+        sys.stdout.write(text)
+    else:
+        console = output_console()
+        for table in tables(tree):
+            console.print(table)
+    for path in draw(tree, options.plot) if options.plot else ():
+        sys.stderr.write(f"{path}\n")
     return 0
 
 

@@ -14,13 +14,18 @@ import types
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from promcse_pl.data.readers import SUFFIXES, file_suffix
 from promcse_pl.errors import ConfigError
 
 Kind = Literal["sentences", "pairs", "triplets"]
 WIDTH: dict[Kind, int] = {"sentences": 1, "pairs": 2, "triplets": 3}
 """Texts in a row of each kind of training data."""
+DATA_SUITES = ("sts", "sick", "cxc", "transfer", "geometry")
+"""Suites of the evaluation that are read from a data folder."""
+SUITES = (*DATA_SUITES, "demo")
 
 
 def _require(ok: bool, key: str, value: object, allowed: str, example: object) -> None:
@@ -239,10 +244,15 @@ class TrackingConfig:
 class EvaluationConfig:
     """What the finished adapter is scored on, beside the frozen encoder."""
 
-    tasks: list[Literal["demo", "sts"]] = field(default_factory=list)
-    """`demo`: the demo's test pairs; `sts`: STS12-16, STS-B and SICK-R from data.dir. The development score is always shown."""
+    tasks: list[str] = field(default_factory=list)
+    """Suites, or files of two texts and a score. `sts`: STS12-16 and STS-B; `sick`: SICK-R; `cxc`: CxC-STS; `transfer`: seven
+    classification tasks; `geometry`: of STS-B's vectors; all from data.dir. `demo`: the demo's test pairs. The development
+    score is always shown."""
     frozen: bool = True
     """Also score the frozen encoder, for comparison."""
+
+    def __post_init__(self) -> None:
+        check_tasks(self.tasks, "python run.py 'evaluation.tasks=[{}]'")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -285,14 +295,9 @@ class Config:
             )
         if self.data.train == "demo" and self.data.kind != "triplets":
             raise ConfigError(f"the demo data are triplets, got data.kind={self.data.kind}. Try: data=demo alone")
-        needs_dir = [
-            key
-            for key, needed in (
-                ("data.dev=stsb", self.data.dev == "stsb"),
-                ("evaluation.tasks=[sts]", "sts" in self.evaluation.tasks),
-            )
-            if needed
-        ]
+        needs_dir = ["data.dev=stsb"] if self.data.dev == "stsb" else []
+        if tasks := [task for task in self.evaluation.tasks if task in DATA_SUITES]:
+            needs_dir.append(f"evaluation.tasks=[{','.join(tasks)}]")
         if needs_dir and self.data.dir is None:
             raise ConfigError(
                 f"{' and '.join(needs_dir)} read data.dir/senteval, but data.dir is not set. Try: data.dir=FOLDER with "
@@ -312,6 +317,25 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values; `from_dict` gives an equal config back."""
         return dataclasses.asdict(self)
+
+
+def check_tasks(tasks: Sequence[str], command: str) -> None:
+    """Refuse a task that is neither a suite nor a file of pairs.
+
+    Args:
+        tasks: Suites, or files of two texts and a score.
+        command: What to type, with {} where the tasks stand.
+
+    Raises:
+        ConfigError: With the nearest suite.
+    """
+    for task in tasks:
+        if task not in SUITES and file_suffix(Path(task)) not in SUFFIXES:
+            (near,) = difflib.get_close_matches(task, SUITES, n=1, cutoff=0) or SUITES[:1]
+            raise ConfigError(
+                f"a task must be a suite ({', '.join(SUITES)}) or a file of two texts and a score ({', '.join(SUFFIXES)}), "
+                f"got {task!r}. Try: {command.format(near)}"
+            )
 
 
 def setting_keys(schema: type = Config, prefix: str = "") -> dict[str, list[str]]:

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import logging
 import platform
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,15 +15,13 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from promcse_pl.config import Config
+from promcse_pl.config import DATA_SUITES, Config
 from promcse_pl.errors import ConfigError, DataError, EncoderError
-from promcse_pl.terminal import ConsoleHandler, config_tree, progress_bar, score_table
+from promcse_pl.terminal import ConsoleHandler, config_tree, output_console, progress_bar, stages
 from promcse_pl.version import __version__
 
 log = logging.getLogger("promcse_pl")
 
-NO_TERMINAL_WIDTH = 120
-"""Columns of tables in a pipe or file, where rich would assume 80 and cut numbers."""
 CONFIG, RESULTS, HISTORY, LOG, BAD_ROWS, ADAPTER = (
     "config.yaml",
     "results.json",
@@ -51,7 +48,7 @@ def read_config(path: Path) -> Config:
 def write_config(config: Config, path: Path) -> Path:
     """Save a config so that `read_config` gives it back; return the path."""
     text = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
-    _write_text(path, f"# promcse train THIS_FILE --out NEW_FOLDER repeats the run\n{text}")
+    write_text(path, f"# promcse train THIS_FILE --out NEW_FOLDER repeats the run\n{text}")
     return path
 
 
@@ -72,7 +69,7 @@ def run_job(config: Config, folder: Path, console: Console | None = None) -> dic
     Raises:
         PromcseError: Whatever the user can mend; the message says how.
     """
-    console = console or Console(width=None if sys.stdout.isatty() else NO_TERMINAL_WIDTH)
+    console = console or output_console()
     started = time.perf_counter()
     if (folder / CONFIG).exists():
         raise ConfigError(f"{folder} already holds a run. Try another folder, or delete this one")
@@ -91,8 +88,8 @@ def check_inputs(config: Config) -> None:
     Raises:
         ConfigError, DataError, EncoderError: Something is missing.
     """
-    from promcse_pl.data.sources import find_file, senteval_dir
-    from promcse_pl.evaluation.sts import TASKS, load_stsb, load_task
+    from promcse_pl.data.sources import data_dir, dev_pairs, find_file, senteval_dir
+    from promcse_pl.evaluation.tasks import load_tasks
     from promcse_pl.tracking.wandb import resolve_mode
 
     resolve_mode(config.tracking.wandb)
@@ -101,15 +98,18 @@ def check_inputs(config: Config) -> None:
         raise EncoderError(
             f"the encoder folder {path} does not exist (current folder: {Path.cwd()}). Try: model.path=FOLDER"
         )
-    if config.data.dev == "stsb":
-        load_stsb(senteval_dir(config.data), "dev")
-    if "sts" in config.evaluation.tasks:  # a missing file must not show itself after hours of training
-        for task in TASKS:
-            load_task(senteval_dir(config.data), task)
+    if set(config.evaluation.tasks) & set(DATA_SUITES):
+        senteval_dir(config.data)
+    dev = None if config.data.dev == "holdout" else dev_pairs(config.data)
+    # a missing file must not show itself after hours of training
+    for task in load_tasks(config.evaluation.tasks, data_dir(config.data)):
+        if dev is not None and dev.sha256 in {file["sha256"] for file in task.files}:
+            raise ConfigError(
+                f"data.dev={config.data.dev} is also tested on ({task.name}): a model chosen by it has seen the answers. "
+                "Try: data.dev=FILE with other pairs"
+            )
     if config.data.train != "demo":
         find_file(config.data.train, config.data, "data.train")
-    if config.data.dev not in ("demo", "stsb", "holdout", None):
-        find_file(config.data.dev, config.data, "data.dev")
 
 
 def _run(config: Config, folder: Path, console: Console, started: float) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def _run(config: Config, folder: Path, console: Console, started: float) -> dict
         import torch
 
         from promcse_pl.adapter.files import save_adapter
-        from promcse_pl.evaluation.results import evaluate_all
+        from promcse_pl.evaluation.report import headline, tables
         from promcse_pl.tracking.local import JsonlLogger
         from promcse_pl.tracking.wandb import abandon_wandb, finish_wandb, start_wandb
         from promcse_pl.training.fit import build_data, build_encoder, build_mlm_head, fit, resolve_machine
@@ -161,15 +161,15 @@ def _run(config: Config, folder: Path, console: Console, started: float) -> dict
         }
         save_adapter(encoder.to("cpu"), folder / ADAPTER, training=summary)
         log.info("evaluating %s", "the adapter and the frozen encoder" if config.evaluation.frozen else "the adapter")
-        with progress_bar(console, "evaluating", None) as progress:
-            scores, data_used = evaluate_all(folder / ADAPTER, config, data.dev, device=device.type, progress=progress)
+        with stages(console) as report:
+            evaluation = _evaluate(config, folder / ADAPTER, data.dev, device.type, report)
     except BaseException:
         if wandb_logger:
             abandon_wandb(wandb_logger)
         raise
     rows = data.token_rows
     results = {
-        "scores": scores,
+        "scores": headline(evaluation),
         **summary,
         "trained_parameters": trained,
         "trained_share": trained / total,
@@ -177,18 +177,41 @@ def _run(config: Config, folder: Path, console: Console, started: float) -> dict
         "rows_per_second": round(fitted.rows_per_second, 2),
         "seconds": round(time.perf_counter() - started, 2),
         "tokens": {"cache": rows.fingerprint, "truncated": rows.truncated, "skipped_rows": len(rows.bad_rows)},
-        "data": data_used,
+        "evaluation": evaluation,
         "versions": {"promcse_pl": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "machine": {"device": device.type, "threads": torch.get_num_threads(), "precision": config.trainer.precision},
     }
-    _write_text(folder / RESULTS, json.dumps(results, indent=2) + "\n")
-    if scores:
-        console.print(score_table("Spearman x 100 (higher is better)", scores))
+    write_text(folder / RESULTS, json.dumps(results, indent=2) + "\n")
+    for warning in evaluation.get("warnings", ()):
+        log.warning("%s", warning)
+    for table in tables(evaluation):
+        console.print(table)
     sync = finish_wandb(wandb_logger, results, folder / ADAPTER) if wandb_logger else None
     if sync:
         log.info("the W&B run is offline. To upload it: wandb login && %s", sync)
     log.info("adapter: %s (%.0f s in all)", folder / ADAPTER, results["seconds"])
     return results
+
+
+def _evaluate(config: Config, adapter: Path, dev: Any, device: str, report: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Score the adapter as it lies on disk, beside the frozen encoder if asked, in float32; nothing to score on: {}."""
+    from promcse_pl.data.sources import cache_dir, data_dir
+    from promcse_pl.embedder import PromCSE
+    from promcse_pl.evaluation.suite import evaluate
+    from promcse_pl.evaluation.targets import Member, Target, frozen_target
+    from promcse_pl.evaluation.tasks import load_tasks, pair_task
+    from promcse_pl.evaluation.vectors import VectorCache
+
+    tasks = load_tasks(config.evaluation.tasks, data_dir(config.data))
+    if dev is not None:
+        tasks.append(pair_task("dev", "dev", [dev]))
+    if not tasks:
+        return {}
+    model = PromCSE.load(adapter, device=device)
+    targets = [Target("adapter", "adapter", (Member(lambda: model, config.seed),))]
+    if config.evaluation.frozen:
+        targets = [frozen_target(model), *targets]
+    return evaluate(targets, tasks, VectorCache(cache_dir(config.data.cache_dir) / "vectors"), report)
 
 
 def _report_rows(data: Any, folder: Path) -> None:  # noqa: ANN401  (PromcseDataModule, imported late)
@@ -205,7 +228,7 @@ def _report_rows(data: Any, folder: Path) -> None:  # noqa: ANN401  (PromcseData
     if rows.truncated:
         log.info("%s sentences were cut to %d tokens", f"{rows.truncated:,}", data.config.max_length)
     if rows.bad_rows:
-        _write_text(folder / BAD_ROWS, "".join(f"{row}\n" for row in rows.bad_rows))
+        write_text(folder / BAD_ROWS, "".join(f"{row}\n" for row in rows.bad_rows))
         log.warning("%d bad rows were skipped; they are listed in %s", len(rows.bad_rows), folder / BAD_ROWS)
     if data.dev is None:
         log.info("no development set: the last step is kept")
@@ -213,11 +236,19 @@ def _report_rows(data: Any, folder: Path) -> None:  # noqa: ANN401  (PromcseData
         log.info("development set: %s, %d pairs", data.dev.name, len(data.dev))
 
 
-def _write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all, and its folder if it is not there.
+
+    Raises:
+        ConfigError: It cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 @contextmanager

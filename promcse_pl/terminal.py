@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.tree import Tree
+
+NO_TERMINAL_WIDTH = 120
+"""Columns of tables in a pipe or file, where rich would assume 80 and cut numbers."""
+
+
+def output_console() -> Console:
+    """Return the console of standard output."""
+    return Console(width=None if sys.stdout.isatty() else NO_TERMINAL_WIDTH)
 
 
 class ConsoleHandler(logging.Handler):
@@ -44,30 +51,6 @@ def _shown(value: object) -> str:
     return "null" if value is None else str(value)
 
 
-def score_table(title: str, scores: Mapping[str, Mapping[str, float]]) -> Table:
-    """Return a table of scores: a row a model, a column a task; a gain over the first row stands beneath.
-
-    Args:
-        title: What is measured, in which unit.
-        scores: Model -> task -> score.
-    """
-    # seven STS tasks, their mean and dev must fit 80 columns
-    table = Table(
-        title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=title, min_width=len(title)
-    )
-    table.add_column("", no_wrap=True)
-    rows = list(scores.items())
-    for task in rows[0][1]:
-        table.add_column(task, justify="right", no_wrap=True)
-    for name, row in rows:
-        table.add_row(name, *(f"{value:.2f}" for value in row.values()))
-    if len(rows) == 2:
-        table.add_section()
-        gains = (rows[1][1][task] - rows[0][1][task] for task in rows[0][1])
-        table.add_row("gain", *(f"{gain:+.2f}" for gain in gains))
-    return table
-
-
 @contextmanager
 def progress_bar(console: Console, label: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """Show a bar on a terminal and nothing elsewhere; gives the function that takes the number done so far."""
@@ -75,3 +58,12 @@ def progress_bar(console: Console, label: str, total: int | None) -> Iterator[Ca
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(label, total=total)
         yield lambda done: progress.update(task, completed=done)
+
+
+@contextmanager
+def stages(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """Show one bar for work of many parts; gives the function that takes the part, the steps done and the steps of all."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("", total=None)
+        yield lambda part, done, total: progress.update(bar, description=part, completed=done, total=total)

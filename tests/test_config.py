@@ -69,7 +69,7 @@ def test_every_model_composes_with_every_kind_of_data(model, data):
     ],
 )
 def test_every_other_choice_composes_into_a_valid_config(override):
-    extra = ["data.dir=d"] if override == "evaluation=sts" else []
+    extra = ["data.dir=d"] if override in ("evaluation=sts", "evaluation=all") else []
     group, _, choice = override.partition("=")
     config = config_of(override, *extra)
     own = yaml.safe_load((CONF / group / f"{choice}.yaml").read_text())
@@ -375,7 +375,9 @@ def test_every_setting_with_a_range_has_a_test_of_it():
         (["data=pairs", "data.train=demo"], ["demo", "data.kind=pairs"]),
         (["data.columns=[a,b]"], ["data.columns", "3 columns", "data.kind=triplets"]),
         (["data.dev=stsb"], ["data.dev=stsb", "data.dir"]),
-        (["evaluation=sts"], ["evaluation.tasks=[sts]", "data.dir"]),
+        (["evaluation=sts"], ["evaluation.tasks=[sts,sick]", "data.dir"]),
+        (["evaluation.tasks=[demo,geometry,my.csv]"], ["evaluation.tasks=[geometry]", "data.dir"]),
+        (["evaluation.tasks=[demo,transfr]"], ["'transfr'", "'evaluation.tasks=[transfer]'"]),
     ],
 )
 def test_settings_that_exclude_each_other_are_refused_and_named(overrides, names):

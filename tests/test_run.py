@@ -45,7 +45,7 @@ MISTAKES = {
     "model=robeta": "model=robeta is not a choice. Did you mean model=roberta-base",
     "data=triplets": "data.train is not set. Try: python run.py data=triplets data.train=FILE",
     "data.train=missing.csv": "data.train=missing.csv is not there; looked for ",
-    "data=nli": "data.dev=stsb and evaluation.tasks=[sts] read data.dir/senteval, but data.dir is not set. Try: data.dir=FOLDER",
+    "data=nli": "data.dev=stsb and evaluation.tasks=[sts,sick] read data.dir/senteval, but data.dir is not set. Try: ",
     "data=nli data.dir=.": "data.dir=. has no senteval/ folder in it (SentEval's data: STS/, SICK/). Try: data.dir=FOLDER",
     "model.path=/nowhere": "the encoder folder /nowhere does not exist ",
     "tracking.wandb=onlin": "tracking.wandb must be one of auto, online, offline, disabled, got 'onlin'. Try: ",

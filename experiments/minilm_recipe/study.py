@@ -82,7 +82,7 @@ def main() -> None:
             "rows": last["rows"],
             "frozen_dev": last["scores"]["frozen encoder"]["dev"],
             "tokens": last["tokens"]["cache"],
-            "data": last["data"],
+            "data": last["evaluation"]["tasks"],
             "versions": {**last["versions"], "transformers": transformers.__version__, "torch": torch.__version__},
             "machine": {**last["machine"], "processor": platform.machine()},
         }

@@ -154,7 +154,7 @@ class PromcseDataModule(pl.LightningDataModule):
             source,
             self.tokenizer,
             max_length=self.config.max_length,
-            cache_dir=cache_dir(self.config),
+            cache_dir=cache_dir(self.config.cache_dir),
             progress=self.progress,
         )
 

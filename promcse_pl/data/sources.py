@@ -16,18 +16,24 @@ from promcse_pl.data.demo import demo_pairs, demo_triplets
 from promcse_pl.data.readers import BadRow, read_scored_pairs
 from promcse_pl.data.tokens import RowSource, file_source, memory_source
 from promcse_pl.errors import ConfigError, DataError
+from promcse_pl.evaluation.selection import refuse_test_set
 from promcse_pl.evaluation.sts import ScoredPairs, load_stsb
 
 HOLDOUT_SHARE, HOLDOUT_MOST = 0.1, 500
 """Part of the triplets that `data.dev=holdout` keeps back, and the most rows of it."""
 
 
-def cache_dir(config: DataConfig) -> Path:
-    """Return the folder of the token cache."""
-    if config.cache_dir is not None:
-        return Path(config.cache_dir).expanduser()
+def cache_dir(configured: str | None) -> Path:
+    """Return the folder of the token cache and of the vector cache."""
+    if configured is not None:
+        return Path(configured).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "promcse_pl"
+
+
+def data_dir(config: DataConfig) -> Path | None:
+    """Return the folder of data sets, if one is set."""
+    return None if config.dir is None else Path(config.dir).expanduser()
 
 
 def senteval_dir(config: DataConfig) -> Path:
@@ -79,7 +85,7 @@ def load_sources(config: DataConfig, seed: int) -> tuple[RowSource, ScoredPairs 
     if config.max_rows is not None:
         source = _first_rows(source, config.max_rows)
     if config.dev != "holdout":
-        return source, _dev_pairs(config)
+        return source, dev_pairs(config)
     return _hold_out(source, seed)
 
 
@@ -100,7 +106,13 @@ def _first_rows(source: RowSource, most: int) -> RowSource:
     return dataclasses.replace(source, fingerprint=fingerprint, rows=lambda bad: islice(source.rows(bad), most))
 
 
-def _dev_pairs(config: DataConfig) -> ScoredPairs | None:
+def dev_pairs(config: DataConfig) -> ScoredPairs | None:
+    """Return the development pairs that do not depend on the training rows; None for none.
+
+    Raises:
+        ConfigError: The file is a published test set.
+        DataError: It is missing or broken.
+    """
     if config.dev is None:
         return None
     if config.dev == "demo":
@@ -108,7 +120,10 @@ def _dev_pairs(config: DataConfig) -> ScoredPairs | None:
     if config.dev == "stsb":
         return load_stsb(senteval_dir(config), "dev")
     path = find_file(config.dev, config, "data.dev")
-    return ScoredPairs.of(path.name, read_scored_pairs(path), hashlib.sha256(path.read_bytes()).hexdigest())
+    dev = ScoredPairs.of(path.name, read_scored_pairs(path), hashlib.sha256(path.read_bytes()).hexdigest())
+    folder = data_dir(config)
+    refuse_test_set(path, dev, None if folder is None else folder / "senteval")
+    return dev
 
 
 def _hold_out(source: RowSource, seed: int) -> tuple[RowSource, ScoredPairs]:

@@ -11,7 +11,8 @@ from scipy import stats
 from promcse_pl.errors import DataError, NonFiniteError
 
 
-def _checked(predicted: ArrayLike, gold: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def checked(predicted: ArrayLike, gold: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return both sides as float64 after looking whether a correlation of them is defined; errors as `spearman`."""
     predicted_n, gold_n = np.asarray(predicted, dtype=np.float64), np.asarray(gold, dtype=np.float64)
     if len(predicted_n) != len(gold_n) or len(gold_n) < 2:
         raise DataError(f"a correlation needs two or more pairs, got {len(predicted_n)} and {len(gold_n)} values")
@@ -34,9 +35,9 @@ def spearman(predicted: ArrayLike, gold: ArrayLike) -> float:
         DataError: Fewer than two pairs, a gold score that is not finite, or all values of one side equal.
         NonFiniteError: A similarity is NaN or infinite.
     """
-    return float(stats.spearmanr(*_checked(predicted, gold)).statistic)
+    return float(stats.spearmanr(*checked(predicted, gold)).statistic)
 
 
 def pearson(predicted: ArrayLike, gold: ArrayLike) -> float:
     """Return Pearson's correlation in [-1, 1]; errors as `spearman`."""
-    return float(stats.pearsonr(*_checked(predicted, gold)).statistic)
+    return float(stats.pearsonr(*checked(predicted, gold)).statistic)

@@ -20,6 +20,8 @@ from promcse_pl.evaluation.correlation import pearson, spearman
 
 Encode = Callable[[Sequence[str]], NDArray[np.float32]]
 """Unit vectors (N, D) of N sentences."""
+VectorOf = Mapping[str, NDArray[np.float32]]
+"""The unit vector (D,) of each sentence."""
 
 YEARS: dict[str, tuple[str, ...]] = {
     "STS12": ("MSRpar", "MSRvid", "SMTeuroparl", "surprise.OnWN", "surprise.SMTnews"),
@@ -177,7 +179,7 @@ def encode_distinct(encode: Encode, groups: Iterable[ScoredPairs]) -> dict[str, 
     return dict(zip(distinct, encode(distinct), strict=True))
 
 
-def cosines(pairs: ScoredPairs, vectors: dict[str, NDArray[np.float32]]) -> NDArray[np.float64]:
+def cosines(pairs: ScoredPairs, vectors: VectorOf) -> NDArray[np.float64]:
     """Return the cosine of each pair; exactly 1 for twice the same sentence, so that rounding does not rank such pairs."""
     first = np.stack([vectors[sentence] for sentence in pairs.first]).astype(np.float64)
     second = np.stack([vectors[sentence] for sentence in pairs.second]).astype(np.float64)
@@ -212,12 +214,14 @@ def evaluate_sts(encode: Encode, senteval: Path, tasks: Sequence[str] = TASKS) -
 def score_groups(encode: Encode, groups: Mapping[str, Sequence[ScoredPairs]]) -> dict[str, TaskScores]:
     """Score an encoder on tasks of one or more subsets; every distinct sentence of all tasks is encoded once."""
     vectors = encode_distinct(encode, [subset for subsets in groups.values() for subset in subsets])
-    results = {}
-    for task, subsets in groups.items():
-        predicted = [cosines(subset, vectors) for subset in subsets]
-        gold = [score for subset in subsets for score in subset.gold]
-        results[task] = TaskScores(
-            _correlate(np.concatenate(predicted), gold),
-            {subset.name: _correlate(cosine, subset.gold) for subset, cosine in zip(subsets, predicted, strict=True)},
-        )
-    return results
+    return {task: score_task(subsets, vectors) for task, subsets in groups.items()}
+
+
+def score_task(subsets: Sequence[ScoredPairs], vectors: VectorOf) -> TaskScores:
+    """Score a task whose sentences have been encoded."""
+    predicted = [cosines(subset, vectors) for subset in subsets]
+    gold = [score for subset in subsets for score in subset.gold]
+    return TaskScores(
+        _correlate(np.concatenate(predicted), gold),
+        {subset.name: _correlate(cosine, subset.gold) for subset, cosine in zip(subsets, predicted, strict=True)},
+    )

@@ -138,8 +138,8 @@ def test_the_results_name_what_was_trained_on_which_data_and_with_what(trained_r
     results = trained_run.results
     assert (results["rows"], results["steps"], results["seed"], results["dev"]) == (30, 7, 42, "dev.tsv")
     assert results["trained_parameters"] == 10 * 6 * 2 * 384
-    (dev,) = results["data"]["dev"]
-    assert (dev["name"], dev["pairs"], len(dev["sha256"])) == ("dev.tsv", DEV_PAIRS, 64)
+    (dev,) = results["evaluation"]["tasks"]["dev"]["files"]
+    assert (dev["name"], dev["rows"], len(dev["sha256"])) == ("dev.tsv", DEV_PAIRS, 64)
     assert set(results["scores"]) == {"frozen encoder", "adapter"}
     assert results["rows_per_second"] > 0
     assert results["machine"]["precision"] == "float32"

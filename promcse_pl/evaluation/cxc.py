@@ -1,0 +1,152 @@
+"""CxC-STS: semantic similarity of MS-COCO captions (Parekh et al. 2021), with the bootstrap of the PromCSE paper.
+
+Each of 1000 resamples draws half as many MS-COCO test images as there are, with replacement, and of each image one of its rated
+pairs. The score is the mean of the resamples' Spearman correlations; their standard deviation stands beside it.
+"""
+
+# n rated pairs, i images, b resamples
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from promcse_pl.errors import DataError
+from promcse_pl.evaluation.statistics import CountedSpearman
+from promcse_pl.evaluation.sts import ScoredPairs
+
+PAIRS, IMAGES = "cxc-sts-test.csv", "dataset_coco_with_cxc.json"
+COLUMNS = ("caption1", "caption2", "agg_score", "sampling_method", "sent1", "sent2")
+RESAMPLES, SEED = 1000, 123
+"""Of the published numbers: resamples, and the seed of numpy's legacy generator."""
+BLOCK = 10
+"""Resamples between two reports of progress."""
+WHERE = (
+    f"CxC-STS needs two files in data.dir/cxc. {PAIRS}, header {','.join(COLUMNS)}: sts_test.csv of Crisscrossed Captions "
+    "(github.com/google-research-datasets/Crisscrossed-Captions) with the two sentences added. "
+    f'{IMAGES}, {{"images": [{{"split": "test", "cxc_scores": [[caption1, caption2], ...]}}, ...]}}: made by the setup '
+    "script there from Karpathy's dataset_coco.json"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CxcData:
+    """The rated pairs and the images they belong to.
+
+    Attributes:
+        pairs: The rows of the csv.
+        ids: A number for the two captions of each row, from 0; rows of the same captions share it.
+        images: Of each MS-COCO test image the numbers of its rated pairs.
+        files: Rows or images, and sha256, of each file by its name.
+    """
+
+    pairs: ScoredPairs
+    ids: tuple[int, ...]
+    images: tuple[tuple[int, ...], ...]
+    files: dict[str, tuple[int, str]]
+
+
+def load_cxc(folder: Path) -> CxcData:
+    """Read the two files of CxC-STS.
+
+    Raises:
+        DataError: A file is missing (the message says where it comes from) or broken, or a pair of the json is not in the csv.
+    """
+    pairs, keys = _read_pairs(folder / PAIRS)
+    places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+    images, digest = _read_images(folder / IMAGES, places)
+    files = {PAIRS: (len(pairs), pairs.sha256), IMAGES: (len(images), digest)}
+    return CxcData(pairs, tuple(places[key] for key in keys), images, files)
+
+
+def _read(path: Path) -> tuple[str, str]:
+    try:
+        content = path.read_bytes()
+        return content.decode("utf-8-sig"), hashlib.sha256(content).hexdigest()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}. {WHERE}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 (byte {error.start}). {WHERE}") from error
+
+
+def _read_pairs(path: Path) -> tuple[ScoredPairs, tuple[tuple[str, str], ...]]:
+    text, digest = _read(path)
+    reader = csv.reader(text.splitlines(keepends=True))
+    header = next(reader, [])
+    if tuple(header) != COLUMNS:
+        raise DataError(f"{path}:1: the header must be {','.join(COLUMNS)}, got {','.join(header)}")
+    rows, keys = [], []
+    for cells in reader:
+        place = f"{path}:{reader.line_num}"
+        if len(cells) != len(COLUMNS):
+            raise DataError(f"{place}: expected {len(COLUMNS)} columns, got {len(cells)}")
+        caption1, caption2, score, _, sent1, sent2 = cells
+        try:
+            rows.append((" ".join(sent1.split()), " ".join(sent2.split()), float(score)))
+        except ValueError:
+            raise DataError(f"{place}: agg_score {score!r} is not a number") from None
+        keys.append((caption1, caption2))
+    return ScoredPairs.of("CxC-STS", rows, digest), tuple(keys)
+
+
+def _read_images(path: Path, places: dict[tuple[str, str], int]) -> tuple[tuple[tuple[int, ...], ...], str]:
+    text, digest = _read(path)
+    try:
+        rated = [image["cxc_scores"] for image in json.loads(text)["images"] if image["split"] == "test"]
+        named = [[(str(first), str(second)) for first, second, *_ in image] for image in rated]
+    except (ValueError, TypeError, LookupError) as error:
+        raise DataError(f"{path} has another form ({type(error).__name__}: {error}). {WHERE}") from error
+    for number, image in enumerate(named):
+        if not image:
+            raise DataError(f"{path}: test image {number} (from 0) has no rated pair")
+        for key in image:
+            if key not in places:
+                raise DataError(
+                    f"{path}: test image {number} (from 0) names the pair {key}, which {PAIRS} does not have"
+                )
+    if len(named) < 4:
+        raise DataError(f"{path} has {len(named)} test images; half of them must be two or more")
+    return tuple(tuple(places[key] for key in image) for image in named), digest
+
+
+def cxc_bootstrap(
+    predicted: ArrayLike,
+    data: CxcData,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = SEED,
+    progress: Callable[[int], None] | None = None,
+) -> NDArray[np.float64]:
+    """Return the Spearman correlation of every resample, (resamples,) in [-1, 1].
+
+    With the defaults the draws are those of the published numbers: numpy's legacy generator gives the images of a resample and
+    then, image by image, the pair.
+
+    Args:
+        predicted: Cosine of each row of the csv.
+        data: The pairs and images.
+        resamples, seed: Of the bootstrap.
+        progress: Called with the number of resamples done, now and then.
+    """
+    score = CountedSpearman(predicted, data.pairs.gold)
+    id_of_row_n = np.array(data.ids)
+    rng = np.random.RandomState(seed)  # not default_rng: the published numbers were drawn by this one
+    pairs_of_image_i = np.array([len(image) for image in data.images])
+    first_of_image_i = np.concatenate([[0], np.cumsum(pairs_of_image_i)[:-1]])
+    id_of_pair = np.array([pair for image in data.images for pair in image])
+    values_b = np.empty(resamples)
+    for done in range(resamples):
+        images = rng.randint(0, len(data.images), size=len(data.images) // 2)
+        drawn = id_of_pair[first_of_image_i[images] + rng.randint(0, pairs_of_image_i[images])]
+        counts_n = np.bincount(drawn, minlength=id_of_row_n.max() + 1)[id_of_row_n]
+        values_b[done] = score(counts_n[None])[0]
+        if progress is not None and (done + 1) % BLOCK == 0:
+            progress(done + 1)
+    return values_b

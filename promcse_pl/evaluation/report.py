@@ -1,0 +1,141 @@
+"""The results of an evaluation to read: on the terminal, as Markdown, as LaTeX."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+Tree = dict[str, Any]
+FORMATS = ("markdown", "latex")
+
+
+def headline(tree: Tree) -> dict[str, dict[str, float]]:
+    """Return each target's scores by task, rounded to two decimals; of an empty tree nothing."""
+    return {
+        name: {task: round(score["value"], 2) for task, score in target["scores"].items()}
+        for name, target in tree.get("targets", {}).items()
+    }
+
+
+def tables(tree: Tree) -> list[Table]:
+    """Return the scores of all targets, and the differences to the first, as tables for 80 columns; of an empty tree none."""
+    if not tree:
+        return []
+    names = [*tree["targets"]]
+    scores = _table(f"Score and {100 * tree['bootstrap']['level']:.0f} % interval", ["", *names])
+    for _, tasks in _groups(tree):
+        for task in tasks:
+            scores.add_row(task, *(_cell(tree, name, task) for name in names))
+        scores.add_section()
+    return [scores, *(_differences(tree, name) for name in names[1:])]
+
+
+def _differences(tree: Tree, name: str) -> Table:
+    rows = [row for row in tree["comparisons"] if row["second"] == name]
+    over = f" over {rows[0]['over']}" if rows else ""
+    table = _table(f"{name} against {next(iter(tree['targets']))}{over}", ["", "difference", "p", ""])
+    for row in rows:
+        figures, _, word = row["verdict"].partition(f" over {row['over']}: ")
+        table.add_row(row["task"], figures, "" if row["p"] is None else f"{row['p']:.3f}", word)
+    return table
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title_justify="left", box=SIMPLE_HEAD, pad_edge=False, title=title, min_width=len(title))
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="right" if place else "left", no_wrap=not place, overflow="fold")
+    return table
+
+
+def _groups(tree: Tree) -> list[tuple[str, list[str]]]:
+    """Return the tasks by what they measure, in the order of the first target's scores."""
+    titles = {"transfer": "Transfer, accuracy x 100", "geometry": "Geometry of STS-B"}
+    groups: dict[str, list[str]] = {}
+    for task in next(iter(tree["targets"].values()))["scores"]:
+        title = titles.get(tree["tasks"][task]["suite"], "Spearman x 100")
+        groups.setdefault(title, []).append(task)
+    return list(groups.items())
+
+
+def _cell(tree: Tree, name: str, task: str) -> str:
+    score = tree["targets"][name]["scores"][task]
+    digits = 3 if tree["tasks"][task]["suite"] == "geometry" else 2
+    spread = f" ± {score['std_over_seeds']:.{digits}f}" if "std_over_seeds" in score else ""
+    edges = "" if score["low"] is None else f" [{score['low']:.{digits}f}, {score['high']:.{digits}f}]"
+    return f"{score['value']:.{digits}f}{spread}{edges}"
+
+
+def render(tree: Tree, form: str) -> str:
+    """Return the results as `markdown` or `latex`: a table for each kind of score, the verdicts, and what they rest on."""
+    latex = form == "latex"
+    grid = _latex if latex else _markdown
+    names = [*tree["targets"]]
+    blocks = [
+        grid([title, *tasks], [[name, *(_cell(tree, name, task) for task in tasks)] for name in names])
+        for title, tasks in _groups(tree)
+    ]
+    blocks.append("\n".join(rf"\noindent {_escaped(line)}\\" if latex else f"- {line}" for line in _sentences(tree)))
+    details = _details(tree)
+    if details:
+        blocks.append(grid(["Spearman / Pearson x 100", *names], details))
+    return "\n\n".join(blocks) + "\n"
+
+
+def _sentences(tree: Tree) -> list[str]:
+    bootstrap = tree["bootstrap"]
+    lines = [f"{row['task']}: {row['second']} against {row['first']} {row['verdict']}" for row in tree["comparisons"]]
+    lines += [f"Warning: {warning}" for warning in tree["warnings"]]
+    for name, target in tree["targets"].items():
+        (first, *others) = target["members"]
+        seeds = f"; mean ± standard deviation and interval over {len(others) + 1} seeds" if others else ""
+        lines.append(f"{name}: {target['kind']}, sha256 {first['sha256'][:12]}, {first['precision']}{seeds}")
+    lines.append(
+        f"{100 * bootstrap['level']:.0f} % intervals; bootstrap of {bootstrap['resamples']} resamples, seed {bootstrap['seed']}; "
+        f"promcse_pl {tree['versions']['promcse_pl']}, torch {tree['versions']['torch']}"
+    )
+    return lines
+
+
+def _details(tree: Tree) -> list[list[str]]:
+    """Return a row for each subset, mean and weighted mean; targets of several seeds show their first seed."""
+    by_target = [
+        {task: score["seeds"][0] if "seeds" in score else score for task, score in target["scores"].items()}
+        for target in tree["targets"].values()
+    ]
+    rows = []
+    for task, score in by_target[0].items():
+        if "subsets" not in score:
+            continue
+        scores = [target[task] for target in by_target]
+        for subset in score["subsets"]:
+            pairs = [(one["subsets"][subset]["spearman"], one["subsets"][subset]["pearson"]) for one in scores]
+            rows.append([f"{task} {subset}", *(f"{first:.2f} / {second:.2f}" for first, second in pairs)])
+        for mean in ("mean", "weighted_mean"):
+            pairs = [(one[f"spearman_{mean}"], one[f"pearson_{mean}"]) for one in scores]
+            rows.append(
+                [f"{task} {mean.replace('_', ' ')}", *(f"{first:.2f} / {second:.2f}" for first, second in pairs)]
+            )
+    return rows
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def _latex(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a tabular for booktabs; intervals are small."""
+    small = re.compile(r" (\[.*\])")
+    body = [" & ".join(small.sub(r" {\\scriptsize \1}", _escaped(cell)) for cell in row) + r" \\" for row in rows]
+    head = " & ".join(map(_escaped, header)) + r" \\"
+    begin = f"\\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}"
+    return "\n".join([begin, r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"])
+
+
+def _escaped(text: str) -> str:
+    text = re.sub(r"([%&#_{}$])", r"\\\1", text.replace("\\", "/"))
+    return text.replace("±", r"$\pm$").replace("~", r"\textasciitilde{}").replace("^", r"\textasciicircum{}")

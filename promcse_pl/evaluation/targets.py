@@ -1,0 +1,158 @@
+"""What can be evaluated: an adapter, a run, a frozen encoder, an official checkpoint, or a folder of runs that differ by seed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from promcse_pl.adapter.files import DESCRIPTION
+from promcse_pl.adapter.official import CLASSES, import_official
+from promcse_pl.embedder import PromCSE, pick_device
+from promcse_pl.errors import AdapterError, ConfigError, DataError
+from promcse_pl.model.backbone import FrozenBackbone, locate, read_config
+from promcse_pl.model.encoder import PromptEncoder
+from promcse_pl.model.pooling import POOLINGS, Pooling
+
+FROZEN_POOLING: Pooling = "avg"
+"""Of a frozen encoder unless asked otherwise: the mean of all tokens, the common baseline."""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One model of a target: how it is read, when its turn comes, and the seed it was trained with if that is known."""
+
+    load: Callable[[], PromCSE]
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a row of the results is about.
+
+    Attributes:
+        name: In tables.
+        kind: In plain words.
+        members: One model, or the runs of several seeds.
+    """
+
+    name: str
+    kind: str
+    members: tuple[Member, ...]
+
+
+def find_targets(names: Sequence[str], *, pooling: str | None = None, device: str = "auto") -> list[Target]:
+    """Tell what each name means, without reading weights yet.
+
+    Args:
+        names: Adapter or run folders, encoders (folder or hub id), official checkpoints (folder or hub id), folders of runs.
+        pooling: Of frozen encoders (None: `FROZEN_POOLING`) and official checkpoints (None: guessed as `promcse import` does).
+        device: Where to compute.
+
+    Raises:
+        AdapterError, ConfigError, DataError, EncoderError: A name that means nothing, or runs that differ by more than the seed.
+    """
+    if pooling is not None and pooling not in POOLINGS:
+        raise ConfigError(f"--pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"a target is given twice: {' '.join(names)}")
+    pick_device(device)
+    found = [_find(name, pooling, device) for name in names]
+    labels = [target.name for target in found]
+    return [
+        dataclasses.replace(target, name=name) if labels.count(target.name) > 1 else target
+        for name, target in zip(names, found, strict=True)
+    ]
+
+
+def frozen_target(model: PromCSE) -> Target:
+    """Return the frozen encoder of an adapter as a target, pooled as the adapter does."""
+    plain = PromptEncoder(model.encoder.backbone, length=0, pooling=model.encoder.pooling, head="none").eval()
+    return Target("frozen encoder", "frozen encoder", (Member(lambda: PromCSE(plain, model.tokenizer)),))
+
+
+def _find(name: str, pooling: str | None, device: str) -> Target:
+    folder = Path(name).expanduser()
+    place = folder.resolve()
+    label = place.parent.name if place.name == "adapter" else place.name  # a run's adapter is called by its run
+    if _adapter(folder) is not None:
+        return Target(label, "adapter", (_adapter_member(folder, device),))
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        return Target(label, "runs over seeds", _seed_members(folder, device))
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and folder.parent.is_dir())
+    if is_path and not folder.is_dir():
+        raise AdapterError(f"the target {name} does not exist (current folder: {Path.cwd()})")
+    config = read_config(locate(name, None, weights=())[0], name)
+    official = set(config.architectures or ()) & set(CLASSES.values())
+    label = label if folder.is_dir() else name.rpartition("/")[2]
+    if official:
+
+        def load() -> PromCSE:
+            return PromCSE(import_official(name, pooling=pooling).encoder.to(pick_device(device)))
+
+        return Target(label, "official checkpoint", (Member(load),))
+    chosen: Any = pooling or FROZEN_POOLING
+
+    def load_frozen() -> PromCSE:
+        plain = PromptEncoder(FrozenBackbone.load(name), length=0, pooling=chosen, head="none").eval()
+        return PromCSE(plain.to(pick_device(device)))
+
+    return Target(label, f"frozen encoder, pooling {chosen}", (Member(load_frozen),))
+
+
+def _adapter(folder: Path) -> Path | None:
+    """Return the folder that holds an adapter's description: the given one, or the one in a run's folder."""
+    return next((place for place in (folder, folder / "adapter") if (place / DESCRIPTION).is_file()), None)
+
+
+def _adapter_member(folder: Path, device: str) -> Member:
+    place = _adapter(folder)
+    assert place is not None
+    try:
+        training = json.loads((place / DESCRIPTION).read_text(encoding="utf-8"))["training"]
+        seed = training.get("seed")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        seed = None  # what is wrong with the file, its loading says
+    return Member(lambda: PromCSE.load(folder, device=device), seed)
+
+
+def _seed_members(folder: Path, device: str) -> tuple[Member, ...]:
+    runs = sorted(path for path in folder.iterdir() if _adapter(path) is not None)
+    if len(runs) < 2:
+        raise AdapterError(
+            f"{folder} is no adapter ({DESCRIPTION}), no run (adapter/{DESCRIPTION}), no encoder or official checkpoint "
+            f"(config.json), and holds {len(runs)} runs; a folder of seeds holds two or more"
+        )
+    members = [_adapter_member(run, device) for run in runs]
+    seeds = [member.seed for member in members]
+    for run, seed in zip(runs, seeds, strict=True):
+        if seed is None or seeds.count(seed) > 1:
+            raise DataError(f"the runs of {folder} must have seeds of their own, got {seed} for {run.name}")
+    settings = [_settings(run) for run in runs]
+    for run, setting in zip(runs, settings, strict=True):
+        if setting != settings[0]:
+            keys = sorted(key for key in {*setting, *settings[0]} if setting.get(key) != settings[0].get(key))
+            raise DataError(
+                f"the runs of {folder} must differ by the seed alone, but {runs[0].name} and {run.name} differ in "
+                f"{', '.join(keys)}. Give them as targets of their own: {folder}/*"
+            )
+    return tuple(members)
+
+
+def _settings(run: Path) -> dict[str, Any]:
+    """Return the settings of a run that decide its adapter, flat; none for an adapter without its run."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        return {}
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        parts = {key: value for key, value in raw.items() if key not in ("seed", "tracking", "evaluation")}
+        settings = {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    return {key: value for key, value in settings.items() if key != "data.cache_dir"}

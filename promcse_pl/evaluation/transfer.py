@@ -1,0 +1,218 @@
+"""Transfer tasks: how well a linear classifier reads the class of a sentence off its frozen vector.
+
+Files, order of the rows, test folds, classifier (logistic regression with an L2 penalty) and grid are those of SentEval when it
+runs without torch (Conneau & Kiela 2018). Vectors are scaled to length 1, so that the grid means the same for every encoder.
+"""
+
+# N training rows, M test rows, D width, F features, C values of the grid, K folds
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import f1_score
+from sklearn.model_selection import StratifiedKFold
+from threadpoolctl import threadpool_limits
+
+from promcse_pl.errors import DataError
+from promcse_pl.evaluation.sts import VectorOf
+from promcse_pl.evaluation.transfer_data import TRANSFER_TASKS, Row, TransferData, load_transfer
+from promcse_pl.evaluation.vectors import check_vectors
+
+__all__ = ["TRANSFER_TASKS", "TransferData", "TransferScore", "load_transfer", "score_transfer"]
+
+Progress = Callable[[int, int], None]
+Result = TypeVar("Result")
+Features = NDArray[np.float32]
+Labels = NDArray[np.int64]
+
+FOLDS = 10
+GRID = tuple(2.0**power for power in range(-2, 4))
+"""Inverse strengths of the penalty that are tried, the strongest penalty first."""
+GRID_TRAIN_TEST = tuple(2.0**power for power in range(-1, 6))
+"""The same for TREC and MRPC."""
+
+
+@dataclass(frozen=True, slots=True)
+class TransferScore:
+    """The result of a task.
+
+    Attributes:
+        accuracy: Share of the test rows whose class was found, in [0, 1].
+        f1: Of the paraphrases, in [0, 1], for MRPC; else None.
+        regularisation: The chosen inverse strengths of the penalty: one for each test fold, or one.
+        rows: Test rows.
+        folds: Of the cross-validation; 0 for SST-2, where the development set decides.
+        correct_N: Right or wrong, by test row in the order of `TransferData`: for intervals and paired comparisons.
+    """
+
+    accuracy: float
+    f1: float | None
+    regularisation: tuple[float, ...]
+    rows: int
+    folds: int
+    correct_N: NDArray[np.bool_] = field(compare=False, repr=False)
+
+
+def score_transfer(
+    data: TransferData, vectors: VectorOf, *, seed: int = 1111, progress: Progress = lambda done, total: None
+) -> TransferScore:
+    """Train and test the classifier of a task.
+
+    MR, CR, SUBJ and MPQA: 10 stratified folds; the penalty for a test fold is chosen by cross-validation over the nine others.
+    TREC and MRPC: it is chosen by 10 folds of the training rows; SST-2: by the development rows. MRPC's features are |u - v|
+    and u * v.
+
+    Args:
+        data: Of `load_transfer`.
+        vectors: One of each sentence of `data`, of any length but 0.
+        seed: Of the folds; SentEval's is 1111.
+        progress: Called with the number of regressions fitted so far and of all.
+
+    Raises:
+        DataError: A sentence without vector, a vector of zeros, vectors that are all the same, a split without rows, or fewer
+            than 10 training rows of a class.
+        NonFiniteError: A vector is NaN or infinite.
+    """
+    _check(data, vectors)
+    features = {split: _features(rows, vectors) for split, rows in data.splits.items()}
+    labels = {split: np.array([row.label for row in rows], dtype=np.int64) for split, rows in data.splits.items()}
+    if "all" in data.splits:
+        return _cross_validated(features["all"], labels["all"], seed, progress)
+    return _tested(features, labels, seed, progress, with_f1=data.name == "MRPC")
+
+
+def _check(data: TransferData, vectors: VectorOf) -> None:
+    for split, rows in data.splits.items():
+        counts = Counter(row.label for row in rows)
+        if not rows or (split in ("all", "train") and (len(counts) < 2 or min(counts.values()) < FOLDS)):
+            raise DataError(
+                f"{data.name} {split}: {FOLDS} folds need two classes or more and {FOLDS} rows of each, got "
+                f"{', '.join(f'{count} of class {label}' for label, count in sorted(counts.items())) or 'no rows'}"
+            )
+    missing = next((sentence for sentence in data.sentences() if sentence not in vectors), None)
+    if missing is not None:
+        raise DataError(f"there is no vector of {missing[:80]!r}; every sentence of data.sentences() needs one")
+    check_vectors({sentence: vectors[sentence] for sentence in data.sentences()})
+
+
+def _features(rows: Sequence[Row], vectors: VectorOf) -> Features:
+    sides = [_unit([row.texts[side] for row in rows], vectors) for side in range(len(rows[0].texts))]
+    if len(sides) == 1:
+        return sides[0]
+    u_ND, v_ND = sides
+    return np.concatenate([np.abs(u_ND - v_ND), u_ND * v_ND], axis=1)
+
+
+def _unit(sentences: Sequence[str], vectors: VectorOf) -> Features:
+    vectors_ND = np.stack([vectors[sentence] for sentence in sentences]).astype(np.float32, copy=False)
+    lengths_N = np.linalg.norm(vectors_ND, axis=1)
+    if not lengths_N.all():
+        raise DataError(f"the vector of {sentences[int(np.argmin(lengths_N))][:80]!r} is all zeros")
+    unit_ND: Features = vectors_ND / lengths_N[:, None]
+    return unit_ND
+
+
+def _folds(labels_N: Labels, seed: int) -> list[NDArray[np.int64]]:
+    """Return the rows of each test fold."""
+    splitter = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
+    return [test for _, test in splitter.split(labels_N, labels_N)]
+
+
+def _predictions(train_NF: Features, labels_N: Labels, test_MF: Features, grid: Sequence[float]) -> NDArray[np.int64]:
+    """Return the classes (C, M) that a regression on the training rows gives the test rows, by value of the grid.
+
+    Newton's method converges within this tolerance to the optimum's predictions; L-BFGS's default stops where 1 in 150 differs.
+    Each value of the grid starts from the one before.
+    """
+    classifier = LogisticRegression(solver="newton-cg", tol=1e-6, max_iter=1000, warm_start=True)
+    predicted = []
+    for strength in grid:
+        classifier.C = strength
+        predicted.append(classifier.fit(train_NF, labels_N).predict(test_MF))
+    return np.stack(predicted)
+
+
+def _each(work: Callable[[int], Result], items: int) -> Iterator[Result]:
+    """Yield `work` of 0, 1, ..., in this order, on all cores; each has one BLAS thread, as threads on so small products mostly wait."""
+    with threadpool_limits(1, user_api="blas"):
+        pool = ThreadPoolExecutor(os.cpu_count())
+        try:
+            yield from pool.map(work, range(items))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _cross_validated(features_NF: Features, labels_N: Labels, seed: int, progress: Progress) -> TransferScore:
+    """Score every fold with the penalty that the nine others choose.
+
+    The regression without folds i and j, tested on j, helps to choose for i, and tested on i, for j: 45 trainings serve where
+    nested folds would take 100.
+    """
+    folds = _folds(labels_N, seed)
+    pairs = list(combinations(range(FOLDS), 2))
+    total = len(pairs) * len(GRID) + FOLDS
+
+    def right_without(out: Sequence[int], grid: Sequence[float]) -> list[NDArray[np.bool_]]:
+        """Train without some folds; return right or wrong (C, M) for each of them."""
+        train = np.setdiff1d(np.arange(len(labels_N)), np.concatenate([folds[fold] for fold in out]))
+        tests = np.concatenate([folds[fold] for fold in out])
+        predicted_CM = _predictions(features_NF[train], labels_N[train], features_NF[tests], grid)
+        return np.split(predicted_CM == labels_N[tests], np.cumsum([len(folds[fold]) for fold in out])[:-1], axis=1)
+
+    right_KC = np.zeros((FOLDS, len(GRID)), dtype=np.int64)
+    for place, (of_i, of_j) in enumerate(_each(lambda place: right_without(pairs[place], GRID), len(pairs))):
+        i, j = pairs[place]
+        right_KC[i] += of_j.sum(axis=1)
+        right_KC[j] += of_i.sum(axis=1)
+        progress((place + 1) * len(GRID), total)
+    chosen = tuple(GRID[place] for place in right_KC.argmax(axis=1))
+    correct_N = np.empty(len(labels_N), dtype=np.bool_)
+    for fold, (of_fold,) in enumerate(_each(lambda fold: right_without([fold], [chosen[fold]]), FOLDS)):
+        correct_N[folds[fold]] = of_fold[0]
+        progress(total - FOLDS + fold + 1, total)
+    return TransferScore(float(correct_N.mean()), None, chosen, len(labels_N), FOLDS, correct_N)
+
+
+def _tested(
+    features: Mapping[str, Features], labels: Mapping[str, Labels], seed: int, progress: Progress, *, with_f1: bool
+) -> TransferScore:
+    """Score the test rows with the penalty that the development rows choose, or 10 folds of the training rows."""
+    train_NF, labels_N = features["train"], labels["train"]
+    every = np.arange(len(labels_N))
+    if "dev" in features:
+        grid, choices = GRID, [(every, features["dev"], labels["dev"])]
+    else:
+        folds = _folds(labels_N, seed)
+        grid = GRID_TRAIN_TEST
+        choices = [(np.delete(every, held), train_NF[held], labels_N[held]) for held in folds]
+    total = len(choices) * len(grid) + 1
+
+    def right(place: int) -> NDArray[np.int64]:
+        train, held_MF, held_M = choices[place]
+        right_C: NDArray[np.int64] = (_predictions(train_NF[train], labels_N[train], held_MF, grid) == held_M).sum(
+            axis=1
+        )
+        return right_C
+
+    right_C = np.zeros(len(grid), dtype=np.int64)
+    for place, counts_C in enumerate(_each(right, len(choices))):
+        right_C += counts_C
+        progress((place + 1) * len(grid), total)
+    chosen = grid[int(right_C.argmax())]
+    (predicted_1M,) = _each(lambda _: _predictions(train_NF, labels_N, features["test"], [chosen]), 1)
+    progress(total, total)
+    correct_N = predicted_1M[0] == labels["test"]
+    f1 = float(f1_score(labels["test"], predicted_1M[0])) if with_f1 else None
+    return TransferScore(
+        float(correct_N.mean()), f1, (chosen,), len(correct_N), 0 if "dev" in features else FOLDS, correct_N
+    )

@@ -1,0 +1,146 @@
+"""Every distinct sentence encoded once, and its vector kept on disk under what decides it.
+
+A cache file holds digests of sentences and their vectors, never a sentence. It is written whole or not at all, and one that is
+damaged is built anew.
+"""
+
+# N sentences, D width
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from promcse_pl.adapter.files import adapter_hash
+from promcse_pl.embedder import PromCSE
+from promcse_pl.errors import DataError, NonFiniteError
+from promcse_pl.evaluation.sts import VectorOf
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[int], None]
+ROUNDING = 1e-6
+"""Vectors of unit length whose entries differ by less are one vector: float32 rounding alone makes them differ."""
+
+
+@dataclass(slots=True)
+class VectorCache:
+    """Vectors on disk, a file for every model.
+
+    Attributes:
+        folder: Where the files lie; it may be deleted at any time.
+        encoded: Sentences that had to be encoded so far.
+    """
+
+    folder: Path
+    encoded: int = 0
+
+    def vectors(self, model: PromCSE, sentences: Iterable[str], progress: Progress | None = None) -> VectorOf:
+        """Return the vector of every distinct sentence; those that no file holds are encoded in one call.
+
+        Args:
+            model: What encodes.
+            sentences: In any order, repeated or not.
+            progress: Called with the number of sentences encoded so far, now and then.
+
+        Raises:
+            DataError: All vectors are the same.
+            NonFiniteError: A vector is not finite.
+        """
+        distinct = sorted(set(sentences), key=lambda text: (-len(text), text))  # the longest first: memory fails early
+        path = self.folder / f"{model_hash(model)}.safetensors"
+        known = _read(path, model.width)
+        digests = [hashlib.sha256(text.encode()).digest() for text in distinct]
+        missing = [(text, digest) for text, digest in zip(distinct, digests, strict=True) if digest not in known]
+        if missing:
+            encoded_ND = model.encode([text for text, _ in missing], progress=progress)
+            self.encoded += len(missing)
+            known.update(zip((digest for _, digest in missing), encoded_ND, strict=True))
+            _write(path, known)
+        found = {text: known[digest] for text, digest in zip(distinct, digests, strict=True)}
+        check_vectors(found)
+        return found
+
+
+def check_vectors(vectors: VectorOf) -> None:
+    """Refuse vectors that no score can be made from.
+
+    Raises:
+        DataError: All vectors of two or more sentences are the same, up to rounding.
+        NonFiniteError: A vector is not finite.
+    """
+    first_D: NDArray[np.float32] | None = None
+    constant = len(vectors) > 1
+    for text, vector_D in vectors.items():
+        if not np.isfinite(vector_D).all():
+            raise NonFiniteError(f"the vector of {text[:80]!r} is not finite: the adapter or the encoder is damaged")
+        first_D = vector_D if first_D is None else first_D
+        constant = constant and bool(np.abs(vector_D - first_D).max() < ROUNDING)
+    if constant:
+        raise DataError(
+            f"all {len(vectors)} sentences have the same vector: the model has collapsed, there is no score"
+        )
+
+
+def model_hash(model: PromCSE) -> str:
+    """Return the hex sha256 of what decides a model's vectors: adapter and encoder, tokenizer, precision, kind of device."""
+    backbone = model.encoder.backbone
+    tokenizer = json.loads(model.tokenizer.backend_tokenizer.to_str())
+    del tokenizer["padding"], tokenizer["truncation"]  # left behind by the last call
+    parts = [adapter_hash(model.encoder), tokenizer, model.max_tokens, str(backbone.dtype), backbone.device.type]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _read(path: Path, width: int) -> dict[bytes, NDArray[np.float32]]:
+    """Return vectors by digest; nothing if there is no file or it is not what was written."""
+    if not path.is_file():
+        return {}
+    try:
+        with safe_open(path, framework="np") as file:
+            digests_N32, vectors_ND = file.get_tensor("digests"), file.get_tensor("vectors")
+            whole = (file.metadata() or {}).get("sha256") == _checksum(digests_N32, vectors_ND)
+    except (SafetensorError, OSError, ValueError) as error:
+        whole, reason = False, f"{type(error).__name__}: {error}"
+    else:
+        reason = "its checksum differs"
+        whole = whole and vectors_ND.shape == (len(digests_N32), width)
+    if not whole:
+        log.warning("%s is damaged (%s); the sentences are encoded anew", path, reason)
+        return {}
+    return {row.tobytes(): vector_D for row, vector_D in zip(digests_N32, vectors_ND, strict=True)}
+
+
+def _write(path: Path, vectors: Mapping[bytes, NDArray[np.float32]]) -> None:
+    digests_N32 = np.frombuffer(b"".join(vectors), dtype=np.uint8).reshape(len(vectors), -1)
+    vectors_ND = np.stack(list(vectors.values()))
+    temporary = path.with_name(f".{path.name}-{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {"digests": digests_N32, "vectors": vectors_ND},
+            temporary,
+            {"sha256": _checksum(digests_N32, vectors_ND)},
+        )
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            temporary.unlink()
+        log.warning("the vectors are not kept for the next time: cannot write %s (%s)", path, error)
+
+
+def _checksum(*arrays: NDArray[np.generic]) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()

@@ -1,0 +1,115 @@
+"""What the names on the command line mean."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import GOLDEN, save_small_encoder
+
+from promcse_pl.adapter.files import save_adapter
+from promcse_pl.errors import AdapterError, ConfigError, DataError
+from promcse_pl.evaluation.targets import find_targets, frozen_target
+from promcse_pl.model.backbone import FrozenBackbone
+from promcse_pl.model.encoder import PromptEncoder
+
+SENTENCES = ["w5 w6 w7", "w8"]
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    return save_small_encoder(tmp_path_factory.mktemp("encoders") / "tiny-bert")
+
+
+def save_run(folder: Path, bert: Path, seed: int | None, lr: float = 0.1) -> Path:
+    torch.manual_seed(seed or 0)
+    encoder = PromptEncoder(FrozenBackbone.load(str(bert)), length=2, pooling="avg")
+    save_adapter(encoder, folder / "adapter", training={} if seed is None else {"seed": seed})
+    (folder / "config.yaml").write_text(
+        json.dumps({"seed": seed, "optim": {"lr": lr}, "tracking": {"name": str(seed)}})
+    )
+    return folder
+
+
+def only(name, **options):
+    (target,) = find_targets([str(name)], device="cpu", **options)
+    return target
+
+
+def test_an_adapter_and_the_run_it_lies_in_are_the_same_target(tmp_path, bert):
+    run = save_run(tmp_path / "my-run", bert, seed=3)
+    for folder in (run, run / "adapter"):
+        target = only(folder)
+        assert (target.name, target.kind, [member.seed for member in target.members]) == ("my-run", "adapter", [3])
+        assert target.members[0].load().encoder.prompt.length == 2
+
+
+def test_an_encoder_is_frozen_and_pooled_by_the_mean_unless_asked_otherwise(bert):
+    target = only(bert)
+    model = target.members[0].load()
+    assert (target.name, target.kind) == ("tiny-bert", "frozen encoder, pooling avg")
+    assert (model.encoder.prompt.length, model.encoder.pooling, model.encoder.head_mode) == (0, "avg", "none")
+    assert only(bert, pooling="cls").members[0].load().encoder.pooling == "cls"
+
+
+@pytest.mark.golden
+def test_an_official_checkpoint_is_seen_in_its_config():
+    folder = next(GOLDEN.glob("eval_sts_*/expected.json")).parent
+    target = only(folder, pooling="cls")
+    assert (target.name, target.kind) == (folder.name, "official checkpoint")
+    model = target.members[0].load()
+    assert (model.encoder.pooling, model.encode(SENTENCES).shape) == ("cls", (2, model.width))
+
+
+def test_a_folder_of_runs_is_one_target_with_a_member_for_each_seed(tmp_path, bert):
+    for seed in (1, 2, 3):
+        save_run(tmp_path / f"seed{seed}", bert, seed)
+    (tmp_path / "notes").mkdir()
+    target = only(tmp_path)
+    assert (target.kind, [member.seed for member in target.members]) == ("runs over seeds", [1, 2, 3])
+    first, second = (member.load().encode(SENTENCES) for member in target.members[:2])
+    assert abs(first - second).max() > 1e-4
+
+
+def test_runs_that_differ_by_more_than_the_seed_are_refused_with_what_differs(tmp_path, bert):
+    save_run(tmp_path / "a", bert, 1)
+    save_run(tmp_path / "b", bert, 2, lr=0.2)
+    with pytest.raises(DataError, match=r"differ by the seed alone, but a and b differ in optim\.lr"):
+        only(tmp_path)
+
+
+def test_runs_of_the_same_or_of_no_seed_are_refused(tmp_path, bert):
+    save_run(tmp_path / "a", bert, 1)
+    save_run(tmp_path / "b", bert, 1)
+    with pytest.raises(DataError, match="seeds of their own, got 1 for a"):
+        only(tmp_path)
+    save_run(tmp_path / "c/a", bert, None)
+    save_run(tmp_path / "c/b", bert, None)
+    with pytest.raises(DataError, match="got None for a"):
+        only(tmp_path / "c")
+
+
+def test_a_name_that_means_nothing_is_an_error_without_a_look_at_the_hub(tmp_path, bert, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs").mkdir()
+    with pytest.raises(AdapterError, match="holds 0 runs; a folder of seeds holds two or more"):
+        only("outputs")
+    for name in ("outputs/typo", "./typo", "/no/such/folder", "a/b/c"):
+        with pytest.raises(AdapterError, match=f"the target {name} does not exist"):
+            only(name)
+    with pytest.raises(ConfigError, match=r"--pooling must be one of cls, .*, got 'mean'"):
+        only(bert, pooling="mean")
+    with pytest.raises(ConfigError, match="given twice"):
+        find_targets([str(bert), str(bert)])
+
+
+def test_targets_of_one_name_are_told_apart_by_their_paths(tmp_path, bert):
+    names = [str(save_run(tmp_path / place / "run", bert, 1)) for place in ("x", "y")]
+    assert [target.name for target in find_targets([*names, str(bert)])] == [*names, "tiny-bert"]
+
+
+def test_the_frozen_encoder_of_an_adapter_keeps_its_pooling_and_loses_prompt_and_head(tmp_path, bert):
+    model = only(save_run(tmp_path / "run", bert, 1)).members[0].load()
+    frozen = frozen_target(model).members[0].load()
+    expected = only(bert).members[0].load().encode(SENTENCES)
+    assert abs(frozen.encode(SENTENCES) - expected).max() < 1e-6

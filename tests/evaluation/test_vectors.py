@@ -1,0 +1,121 @@
+"""The vector cache: right or rebuilt, and without a sentence in it."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from conftest import save_small_encoder
+
+from promcse_pl import PromCSE
+from promcse_pl.errors import DataError, NonFiniteError
+from promcse_pl.evaluation.vectors import VectorCache, check_vectors, model_hash
+from promcse_pl.model.backbone import FrozenBackbone
+from promcse_pl.model.encoder import PromptEncoder
+
+SENTENCES = [f"w{5 + place % 60} w{7 + place // 3}" for place in range(40)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_small_encoder(tmp_path_factory.mktemp("encoder") / "bert")
+
+
+def small_model(folder, length=2, pooling="avg", dtype=torch.float32):
+    torch.manual_seed(3)
+    encoder = PromptEncoder(FrozenBackbone.load(str(folder), dtype=dtype), length=length, pooling=pooling)
+    return PromCSE(encoder.eval())
+
+
+@pytest.fixture
+def model(folder):
+    return small_model(folder)
+
+
+def test_vectors_are_those_of_encode_and_each_distinct_sentence_is_encoded_once(model, tmp_path, monkeypatch):
+    calls = []
+    encode = model.encode
+    monkeypatch.setattr(model, "encode", lambda texts, **options: calls.append(texts) or encode(texts, **options))
+    found = VectorCache(tmp_path).vectors(model, [*SENTENCES, *SENTENCES[:9]])
+    assert set(found) == set(SENTENCES)
+    np.testing.assert_allclose(np.stack([found[text] for text in SENTENCES]), encode(SENTENCES), atol=1e-6)
+    (asked,) = calls
+    assert sorted(asked) == sorted(set(SENTENCES))
+    assert [len(text) for text in asked] == sorted(map(len, asked), reverse=True)
+
+
+def test_a_second_look_encodes_nothing_and_gives_the_same_bits(model, tmp_path):
+    first = VectorCache(tmp_path).vectors(model, SENTENCES)
+    again = VectorCache(tmp_path)
+    second = again.vectors(model, SENTENCES[5:])
+    assert again.encoded == 0
+    assert all((second[text] == first[text]).all() for text in SENTENCES[5:])
+
+
+def test_only_new_sentences_are_encoded_and_the_file_then_holds_both(model, tmp_path):
+    VectorCache(tmp_path).vectors(model, SENTENCES[:10])
+    cache = VectorCache(tmp_path)
+    cache.vectors(model, SENTENCES[5:15])
+    assert cache.encoded == 5
+    cache.vectors(model, SENTENCES[:15])
+    assert cache.encoded == 5
+
+
+def test_no_sentence_is_stored_and_nothing_is_left_beside_the_file(model, tmp_path):
+    VectorCache(tmp_path).vectors(model, SENTENCES)
+    (path,) = tmp_path.iterdir()
+    content = path.read_bytes()
+    assert not any(text.encode() in content for text in SENTENCES)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "garbage"])
+def test_a_damaged_file_is_reported_and_built_anew(damage, model, tmp_path, caplog):
+    first = VectorCache(tmp_path).vectors(model, SENTENCES)
+    (path,) = tmp_path.iterdir()
+    content = bytearray(path.read_bytes())
+    if damage == "flip":
+        content[-3] ^= 1  # one bit of one vector
+    path.write_bytes({"cut": content[:-20], "flip": content, "garbage": b"hello"}[damage])
+    with caplog.at_level(logging.WARNING):
+        cache = VectorCache(tmp_path)
+        found = cache.vectors(model, SENTENCES)
+    assert "is damaged" in caplog.text
+    assert cache.encoded == len(set(SENTENCES))
+    assert all((found[text] == first[text]).all() for text in SENTENCES)
+    cache.vectors(model, SENTENCES)
+    assert cache.encoded == len(set(SENTENCES))
+
+
+def test_models_whose_vectors_differ_do_not_share_a_file(folder):
+    other_case = small_model(folder)
+    other_case.tokenizer.backend_tokenizer.normalizer = None
+    models = [
+        small_model(folder),
+        small_model(folder, length=3),
+        small_model(folder, pooling="cls"),
+        small_model(folder, dtype=torch.bfloat16),
+        other_case,
+    ]
+    assert len({model_hash(model) for model in models}) == len(models)
+    assert model_hash(models[0]) == model_hash(small_model(folder))
+
+
+def test_a_folder_that_cannot_be_written_costs_the_cache_and_not_the_scores(model, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    found = VectorCache(tmp_path / "file" / "below").vectors(model, SENTENCES)
+    assert len(found) == len(set(SENTENCES))
+    assert "not kept for the next time" in caplog.text
+
+
+def test_vectors_that_are_all_the_same_up_to_rounding_are_an_error():
+    vector = np.full(4, 0.5, dtype=np.float32)
+    with pytest.raises(DataError, match="all 2 sentences have the same vector"):
+        check_vectors({"a": vector, "b": vector + np.float32(1e-7)})
+    check_vectors({"a": vector, "b": -vector})
+    check_vectors({"a": vector})
+
+
+def test_a_vector_that_is_not_finite_is_an_error():
+    vector = np.full(4, 0.5, dtype=np.float32)
+    with pytest.raises(NonFiniteError, match="vector of 'b' is not finite"):
+        check_vectors({"a": vector, "b": vector * np.nan})
