@@ -64,7 +64,7 @@ class TransferScore:
 
 
 def score_transfer(
-    data: TransferData, vectors: VectorOf, *, seed: int = 1111, progress: Progress = lambda done, total: None
+    data: TransferData, vectors: VectorOf, *, seed: int = 1111, progress: Progress = lambda *_: None
 ) -> TransferScore:
     """Train and test the classifier of a task.
 
@@ -143,7 +143,7 @@ def _predictions(train_NF: Features, labels_N: Labels, test_MF: Features, grid: 
 
 
 def _each(work: Callable[[int], Result], items: int) -> Iterator[Result]:
-    """Yield `work` of 0, 1, ..., in this order, on all cores; each has one BLAS thread, as threads on so small products mostly wait."""
+    """Yield `work` of 0, 1, ..., in this order, on all cores, each with one BLAS thread: so small products gain nothing by more."""
     with threadpool_limits(1, user_api="blas"):
         pool = ThreadPoolExecutor(os.cpu_count())
         try:
