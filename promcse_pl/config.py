@@ -217,9 +217,9 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "eval_every", "log_every"):
             _require(getattr(self, name) >= 1, f"trainer.{name}", getattr(self, name), "at least 1", 1)
-        for name in ("max_steps", "chunk_tokens"):
+        for name, allowed in (("max_steps", "at least 1, or null"), ("chunk_tokens", "at least 1, auto, or null")):
             value = getattr(self, name)
-            _require(value in (None, "auto") or value >= 1, f"trainer.{name}", value, "at least 1, or null", 1000)
+            _require(value in (None, "auto") or value >= 1, f"trainer.{name}", value, allowed, 1000)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -97,6 +97,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "realdata" in item.keywords and not DATA.is_dir():
             item.add_marker(pytest.mark.skip(reason=f"no data in {DATA}; set PROMCSE_DATA"))
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
         if "golden" in item.keywords and not GOLDEN.is_dir():
             item.add_marker(pytest.mark.skip(reason=f"no golden numbers in {GOLDEN}; set PROMCSE_GOLDEN"))
 

@@ -13,7 +13,7 @@ from transformers import AutoModel
 from promcse_pl import embedder as module
 from promcse_pl.adapter.files import save_adapter
 from promcse_pl.embedder import PromCSE, pick_device
-from promcse_pl.errors import ConfigError, DataError, NonFiniteError
+from promcse_pl.errors import ConfigError, DataError, EncoderError, NonFiniteError
 from promcse_pl.model.backbone import FrozenBackbone
 from promcse_pl.model.encoder import PromptEncoder
 
@@ -149,6 +149,26 @@ def test_a_half_precision_encoder_gives_float32_vectors_near_the_full_ones(model
     assert not np.array_equal(vectors, model.encode(MIXED))
 
 
+def test_an_int8_encoder_keeps_its_linear_layers_in_bytes_and_its_vectors_near(minilm, tmp_path):
+    torch.manual_seed(0)
+    exact = PromCSE(PromptEncoder(minilm, length=10, pooling="avg"))
+    save_adapter(exact.encoder, tmp_path)
+    model = PromCSE.load(tmp_path, device="cpu", dtype="int8")
+    linear = [module for module in model.encoder.backbone.modules() if hasattr(module, "in_features")]
+    assert len(linear) == 6 * 6
+    assert {module.weight().dtype for module in linear} == {torch.qint8}
+    cosines = (model.encode(ENGLISH) * exact.encode(ENGLISH)).sum(1)
+    assert cosines.min() > 0.95
+    assert cosines.max() < 0.99999
+
+
+def test_int8_of_rounded_weights_is_refused(model, tmp_path):
+    save_adapter(model.encoder, tmp_path)
+    rounded = PromCSE.load(tmp_path, device="cpu", dtype="bfloat16")
+    with pytest.raises(EncoderError, match=r"int8 needs float32 weights on a CPU, these are torch\.bfloat16 on cpu"):
+        rounded.encoder.backbone.quantize()
+
+
 def test_a_loaded_model_gives_the_vectors_of_the_saved_one(model, tmp_path):
     save_adapter(model.encoder, tmp_path / "adapter")
     for place in (tmp_path, str(tmp_path / "adapter")):
@@ -264,8 +284,8 @@ def test_a_damaged_prompt_is_never_a_silent_vector(model, value, normalize):
 
 def test_an_unknown_type_or_device_is_refused(model, tmp_path):
     save_adapter(model.encoder, tmp_path / "adapter")
-    with pytest.raises(ConfigError, match="dtype must be float32, bfloat16 or float16, got 'int8'"):
-        PromCSE.load(tmp_path, dtype="int8")
+    with pytest.raises(ConfigError, match="dtype must be float32, bfloat16, float16 or int8, got 'int4'"):
+        PromCSE.load(tmp_path, dtype="int4")
     with pytest.raises(ConfigError, match="device must be auto, cpu, cuda or mps, got 'tpu9'"):
         pick_device("tpu9")
 

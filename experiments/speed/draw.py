@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import statistics
+from pathlib import Path
 from typing import Any
+
+Data = dict[str, Any]
 
 WHAT = {
     "ours": "all levers on: the default of `run.py`",
@@ -17,26 +21,40 @@ WHAT = {
 }
 
 
-def draw(results: dict[str, Any]) -> str:
+def draw(folder: Path) -> str:
+    """Return the page from the results that lie in the folder; those of other machines and scripts are optional."""
+    parts = {"results": _main, "shapes-cpu": _shapes, "shapes-cuda": _shapes, "growth": _growth, "quality": _quality}
+    lines = ["# Speed", ""]
+    for name, part in parts.items():
+        path = folder / f"{name}.json"
+        if path.is_file():
+            lines += [*part(json.loads(path.read_text())), ""]
+    if not (folder / "shapes-cuda.json").is_file():
+        lines += ["Not measured on a GPU.", ""]
+    return "\n".join([*lines, "Drawn by `measure.py` from the .json files of this folder.", ""])
+
+
+def _machine(machine: Data) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return f"{machine['gpu'] or str(machine['threads']) + ' threads of ' + machine['processor']}; {versions}."
+
+
+def _main(results: Data) -> list[str]:
     machine, work = results["machine"], results["work"]
     rate = machine["matrix_rate"]
     flop = 4 * work["weights"] * work["real_tokens"]
     median = {row: statistics.median(values) for row, values in results["training_seconds"].items()}
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     lines = [
-        "# Speed",
-        "",
-        f"{machine['threads']} threads of {machine['processor']}; a large matrix product runs at "
-        f"{rate['bfloat16'] / 1e9:.0f} GFLOP/s in bfloat16 and {rate['float32'] / 1e9:.0f} in float32, measured in the same run.",
-        f"{versions}.",
-        "Rows are interleaved; medians of one run on a shared machine: read the ratios. Not measured on a GPU.",
+        f"{_machine(machine)} A large matrix product runs at {rate['bfloat16'] / 1e9:.0f} GFLOP/s in bfloat16 and "
+        f"{rate['float32'] / 1e9:.0f} in float32, measured in the same run. Rows are interleaved; medians of one run on a shared "
+        "machine: read the ratios.",
         "",
         "## Training",
         "",
         f"all-MiniLM-L6-v2, {work['triplets']} NLI triplets a step (on average {work['real_tokens']:,.0f} real tokens), at most "
-        f"{work['max_length']} tokens, P = {work['prompt_length']}, dropout on, optimiser step included.",
-        f"The limit is 4 x {work['weights'] / 1e6:.1f} M non-embedding weights x real tokens over the matrix rate, float32's for",
-        "rows that compute in it and else bfloat16's.",
+        f"{work['max_length']} tokens, P = {work['prompt_length']}, dropout on, optimiser step included, seed "
+        f"{work['seed']}. The limit is 4 x {work['weights'] / 1e6:.1f} M non-embedding weights x real tokens over the matrix "
+        "rate, float32's for rows that compute in it and else bfloat16's.",
         "",
         "| row | triplets/s | ours is faster by | share of the limit | peak memory, GB (before the first step) | |",
         "|---|---|---|---|---|---|",
@@ -67,14 +85,74 @@ def draw(results: dict[str, Any]) -> str:
         shown = "" if cosine is None else f"{cosine:.5f}"
         lines.append(f"| {row} | {work['sentences'] / took:.0f} | {peer / took:.2f}x | {share} | {shown} |")
     ours, by_file = results["sts_seconds"].values()
-    lines += [
+    return [
+        *lines,
         "",
         f"All sentences of the seven STS tasks: {ours:.0f} s ours in float32, each once; {by_file:.0f} s by "
         f"sentence-transformers, file by file in batches of 64 ({by_file / ours:.1f}x).",
         "",
         f"A whole `run.py` of one step, token cache warm: {results['start_up_seconds']:.1f} s.",
-        "",
-        f"Drawn by `measure.py` from `results.json`; seed {work['seed']}.",
-        "",
     ]
-    return "\n".join(lines)
+
+
+def _shapes(results: Data) -> list[str]:
+    lines = [
+        "## Sizes",
+        "",
+        f"{_machine(results['machine'])} Random weights in bfloat16, sentences of 6 to 32 tokens, P = "
+        f"{results['prompt_length']}, seed {results['seed']}; the fastest step. Recomputed chunks do half as "
+        "much work more, which the limit does not count.",
+        "",
+        "| encoder | sentences a step | chunks | tokens/s | share of the limit | peak memory, GB (before the first step) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case in results["cases"]:
+        share = 4 * case["weights"] * case["tokens"] / case["rate"] / case["seconds"]
+        chunks = "recomputed" if case["recompute"] else "kept"
+        lines.append(
+            f"| {case['shape']} ({case['weights'] / 1e6:.0f} M) | {case['sentences']:,} | {chunks} "
+            f"| {case['tokens'] / case['seconds']:,.0f} | {100 * share:.0f} % "
+            f"| {case['peak'] / 1e9:.2f} ({case['before'] / 1e9:.2f}) |"
+        )
+    return lines
+
+
+def _growth(results: Data) -> list[str]:
+    return [
+        "## Growth",
+        "",
+        f"{_machine(results['machine'])} A small encoder (2 layers of 64) over Wikipedia text; memory beside texts and vectors.",
+        "",
+        "| work | sentences | seconds | sentences/s | memory, MB |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {case['what']} | {case['sentences']:,} | {case['seconds']:.1f} | {case['sentences'] / case['seconds']:,.0f} "
+            f"| {case['memory'] / 1e6:.0f} |"
+            for case in results["cases"]
+        ),
+    ]
+
+
+def _quality(results: Data) -> list[str]:
+    tasks = list(next(iter(results["scores"].values())))
+    return [
+        "## Quality",
+        "",
+        f"{_machine(results['machine'])} STS-B development score (Spearman x 100) of whole MiniLM runs: "
+        + ", ".join(
+            f"{run['dev']:.2f} ({run['precision']}, seed {run['seed']}, {run['steps']} steps)"
+            for run in results["runs"]
+        )
+        + ". Test scores of the first run's adapter, by the type of the encoder:",
+        "",
+        f"| | {' | '.join(tasks)} |",
+        "|---" * (len(tasks) + 1) + "|",
+        *(
+            f"| {dtype} | {' | '.join(f'{scores[task]:.2f}' for task in tasks)} |"
+            for dtype, scores in results["scores"].items()
+        ),
+        "",
+        "Average against float32: "
+        + "; ".join(f"{entry['second']} {entry['verdict']}" for entry in results["comparisons"])
+        + ".",
+    ]

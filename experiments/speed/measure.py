@@ -3,31 +3,29 @@
     python experiments/speed/measure.py --data FOLDER
 
 Rows are interleaved (A B C A B C ...), so that what else the machine does falls on all of them. Writes results.json and draws
-README.md from it.
+README.md from it and from what the other scripts of this folder measured; `--draw` draws alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import os
-import platform
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
 from draw import draw
+from machine import describe, in_own_process, matrix_rate, peak_bytes, seconds
 from rows import (
     ENCODING,
     LENGTH,
     MAX_LENGTH,
+    NAME,
     SEED,
     TRAINING,
     TRIPLETS,
@@ -43,21 +41,7 @@ from promcse_pl.model.backbone import FrozenBackbone
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-ROUNDS, ENCODE_ROUNDS, SENTENCES = 5, 3, 4000
-PACKAGES = ("torch", "transformers", "sentence-transformers", "peft", "numpy")
-
-
-def seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
-def matrix_rate(dtype: torch.dtype, size: int = 2048) -> float:
-    """Return the machine's floating-point operations a second in a large square matrix product."""
-    left, right = (torch.randn(size, size, dtype=dtype) for _ in range(2))
-    left @ right
-    return 2 * size**3 / statistics.median(seconds(lambda: left @ right) for _ in range(5))
+ROUNDS, ENCODE_ROUNDS, SENTENCES = 5, 2, 4000
 
 
 def training(data: Path, cache: Path) -> tuple[dict[str, list[float]], dict[str, list[float]], float]:
@@ -87,7 +71,7 @@ def encoding(data: Path) -> dict[str, object]:
     for _ in range(ENCODE_ROUNDS):
         for row, encode in encoders.items():
             took[row].append(seconds(lambda row=row, encode=encode: vectors.update({row: encode(sentences)})))
-    tokenizer = FrozenBackbone.load("sentence-transformers/all-MiniLM-L6-v2").tokenizer
+    tokenizer = FrozenBackbone.load(NAME).tokenizer
     tokens = sum(map(len, tokenizer(sentences, truncation=True, max_length=512 - LENGTH)["input_ids"]))
     exact = vectors["ours float32"]
     least = {row: float((vectors[row] * exact).sum(1).min()) for row in ENCODING if row.startswith("ours")}
@@ -109,25 +93,13 @@ def sts(data: Path) -> dict[str, float]:
     return {"ours float32": seconds(lambda: ours(distinct)), "sentence-transformers by file": seconds(loop)}
 
 
-def child(*arguments: str) -> str:
-    command = [sys.executable, str(HERE / "measure.py"), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout.splitlines()[-1]
-
-
-def peak_bytes() -> int:
-    """Return the most memory that this process has held (Linux; `getrusage` would count the parent's too)."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return int(found[1]) * 1024
-
-
 def memory(row: str, data: Path, cache: Path) -> dict[str, int]:
-    """Return the bytes a process holds before its first step and at most in three steps."""
-    work = batches(data, cache, 3)
+    """Return the bytes a process holds before its first step and at most in two steps."""
+    work = batches(data, cache, 2)
     step = training_step(row, work)
     before = peak_bytes()
     with lever_off(row):
-        for number in range(3):
+        for number in range(2):
             step(number)
     return {"before": before, "peak": peak_bytes()}
 
@@ -153,30 +125,18 @@ def start_up(data: Path) -> float:
 
 
 def non_embedding_weights() -> int:
-    model = FrozenBackbone.load("sentence-transformers/all-MiniLM-L6-v2").model
+    model = FrozenBackbone.load(NAME).model
     return sum(p.numel() for name, p in model.named_parameters() if not name.startswith("embeddings."))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "promcse_speed")
-    parser.add_argument("--memory", metavar="ROW", help="measure this row alone, in this process")
-    options = parser.parse_args()
-    data = options.data.resolve()
-    if options.memory:
-        print(json.dumps(memory(options.memory, data, options.cache)))
-        return
-    took, rates, tokens = training(data, options.cache)
-    arguments = ("--data", str(data), "--cache", str(options.cache), "--memory")
-    results = {
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "cpus": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "matrix_rate": {name: statistics.median(values) for name, values in rates.items()},
-        },
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+def measure(data: Path, cache: Path) -> dict[str, object]:
+    took, rates, tokens = training(data, cache)
+    arguments = ("--data", data, "--cache", cache, "--memory")
+    with ThreadPoolExecutor(2) as pool:
+        peaks = pool.map(partial(in_own_process, __file__, *arguments), TRAINING)
+        held = dict(zip(TRAINING, peaks, strict=True))
+    return {
+        "machine": describe() | {"matrix_rate": {name: statistics.median(values) for name, values in rates.items()}},
         "work": {
             "triplets": TRIPLETS,
             "max_length": MAX_LENGTH,
@@ -188,13 +148,29 @@ def main() -> None:
             "sentences": SENTENCES,
         },
         "training_seconds": took,
-        "memory": {row: json.loads(child(*arguments, row)) for row in TRAINING},
+        "memory": held,
         "encoding": encoding(data),
         "sts_seconds": sts(data),
         "start_up_seconds": start_up(data),
     }
-    (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    (HERE / "README.md").write_text(draw(results))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "promcse_speed")
+    parser.add_argument("--memory", metavar="ROW", help="measure this row alone, in this process")
+    parser.add_argument("--draw", action="store_true", help="draw the page from what was measured before")
+    options = parser.parse_args()
+    if not options.draw and options.data is None:
+        parser.error("--data is needed: a folder with nli/, wiki/ and senteval/ in it")
+    if options.memory:
+        print(json.dumps(memory(options.memory, options.data.resolve(), options.cache)))
+        return
+    if not options.draw:
+        results = measure(options.data.resolve(), options.cache)
+        (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (HERE / "README.md").write_text(draw(HERE))
 
 
 if __name__ == "__main__":

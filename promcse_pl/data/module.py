@@ -38,6 +38,10 @@ class TrainBatch:
     views: int
     rows_B: Tensor
 
+    def pin_memory(self) -> TrainBatch:
+        """Return the batch in memory that a GPU fetches by itself; the loader calls it."""
+        return TrainBatch(self.tokens.pin_memory(), self.views, self.rows_B)
+
 
 @dataclass(frozen=True, slots=True)
 class _Place:
@@ -168,7 +172,10 @@ class PromcseDataModule(pl.LightningDataModule):
         """Return the loader of one epoch's batches."""
         rows = self.token_rows
         batches = EpochBatches(len(rows), self.config.batch_size, self.seed)
-        return DataLoader(TrainBatches(rows, self.seed, self.masking), sampler=batches, batch_size=None)
+        for_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return DataLoader(
+            TrainBatches(rows, self.seed, self.masking), sampler=batches, batch_size=None, pin_memory=for_gpu
+        )
 
     def transfer_batch_to_device(self, batch: TrainBatch, device: torch.device, dataloader_idx: int) -> TrainBatch:  # noqa: ARG002
         """Move a batch."""

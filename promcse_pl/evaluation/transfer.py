@@ -143,7 +143,7 @@ def _predictions(train_NF: Features, labels_N: Labels, test_MF: Features, grid: 
 
 
 def _each(work: Callable[[int], Result], items: int) -> Iterator[Result]:
-    """Yield `work` of 0, 1, ..., in this order, on all cores, each with one BLAS thread: so small products gain nothing by more."""
+    """Yield `work` of 0, 1, ..., in this order, on all cores, each with one BLAS thread: so small products gain by no more."""
     with threadpool_limits(1, user_api="blas"):
         pool = ThreadPoolExecutor(os.cpu_count())
         try:

@@ -266,7 +266,7 @@ class FrozenBackbone(nn.Module):
         except ImportError as error:
             raise EncoderError("this torch has no dynamic quantisation any more. Try: dtype=bfloat16") from error
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=DeprecationWarning)  # torch points to another package
+            warnings.simplefilter("ignore")  # torch says that it wants to move this to another package
             self.model = quantize_dynamic(  # type: ignore[no-untyped-call]
                 self.model, {nn.Linear: per_channel_dynamic_qconfig}, dtype=torch.qint8
             )

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -41,13 +42,19 @@ class Tokens:
 
     def select(self, rows: Tensor, length: int) -> Tokens:
         """Return some sentences, cut to their longest."""
-        parts = (self.ids_NT, self.mask_NT, self.types_NT, self.mlm_ids_NT, self.mlm_labels_NT)
-        return Tokens(*(None if part is None else part[rows, :length] for part in parts))  # type: ignore[arg-type]
+        return self._each(lambda part: part[rows, :length])
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Tokens:
         """Return the batch on a device."""
+        return self._each(lambda part: part.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Tokens:
+        """Return the batch in memory that a GPU fetches by itself."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> Tokens:
         parts = (self.ids_NT, self.mask_NT, self.types_NT, self.mlm_ids_NT, self.mlm_labels_NT)
-        return Tokens(*(None if part is None else part.to(device, non_blocking=non_blocking) for part in parts))  # type: ignore[arg-type]
+        return Tokens(*(None if part is None else function(part) for part in parts))  # type: ignore[arg-type]
 
     def padded_tokens(self, budget: int | None) -> int:
         """Return how many tokens, padding included, pass the encoder when the batch goes through in chunks."""

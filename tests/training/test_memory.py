@@ -1,9 +1,13 @@
 """The decision to run chunks twice rests on measured bytes."""
 
+import re
+
 import pytest
 import torch
-from conftest import small_backbone, small_tokens
+from conftest import save_small_encoder, small_backbone, small_tokens
 
+from promcse_pl.config import Config
+from promcse_pl.job import run_job
 from promcse_pl.model.encoder import PromptEncoder
 from promcse_pl.training.memory import free_bytes, kept_bytes
 
@@ -49,3 +53,60 @@ def test_the_limit_of_a_container_counts(tmp_path, monkeypatch):
     assert free_bytes(cpu) == 300
     (tmp_path / "memory.max").write_text("max\n")
     assert free_bytes(cpu) > 1000
+
+
+@pytest.fixture
+def train(tmp_path):
+    """Return a function that trains a small encoder for three steps and gives its adapter's bytes and what was said."""
+    encoder = save_small_encoder(tmp_path / "encoder")
+    rows = "".join(f"w{5 + row} w7,w{6 + row} w8,w{40 + row}\n" for row in range(12))
+    (tmp_path / "rows.csv").write_text("a,b,c\n" + rows)
+
+    def run(name, **trainer):
+        config = Config.from_dict(
+            {
+                "model": {"path": str(encoder), "pooling": "avg", "head": "none"},
+                "data": {
+                    "kind": "triplets",
+                    "train": str(tmp_path / "rows.csv"),
+                    "dev": None,
+                    "batch_size": 4,
+                    "max_length": 20,
+                    "cache_dir": str(tmp_path / "cache"),
+                },
+                "trainer": {"epochs": 1, "precision": "float32", "device": "cpu", "chunk_tokens": 16, **trainer},
+                "tracking": {"wandb": "disabled"},
+            }
+        )
+        run_job(config, tmp_path / name)
+        weights = (tmp_path / name / "adapter" / "adapter.safetensors").read_bytes()
+        return weights, (tmp_path / name / "run.log").read_text()
+
+    return run
+
+
+def test_running_chunks_twice_trains_the_same_adapter_bit_by_bit(train):
+    kept, _ = train("kept", recompute="never")
+    again, said = train("again", recompute="always")
+    assert again == kept
+    assert "chunks run twice" not in said
+
+
+def test_too_little_memory_makes_chunks_run_twice_and_says_so(train, monkeypatch):
+    kept, said = train("roomy")
+    assert "chunks run twice" not in said
+    calls = []
+    plain = PromptEncoder.forward
+    monkeypatch.setattr(
+        PromptEncoder, "forward", lambda self, *rest, **named: calls.append(named) or plain(self, *rest, **named)
+    )
+    monkeypatch.setattr("promcse_pl.training.fit.free_bytes", lambda _device: 300_000)
+    tight, said = train("tight")
+    assert tight == kept
+    assert re.search(r"the tensors of a batch would take 0\.\d GB of 0\.0 GB free: chunks run twice", said)
+    assert [call["recompute"] for call in calls if "recompute" in call] == [True] * 3
+
+
+def test_the_chunk_size_of_the_device_is_written_into_the_run(train, tmp_path):
+    train("auto", chunk_tokens="auto")
+    assert "chunk_tokens: 512" in (tmp_path / "auto" / "config.yaml").read_text()

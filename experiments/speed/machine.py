@@ -1,0 +1,68 @@
+"""What the machine gives: the rate of a large matrix product, seconds, and the memory of a process."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "transformers", "sentence-transformers", "peft", "numpy")
+
+
+def describe() -> dict[str, Any]:
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def wait(device: str) -> None:
+    """Let a GPU finish what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(work: Callable[[], object], device: str = "cpu") -> float:
+    wait(device)
+    started = time.perf_counter()
+    work()
+    wait(device)
+    return time.perf_counter() - started
+
+
+def matrix_rate(dtype: torch.dtype, device: str = "cpu") -> float:
+    """Return the floating-point operations a second in a large square matrix product."""
+    size = 8192 if device == "cuda" else 2048
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    left @ right
+    return 2 * size**3 / statistics.median(seconds(lambda: left @ right, device) for _ in range(5))
+
+
+def peak_bytes(device: str = "cpu") -> int:
+    """Return the most memory that this process has held: of the GPU, or (Linux) of the machine."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    # not getrusage: a child's maximum there begins with that of its parent
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1]) * 1024
+
+
+def in_own_process(script: str, *arguments: object) -> Any:  # noqa: ANN401  (what the script prints last, as JSON)
+    """Run a script of this folder and return what it printed."""
+    command = [sys.executable, str(Path(script).resolve()), *map(str, arguments)]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
