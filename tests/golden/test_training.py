@@ -13,6 +13,7 @@ from promcse_pl.training.module import PromcseModule
 pytestmark = pytest.mark.golden
 CASES = sorted(path.parent for path in GOLDEN.glob("training_*/outputs.safetensors"))
 WORST: dict[str, float] = {}
+WHAT = f"{len(CASES)} trainings of 20 steps"
 
 
 class OfficialAdamW(torch.optim.Optimizer):
@@ -33,14 +34,6 @@ class OfficialAdamW(torch.optim.Optimizer):
                 state["square"].mul_(0.999).addcmul_(parameter.grad, parameter.grad, value=0.001)
                 size = group["lr"] * (1 - 0.999 ** state["step"]) ** 0.5 / (1 - 0.9 ** state["step"])
                 parameter.addcdiv_(state["mean"], state["square"].sqrt().add_(1e-8), value=-size)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _print_worst(request):
-    yield
-    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
-    for kind, error in sorted(WORST.items()):
-        reporter.write_line(f"\nofficial parity, {len(CASES)} trainings of 20 steps, {kind}: worst error {error:.1e}")
 
 
 def train(case, official_rule):
