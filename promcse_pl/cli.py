@@ -92,7 +92,10 @@ def _parser() -> argparse.ArgumentParser:
         "--plot",
         metavar="FILE",
         type=Path,
-        help="bars with intervals, .pdf, .png or .svg; with geometry also FILE-density: cosines by gold score",
+        nargs="?",
+        const=Path("scores.pdf"),
+        help="bars with intervals, .pdf, .png or .svg (default scores.pdf); with geometry also FILE-density: cosines by gold "
+        "score",
     )
     evaluate.add_argument(
         "--pooling", help="of frozen encoders (default avg) and official checkpoints (default: seen or guessed)"

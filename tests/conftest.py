@@ -145,6 +145,7 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
                 "log_every": 1,
                 "precision": "float32",
                 "device": "cpu",
+                "chunk_tokens": 512,
             },
             "tracking": {"wandb": "offline", "project": "test", "name": "shared", "tags": ["short"]},
         }

@@ -48,9 +48,13 @@ def test_two_targets_are_scored_compared_written_and_drawn(trained_run, mine, tm
 @pytest.mark.parametrize(
     ("form", "file", "start"), [("markdown", "results.md", "| Sp"), ("latex", "results.tex", r"\beg")]
 )
-def test_the_tables_are_printed_and_written_in_the_form_that_is_asked_for(form, file, start, mine, tmp_path, capsys):
-    assert main(["evaluate", MINILM, "--tasks", str(mine), "--format", form, "--out", str(tmp_path / "out")]) == 0
+def test_the_tables_are_printed_and_written_in_the_form_that_is_asked_for(
+    form, file, start, mine, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", MINILM, "--tasks", str(mine), "--format", form, "--out", "out", "--plot"]) == 0
     printed = capsys.readouterr().out
+    assert (tmp_path / "scores.pdf").read_bytes().startswith(b"%PDF")
     assert printed.startswith(start)
     assert (tmp_path / "out" / file).read_text() == printed
 

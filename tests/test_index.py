@@ -333,7 +333,7 @@ def test_half_precision_vectors_are_float32_and_close(adapter, dtype):
 
 
 def test_unknown_dtypes_and_absent_devices_are_named(adapter):
-    with pytest.raises(ConfigError, match="dtype must be float32, bfloat16 or float16, got 'int8'"):
-        PromCSE.load(adapter, dtype="int8")
+    with pytest.raises(ConfigError, match="dtype must be float32, bfloat16, float16 or int8, got 'int4'"):
+        PromCSE.load(adapter, dtype="int4")
     with pytest.raises(ConfigError, match="device must be auto, cpu, cuda or mps, got 'toaster'"):
         PromCSE.load(adapter, device="toaster")
