@@ -13,7 +13,7 @@ from golden.official import read_json
 from promcse_pl.config import Config, LossConfig, OptimConfig
 from promcse_pl.data.module import TrainBatch
 from promcse_pl.data.readers import read_rows
-from promcse_pl.embedder import PromCSE
+from promcse_pl.embedder import PromCSE, tokenize
 from promcse_pl.errors import ConfigError, DataError
 from promcse_pl.model.encoder import PromptEncoder, Tokens
 from promcse_pl.model.mlm import IGNORED, MlmHead
@@ -182,7 +182,7 @@ def check_misc(probe):
 def check_token_type(probe):
     """Sentences have no token types: zeros in BERT, none in RoBERTa."""
     encoder = encoder_of(probe, family="roberta" if probe.startswith("roberta") else "bert").eval()
-    assert PromCSE(encoder, small_tokenizer(encoder.backbone.pad_id))._tokenize(["w5 w6"]).types_NT is None
+    assert tokenize(small_tokenizer(encoder.backbone.pad_id), ["w5 w6"], 8).types_NT is None
     tokens = tokens_for(encoder, [5, 3])
     zeros = dataclasses.replace(tokens, types_NT=torch.zeros_like(tokens.ids_NT))
     assert torch.equal(encoder(zeros)[0], encoder(tokens)[0])

@@ -356,7 +356,7 @@ def test_without_an_mlm_task_there_are_no_hidden_vectors():
     assert encoder(batch_for(encoder))[1] is None
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_chunks_of_a_batch_on_a_gpu_equal_those_on_the_cpu():
     encoder = prompt_encoder()
     tokens = with_mlm(batch_for(encoder), encoder.backbone.pad_id)
