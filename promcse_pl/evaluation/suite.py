@@ -115,7 +115,7 @@ def _score_target(target: Target, tasks: Sequence[Task], cache: VectorCache, rep
             "sha256": adapter_hash(encoder),
             "encoder": encoder.backbone.identity.name,
             "pooling": encoder.pooling,
-            "precision": str(encoder.backbone.dtype).removeprefix("torch."),
+            "precision": encoder.backbone.precision,
             "device": encoder.backbone.device.type,
             "seed": member.seed,
         }

@@ -98,7 +98,7 @@ def model_hash(model: PromCSE) -> str:
     backbone = model.encoder.backbone
     tokenizer = json.loads(model.tokenizer.backend_tokenizer.to_str())
     del tokenizer["padding"], tokenizer["truncation"]  # left behind by the last call
-    parts = [adapter_hash(model.encoder), tokenizer, model.max_tokens, str(backbone.dtype), backbone.device.type]
+    parts = [adapter_hash(model.encoder), tokenizer, model.max_tokens, backbone.precision, backbone.device.type]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -186,6 +186,7 @@ class FrozenBackbone(nn.Module):
         self.layer_norm_eps = float(getattr(config, "layer_norm_eps", getattr(config, "norm_eps", 1e-5)))
         self.pad_id: int = config.pad_token_id or 0
         self._source = source
+        self.quantized = False
         self._check_prompt_reaches_every_layer()
 
     @classmethod
@@ -270,6 +271,12 @@ class FrozenBackbone(nn.Module):
             self.model = quantize_dynamic(  # type: ignore[no-untyped-call]
                 self.model, {nn.Linear: per_channel_dynamic_qconfig}, dtype=torch.qint8
             )
+        self.quantized = True
+
+    @property
+    def precision(self) -> str:
+        """What the linear layers compute in: `float32`, `bfloat16`, `float16`, `float64` or `int8`."""
+        return "int8" if self.quantized else str(self.dtype).removeprefix("torch.")
 
     @property
     def device(self) -> torch.device:

@@ -89,12 +89,15 @@ def test_a_damaged_file_is_reported_and_built_anew(damage, model, tmp_path, capl
 def test_models_whose_vectors_differ_do_not_share_a_file(folder):
     other_case = small_model(folder)
     other_case.tokenizer.backend_tokenizer.normalizer = None
+    in_bytes = small_model(folder)
+    in_bytes.encoder.backbone.quantize()
     models = [
         small_model(folder),
         small_model(folder, length=3),
         small_model(folder, pooling="cls"),
         small_model(folder, dtype=torch.bfloat16),
         other_case,
+        in_bytes,
     ]
     assert len({model_hash(model) for model in models}) == len(models)
     assert model_hash(models[0]) == model_hash(small_model(folder))
