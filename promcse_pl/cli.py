@@ -159,7 +159,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from promcse_pl.evaluation.suite import evaluate
     from promcse_pl.evaluation.targets import find_targets
     from promcse_pl.evaluation.vectors import VectorCache
-    from promcse_pl.job import write_text
+    from promcse_pl.folder import write_text
     from promcse_pl.terminal import output_console, stages
 
     targets = find_targets(options.targets, pooling=options.pooling, device=options.device)

@@ -17,19 +17,11 @@ from rich.console import Console
 
 from promcse_pl.config import DATA_SUITES, Config
 from promcse_pl.errors import ConfigError, DataError, EncoderError
+from promcse_pl.folder import ADAPTER, BAD_ROWS, CONFIG, HISTORY, LOG, RESULTS, write_text
 from promcse_pl.terminal import ConsoleHandler, config_tree, output_console, progress_bar, stages
 from promcse_pl.version import __version__
 
 log = logging.getLogger("promcse_pl")
-
-CONFIG, RESULTS, HISTORY, LOG, BAD_ROWS, ADAPTER = (
-    "config.yaml",
-    "results.json",
-    "metrics.jsonl",
-    "run.log",
-    "bad_rows.txt",
-    "adapter",
-)
 
 
 def read_config(path: Path) -> Config:
@@ -234,21 +226,6 @@ def _report_rows(data: Any, folder: Path) -> None:  # noqa: ANN401  (PromcseData
         log.info("no development set: the last step is kept")
     else:
         log.info("development set: %s, %d pairs", data.dev.name, len(data.dev))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all, and its folder if it is not there.
-
-    Raises:
-        ConfigError: It cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 @contextmanager

@@ -1,0 +1,124 @@
+"""A run's folder: the names in it, the state of its run, and the lock that keeps a second process out."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from promcse_pl.errors import ConfigError, DataError
+
+CONFIG, RESULTS, HISTORY, LOG, BAD_ROWS, ADAPTER, STATUS, LOCK, CHECKPOINTS = (
+    "config.yaml",
+    "results.json",
+    "metrics.jsonl",
+    "run.log",
+    "bad_rows.txt",
+    "adapter",
+    "status.json",
+    ".lock",
+    "checkpoints",
+)
+State = Literal["running", "finished", "failed", "stopped"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """What status.json holds: where a run stands.
+
+    Attributes:
+        state: `running`, `finished`, `failed` (an error; the message is kept) or `stopped` (by a signal, after a save).
+        step, steps: Optimiser steps done when this was written, and of the whole run; None: not known yet.
+        error: Kind and message of what ended a failed run.
+        wandb_id: Id of the W&B run, fixed before training starts; None without tracking.
+        started, updated: Seconds since 1970.
+        pid: Process that wrote this.
+    """
+
+    state: State
+    step: int = 0
+    steps: int | None = None
+    error: str | None = None
+    wandb_id: str | None = None
+    started: float = dataclasses.field(default_factory=time.time)
+    updated: float = dataclasses.field(default_factory=time.time)
+    pid: int = dataclasses.field(default_factory=os.getpid)
+
+
+def write_status(folder: Path, status: Status) -> None:
+    """Put status.json into a folder, whole or not at all."""
+    now = dataclasses.replace(status, updated=time.time(), pid=os.getpid())
+    write_text(folder / STATUS, json.dumps(dataclasses.asdict(now), indent=2) + "\n")
+
+
+def read_status(folder: Path) -> Status | None:
+    """Return where a run stands; None for a folder without status.json (no run, or one of an older version).
+
+    Raises:
+        DataError: The file is not a status.
+    """
+    path = folder / STATUS
+    try:
+        raw: Any = json.loads(path.read_text(encoding="utf-8"))
+        status = Status(**raw)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{path} cannot be read as the status of a run: {error}") from error
+    if status.state not in get_args(State):
+        raise DataError(f"{path}: state must be one of {', '.join(get_args(State))}, got {status.state!r}")
+    return status
+
+
+def is_running(folder: Path) -> bool:
+    """Tell whether a living process holds the folder's lock; a run whose status says otherwise was killed."""
+    with suppress(OSError), (folder / LOCK).open("rb") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run's folder for this process; the lock ends with the process, however that ends.
+
+    Raises:
+        ConfigError: Another process holds it, or the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        stream = (folder / LOCK).open("ab")
+    except OSError as error:
+        raise ConfigError(f"cannot make the run's folder {folder}: {error.strerror}") from error
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"another process is at work in {folder}. Try: another folder, or wait for it") from None
+        yield
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all, and its folder if it is not there.
+
+    Raises:
+        ConfigError: It cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise ConfigError(f"cannot write {path}: {error.strerror or error}") from error
