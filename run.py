@@ -13,8 +13,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from promcse_pl.cli import main as cli
 from promcse_pl.config import Config, check_overrides
 from promcse_pl.errors import ConfigError, PromcseError
+from promcse_pl.training.stop import Stopped
 
 CONF = Path(__file__).parent / "conf"
 
@@ -66,6 +68,15 @@ def _remove_empty(folder: Path) -> None:
             return
 
 
+def _resume(arguments: list[str]) -> int:
+    """Go on with a run; nothing is composed: its folder has all settings."""
+    if len(arguments) > 1:
+        raise ConfigError(
+            f"resume= goes on with a run as it was begun and takes no settings. Try: python run.py {arguments[0]}"
+        )
+    return cli(["train", "--resume", arguments[0].partition("=")[2]])
+
+
 def _choices() -> dict[str, list[str]]:
     """Return the groups of conf/ and what each offers; recipe/ is chosen by mode and model."""
     groups = sorted(path for path in CONF.iterdir() if path.is_dir())
@@ -79,7 +90,14 @@ def _stop(error: PromcseError) -> None:
 
 if __name__ == "__main__":
     try:
+        resumed = sorted(sys.argv[1:], key=lambda argument: not argument.startswith("resume="))
+        if resumed and resumed[0].startswith("resume="):
+            sys.exit(_resume(resumed))
         check_overrides(sys.argv[1:], _choices())
+        main()
     except ConfigError as error:
         _stop(error)
-    main()
+    except Stopped as stopped:
+        sys.exit(stopped.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)

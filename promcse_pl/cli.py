@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from promcse_pl.errors import DataError, PromcseError
+from promcse_pl.errors import ConfigError, DataError, PromcseError
+from promcse_pl.training.stop import Stopped
 from promcse_pl.version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; return its exit code: 0, or 2 for an error that the message explains."""
+    """Run a command; return its exit code: 0, 2 for an error that the message explains, 143 or 130 when a signal stopped it."""
     options = _parser().parse_args(arguments)
     try:
         code: int = options.run(options)
@@ -22,6 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PromcseError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
+    except Stopped as stopped:
+        return stopped.exit_code
+    except KeyboardInterrupt:
+        return 130
     except BrokenPipeError:  # the reader of our output has gone, as with `promcse ... | head`
         # what is still buffered goes nowhere, or Python's last flush would complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -36,9 +41,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"promcse {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="run a saved config.yaml (a new run: python run.py)")
-    train.add_argument("config", type=Path, help="config.yaml of a run")
-    train.add_argument("--out", type=Path, required=True, help="folder of the new run")
+    train = commands.add_parser("train", help="run a saved config.yaml (a new run: python run.py), or go on with a run")
+    train.add_argument("config", type=Path, nargs="?", help="config.yaml of a run")
+    train.add_argument("--out", type=Path, help="folder of the new run")
+    train.add_argument("--resume", metavar="FOLDER", type=Path, help="go on with the run in this folder")
     train.set_defaults(run=_train)
 
     encode = commands.add_parser("encode", help="sentences to vectors")
@@ -130,9 +136,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from promcse_pl.job import read_config, run_job
+    from promcse_pl.job import read_config, resume_job, run_job
 
-    run_job(read_config(options.config), options.out)
+    if options.resume and not (options.config or options.out):
+        resume_job(options.resume)
+    elif options.config and options.out and not options.resume:
+        run_job(read_config(options.config), options.out)
+    else:
+        raise ConfigError("Try: promcse train CONFIG --out NEW_FOLDER, or promcse train --resume FOLDER")
     return 0
 
 

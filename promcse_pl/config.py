@@ -202,6 +202,9 @@ class TrainerConfig:
     """Steps between two looks at the development set, >= 1 (official: 125)."""
     log_every: int = 10
     """Steps between two entries of the history, >= 1."""
+    save_every: int | None = 100
+    """Steps between two saves that a killed run goes on from (`python run.py resume=FOLDER`), >= 1; None: only at the last step
+    and when a signal stops the run."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute; auto takes a GPU if there is one."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -217,7 +220,11 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "eval_every", "log_every"):
             _require(getattr(self, name) >= 1, f"trainer.{name}", getattr(self, name), "at least 1", 1)
-        for name, allowed in (("max_steps", "at least 1, or null"), ("chunk_tokens", "at least 1, auto, or null")):
+        for name, allowed in (
+            ("max_steps", "at least 1, or null"),
+            ("save_every", "at least 1, or null"),
+            ("chunk_tokens", "at least 1, auto, or null"),
+        ):
             value = getattr(self, name)
             _require(value in (None, "auto") or value >= 1, f"trainer.{name}", value, allowed, 1000)
 

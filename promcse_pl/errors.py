@@ -25,3 +25,7 @@ class AdapterError(PromcseError, ValueError):
 
 class NonFiniteError(PromcseError, FloatingPointError):
     """A loss, gradient or vector is NaN or infinite."""
+
+
+class OutOfMemoryError(PromcseError, MemoryError):
+    """The memory of the machine or its GPU does not hold what the settings ask for."""

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 from promcse_pl.errors import ConfigError, DataError
 
-CONFIG, RESULTS, HISTORY, LOG, BAD_ROWS, ADAPTER, STATUS, LOCK, CHECKPOINTS = (
+CONFIG, RESULTS, HISTORY, LOG, BAD_ROWS, ADAPTER, STATUS, LOCK, CHECKPOINTS, INPUTS, NON_FINITE = (
     "config.yaml",
     "results.json",
     "metrics.jsonl",
@@ -25,6 +25,8 @@ CONFIG, RESULTS, HISTORY, LOG, BAD_ROWS, ADAPTER, STATUS, LOCK, CHECKPOINTS = (
     "status.json",
     ".lock",
     "checkpoints",
+    "inputs.json",
+    "non_finite.safetensors",
 )
 State = Literal["running", "finished", "failed", "stopped"]
 
@@ -50,6 +52,10 @@ class Status:
     started: float = dataclasses.field(default_factory=time.time)
     updated: float = dataclasses.field(default_factory=time.time)
     pid: int = dataclasses.field(default_factory=os.getpid)
+
+    def at(self, step: int, steps: int) -> Status:
+        """Return the same at another step."""
+        return dataclasses.replace(self, step=step, steps=steps)
 
 
 def write_status(folder: Path, status: Status) -> None:

@@ -3,23 +3,46 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import logging
+import os
 import platform
+import re
+import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from rich.console import Console
 
 from promcse_pl.config import DATA_SUITES, Config
-from promcse_pl.errors import ConfigError, DataError, EncoderError
-from promcse_pl.folder import ADAPTER, BAD_ROWS, CONFIG, HISTORY, LOG, RESULTS, write_text
+from promcse_pl.errors import ConfigError, DataError, EncoderError, OutOfMemoryError, PromcseError
+from promcse_pl.folder import (
+    ADAPTER,
+    BAD_ROWS,
+    CHECKPOINTS,
+    CONFIG,
+    HISTORY,
+    LOCK,
+    LOG,
+    RESULTS,
+    State,
+    Status,
+    locked,
+    read_status,
+    write_status,
+    write_text,
+)
 from promcse_pl.terminal import ConsoleHandler, config_tree, output_console, progress_bar, stages
 from promcse_pl.version import __version__
+
+if TYPE_CHECKING:
+    from promcse_pl.training.checkpoint import Checkpoint
+    from promcse_pl.training.stop import StopSignals
 
 log = logging.getLogger("promcse_pl")
 
@@ -47,8 +70,8 @@ def write_config(config: Config, path: Path) -> Path:
 def run_job(config: Config, folder: Path, console: Console | None = None) -> dict[str, Any]:
     """Train an adapter, evaluate it, and leave everything in a folder.
 
-    The folder gets config.yaml (alone enough to repeat the run), run.log, metrics.jsonl, adapter/, results.json, bad_rows.txt if
-    rows were skipped, and wandb/ unless tracking is off.
+    The folder gets config.yaml (alone enough to repeat the run), run.log, metrics.jsonl, adapter/, results.json, status.json,
+    inputs.json, bad_rows.txt if rows were skipped, and wandb/ unless tracking is off; while the run goes on also checkpoints/.
 
     Args:
         config: Valid settings.
@@ -60,18 +83,96 @@ def run_job(config: Config, folder: Path, console: Console | None = None) -> dic
 
     Raises:
         PromcseError: Whatever the user can mend; the message says how.
+        Stopped: A signal ended the run; `resume_job` goes on with it.
     """
-    console = console or output_console()
-    started = time.perf_counter()
-    if (folder / CONFIG).exists():
-        raise ConfigError(f"{folder} already holds a run. Try another folder, or delete this one")
     check_inputs(config)
+    with locked(folder):
+        if (folder / CONFIG).exists():
+            raise ConfigError(
+                f"{folder} already holds a run. Try another folder, or python run.py resume={folder} to go on with it"
+            )
+        write_config(config, folder / CONFIG)
+        return _session(config, folder, console or output_console(), Status(state="running"), None)
+
+
+def resume_job(folder: Path, console: Console | None = None) -> dict[str, Any]:
+    """Go on with a run that was killed, stopped or failed, from its newest whole checkpoint; without one it starts over.
+
+    On the same machine and number of threads the result is bit for bit that of the uninterrupted run.
+
+    Args:
+        folder: Of the run.
+        console: Where to print.
+
+    Returns:
+        What results.json holds; a finished run is left as it is.
+
+    Raises:
+        ConfigError: The folder holds no run, or another process is at work in it.
+        DataError: The data, the encoder or a setting have changed since the run began.
+        PromcseError, Stopped: As for `run_job`.
+    """
+    if not (folder / CONFIG).is_file():
+        raise ConfigError(f"{folder} holds no run to go on with: it has no {CONFIG}. Try: the folder of a run")
+    console = console or output_console()
+    with locked(folder):
+        before = read_status(folder)
+        if before is not None and before.state == "finished":
+            console.print(f"the run in {folder} is finished; nothing is left to do", soft_wrap=True)
+            return read_results(folder)
+        config = read_config(folder / CONFIG)
+        check_inputs(config)
+        _remove_leftovers(folder)
+        from promcse_pl.training.checkpoint import newest_checkpoint
+
+        resume = newest_checkpoint(folder)
+        status = dataclasses.replace(before or Status(state="running"), state="running", error=None)
+        with suppress(FileNotFoundError):  # what was logged after the save is logged again
+            os.truncate(folder / HISTORY, resume.history_bytes if resume else 0)
+        return _session(config, folder, console, status, resume)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what a killed process was writing under a temporary name."""
+    for path in folder.glob(".*"):
+        if path.name != LOCK:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """Return the results of a finished run.
+
+    Raises:
+        DataError: There are none, or the file is damaged.
+    """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"cannot make the run's folder {folder}: {error.strerror}") from error
-    with _logging_to(folder / LOG, console):
-        return _run(config, folder, console, started)
+        results: dict[str, Any] = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder / RESULTS} cannot be read: {error}") from error
+    return results
+
+
+def _session(
+    config: Config, folder: Path, console: Console, status: Status, resume: Checkpoint | None
+) -> dict[str, Any]:
+    """Run with signals and log in hand, and leave in the folder how it ended."""
+    from promcse_pl.training.stop import Stopped, StopSignals
+
+    with _logging_to(folder / LOG, console), StopSignals() as stop:
+        write_status(folder, status)
+        try:
+            with _plain_errors(config):
+                results = _run(config, folder, console, status, resume, stop)
+        except Stopped:
+            _leave(folder, "stopped")
+            log.info("stopped; to go on: python run.py resume=%s", folder)
+            raise
+        except BaseException as error:
+            _leave(folder, "failed", f"{type(error).__name__}: {error}")
+            raise
+        _leave(folder, "finished")
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        return results
 
 
 def check_inputs(config: Config) -> None:
@@ -104,7 +205,10 @@ def check_inputs(config: Config) -> None:
         find_file(config.data.train, config.data, "data.train")
 
 
-def _run(config: Config, folder: Path, console: Console, started: float) -> dict[str, Any]:
+def _run(
+    config: Config, folder: Path, console: Console, status: Status, resume: Checkpoint | None, stop: StopSignals
+) -> dict[str, Any]:
+    started = time.perf_counter()
     with console.status("loading torch"):  # late: mistakes in a config must not wait for it
         import torch
 
@@ -113,6 +217,7 @@ def _run(config: Config, folder: Path, console: Console, started: float) -> dict
         from promcse_pl.tracking.local import JsonlLogger
         from promcse_pl.tracking.wandb import abandon_wandb, finish_wandb, start_wandb
         from promcse_pl.training.fit import build_data, build_encoder, build_mlm_head, fit, resolve_machine
+        from promcse_pl.training.inputs import describe_inputs, record_inputs
 
     config, device = resolve_machine(config)
     console.print(config_tree(config.to_dict()))
@@ -128,7 +233,10 @@ def _run(config: Config, folder: Path, console: Console, started: float) -> dict
     trained = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
     total = sum(p.numel() for p in encoder.parameters())
     log.info("trained: %s of %s parameters (%.2f %%)", f"{trained:,}", f"{total:,}", 100 * trained / total)
-    write_config(config, folder / CONFIG)
+    record_inputs(folder, describe_inputs(config, encoder, data))
+    write_config(config, folder / CONFIG)  # again: what `auto` left open is settled now
+    if resume:
+        log.info("going on after step %d", resume.step)
 
     wandb_logger = start_wandb(config, folder)
     loggers = [JsonlLogger(folder / HISTORY), *([wandb_logger] if wandb_logger else [])]
@@ -142,6 +250,9 @@ def _run(config: Config, folder: Path, console: Console, started: float) -> dict
             loggers=loggers,
             folder=folder,
             show_bar=console.is_terminal,
+            status=status,
+            stop=stop,
+            resume=resume,
         )
         summary = {
             "rows": len(data.token_rows),
@@ -232,9 +343,9 @@ def _report_rows(data: Any, folder: Path) -> None:  # noqa: ANN401  (PromcseData
 def _logging_to(path: Path, console: Console) -> Iterator[None]:
     """Send the package's log lines to the terminal and, with times, to a file."""
     try:
-        to_file = logging.FileHandler(path, mode="x", encoding="utf-8")  # claims the folder: of two runs one is refused
-    except FileExistsError:
-        raise ConfigError(f"{path.parent} already holds a run. Try another folder, or delete this one") from None
+        to_file = _LogFile(path, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     to_terminal = ConsoleHandler(console)
     handlers = (to_file, to_terminal)
@@ -254,3 +365,49 @@ def _logging_to(path: Path, console: Console) -> Iterator[None]:
             handler.close()
         log.setLevel(level)
         log.propagate = propagate
+
+
+class _LogFile(logging.FileHandler):
+    """A log file that a full disk silences: the line is on the terminal too, and what fails for good raises elsewhere."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (the hook's name is logging's)
+        """Drop the line."""
+
+
+@contextmanager
+def _plain_errors(config: Config) -> Iterator[None]:
+    """Turn what the machine runs out of into errors that say what to do."""
+    try:
+        yield
+    except PromcseError:
+        raise
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not _MEMORY.search(str(error)):
+            raise
+        raise OutOfMemoryError(f"the memory is full. Try: {_less_memory(config)}") from error
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        raise DataError(f"cannot write {error.filename or 'a file of the run'}: {error.strerror}") from error
+
+
+_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+
+
+def _less_memory(config: Config) -> str:
+    """Return the next settings that take less memory than these, the results unchanged as long as that goes."""
+    tokens = config.trainer.chunk_tokens
+    tokens = tokens if isinstance(tokens, int) else 512
+    if config.trainer.recompute != "always":
+        return f"trainer.recompute=always trainer.chunk_tokens={tokens}"
+    if tokens > config.data.max_length:
+        return f"trainer.chunk_tokens={max(config.data.max_length, tokens // 2)}"
+    return f"data.batch_size={max(2, config.data.batch_size // 2)} (this changes what is trained)"
+
+
+def _leave(folder: Path, state: State, error: str | None = None) -> None:
+    """Write how the run ended; a full disk must not hide why."""
+    with suppress(PromcseError):
+        before = read_status(folder) or Status(state=state)
+        write_status(folder, dataclasses.replace(before, state=state, error=error))

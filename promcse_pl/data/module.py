@@ -59,10 +59,17 @@ def epoch_order(rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
 
 
 class EpochBatches(Sampler[_Place]):
-    """Batches of an epoch in `epoch_order`; the last one holds what is left. Lightning calls `set_epoch`."""
+    """Batches of an epoch in `epoch_order`; the last one holds what is left. Lightning calls `set_epoch`.
 
-    def __init__(self, rows: int, batch_size: int, seed: int) -> None:
+    Args:
+        rows, batch_size: Of the training data.
+        seed: Decides the order.
+        start_step: Steps that were done before: the epoch that they ended in begins where they left it.
+    """
+
+    def __init__(self, rows: int, batch_size: int, seed: int, start_step: int = 0) -> None:
         self.rows, self.batch_size, self.seed, self.epoch = rows, batch_size, seed, 0
+        self.start_epoch, self.start_index = divmod(start_step, len(self))
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration goes through, from 0."""
@@ -73,7 +80,7 @@ class EpochBatches(Sampler[_Place]):
 
     def __iter__(self) -> Iterator[_Place]:
         order = epoch_order(self.rows, self.seed, self.epoch)
-        for index in range(len(self)):
+        for index in range(self.start_index if self.epoch == self.start_epoch else 0, len(self)):
             yield _Place(self.epoch, index, order[index * self.batch_size : (index + 1) * self.batch_size])
 
 
@@ -146,6 +153,8 @@ class PromcseDataModule(pl.LightningDataModule):
         self.masking = (
             Masking(tokenizer.mask_token_id, len(tokenizer), tuple(tokenizer.all_special_ids)) if mlm else None
         )
+        self.start_step = 0
+        """Steps done before this process took over; a resumed run sets it."""
         self.rows: TokenRows | None = None
         self.dev: ScoredPairs | None = None
 
@@ -171,10 +180,14 @@ class PromcseDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[TrainBatch]:
         """Return the loader of one epoch's batches."""
         rows = self.token_rows
-        batches = EpochBatches(len(rows), self.config.batch_size, self.seed)
+        batches = EpochBatches(len(rows), self.config.batch_size, self.seed, self.start_step)
         for_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return DataLoader(
-            TrainBatches(rows, self.seed, self.masking), sampler=batches, batch_size=None, pin_memory=for_gpu
+            TrainBatches(rows, self.seed, self.masking),
+            sampler=batches,
+            batch_size=None,
+            pin_memory=for_gpu,
+            generator=torch.Generator(),  # a loader draws a number at its start; not from the one that decides the run
         )
 
     def transfer_batch_to_device(self, batch: TrainBatch, device: torch.device, dataloader_idx: int) -> TrainBatch:  # noqa: ARG002

@@ -1,4 +1,4 @@
-"""What watches a training run: development score, throughput, plain progress lines."""
+"""What watches a training run: development score, history, plain progress lines."""
 
 from __future__ import annotations
 
@@ -71,15 +71,31 @@ class BestByDev(pl.Callback):
             self.best_step,
         )
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs."""
+        return {"score": self.best_score, "step": self.best_step, "history": self.history, "best": self._best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what an earlier process had found."""
+        self.best_score, self.best_step = state_dict["score"], state_dict["step"]
+        self.history, self._best = list(state_dict["history"]), dict(state_dict["best"])
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the best tensors back."""
         if self._best:
             assert isinstance(pl_module, PromcseModule)
             pl_module.encoder.load_state_dict(self._best)
 
 
-class Throughput(pl.Callback):
-    """Log rows/s, real tokens/s, padding share and learning rate, averaged since the last entry; the dev looks are left out."""
+class History(pl.Callback):
+    """Log what a step was: loss parts, gradient norm, learning rate, and rows/s, tokens/s and padding since the last entry.
+
+    The looks at the development set are left out of the times.
+
+    Args:
+        every: Steps between two entries.
+        chunk_tokens: Of the encoder, for the padding share.
+    """
 
     def __init__(self, every: int, chunk_tokens: int | None) -> None:
         self.every, self.chunk_tokens = every, chunk_tokens
@@ -101,6 +117,7 @@ class Throughput(pl.Callback):
         batch_idx: int,
     ) -> None:
         """Count the step and log when it is time."""
+        assert isinstance(pl_module, PromcseModule)
         if batch.tokens.ids_NT.is_cuda:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - self._start
@@ -112,15 +129,25 @@ class Throughput(pl.Callback):
         if trainer.global_step % self.every:
             return
         metrics = {
+            **{name: float(value) for name, value in pl_module.entry.items()},
+            "train/lr": self._lr,
             "speed/rows_per_second": self.rows / self._seconds,
             "speed/tokens_per_second": self.real_tokens / self._seconds,
             "speed/padding_share": 1 - self.real_tokens / self.padded_tokens,
-            "train/lr": self._lr,
         }
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
         self.rows = self.real_tokens = self.padded_tokens = 0
         self._seconds = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs: the counts since the last entry and of all."""
+        names = ("rows", "real_tokens", "padded_tokens", "total_rows", "total_seconds", "_seconds")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over an earlier process's counts."""
+        vars(self).update(state_dict)
 
 
 class ProgressLines(pl.Callback):

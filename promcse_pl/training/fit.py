@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,14 +18,17 @@ from promcse_pl.config import Config
 from promcse_pl.data.module import PromcseDataModule
 from promcse_pl.embedder import pick_device
 from promcse_pl.errors import ConfigError
+from promcse_pl.folder import ADAPTER, Status
 from promcse_pl.model.backbone import FrozenBackbone
 from promcse_pl.model.chunks import CHUNK_TOKENS
 from promcse_pl.model.encoder import PromptEncoder
 from promcse_pl.model.mlm import MlmHead
-from promcse_pl.training.callbacks import BestByDev, ProgressLines, Throughput
+from promcse_pl.training.callbacks import BestByDev, History, ProgressLines
+from promcse_pl.training.checkpoint import Checkpoint, RunCheckpoints, Saver
 from promcse_pl.training.memory import SHARE, free_bytes, kept_bytes
 from promcse_pl.training.module import PromcseModule
 from promcse_pl.training.precision import choose_dtype
+from promcse_pl.training.stop import Stopped, StopSignals
 
 log = logging.getLogger("promcse_pl")
 
@@ -161,6 +163,9 @@ def fit(
     loggers: Sequence[Logger],
     folder: Path,
     show_bar: bool,
+    status: Status,
+    stop: StopSignals,
+    resume: Checkpoint | None = None,
 ) -> Fitted:
     """Train the prompt in place; at the end it holds the tensors of the best step.
 
@@ -169,11 +174,16 @@ def fit(
         encoder, data, mlm_head: From the functions above.
         device: Where to compute.
         loggers: Where numbers go.
-        folder: Lightning's root; the best adapter so far is kept in its `adapter` folder.
+        folder: Of the run: the best adapter so far and the checkpoints are kept in it.
         show_bar: A progress bar for a terminal, else a line now and then.
+        status: Where the run stands; its step is kept up to date in the folder.
+        stop: Signals that end the run after a save.
+        resume: Where an earlier process left the run.
 
     Raises:
         NonFiniteError: A loss or gradient is NaN or infinite.
+        DataError: A checkpoint cannot be written.
+        Stopped: A signal asked for it; the run is saved.
     """
     epoch_steps = -(-len(data.token_rows) // config.data.batch_size)
     steps = min(epoch_steps * config.trainer.epochs, config.trainer.max_steps or epoch_steps * config.trainer.epochs)
@@ -189,15 +199,17 @@ def fit(
         recompute=must_recompute(config, encoder, data, device),
         mlm_head=mlm_head,
     )
-    throughput = Throughput(log_every, chunk_tokens)
+    data.start_step = resume.step if resume else 0
+    history = History(log_every, chunk_tokens)
+    saver = Saver(folder, every=config.trainer.save_every, stop=stop, status=status)
     best = None
     if data.dev is not None:
         every = config.trainer.eval_every
         if 2 * every > steps:
             every = max(1, steps // LOOKS)
             log.info("%d steps are few: looking at the development set every %d", steps, every)
-        best = BestByDev(data.dev, data.tokenizer, every=every, save_to=folder / "adapter")
-    watchers = [throughput, best, None if show_bar else ProgressLines()]
+        best = BestByDev(data.dev, data.tokenizer, every=every, save_to=folder / ADAPTER)
+    watchers = [history, best, None if show_bar else ProgressLines(), saver]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="pytorch_lightning.*|lightning_fabric.*|torch.jit.*")
         trainer = pl.Trainer(
@@ -209,6 +221,7 @@ def fit(
             gradient_clip_val=config.optim.clip_norm,
             logger=list(loggers),
             callbacks=[watcher for watcher in watchers if watcher is not None],
+            plugins=[RunCheckpoints(folder)],
             log_every_n_steps=log_every,
             enable_checkpointing=False,
             enable_progress_bar=show_bar,
@@ -216,12 +229,17 @@ def fit(
             use_distributed_sampler=False,
             default_root_dir=folder,
         )
-        started = time.perf_counter()
-        trainer.fit(module, datamodule=data)
+        stop.deferred = True
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=resume.path if resume else None)
+        finally:
+            stop.deferred = False
+    if stop.received:
+        raise Stopped(stop.received)
     return Fitted(
         steps=steps,
         best_step=best.best_step if best and best.best_step is not None else steps,
         dev_score=best.best_score if best else None,
-        seconds=time.perf_counter() - started,
-        rows_per_second=throughput.total_rows / throughput.total_seconds,
+        seconds=saver.total_seconds(),
+        rows_per_second=history.total_rows / history.total_seconds,
     )

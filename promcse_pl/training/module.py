@@ -50,6 +50,8 @@ class PromcseModule(pl.LightningModule):
         self.encoder, self.mlm_head, self.official_gradient = encoder, mlm_head, official_gradient
         self.loss, self.optim, self.total_steps = loss, optim, total_steps
         self.chunk_tokens, self.recompute = chunk_tokens, recompute
+        self.entry: dict[str, Tensor] = {}
+        """Loss parts and gradient norm of the last step, for the history."""
 
     def losses(self, batch: TrainBatch) -> LossParts:
         """Encode this rank's rows and return the loss of the batch of all ranks, term by term."""
@@ -100,10 +102,8 @@ class PromcseModule(pl.LightningModule):
                 f"the loss of step {self.global_step + 1} (batch {batch_idx} of epoch {self.current_epoch}, training rows "
                 f"{batch.rows_B[:4].tolist()}...) is not finite: {values}. {self._remedy()}"
             )
-        entry = {f"train/{name}": part for name, part in named.items()}
-        # Lightning takes the entry's step from "step"; by itself it would count from 0, unlike the callbacks
-        self.log_dict({**entry, "step": float(self.global_step + 1)}, batch_size=len(batch.rows_B))
-        self.log_dict(named, prog_bar=True, logger=False)
+        self.entry = {f"train/{name}": part for name, part in named.items()}
+        self.log_dict(named, prog_bar=True, logger=False, batch_size=len(batch.rows_B))
         return parts.total
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401  (Lightning's own union of dictionaries)
@@ -114,12 +114,12 @@ class PromcseModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: ARG002
-        """Log the joint gradient norm before clipping, and refuse one that is not finite."""
+        """Note the joint gradient norm before clipping, and refuse one that is not finite."""
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if not bool(torch.isfinite(norm)):
             raise NonFiniteError(f"the gradient of step {self.global_step + 1} is not finite. {self._remedy()}")
-        self.log("train/gradient_norm", norm)
+        self.entry["train/gradient_norm"] = norm
 
     def _remedy(self) -> str:
         if self.global_step == 0:

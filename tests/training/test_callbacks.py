@@ -13,7 +13,7 @@ from promcse_pl.data.module import PromcseDataModule
 from promcse_pl.evaluation.sts import PairScores, ScoredPairs
 from promcse_pl.model.encoder import PromptEncoder
 from promcse_pl.training import callbacks
-from promcse_pl.training.callbacks import BestByDev, Throughput
+from promcse_pl.training.callbacks import BestByDev, History
 from promcse_pl.training.module import PromcseModule
 
 PAIRS = ScoredPairs.of("dev", [("w5 w6", "w7", 1.0), ("w8", "w9 w10", 0.0), ("w11", "w12", 0.5)])
@@ -82,8 +82,8 @@ def test_a_look_leaves_the_random_state_and_the_training_as_they_were(tmp_path):
     assert with_looks.encoder.training == without.encoder.training
 
 
-def test_the_throughput_counts_rows_and_tokens_and_leaves_the_ragged_batch_in(tmp_path):
-    watch = Throughput(1, None)
+def test_the_history_counts_rows_and_tokens_and_leaves_the_ragged_batch_in(tmp_path):
+    watch = History(1, None)
     train(tmp_path, 3, watch)
     assert watch.total_rows == 10
     assert watch.total_seconds > 0

@@ -65,7 +65,17 @@ def run_small(folder: Path, name: str = "run", **sections: dict) -> tuple[dict, 
 
 def test_a_run_leaves_adapter_results_history_config_log_and_tracking_and_nothing_else(trained_run):
     names = {path.name for path in trained_run.folder.iterdir()}
-    assert names == {"adapter", "results.json", "metrics.jsonl", "config.yaml", "run.log", "wandb"}
+    assert names == {
+        "adapter",
+        "results.json",
+        "metrics.jsonl",
+        "config.yaml",
+        "run.log",
+        "wandb",
+        "status.json",
+        "inputs.json",
+        ".lock",
+    }
     assert {path.name for path in (trained_run.folder / "adapter").iterdir()} == {"adapter.json", "adapter.safetensors"}
     assert json.loads((trained_run.folder / "results.json").read_text()) == trained_run.results
 

@@ -1,0 +1,283 @@
+"""Where a run stands, on disk: enough to go on as if nothing had happened, without pickle, whole or absent.
+
+A checkpoint is a folder checkpoints/step-N with tensors.safetensors and state.json. It is written under another name, synced and
+renamed; a checksum tells a torn one. The frozen encoder is not in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import random
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.plugins.io import CheckpointIO
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from promcse_pl.data.module import TrainBatch
+from promcse_pl.errors import DataError, NonFiniteError
+from promcse_pl.folder import CHECKPOINTS, HISTORY, NON_FINITE, Status, write_status
+from promcse_pl.training.module import PromcseModule
+from promcse_pl.training.stop import Stopped, StopSignals
+
+log = logging.getLogger("promcse_pl")
+
+FORMAT = 1
+TENSORS, STATE = "tensors.safetensors", "state.json"
+KEPT = 2
+"""Checkpoints that stay: should the newest turn out to be torn, there is another."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A valid checkpoint.
+
+    Attributes:
+        path: Its folder.
+        step: Optimiser steps done.
+        history_bytes: Size of the run's history at that step.
+        state: What Lightning saved.
+    """
+
+    path: Path
+    step: int
+    history_bytes: int
+    state: dict[str, Any]
+
+
+def newest_checkpoint(run: Path) -> Checkpoint | None:
+    """Return the newest checkpoint of a run's folder that is whole; None if there is none."""
+    steps = [path for path in (run / CHECKPOINTS).glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    for path in sorted(steps, key=lambda path: int(path.name.removeprefix("step-")), reverse=True):
+        try:
+            return read_checkpoint(path)
+        except DataError as error:
+            log.warning("%s; an older one is taken", error)
+    return None
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint's folder.
+
+    Raises:
+        DataError: A file is missing, cut short, changed, or of a newer format.
+    """
+    try:
+        stored = json.loads((path / STATE).read_bytes())
+        tensors = (path / TENSORS).read_bytes()
+        if stored["format"] != FORMAT:
+            raise DataError(f"{path} has format {stored['format']}; this version reads {FORMAT}")
+        if stored["sha256"] != _checksum(stored, tensors):
+            raise DataError(f"{path} is damaged: its checksum is wrong")
+        return Checkpoint(path, stored["step"], stored["history_bytes"], _from_plain(stored["state"], load(tensors)))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path} is not a whole checkpoint ({type(error).__name__}: {error})") from error
+
+
+def _checksum(stored: dict[str, Any], tensors: bytes) -> str:
+    described = {name: value for name, value in stored.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode() + tensors).hexdigest()
+
+
+class RunCheckpoints(CheckpointIO):
+    """Lightning's door to the folders above.
+
+    Args:
+        run: The run's folder.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write a checkpoint and remove those that are too old.
+
+        Raises:
+            DataError: It cannot be written; what was there before is untouched.
+        """
+        folder, tensors = Path(path), dict[str, Tensor]()
+        history = self.run / HISTORY
+        stored = {
+            "format": FORMAT,
+            "step": checkpoint["global_step"],
+            "history_bytes": history.stat().st_size if history.exists() else 0,
+            "state": _to_plain(checkpoint, tensors),
+        }
+        content = save(tensors)
+        stored["sha256"] = _checksum(stored, content)
+        temporary = folder.with_name(f".{folder.name}.tmp")
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            _write_synced(temporary / TENSORS, content)
+            _write_synced(temporary / STATE, json.dumps(stored).encode())
+            shutil.rmtree(folder, ignore_errors=True)  # a torn one, or the same step reached again
+            temporary.rename(folder)
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise DataError(f"cannot save the run to {folder}: {error.strerror or error}") from error
+        older = sorted(folder.parent.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))[:-KEPT]
+        for path in older:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def load_checkpoint(
+        self,
+        path: Any,
+        map_location: Any | None = None,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Read a checkpoint for Lightning."""
+        return read_checkpoint(Path(path)).state
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove a checkpoint."""
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with path.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _to_plain(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Return JSON for a tree of plain values; its tensors are moved to `tensors` and referred to by name."""
+    match value:
+        case Tensor():
+            tensors[name := str(len(tensors))] = value.detach().cpu().contiguous()
+            return {"tensor": name}
+        case dict():
+            return {"dict": [[_to_plain(key, tensors), _to_plain(item, tensors)] for key, item in value.items()]}
+        case list():
+            return {"list": [_to_plain(item, tensors) for item in value]}
+        case tuple():
+            return {"tuple": [_to_plain(item, tensors) for item in value]}
+        case None | bool() | int() | float() | str():
+            return value
+    raise TypeError(f"a checkpoint holds no {type(value).__name__}")
+
+
+def _from_plain(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Undo `_to_plain`."""
+    match value:
+        case {"tensor": str(name)}:
+            return tensors[name]
+        case {"dict": list(items)}:
+            return {_from_plain(key, tensors): _from_plain(item, tensors) for key, item in items}
+        case {"list": list(items)}:
+            return [_from_plain(item, tensors) for item in items]
+        case {"tuple": list(items)}:
+            return tuple(_from_plain(item, tensors) for item in items)
+        case None | bool() | int() | float() | str():
+            return value
+    raise DataError(f"a checkpoint holds no {str(value)[:80]}")
+
+
+def random_state() -> dict[str, Any]:
+    """Return the state of every random generator of this process as plain values and tensors."""
+    state: Any = np.random.get_state()  # the global one: we draw nothing from it, but a library may
+    return {
+        "python": random.getstate(),
+        "numpy": (state[0], torch.from_numpy(state[1].astype(np.int64)), *state[2:]),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put every random generator of this process where it was."""
+    name, keys, *rest = state["numpy"]
+    random.setstate(state["python"])
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+class Saver(pl.Callback):
+    """Save the run every so many steps, at the last one, and when a signal asks to stop. It must be the last callback.
+
+    Args:
+        run: The run's folder.
+        every: Steps between two saves; None: only at the last step and at a signal.
+        stop: The signals.
+        status: Where the run stands at the start; its step is kept up to date.
+    """
+
+    def __init__(self, run: Path, *, every: int | None, stop: StopSignals, status: Status) -> None:
+        self.run, self.every, self.stop, self.status = run, every, stop, status
+        self.seconds = 0.0
+        """Of training before this process took over."""
+        self._random: dict[str, Any] | None = None
+        self._started = time.perf_counter()
+        self._batch: TrainBatch | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the signals over from Lightning, and the random generators to where the save left them."""
+        self.stop.install()
+        if self._random is not None:
+            set_random_state(self._random)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: TrainBatch, batch_idx: int
+    ) -> None:
+        """Keep the batch for an inspection, should its loss not be finite."""
+        self._batch = batch
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any) -> None:
+        """Save if it is time, and stop if a signal asked for it."""
+        assert isinstance(pl_module, PromcseModule)
+        step, steps = trainer.global_step, pl_module.total_steps
+        stopping = self.stop.received
+        if stopping or step >= steps or (self.every and step % self.every == 0):
+            trainer.save_checkpoint(self.run / CHECKPOINTS / f"step-{step}")
+            if trainer.is_global_zero:
+                write_status(self.run, self.status.at(step, steps))
+        if stopping:
+            raise Stopped(stopping)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave the batch and the prompt of a loss that is not finite for inspection."""
+        if not isinstance(exception, NonFiniteError) or self._batch is None or not trainer.is_global_zero:
+            return
+        assert isinstance(pl_module, PromcseModule)
+        tokens = self._batch.tokens
+        tensors = {f"prompt.{name}": value for name, value in pl_module.encoder.state_dict().items()} | {
+            "batch.ids": tokens.ids_NT,
+            "batch.mask": tokens.mask_NT,
+            "batch.rows": self._batch.rows_B,
+        }
+        path = self.run / NON_FINITE
+        try:
+            path.write_bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+        except OSError as error:
+            log.warning("cannot write %s: %s", path, error)
+        else:
+            log.info("the prompt before that step and its batch are in %s", path)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the random state, taken after everything else of the step, and the seconds of training so far."""
+        return {"random": random_state(), "seconds": self.total_seconds()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over an earlier process's state; the generators follow when training starts."""
+        self._random, self.seconds = state_dict["random"], state_dict["seconds"]
+
+    def total_seconds(self) -> float:
+        """Seconds of training, of all processes that took part one after another."""
+        return self.seconds + time.perf_counter() - self._started

@@ -1,0 +1,78 @@
+"""What a run was begun with, so that a resumed one can refuse to go on with something else."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from promcse_pl.config import Config
+from promcse_pl.data.module import PromcseDataModule
+from promcse_pl.errors import DataError
+from promcse_pl.folder import INPUTS, write_text
+from promcse_pl.model.encoder import PromptEncoder
+
+log = logging.getLogger("promcse_pl")
+
+FREE = ("tracking", "evaluation")
+"""Parts of the config that decide nothing of the training."""
+
+
+def describe_inputs(config: Config, encoder: PromptEncoder, data: PromcseDataModule) -> dict[str, Any]:
+    """Return checksums of the data and the encoder, the settings that decide the training, and the machine's part."""
+    settings: dict[str, Any] = {}
+    for part, values in config.to_dict().items():
+        if isinstance(values, dict):
+            settings |= {f"{part}.{name}": value for name, value in values.items() if part not in FREE}
+        else:
+            settings[part] = values
+    return {
+        "data.train": {"name": config.data.train, "sha256": data.token_rows.fingerprint},
+        "data.dev": {"name": config.data.dev, "sha256": data.dev.sha256 if data.dev else None},
+        "model.path": {"name": config.model.path, "sha256": encoder.backbone.identity.sha256},
+        "config": settings,
+        "machine": {"torch": torch.__version__, "threads": torch.get_num_threads()},
+    }
+
+
+def record_inputs(folder: Path, inputs: dict[str, Any]) -> None:
+    """Write inputs.json; where it is there already, compare.
+
+    Raises:
+        DataError: A file or a setting is not what the run was begun with; the message names it.
+    """
+    path = folder / INPUTS
+    if not path.exists():
+        write_text(path, json.dumps(inputs, indent=2) + "\n")
+        return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        for key in ("data.train", "data.dev", "model.path"):
+            if before[key]["sha256"] != inputs[key]["sha256"]:
+                raise DataError(
+                    f"{key}={inputs[key]['name']} has changed since the run in {folder} began (or its tokenizer has): going on "
+                    "would mix two data sets. Put the old one back, or start a new run"
+                )
+        changed = [key for key, value in inputs["config"].items() if before["config"][key] != value]
+        machine = before["machine"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path} is damaged ({type(error).__name__}: {error}); the run cannot be resumed") from error
+    if changed:
+        raise DataError(
+            f"{folder}/config.yaml was changed since the run began: {', '.join(changed)}. Put the old values back, or start a "
+            "new run with promcse train"
+        )
+    if machine != inputs["machine"]:
+        log.warning(
+            "the run began with torch %s on %s threads and goes on with torch %s on %s: the result will not be bit for bit what "
+            "it would have been",
+            machine.get("torch"),
+            machine.get("threads"),
+            inputs["machine"]["torch"],
+            inputs["machine"]["threads"],
+        )

@@ -1,0 +1,257 @@
+"""A run that was killed and resumed must be the run that would have been: compared byte for byte, times aside."""
+
+import json
+import multiprocessing as mp
+import os
+import random
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from processes import PROCESSES, end
+from safetensors.torch import load_file, save_file
+from test_job import small_config, word_rows
+
+from promcse_pl.config import Config
+from promcse_pl.errors import ConfigError, DataError, PromcseError
+from promcse_pl.folder import is_running, locked, read_status, write_status
+from promcse_pl.job import read_config, resume_job, run_job, write_config
+from promcse_pl.training.checkpoint import newest_checkpoint
+from promcse_pl.training.stop import Stopped
+
+KILLS = 20
+TIMES = re.compile(r'"(speed/(rows|tokens)_per_second|seconds|training_seconds|rows_per_second)": [\d.e+-]+')
+
+
+def go(config: Path, folder: Path, die_at: int | None = None) -> None:
+    """Begin a run or go on with it, in this process; die at the n-th step on the disk inside the run's folder."""
+    sys.stdout = sys.stderr = Path(os.devnull).open("w")
+    if die_at is not None:
+        left = [die_at]
+
+        def count(event: str, arguments: tuple) -> None:
+            if event in ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate") and str(
+                folder
+            ) in str(arguments[0]):
+                left[0] -= 1
+                if left[0] == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(count)
+    try:
+        resume_job(folder) if (folder / "config.yaml").exists() else run_job(read_config(config), folder)
+    except Stopped as stopped:
+        os._exit(stopped.exit_code)
+    except PromcseError:
+        os._exit(2)
+
+
+def start(*arguments: object) -> mp.Process:
+    process = PROCESSES.Process(target=go, args=arguments)
+    process.start()
+    return process
+
+
+def outcome(folder: Path) -> dict[str, object]:
+    """What must be equal: adapter and history and results to the byte, without times."""
+    files = {name: (folder / "adapter" / name).read_bytes() for name in ("adapter.safetensors", "adapter.json")}
+    texts = {name: TIMES.sub("", (folder / name).read_text()) for name in ("metrics.jsonl", "results.json")}
+    return {**files, **texts, "config.yaml": (folder / "config.yaml").read_bytes(), "left": left(folder)}
+
+
+def left(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory) -> tuple[Path, Path]:
+    """The config of a run of 27 steps in three epochs of 9 with dropout, looks and saves at odd times, and its straight run."""
+    base = tmp_path_factory.mktemp("resume")
+    (base / "train.csv").write_text("a,b,c\n" + "\n".join(word_rows(18)) + "\n")
+    config = small_config(
+        base,
+        data={"dev": "holdout", "batch_size": 2},
+        trainer={"epochs": 3, "eval_every": 5, "save_every": 4, "log_every": 3},
+    )
+    path = write_config(config, base / "start.yaml")
+    assert end(start(path, base / "straight")) == 0
+    return path, base / "straight"
+
+
+def test_the_straight_run_has_what_makes_resuming_hard(long_run):
+    _, straight = long_run
+    history = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in history if "dev/spearman" in entry] == [5, 10, 15, 20, 25, 27]
+    assert [entry["step"] for entry in history if "train/loss" in entry] == [3, 6, 9, 12, 15, 18, 21, 24, 27]
+    assert read_status(straight).state == "finished"
+    assert not (straight / "checkpoints").exists()
+
+
+def test_a_run_killed_at_any_moment_and_resumed_ends_as_the_straight_one(long_run, tmp_path):
+    config, straight = long_run
+    chance, kills, runs, killed_at = random.Random(os.environ.get("PROMCSE_SEED", "1")), 0, 0, []
+    began = time.perf_counter()
+    assert end(start(config, tmp_path / "timed")) == 0
+    length = time.perf_counter() - began
+    while kills < KILLS or runs < 3:
+        folder = tmp_path / f"run{runs}"
+        for attempt in range(8):  # most runs are resumed several times
+            by_time = attempt % 2 == 0
+            process = start(config, folder, None if by_time else chance.randint(1, 250))
+            if by_time:
+                process.join(chance.uniform(0.1, 1.0) * length)
+                process.kill()
+            code = end(process)
+            if code == 0:
+                break
+            assert code == -signal.SIGKILL
+            kills += 1
+            status = read_status(folder) if folder.exists() else None
+            killed_at.append(status.step if status else None)
+            assert not is_running(folder)
+        else:
+            assert end(start(config, folder)) == 0
+        assert outcome(folder) == outcome(straight), f"run {runs}, killed at {killed_at}"
+        runs += 1
+    print(f"\n{kills} kills in {runs} runs; saved steps when killed: {killed_at}")
+    assert len(set(killed_at)) > 3, "the kills must fall into different parts of a run"
+
+
+@pytest.mark.parametrize(
+    ("signum", "code"),
+    [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)],
+    ids=["TERM", "USR1", "INT"],
+)
+def test_a_signal_saves_ends_with_its_code_and_costs_no_step(signum, code, long_run, tmp_path):
+    config, straight = long_run
+    folder = tmp_path / "run"
+    process = start(config, folder)
+    while not (folder / "metrics.jsonl").exists():
+        time.sleep(0.005)
+    os.kill(process.pid, signum)
+    assert end(process) == code
+    status = read_status(folder)
+    assert status.state == "stopped"
+    assert newest_checkpoint(folder).step == status.step > 0
+    assert f"python run.py resume={folder}" in (folder / "run.log").read_text()
+    assert end(start(config, folder)) == 0
+    assert outcome(folder) == outcome(straight)
+
+
+@pytest.fixture
+def stopped_run(long_run, tmp_path) -> Path:
+    """A run that died behind its second save."""
+    config, _ = long_run
+    folder = tmp_path / "stopped"
+    process = start(config, folder)
+    while not (folder / "checkpoints/step-8").exists():
+        time.sleep(0.002)
+    process.kill()
+    end(process)
+    return folder
+
+
+def test_a_torn_newest_checkpoint_is_passed_over_for_the_one_before(stopped_run, long_run):
+    config, straight = long_run
+    newest = newest_checkpoint(stopped_run)
+    tensors = newest.path / "tensors.safetensors"
+    content = bytearray(tensors.read_bytes())
+    content[len(content) // 2] ^= 1
+    tensors.write_bytes(content)
+    assert newest_checkpoint(stopped_run).step == newest.step - 4
+    assert end(start(config, stopped_run)) == 0
+    assert outcome(stopped_run) == outcome(straight)
+
+
+@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json"])
+def test_without_a_whole_checkpoint_the_run_starts_over(name, stopped_run, long_run):
+    config, straight = long_run
+    for path in (stopped_run / "checkpoints").iterdir():
+        (path / name).write_bytes((path / name).read_bytes()[:-7])
+    assert newest_checkpoint(stopped_run) is None
+    assert end(start(config, stopped_run)) == 0
+    assert outcome(stopped_run) == outcome(straight)
+
+
+def test_no_checkpoint_holds_the_frozen_encoder_or_a_pickle(stopped_run):
+    newest = newest_checkpoint(stopped_run).path
+    assert {path.name for path in newest.iterdir()} == {"tensors.safetensors", "state.json"}
+    trained = sum(tensor.numel() for tensor in load_file(stopped_run / "adapter/adapter.safetensors").values())
+    # values, two moments of AdamW and the best so far; beside them states of random generators
+    stored = [tensor for tensor in load_file(newest / "tensors.safetensors").values() if tensor.is_floating_point()]
+    assert sum(tensor.numel() for tensor in stored) <= 4 * trained + 100
+    assert len(list((stopped_run / "checkpoints").iterdir())) <= 2
+
+
+def test_a_data_file_that_changed_is_refused_by_name_and_nothing_is_touched(stopped_run, long_run):
+    config = read_config(long_run[0])
+    train = Path(config.data.train)
+    before, history = train.read_text(), (stopped_run / "metrics.jsonl").read_bytes()
+    train.write_text(before.replace("w7", "w9"))
+    try:
+        with pytest.raises(DataError, match=rf"data\.train={re.escape(str(train))} has changed since the run in"):
+            resume_job(stopped_run)
+    finally:
+        train.write_text(before)
+    assert history.startswith((stopped_run / "metrics.jsonl").read_bytes())
+    assert newest_checkpoint(stopped_run) is not None
+
+
+def test_another_encoder_in_its_place_is_refused_by_name(stopped_run, long_run):
+    weights = Path(read_config(long_run[0]).model.path) / "model.safetensors"
+    before = weights.read_bytes()
+    tensors = load_file(weights)
+    next(iter(tensors.values())).add_(1)
+    save_file(tensors, weights, metadata={"format": "pt"})
+    try:
+        with pytest.raises(DataError, match=r"model\.path=.* has changed since the run"):
+            resume_job(stopped_run)
+    finally:
+        weights.write_bytes(before)
+
+
+def test_a_setting_that_was_changed_by_hand_is_refused_by_name(stopped_run):
+    path = stopped_run / "config.yaml"
+    path.write_text(path.read_text().replace("temperature: 0.05", "temperature: 0.1"))
+    with pytest.raises(DataError, match=r"config.yaml was changed since the run began: loss.temperature"):
+        resume_job(stopped_run)
+
+
+def test_a_second_process_is_refused_while_the_first_is_at_work(stopped_run, long_run):
+    with locked(stopped_run):
+        assert is_running(stopped_run)
+        process = start(long_run[0], stopped_run)
+        assert end(process) == 2
+        assert newest_checkpoint(stopped_run) is not None
+    assert not is_running(stopped_run)
+
+
+def test_a_finished_run_is_left_as_it_is(long_run):
+    _, straight = long_run
+    before = outcome(straight)
+    assert resume_job(straight)["steps"] == read_status(straight).steps
+    assert outcome(straight) == before
+
+
+def test_a_folder_without_a_run_is_refused_and_a_damaged_status_too(tmp_path, stopped_run):
+    with pytest.raises(ConfigError, match=r"holds no run to go on with: it has no config.yaml"):
+        resume_job(tmp_path)
+    (stopped_run / "status.json").write_text("{")
+    with pytest.raises(DataError, match=r"status.json cannot be read as the status of a run"):
+        resume_job(stopped_run)
+
+
+def test_an_unfinished_run_is_not_begun_again_in_its_place(stopped_run, long_run):
+    with pytest.raises(ConfigError, match=r"already holds a run. Try another folder, or python run.py resume="):
+        run_job(read_config(long_run[0]), stopped_run)
+
+
+def test_a_status_survives_its_file(tmp_path, long_run):
+    status = read_status(long_run[1])
+    write_status(tmp_path, status.at(3, 9))
+    again = read_status(tmp_path)
+    assert (again.step, again.steps, again.state, again.started) == (3, 9, status.state, status.started)
+    assert Config.from_dict(read_config(long_run[0]).to_dict()).trainer.save_every == 4
