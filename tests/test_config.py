@@ -302,7 +302,10 @@ OUT_OF_RANGE = [
     ("optim.lr", 1.5),
     ("optim.clip_norm", 0),
     ("optim.clip_norm", float("inf")),
-    *((f"trainer.{name}", 0) for name in ("epochs", "max_steps", "eval_every", "log_every", "chunk_tokens")),
+    *(
+        (f"trainer.{name}", 0)
+        for name in ("epochs", "max_steps", "eval_every", "log_every", "save_every", "chunk_tokens")
+    ),
     ("seed", -1),
     ("seed", 2**32),
     *((key, float("nan")) for key, hint in leaves().items() if fits(hint, "a fraction")),

@@ -28,7 +28,7 @@ TIMES = re.compile(r'"(speed/(rows|tokens)_per_second|seconds|training_seconds|r
 
 def go(config: Path, folder: Path, die_at: int | None = None) -> None:
     """Begin a run or go on with it, in this process; die at the n-th step on the disk inside the run's folder."""
-    sys.stdout = sys.stderr = Path(os.devnull).open("w")
+    sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
     if die_at is not None:
         left = [die_at]
 

@@ -68,7 +68,7 @@ class Watch(pl.Callback):
         )
 
     def on_train_batch_end(self, trainer, pl_module, *_):
-        self.logged.append(float(trainer.callback_metrics["train/gradient_norm"]))
+        self.logged.append(float(pl_module.entry["train/gradient_norm"]))
         if trainer.global_step == 1:
             self.after = {name: tensor.clone() for name, tensor in pl_module.encoder.state_dict().items()}
 
