@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from promcse_pl.errors import ConfigError, DataError, PromcseError
+from promcse_pl.paths import expand
 from promcse_pl.training.stop import Stopped
 from promcse_pl.version import __version__
 
@@ -303,7 +304,7 @@ def _sentences(file: str) -> list[str]:
 def _import(options: argparse.Namespace) -> int:
     from promcse_pl.adapter.files import save_adapter
 
-    if (Path(options.source).expanduser() / "adapter_config.json").is_file():
+    if (expand(options.source) / "adapter_config.json").is_file():
         from promcse_pl.adapter.peft import import_peft
 
         pooling: Any = options.pooling or "avg"
