@@ -461,7 +461,8 @@ def _convert(hint: Any, value: object, key: str, default: object = None) -> Any:
             try:
                 return _convert(option, value, key)
             except ConfigError:
-                continue
+                if option is str and isinstance(value, str):
+                    raise
     elif origin is list and isinstance(value, list):
         (item,) = get_args(hint)
         with suppress(ConfigError):

@@ -126,7 +126,7 @@ def quiet_transformers() -> Iterator[None]:
 
 def first_line(error: BaseException) -> str:
     """Return the first line of a message; those of the libraries run over screens."""
-    return str(error).strip().split("\n", 1)[0]
+    return str(error).strip().split("\n", 1)[0][:500]
 
 
 @dataclass(frozen=True, slots=True)
@@ -429,6 +429,8 @@ def locate(
         name, revision: See `FrozenBackbone.load`.
         weights: Patterns of the weight files that the hub is asked for.
     """
+    if len(name) > 1000 or "\0" in name:
+        raise EncoderError(f"no encoder has a name of {len(name)} characters like {name[:40]!r}. Check model.path")
     folder = expand(name)
     if is_folder(folder):
         if not (folder / "config.json").is_file():
