@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from promcse_pl.errors import ConfigError, DataError, PromcseError
-from promcse_pl.paths import expand
+from promcse_pl.paths import expand, hide_home
 from promcse_pl.training.stop import Stopped
 from promcse_pl.version import __version__
 
@@ -22,7 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code: int = options.run(options)
         sys.stdout.flush()
     except PromcseError as error:
-        sys.stderr.write(f"error: {error}\n")
+        message = hide_home(str(error))
+        sys.stderr.write(f"error: {message if len(message) < 3000 else message[:3000] + '…'}\n")
         return 2
     except Stopped as stopped:
         return stopped.exit_code
@@ -32,6 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # what is still buffered goes nowhere, or Python's last flush would complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        sys.stderr.write(f"error: no file can have the name {str(error.filename)[:200]}…: it is too long\n")
+        return 2
     return code
 
 
@@ -223,7 +231,8 @@ def _encode(options: argparse.Namespace) -> int:
         np.save(temporary, vectors_ND)
         temporary.replace(out)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise DataError(f"cannot write {out}: {error.strerror or error}") from error
     sys.stdout.write(f"{out}: {vectors_ND.shape[0]} x {vectors_ND.shape[1]} float32, unit length\n")
     return 0

@@ -23,6 +23,7 @@ from promcse_pl.errors import AdapterError
 from promcse_pl.model.backbone import FrozenBackbone
 from promcse_pl.model.encoder import HEADS, PromptEncoder
 from promcse_pl.model.pooling import POOLINGS
+from promcse_pl.paths import is_there
 from promcse_pl.version import __version__
 
 FORMAT = 1
@@ -150,7 +151,7 @@ def load_adapter(folder: Path, *, encoder: str | None = None, dtype: torch.dtype
         AdapterError: Not an adapter, a newer format, missing or unknown keys, wrong shapes, a truncated file, not finite, or
             made for another encoder.
     """
-    if (folder / "adapter" / DESCRIPTION).is_file():
+    if is_there(folder / "adapter" / DESCRIPTION):
         folder = folder / "adapter"
     about = _read_description(folder)
     bundled = encoder is None and about["encoder"]["name"] == BUNDLED
