@@ -5,7 +5,7 @@ import ast
 import pytest
 from conftest import ROOT
 
-SOURCES = sorted((ROOT / "promcse_pl").rglob("*.py")) + [ROOT / "run.py"]
+SOURCES = [*sorted((ROOT / "promcse_pl").rglob("*.py")), ROOT / "run.py"]
 
 
 def calls() -> list[tuple[str, str, dict[str, object]]]:
@@ -37,17 +37,27 @@ def test_torch_load_takes_tensors_alone():
     assert all(constants.get("weights_only") is True for _, _, constants in loads)
 
 
-@pytest.mark.parametrize("name", ["eval", "exec", "pickle.load", "pickle.loads", "yaml.load", "yaml.unsafe_load", "os.system", "joblib.load"])
+@pytest.mark.parametrize(
+    "name", ["eval", "exec", "pickle.load", "pickle.loads", "yaml.load", "yaml.unsafe_load", "os.system", "joblib.load"]
+)
 def test_nothing_that_runs_what_it_reads_is_called(name):
     assert not [call for call in CALLS if call[1] == name]
 
 
 def test_numpy_reads_no_pickle_and_no_process_goes_through_a_shell():
-    assert all(constants.get("allow_pickle", False) is False for _, name, constants in CALLS if name.endswith("np.load"))
+    assert all(
+        constants.get("allow_pickle", False) is False for _, name, constants in CALLS if name.endswith("np.load")
+    )
     assert all(constants.get("shell", False) is False for _, name, constants in CALLS if name.startswith("subprocess."))
 
 
 def test_the_page_says_so():
     page = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
-    for words in ("`use_safetensors=True`", "`trust_remote_code` is off", "weights_only=True", "requirements-release.txt", "Report"):
+    for words in (
+        "`use_safetensors=True`",
+        "`trust_remote_code` is off",
+        "weights_only=True",
+        "requirements-release.txt",
+        "Report",
+    ):
         assert words in page

@@ -25,7 +25,10 @@ def entries() -> dict[str, tuple[str, list[str]]]:
             requirement = Requirement(entry.partition("\\")[0])
             (pin,) = requirement.specifier
             assert pin.operator == "==", entry
-            found[canonicalize_name(requirement.name)] = (pin.version, re.findall(r"--hash=sha256:([0-9a-f]{64})", entry))
+            found[canonicalize_name(requirement.name)] = (
+                pin.version,
+                re.findall(r"--hash=sha256:([0-9a-f]{64})", entry),
+            )
     return found
 
 

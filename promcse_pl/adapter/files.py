@@ -273,5 +273,7 @@ def _fill(model: PromptEncoder, about: dict[str, Any], folder: Path) -> None:
         if not bool(torch.isfinite(tensor).all()):
             raise AdapterError(f"{path}: {name} holds values that are not finite")
     if "checksum" in about and about["checksum"] != _checksum(about, content, folder):
-        raise AdapterError(f"{folder} is damaged or was changed by hand: its checksum is wrong. Take the adapter from its source")
+        raise AdapterError(
+            f"{folder} is damaged or was changed by hand: its checksum is wrong. Take the adapter from its source"
+        )
     model.load_state_dict(stored, strict=True)

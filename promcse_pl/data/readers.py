@@ -361,7 +361,9 @@ def _text(value: object, label: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:  # only a JSON escape can spell this; tokenizers refuse it
-        raise _UnusableError(f"column {_short(label)} holds half a surrogate pair at character {error.start + 1}") from error
+        raise _UnusableError(
+            f"column {_short(label)} holds half a surrogate pair at character {error.start + 1}"
+        ) from error
     return value
 
 

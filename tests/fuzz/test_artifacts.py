@@ -2,8 +2,6 @@
 
 import copy
 import json
-import logging
-import os
 import pickle
 import shutil
 from pathlib import Path
@@ -12,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import save_small_encoder, small_tokenizer
-from fuzz.conftest import examples, only_our_errors
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from fuzz.conftest import examples, only_our_errors
 from promcse_pl.adapter.files import BUNDLED, load_adapter, save_adapter
 from promcse_pl.adapter.official import import_official
 from promcse_pl.adapter.peft import export_peft, import_peft
@@ -72,7 +70,9 @@ def damaged(data: st.DataObject, whole: Path, place: Path) -> Path:
     shutil.copytree(whole, copied)
     path = data.draw(st.sampled_from(sorted(path for path in copied.rglob("*") if path.is_file())))
     content = bytearray(path.read_bytes())
-    kind = data.draw(st.sampled_from(["flip", "flip", "flip", "head", "cut", "grow", "absent", "empty", "folder", "json"]))
+    kind = data.draw(
+        st.sampled_from(["flip", "flip", "flip", "head", "cut", "grow", "absent", "empty", "folder", "json"])
+    )
     if kind == "json" and path.suffix == ".json":
         path.write_text(json.dumps(changed(data, json.loads(content))))
         return copied
@@ -92,7 +92,11 @@ def damaged(data: st.DataObject, whole: Path, place: Path) -> Path:
     return copied
 
 
-ANY = st.none() | st.booleans() | st.sampled_from([-1, 0, 1, 2**31, 10**30, 1.5, float("nan"), "", "x", "../x", "/etc", [], {}, [[]]])
+ANY = (
+    st.none()
+    | st.booleans()
+    | st.sampled_from([-1, 0, 1, 2**31, 10**30, 1.5, float("nan"), "", "x", "../x", "/etc", [], {}, [[]]])
+)
 
 
 def changed(data: st.DataObject, tree: object) -> object:
@@ -116,7 +120,9 @@ def changed(data: st.DataObject, tree: object) -> object:
 
 def same(one: PromptEncoder, other: PromptEncoder) -> bool:
     ours, theirs = one.state_dict(), other.state_dict()
-    return one.position_offset == other.position_offset and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    return one.position_offset == other.position_offset and all(
+        torch.equal(ours[name], theirs[name]) for name in theirs
+    )
 
 
 @examples(900)
@@ -207,7 +213,15 @@ class Trap:
         return Path.touch, (self.marker,)
 
 
-@pytest.mark.parametrize("name", ["official/pytorch_model.bin", "official/model.safetensors", "peft/adapter_model.bin", "adapter/adapter.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "official/pytorch_model.bin",
+        "official/model.safetensors",
+        "peft/adapter_model.bin",
+        "adapter/adapter.safetensors",
+    ],
+)
 @pytest.mark.parametrize("form", ["zip", "legacy", "bare pickle"])
 def test_code_in_weights_is_not_run(base, tmp_path, name, form):
     marker = tmp_path / "ran"
@@ -237,7 +251,18 @@ def test_code_in_a_checkpoint_is_not_run(base, tmp_path, name):
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("name", ["../../outside", "/outside", "~/../outside", "./encoder/../../outside", "a\0b", "x" * 5000, "~nobody-of-this-name/x"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../outside",
+        "/outside",
+        "~/../outside",
+        "./encoder/../../outside",
+        "a\0b",
+        "x" * 5000,
+        "~nobody-of-this-name/x",
+    ],
+)
 def test_an_encoder_name_with_tricks_in_an_adapter_is_a_name_and_nothing_more(base, tmp_path, name):
     folder = shutil.copytree(base / "adapter", tmp_path / "in/adapter")
     about = json.loads((folder / "adapter.json").read_text())
@@ -265,7 +290,9 @@ def test_an_adapter_of_symlinks_is_read_and_a_save_replaces_the_link_and_not_wha
     assert not any(path.is_symlink() for path in (tmp_path / "adapter").iterdir())
 
 
-@pytest.mark.parametrize("change", [{"x": torch.zeros(1)}, {"prompt.embedding.weight": torch.full((2, 32), float("nan"))}])
+@pytest.mark.parametrize(
+    "change", [{"x": torch.zeros(1)}, {"prompt.embedding.weight": torch.full((2, 32), float("nan"))}]
+)
 def test_weights_that_were_changed_with_care_are_noticed(base, tmp_path, change):
     folder = shutil.copytree(base / "adapter", tmp_path / "adapter")
     save_file(load_file(folder / "adapter.safetensors") | change, folder / "adapter.safetensors")

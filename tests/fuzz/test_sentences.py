@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import save_small_encoder
-from fuzz.conftest import examples, only_our_errors
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from fuzz.conftest import examples, only_our_errors
 from promcse_pl.adapter.files import save_adapter
 from promcse_pl.cli import main
 from promcse_pl.embedder import PromCSE
@@ -22,8 +22,32 @@ from promcse_pl.model.backbone import FrozenBackbone
 from promcse_pl.model.encoder import PromptEncoder
 
 HARD = [
-    *("", " ", "\t\n", "\0", "\x07\x1b[31m", "\ud800", "a\udfff", "🏳️‍🌈👩‍👩‍👧", "\u202eabc\u202c שלום", "e\u0301" * 40, "\ufeff"),
-    *("[PAD]", "[CLS] [SEP]", "[UNK]", "[MASK]", "</s>", "zzz qqq", "w5 " * 300, "\u200b", "\U000e0001", "Ａ１", "\x85\u2028"),
+    *(
+        "",
+        " ",
+        "\t\n",
+        "\0",
+        "\x07\x1b[31m",
+        "\ud800",
+        "a\udfff",
+        "🏳️‍🌈👩‍👩‍👧",
+        "\u202eabc\u202c שלום",
+        "e\u0301" * 40,
+        "\ufeff",
+    ),
+    *(
+        "[PAD]",
+        "[CLS] [SEP]",
+        "[UNK]",
+        "[MASK]",
+        "</s>",
+        "zzz qqq",
+        "w5 " * 300,
+        "\u200b",
+        "\U000e0001",
+        "Ａ１",
+        "\x85\u2028",
+    ),
 ]
 TEXT = st.sampled_from(HARD) | st.text(st.characters(), max_size=60)
 
@@ -74,7 +98,9 @@ def test_what_is_no_text_is_named(models, wrong):
         models[0].encode(["w5", wrong])
 
 
-@pytest.mark.parametrize("text", ["x" * 1_000_000, "w5 " * 330_000, "漢" * 330_000, "🙂" * 250_000], ids=["letters", "words", "han", "emoji"])
+@pytest.mark.parametrize(
+    "text", ["x" * 1_000_000, "w5 " * 330_000, "漢" * 330_000, "🙂" * 250_000], ids=["letters", "words", "han", "emoji"]
+)
 def test_a_sentence_of_a_megabyte_is_cut_in_bounded_time(models, text):
     for model in models:
         started = time.process_time()
@@ -105,7 +131,9 @@ def shell(monkeypatch, capsys, arguments: list[str], given: bytes = b"") -> tupl
 
 
 @examples(400)
-@given(lines=st.lists(st.binary(max_size=20) | TEXT.map(lambda text: text.encode("utf-8", "surrogatepass")), max_size=4))
+@given(
+    lines=st.lists(st.binary(max_size=20) | TEXT.map(lambda text: text.encode("utf-8", "surrogatepass")), max_size=4)
+)
 def test_any_bytes_in_a_pipe(adapter, lines):
     with pytest.MonkeyPatch.context() as patch:
         out, err = io.StringIO(), io.StringIO()
