@@ -185,7 +185,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     targets = find_targets(options.targets, pooling=options.pooling, device=options.device)
     cache = VectorCache(cache_dir(None) / "vectors")
     with stages(Console(stderr=True)) as report:
-        tree = evaluate(targets, loaded, cache, report)
+        tree = hide_home(evaluate(targets, loaded, cache, report))
     for warning in tree["warnings"]:
         sys.stderr.write(f"warning: {warning}\n")
     text = render(tree, options.format) if options.format else ""

@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from promcse_pl.data.readers import BadRow, OnBadRow, file_suffix, open_file, read_rows
 from promcse_pl.errors import DataError
+from promcse_pl.paths import hide_home
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -237,7 +238,7 @@ def _write(
             os.fsync(file.fileno())
     meta = {
         "format": _FORMAT,
-        "source": source.name,
+        "source": hide_home(source.name),
         "rows": sentences // source.width,
         "width": source.width,
         "tokens": tokens,

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from fuzz.conftest import examples, only_our_errors
-from promcse_pl.adapter.files import BUNDLED, load_adapter, save_adapter
+from promcse_pl.adapter.files import BUNDLED, describe, load_adapter, save_adapter
 from promcse_pl.adapter.official import import_official
 from promcse_pl.adapter.peft import export_peft, import_peft
 from promcse_pl.data.tokens import load_tokens, memory_source
@@ -120,9 +120,7 @@ def changed(data: st.DataObject, tree: object) -> object:
 
 def same(one: PromptEncoder, other: PromptEncoder) -> bool:
     ours, theirs = one.state_dict(), other.state_dict()
-    return one.position_offset == other.position_offset and all(
-        torch.equal(ours[name], theirs[name]) for name in theirs
-    )
+    return describe(one) == describe(other) and all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 @examples(900)
