@@ -119,6 +119,7 @@ def resume_job(folder: Path, console: Console | None = None) -> dict[str, Any]:
     with locked(folder):
         before = read_status(folder)
         if before is not None and before.state == "finished":
+            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # it may have been killed before it did so itself
             console.print(f"the run in {folder} is finished; nothing is left to do", soft_wrap=True)
             return read_results(folder)
         config = read_config(folder / CONFIG)
