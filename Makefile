@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format constraints
+.PHONY: help install demo test lint format constraints hashes audit
 PYTHON ?= .venv/bin/python
 
 help: ## show the targets
@@ -26,3 +26,12 @@ format: ## let ruff write the code's form
 
 constraints: ## resolve all extras anew and write constraints.txt
 	bash tools/write_constraints.sh
+
+hashes: ## write requirements-release.txt: the same versions with the hash of every file
+	bash tools/write_hashes.sh
+
+audit: ## ask for known vulnerabilities of what a user installs
+	python3 -m venv .audit
+	.audit/bin/pip install -q pip-audit
+	.audit/bin/pip-audit --strict --no-deps --disable-pip -r requirements-release.txt
+	rm -r .audit

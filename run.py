@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from promcse_pl.cli import main as cli
 from promcse_pl.config import Config, check_overrides
 from promcse_pl.errors import ConfigError, PromcseError
+from promcse_pl.paths import hide_home
 from promcse_pl.training.stop import Stopped
 
 CONF = Path(__file__).parent / "conf"
@@ -84,7 +85,7 @@ def _choices() -> dict[str, list[str]]:
 
 
 def _stop(error: PromcseError) -> None:
-    sys.stderr.write(f"error: {error}\n")
+    sys.stderr.write(f"error: {hide_home(str(error))[:3000]}\n")
     sys.exit(2)
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from promcse_pl.errors import ConfigError, DataError, PromcseError
+from promcse_pl.paths import expand, hide_home
 from promcse_pl.training.stop import Stopped
 from promcse_pl.version import __version__
 
@@ -21,7 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code: int = options.run(options)
         sys.stdout.flush()
     except PromcseError as error:
-        sys.stderr.write(f"error: {error}\n")
+        message = hide_home(str(error))
+        sys.stderr.write(f"error: {message if len(message) < 3000 else message[:3000] + '…'}\n")
         return 2
     except Stopped as stopped:
         return stopped.exit_code
@@ -31,6 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # what is still buffered goes nowhere, or Python's last flush would complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        sys.stderr.write(f"error: no file can have the name {str(error.filename)[:200]}…: it is too long\n")
+        return 2
     return code
 
 
@@ -176,7 +185,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     targets = find_targets(options.targets, pooling=options.pooling, device=options.device)
     cache = VectorCache(cache_dir(None) / "vectors")
     with stages(Console(stderr=True)) as report:
-        tree = evaluate(targets, loaded, cache, report)
+        tree = hide_home(evaluate(targets, loaded, cache, report))
     for warning in tree["warnings"]:
         sys.stderr.write(f"warning: {warning}\n")
     text = render(tree, options.format) if options.format else ""
@@ -222,7 +231,8 @@ def _encode(options: argparse.Namespace) -> int:
         np.save(temporary, vectors_ND)
         temporary.replace(out)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise DataError(f"cannot write {out}: {error.strerror or error}") from error
     sys.stdout.write(f"{out}: {vectors_ND.shape[0]} x {vectors_ND.shape[1]} float32, unit length\n")
     return 0
@@ -303,7 +313,7 @@ def _sentences(file: str) -> list[str]:
 def _import(options: argparse.Namespace) -> int:
     from promcse_pl.adapter.files import save_adapter
 
-    if (Path(options.source).expanduser() / "adapter_config.json").is_file():
+    if (expand(options.source) / "adapter_config.json").is_file():
         from promcse_pl.adapter.peft import import_peft
 
         pooling: Any = options.pooling or "avg"

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import math
 import re
+import reprlib
 import types
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -28,9 +29,23 @@ DATA_SUITES = ("sts", "sick", "cxc", "transfer", "geometry")
 SUITES = (*DATA_SUITES, "demo")
 
 
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 300
+_LONGEST_PART, _LONGEST = 255, 4000
+"""Bytes of a part of a path and of a whole one: no system takes longer names."""
+
+
+def _shown(value: object) -> str:
+    """Return a value as Python writes it, cut where nobody would read on."""
+    try:
+        return _REPR.repr(value)
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        return f"a {type(value).__name__} of thousands of digits"
+
+
 def _require(ok: bool, key: str, value: object, allowed: str, example: object) -> None:
     if not ok:
-        raise ConfigError(f"{key} must be {allowed}, got {value!r}. Try: python run.py {key}={example}")
+        raise ConfigError(f"{key} must be {allowed}, got {_shown(value)}. Try: python run.py {key}={example}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -93,7 +108,7 @@ class DataConfig:
         width = WIDTH[self.kind]
         if self.columns is not None and len(self.columns) != width:
             raise ConfigError(
-                f"data.columns must name {width} columns for data.kind={self.kind}, got {self.columns}. "
+                f"data.columns must name {width} columns for data.kind={self.kind}, got {_shown(self.columns)}. "
                 f"Try: 'data.columns=[{','.join(('sent0', 'sent1', 'hard_neg')[:width])}]'"
             )
         if self.dev == "holdout" and self.kind != "triplets":
@@ -338,10 +353,10 @@ def check_tasks(tasks: Sequence[str], command: str) -> None:
     """
     for task in tasks:
         if task not in SUITES and file_suffix(Path(task)) not in SUFFIXES:
-            (near,) = difflib.get_close_matches(task, SUITES, n=1, cutoff=0) or SUITES[:1]
+            (near,) = difflib.get_close_matches(task[:60], SUITES, n=1, cutoff=0) or SUITES[:1]
             raise ConfigError(
                 f"a task must be a suite ({', '.join(SUITES)}) or a file of two texts and a score ({', '.join(SUFFIXES)}), "
-                f"got {task!r}. Try: {command.format(near)}"
+                f"got {_shown(task)}. Try: {command.format(near)}"
             )
 
 
@@ -358,7 +373,7 @@ def setting_keys(schema: type = Config, prefix: str = "") -> dict[str, list[str]
 
 def unknown_key(key: str) -> ConfigError:
     """Return the error for a dotted key that the schema does not have, with the nearest ones."""
-    keys = setting_keys()
+    keys, key = setting_keys(), key[:100]
     part = key.rpartition(".")[0]
     every = [known for group in keys.values() for known in group]
     near = difflib.get_close_matches(key, every, n=3, cutoff=0.6)
@@ -381,6 +396,8 @@ def check_overrides(arguments: Sequence[str], groups: Mapping[str, Sequence[str]
     every = {known for keys in setting_keys().values() for known in keys} | set(setting_keys())
     for argument in arguments:
         key, equals, value = argument.partition("=")
+        if re.search(r"\d{1000}", value):  # Hydra would stumble over it
+            raise ConfigError(f"{key[:100]} is a number of over a thousand digits. Try: python run.py --help")
         key = key.lstrip("+~").partition("@")[0]
         part = key.split(".")[0].split("/")[0]
         is_choice = part in groups and "." not in key
@@ -395,7 +412,7 @@ def check_overrides(arguments: Sequence[str], groups: Mapping[str, Sequence[str]
 def _check_choice(group: str, value: str, choices: Sequence[str]) -> None:
     """Refuse a name, or one of a sweep's names, that a group of conf/ does not have; Hydra's own syntax is left to Hydra."""
     for choice in value.split(","):
-        name = choice.strip().removesuffix(".yaml")
+        name = choice.strip().removesuffix(".yaml")[:100]
         if re.fullmatch(r"[\w.-]+", name) and name not in (*choices, "null"):
             near = difflib.get_close_matches(name, choices, n=3)
             meant = f" Did you mean {' or '.join(f'{group}={one}' for one in near)}?" if near else ""
@@ -404,11 +421,12 @@ def _check_choice(group: str, value: str, choices: Sequence[str]) -> None:
 
 def _build(schema: type, raw: object, prefix: str) -> Any:  # noqa: ANN401  (an instance of schema)
     if not isinstance(raw, dict):
-        raise ConfigError(f"{prefix or 'the config'} must hold settings, got {raw!r}")
+        raise ConfigError(f"{prefix or 'the config'} must hold settings, got {_shown(raw)}")
     hints = get_type_hints(schema)
     for name in raw:
         if name not in hints:
-            raise unknown_key(f"{prefix}.{name}" if prefix else str(name))
+            text = name if isinstance(name, str) else _shown(name)
+            raise unknown_key(f"{prefix}.{text}" if prefix else text)
     values = {}
     for item in dataclasses.fields(schema):
         key = f"{prefix}.{item.name}" if prefix else item.name
@@ -443,18 +461,38 @@ def _convert(hint: Any, value: object, key: str, default: object = None) -> Any:
             try:
                 return _convert(option, value, key)
             except ConfigError:
-                continue
+                if option is str and isinstance(value, str):
+                    raise
     elif origin is list and isinstance(value, list):
         (item,) = get_args(hint)
         with suppress(ConfigError):
             return [_convert(item, entry, key) for entry in value]
     elif origin is Literal and isinstance(value, str) and value in get_args(hint):
         return value
-    elif (hint is float and type(value) in (int, float)) or (hint is not float and type(value) is hint):
-        return float(value) if hint is float else value  # type: ignore[arg-type]
+    elif hint is float and type(value) in (int, float):
+        with suppress(OverflowError):
+            return float(value)  # type: ignore[arg-type]
+    elif hint is str and isinstance(value, str):
+        return _checked_text(value, key)
+    elif hint is not float and type(value) is hint:
+        return value
     raise ConfigError(
-        f"{key} must be {_describe(hint)}, got {value!r}. Try: python run.py {_example(hint, value, key, default)}"
+        f"{key} must be {_describe(hint)}, got {_shown(value)}. Try: python run.py {_example(hint, value, key, default)}"
     )
+
+
+def _checked_text(value: str, key: str) -> str:
+    """Refuse text that no file can be called and no file can hold."""
+    try:
+        longest = max(len(part.encode()) for part in value.split("/"))
+    except UnicodeEncodeError:
+        raise ConfigError(f"{key} holds half a surrogate pair, which is no text: {_shown(value)}") from None
+    if "\0" in value or longest > _LONGEST_PART or len(value.encode()) > _LONGEST:
+        raise ConfigError(
+            f"{key} must be text of at most {_LONGEST} bytes, {_LONGEST_PART} between two slashes, and without NUL characters, "
+            f"got {len(value)} characters: {_shown(value)}. Try: a shorter name"
+        )
+    return value
 
 
 def _example(hint: Any, value: object, key: str, default: object) -> str:  # noqa: ANN401
@@ -464,7 +502,7 @@ def _example(hint: Any, value: object, key: str, default: object) -> str:  # noq
     entries = value if isinstance(value, list) and value else [value]
     if get_origin(hint) is list:
         (item,) = get_args(hint)
-        return f"'{key}=[{','.join(_example_text(item, entry) for entry in entries)}]'"
+        return f"'{key}=[{','.join(_example_text(item, entry) for entry in entries[:5])}]'"
     if hint is str:
         return f"'{key}={_example_text(hint, value)}'"
     if get_origin(hint) is Literal:
@@ -478,10 +516,10 @@ def _example_text(hint: Any, value: object) -> str:  # noqa: ANN401
     """Return a choice or text near to `value`; a number that shall be text needs quotes to pass Hydra."""
     if get_origin(hint) is Literal:
         choices = get_args(hint)
-        return str((difflib.get_close_matches(str(value), choices, n=1) or choices)[0])
+        return str((difflib.get_close_matches(_shown(value)[:60].strip("'"), choices, n=1) or choices)[0])
     if isinstance(value, str):
-        return value
-    return f'"{str(value).lower()}"' if isinstance(value, bool | int | float) else "TEXT"
+        return value[:60]
+    return f'"{_shown(value).lower()}"' if isinstance(value, bool | int | float) else "TEXT"
 
 
 def _describe(hint: Any) -> str:  # noqa: ANN401

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from promcse_pl.errors import ConfigError, DataError
+from promcse_pl.paths import hide_home
 
 CONFIG, RESULTS, HISTORY, LOG, BAD_ROWS, ADAPTER, STATUS, LOCK, CHECKPOINTS, INPUTS, NON_FINITE = (
     "config.yaml",
@@ -61,7 +62,7 @@ class Status:
 def write_status(folder: Path, status: Status) -> None:
     """Put status.json into a folder, whole or not at all."""
     now = dataclasses.replace(status, updated=time.time(), pid=os.getpid())
-    write_text(folder / STATUS, json.dumps(dataclasses.asdict(now), indent=2) + "\n")
+    write_text(folder / STATUS, json.dumps(hide_home(dataclasses.asdict(now)), indent=2) + "\n")
 
 
 def read_status(folder: Path) -> Status | None:

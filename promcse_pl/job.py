@@ -37,6 +37,7 @@ from promcse_pl.folder import (
     write_status,
     write_text,
 )
+from promcse_pl.paths import expand, hide_home, is_folder
 from promcse_pl.terminal import ConsoleHandler, config_tree, output_console, progress_bar, stages
 from promcse_pl.version import __version__
 
@@ -55,14 +56,14 @@ def read_config(path: Path) -> Config:
     """
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read the config {path}: {error}") from error
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the config {path}: {str(error)[:1000]}") from error
     return Config.from_dict(raw)
 
 
 def write_config(config: Config, path: Path) -> Path:
-    """Save a config so that `read_config` gives it back; return the path."""
-    text = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
+    """Save a config so that `read_config` gives it back, with ~ for the home folder; return the path."""
+    text = yaml.safe_dump(hide_home(config.to_dict()), sort_keys=False, allow_unicode=True)
     write_text(path, f"# promcse train THIS_FILE --out NEW_FOLDER repeats the run\n{text}")
     return path
 
@@ -118,6 +119,7 @@ def resume_job(folder: Path, console: Console | None = None) -> dict[str, Any]:
     with locked(folder):
         before = read_status(folder)
         if before is not None and before.state == "finished":
+            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # it may have been killed before it did so itself
             console.print(f"the run in {folder} is finished; nothing is left to do", soft_wrap=True)
             return read_results(folder)
         config = read_config(folder / CONFIG)
@@ -187,7 +189,7 @@ def check_inputs(config: Config) -> None:
 
     resolve_mode(config.tracking.wandb)
     path = config.model.path
-    if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).expanduser().is_dir():
+    if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not is_folder(expand(path)):
         raise EncoderError(
             f"the encoder folder {path} does not exist (current folder: {Path.cwd()}). Try: model.path=FOLDER"
         )
@@ -219,7 +221,7 @@ def _run(
         from promcse_pl.training.fit import build_data, build_encoder, build_mlm_head, fit, resolve_machine
         from promcse_pl.training.inputs import describe_inputs, record_inputs
 
-    config, device = resolve_machine(config)
+    config, device = resolve_machine(Config.from_dict(hide_home(config.to_dict())))
     console.print(config_tree(config.to_dict()))
     encoder = build_encoder(config)
     model = dataclasses.replace(config.model, revision=encoder.backbone.identity.revision)
@@ -284,7 +286,7 @@ def _run(
         "versions": {"promcse_pl": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "machine": {"device": device.type, "threads": torch.get_num_threads(), "precision": config.trainer.precision},
     }
-    write_text(folder / RESULTS, json.dumps(results, indent=2) + "\n")
+    write_text(folder / RESULTS, json.dumps(hide_home(results), indent=2) + "\n")
     for warning in evaluation.get("warnings", ()):
         log.warning("%s", warning)
     for table in tables(evaluation):
@@ -331,7 +333,7 @@ def _report_rows(data: Any, folder: Path) -> None:  # noqa: ANN401  (PromcseData
     if rows.truncated:
         log.info("%s sentences were cut to %d tokens", f"{rows.truncated:,}", data.config.max_length)
     if rows.bad_rows:
-        write_text(folder / BAD_ROWS, "".join(f"{row}\n" for row in rows.bad_rows))
+        write_text(folder / BAD_ROWS, "".join(f"{hide_home(str(row))}\n" for row in rows.bad_rows))
         log.warning("%d bad rows were skipped; they are listed in %s", len(rows.bad_rows), folder / BAD_ROWS)
     if data.dev is None:
         log.info("no development set: the last step is kept")
@@ -353,6 +355,7 @@ def _logging_to(path: Path, console: Console) -> Iterator[None]:
     log.setLevel(logging.INFO)
     propagate, log.propagate = log.propagate, False
     for handler in handlers:
+        handler.addFilter(_without_home)
         log.addHandler(handler)
     try:
         yield
@@ -365,6 +368,12 @@ def _logging_to(path: Path, console: Console) -> Iterator[None]:
             handler.close()
         log.setLevel(level)
         log.propagate = propagate
+
+
+def _without_home(record: logging.LogRecord) -> bool:
+    """Write a line's message out, with ~ for the home folder."""
+    record.msg, record.args = hide_home(record.getMessage()), None
+    return True
 
 
 class _LogFile(logging.FileHandler):

@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 
 from promcse_pl.errors import AdapterError
 from promcse_pl.model.backbone import FrozenBackbone
 from promcse_pl.model.encoder import HEADS, PromptEncoder
 from promcse_pl.model.pooling import POOLINGS
+from promcse_pl.paths import is_there
 from promcse_pl.version import __version__
 
 FORMAT = 1
@@ -97,12 +98,24 @@ def save_adapter(encoder: PromptEncoder, folder: Path, *, training: dict[str, An
         AdapterError: The place cannot be written, or holds something else.
     """
     state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
-    description = {**describe(encoder), "training": training or {}}
+    description: dict[str, Any] = {**describe(encoder), "training": training or {}}
+    weights = save(state)  # safetensors' own save_file makes a file that only its owner can read
     with whole_folder(folder, mark=DESCRIPTION) as new:
         if encoder.backbone.identity.name == BUNDLED:
             description["encoder"]["sha256"] = encoder.backbone.save(new / BUNDLED)
-        (new / WEIGHTS).write_bytes(save(state))  # safetensors' own save_file makes a file that only its owner can read
+        (new / WEIGHTS).write_bytes(weights)
+        description["checksum"] = _checksum(description, weights, new)
         (new / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+def _checksum(description: dict[str, Any], weights: bytes, folder: Path) -> str:
+    """Return the hex sha256 of a description, the tensors and the small files of an encoder that lies beside them."""
+    described = {key: value for key, value in description.items() if key != "checksum"}
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode() + weights)
+    if description["encoder"]["name"] == BUNDLED:  # its weights have a checksum of their own
+        for path in sorted((folder / BUNDLED).glob("*.json")):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def adapter_hash(encoder: PromptEncoder) -> str:
@@ -138,7 +151,7 @@ def load_adapter(folder: Path, *, encoder: str | None = None, dtype: torch.dtype
         AdapterError: Not an adapter, a newer format, missing or unknown keys, wrong shapes, a truncated file, not finite, or
             made for another encoder.
     """
-    if (folder / "adapter" / DESCRIPTION).is_file():
+    if is_there(folder / "adapter" / DESCRIPTION):
         folder = folder / "adapter"
     about = _read_description(folder)
     bundled = encoder is None and about["encoder"]["name"] == BUNDLED
@@ -166,7 +179,7 @@ def load_adapter(folder: Path, *, encoder: str | None = None, dtype: torch.dtype
             f"{folder / DESCRIPTION}: position_offset {about['position_offset']} leaves no room for a sentence in "
             f"{backbone.identity.name}"
         )
-    _fill(model, folder / WEIGHTS)
+    _fill(model, about, folder)
     return model.eval()
 
 
@@ -214,6 +227,8 @@ def _checked(about: dict[str, Any], path: Path) -> dict[str, Any]:
         elif not isinstance(value, wanted) or isinstance(value, bool):
             raise AdapterError(f"{path}: {key} has the wrong type: {value!r}")
 
+    if "checksum" in about:  # older adapters have none
+        template["checksum"] = str
     check(about, template, "")
     for key, value, allowed in (
         ("pooling", about["pooling"], POOLINGS),
@@ -235,10 +250,12 @@ def _checked(about: dict[str, Any], path: Path) -> dict[str, Any]:
     return about
 
 
-def _fill(model: PromptEncoder, path: Path) -> None:
-    """Put the stored tensors into the model after checking names, shapes, types and values."""
+def _fill(model: PromptEncoder, about: dict[str, Any], folder: Path) -> None:
+    """Put the stored tensors into the model after checking names, shapes, types, values and the checksum."""
+    path = folder / WEIGHTS
     try:
-        stored = load_file(path)
+        content = path.read_bytes()
+        stored = load(content)
     except FileNotFoundError:
         raise AdapterError(f"{path} is missing: the adapter is incomplete") from None
     except (SafetensorError, OSError, ValueError) as error:
@@ -255,4 +272,8 @@ def _fill(model: PromptEncoder, path: Path) -> None:
             raise AdapterError(f"{path}: {name} is {tensor.dtype}, expected torch.float32")
         if not bool(torch.isfinite(tensor).all()):
             raise AdapterError(f"{path}: {name} holds values that are not finite")
+    if "checksum" in about and about["checksum"] != _checksum(about, content, folder):
+        raise AdapterError(
+            f"{folder} is damaged or was changed by hand: its checksum is wrong. Take the adapter from its source"
+        )
     model.load_state_dict(stored, strict=True)

@@ -34,6 +34,7 @@ from promcse_pl.model.backbone import (
 )
 from promcse_pl.model.encoder import Head, PromptEncoder
 from promcse_pl.model.pooling import POOLINGS, Pooling
+from promcse_pl.paths import expand, is_folder
 
 CLASSES = {"bert": "BertForCL", "roberta": "RobertaForCL"}
 """Encoder families of the official code -> its class in config.json."""
@@ -129,8 +130,8 @@ def import_official(source: str | Path, *, pooling: str | None = None, encoder: 
 
 def _find(source: str) -> Path:
     """Return the folder of a checkpoint, from here or from the hub, after looking what it is."""
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
+    folder = expand(source)
+    if not is_folder(folder):
         if source.startswith((".", "/", "~")) or source.count("/") != 1:
             raise AdapterError(f"{source} is no folder here (current folder: {Path.cwd()}) and no hub id (OWNER/NAME)")
         return locate(source, None, weights=(SAFE, PICKLE))[0]
@@ -221,7 +222,7 @@ def _choose_pooling(pooling: str | None, source: str, *, has_mlp: bool) -> tuple
     """Return pooling and head in our terms, and what to say about them."""
     if pooling is not None and pooling not in POOLINGS:
         raise AdapterError(f"--pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
-    name = Path(source).expanduser().resolve().name
+    name = expand(source).resolve().name
     guess: Pooling = "cls_before_pooler" if not has_mlp or "unsup" in name.lower() else "cls"
     chosen = guess if pooling is None else pooling
     if not has_mlp:

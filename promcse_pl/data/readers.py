@@ -163,7 +163,7 @@ def _read(
                     raise _UnusableError(cells)
                 for label, cell in cells:
                     if cell is None or (isinstance(cell, str) and not cell.strip()):
-                        raise _UnusableError(f"column {label} is empty")
+                        raise _UnusableError(f"column {_short(label)} is empty")
                 row = tuple(convert(cell, label) for convert, (label, cell) in zip(converters, cells, strict=True))
             except _UnusableError as error:
                 bad_row = BadRow(str(path), line, str(error))
@@ -305,7 +305,7 @@ def _picked(path: Path, lines: _Lines, width: int, columns: _Columns, has_header
             yield line, [(label, cells.get(label)) for label in labels]
         elif len(cells) <= max(positions):
             label = labels[positions.index(max(positions))]
-            yield line, f"column {label} is missing, the row has {len(cells)} columns"
+            yield line, f"column {_short(label)} is missing, the row has {len(cells)} columns"
         else:
             yield line, [(label, cells[position]) for label, position in zip(labels, positions, strict=True)]
 
@@ -324,7 +324,7 @@ def _parquet(path: Path, stream: IO[bytes], textual: Sequence[bool], columns: _C
             kind = schema.field(label).type
             kind = kind.value_type if pa.types.is_dictionary(kind) else kind
             if is_text and not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-                raise DataError(f"{path}: column {label} must hold strings, it holds {kind}")
+                raise DataError(f"{path}: column {_short(label)} must hold strings, it holds {kind}")
         for batch in file.iter_batches(batch_size=4096, columns=labels):
             for cells in zip(*(batch.column(label).to_pylist() for label in labels), strict=True):
                 row += 1
@@ -341,7 +341,7 @@ def _positions(path: Path, names: list[str] | None, width: int, columns: _Column
             known, example = "its columns have no names, only positions from 0", ",".join(map(str, range(width)))
         else:
             found = [position for position, name in enumerate(names) if column in (name, position)]
-            known, example = f"its {len(names)} columns are: {_listed(names)}", ",".join(names[:width])
+            known, example = f"its {len(names)} columns are: {_listed(names)}", ",".join(map(_short, names[:width]))
         if len(found) != 1:
             raise DataError(
                 f"{path} has {'several columns' if found else 'no column'} {column!r}; {known}. "
@@ -357,18 +357,20 @@ def _positions(path: Path, names: list[str] | None, width: int, columns: _Column
 
 def _text(value: object, label: str) -> str:
     if not isinstance(value, str):
-        raise _UnusableError(f"column {label} holds {_shown(value)}, a string is needed")
+        raise _UnusableError(f"column {_short(label)} holds {_shown(value)}, a string is needed")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # only a JSON escape can spell this; tokenizers refuse it
-        raise _UnusableError(f"column {label} holds half a surrogate pair at character {error.start + 1}") from error
+        raise _UnusableError(
+            f"column {_short(label)} holds half a surrogate pair at character {error.start + 1}"
+        ) from error
     return value
 
 
 def _score(value: object, label: str) -> float:
     if isinstance(value, str | int | float | Decimal) and not isinstance(value, bool) and _is_number(str(value)):
         return float(value)
-    raise _UnusableError(f"column {label} holds {_shown(value)}, a finite number is needed")
+    raise _UnusableError(f"column {_short(label)} holds {_shown(value)}, a finite number is needed")
 
 
 def _is_number(text: str) -> bool:
@@ -384,5 +386,9 @@ def _shown(value: object) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(name if len(name) <= 40 else name[:37] + "..." for name in names[:20])
+    shown = ", ".join(map(_short, names[:20]))
     return shown if len(names) <= 20 else f"{shown}, ... ({len(names)} in all)"
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 40 else name[:37] + "..."

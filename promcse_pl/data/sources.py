@@ -18,6 +18,7 @@ from promcse_pl.data.tokens import RowSource, file_source, memory_source
 from promcse_pl.errors import ConfigError, DataError
 from promcse_pl.evaluation.selection import refuse_test_set
 from promcse_pl.evaluation.sts import ScoredPairs, load_stsb
+from promcse_pl.paths import expand, is_folder, is_there
 
 HOLDOUT_SHARE, HOLDOUT_MOST = 0.1, 500
 """Part of the triplets that `data.dev=holdout` keeps back, and the most rows of it."""
@@ -26,14 +27,14 @@ HOLDOUT_SHARE, HOLDOUT_MOST = 0.1, 500
 def cache_dir(configured: str | None) -> Path:
     """Return the folder of the token cache and of the vector cache."""
     if configured is not None:
-        return Path(configured).expanduser()
+        return expand(configured)
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "promcse_pl"
 
 
 def data_dir(config: DataConfig) -> Path | None:
     """Return the folder of data sets, if one is set."""
-    return None if config.dir is None else Path(config.dir).expanduser()
+    return None if config.dir is None else expand(config.dir)
 
 
 def senteval_dir(config: DataConfig) -> Path:
@@ -46,8 +47,8 @@ def senteval_dir(config: DataConfig) -> Path:
         raise ConfigError(
             "the STS tasks are read from data.dir/senteval, but data.dir is not set. Try: data.dir=FOLDER"
         )
-    folder = Path(config.dir).expanduser() / "senteval"
-    if not folder.is_dir():
+    folder = expand(config.dir) / "senteval"
+    if not is_folder(folder):
         raise ConfigError(
             f"data.dir={config.dir} has no senteval/ folder in it (SentEval's data: STS/, SICK/). "
             "Try: data.dir=FOLDER, or data.dev=null 'evaluation.tasks=[]' to train without it"
@@ -61,10 +62,10 @@ def find_file(name: str, config: DataConfig, key: str) -> Path:
     Raises:
         DataError: It is in none of these places.
     """
-    path = Path(name).expanduser()
-    places = [path] if path.is_absolute() or config.dir is None else [Path(config.dir).expanduser() / path, path]
+    path = expand(name)
+    places = [path] if path.is_absolute() or config.dir is None else [expand(config.dir) / path, path]
     for place in places:
-        if place.exists():
+        if is_there(place):
             return place
     looked = " and ".join(str(place.absolute()) for place in places)
     hint = "" if config.dir else f", or data.dir=FOLDER that has {name} in it"

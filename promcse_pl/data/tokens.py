@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from promcse_pl.data.readers import BadRow, OnBadRow, file_suffix, open_file, read_rows
 from promcse_pl.errors import DataError
+from promcse_pl.paths import hide_home
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -214,8 +215,9 @@ def _write(
     bad_rows: list[BadRow] = []
     sentences = tokens = truncated = 0
     texts = chain.from_iterable(source.rows(bad_rows))
+    ids_hash, offsets_hash = hashlib.sha256(), hashlib.sha256(first := np.zeros(1, np.int64).tobytes())
     with (folder / "ids.bin").open("wb") as ids_file, (folder / "offsets.bin").open("wb") as offsets_file:
-        offsets_file.write(np.zeros(1, np.int64).tobytes())
+        offsets_file.write(first)
         while batch := list(islice(texts, _BATCH)):
             ids, cut = _tokenize(tokenizer, batch, max_length)
             lengths_N = np.fromiter(map(len, ids), np.int64, len(ids))
@@ -223,8 +225,12 @@ def _write(
                 raise DataError(f"{source.name}: no token is left of the text {batch[int(lengths_N.argmin())]!r}")
             ends_N = tokens + np.cumsum(lengths_N)
             sentences, tokens, truncated = sentences + len(batch), int(ends_N[-1]), truncated + cut
-            ids_file.write(np.fromiter(chain.from_iterable(ids), np.int32).tobytes())
-            offsets_file.write(ends_N.tobytes())
+            for file, digest, content in (
+                (ids_file, ids_hash, np.fromiter(chain.from_iterable(ids), np.int32).tobytes()),
+                (offsets_file, offsets_hash, ends_N.tobytes()),
+            ):
+                file.write(content)
+                digest.update(content)
             if progress is not None:
                 progress(sentences)
         for file in (ids_file, offsets_file):  # on disk before the rename is: a power cut leaves no empty files
@@ -232,15 +238,17 @@ def _write(
             os.fsync(file.fileno())
     meta = {
         "format": _FORMAT,
-        "source": source.name,
+        "source": hide_home(source.name),
         "rows": sentences // source.width,
         "width": source.width,
         "tokens": tokens,
         "truncated": truncated,
         "max_length": max_length,
         "pad_id": tokenizer.pad_token_id,
-        "bad_rows": [(bad.line, bad.reason) for bad in bad_rows],
+        "bad_rows": [[bad.line, bad.reason] for bad in bad_rows],
+        "sha256": {"ids.bin": ids_hash.hexdigest(), "offsets.bin": offsets_hash.hexdigest()},
     }
+    meta["checksum"] = _sha256(meta)
     (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
 
@@ -270,14 +278,18 @@ def _publish(temporary: Path, folder: Path) -> None:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether the files are there and have the sizes that meta.json asks for."""
+    """Whether the files are those that were written, to the bit: reading them takes no longer than the data file did."""
     try:
         meta = _read_meta(folder)
-        ids_size, offsets_size = 4 * meta["tokens"], 8 * (meta["rows"] * meta["width"] + 1)
-        sizes = [(folder / name).stat().st_size for name in ("ids.bin", "offsets.bin")]
-    except (OSError, ValueError, KeyError, TypeError):
+        if meta.pop("checksum") != _sha256(meta) or meta["format"] != _FORMAT:
+            return False
+        for name, wanted in meta["sha256"].items():
+            with (folder / name).open("rb") as stream:
+                if hashlib.file_digest(stream, "sha256").hexdigest() != wanted:
+                    return False
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
-    return sizes == [ids_size, offsets_size] and meta["format"] == _FORMAT
+    return True
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:

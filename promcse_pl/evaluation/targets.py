@@ -18,6 +18,7 @@ from promcse_pl.errors import AdapterError, ConfigError, DataError
 from promcse_pl.model.backbone import FrozenBackbone, locate, read_config
 from promcse_pl.model.encoder import PromptEncoder
 from promcse_pl.model.pooling import POOLINGS, Pooling
+from promcse_pl.paths import expand
 
 FROZEN_POOLING: Pooling = "avg"
 """Of a frozen encoder unless asked otherwise: the mean of all tokens, the common baseline."""
@@ -77,7 +78,7 @@ def frozen_target(model: PromCSE) -> Target:
 
 
 def _find(name: str, pooling: str | None, device: str) -> Target:
-    folder = Path(name).expanduser()
+    folder = expand(name)
     place = folder.resolve()
     label = place.parent.name if place.name == "adapter" else place.name  # a run's adapter is called by its run
     if _adapter(folder) is not None:

@@ -32,6 +32,7 @@ from promcse_pl.evaluation.sts import (
     score_task,
 )
 from promcse_pl.evaluation.transfer_data import TRANSFER_TASKS, TransferData, load_transfer
+from promcse_pl.paths import expand, is_there
 
 PUBLISHED_PAIRS = {
     "STS12": 3108,
@@ -135,7 +136,7 @@ def _load(name: str, data: Path | None) -> list[Task]:
         return _geometry_tasks(load_stsb(senteval, "test"))
     if name == "transfer":
         return [transfer_task(load_transfer(senteval, task)) for task in TRANSFER_TASKS]
-    path = next((place for place in (folder / name, Path(name).expanduser()) if place.exists()), Path(name))
+    path = next((place for place in (folder / name, expand(name)) if is_there(place)), Path(name))
     rows = read_scored_pairs(path)
     return [
         pair_task(path.name, "own", [ScoredPairs.of(path.name, rows, hashlib.sha256(path.read_bytes()).hexdigest())])

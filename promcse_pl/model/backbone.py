@@ -21,6 +21,7 @@ from promcse_pl.errors import EncoderError
 from promcse_pl.model.attention import PROMPT_ATTENTION
 from promcse_pl.model.dropout import use_cheap_dropout
 from promcse_pl.model.mlm import MlmHead
+from promcse_pl.paths import expand, hide_home, is_folder
 
 SUPPORTED = ("bert", "roberta", "xlm-roberta", "electra", "modernbert")
 """Encoder families (`model_type` in config.json) whose every layer takes a prompt; each has a test."""
@@ -125,7 +126,7 @@ def quiet_transformers() -> Iterator[None]:
 
 def first_line(error: BaseException) -> str:
     """Return the first line of a message; those of the libraries run over screens."""
-    return str(error).strip().split("\n", 1)[0]
+    return str(error).strip().split("\n", 1)[0][:500]
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +230,7 @@ class FrozenBackbone(nn.Module):
                 f"{min(report['missing_keys'])}: they would be random"
             )
         # an adapter must find a folder from anywhere
-        stored = str(Path(name).expanduser().absolute()) if Path(name).expanduser().is_dir() else name
+        stored = hide_home(str(expand(name).absolute())) if is_folder(expand(name)) else name
         return cls(model, EncoderId(stored, commit, sha256), source)
 
     def save(self, folder: Path) -> str:
@@ -428,8 +429,10 @@ def locate(
         name, revision: See `FrozenBackbone.load`.
         weights: Patterns of the weight files that the hub is asked for.
     """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    if len(name) > 1000 or "\0" in name:
+        raise EncoderError(f"no encoder has a name of {len(name)} characters like {name[:40]!r}. Check model.path")
+    folder = expand(name)
+    if is_folder(folder):
         if not (folder / "config.json").is_file():
             raise EncoderError(
                 f"{name} is a folder without config.json. Try: model.path=FOLDER with a transformers encoder"

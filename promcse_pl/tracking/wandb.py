@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from promcse_pl.config import Config
 from promcse_pl.errors import ConfigError
+from promcse_pl.paths import hide_home
 
 if TYPE_CHECKING:
     from pytorch_lightning.loggers import WandbLogger
@@ -122,10 +123,17 @@ def _init(config: Config, folder: Path, mode: str) -> Any:  # noqa: ANN401  (a W
     )
 
 
+def _hide_home_in_logs(run: Any) -> None:  # noqa: ANN401  (a W&B run)
+    """Take the home folder out of what W&B's client wrote about itself; W&B has no setting for it."""
+    for path in Path(run.dir).parent.parent.glob("*/logs/*.log"):
+        path.write_text(hide_home(path.read_text(encoding="utf-8", errors="replace")), encoding="utf-8")
+
+
 def abandon_wandb(logger: WandbLogger) -> None:
     """Close the run of a job that failed, as failed: the next run of this process does not continue it."""
     try:
         logger.experiment.finish(exit_code=1)
+        _hide_home_in_logs(logger.experiment)
     except Exception as error:
         log.warning("W&B did not finish (%s: %s)", type(error).__name__, error)
 
@@ -153,6 +161,7 @@ def finish_wandb(logger: WandbLogger, results: dict[str, Any], adapter: Path) ->
             artifact.add_dir(str(adapter))
             run.log_artifact(artifact)
         run.finish()
+        _hide_home_in_logs(run)
     except Exception as error:
         log.warning("W&B did not finish (%s: %s); the run's folder is complete without it", type(error).__name__, error)
         return None

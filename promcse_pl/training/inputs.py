@@ -14,6 +14,7 @@ from promcse_pl.data.module import PromcseDataModule
 from promcse_pl.errors import DataError
 from promcse_pl.folder import INPUTS, write_text
 from promcse_pl.model.encoder import PromptEncoder
+from promcse_pl.paths import hide_home
 
 log = logging.getLogger("promcse_pl")
 
@@ -49,7 +50,7 @@ def record_inputs(folder: Path, inputs: dict[str, Any]) -> None:
         write_text(path, json.dumps(inputs, indent=2) + "\n")
         return
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = hide_home(json.loads(path.read_text(encoding="utf-8")))  # an earlier version wrote it out
         for key in ("data.train", "data.dev", "model.path"):
             if before[key]["sha256"] != inputs[key]["sha256"]:
                 raise DataError(

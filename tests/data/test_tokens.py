@@ -240,7 +240,9 @@ def test_a_source_that_raises_midway_leaves_nothing(tokenizer, tmp_path, monkeyp
     assert folders(tmp_path) == []
 
 
-@pytest.mark.parametrize("damage", ["ids.bin", "offsets.bin", "meta.json", "no meta", "old format"])
+@pytest.mark.parametrize(
+    "damage", ["ids.bin", "offsets.bin", "meta.json", "no meta", "old format", "earlier version", "bit"]
+)
 def test_a_damaged_cache_is_built_again_with_a_warning(tokenizer, tmp_path, caplog, damage):
     source = memory_source("rows", some_rows(50))
     first = load_tokens(source, tokenizer, max_length=9, cache_dir=tmp_path)
@@ -251,6 +253,14 @@ def test_a_damaged_cache_is_built_again_with_a_warning(tokenizer, tmp_path, capl
     elif damage == "old format":
         meta = json.loads((folder / "meta.json").read_text())
         (folder / "meta.json").write_text(json.dumps({**meta, "format": 0}))
+    elif damage == "earlier version":  # it knew no checksums
+        meta = json.loads((folder / "meta.json").read_text())
+        del meta["sha256"], meta["checksum"]
+        (folder / "meta.json").write_text(json.dumps(meta))
+    elif damage == "bit":
+        content = bytearray((folder / "ids.bin").read_bytes())
+        content[80] ^= 1
+        (folder / "ids.bin").write_bytes(content)
     else:
         os.truncate(folder / damage, (folder / damage).stat().st_size - 1)
     again = load_tokens(source, tokenizer, max_length=9, cache_dir=tmp_path)

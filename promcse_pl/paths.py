@@ -1,0 +1,47 @@
+"""Names of files and folders as people type them, and as they may be written down."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TypeVar
+
+Tree = TypeVar("Tree")
+
+
+def expand(name: str | Path) -> Path:
+    """Return a path with the home folder in the place of ~; nothing is raised for a person whom the machine does not know."""
+    return Path(os.path.expanduser(name))  # noqa: PTH111  (Path.expanduser raises there)
+
+
+def is_there(path: Path) -> bool:
+    """Tell whether a file or folder is there; a name that no file can have is not."""
+    return os.path.exists(path)  # noqa: PTH110  (Path.exists raises for a name that is too long)
+
+
+def is_folder(path: Path) -> bool:
+    """Tell whether a folder is there; a name that no folder can have is not."""
+    return os.path.isdir(path)  # noqa: PTH112  (the same)
+
+
+def hide_home(value: Tree) -> Tree:
+    """Return text, or the texts of a tree of plain values, with ~ for the home folder: its name is often a person's.
+
+    `expand` undoes it for a path.
+    """
+    home = os.path.expanduser("~").rstrip("/")  # noqa: PTH111
+    if not home.startswith("/"):
+        return value
+    pattern = re.compile(rf"(?<![\w.~-]){re.escape(home)}(?![\w.-])")
+
+    def hidden(part: object) -> object:
+        if isinstance(part, str):
+            return pattern.sub("~", part)
+        if isinstance(part, dict):
+            return {hidden(key): hidden(entry) for key, entry in part.items()}
+        if isinstance(part, list | tuple):
+            return type(part)(hidden(entry) for entry in part)
+        return part
+
+    return hidden(value)  # type: ignore[return-value]

@@ -1,0 +1,315 @@
+"""Damaged and hostile adapters, checkpoints, token caches and imports: what was saved, or one error; no code runs."""
+
+import copy
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import save_small_encoder, small_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from fuzz.conftest import examples, only_our_errors
+from promcse_pl.adapter.files import BUNDLED, describe, load_adapter, save_adapter
+from promcse_pl.adapter.official import import_official
+from promcse_pl.adapter.peft import export_peft, import_peft
+from promcse_pl.data.tokens import load_tokens, memory_source
+from promcse_pl.errors import AdapterError, DataError
+from promcse_pl.folder import read_status
+from promcse_pl.job import read_results
+from promcse_pl.model.backbone import FrozenBackbone
+from promcse_pl.model.encoder import PromptEncoder
+from promcse_pl.tracking.local import read_history
+from promcse_pl.training.checkpoint import RunCheckpoints, read_checkpoint
+
+ROWS = [(f"w{i} w{i + 1}", f"w{i + 2}") for i in range(5, 60)]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """Whole artifacts of every kind, small."""
+    base = tmp_path_factory.mktemp("artifacts")
+    backbone = FrozenBackbone.load(str(save_small_encoder(base / "encoder", num_hidden_layers=1)))
+    torch.manual_seed(0)
+    encoder = PromptEncoder(backbone, length=2, pooling="avg", head="mlp").eval()
+    save_adapter(encoder, base / "adapter", training={"steps": 3})
+    plain = PromptEncoder(backbone, length=2, pooling="avg", head="none").eval()
+    export_peft(plain, base / "peft")
+    official = base / "official"
+    official.mkdir()
+    state = {f"bert.{name}": tensor for name, tensor in backbone.model.state_dict().items()}
+    state |= {"prefix_encoder.embedding.weight": encoder.prompt.embedding.weight.detach()}
+    torch.save(state, official / "pytorch_model.bin")
+    shutil.copy(base / "encoder/config.json", official)
+    small_tokenizer().save_pretrained(official)
+    checkpoint = {"global_step": 4, "state": {"x": torch.arange(6.0), "y": [1, 2.5, "z", None, (3,)]}, 7: torch.ones(2)}
+    RunCheckpoints(base / "run").save_checkpoint(checkpoint, base / "run/checkpoints/step-4")
+    import_official(official)  # the whole ones are read
+    import_peft(base / "peft", encoder=str(base / "encoder"))
+    (base / "status").mkdir()
+    (base / "status/status.json").write_text('{"state": "running", "step": 3, "steps": 10}')
+    (base / "status/results.json").write_text('{"scores": {"adapter": {"dev": 70.1}}}')
+    (base / "status/metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.25}\n')
+    return base
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("damaged")
+
+
+def damaged(data: st.DataObject, whole: Path, place: Path) -> Path:
+    """A copy with flipped bits, a cut, more bytes, a file that is missing, empty or a folder; sometimes only in a JSON value."""
+    copied = place / "copy"
+    shutil.rmtree(copied, ignore_errors=True)
+    shutil.copytree(whole, copied)
+    path = data.draw(st.sampled_from(sorted(path for path in copied.rglob("*") if path.is_file())))
+    content = bytearray(path.read_bytes())
+    kind = data.draw(
+        st.sampled_from(["flip", "flip", "flip", "head", "cut", "grow", "absent", "empty", "folder", "json"])
+    )
+    if kind == "json" and path.suffix == ".json":
+        path.write_text(json.dumps(changed(data, json.loads(content))))
+        return copied
+    last = min(len(content), 200) if kind == "head" else len(content)
+    if kind in ("flip", "head", "json"):
+        for position in data.draw(st.lists(st.integers(0, last - 1), min_size=1, max_size=3)):
+            content[position] ^= 1 << data.draw(st.integers(0, 7))
+    elif kind == "cut":
+        del content[data.draw(st.integers(0, last)) :]
+    elif kind == "grow":
+        content += data.draw(st.binary(min_size=1, max_size=9))
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind != "absent":
+        path.write_bytes(b"" if kind == "empty" else bytes(content))
+    return copied
+
+
+ANY = (
+    st.none()
+    | st.booleans()
+    | st.sampled_from([-1, 0, 1, 2**31, 10**30, 1.5, float("nan"), "", "x", "../x", "/etc", [], {}, [[]]])
+)
+
+
+def changed(data: st.DataObject, tree: object) -> object:
+    """A JSON tree with one value changed, taken out, or one key more, anywhere."""
+    tree = copy.deepcopy(tree)
+    part = tree
+    while isinstance(part, dict | list) and part:
+        key = data.draw(st.sampled_from(sorted(part) if isinstance(part, dict) else range(len(part))))
+        if not isinstance(part[key], dict | list) or not part[key] or data.draw(st.booleans()):
+            action = data.draw(st.sampled_from(["set", "remove", "add"]))
+            if action == "set":
+                part[key] = data.draw(ANY)
+            elif action == "remove":
+                del part[key]
+            elif isinstance(part, dict):
+                part["more"] = data.draw(ANY)
+            break
+        part = part[key]
+    return tree
+
+
+def same(one: PromptEncoder, other: PromptEncoder) -> bool:
+    ours, theirs = one.state_dict(), other.state_dict()
+    return describe(one) == describe(other) and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@examples(900)
+@given(data=st.data())
+def test_a_damaged_adapter_is_noticed_or_is_the_same(base, place, data):
+    folder = damaged(data, base / "adapter", place)
+    whole = load_adapter(base / "adapter")
+    with only_our_errors("adapters"):
+        assert same(load_adapter(folder), whole)
+
+
+@examples(300)
+@given(data=st.data())
+def test_a_damaged_adapter_without_checksum_loads_or_is_refused(base, place, data):
+    whole = place / "older"
+    shutil.rmtree(whole, ignore_errors=True)
+    shutil.copytree(base / "adapter", whole)
+    about = json.loads((whole / "adapter.json").read_text())
+    del about["checksum"]
+    (whole / "adapter.json").write_text(json.dumps(about))
+    with only_our_errors("adapters"):
+        load_adapter(damaged(data, whole, place))
+
+
+@examples(1000)
+@given(data=st.data())
+def test_a_damaged_checkpoint_is_refused(base, place, data):
+    whole = base / "run/checkpoints/step-4"
+    folder, wanted = damaged(data, whole, place), read_checkpoint(whole)
+    with only_our_errors("checkpoints"):
+        found = read_checkpoint(folder)
+        assert (found.step, found.history_bytes) == (wanted.step, wanted.history_bytes)
+        assert torch.equal(found.state["state"]["x"], wanted.state["state"]["x"])
+        assert found.state["state"]["y"] == wanted.state["state"]["y"]
+
+
+@examples(500)
+@given(data=st.data())
+def test_a_damaged_status_history_or_result_is_refused_or_read(base, place, data):
+    folder = damaged(data, base / "status", place)
+    for read, path in ((read_status, folder), (read_results, folder), (read_history, folder / "metrics.jsonl")):
+        with only_our_errors("run files"):
+            read(path)
+
+
+@examples(800)
+@given(data=st.data())
+def test_a_damaged_token_cache_is_built_again(place, data):
+    source, tokenizer = memory_source("rows", ROWS), small_tokenizer()
+    whole = load_tokens(source, tokenizer, max_length=9, cache_dir=place / "cache")
+    expected = whole.fetch(np.arange(len(ROWS)))[0]
+    copied = damaged(data, place / "cache/tokens" / whole.fingerprint, place)
+    shutil.rmtree(place / "other", ignore_errors=True)
+    (place / "other/tokens").mkdir(parents=True)
+    copied.rename(place / "other/tokens" / whole.fingerprint)
+    with only_our_errors("token caches"):
+        again = load_tokens(source, tokenizer, max_length=9, cache_dir=place / "other")
+        np.testing.assert_array_equal(again.fetch(np.arange(len(ROWS)))[0], expected)
+        assert (len(again), again.truncated, again.bad_rows) == (len(ROWS), whole.truncated, [])
+
+
+@examples(300)
+@given(data=st.data())
+def test_a_damaged_official_checkpoint_is_read_or_refused(base, place, data):
+    folder = damaged(data, base / "official", place)
+    with only_our_errors("official"):
+        import_official(folder)
+
+
+@examples(400)
+@given(data=st.data())
+def test_a_damaged_peft_prefix_is_read_or_refused(base, place, data):
+    folder = damaged(data, base / "peft", place)
+    with only_our_errors("peft"):
+        import_peft(folder, encoder=str(base / "encoder"))
+
+
+# --- code and paths ---
+
+
+class Trap:
+    """Makes a file when it is unpickled without care."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "official/pytorch_model.bin",
+        "official/model.safetensors",
+        "peft/adapter_model.bin",
+        "adapter/adapter.safetensors",
+    ],
+)
+@pytest.mark.parametrize("form", ["zip", "legacy", "bare pickle"])
+def test_code_in_weights_is_not_run(base, tmp_path, name, form):
+    marker = tmp_path / "ran"
+    pickle.loads(pickle.dumps(Trap(marker)))
+    assert marker.exists(), "the trap works where pickles are trusted"
+    marker.unlink()
+    kind = name.partition("/")[0]
+    folder = shutil.copytree(base / kind, tmp_path / kind)
+    for path in folder.glob("*model.*"):
+        path.unlink()
+    if form == "bare pickle":
+        (tmp_path / name).write_bytes(pickle.dumps({"x": Trap(marker)}))
+    else:
+        torch.save({"x": Trap(marker)}, tmp_path / name, _use_new_zipfile_serialization=form == "zip")
+    read = {"official": import_official, "peft": import_peft, "adapter": load_adapter}[kind]
+    with pytest.raises(AdapterError):
+        read(folder)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json"])
+def test_code_in_a_checkpoint_is_not_run(base, tmp_path, name):
+    folder, marker = shutil.copytree(base / "run/checkpoints/step-4", tmp_path / "step-4"), tmp_path / "ran"
+    (folder / name).write_bytes(pickle.dumps({"x": Trap(marker)}))
+    with pytest.raises(DataError):
+        read_checkpoint(folder)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../outside",
+        "/outside",
+        "~/../outside",
+        "./encoder/../../outside",
+        "a\0b",
+        "x" * 5000,
+        "~nobody-of-this-name/x",
+    ],
+)
+def test_an_encoder_name_with_tricks_in_an_adapter_is_a_name_and_nothing_more(base, tmp_path, name):
+    folder = shutil.copytree(base / "adapter", tmp_path / "in/adapter")
+    about = json.loads((folder / "adapter.json").read_text())
+    about["encoder"]["name"] = name
+    del about["checksum"]
+    (folder / "adapter.json").write_text(json.dumps(about))
+    before = sorted(tmp_path.rglob("*"))
+    with only_our_errors("adapters") as errors:
+        load_adapter(folder)
+    assert errors
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_adapter_of_symlinks_is_read_and_a_save_replaces_the_link_and_not_what_it_leads_to(base, tmp_path):
+    outside = shutil.copytree(base / "adapter", tmp_path / "outside")
+    (tmp_path / "adapter").mkdir()
+    for path in outside.iterdir():
+        (tmp_path / "adapter" / path.name).symlink_to(path)
+    encoder = load_adapter(tmp_path / "adapter")
+    before = {path.name: path.read_bytes() for path in outside.iterdir()}
+    with torch.no_grad():
+        encoder.prompt.embedding.weight.add_(1)
+    save_adapter(encoder, tmp_path / "adapter")
+    assert {path.name: path.read_bytes() for path in outside.iterdir()} == before
+    assert not any(path.is_symlink() for path in (tmp_path / "adapter").iterdir())
+
+
+@pytest.mark.parametrize(
+    "change", [{"x": torch.zeros(1)}, {"prompt.embedding.weight": torch.full((2, 32), float("nan"))}]
+)
+def test_weights_that_were_changed_with_care_are_noticed(base, tmp_path, change):
+    folder = shutil.copytree(base / "adapter", tmp_path / "adapter")
+    save_file(load_file(folder / "adapter.safetensors") | change, folder / "adapter.safetensors")
+    with pytest.raises(AdapterError):
+        load_adapter(folder)
+
+
+def test_a_flipped_bit_is_noticed_in_an_adapter_and_in_the_encoder_it_carries(tmp_path):
+    torch.manual_seed(0)
+    backbone = FrozenBackbone.load(str(save_small_encoder(tmp_path / "encoder", num_hidden_layers=1)))
+    backbone.identity = backbone.identity.__class__(BUNDLED, None, "0" * 64)
+    save_adapter(PromptEncoder(backbone, length=2, pooling="avg", head="none"), tmp_path / "adapter")
+    load_adapter(tmp_path / "adapter")
+    for path in (path for path in (tmp_path / "adapter").rglob("*") if path.is_file()):
+        content = bytearray(path.read_bytes())
+        content[-5 if path.suffix == ".safetensors" else content.index(b"0")] ^= 1
+        kept = path.read_bytes()
+        path.write_bytes(bytes(content))
+        with only_our_errors("adapters") as errors:
+            load_adapter(tmp_path / "adapter")
+        assert errors, path.name
+        path.write_bytes(kept)

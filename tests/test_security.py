@@ -1,0 +1,63 @@
+"""SECURITY.md's promises about code, read from the code itself."""
+
+import ast
+
+import pytest
+from conftest import ROOT
+
+SOURCES = [*sorted((ROOT / "promcse_pl").rglob("*.py")), ROOT / "run.py"]
+
+
+def calls() -> list[tuple[str, str, dict[str, object]]]:
+    """(file, dotted name, keywords that are constants) of every call in the package."""
+    found = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                constants = {word.arg: getattr(word.value, "value", ...) for word in node.keywords if word.arg}
+                found.append((path.name, ast.unparse(node.func), constants))
+    return found
+
+
+CALLS = calls()
+
+
+def test_every_model_and_tokenizer_is_read_without_remote_code_and_weights_only_as_safetensors():
+    loads = [call for call in CALLS if call[1].endswith(".from_pretrained")]
+    assert {name.partition(".")[0] for _, name, _ in loads} >= {"AutoModel", "AutoConfig", "AutoTokenizer"}
+    for place, name, constants in loads:
+        assert constants.get("trust_remote_code") is False, (place, name)
+        if name == "AutoModel.from_pretrained":
+            assert constants.get("use_safetensors") is True, place
+
+
+def test_torch_load_takes_tensors_alone():
+    loads = [call for call in CALLS if call[1] == "torch.load"]
+    assert loads
+    assert all(constants.get("weights_only") is True for _, _, constants in loads)
+
+
+@pytest.mark.parametrize(
+    "name", ["eval", "exec", "pickle.load", "pickle.loads", "yaml.load", "yaml.unsafe_load", "os.system", "joblib.load"]
+)
+def test_nothing_that_runs_what_it_reads_is_called(name):
+    assert not [call for call in CALLS if call[1] == name]
+
+
+def test_numpy_reads_no_pickle_and_no_process_goes_through_a_shell():
+    assert all(
+        constants.get("allow_pickle", False) is False for _, name, constants in CALLS if name.endswith("np.load")
+    )
+    assert all(constants.get("shell", False) is False for _, name, constants in CALLS if name.startswith("subprocess."))
+
+
+def test_the_page_says_so():
+    page = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    for words in (
+        "`use_safetensors=True`",
+        "`trust_remote_code` is off",
+        "weights_only=True",
+        "requirements-release.txt",
+        "Report",
+    ):
+        assert words in page
