@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from promcse_pl.errors import EncoderError
 from promcse_pl.model.attention import PROMPT_ATTENTION
 from promcse_pl.model.dropout import use_cheap_dropout
-from promcse_pl.model.layers import Layer, can_be_written_out, run_layers
 from promcse_pl.model.mlm import MlmHead
 
 SUPPORTED = ("bert", "roberta", "xlm-roberta", "electra", "modernbert")
@@ -188,8 +187,6 @@ class FrozenBackbone(nn.Module):
         self.pad_id: int = config.pad_token_id or 0
         self._source = source
         self.quantized = False
-        self.written_out = True  # False: transformers' layers in any case, to measure and to test against
-        self._layers: list[Layer] = []
         self._check_prompt_reaches_every_layer()
 
     @classmethod
@@ -387,21 +384,15 @@ class FrozenBackbone(nn.Module):
             Hidden states (B, T, D), the last layer last.
         """
         extra: dict[str, Any] = {} if types_BT is None else {"token_type_ids": types_BT}
-        inputs = {"input_ids": ids_BT, "position_ids": self.positions(ids_BT, position_offset)} | extra
-        prompts = None if prompt_kv is None else prompt_kv.unbind(0)
-        if self.written_out and can_be_written_out(self.model):
-            embedded: Tensor = self.model.embeddings(**inputs)  # type: ignore[operator]
-            return run_layers(self._joined_layers(), embedded, mask_BT, prompts, all_layers=all_layers)
-        output = self.model(**inputs, attention_mask=mask_BT, output_hidden_states=all_layers, prompt_kv=prompts)
+        output = self.model(
+            input_ids=ids_BT,
+            attention_mask=mask_BT,
+            position_ids=self.positions(ids_BT, position_offset),
+            output_hidden_states=all_layers,
+            prompt_kv=None if prompt_kv is None else prompt_kv.unbind(0),
+            **extra,
+        )
         return tuple(output.hidden_states) if all_layers else (output.last_hidden_state,)
-
-    def _joined_layers(self) -> list[Layer]:
-        """The layers written out; two threads that make them at once make the same."""
-        layers = self._layers
-        if not layers or any(layer.stale for layer in layers):
-            modules: Any = self.model.encoder.layer  # type: ignore[union-attr]
-            self._layers = layers = [Layer(module) for module in modules]
-        return layers
 
     def _check_prompt_reaches_every_layer(self) -> None:
         """Refuse an encoder that drops the prompt on its way: every layer's keys and values must move the output."""

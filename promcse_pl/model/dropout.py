@@ -69,12 +69,8 @@ def dropout(values: Tensor, probability: float, shape: torch.Size | None = None)
     shape = values.shape if shape is None else shape
     if values.device.type != "cpu":
         return F.dropout(values.expand(shape), probability)
-    return values * keep_mask(shape, probability, values.dtype).mul_(1 / kept_share(probability))
-
-
-def kept_share(probability: float) -> float:
-    """Return the share of entries that `keep_mask` keeps, `probability` being rounded."""
-    return 1 - round(probability * _LEVELS) / _LEVELS
+    kept_share = 1 - round(probability * _LEVELS) / _LEVELS
+    return values * keep_mask(shape, probability, values.dtype).mul_(1 / kept_share)
 
 
 class Dropout(nn.Module):
