@@ -65,7 +65,7 @@ def average_gradients(parameters: Sequence[Tensor]) -> None:
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
     dist.all_reduce(flat)
-    means = (flat / world_size()).split([parameter.numel() for parameter in parameters])
+    means = torch.split_with_sizes(flat / world_size(), [parameter.numel() for parameter in parameters])
     for parameter, mean in zip(parameters, means, strict=True):
         parameter.grad = mean.view_as(parameter)
 

@@ -150,7 +150,7 @@ def _meeting_point() -> str:
         return f"file://{Path(os.environ[STORE]).absolute()}"
     if os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT"):
         return "env://"
-    from lightning_fabric.plugins.environments import SLURMEnvironment
+    from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 
     slurm = SLURMEnvironment()
     return f"tcp://{slurm.main_address}:{slurm.main_port}"
