@@ -1,6 +1,5 @@
 """Loss and gradient of 2 and 3 real processes are those of one; who is which rank; what ranks refuse."""
 
-import dataclasses
 import multiprocessing as mp
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import torch
 import torch.distributed as dist
 from conftest import NO_DROPOUT, small_backbone, small_tokenizer
 from processes import PROCESSES, end
+from test_job import small_config
 
 from promcse_pl.config import DataConfig, LossConfig, OptimConfig, TrainerConfig
 from promcse_pl.data.module import PromcseDataModule, TrainBatch
@@ -209,15 +209,10 @@ def test_tasks_of_a_job_step_may_be_runs_of_their_own_but_processes_of_torchrun_
         find_ranks(trainer())
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"devices": 0}, r"trainer\.devices must be in \[1, 64\] processes a machine, got 0"),
-        ({"devices": 65}, r"trainer\.devices must be in \[1, 64\]"),
-        ({"num_nodes": 0}, r"trainer\.num_nodes must be in \[1, 1024\]"),
-        ({"devices": 2, "device": "mps"}, r"trainer\.device=mps trains in one process"),
-    ],
-)
-def test_numbers_of_processes_out_of_range_are_refused(changes, message):
-    with pytest.raises(ConfigError, match=message):
-        dataclasses.replace(trainer(), **changes)
+def test_processes_that_an_apple_gpu_or_a_batch_cannot_serve_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"trainer\.device=mps trains in one process. Try: trainer\.devices=1"):
+        TrainerConfig(devices=2, device="mps")
+    with pytest.raises(
+        ConfigError, match=r"data\.batch_size=4 rows cannot be shared by 5 processes .*Try: data\.batch_size=5"
+    ):
+        small_config(tmp_path, trainer={"devices": 5})
