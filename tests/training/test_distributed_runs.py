@@ -258,10 +258,9 @@ def test_the_starter_ends_all_when_one_dies_and_its_own_death_leaves_no_orphan(l
     starter.kill()
     end(starter)
     deadline = time.monotonic() + 5
-    while any(map(alive, ranks)):
+    while any(map(alive, ranks)) or is_running(folder):
         assert time.monotonic() < deadline, "orphans"
         time.sleep(0.01)
-    assert not is_running(folder)
 
     starter, ranks = started("checkpoints/step-8")
     os.kill(ranks[1], signal.SIGKILL)
@@ -289,7 +288,8 @@ def test_every_job_of_a_multirun_trains_one_run_on_both_ranks_in_one_folder(tmp_
     save_small_encoder(tmp_path / "encoder", **NO_DROPOUT)
     (tmp_path / "train.csv").write_text("a,b,c\n" + "\n".join(word_rows(11)) + "\n")
     arguments = [
-        "-m", "seed=1,2", "trainer=ddp", "trainer.devices=2", "trainer.max_steps=4", "trainer.log_every=1", "data=triplets",
+        "-m", "seed=1,2", "trainer=ddp", "trainer.devices=2", "trainer.epochs=2", "trainer.max_steps=4",
+        "trainer.log_every=1", "data=triplets",
         "data.train=train.csv", "data.dev=null", "data.max_length=16", "data.batch_size=4", "data.cache_dir=cache",
         "model.path=encoder", "prompt.dropout=0", "trainer.precision=float32", "trainer.device=cpu",
         "tracking.wandb=disabled", "hydra.sweep.dir=sweep",
