@@ -53,7 +53,7 @@ def launch(folder: Path, ranks: int, lock: int) -> None:
         try:
             for rank in range(ranks):
                 processes.append(_start(folder, rank, ranks, lock, store))
-            order = _wait(processes)
+            ended = _wait(processes)
         finally:
             for process in processes:
                 process.kill()
@@ -61,13 +61,16 @@ def launch(folder: Path, ranks: int, lock: int) -> None:
             store.unlink(missing_ok=True)
     logs = [folder / RANK_LOG.format(rank) for rank in range(1, ranks)]
     codes = [process.returncode for process in processes]
-    failed = [rank for rank in order if codes[rank] and codes[rank] not in _STOPPED]
+    failed = [rank for rank in ended if codes[rank] and codes[rank] not in _STOPPED]
+    stopped = bool(received) or any(code in _STOPPED for code in codes)
+    if stopped:  # the others may have lost a rank that a second signal ended at once
+        failed = [rank for rank in failed if LOST not in _last_words(folder, rank)]
     for log in logs:
         if not failed or log.stat().st_size == 0:
             log.unlink(missing_ok=True)
     if failed:
-        _tell(folder, failed, codes)
-    if received or any(codes):
+        tell(folder, failed, codes)
+    if stopped:
         raise Stopped(received[0] if received else signal.SIGINT if 130 in codes else signal.SIGTERM)
 
 
@@ -122,8 +125,9 @@ def _passed_on(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[in
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> list[int]:
-    """Wait for all, and end the others soon after one has failed or was stopped alone; return the order of their ends."""
+    """Wait for all, and end the others soon after one has failed or was stopped alone; return which ended by themselves, in order."""
     order: list[int] = []
+    killed: list[int] = []
     failed_at: float | None = None
     asked = False
     while len(order) < len(processes):
@@ -133,21 +137,22 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> list[int]:
                 if process.returncode and failed_at is None:
                     failed_at = time.monotonic()
         waited = 0.0 if failed_at is None else time.monotonic() - failed_at
-        left = [process for rank, process in enumerate(processes) if rank not in order]
+        left = [rank for rank in range(len(processes)) if rank not in order]
         if (
             waited > GRACE / 2 and not asked
         ):  # not at once: the others may be about to end, and a second signal cuts that short
             asked = True
-            for process in left:
-                process.terminate()
-        if waited > GRACE:
-            for process in left:
-                process.kill()
+            for rank in left:
+                processes[rank].terminate()
+        if waited > GRACE and not killed:
+            killed = left
+            for rank in left:
+                processes[rank].kill()
         time.sleep(0.05)
-    return order
+    return [rank for rank in order if rank not in killed]
 
 
-def _tell(folder: Path, failed: Sequence[int], codes: Sequence[int]) -> NoReturn:
+def tell(folder: Path, failed: Sequence[int], codes: Sequence[int]) -> NoReturn:
     """Raise what the rank died of that failed first by itself."""
     words = {rank: _last_words(folder, rank) for rank in failed}
     own = [rank for rank in failed if LOST not in words[rank]] or list(failed)

@@ -18,9 +18,10 @@ from test_job import small_config, word_rows
 from test_resume import outcome
 
 from promcse_pl.config import Config
-from promcse_pl.errors import DataError
-from promcse_pl.folder import is_running, read_status
+from promcse_pl.errors import DataError, NonFiniteError, RankError
+from promcse_pl.folder import Status, is_running, read_status, write_status
 from promcse_pl.job import read_config, run_job, write_config
+from promcse_pl.launch import tell
 from promcse_pl.tracking.local import read_history
 from promcse_pl.training.checkpoint import newest_checkpoint
 
@@ -313,3 +314,26 @@ def test_every_job_of_a_multirun_trains_one_run_on_both_ranks_in_one_folder(tmp_
         alone = [entry["train/loss"] for entry in read_history(tmp_path / f"one{seed}/metrics.jsonl")]
         assert losses[-1] == pytest.approx(alone, rel=1e-4)
     assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize(
+    ("status", "log", "codes", "kind", "message"),
+    [
+        ("NonFiniteError: the loss of step 3", "error: the loss of step 3\n", [2, 2], NonFiniteError, "^the loss of step 3$"),
+        (
+            "RankError: rank 0 of 2 lost the connection to another process of the run (closed)",
+            "INFO\nerror: the memory is full. Try: less\n",
+            [2, 2],
+            RankError,
+            r"^rank 1 of 2 ended with exit code 2: the memory is full\. Try: less \(its output: .*run-rank1\.log\)\. To go on",
+        ),
+        ("RankError: rank 0 of 2 lost the connection to another process of the run", "", [2, -11], RankError, "by SIGSEGV"),
+        ("DataError: the disk", "Traceback\nRuntimeError: nothing known\n", [2, -9], RankError, "^rank 1 of 2 was killed"),
+        ("RuntimeError: a defect", "", [1, 0], RankError, "^rank 0 of 2 ended with exit code 1: RuntimeError: a defect"),
+    ],
+)  # fmt: skip
+def test_the_error_is_that_of_the_rank_that_failed_by_itself(status, log, codes, kind, message, tmp_path):
+    write_status(tmp_path, Status(state="failed", error=status))
+    (tmp_path / "run-rank1.log").write_text(log)
+    with pytest.raises(kind, match=message):
+        tell(tmp_path, [rank for rank, code in enumerate(codes) if code], codes)
