@@ -125,7 +125,7 @@ def _passed_on(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[in
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> list[int]:
-    """Wait for all, and end the others soon after one has failed or was stopped alone; return which ended by themselves, in order."""
+    """Wait for all; end the others soon after one failed or was stopped alone. Return which ended by themselves, in order."""
     order: list[int] = []
     killed: list[int] = []
     failed_at: float | None = None
