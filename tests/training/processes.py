@@ -43,7 +43,7 @@ def begin(output: Path, *arguments: object, before: str = "") -> mp.Process:
 
 def end(process: mp.Process) -> int:
     """Wait for a process; return its exit code, negative for a signal."""
-    process.join(60)
+    process.join(120)
     assert process.exitcode is not None, "it hangs"
     return process.exitcode
 
