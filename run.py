@@ -17,6 +17,7 @@ from promcse_pl.cli import main as cli
 from promcse_pl.config import Config, check_overrides
 from promcse_pl.errors import ConfigError, PromcseError
 from promcse_pl.paths import hide_home
+from promcse_pl.training.ranks import refuse_sweep
 from promcse_pl.training.stop import Stopped
 
 CONF = Path(__file__).parent / "conf"
@@ -33,6 +34,7 @@ def main(composed: DictConfig) -> None:
         raw: Any = OmegaConf.to_container(composed, resolve=True)
         config = Config.from_dict(raw)
         if HydraConfig.get().mode == RunMode.MULTIRUN:
+            refuse_sweep()
             _run_apart(config, folder)
         else:
             from promcse_pl.job import run_job

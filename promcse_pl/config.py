@@ -94,7 +94,7 @@ class DataConfig:
     max_length: int = 32
     """Tokens of a training sentence, special ones included, in [3, 512]; longer ones are cut (official: 32)."""
     batch_size: int = 256
-    """Rows in a step, >= 2 (official: 64 to 512)."""
+    """Rows in a step, of all processes together, >= 2 (official: 64 to 512)."""
     cache_dir: str | None = None
     """Folder of the token cache; None: $XDG_CACHE_HOME/promcse_pl or ~/.cache/promcse_pl."""
 
@@ -231,10 +231,24 @@ class TrainerConfig:
     recompute: Literal["auto", "always", "never"] = "auto"
     """Run each chunk again in the backward pass instead of keeping its tensors: memory of a chunk, not of a batch, for half as
     much computation more. auto: if the tensors of a batch would take more than half of the free memory."""
+    devices: int = 1
+    """Processes (ranks) on each machine, in [1, 64]; on GPUs one a GPU. They cut each batch of data.batch_size rows into shares
+    and train what one process would (docs/distributed.md)."""
+    num_nodes: int = 1
+    """Machines, in [1, 1024]; several are started by torchrun or srun (docs/distributed.md)."""
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the run, on all machines."""
+        return self.devices * self.num_nodes
 
     def __post_init__(self) -> None:
         for name in ("epochs", "eval_every", "log_every"):
             _require(getattr(self, name) >= 1, f"trainer.{name}", getattr(self, name), "at least 1", 1)
+        _require(1 <= self.devices <= 64, "trainer.devices", self.devices, "in [1, 64] processes a machine", 2)
+        _require(1 <= self.num_nodes <= 1024, "trainer.num_nodes", self.num_nodes, "in [1, 1024] machines", 1)
+        if self.device == "mps" and self.world_size > 1:
+            raise ConfigError("trainer.device=mps trains in one process. Try: trainer.devices=1, or trainer.device=cpu")
         for name, allowed in (
             ("max_steps", "at least 1, or null"),
             ("save_every", "at least 1, or null"),
@@ -311,6 +325,11 @@ class Config:
             )
         if self.data.train == "demo" and (self.data.columns is not None or self.data.header is not None):
             raise ConfigError("data.columns and data.header have no effect on the demo data. Try: data.train=FILE")
+        if self.data.batch_size < self.trainer.world_size:
+            raise ConfigError(
+                f"data.batch_size={self.data.batch_size} rows cannot be shared by {self.trainer.world_size} processes "
+                f"(trainer.devices x trainer.num_nodes). Try: data.batch_size={self.trainer.world_size}, or fewer processes"
+            )
         if self.prompt.length == 0 and self.model.head == "none":
             raise ConfigError(
                 "prompt.length=0 with model.head=none leaves nothing to train. Try: prompt.length=10, or model.head=mlp"

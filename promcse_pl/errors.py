@@ -27,5 +27,9 @@ class NonFiniteError(PromcseError, FloatingPointError):
     """A loss, gradient or vector is NaN or infinite."""
 
 
+class RankError(PromcseError, RuntimeError):
+    """A process of a distributed run died, or lost another one."""
+
+
 class OutOfMemoryError(PromcseError, MemoryError):
     """The memory of the machine or its GPU does not hold what the settings ask for."""

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 from promcse_pl.errors import ConfigError, DataError
 from promcse_pl.paths import hide_home
 
-CONFIG, RESULTS, HISTORY, LOG, BAD_ROWS, ADAPTER, STATUS, LOCK, CHECKPOINTS, INPUTS, NON_FINITE = (
+CONFIG, RESULTS, HISTORY, LOG, BAD_ROWS, ADAPTER, STATUS, LOCK, CHECKPOINTS, INPUTS, NON_FINITE, RANK_LOG = (
     "config.yaml",
     "results.json",
     "metrics.jsonl",
@@ -28,6 +28,7 @@ CONFIG, RESULTS, HISTORY, LOG, BAD_ROWS, ADAPTER, STATUS, LOCK, CHECKPOINTS, INP
     "checkpoints",
     "inputs.json",
     "non_finite.safetensors",
+    "run-rank{}.log",
 )
 State = Literal["running", "finished", "failed", "stopped"]
 
@@ -95,8 +96,10 @@ def is_running(folder: Path) -> bool:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[int]:
     """Hold a run's folder for this process; the lock ends with the process, however that ends.
+
+    Gives the lock's file descriptor: it is held as long as this process or a child that inherited it lives.
 
     Raises:
         ConfigError: Another process holds it, or the folder cannot be written.
@@ -111,7 +114,7 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"another process is at work in {folder}. Try: another folder, or wait for it") from None
-        yield
+        yield stream.fileno()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -20,7 +20,7 @@ import yaml
 from rich.console import Console
 
 from promcse_pl.config import DATA_SUITES, Config
-from promcse_pl.errors import ConfigError, DataError, EncoderError, OutOfMemoryError, PromcseError
+from promcse_pl.errors import ConfigError, DataError, EncoderError, OutOfMemoryError, PromcseError, RankError
 from promcse_pl.folder import (
     ADAPTER,
     BAD_ROWS,
@@ -38,7 +38,20 @@ from promcse_pl.folder import (
     write_text,
 )
 from promcse_pl.paths import expand, hide_home, is_folder
-from promcse_pl.terminal import ConsoleHandler, config_tree, output_console, progress_bar, stages
+from promcse_pl.terminal import NO_TERMINAL_WIDTH, ConsoleHandler, config_tree, output_console, progress_bar, stages
+from promcse_pl.training.ranks import (
+    LOST,
+    STORE,
+    Ranks,
+    compare,
+    find_ranks,
+    first_rank_first,
+    is_lost,
+    join,
+    leave,
+    of_rank_zero,
+    told,
+)
 from promcse_pl.version import __version__
 
 if TYPE_CHECKING:
@@ -74,6 +87,9 @@ def run_job(config: Config, folder: Path, console: Console | None = None) -> dic
     The folder gets config.yaml (alone enough to repeat the run), run.log, metrics.jsonl, adapter/, results.json, status.json,
     inputs.json, bad_rows.txt if rows were skipped, and wandb/ unless tracking is off; while the run goes on also checkpoints/.
 
+    With `trainer.devices` > 1 it starts as many processes and waits for them, unless torchrun or SLURM have started this one as a
+    rank. Rank 0 alone writes the folder and the console; the others return {}.
+
     Args:
         config: Valid settings.
         folder: Made if absent; must not hold a run.
@@ -87,13 +103,18 @@ def run_job(config: Config, folder: Path, console: Console | None = None) -> dic
         Stopped: A signal ended the run; `resume_job` goes on with it.
     """
     check_inputs(config)
-    with locked(folder):
+    ranks = find_ranks(config.trainer)
+    if ranks and ranks.rank:
+        return _follow(config, folder, None, ranks)
+    with locked(folder) as lock:
         if (folder / CONFIG).exists():
             raise ConfigError(
                 f"{folder} already holds a run. Try another folder, or python run.py resume={folder} to go on with it"
             )
         write_config(config, folder / CONFIG)
-        return _session(config, folder, console or output_console(), Status(state="running"), None)
+        if ranks is None:
+            return _launch(config, folder, lock)
+        return _session(config, folder, console or output_console(), Status(state="running"), None, ranks)
 
 
 def resume_job(folder: Path, console: Console | None = None) -> dict[str, Any]:
@@ -116,22 +137,69 @@ def resume_job(folder: Path, console: Console | None = None) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
         raise ConfigError(f"{folder} holds no run to go on with: it has no {CONFIG}. Try: the folder of a run")
     console = console or output_console()
-    with locked(folder):
+    config = read_config(folder / CONFIG)
+    ranks = find_ranks(config.trainer)
+    before = read_status(folder)
+    if ranks and ranks.rank:
+        return {} if before and before.state == "finished" else take_part(folder)
+    with locked(folder) as lock:
         before = read_status(folder)
         if before is not None and before.state == "finished":
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # it may have been killed before it did so itself
             console.print(f"the run in {folder} is finished; nothing is left to do", soft_wrap=True)
             return read_results(folder)
-        config = read_config(folder / CONFIG)
         check_inputs(config)
         _remove_leftovers(folder)
-        from promcse_pl.training.checkpoint import newest_checkpoint
+        return _launch(config, folder, lock) if ranks is None else take_part(folder, console)
 
-        resume = newest_checkpoint(folder)
-        status = dataclasses.replace(before or Status(state="running"), state="running", error=None)
-        with suppress(FileNotFoundError):  # what was logged after the save is logged again
-            os.truncate(folder / HISTORY, resume.history_bytes if resume else 0)
-        return _session(config, folder, console, status, resume)
+
+def take_part(folder: Path, console: Console | None = None) -> dict[str, Any]:
+    """Go on with a run, or begin it, as one of its processes; the folder must hold its config and be locked for the run.
+
+    Args:
+        folder: Of the run.
+        console: Where to print, for rank 0.
+
+    Returns:
+        What results.json holds on rank 0, {} on the others.
+    """
+    from promcse_pl.training.checkpoint import newest_checkpoint
+
+    config = read_config(folder / CONFIG)
+    ranks, resume = find_ranks(config.trainer), newest_checkpoint(folder)
+    assert ranks is not None, "start it through run_job or resume_job"
+    if ranks.rank:
+        return _follow(config, folder, resume, ranks)
+    status = dataclasses.replace(read_status(folder) or Status(state="running"), state="running", error=None)
+    with suppress(FileNotFoundError):  # what was logged after the save is logged again
+        os.truncate(folder / HISTORY, resume.history_bytes if resume else 0)
+    return _session(config, folder, console or output_console(), status, resume, ranks)
+
+
+def _launch(config: Config, folder: Path, lock: int) -> dict[str, Any]:
+    """Start the ranks of a run on this machine, wait for them, and leave in the folder how it ended."""
+    from promcse_pl.launch import launch
+    from promcse_pl.training.stop import Stopped
+
+    try:
+        launch(folder, config.trainer.devices, lock)
+    except Stopped:
+        _leave(folder, "stopped")
+        raise
+    except RankError as error:  # what rank 0 could not know
+        _leave(folder, "failed", f"RankError: {error}")
+        with _logging_to(folder / LOG, output_console()):
+            raise
+    return read_results(folder)
+
+
+def _follow(config: Config, folder: Path, resume: Checkpoint | None, ranks: Ranks) -> dict[str, Any]:
+    """Take part in a run as another rank than the first: it writes nothing into the folder, and its log lines to stderr."""
+    from promcse_pl.training.stop import StopSignals
+
+    console = Console(stderr=True, width=NO_TERMINAL_WIDTH, quiet=not os.environ.get(STORE))
+    with _logging_to(None, console), StopSignals() as stop, _plain_errors(config, ranks):
+        return _run(config, folder, console, Status(state="running"), resume, stop, ranks)
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -155,7 +223,7 @@ def read_results(folder: Path) -> dict[str, Any]:
 
 
 def _session(
-    config: Config, folder: Path, console: Console, status: Status, resume: Checkpoint | None
+    config: Config, folder: Path, console: Console, status: Status, resume: Checkpoint | None, ranks: Ranks
 ) -> dict[str, Any]:
     """Run with signals and log in hand, and leave in the folder how it ended."""
     from promcse_pl.training.stop import Stopped, StopSignals
@@ -163,8 +231,8 @@ def _session(
     with _logging_to(folder / LOG, console), StopSignals() as stop:
         write_status(folder, status)
         try:
-            with _plain_errors(config):
-                results = _run(config, folder, console, status, resume, stop)
+            with _plain_errors(config, ranks):
+                results = _run(config, folder, console, status, resume, stop, ranks)
         except Stopped:
             _leave(folder, "stopped")
             log.info("stopped; to go on: python run.py resume=%s", folder)
@@ -208,7 +276,13 @@ def check_inputs(config: Config) -> None:
 
 
 def _run(
-    config: Config, folder: Path, console: Console, status: Status, resume: Checkpoint | None, stop: StopSignals
+    config: Config,
+    folder: Path,
+    console: Console,
+    status: Status,
+    resume: Checkpoint | None,
+    stop: StopSignals,
+    ranks: Ranks,
 ) -> dict[str, Any]:
     started = time.perf_counter()
     with console.status("loading torch"):  # late: mistakes in a config must not wait for it
@@ -221,27 +295,37 @@ def _run(
         from promcse_pl.training.fit import build_data, build_encoder, build_mlm_head, fit, resolve_machine
         from promcse_pl.training.inputs import describe_inputs, record_inputs
 
+    join(ranks, config.trainer)
+    compare(told(config, resume.step if resume else None))
+    folder, own_folder = of_rank_zero(folder), folder
+    if folder != own_folder:  # torchrun composes a config in every process, and the clock went on
+        with suppress(OSError):
+            own_folder.rmdir()
     config, device = resolve_machine(Config.from_dict(hide_home(config.to_dict())))
-    console.print(config_tree(config.to_dict()))
+    if ranks.rank == 0:
+        console.print(config_tree(config.to_dict()))
     encoder = build_encoder(config)
     model = dataclasses.replace(config.model, revision=encoder.backbone.identity.revision)
     config = dataclasses.replace(
         config, model=model
     )  # the commit that was read, so that the saved config repeats the run
     mlm_head = build_mlm_head(config, encoder.backbone)
-    with progress_bar(console, "tokenising", None) as progress:
+    with first_rank_first(ranks), progress_bar(console, "tokenising", None) as progress:
         data = build_data(config, encoder, progress)
-    _report_rows(data, folder)
+    _report_rows(data, folder, ranks)
     trained = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
     total = sum(p.numel() for p in encoder.parameters())
     log.info("trained: %s of %s parameters (%.2f %%)", f"{trained:,}", f"{total:,}", 100 * trained / total)
-    record_inputs(folder, describe_inputs(config, encoder, data))
-    write_config(config, folder / CONFIG)  # again: what `auto` left open is settled now
+    inputs = describe_inputs(config, encoder, data)
+    if ranks.rank == 0:
+        record_inputs(folder, inputs)
+        write_config(config, folder / CONFIG)  # again: what `auto` left open is settled now
+    compare({name: inputs[name]["sha256"] for name in ("data.train", "data.dev", "model.path")})
     if resume:
         log.info("going on after step %d", resume.step)
 
-    wandb_logger = start_wandb(config, folder)
-    loggers = [JsonlLogger(folder / HISTORY), *([wandb_logger] if wandb_logger else [])]
+    wandb_logger = start_wandb(config, folder) if ranks.rank == 0 else None
+    loggers = [JsonlLogger(folder / HISTORY), *([wandb_logger] if wandb_logger else [])] if ranks.rank == 0 else []
     try:
         fitted = fit(
             config,
@@ -255,7 +339,11 @@ def _run(
             status=status,
             stop=stop,
             resume=resume,
+            ranks=ranks,
         )
+        leave(ranks)
+        if ranks.rank:
+            return {}
         summary = {
             "rows": len(data.token_rows),
             "steps": fitted.steps,
@@ -319,7 +407,7 @@ def _evaluate(config: Config, adapter: Path, dev: Any, device: str, report: Any)
     return evaluate(targets, tasks, VectorCache(cache_dir(config.data.cache_dir) / "vectors"), report)
 
 
-def _report_rows(data: Any, folder: Path) -> None:  # noqa: ANN401  (PromcseDataModule, imported late)
+def _report_rows(data: Any, folder: Path, ranks: Ranks) -> None:  # noqa: ANN401  (PromcseDataModule, imported late)
     rows = data.token_rows
     log.info(
         "%s: %s rows, %s tokens (%s)",
@@ -333,7 +421,8 @@ def _report_rows(data: Any, folder: Path) -> None:  # noqa: ANN401  (PromcseData
     if rows.truncated:
         log.info("%s sentences were cut to %d tokens", f"{rows.truncated:,}", data.config.max_length)
     if rows.bad_rows:
-        write_text(folder / BAD_ROWS, "".join(f"{hide_home(str(row))}\n" for row in rows.bad_rows))
+        if ranks.rank == 0:
+            write_text(folder / BAD_ROWS, "".join(f"{hide_home(str(row))}\n" for row in rows.bad_rows))
         log.warning("%d bad rows were skipped; they are listed in %s", len(rows.bad_rows), folder / BAD_ROWS)
     if data.dev is None:
         log.info("no development set: the last step is kept")
@@ -342,10 +431,10 @@ def _report_rows(data: Any, folder: Path) -> None:  # noqa: ANN401  (PromcseData
 
 
 @contextmanager
-def _logging_to(path: Path, console: Console) -> Iterator[None]:
+def _logging_to(path: Path | None, console: Console) -> Iterator[None]:
     """Send the package's log lines to the terminal and, with times, to a file."""
     try:
-        to_file = _LogFile(path, encoding="utf-8")
+        to_file = _LogFile(path or os.devnull, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from error
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -384,14 +473,18 @@ class _LogFile(logging.FileHandler):
 
 
 @contextmanager
-def _plain_errors(config: Config) -> Iterator[None]:
-    """Turn what the machine runs out of into errors that say what to do."""
+def _plain_errors(config: Config, ranks: Ranks) -> Iterator[None]:
+    """Turn what the machine runs out of, and what a rank feels when another dies, into errors that say what to do."""
     try:
         yield
     except PromcseError:
         raise
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not _MEMORY.search(str(error)):
+            if is_lost(error, ranks):
+                raise RankError(
+                    f"rank {ranks.rank} of {ranks.size} {LOST} ({str(error).partition(chr(10))[0]})"
+                ) from error
             raise
         raise OutOfMemoryError(f"the memory is full. Try: {_less_memory(config)}") from error
     except OSError as error:

@@ -306,6 +306,10 @@ OUT_OF_RANGE = [
         (f"trainer.{name}", 0)
         for name in ("epochs", "max_steps", "eval_every", "log_every", "save_every", "chunk_tokens")
     ),
+    ("trainer.devices", 0),
+    ("trainer.devices", 65),
+    ("trainer.num_nodes", 0),
+    ("trainer.num_nodes", 1025),
     ("seed", -1),
     ("seed", 2**32),
     *((key, float("nan")) for key, hint in leaves().items() if fits(hint, "a fraction")),
@@ -344,6 +348,7 @@ def test_a_value_out_of_range_is_refused_and_the_remedy_is_valid(key, value):
         ("optim.lr", 1),
         ("trainer.max_steps", 1),
         ("trainer.chunk_tokens", None),
+        ("trainer.devices", 64),
         ("seed", 0),
         ("seed", 2**32 - 1),
     ],

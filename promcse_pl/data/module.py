@@ -38,6 +38,18 @@ class TrainBatch:
     views: int
     rows_B: Tensor
 
+    def share(self, rank: int, ranks: int) -> TrainBatch:
+        """Return the part of one of several processes.
+
+        The parts follow each other in the order of the ranks and differ by at most a row; of a batch with fewer rows than
+        ranks the last ranks get none.
+        """
+        places = torch.tensor_split(torch.arange(len(self.rows_B)), ranks)[rank]
+        sentences = torch.cat([places + view * len(self.rows_B) for view in range(self.views)])
+        lengths = self.tokens.mask_NT[sentences].sum(1)
+        longest = int(lengths.max()) if len(lengths) else self.tokens.mask_NT.shape[1]
+        return TrainBatch(self.tokens.select(sentences, longest), self.views, self.rows_B[places])
+
     def pin_memory(self) -> TrainBatch:
         """Return the batch in memory that a GPU fetches by itself; the loader calls it."""
         return TrainBatch(self.tokens.pin_memory(), self.views, self.rows_B)
@@ -94,10 +106,13 @@ class Masking:
 
 
 class TrainBatches(Dataset[TrainBatch]):
-    """Whole batches by their place; a single sentence becomes two equal views."""
+    """A rank's share of whole batches by their place; a single sentence becomes two equal views.
 
-    def __init__(self, rows: TokenRows, seed: int, masking: Masking | None) -> None:
-        self.rows, self.seed, self.masking = rows, seed, masking
+    What is hidden for the MLM task is drawn for the whole batch, so that it does not depend on the number of ranks.
+    """
+
+    def __init__(self, rows: TokenRows, seed: int, masking: Masking | None, *, rank: int = 0, ranks: int = 1) -> None:
+        self.rows, self.seed, self.masking, self.rank, self.ranks = rows, seed, masking, rank, ranks
 
     def __getitem__(self, place: _Place) -> TrainBatch:
         ids, lengths = self.rows.fetch(place.rows_B)
@@ -116,7 +131,8 @@ class TrainBatches(Dataset[TrainBatch]):
                 vocabulary=self.masking.vocabulary,
                 generator=torch.Generator().manual_seed(int(chance)),
             )
-        return TrainBatch(tokens, max(2, self.rows.width), torch.from_numpy(place.rows_B))
+        batch = TrainBatch(tokens, max(2, self.rows.width), torch.from_numpy(place.rows_B))
+        return batch if self.ranks == 1 else batch.share(self.rank, self.ranks)
 
 
 class PromcseDataModule(pl.LightningDataModule):
@@ -178,12 +194,14 @@ class PromcseDataModule(pl.LightningDataModule):
         return self.rows
 
     def train_dataloader(self) -> DataLoader[TrainBatch]:
-        """Return the loader of one epoch's batches."""
+        """Return the loader of this process's shares of one epoch's batches."""
         rows = self.token_rows
         batches = EpochBatches(len(rows), self.config.batch_size, self.seed, self.start_step)
-        for_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        trainer = self.trainer
+        for_gpu = trainer is not None and trainer.strategy.root_device.type == "cuda"
+        rank, ranks = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
         return DataLoader(
-            TrainBatches(rows, self.seed, self.masking),
+            TrainBatches(rows, self.seed, self.masking, rank=rank, ranks=ranks),
             sampler=batches,
             batch_size=None,
             pin_memory=for_gpu,

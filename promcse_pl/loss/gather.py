@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -42,11 +44,30 @@ def gather_rows(local_VBD: Tensor) -> Tensor:
 
 
 def sum_over_ranks(local: Tensor) -> Tensor:
-    """Return the sum of a scalar over all ranks, without a gradient."""
+    """Return the sum of a tensor, of the same shape on each, over all ranks; without a gradient."""
     total = local.detach().clone()
     if world_size() > 1:
         dist.all_reduce(total)
     return total
+
+
+def average_gradients(parameters: Sequence[Tensor]) -> None:
+    """Replace the gradients by their mean over the ranks, as DistributedDataParallel does, in one exchange.
+
+    Its sums have the same order in every step. DistributedDataParallel lays out its buckets anew after the first step of a
+    process, so that a resumed run of three ranks would add in another order than the straight one.
+
+    Args:
+        parameters: The same on every rank; a rank without a gradient for one counts as 0.
+    """
+    if world_size() == 1:
+        return
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    dist.all_reduce(flat)
+    means = torch.split_with_sizes(flat / world_size(), [parameter.numel() for parameter in parameters])
+    for parameter, mean in zip(parameters, means, strict=True):
+        parameter.grad = mean.view_as(parameter)
 
 
 def scaled_gradient(value: Tensor, factor: float) -> Tensor:

@@ -15,6 +15,7 @@ from promcse_pl.adapter.files import save_adapter
 from promcse_pl.data.module import TrainBatch
 from promcse_pl.embedder import PromCSE
 from promcse_pl.evaluation.sts import ScoredPairs, score_pairs
+from promcse_pl.loss.gather import sum_over_ranks
 from promcse_pl.training.module import PromcseModule
 
 log = logging.getLogger("promcse_pl")
@@ -22,6 +23,8 @@ log = logging.getLogger("promcse_pl")
 
 class BestByDev(pl.Callback):
     """Score the test-time vector on development pairs every so many steps, keep the strictly better, restore it at the end.
+
+    Of several processes the first one does it, and the others wait for it in the next step.
 
     Args:
         dev: The pairs.
@@ -47,7 +50,7 @@ class BestByDev(pl.Callback):
         """Look at the development set when it is time."""
         assert isinstance(pl_module, PromcseModule)
         step = trainer.global_step
-        if step % self.every == 0 or step >= pl_module.total_steps:
+        if trainer.is_global_zero and (step % self.every == 0 or step >= pl_module.total_steps):
             self._look(trainer, pl_module, step)
 
     def _look(self, trainer: pl.Trainer, module: PromcseModule, step: int) -> None:
@@ -90,7 +93,7 @@ class BestByDev(pl.Callback):
 class History(pl.Callback):
     """Log what a step was: loss parts, gradient norm, learning rate, and rows/s, tokens/s and padding since the last entry.
 
-    The looks at the development set are left out of the times.
+    The looks at the development set are left out of the times. Of several processes the rows and tokens are added up.
 
     Args:
         every: Steps between two entries.
@@ -122,10 +125,12 @@ class History(pl.Callback):
             torch.cuda.synchronize()
         seconds = time.perf_counter() - self._start
         self._seconds += seconds
-        self.total_rows, self.total_seconds = self.total_rows + len(batch.rows_B), self.total_seconds + seconds
-        self.rows += len(batch.rows_B)
-        self.real_tokens += int(batch.tokens.mask_NT.sum())
-        self.padded_tokens += batch.tokens.padded_tokens(self.chunk_tokens)
+        tokens = batch.tokens
+        own = [len(batch.rows_B), int(tokens.mask_NT.sum()), tokens.padded_tokens(self.chunk_tokens)]
+        rows, real_tokens, padded_tokens = sum_over_ranks(torch.tensor(own)).tolist()
+        self.total_rows, self.total_seconds = self.total_rows + rows, self.total_seconds + seconds
+        self.rows, self.real_tokens = self.rows + rows, self.real_tokens + real_tokens
+        self.padded_tokens += padded_tokens
         if trainer.global_step % self.every:
             return
         metrics = {

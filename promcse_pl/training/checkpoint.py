@@ -29,7 +29,9 @@ from torch import Tensor
 from promcse_pl.data.module import TrainBatch
 from promcse_pl.errors import DataError, NonFiniteError
 from promcse_pl.folder import CHECKPOINTS, HISTORY, NON_FINITE, Status, write_status
+from promcse_pl.loss.gather import sum_over_ranks
 from promcse_pl.training.module import PromcseModule
+from promcse_pl.training.ranks import of_every_rank
 from promcse_pl.training.stop import Stopped, StopSignals
 
 log = logging.getLogger("promcse_pl")
@@ -199,6 +201,14 @@ def random_state() -> dict[str, Any]:
     }
 
 
+def seed_rank(seed: int, rank: int) -> None:
+    """Give a rank other than the first random numbers of its own: its dropout masks must not be those of rank 0's rows."""
+    own = int(np.random.SeedSequence([seed, rank]).generate_state(1)[0])
+    random.seed(own)
+    np.random.seed(own)
+    torch.manual_seed(own)
+
+
 def set_random_state(state: dict[str, Any]) -> None:
     """Put every random generator of this process where it was."""
     name, keys, *rest = state["numpy"]
@@ -212,18 +222,21 @@ def set_random_state(state: dict[str, Any]) -> None:
 class Saver(pl.Callback):
     """Save the run every so many steps, at the last one, and when a signal asks to stop. It must be the last callback.
 
+    All ranks stop after the same step, whichever of them got the signal.
+
     Args:
         run: The run's folder.
         every: Steps between two saves; None: only at the last step and at a signal.
         stop: The signals.
         status: Where the run stands at the start; its step is kept up to date.
+        seed: Of the run.
     """
 
-    def __init__(self, run: Path, *, every: int | None, stop: StopSignals, status: Status) -> None:
-        self.run, self.every, self.stop, self.status = run, every, stop, status
+    def __init__(self, run: Path, *, every: int | None, stop: StopSignals, status: Status, seed: int) -> None:
+        self.run, self.every, self.stop, self.status, self.seed = run, every, stop, status, seed
         self.seconds = 0.0
         """Of training before this process took over."""
-        self._random: dict[str, Any] | None = None
+        self._random: list[dict[str, Any]] | None = None
         self._started = time.perf_counter()
         self._batch: TrainBatch | None = None
 
@@ -231,7 +244,9 @@ class Saver(pl.Callback):
         """Take the signals over from Lightning, and the random generators to where the save left them."""
         self.stop.install()
         if self._random is not None:
-            set_random_state(self._random)
+            set_random_state(self._random[trainer.global_rank])
+        elif trainer.global_rank:
+            seed_rank(self.seed, trainer.global_rank)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: TrainBatch, batch_idx: int
@@ -243,7 +258,7 @@ class Saver(pl.Callback):
         """Save if it is time, and stop if a signal asked for it."""
         assert isinstance(pl_module, PromcseModule)
         step, steps = trainer.global_step, pl_module.total_steps
-        stopping = self.stop.received
+        stopping = max(sum_over_ranks(self._received(trainer)).tolist())
         if stopping or step >= steps or (self.every and step % self.every == 0):
             trainer.save_checkpoint(self.run / CHECKPOINTS / f"step-{step}")
             if trainer.is_global_zero:
@@ -251,9 +266,15 @@ class Saver(pl.Callback):
         if stopping:
             raise Stopped(stopping)
 
+    def _received(self, trainer: pl.Trainer) -> Tensor:
+        """Return the signal that each rank has received, 0 for none; each knows its own."""
+        received = torch.zeros(trainer.world_size, dtype=torch.int64)
+        received[trainer.global_rank] = self.stop.received or 0
+        return received
+
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave the batch and the prompt of a loss that is not finite for inspection."""
-        if not isinstance(exception, NonFiniteError) or self._batch is None or not trainer.is_global_zero:
+        if not isinstance(exception, NonFiniteError) or self._batch is None:
             return
         assert isinstance(pl_module, PromcseModule)
         tokens = self._batch.tokens
@@ -263,6 +284,8 @@ class Saver(pl.Callback):
             "batch.rows": self._batch.rows_B,
         }
         path = self.run / NON_FINITE
+        if trainer.global_rank:
+            path = path.with_stem(f"{path.stem}-rank{trainer.global_rank}")
         try:
             path.write_bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
         except OSError as error:
@@ -271,8 +294,8 @@ class Saver(pl.Callback):
             log.info("the prompt before that step and its batch are in %s", path)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the random state, taken after everything else of the step, and the seconds of training so far."""
-        return {"random": random_state(), "seconds": self.total_seconds()}
+        """Return the random states of all ranks, taken after everything else of the step, and the seconds of training so far."""
+        return {"random": of_every_rank(random_state()), "seconds": self.total_seconds()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over an earlier process's state; the generators follow when training starts."""

@@ -12,7 +12,10 @@ from typing import Literal
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.strategies import DDPStrategy
 
 from promcse_pl.config import Config
 from promcse_pl.data.module import PromcseDataModule
@@ -28,6 +31,7 @@ from promcse_pl.training.checkpoint import Checkpoint, RunCheckpoints, Saver
 from promcse_pl.training.memory import SHARE, free_bytes, kept_bytes
 from promcse_pl.training.module import PromcseModule
 from promcse_pl.training.precision import choose_dtype
+from promcse_pl.training.ranks import Ranks, of_rank_zero
 from promcse_pl.training.stop import Stopped, StopSignals
 
 log = logging.getLogger("promcse_pl")
@@ -67,6 +71,7 @@ def resolve_machine(config: Config) -> tuple[Config, torch.device]:
     device = pick_device(config.trainer.device)
     dtype, why = choose_dtype(config.trainer.precision, device)
     precision: Literal["bfloat16", "float32"] = "bfloat16" if dtype == torch.bfloat16 else "float32"
+    precision, why = of_rank_zero((precision, why))
     log.info("device: %s; precision: %s", device.type, why)
     for noisy in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(noisy).setLevel(logging.ERROR)  # its hints on devices and paid services; errors stay
@@ -140,9 +145,12 @@ def must_recompute(config: Config, encoder: PromptEncoder, data: PromcseDataModu
     if free is None:
         return False
     rows = data.token_rows
-    sentences = config.data.batch_size * max(2, rows.width) * (2 if config.loss.mlm_weight else 1)
+    share = -(-config.data.batch_size // config.trainer.world_size)
+    sentences = share * max(2, rows.width) * (2 if config.loss.mlm_weight else 1)
     length = -(-rows.tokens_total // (len(rows) * rows.width))
     needed = sentences * kept_bytes(encoder, length)
+    if device.type == "cpu":  # the processes here share its memory
+        free //= config.trainer.devices
     if needed <= SHARE * free:
         return False
     log.info(
@@ -151,6 +159,38 @@ def must_recompute(config: Config, encoder: PromptEncoder, data: PromcseDataModu
         free / 1e9,
     )
     return True
+
+
+class _SharedBatches(DDPStrategy):
+    """Lightning's strategy for the processes of `Ranks`. `PromcseModule` averages the gradients: no wrapper around it."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        super().__init__(cluster_environment=_Place(ranks))
+
+    def configure_ddp(self) -> None:
+        """Begin with the same trained tensors on all ranks."""
+        assert self.model is not None
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                dist.broadcast(parameter.data, 0)
+
+
+class _Place(LightningEnvironment):
+    """Tells Lightning where this process stands; the process group is there already."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        super().__init__()
+        self.ranks = ranks
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        return True
+
+    def local_rank(self) -> int:
+        return self.ranks.local
+
+    def node_rank(self) -> int:
+        return self.ranks.rank // self.ranks.devices
 
 
 def fit(
@@ -166,6 +206,7 @@ def fit(
     status: Status,
     stop: StopSignals,
     resume: Checkpoint | None = None,
+    ranks: Ranks = Ranks(),  # noqa: B008  (frozen)
 ) -> Fitted:
     """Train the prompt in place; at the end it holds the tensors of the best step.
 
@@ -179,6 +220,7 @@ def fit(
         status: Where the run stands; its step is kept up to date in the folder.
         stop: Signals that end the run after a save.
         resume: Where an earlier process left the run.
+        ranks: The place of this process; with several, all of them must have joined (`ranks.join`).
 
     Raises:
         NonFiniteError: A loss or gradient is NaN or infinite.
@@ -201,7 +243,7 @@ def fit(
     )
     data.start_step = resume.step if resume else 0
     history = History(log_every, chunk_tokens)
-    saver = Saver(folder, every=config.trainer.save_every, stop=stop, status=status)
+    saver = Saver(folder, every=config.trainer.save_every, stop=stop, status=status, seed=config.seed)
     best = None
     if data.dev is not None:
         every = config.trainer.eval_every
@@ -214,7 +256,9 @@ def fit(
         warnings.filterwarnings("ignore", module="pytorch_lightning.*|lightning_fabric.*|torch.jit.*")
         trainer = pl.Trainer(
             accelerator={"cpu": "cpu", "cuda": "gpu", "mps": "mps"}[device.type],
-            devices=1,
+            strategy=_SharedBatches(ranks) if ranks.size > 1 else "auto",
+            devices=ranks.devices,
+            num_nodes=ranks.size // ranks.devices,
             precision="32-true",  # the frozen encoder has its own type; everything trained is float32
             max_steps=steps,
             max_epochs=config.trainer.epochs,

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from promcse_pl.config import LossConfig, OptimConfig
 from promcse_pl.data.module import TrainBatch
-from promcse_pl.errors import ConfigError, NonFiniteError
-from promcse_pl.loss.gather import gather_rows, scaled_gradient, sum_over_ranks, world_size
+from promcse_pl.errors import NonFiniteError
+from promcse_pl.loss.gather import average_gradients, gather_rows, scaled_gradient, sum_over_ranks, world_size
 from promcse_pl.loss.hybrid import LossParts, hybrid_loss, mlm_loss, mlm_weight_at
 from promcse_pl.model.encoder import PromptEncoder
 from promcse_pl.model.mlm import IGNORED, MlmHead
@@ -55,10 +55,14 @@ class PromcseModule(pl.LightningModule):
 
     def losses(self, batch: TrainBatch) -> LossParts:
         """Encode this rank's rows and return the loss of the batch of all ranks, term by term."""
-        vectors_ND, hidden_MD = self.encoder(
-            batch.tokens, train_head=True, chunk_tokens=self.chunk_tokens, recompute=self.recompute
-        )
-        views = gather_rows(vectors_ND.view(batch.views, -1, vectors_ND.shape[1]))
+        rows = len(batch.rows_B)
+        if rows:
+            vectors_ND, hidden_MD = self.encoder(
+                batch.tokens, train_head=True, chunk_tokens=self.chunk_tokens, recompute=self.recompute
+            )
+        else:  # a last batch of fewer rows than ranks: this one only takes part in the exchange
+            vectors_ND = hidden_MD = self._trained()[0].new_zeros(0, self.encoder.backbone.width)
+        views = gather_rows(vectors_ND.view(batch.views, rows, vectors_ND.shape[1]))
         parts = hybrid_loss(
             views[0],
             views[1],
@@ -70,10 +74,15 @@ class PromcseModule(pl.LightningModule):
             mlm=self._mlm_loss(hidden_MD, batch.tokens.mlm_labels_NT),
             mlm_weight=mlm_weight_at(self.global_step, self.loss.mlm_weight),
         )
-        if self.official_gradient:
-            return parts
-        # DDP divides the sum of the ranks' gradients by their number
-        return dataclasses.replace(parts, total=scaled_gradient(parts.total, world_size()))
+        total = parts.total
+        if not rows:
+            total = total + 0 * torch.stack([parameter.sum() for parameter in self._trained()]).sum()  # a gradient of 0
+        if not self.official_gradient:
+            total = scaled_gradient(total, world_size())  # the sum of the ranks' gradients is divided by their number
+        return dataclasses.replace(parts, total=total)
+
+    def _trained(self) -> list[Tensor]:
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def _mlm_loss(self, hidden_MD: Tensor | None, labels_NT: Tensor | None) -> Tensor | None:
         if self.mlm_head is None or hidden_MD is None or labels_NT is None:
@@ -89,8 +98,6 @@ class PromcseModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Switch all dropout on: encoders are loaded in eval mode, and Lightning leaves the mode as it finds it."""
         self.train()
-        if world_size() > 1:
-            raise ConfigError("the data module does not share its rows among processes yet. Try: trainer devices=1")
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
         """Return the total loss; raise NonFiniteError, before any update, if it is not finite."""
@@ -106,10 +113,13 @@ class PromcseModule(pl.LightningModule):
         self.log_dict(named, prog_bar=True, logger=False, batch_size=len(batch.rows_B))
         return parts.total
 
+    def on_after_backward(self) -> None:
+        """Average the gradients of all ranks (again, under a strategy that has done so: it changes nothing)."""
+        average_gradients(self._trained())
+
     def configure_optimizers(self) -> Any:  # noqa: ANN401  (Lightning's own union of dictionaries)
         """AdamW on the trained tensors alone, with linear decay to 0."""
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=self.optim.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(self._trained(), lr=self.optim.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / self.total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
