@@ -387,6 +387,14 @@ def setting_keys(schema: type = Config, prefix: str = "") -> dict[str, list[str]
     return keys
 
 
+def is_integer(key: str) -> bool:
+    """Tell whether a dotted key of a job's config holds an integer (or null)."""
+    hint: Any = Config
+    for name in key.split("."):
+        hint = get_type_hints(hint).get(name) if dataclasses.is_dataclass(hint) else None
+    return hint is int or set(get_args(hint)) == {int, types.NoneType}
+
+
 def unknown_key(key: str) -> ConfigError:
     """Return the error for a dotted key that the schema does not have, with the nearest ones."""
     keys = setting_keys() | setting_keys(SweepConfig, "sweep")

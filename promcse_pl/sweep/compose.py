@@ -20,7 +20,7 @@ def config_of(composed: DictConfig) -> Config:
     Raises:
         ConfigError: It is not valid, or a value is missing.
     """
-    job = OmegaConf.masked_copy(composed, [key for key in composed if key not in NOT_OF_A_JOB])
+    job = OmegaConf.masked_copy(composed, [str(key) for key in composed if key not in NOT_OF_A_JOB])
     missing = sorted(str(key) for key in OmegaConf.missing_keys(job))
     if missing:
         raise ConfigError(f"{missing[0]} is not set. Try: python run.py {' '.join(sys.argv[1:])} {missing[0]}=FILE")

@@ -102,16 +102,16 @@ def run_local(folder: Path, plan: Plan, jobs: Sequence[SweepJob], parallel: int)
 
     def tasks() -> Iterator[Task]:
         for job in jobs:
-            announce(plan, job)
+            announce(job, plan.varying(job))
             yield job_task(folder, job)
 
     pool.run(tasks(), lambda one, code: _report(folder, named[one.task.name], one, code))
     return pool.exit_code
 
 
-def announce(plan: Plan, job: SweepJob) -> None:
-    """Print that a job starts."""
-    tell(f"job {job.folder} starts: {' '.join(plan.varying(job)) or ' '.join(job.overrides)}")
+def announce(job: SweepJob, names: Sequence[str]) -> None:
+    """Print that a job starts, and what is its own."""
+    tell(f"job {job.folder} starts: {' '.join(names)}")
 
 
 def _report(folder: Path, job: SweepJob, one: Running, code: int) -> None:
@@ -165,7 +165,7 @@ def summary(folder: Path, plan: Plan, stopped: int | None) -> int:
     ]
     if scored:
         best, job = max(scored, key=lambda pair: pair[0])
-        tell(f"best on dev: {best:.2f}, job {job.folder}: {' '.join(plan.varying(job))}")
+        tell(f"best on dev: {best:.2f}, job {job.folder} ({' '.join(plan.varying(job))})")
     left = missing_jobs(folder, plan)
     if left:
         tell(f"to go on with the {len(left)} that did not finish: python run.py -m sweep.resume={folder}")

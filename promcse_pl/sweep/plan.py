@@ -94,9 +94,8 @@ def resumed_arguments(arguments: Sequence[str]) -> list[str]:
             f"the sweep in {folder} was begun with other overrides: {'; '.join(told)}. "
             f"Try: python run.py -m sweep.resume={folder}"
         )
-    launching = [
-        entry for entry in arguments if _is_launching(entry) and not entry.startswith(("hydra.sweep", "sweep.resume="))
-    ]
+    settled = ("hydra.sweep.", "hydra/sweeper", "sweep.resume=")
+    launching = [entry for entry in arguments if _is_launching(entry) and not entry.startswith(settled)]
     quoted = str(folder).replace("'", r"\'")
     return ["-m", *plan.overrides, *launching, f"sweep.resume='{quoted}'", f"hydra.sweep.dir='{quoted}'"]
 

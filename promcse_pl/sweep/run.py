@@ -76,7 +76,7 @@ def run_sweep(
 
 def _run(folder: Path, plan: Plan, settings: SweepConfig, launch: Launch | None) -> int:
     jobs = missing_jobs(folder, plan)
-    tell(f"sweep {folder}: {len(plan.jobs)} jobs, {len(jobs)} to run, {settings.parallel} at a time")
+    tell(f"sweep {folder}: {len(plan.jobs)} jobs, {len(jobs)} to run")
     wait_for_earlier(folder, jobs)
     stopped = None
     if launch is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from promcse_pl.config import SweepConfig
+from promcse_pl.config import SweepConfig, is_integer
 from promcse_pl.errors import ConfigError, DataError
 from promcse_pl.folder import HISTORY, Status, locked, read_status, write_status
 from promcse_pl.sweep.local import announce, dev_score, ending, job_task, record_end, summary, tell, wait_for_earlier
@@ -41,7 +42,7 @@ LOOK_EVERY = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A range to search in: of integers if both ends are; `log`: evenly in the logarithm."""
+    """A range to search in, both ends included: of integers if both are; `log`: evenly in the logarithm."""
 
     low: float
     high: float
@@ -76,6 +77,7 @@ def run_search(
     Raises:
         PromcseError: The space is empty or holds a value that is not valid; Optuna is not installed.
     """
+    space = {key: _whole(one) if isinstance(one, Interval) and is_integer(key) else one for key, one in space.items()}
     seen: set[str] = set()
     for corner in corners(space):
         if checked(corner, compose, seen).data.dev is None:
@@ -91,7 +93,7 @@ def run_search(
         else:
             plan, study = read_plan(folder), _study(folder, settings)
         search = Search(folder, plan, study, space, settings, compose)
-        tell(f"search {folder}: {settings.trials} jobs, {search.told()} tried, {settings.parallel} at a time")
+        tell(f"search {folder}: {settings.trials} jobs, {search.told()} done")
         stopped = search.run() if launch is None else search.launch(launch)
         return summary(folder, plan, stopped)
 
@@ -113,8 +115,14 @@ def corners(space: Space) -> Iterator[list[str]]:
         yield [f"{key}={texts[min(row, len(texts) - 1)]}" for key, texts in values.items()]
 
 
+def _whole(one: Interval) -> Interval:
+    """Return a range of integers: Hydra's `interval(4,16)` is one of fractions."""
+    return Interval(math.ceil(one.low), math.floor(one.high), log=one.log)
+
+
 def _text(value: float) -> str:
-    return repr(value)
+    """Return a number as an override shows it: four digits are finer than any run can tell apart."""
+    return str(value) if isinstance(value, int) else f"{value:.4g}"
 
 
 def _study(folder: Path, settings: SweepConfig) -> optuna.Study:
@@ -162,7 +170,7 @@ class Search:
 
         def tasks() -> Iterator[Task]:
             for job in self._jobs():
-                announce(self.plan, job)
+                announce(job, job.overrides[len(self.fixed) :])
                 yield job_task(self.folder, job)
 
         pool.run(tasks(), self._ended, lambda: self._look(pool.running))
