@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from promcse_pl.errors import DataError, PromcseError
+from promcse_pl.errors import ConfigError, DataError
 from promcse_pl.folder import CONFIG, RESULTS, Status, is_running, read_status, write_status
 from promcse_pl.sweep.plan import OUTPUT, START, Plan, SweepJob, missing_jobs
 from promcse_pl.sweep.pool import GRACE, Pool, Running, Task
@@ -131,13 +131,13 @@ def wait_for_earlier(folder: Path, jobs: Iterable[SweepJob]) -> None:
     """Wait for jobs of a sweep whose parent was killed: they were told to stop and save.
 
     Raises:
-        PromcseError: One goes on.
+        ConfigError: One goes on.
     """
     until = time.monotonic() + GRACE
     for job in jobs:
         while is_running(folder / job.folder):
             if time.monotonic() > until:
-                raise PromcseError(f"another process is at work in {folder / job.folder}. Try: wait for it, or stop it")
+                raise ConfigError(f"another process is at work in {folder / job.folder}. Try: wait for it, or stop it")
             time.sleep(0.2)
 
 
