@@ -245,6 +245,8 @@ class Search:
         from optuna.trial import TrialState
 
         trial, score = self.open[name], dev_score(self.folder / name)
+        if self.settings.prune:
+            self._is_poor(name)  # the last looks are what later jobs are measured by
         if status.state == "finished" and score is not None:
             self.study.tell(trial, score)
         elif status.state == "pruned":
@@ -261,14 +263,20 @@ class Search:
             name = one.task.name
             if name in self.pruned:
                 continue
-            trial = self.open[name]
-            for percent, score in dev_looks(self.folder / name):
-                if percent not in trial.storage.get_trial(trial._trial_id).intermediate_values:
-                    trial.report(score, percent)
-                    if trial.should_prune():
-                        self.pruned.add(name)
-                        one.process.terminate()
-                        break
+            if self._is_poor(name):
+                self.pruned.add(name)
+                one.process.terminate()
+
+    def _is_poor(self, name: str) -> bool:
+        """Report the looks of a job that are new; tell whether halving would end it there."""
+        trial = self.open[name]
+        known = trial.storage.get_trial(trial._trial_id).intermediate_values
+        poor = False
+        for percent, score in dev_looks(self.folder / name):
+            if percent not in known and not poor:
+                trial.report(score, percent)
+                poor = trial.should_prune()
+        return poor
 
 
 def dev_looks(run: Path) -> list[tuple[int, float]]:
