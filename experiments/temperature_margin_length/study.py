@@ -145,8 +145,9 @@ def page(study: dict) -> str:
         [
             "# Temperature, margin, prompt length",
             "",
-            f"`python run.py -m {' '.join(GRID)}` with MiniLM on {study['rows']:,} of the NLI triplets (a sample with seed {ROW_SEED} of "
-            f"`{TRAINING}`, sha256 of the sample `{study['training_sha256'][:16]}`), scored by STS-B dev; no test set had a say.",
+            f"`python run.py -m {' '.join(GRID)}` with MiniLM on {study['rows']:,} of the NLI triplets (a sample "
+            f"with seed {ROW_SEED} of `{TRAINING}`, sha256 of the sample "
+            f"`{study['training_sha256'][:16]}`), scored by STS-B dev; no test set had a say.",
             "",
             "![heat maps](heatmaps.png)",
             "",
@@ -157,8 +158,8 @@ def page(study: dict) -> str:
             f"| {' | '.join(KEYS)} | dev | best step | training seconds |",
             "|---|---|---|---|---|---|",
             *(
-                f"| {' | '.join(f'{job[key]:g}' for key in KEYS)} | {job['dev_spearman']:.2f} | {job['best_step']} of {job['steps']} "
-                f"| {job['training_seconds']:.0f} |"
+                f"| {' | '.join(f'{job[key]:g}' for key in KEYS)} | {job['dev_spearman']:.2f} "
+                f"| {job['best_step']} of {job['steps']} | {job['training_seconds']:.0f} |"
                 for job in rows
             ),
             "",

@@ -56,7 +56,7 @@ def record_end(run: Path, code: int, began: float) -> Status:
 def _error(output: Path, code: int) -> str:
     """Return why a job failed, from what it printed."""
     if code == -signal.SIGKILL:
-        return "killed by SIGKILL; the kernel does that when the memory is full. Try: a smaller data.batch_size or sweep.parallel"
+        return "killed by SIGKILL: the kernel does that when the memory is full, a sweep to a job that does not stop in a minute"
     try:
         lines = output.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError:

@@ -148,7 +148,7 @@ TRACEBACK = "Traceback (most recent call last):\n  File x\nImportError: no libfo
         (2, "loading\nerror: the encoder is gone\n", "failed", "the encoder is gone"),
         (1, TRACEBACK, "failed", TRACEBACK + "(exit code 1)"),
         (-signal.SIGSEGV, "", "failed", "(signal 11)"),
-        (-signal.SIGKILL, "", "failed", "killed by SIGKILL; the kernel does that when the memory is full. "),
+        (-signal.SIGKILL, "", "failed", "killed by SIGKILL: the kernel does that when the memory is full, "),
         (0, "hello\n", "failed", "hello\n(exit code 0)"),
         (143, "", "stopped", None),
         (-signal.SIGTERM, "", "stopped", None),
