@@ -3,6 +3,7 @@
 import ast
 import copy
 import dataclasses
+import re
 import typing
 from functools import cache
 from pathlib import Path
@@ -16,7 +17,7 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
 from promcse_pl import config as schema
-from promcse_pl.config import Config, check_overrides, setting_keys
+from promcse_pl.config import Config, SweepConfig, check_overrides, setting_keys
 from promcse_pl.errors import ConfigError
 from promcse_pl.job import read_config, write_config
 
@@ -28,7 +29,9 @@ DATA_CHOICES = sorted(path.stem for path in (CONF / "data").glob("*.yaml") if pa
 @cache
 def composed_once(*overrides: str) -> dict[str, Any]:
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        return OmegaConf.to_container(compose("config", overrides=list(overrides)), resolve=True)
+        raw = OmegaConf.to_container(compose("config", overrides=list(overrides)), resolve=True)
+    SweepConfig.from_dict(raw.pop("sweep"))
+    return raw
 
 
 def composed(*overrides: str) -> dict[str, Any]:
@@ -75,7 +78,7 @@ def test_every_other_choice_composes_into_a_valid_config(override):
     own = yaml.safe_load((CONF / group / f"{choice}.yaml").read_text())
     recipe = yaml.safe_load((CONF / "recipe/supervised/minilm.yaml").read_text())
     for key, value in own.items():
-        if key in ("defaults", "hydra"):
+        if key in ("defaults", "hydra", "sweep"):
             continue
         for name, wanted in value.items() if isinstance(value, dict) else [(key, value)]:
             part = key if isinstance(value, dict) else group
@@ -91,11 +94,14 @@ def test_no_group_of_conf_is_left_without_a_test():
 
 
 def test_every_sweep_names_settings_and_its_values_are_valid():
-    for path in (CONF / "sweep").glob("*.yaml"):
-        for key, values in yaml.safe_load(path.read_text())["hydra"]["sweeper"]["params"].items():
-            assert key in [known for part in setting_keys().values() for known in part]
-            for value in values.split(","):
-                config_of(f"{key}={value}")
+    files = [yaml.safe_load(path.read_text()) for path in (CONF / "sweep").glob("*.yaml")]
+    swept = [whole["hydra"]["sweeper"]["params"] for whole in files if "hydra" in whole]
+    assert len(swept) == 2
+    for key, values in (pair for params in swept for pair in params.items()):
+        assert key in [known for part in setting_keys().values() for known in part]
+        values = re.sub(r"(tag|interval|choice|log)\b|[()]", "", values)
+        for value in filter(None, values.split(",")):
+            config_of(f"{key}={value}")
 
 
 # supervised? model: batch, lr, P, MLM weight, epochs (Jiang et al. 2022 and the official README)
@@ -171,6 +177,11 @@ def test_the_ablation_switches_the_hinge_off_and_changes_nothing_else():
     plain, ablation = composed("model=bert-base"), composed("model=bert-base", "experiment=no_hinge")
     plain["loss"]["hinge_weight"] = 0.0
     assert plain == ablation
+
+
+def test_the_defaults_of_a_sweep_are_those_of_conf():
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        assert OmegaConf.to_container(compose("config").sweep) == dataclasses.asdict(SweepConfig())
 
 
 def test_the_defaults_of_the_schema_are_those_of_conf_where_both_have_one():

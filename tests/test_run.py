@@ -12,6 +12,8 @@ import yaml
 from conftest import ROOT, save_small_encoder
 from safetensors.torch import load_file
 
+from promcse_pl.sweep.plan import read_plan
+
 RUN = str(ROOT / "run.py")
 
 
@@ -139,24 +141,34 @@ def test_a_multirun_makes_a_complete_folder_and_an_adapter_of_its_own_for_every_
         "model.path=encoder",
         "trainer.precision=float32",
         "hydra.sweep.dir=sweep",
-        OMP_NUM_THREADS="1",
+        "sweep.parallel=2",
     )
     assert done.returncode == 0, done.stderr
+    assert "2 finished" in done.stdout
     assert "Traceback" not in done.stderr
     adapters = []
     for job, lr in enumerate((0.01, 0.02)):
         folder = here / "sweep" / str(job)
         names = {path.name for path in folder.iterdir()}
-        assert {"adapter", "results.json", "metrics.jsonl", "config.yaml", "run.log"} <= names
+        assert {
+            "adapter",
+            "results.json",
+            "metrics.jsonl",
+            "config.yaml",
+            "run.log",
+            "start.yaml",
+            "output.log",
+        } <= names
+        assert read_plan(here / "sweep").jobs[job].overrides[0] == f"optim.lr={lr}"
         assert yaml.safe_load((folder / "config.yaml").read_text())["optim"]["lr"] == lr
         adapters.append(load_file(folder / "adapter/adapter.safetensors"))
     assert set(adapters[0]) == set(adapters[1])
     assert not torch.equal(adapters[0]["prompt.embedding.weight"], adapters[1]["prompt.embedding.weight"])
 
 
-def test_a_job_of_a_multirun_that_fails_ends_it_with_its_own_message(here):
+def test_an_encoder_that_is_not_there_stops_a_multirun_before_its_first_job(here):
     done = start(here, "-m", "seed=1,2", "model.path=./missing", "hydra.sweep.dir=sweep")
-    assert done.returncode == 2
-    assert "error: the encoder folder ./missing does not exist" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not (here / "sweep/1").exists()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: the encoder folder ./missing does not exist")
+    assert done.stderr.endswith("[the job seed=1 model.path=./missing; no job was started]\n")
+    assert list(here.iterdir()) == []

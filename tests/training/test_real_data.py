@@ -7,13 +7,12 @@ import pytest
 import torch
 from conftest import DATA, ROOT
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from rich.console import Console
 from transformers import AutoTokenizer, RobertaConfig, RobertaModel
 
 from promcse_pl import PromCSE
-from promcse_pl.config import Config
 from promcse_pl.job import run_job
+from promcse_pl.sweep.compose import config_of
 from promcse_pl.tracking.local import read_history
 
 pytestmark = pytest.mark.realdata
@@ -30,8 +29,8 @@ def run_two_steps(folder: Path, *overrides: str) -> dict[str, float]:
     ]
     common += ["trainer.log_every=1", "trainer.precision=float32", "evaluation=none", "data.dev=null", "tracking=local"]
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
-        raw = OmegaConf.to_container(compose("config", overrides=[*common, *overrides]), resolve=True)
-    results = run_job(Config.from_dict(raw), folder / "run", Console(file=io.StringIO()))
+        config = config_of(compose("config", overrides=[*common, *overrides]))
+    results = run_job(config, folder / "run", Console(file=io.StringIO()))
     assert (results["rows"], results["steps"]) == (24, 2)
     last: dict[str, float] = {}
     for entry in read_history(folder / "run/metrics.jsonl"):

@@ -1,0 +1,43 @@
+"""Jobs of seconds for sweeps: a small encoder made in memory and a file of triplets."""
+
+from pathlib import Path
+
+from conftest import save_small_encoder
+
+from promcse_pl.config import Config
+
+ROWS = [f"w{row} w7,w{row} w8,w{row + 40}" for row in range(5, 45)]
+
+
+def files(folder: Path) -> Path:
+    """Write encoder/ and train.csv; return the folder."""
+    save_small_encoder(folder / "encoder")
+    (folder / "train.csv").write_text("\n".join(["a,b,c", *ROWS]) + "\n")
+    return folder
+
+
+SETTINGS = [
+    "data=triplets",
+    "data.train=train.csv",
+    "data.max_length=16",
+    "data.batch_size=8",
+    "data.dev=holdout",
+    "model.path=encoder",
+    "trainer.precision=float32",
+    "trainer.device=cpu",
+    "trainer.max_steps=4",
+    "trainer.epochs=100",
+    "tracking.wandb=disabled",
+    "evaluation.frozen=false",
+]
+"""Of a job, for `python run.py` in that folder."""
+
+
+def small_config(folder: Path, **sections: dict) -> Config:
+    """A valid config on such files; only what a test looks at need be there."""
+    raw: dict[str, dict] = {
+        "model": {"path": str(folder / "encoder")},
+        "data": {"kind": "triplets", "train": str(folder / "train.csv"), "cache_dir": str(folder / "cache")},
+        "tracking": {"wandb": "disabled"},
+    }
+    return Config.from_dict({name: {**raw.get(name, {}), **sections.get(name, {})} for name in {**raw, **sections}})

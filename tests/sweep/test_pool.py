@@ -1,0 +1,167 @@
+"""Processes, signals and kills, for real; the tasks are small scripts, since a run takes seconds to start."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from promcse_pl.sweep.pool import shares, visible_devices
+
+PARENT = """
+import sys
+from pathlib import Path
+from promcse_pl.sweep import pool
+folder, parallel, jobs, job, pool.GRACE = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], 0.5
+tasks = (pool.Task(str(n), [sys.executable, "-S", "-c", job, str(n)], folder / f"{n}.out") for n in range(jobs))
+one = pool.Pool(parallel, lambda line: print(line, flush=True))
+one.run(tasks, lambda task, code: print("ended", task.task.name, code, flush=True))
+sys.exit(one.exit_code or 0)
+"""
+JOB = """
+import os, signal, sys, time
+from pathlib import Path
+name = sys.argv[1]
+def stop(*_):
+    Path(name + ".saved").write_text("")
+    sys.exit(143)
+signal.signal(signal.SIGTERM, stop)
+Path(name + ".began").write_text(str(os.getpid()))
+while not Path(name + ".go").exists():
+    time.sleep(0.01)
+print("threads", os.environ.get("OMP_NUM_THREADS"))
+"""
+STUBBORN = JOB.replace("signal.SIGTERM, stop", "signal.SIGTERM, signal.SIG_IGN")
+
+
+def until(condition: Callable[[], object], what: str) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end, f"not within 20 s: {what}"
+        time.sleep(0.01)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+class Parent:
+    """A pool at work in a process of its own, in a session of its own like that of a terminal."""
+
+    def __init__(self, folder: Path, parallel: int, jobs: int, job: str = JOB, **environment: str) -> None:
+        self.folder = folder
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", PARENT, str(folder), str(parallel), str(jobs), job],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def began(self, name: int) -> int:
+        path = self.folder / f"{name}.began"
+        until(lambda: path.exists() and path.read_text(), f"{name} began")
+        return int(path.read_text())
+
+    def go(self, name: int) -> None:
+        (self.folder / f"{name}.go").write_text("")
+
+    def ctrl_c(self) -> None:
+        """What a terminal does: every process of the foreground group gets it."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def end(self) -> tuple[int, list[str]]:
+        printed, _ = self.process.communicate(timeout=20)
+        return self.process.returncode, printed.splitlines()
+
+
+def test_so_many_at_a_time_and_each_has_its_share_of_the_threads(tmp_path):
+    parent = Parent(tmp_path, 2, 3)
+    parent.began(0)
+    parent.began(1)
+    time.sleep(0.3)
+    assert not (tmp_path / "2.began").exists()
+    parent.go(1)
+    parent.began(2)
+    parent.go(2)
+    parent.go(0)
+    code, printed = parent.end()
+    assert code == 0
+    assert printed[0] == "ended 1 0"
+    assert {*printed[1:]} == {"ended 0 0", "ended 2 0"}
+    share = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert (tmp_path / "2.out").read_text() == f"threads {share}\n"
+
+
+def test_ctrl_c_once_waits_for_what_runs_and_starts_nothing_more(tmp_path):
+    parent = Parent(tmp_path, 1, 2)
+    job = parent.began(0)
+    parent.ctrl_c()
+    time.sleep(0.3)
+    assert alive(job)
+    parent.go(0)
+    assert parent.end() == (130, ["Ctrl-C: waiting for 1 running; once more stops them (they save first)", "ended 0 0"])
+    assert not (tmp_path / "1.began").exists()
+    assert not (tmp_path / "0.saved").exists()
+
+
+def test_ctrl_c_twice_stops_what_runs_and_waits_until_it_has_saved(tmp_path):
+    parent = Parent(tmp_path, 2, 3)
+    parent.began(0)
+    parent.began(1)
+    parent.ctrl_c()
+    time.sleep(0.3)
+    parent.ctrl_c()
+    code, printed = parent.end()
+    assert code == 130
+    assert {*printed[1:]} == {"ended 0 143", "ended 1 143"}
+    assert (tmp_path / "0.saved").exists()
+    assert (tmp_path / "1.saved").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["TERM", "USR1"])
+def test_sigterm_is_passed_on_and_waited_for(number, tmp_path):
+    parent = Parent(tmp_path, 1, 2)
+    parent.began(0)
+    parent.process.send_signal(number)
+    assert parent.end() == (143, ["ended 0 143"])
+    assert (tmp_path / "0.saved").exists()
+    assert not (tmp_path / "1.began").exists()
+
+
+def test_a_task_that_does_not_stop_is_killed_in_the_end(tmp_path):
+    parent = Parent(tmp_path, 1, 1, STUBBORN)
+    parent.began(0)
+    parent.process.terminate()
+    assert parent.end() == (143, ["ended 0 -9"])
+
+
+def test_a_killed_parent_leaves_no_orphan(tmp_path):
+    parent = Parent(tmp_path, 2, 3)
+    jobs = [parent.began(0), parent.began(1)]
+    parent.process.kill()
+    until(lambda: not any(map(alive, jobs)), "the jobs have ended")
+    assert (tmp_path / "0.saved").exists()
+    assert (tmp_path / "1.saved").exists()
+    assert not (tmp_path / "2.began").exists()
+    parent.process.wait()
+
+
+def test_devices_are_shared_out_by_what_the_process_may_see(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,GPU-8a")
+    assert visible_devices() == ["3", "5", "GPU-8a"]
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in shares(2)] == ["3", "5,GPU-8a"]
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in shares(4)] == ["3", "3", "5", "GPU-8a"]
+    assert shares(1) == [{}]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert visible_devices() == []
+    assert all("CUDA_VISIBLE_DEVICES" not in place for place in shares(2))
