@@ -2,60 +2,50 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from promcse_pl.cli import main as cli
-from promcse_pl.config import Config, check_overrides
+from promcse_pl.config import check_overrides
 from promcse_pl.errors import ConfigError, PromcseError
+from promcse_pl.sweep.compose import config_of
+from promcse_pl.sweep.plan import resumed_arguments
 from promcse_pl.training.stop import Stopped
 
 CONF = Path(__file__).parent / "conf"
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(composed: DictConfig) -> None:
-    """Run one job; a job of a sweep gets a process of its own."""
+def main(composed: DictConfig) -> float | None:
+    """Run one job; a job of a sweep gets a process of its own, and its development score is returned."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
-        missing = sorted(OmegaConf.missing_keys(composed))
-        if missing:
-            raise ConfigError(f"{missing[0]} is not set. Try: python run.py {' '.join(sys.argv[1:])} {missing[0]}=FILE")
-        raw: Any = OmegaConf.to_container(composed, resolve=True)
-        config = Config.from_dict(raw)
         if HydraConfig.get().mode == RunMode.MULTIRUN:
-            _run_apart(config, folder)
-        else:
-            from promcse_pl.job import run_job
+            return _run_apart(composed, folder)
+        config = config_of(composed)
+        from promcse_pl.job import run_job
 
-            run_job(config, folder)
+        run_job(config, folder)
     except PromcseError as error:
         _remove_empty(folder)
         _stop(error)
+    return None
 
 
-def _run_apart(config: Config, folder: Path) -> None:
-    """Run a job of a sweep in a fresh process: W&B, CUDA and random state of one job do not reach the next."""
-    from promcse_pl.job import write_config
+def _run_apart(composed: DictConfig, folder: Path) -> float:
+    """Run a job for a launcher or sweeper of Hydra's; our own sweeper has left its start.yaml."""
+    from promcse_pl.sweep.local import run_alone
+    from promcse_pl.sweep.plan import START, SweepJob, add_job
 
-    hydra_job = HydraConfig.get().job
-    tracking = replace(
-        config.tracking,
-        group=config.tracking.group or folder.parent.name,
-        name=config.tracking.name or hydra_job.override_dirname or folder.name,
-    )
-    start = write_config(replace(config, tracking=tracking), folder / "start.yaml")
-    command = [sys.executable, "-m", "promcse_pl.cli", "train", str(start), "--out", str(folder)]
-    if subprocess.run(command, check=False).returncode:
-        raise PromcseError(f"the job in {folder} failed; what it printed says why")
+    overrides = list(HydraConfig.get().overrides.task)
+    if not (folder / START).is_file():
+        add_job(folder.parent, SweepJob(folder.name, overrides), config_of(composed))
+    return run_alone(folder.parent, SweepJob(folder.name, overrides))
 
 
 def _remove_empty(folder: Path) -> None:
@@ -93,9 +83,11 @@ if __name__ == "__main__":
         resumed = sorted(sys.argv[1:], key=lambda argument: not argument.startswith("resume="))
         if resumed and resumed[0].startswith("resume="):
             sys.exit(_resume(resumed))
+        if any(argument.startswith("sweep.resume=") for argument in sys.argv[1:]):
+            sys.argv[1:] = resumed_arguments(sys.argv[1:])
         check_overrides(sys.argv[1:], _choices())
         main()
-    except ConfigError as error:
+    except PromcseError as error:
         _stop(error)
     except Stopped as stopped:
         sys.exit(stopped.exit_code)

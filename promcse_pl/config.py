@@ -326,6 +326,37 @@ class Config:
         return dataclasses.asdict(self)
 
 
+@dataclass(kw_only=True, slots=True)
+class SweepConfig:
+    """How a sweep (`python run.py -m`) is run; no part of a job's config."""
+
+    parallel: int = 1
+    """Jobs at a time, >= 1; each gets its share of the CPU's threads, or of the GPUs."""
+    resume: str | None = None
+    """Folder of a sweep to go on with: what is finished is left alone."""
+    trials: int | None = None
+    """Jobs of a search, >= 1; None: every combination of the values given."""
+    prune: bool = True
+    """A search stops a job whose development score is in the worse half at a quarter or at half of its steps."""
+    seed: int = 42
+    """Seed of the search, in [0, 2**31)."""
+
+    def __post_init__(self) -> None:
+        _require(self.parallel >= 1, "sweep.parallel", self.parallel, "at least 1", 2)
+        _require(self.trials is None or self.trials >= 1, "sweep.trials", self.trials, "at least 1, or null", 30)
+        _require(0 <= self.seed < 2**31, "sweep.seed", self.seed, "in [0, 2**31)", 42)
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> SweepConfig:
+        """Check a plain dictionary against the schema.
+
+        Raises:
+            ConfigError: As for `Config.from_dict`.
+        """
+        settings: SweepConfig = _build(cls, raw, "sweep")
+        return settings
+
+
 def check_tasks(tasks: Sequence[str], command: str) -> None:
     """Refuse a task that is neither a suite nor a file of pairs.
 
@@ -358,7 +389,7 @@ def setting_keys(schema: type = Config, prefix: str = "") -> dict[str, list[str]
 
 def unknown_key(key: str) -> ConfigError:
     """Return the error for a dotted key that the schema does not have, with the nearest ones."""
-    keys = setting_keys()
+    keys = setting_keys() | setting_keys(SweepConfig, "sweep")
     part = key.rpartition(".")[0]
     every = [known for group in keys.values() for known in group]
     near = difflib.get_close_matches(key, every, n=3, cutoff=0.6)
@@ -378,7 +409,8 @@ def check_overrides(arguments: Sequence[str], groups: Mapping[str, Sequence[str]
     Raises:
         ConfigError: With the nearest keys or choices.
     """
-    every = {known for keys in setting_keys().values() for known in keys} | set(setting_keys())
+    parts = setting_keys() | setting_keys(SweepConfig, "sweep")
+    every = {known for keys in parts.values() for known in keys} | set(parts)
     for argument in arguments:
         key, equals, value = argument.partition("=")
         key = key.lstrip("+~").partition("@")[0]

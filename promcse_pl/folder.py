@@ -28,7 +28,7 @@ CONFIG, RESULTS, HISTORY, LOG, BAD_ROWS, ADAPTER, STATUS, LOCK, CHECKPOINTS, INP
     "inputs.json",
     "non_finite.safetensors",
 )
-State = Literal["running", "finished", "failed", "stopped"]
+State = Literal["running", "finished", "failed", "stopped", "pruned"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +36,8 @@ class Status:
     """What status.json holds: where a run stands.
 
     Attributes:
-        state: `running`, `finished`, `failed` (an error; the message is kept) or `stopped` (by a signal, after a save).
+        state: `running`, `finished`, `failed` (an error; the message is kept), `stopped` (by a signal, after a save) or `pruned`
+            (stopped by a search, as not promising).
         step, steps: Optimiser steps done when this was written, and of the whole run; None: not known yet.
         error: Kind and message of what ended a failed run.
         wandb_id: Id of the W&B run, fixed before training starts; None without tracking.

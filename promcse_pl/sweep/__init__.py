@@ -1,1 +1,1 @@
-"""Sweeps: many runs that differ by some settings."""
+"""Sweeps: every job a process of its own, planned and checked before the first one starts, and resumable."""

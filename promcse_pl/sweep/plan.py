@@ -1,0 +1,220 @@
+"""What a sweep is, as its folder holds it: sweep.json (the jobs and their overrides) and a start.yaml for each job."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from promcse_pl.config import Config
+from promcse_pl.errors import ConfigError, DataError, PromcseError
+from promcse_pl.folder import CONFIG, read_status, write_text
+
+PLAN, START, OUTPUT = "sweep.json", "start.yaml", "output.log"
+FORMAT = 1
+TAG_LENGTH = 64
+"""Characters of a W&B tag."""
+
+Compose = Callable[[Sequence[str]], Config]
+"""Overrides of a job in, its valid config out."""
+
+
+@dataclass(frozen=True, slots=True)
+class SweepJob:
+    """A job: its folder's name in the sweep's folder, and all its overrides (`python run.py OVERRIDES` repeats it)."""
+
+    folder: str
+    overrides: list[str]
+
+
+@dataclass(slots=True)
+class Plan:
+    """What sweep.json holds: the overrides that were typed, and the jobs (of a search: those asked for so far)."""
+
+    overrides: list[str]
+    jobs: list[SweepJob] = field(default_factory=list)
+
+    def varying(self, job: SweepJob) -> list[str]:
+        """Return the overrides of a job that not all jobs share."""
+        return [entry for entry in job.overrides if any(entry not in other.overrides for other in self.jobs)]
+
+
+def write_plan(folder: Path, plan: Plan) -> None:
+    """Write sweep.json, whole or not at all."""
+    write_text(folder / PLAN, json.dumps({"format": FORMAT, **dataclasses.asdict(plan)}, indent=2) + "\n")
+
+
+def read_plan(folder: Path) -> Plan:
+    """Read sweep.json.
+
+    Raises:
+        ConfigError: The folder holds no sweep.
+        DataError: The file is damaged, or of a newer version.
+    """
+    path = folder / PLAN
+    try:
+        raw: Any = json.loads(path.read_text(encoding="utf-8"))
+        if raw["format"] != FORMAT:
+            raise DataError(f"{path} has format {raw['format']}; this version reads {FORMAT}. Try: a newer promcse_pl")
+        jobs = [SweepJob(str(job["folder"]), [str(entry) for entry in job["overrides"]]) for job in raw["jobs"]]
+        return Plan([str(entry) for entry in raw["overrides"]], jobs)
+    except FileNotFoundError:
+        raise ConfigError(f"{folder} holds no sweep: it has no {PLAN}. Try: the folder of a sweep") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+
+
+def resumed_arguments(arguments: Sequence[str]) -> list[str]:
+    """Return the command line of a sweep that goes on: what sweep.json holds, with the launching of the new command.
+
+    Args:
+        arguments: With `sweep.resume=FOLDER`; settings may be repeated or left out, but must not differ.
+
+    Raises:
+        ConfigError: There is no sweep in the folder, or it was begun with other overrides.
+    """
+    folder = Path(
+        next(entry for entry in arguments if entry.startswith("sweep.resume=")).partition("=")[2].strip("'\"")
+    )
+    plan = read_plan(folder)
+    given = [entry for entry in arguments if not entry.startswith("-") and not _is_launching(entry)]
+    begun = [entry for entry in plan.overrides if not _is_launching(entry)]
+    if given and sorted(given) != sorted(begun):
+        new = [entry for entry in given if entry not in begun]
+        gone = [entry for entry in begun if entry not in given]
+        told = [f"{' '.join(new)} is new"] if new else []
+        told += [f"{' '.join(gone)} is missing"] if gone else []
+        raise ConfigError(
+            f"the sweep in {folder} was begun with other overrides: {'; '.join(told)}. "
+            f"Try: python run.py -m sweep.resume={folder}"
+        )
+    launching = [
+        entry for entry in arguments if _is_launching(entry) and not entry.startswith(("hydra.sweep", "sweep.resume="))
+    ]
+    quoted = str(folder).replace("'", r"\'")
+    return ["-m", *plan.overrides, *launching, f"sweep.resume='{quoted}'", f"hydra.sweep.dir='{quoted}'"]
+
+
+def kept_overrides(overrides: Sequence[str]) -> list[str]:
+    """Return what sweep.json keeps of a command line."""
+    return [entry for entry in overrides if not entry.startswith(("sweep.parallel=", "sweep.resume="))]
+
+
+def _is_launching(entry: str) -> bool:
+    """Tell what decides how jobs are started, not what they train."""
+    return entry.startswith(("sweep.", "hydra.", "hydra/"))
+
+
+def plan_jobs(jobs: Iterable[Sequence[str]], compose: Compose) -> list[tuple[SweepJob, Config]]:
+    """Compose and check every job of a sweep, and look whether what they read is there.
+
+    Raises:
+        PromcseError: Of the first job that is not valid; the message names its overrides.
+    """
+    seen: set[str] = set()
+    planned = []
+    for number, overrides in enumerate(jobs):
+        config = checked(overrides, compose, seen)
+        planned.append((SweepJob(str(number), list(overrides)), config))
+    if not planned:
+        raise ConfigError("the sweep has no jobs. Try: python run.py -m loss.temperature=0.03,0.05")
+    return planned
+
+
+def checked(overrides: Sequence[str], compose: Compose, seen: set[str]) -> Config:
+    """Return the config of a job after all checks.
+
+    Args:
+        overrides: Of the job.
+        compose: Makes the config.
+        seen: Grows by what was looked at: files that many jobs share are looked for once.
+
+    Raises:
+        PromcseError: As `plan_jobs`.
+    """
+    from promcse_pl.job import check_inputs
+
+    try:
+        config = compose(overrides)
+        inputs = repr((config.model, config.data, config.trainer, config.tracking, config.evaluation))
+        if inputs not in seen:
+            check_inputs(config)
+            seen.add(inputs)
+    except PromcseError as error:
+        raise type(error)(f"{error} [the job {' '.join(overrides)}; no job was started]") from error
+    return config
+
+
+def write_start(folder: Path, plan: Plan, job: SweepJob, config: Config, names: Sequence[str] | None = None) -> None:
+    """Write the one file that a job reads; W&B sees the sweep as group, what varies as name and tags.
+
+    Args:
+        folder: Of the sweep.
+        plan: Of the sweep.
+        job: One of its jobs.
+        config: Of the job.
+        names: The overrides that vary; None: those that the plan shows to vary.
+    """
+    from promcse_pl.job import write_config
+
+    varying, tracking = plan.varying(job) if names is None else names, config.tracking
+    tracking = dataclasses.replace(
+        tracking,
+        group=tracking.group or folder.resolve().name,
+        name=tracking.name or ",".join(varying) or job.folder,
+        tags=[*tracking.tags, *(entry[:TAG_LENGTH] for entry in varying if entry not in tracking.tags)],
+    )
+    write_config(dataclasses.replace(config, tracking=tracking), folder / job.folder / START)
+
+
+def missing_jobs(folder: Path, plan: Plan) -> list[SweepJob]:
+    """Return the jobs that are neither finished nor pruned."""
+    return [job for job in plan.jobs if _state(folder / job.folder) not in ("finished", "pruned")]
+
+
+def _state(folder: Path) -> str | None:
+    try:
+        status = read_status(folder)
+    except DataError:
+        return None
+    return status.state if status else None
+
+
+def check_new(folder: Path, jobs: Iterable[SweepJob]) -> None:
+    """Refuse a folder with a sweep or runs in it.
+
+    Raises:
+        ConfigError: It has one.
+    """
+    if (folder / PLAN).exists():
+        raise ConfigError(
+            f"{folder} already holds a sweep. Try: another folder, or python run.py -m sweep.resume={folder}"
+        )
+    for job in jobs:
+        if (folder / job.folder / CONFIG).exists():
+            raise ConfigError(f"{folder / job.folder} already holds a run. Try: another hydra.sweep.dir")
+
+
+def add_job(folder: Path, job: SweepJob, config: Config) -> None:
+    """Write down a job of a sweep that another sweeper composes: one after another, from any process.
+
+    Args:
+        folder: Of the sweep.
+        job: The new job.
+        config: Of the job.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f".{PLAN}.lock").open("ab") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        plan = read_plan(folder) if (folder / PLAN).exists() else Plan([])
+        plan.jobs = sorted(
+            [*(one for one in plan.jobs if one.folder != job.folder), job], key=lambda one: one.folder.zfill(9)
+        )
+        write_start(folder, plan, job, config)
+        write_plan(folder, plan)

@@ -1,0 +1,211 @@
+"""Local processes, so many at a time: Ctrl-C at the terminal does not reach them, and they do not outlive their parent."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+POLL = 0.1
+"""Seconds between two looks at the processes."""
+GRACE = 60.0
+"""Seconds that a process gets to save after SIGTERM."""
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(slots=True)
+class Task:
+    """A command whose output goes to a file.
+
+    Attributes:
+        name: Of the job.
+        command: Program and arguments.
+        output: File that gets what it prints; it is appended to.
+    """
+
+    name: str
+    command: Sequence[str]
+    output: Path
+
+
+@dataclass(slots=True)
+class Running:
+    """A task at work.
+
+    Attributes:
+        task: What runs.
+        process: Its process, leader of a session of its own.
+        place: Number of its share of the machine, in [0, parallel).
+        began: Seconds since 1970.
+    """
+
+    task: Task
+    process: subprocess.Popen[bytes]
+    place: int
+    began: float
+
+
+def shares(parallel: int) -> list[dict[str, str]]:
+    """Return the environment of each of so many jobs at a time: a share of the GPUs, or of the CPU's threads.
+
+    One job at a time gets the machine as it is. More jobs than GPUs share them in turn.
+    """
+    if parallel == 1:
+        return [{}]
+    devices, threads = visible_devices(), str(max(1, len(os.sched_getaffinity(0)) // parallel))
+    cpu = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), threads)
+    if not devices:
+        return [cpu] * parallel
+    places = []
+    for place in range(parallel):
+        own = devices[place * len(devices) // parallel : (place + 1) * len(devices) // parallel]
+        places.append({**cpu, "CUDA_VISIBLE_DEVICES": ",".join(own or [devices[place % len(devices)]])})
+    return places
+
+
+def visible_devices() -> list[str]:
+    """Return the CUDA devices of this process as CUDA_VISIBLE_DEVICES names them; torch is not asked: it takes seconds."""
+    set_by_user = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if set_by_user is not None:
+        return [name for name in set_by_user.split(",") if name.strip() not in ("", "-1")]
+    if not shutil.which("nvidia-smi"):
+        return []
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
+    return [str(number) for number, _ in enumerate(line for line in listed.splitlines() if line.startswith("GPU "))]
+
+
+def start(task: Task, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start a task: a session of its own (the terminal's Ctrl-C does not reach it), SIGTERM when this process dies."""
+    parent = os.getpid()
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+    def die_with_parent() -> None:
+        if libc is not None:
+            libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+            if os.getppid() != parent:  # it died before the line above
+                os._exit(143)
+
+    task.output.parent.mkdir(parents=True, exist_ok=True)
+    with task.output.open("ab") as output:
+        return subprocess.Popen(
+            task.command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **environment, "PYTHONUNBUFFERED": "1"},
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+        )
+
+
+class Pool:
+    """Runs tasks and minds the signals of this process.
+
+    Ctrl-C once starts nothing more and waits for what runs; a second one, SIGTERM or SIGUSR1 sends SIGTERM to the tasks and
+    waits for them to save, a minute at most.
+
+    Args:
+        parallel: Tasks at a time, >= 1.
+        tell: Prints a line.
+    """
+
+    def __init__(self, parallel: int, tell: Callable[[str], None]) -> None:
+        self._free = list(range(parallel))
+        self._environments = shares(parallel)
+        self._tell = tell
+        self.running: list[Running] = []
+        self._signals: list[int] = []
+        self._killed_at: float | None = None
+
+    @property
+    def exit_code(self) -> int | None:
+        """130 or 143 when a signal ended the pool, else None."""
+        if not self._signals:
+            return None
+        return 130 if set(self._signals) == {signal.SIGINT} else 143
+
+    def run(
+        self,
+        tasks: Iterator[Task],
+        ended: Callable[[Running, int], None],
+        watch: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Run tasks until there are no more, or a signal says so.
+
+        Args:
+            tasks: The next one is taken when there is room for it.
+            ended: Takes a task that ended and its exit code, negative for a signal.
+            watch: Called between looks, while tasks run.
+        """
+        before = {
+            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        }
+        try:
+            more = True
+            while True:
+                while more and self._free and not self._signals:
+                    task = next(tasks, None)
+                    if task is None:
+                        more = False
+                        break
+                    place = self._free.pop(0)
+                    process = start(task, self._environments[place])
+                    self.running.append(Running(task, process, place, time.time()))
+                if not self.running:
+                    return
+                time.sleep(POLL)
+                self._obey()
+                for one in [one for one in self.running if one.process.poll() is not None]:
+                    self.running.remove(one)
+                    self._free.append(one.place)
+                    ended(one, one.process.returncode)
+                watch()
+        finally:
+            for one in self.running:  # an error of ours: nothing may go on unseen
+                one.process.terminate()
+            for one in self.running:
+                _wait(one.process)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self._signals.append(number)
+        if self._signals == [signal.SIGINT]:
+            self._tell(f"Ctrl-C: waiting for {len(self.running)} running; once more stops them (they save first)")
+
+    def _obey(self) -> None:
+        """Pass on what the signals ask for."""
+        if not self._signals or self._signals == [signal.SIGINT]:
+            return
+        if self._killed_at is None:
+            self._killed_at = time.monotonic()
+            for one in self.running:
+                one.process.terminate()
+        elif time.monotonic() - self._killed_at > GRACE:
+            for one in self.running:
+                _kill(one.process)
+
+
+def _wait(process: subprocess.Popen[Any]) -> None:
+    try:
+        process.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        _kill(process)
+        process.wait()
+
+
+def _kill(process: subprocess.Popen[Any]) -> None:
+    """End a process and what it started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        process.kill()

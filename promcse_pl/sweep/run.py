@@ -1,0 +1,89 @@
+"""A sweep over given jobs: check all, then run what is missing, on this machine or by another's launcher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from promcse_pl.config import SweepConfig
+from promcse_pl.errors import ConfigError
+from promcse_pl.folder import locked
+from promcse_pl.job import read_config
+from promcse_pl.sweep.local import run_local, summary, tell, wait_for_earlier
+from promcse_pl.sweep.plan import (
+    START,
+    Compose,
+    Plan,
+    SweepJob,
+    check_new,
+    checked,
+    kept_overrides,
+    missing_jobs,
+    plan_jobs,
+    read_plan,
+    write_plan,
+    write_start,
+)
+
+Launch = Callable[[Sequence[SweepJob]], None]
+"""Hands jobs to a launcher of Hydra and returns when they have ended."""
+
+
+def run_sweep(
+    folder: Path,
+    overrides: Sequence[str],
+    jobs: Sequence[Sequence[str]],
+    settings: SweepConfig,
+    compose: Compose,
+    launch: Launch | None,
+) -> int:
+    """Run a sweep, or what is missing of one; nothing is written before every job is valid.
+
+    Args:
+        folder: Of the sweep.
+        overrides: As typed.
+        jobs: Overrides of each job.
+        settings: How to run it.
+        compose: Overrides of a job to its config.
+        launch: A launcher of Hydra; None: processes of this machine.
+
+    Returns:
+        0; 1 if a job did not finish; 130 or 143 if a signal stopped the sweep.
+
+    Raises:
+        PromcseError: A job is not valid, or the folder is another sweep's.
+    """
+    if launch and settings.parallel > 1:
+        raise ConfigError(
+            "sweep.parallel is of the local launcher. Try: hydra.launcher.n_jobs (joblib), or leave it out"
+        )
+    if settings.resume is None:
+        planned = plan_jobs(jobs, compose)
+        with locked(folder):
+            plan = Plan(kept_overrides(overrides), [job for job, _ in planned])
+            check_new(folder, plan.jobs)
+            for job, config in planned:
+                write_start(folder, plan, job, config)
+            write_plan(folder, plan)
+            return _run(folder, plan, settings, launch)
+    with locked(folder):
+        plan = read_plan(folder)
+        seen: set[str] = set()
+        for job in missing_jobs(folder, plan):
+            checked(job.overrides, lambda _, start=folder / job.folder / START: read_config(start), seen)  # type: ignore[misc]
+        return _run(folder, plan, settings, launch)
+
+
+def _run(folder: Path, plan: Plan, settings: SweepConfig, launch: Launch | None) -> int:
+    jobs = missing_jobs(folder, plan)
+    tell(f"sweep {folder}: {len(plan.jobs)} jobs, {len(jobs)} to run, {settings.parallel} at a time")
+    wait_for_earlier(folder, jobs)
+    stopped = None
+    if launch is None:
+        stopped = run_local(folder, plan, jobs, settings.parallel)
+    elif jobs:
+        try:
+            launch(jobs)
+        except KeyboardInterrupt:
+            stopped = 130
+    return summary(folder, plan, stopped)
