@@ -13,8 +13,8 @@ import yaml
 
 from promcse_pl.errors import DataError
 from promcse_pl.folder import CONFIG, HISTORY, RESULTS, Status, is_running, read_status
+from promcse_pl.sweep.plan import PLAN, START, read_plan
 
-SWEEP, START = "sweep.json", "start.yaml"
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C ten times as fast
 _NO_RESULT = ("tracking.", "data.cache_dir")
 """Settings that move no number: runs that differ by them alone are the same settings."""
@@ -64,13 +64,13 @@ class Sweep:
     Attributes:
         folder: As it was given.
         runs: In the sweep's order.
-        overrides: What followed `python run.py -m`; None for runs that no sweep.json binds together.
+        planned: Whether a sweep.json binds the runs together, so that the sweep can be resumed.
         warnings: What is wrong with the folder itself.
     """
 
     folder: Path
     runs: list[Run]
-    overrides: list[str] | None
+    planned: bool
     warnings: list[str]
 
 
@@ -83,12 +83,12 @@ def read_sweep(folder: Path) -> Sweep:
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder. Try: promcse report multirun/DATE/TIME")
     warnings: list[str] = []
-    overrides = None
+    plan = None
     runs: list[Run] = []
     try:
-        if (folder / SWEEP).exists():
-            overrides, jobs = _read_jobs(folder / SWEEP)
-            runs = [_read_run(folder, name, parse_overrides(given)) for name, given in jobs]
+        if (folder / PLAN).exists():
+            plan = read_plan(folder)
+            runs = [_read_run(folder, job.folder, parse_overrides(job.overrides)) for job in plan.jobs]
     except DataError as error:
         warnings.append(f"{error}; the runs below the folder are shown instead")
     if not runs:
@@ -97,22 +97,7 @@ def read_sweep(folder: Path) -> Sweep:
         raise DataError(
             f"{folder} holds no run: no {CONFIG} or {START} in it or below. Try: promcse report multirun/DATE/TIME"
         )
-    return Sweep(folder, runs, overrides, warnings)
-
-
-def _read_jobs(path: Path) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """Return the overrides of a sweep, and the folder and overrides of each job."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        if raw["format"] != 1:
-            raise DataError(f"{path} has format {raw['format']!r}; this version reads 1")
-        overrides = [str(text) for text in raw["overrides"]]
-        jobs = [(str(job["folder"]), [str(text) for text in job["overrides"]]) for job in raw["jobs"]]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
-    return overrides, jobs
+    return Sweep(folder, runs, plan is not None, warnings)
 
 
 def _find_runs(folder: Path) -> list[str]:
@@ -123,7 +108,9 @@ def _find_runs(folder: Path) -> list[str]:
             found.append(os.path.relpath(place, folder))
             inner.clear()  # what lies inside a run (wandb/, adapter/) is no other run
         inner[:] = [name for name in inner if not name.startswith(".")]
-    return sorted(found, key=lambda name: [(len(part), part) if part.isdigit() else (99, part) for part in name.split("/")])
+    return sorted(
+        found, key=lambda name: [(len(part), part) if part.isdigit() else (99, part) for part in name.split("/")]
+    )
 
 
 def parse_overrides(overrides: list[str]) -> dict[str, Any]:
@@ -241,5 +228,3 @@ def _read_history(run: Run) -> None:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-

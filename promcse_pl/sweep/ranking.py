@@ -74,8 +74,10 @@ def rank(runs: Sequence[Run], *, by_seed: bool) -> list[Row]:
         times = [run.seconds for run in members if run.finished] or [run.seconds for run in members]
         rows.append(Row(members, None, dev, std, n, spread(times)[0]))
     rows.sort(key=lambda row: -row.dev if _ranked(row) else math.inf)  # type: ignore[operator]
-    return [Row(row.runs, place if _ranked(row) else None, row.dev, row.std, row.n, row.seconds)
-            for place, row in enumerate(rows, start=1)]
+    return [
+        Row(row.runs, place if _ranked(row) else None, row.dev, row.std, row.n, row.seconds)
+        for place, row in enumerate(rows, start=1)
+    ]
 
 
 def best_run(rows: Sequence[Row]) -> Run | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import sys
 from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
@@ -14,18 +15,30 @@ from rich.table import Table
 from promcse_pl.folder import CONFIG
 from promcse_pl.sweep.collect import Run, Sweep
 from promcse_pl.sweep.ranking import Row, best_run, varied_settings
+from promcse_pl.terminal import output_console
 
 CHEATING = (
     "test scores are shown: choosing settings by them is cheating, since a score that was chosen by is no longer a test. "
     "Choose by dev."
 )
-UNFINISHED = ("missing", "killed", "stopped")
+UNFINISHED = ("missing", "killed", "stopped", "failed", "damaged")
+
+
+def print_report(sweep: Sweep, rows: Sequence[Row], *, by_seed: bool, tests: bool) -> None:
+    """Print the table, what to know about it, the failures and the commands; warnings go to standard error."""
+    console = output_console()
+    console.print(ranked_table(sweep, rows, by_seed=by_seed, tests=tests))
+    for line in [*notes(sweep, rows), *([f"warning: {CHEATING}"] if tests else [])]:
+        (sys.stderr if line.startswith("warning") else sys.stdout).write(f"{line}\n")
+    lines = [f"\n{run.name} {run.state}: {message}" for run, messages in failures(sweep.runs) for message in messages]
+    lines += [f"\n{what}:\n  {command}" for what, command in commands(sweep, rows)]
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
 
 
 def ranked_table(sweep: Sweep, rows: Sequence[Row], *, by_seed: bool, tests: bool) -> Table:
     """Return one line for each row: its rank, the settings that vary, dev score, time and status, and the test scores if asked."""
     names = [name for name in varied_settings(sweep.runs) if not (by_seed and name == "seed")]
-    tasks = test_tasks(sweep.runs) if tests else []
+    tasks = tested_tasks(sweep.runs) if tests else []
     several = any(len(row.runs) > 1 for row in rows)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("#", justify="right")
@@ -61,7 +74,9 @@ def notes(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
     else:
         lines.append(f"ranked by {sets[0] if sets else 'dev'}, Spearman x 100")
     if any(len(row.runs) > 1 for row in rows):
-        lines.append("runs that differ by the seed alone are together: mean ± standard deviation of n finished runs (--runs: each)")
+        lines.append(
+            "runs that differ by the seed alone are together: mean ± standard deviation of n finished runs (--runs: each)"
+        )
     if any(not run.finished and run.dev is not None for run in sweep.runs):
         lines.append("(in brackets: the best so far of a run that is not finished; not ranked)")
     return lines
@@ -69,8 +84,11 @@ def notes(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
 
 def failures(runs: Sequence[Run]) -> list[tuple[Run, list[str]]]:
     """Return the runs that something is wrong with, and what."""
-    return [(run, [*([run.error] if run.error else []), *run.problems]) for run in runs
-            if run.error or run.problems or run.state in ("failed", "damaged", "killed")]
+    killed = "its process ended without a word: killed, or the machine went down"
+    told = [
+        (run, [*filter(None, [run.error]), *([killed] if run.state == "killed" else []), *run.problems]) for run in runs
+    ]
+    return [(run, messages) for run, messages in told if messages]
 
 
 def commands(sweep: Sweep, rows: Sequence[Row]) -> list[tuple[str, str]]:
@@ -82,17 +100,16 @@ def commands(sweep: Sweep, rows: Sequence[Row]) -> list[tuple[str, str]]:
         seed = f", seed {best.settings['seed']}" if len(rows[0].runs) > 1 and "seed" in best.settings else ""
         found.append((f"repeat the best run ({best.name}{seed})", shlex.join(arguments)))
     unfinished = [run for run in sweep.runs if run.state in UNFINISHED]
-    if unfinished and sweep.overrides is not None:
-        arguments = ["python", "run.py", "-m", *sweep.overrides, f"sweep.resume={sweep.folder}"]
-        found.append((f"run what is missing ({_runs(len(unfinished))})", shlex.join(arguments)))
-    elif unfinished:
-        for run in unfinished:
-            if run.state != "missing":
-                found.append((f"go on with {run.name}", shlex.join(["python", "run.py", f"resume={run.folder}"])))
+    if unfinished and sweep.planned:
+        arguments = ["python", "run.py", "-m", f"sweep.resume={sweep.folder}"]
+        found.append((f"run what is not finished ({_runs(len(unfinished))})", shlex.join(arguments)))
+    else:
+        begun = [run for run in unfinished if run.state in ("killed", "stopped", "failed")]
+        found += [(f"go on with {run.name}", shlex.join(["python", "run.py", f"resume={run.folder}"])) for run in begun]
     return found
 
 
-def test_tasks(runs: Sequence[Run]) -> list[str]:
+def tested_tasks(runs: Sequence[Run]) -> list[str]:
     """Return the tasks that any run was tested on."""
     return [*dict.fromkeys(task for run in runs for task in run.tests)]
 
