@@ -36,7 +36,7 @@ def print_report(sweep: Sweep, rows: Sequence[Row], *, by_seed: bool, tests: boo
 
 
 def ranked_table(sweep: Sweep, rows: Sequence[Row], *, by_seed: bool, tests: bool) -> Table:
-    """Return one line for each row: its rank, the settings that vary, dev score, time and status, and the test scores if asked."""
+    """Return one line for each row: its rank, the settings that vary, dev score, time and status, test scores if asked."""
     names = [name for name in varied_settings(sweep.runs) if not (by_seed and name == "seed")]
     tasks = tested_tasks(sweep.runs) if tests else []
     several = any(len(row.runs) > 1 for row in rows)
@@ -44,7 +44,7 @@ def ranked_table(sweep: Sweep, rows: Sequence[Row], *, by_seed: bool, tests: boo
     table.add_column("#", justify="right")
     table.add_column("run")
     for name in names:
-        table.add_column(escape(name), justify="right", overflow="fold")
+        table.add_column(escape(name.replace(".", ".\n")), justify="right", overflow="fold")
     for title in ("dev", *(["n"] if several else []), *map(escape, tasks), "time"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("status")
