@@ -19,6 +19,7 @@ from promcse_pl.version import __version__
 REPORT = "report.html"
 POINTS, MOST, LEAST = 150_000, 400, 20
 """Points of all training curves together (about 2 MB), and the most and fewest of one."""
+NOT_DRAWN = "dev/best_spearman"  # the highest point of dev/spearman so far
 SCRIPTS = ("data.js", "table.js", "charts.js", "page.js")
 
 
@@ -91,7 +92,8 @@ def _series(run: Run) -> dict[str, tuple[list[float], list[float]]]:
     for entry in run.history:
         step = entry.get("step")
         for name, value in entry.items():
-            if name.startswith(("train/", "dev/")) and isinstance(step, int) and isinstance(value, int | float):
+            drawn = name.startswith(("train/", "dev/")) and name != NOT_DRAWN
+            if drawn and isinstance(step, int) and isinstance(value, int | float):
                 steps, values = series.setdefault(name, ([], []))
                 steps.append(step)
                 values.append(value)

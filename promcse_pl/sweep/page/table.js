@@ -62,7 +62,8 @@ function tableHead(heads, onTick) {
   const row = element("tr");
   row.append(element("th", "draw", {scope: "col", className: "plain"}));
   heads.forEach((head, place) => {
-    const cell = element("th", "", {scope: "col"}), button = element("button", head.name, {type: "button"});
+    const cell = element("th", "", {scope: "col", className: head.number ? "number" : ""});
+    const button = element("button", head.name, {type: "button"});
     if (place === table.column) cell.setAttribute("aria-sort", table.descending ? "descending" : "ascending");
     button.addEventListener("click", () => {
       table.descending = place === table.column && !table.descending;
@@ -83,7 +84,8 @@ function tableBody(heads, visible, onTick) {
   for (const {rank, runs, cells} of visible) {
     const row = element("tr"), tick = element("input", "", {type: "checkbox"}), first = element("td");
     if (rank !== null) row.dataset.rank = rank;
-    tick.checked = runs.some((run) => ticked.has(run));
+    tick.checked = runs.every((run) => ticked.has(run));
+    tick.indeterminate = !tick.checked && runs.some((run) => ticked.has(run));
     tick.setAttribute("aria-label", `draw ${runs.map((run) => run.name).join(",")}`);
     tick.addEventListener("change", () => {
       runs.forEach((run) => (tick.checked ? ticked.add(run) : ticked.delete(run)));
