@@ -141,7 +141,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("-o", "--out", metavar="FOLDER", type=Path, required=True, help="the new folder")
     export.set_defaults(run=_export)
+
+    report = commands.add_parser("report", help="a sweep's runs, ranked; writes FOLDER/report.html")
+    report.add_argument(
+        "folder", metavar="FOLDER", type=Path, help="multirun/DATE/TIME, or any folder with runs below it"
+    )
+    report.add_argument(
+        "--runs", action="store_true", help="a line for each run, not for all seeds of the same settings"
+    )
+    report.add_argument("--test", action="store_true", help="also test scores: not for choosing")
+    report.set_defaults(run=_report)
     return parser
+
+
+def _report(options: argparse.Namespace) -> int:
+    from promcse_pl.sweep.collect import read_sweep
+    from promcse_pl.sweep.html import write_html
+    from promcse_pl.sweep.ranking import rank
+    from promcse_pl.sweep.report import print_report
+
+    sweep = read_sweep(options.folder)
+    print_report(sweep, rank(sweep.runs, by_seed=not options.runs), by_seed=not options.runs, tests=options.test)
+    sys.stdout.write(f"\npage: {write_html(sweep, tests=options.test)}\n")
+    return 0
 
 
 def _train(options: argparse.Namespace) -> int:

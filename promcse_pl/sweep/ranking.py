@@ -1,0 +1,105 @@
+"""Which settings a sweep varies, which runs belong together, and their order."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from promcse_pl.sweep.collect import Run
+
+SEED = "seed"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Runs of the same settings (or one run), and what they reach together.
+
+    Attributes:
+        runs: At least one, in the sweep's order.
+        rank: From 1, by the mean dev score; None without one.
+        dev: Mean over the finished runs, Spearman x 100; NaN if one of them is; None: no score.
+        std: Sample standard deviation over them; None for fewer than two.
+        n: How many finished runs with a score that is.
+        seconds: Mean time of the finished runs, or of all if none is.
+    """
+
+    runs: list[Run]
+    rank: int | None
+    dev: float | None
+    std: float | None
+    n: int
+    seconds: float | None
+
+    @property
+    def states(self) -> str:
+        """How the runs ended: `finished`, or `2 finished, 1 failed`."""
+        counts = Counter(run.state for run in self.runs)
+        return ", ".join(state if len(self.runs) == 1 else f"{count} {state}" for state, count in counts.items())
+
+    def test(self, task: str) -> tuple[float | None, float | None]:
+        """Return mean and standard deviation of a task's final scores over the runs."""
+        mean, std, _ = spread(run.tests.get(task) for run in self.runs)
+        return mean, std
+
+
+def varied_settings(runs: Sequence[Run]) -> list[str]:
+    """Return the settings that differ between runs, in the order the runs name them; the seed is the last."""
+    names = dict.fromkeys(name for run in runs for name in run.settings)
+    described = [run for run in runs if run.settings]
+    varied = [name for name in names if len({key(run.settings.get(name)) for run in described}) > 1]
+    return sorted(varied, key=lambda name: name == SEED)
+
+
+def rank(runs: Sequence[Run], *, by_seed: bool) -> list[Row]:
+    """Return the runs grouped and ordered, the best first; those without a score come last, in the sweep's order.
+
+    Args:
+        runs: Of a sweep.
+        by_seed: Put runs together that differ by nothing but the seed; else every run is a row.
+    """
+    names = [name for name in varied_settings(runs) if name != SEED]
+    groups: dict[Any, list[Run]] = {}
+    for place, run in enumerate(runs):
+        # a run whose settings cannot be read is like no other
+        together = by_seed and run.settings
+        groups.setdefault(tuple(key(run.settings.get(name)) for name in names) if together else place, []).append(run)
+    rows = []
+    for members in groups.values():
+        dev, std, n = spread(run.dev for run in members if run.finished)
+        times = [run.seconds for run in members if run.finished] or [run.seconds for run in members]
+        rows.append(Row(members, None, dev, std, n, spread(times)[0]))
+    rows.sort(key=lambda row: -row.dev if _ranked(row) else math.inf)  # type: ignore[operator]
+    return [
+        Row(row.runs, place if _ranked(row) else None, row.dev, row.std, row.n, row.seconds)
+        for place, row in enumerate(rows, start=1)
+    ]
+
+
+def best_run(rows: Sequence[Row]) -> Run | None:
+    """Return the run with the highest dev score of the best row; None if no row has a rank."""
+    if not rows or not _ranked(rows[0]):
+        return None
+    return max((run for run in rows[0].runs if run.finished and run.dev is not None), key=lambda run: run.dev or 0.0)
+
+
+def spread(values: Iterable[float | None]) -> tuple[float | None, float | None, int]:
+    """Return mean, sample standard deviation and number of the values that are there."""
+    there = [value for value in values if value is not None]
+    if not all(map(math.isfinite, there)):
+        return math.nan, None, len(there)
+    std = statistics.stdev(there) if len(there) > 1 else None
+    return (statistics.fmean(there) if there else None), std, len(there)
+
+
+def key(value: object) -> str:
+    """Return a value as a text that is equal for equal values: settings may be lists."""
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def _ranked(row: Row) -> bool:
+    return row.dev is not None and math.isfinite(row.dev)

@@ -1,0 +1,149 @@
+"""A sweep on the terminal: the ranked table, the failures, and the commands to go on with."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import sys
+from collections.abc import Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from promcse_pl.folder import CONFIG
+from promcse_pl.sweep.collect import Run, Sweep
+from promcse_pl.sweep.ranking import Row, best_run, varied_settings
+from promcse_pl.terminal import output_console
+
+CHEATING = (
+    "test scores are shown: choosing settings by them is cheating, since a score that was chosen by is no longer a test. "
+    "Choose by dev."
+)
+UNFINISHED = ("missing", "killed", "stopped", "failed", "damaged")
+
+
+def print_report(sweep: Sweep, rows: Sequence[Row], *, by_seed: bool, tests: bool) -> None:
+    """Print the table, what to know about it, the failures and the commands; warnings go to standard error."""
+    console = output_console()
+    console.print(ranked_table(sweep, rows, by_seed=by_seed, tests=tests))
+    for line in [*notes(sweep, rows), *([f"warning: {CHEATING}"] if tests else [])]:
+        (sys.stderr if line.startswith("warning") else sys.stdout).write(f"{line}\n")
+    lines = [f"\n{run.name} {run.state}: {message}" for run, messages in failures(sweep.runs) for message in messages]
+    lines += [f"\n{what}:\n  {command}" for what, command in commands(sweep, rows)]
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+
+
+def ranked_table(sweep: Sweep, rows: Sequence[Row], *, by_seed: bool, tests: bool) -> Table:
+    """Return one line for each row: its rank, the settings that vary, dev score, time and status, test scores if asked."""
+    names = [name for name in varied_settings(sweep.runs) if not (by_seed and name == "seed")]
+    tasks = tested_tasks(sweep.runs) if tests else []
+    several = any(len(row.runs) > 1 for row in rows)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("#", justify="right")
+    table.add_column("run")
+    for name in names:
+        table.add_column(escape(name.replace(".", ".\n")), justify="right", overflow="fold")
+    for title in ("dev", *(["n"] if several else []), *map(escape, tasks), "time"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("status")
+    for row in rows:
+        first = row.runs[0]
+        table.add_row(
+            "" if row.rank is None else str(row.rank),
+            escape(",".join(run.name for run in row.runs)),
+            *(escape(shown(first.settings[name])) if name in first.settings else "" for name in names),
+            _dev(row),
+            *([str(row.n)] if several else []),
+            *(figure(*row.test(task)) for task in tasks),
+            duration(row.seconds),
+            row.states,
+        )
+    return table
+
+
+def notes(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
+    """Return what a reader of the table must know: how it is ordered, and what is odd about the folder."""
+    lines = [f"warning: {warning}" for warning in sweep.warnings]
+    sets = sorted({run.dev_name for run in sweep.runs if run.dev_name})
+    if not any(row.rank for row in rows):
+        lines.append("no finished run has a dev score, so nothing is ranked (data.dev names a development set)")
+    elif len(sets) > 1:
+        lines.append(f"warning: the runs were scored on different development sets: {', '.join(sets)}")
+    else:
+        lines.append(f"ranked by {sets[0] if sets else 'dev'}, Spearman x 100")
+    if any(len(row.runs) > 1 for row in rows):
+        lines.append(
+            "runs that differ by the seed alone are together: mean ± standard deviation of n finished runs (--runs: each)"
+        )
+    if any(not run.finished and run.dev is not None for run in sweep.runs):
+        lines.append("(in brackets: the best so far of a run that is not finished; not ranked)")
+    return lines
+
+
+def failures(runs: Sequence[Run]) -> list[tuple[Run, list[str]]]:
+    """Return the runs that something is wrong with, and what."""
+    killed = "its process ended without a word: killed, or the machine went down"
+    told = [
+        (run, [*filter(None, [run.error]), *([killed] if run.state == "killed" else []), *run.problems]) for run in runs
+    ]
+    return [(run, messages) for run, messages in told if messages]
+
+
+def commands(sweep: Sweep, rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Return what to type next, each with what it does: repeat the best run, go on with what is missing."""
+    found = []
+    if best := best_run(rows):
+        again = "-".join(("outputs/again", *sweep.folder.resolve().parts[-2:], *best.name.split("/")))
+        arguments = ["promcse", "train", str(best.folder / CONFIG), "--out", again]
+        seed = f", seed {best.settings['seed']}" if len(rows[0].runs) > 1 and "seed" in best.settings else ""
+        found.append((f"repeat the best run ({best.name}{seed})", shlex.join(arguments)))
+    unfinished = [run for run in sweep.runs if run.state in UNFINISHED]
+    if unfinished and sweep.planned:
+        arguments = ["python", "run.py", "-m", f"sweep.resume={sweep.folder}"]
+        found.append((f"run what is not finished ({_runs(len(unfinished))})", shlex.join(arguments)))
+    else:
+        begun = [run for run in unfinished if run.state in ("killed", "stopped", "failed")]
+        found += [(f"go on with {run.name}", shlex.join(["python", "run.py", f"resume={run.folder}"])) for run in begun]
+    return found
+
+
+def tested_tasks(runs: Sequence[Run]) -> list[str]:
+    """Return the tasks that any run was tested on."""
+    return [*dict.fromkeys(task for run in runs for task in run.tests)]
+
+
+def shown(value: object) -> str:
+    """Return a setting's value as one types it."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def figure(mean: float | None, std: float | None) -> str:
+    """Return a score, with its deviation if there is one."""
+    if mean is None:
+        return ""
+    return f"{mean:.2f}" + ("" if std is None else f" ± {std:.2f}")
+
+
+def duration(seconds: float | None) -> str:
+    """Return a time to read: `41 s`, `3 min 20 s`, `2 h 05 min`."""
+    if seconds is None or not math.isfinite(seconds):
+        return ""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _dev(row: Row) -> str:
+    if row.dev is not None:
+        return figure(row.dev, row.std)
+    so_far = [run.dev for run in row.runs if run.dev is not None]
+    return f"({max(so_far):.2f})" if so_far else ""
+
+
+def _runs(count: int) -> str:
+    return "1 run" if count == 1 else f"{count} runs"
