@@ -27,7 +27,7 @@ from pathlib import Path, PurePath
 from typing import Any
 from urllib.parse import urlsplit
 
-from promcse_pl.config import Config
+from promcse_pl.config import Config, TrackingConfig
 from promcse_pl.errors import ConfigError
 from promcse_pl.folder import HISTORY
 from promcse_pl.tracking.wandb_process import kill_service
@@ -102,19 +102,19 @@ def start_wandb(config: Config, folder: Path, run_id: str) -> WandbRun | None:
     settings = _public({name: part for name, part in config.to_dict().items() if name != "tracking"})
     for private in ("dir", "cache_dir"):
         del settings["data"][private]
-    return open_run(config, folder, run_id, job_type="train", name=config.tracking.name or folder.name, config=settings)
+    name = config.tracking.name or folder.name
+    return open_run(config.tracking, folder, run_id, job_type="train", name=name, config=settings)
 
 
-def open_run(config: Config, folder: Path, run_id: str, **run: Any) -> WandbRun | None:  # noqa: ANN401
+def open_run(tracking: TrackingConfig, folder: Path, run_id: str, **run: Any) -> WandbRun | None:  # noqa: ANN401
     """Open the W&B run of a folder; None when disabled.
 
     Args:
-        config: For its tracking section.
+        tracking: Mode, project, entity, group and tags.
         folder: Gets wandb/.
         run_id: Of the run.
         run: What else `wandb.init` is to be told.
     """
-    tracking = config.tracking
     mode = resolve_mode(tracking.wandb)
     if mode == "disabled":
         return None
