@@ -91,6 +91,7 @@ def _keep(task: Message, ending: Ending, report: Callable[[Message], None]) -> N
             x_disable_stats=True,
             x_save_requirements=False,
             host="-",
+            program="promcse",
             init_timeout=task["start_seconds"],
         ),
     )
