@@ -99,11 +99,16 @@ def start_wandb(config: Config, folder: Path, run_id: str) -> WandbRun | None:
         folder: The run's folder: its metrics.jsonl is followed, W&B's own files go to folder/wandb.
         run_id: The same for a job and for its resumption.
     """
-    settings = _public({name: part for name, part in config.to_dict().items() if name != "tracking"})
+    name = config.tracking.name or folder.name
+    return open_run(config.tracking, folder, run_id, job_type="train", name=name, config=sent_settings(config))
+
+
+def sent_settings(config: Config) -> dict[str, Any]:
+    """Return the settings that go to W&B: all but tracking and folders; of paths the last part."""
+    settings: dict[str, Any] = _public({name: part for name, part in config.to_dict().items() if name != "tracking"})
     for private in ("dir", "cache_dir"):
         del settings["data"][private]
-    name = config.tracking.name or folder.name
-    return open_run(config.tracking, folder, run_id, job_type="train", name=name, config=settings)
+    return settings
 
 
 def open_run(tracking: TrackingConfig, folder: Path, run_id: str, **run: Any) -> WandbRun | None:  # noqa: ANN401
@@ -174,6 +179,7 @@ class WandbRun:
         summary: Mapping[str, Any] | None = None,
         tables: Mapping[str, Any] | None = None,
         artifacts: Sequence[Mapping[str, Any]] = (),
+        quiet: bool = False,
     ) -> None:
         """End the run and say how to upload it if it is not on the server; waits, but not for ever.
 
@@ -182,6 +188,7 @@ class WandbRun:
             summary: Final numbers.
             tables: Name -> columns and data.
             artifacts: Adapter folders to upload: name, path, metadata, aliases.
+            quiet: The caller says how to upload.
         """
         limit = STOP_SECONDS if exit_code else FINISH_SECONDS
         end = {
@@ -199,7 +206,7 @@ class WandbRun:
             self._kill()
         if hangs:
             log.warning("W&B did not finish in %g s; the run's folder is complete without it", limit)
-        if self._directory and (hangs or self._mode == "offline"):
+        if self._directory and not quiet and (hangs or self._mode == "offline"):
             online = self._mode == "online"
             command = f"wandb sync {'--include-online ' if online else ''}{shlex.quote(self._directory)}"
             log.info(
@@ -231,7 +238,8 @@ class WandbRun:
             "finish_seconds": FINISH_SECONDS,
         }
         environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"} | {
-            "WANDB_SILENT": "true"
+            "WANDB_SILENT": "true",
+            "WANDB_ERROR_REPORTING": "false",  # its crash reports carry paths
         }
         began, failure = False, None
         try:

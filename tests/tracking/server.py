@@ -67,7 +67,9 @@ class Server(ThreadingHTTPServer):
             }
             return {"model": {"id": "p", "name": "p", "entity": {"id": "e", "name": "someone"}, "bucket": bucket}}
         if operation in ("Viewer", "DefaultEntity"):
-            return {"viewer": {"id": "u", "entity": "someone", "username": "someone", "flags": "{}", "teams": {"edges": []}}}
+            return {
+                "viewer": {"id": "u", "entity": "someone", "username": "someone", "flags": "{}", "teams": {"edges": []}}
+            }
         if operation == "CreateRunFiles":
             files = [{"name": name, "uploadUrl": f"{self.url}/put/{name}"} for name in variables["files"]]
             return {"createRunFiles": {"runID": "node", "uploadHeaders": [], "files": files}}
