@@ -167,7 +167,7 @@ class WandbRun:
         self._process: subprocess.Popen[str] | None = None
         self._end: dict[str, Any] | None = None
         self._directory: str | None = None
-        self._given_up = False
+        self._given_up = self._complete = False
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
@@ -206,14 +206,10 @@ class WandbRun:
             self._kill()
         if hangs:
             log.warning("W&B did not finish in %g s; the run's folder is complete without it", limit)
-        if self._directory and not quiet and (hangs or self._mode == "offline"):
-            online = self._mode == "online"
-            command = f"wandb sync {'--include-online ' if online else ''}{shlex.quote(self._directory)}"
-            log.info(
-                "%s: wandb login && %s",
-                "to upload the rest of the W&B run" if online else "the W&B run is offline. To upload it",
-                command,
-            )
+        if self._directory and not quiet and (self._mode == "offline" or not self._complete):
+            what = "the W&B run is offline. To upload it" if self._complete else "to upload what W&B has of the run"
+            online = "--include-online " if self._mode == "online" else ""
+            log.info("%s: wandb login && wandb sync %s%s", what, online, shlex.quote(self._directory))
 
     def _serve(self) -> None:
         """Start the process and hear what it says; after a failure once more, offline."""
@@ -266,6 +262,7 @@ class WandbRun:
                         log.info("W&B run: %s", message["began"]["url"])
                 failure = message.get("failed", failure)
                 if "done" in message:
+                    self._complete = True
                     return None, True
             code = process.wait()
         except (OSError, ValueError) as error:

@@ -110,6 +110,7 @@ def _keep(task: Message, ending: Ending, report: Callable[[Message], None]) -> N
         run.log_artifact(files, aliases=artifact["aliases"])
     run.finish(exit_code=end["exit_code"])
     wandb.teardown()  # comes back when everything is on disk
+    _look_for_room(directory)
     for earlier in directory.parent.glob(f"offline-run-*-{task['run']['id']}"):
         if earlier != directory:  # of a process that was killed; this one began with the history's first line
             shutil.rmtree(earlier, ignore_errors=True)
@@ -131,6 +132,15 @@ def _follow(run: Any, history: Path, ending: Ending) -> None:  # noqa: ANN401  (
                 if number >= known:
                     run.log(json.loads(line), step=number)
                 number += 1
+
+
+def _look_for_room(directory: Path) -> None:
+    """Raise OSError when the disk is full: W&B's service says nothing then, and its file ends early."""
+    probe = directory / "room"
+    try:
+        probe.write_bytes(bytes(64 * 1024))
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 @contextmanager

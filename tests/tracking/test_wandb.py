@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-import wandb
 from conftest import SECRETS, save_small_encoder
 from rich.console import Console
 from wandb.proto.wandb_internal_pb2 import Record
