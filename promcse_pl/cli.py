@@ -132,7 +132,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("-o", "--out", metavar="FOLDER", type=Path, required=True, help="the new folder")
     export.set_defaults(run=_export)
+
+    dashboard = commands.add_parser("dashboard", help="write the saved view of a W&B project; prints its address")
+    dashboard.add_argument("--project", default="promcse", help="W&B project (default promcse)")
+    dashboard.add_argument("--entity", help="W&B user or team (default: the account's)")
+    dashboard.set_defaults(run=_dashboard)
     return parser
+
+
+def _dashboard(options: argparse.Namespace) -> int:
+    from promcse_pl.tracking.dashboard import save_dashboard
+
+    sys.stdout.write(f"{save_dashboard(options.project, options.entity)}\n")
+    return 0
 
 
 def _train(options: argparse.Namespace) -> int:

@@ -63,11 +63,11 @@ def resolve_mode(setting: str) -> str:
         return mode
     if setting != "auto":
         return setting
-    return "online" if _has_key() else "offline"
+    return "online" if has_key() else "offline"
 
 
-def _has_key() -> bool:
-    """Whether W&B will find a key: in the environment, or in the netrc file that `wandb login` writes."""
+def has_key() -> bool:
+    """Tell whether W&B will find a key: in the environment, or in the netrc file that `wandb login` writes."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     names = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
