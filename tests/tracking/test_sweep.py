@@ -74,7 +74,7 @@ def test_an_online_sweep_uploads_its_best_adapter_under_an_alias_and_goes_on_wit
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
         publish_sweep(sweep)
-        made = [v["input"] if "input" in v else v for o, v in server.operations if o == "CreateArtifact"]
+        made = [v.get("input", v) for o, v in server.operations if o == "CreateArtifact"]
         publish_sweep(sweep)
     (best,) = [artifact for artifact in made if "best-of-my-sweep" in json.dumps(artifact)]
     assert "best" in [alias["alias"] for alias in best["aliases"]]
