@@ -219,6 +219,8 @@ class WandbRun:
             failure, began = self._attempt()
             if failure is None or self._given_up:
                 return
+            if self._mode == "online":
+                failure += f"; server: {' or '.join(sorted(_hosts()))}"
             log.warning("W&B %s %s (%s)", "stopped" if began else "did not start", self._mode, failure)
             if self._mode == "offline" and not began:
                 return

@@ -138,12 +138,12 @@ def test_a_service_killed_in_training_is_followed_by_a_whole_offline_run(server,
 
 def test_a_service_that_is_stopped_offline_is_killed_after_the_limit(online, tmp_path, caplog):
     run = begin(tmp_path / "run", "offline")
-    patiently(lambda: list((tmp_path / "run").glob("wandb/offline-run-*/run-id1.wandb")))
+    patiently(lambda: run._directory)
     processes = family()
     service().suspend()
     run.finish()
     assert "W&B did not finish in 4 s" in caplog.text
-    assert "wandb login && wandb sync" in caplog.text
+    assert "to upload what W&B has of the run: wandb login && wandb sync" in caplog.text
     assert gone(processes)
 
 
