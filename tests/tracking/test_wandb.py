@@ -111,6 +111,9 @@ def test_an_offline_run_holds_every_setting_and_its_own_names(tracked, trained_r
     del sent["tracking"], sent["data"]["dir"], sent["data"]["cache_dir"]
     sent["data"]["dev"] = "dev.tsv"  # of a path the last part
     assert {name: value for name, value in config.items() if name != "_wandb"} == sent
+    status = json.loads((trained_run.folder / "status.json").read_text())
+    assert run.run_id == status["wandb_id"], "known before it began, for a resumed run"
+    assert (run.job_type, run.entity) == ("train", "")
     assert (run.project, run.display_name, list(run.tags)) == ("test", "shared", ["short"])
 
 
