@@ -151,6 +151,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("--test", action="store_true", help="also test scores: not for choosing")
     report.set_defaults(run=_report)
+
+    dashboard = commands.add_parser("dashboard", help="write the saved view of a W&B project; prints its address")
+    dashboard.add_argument("--project", default="promcse", help="W&B project (default promcse)")
+    dashboard.add_argument("--entity", help="W&B user or team (default: the account's)")
+    dashboard.set_defaults(run=_dashboard)
     return parser
 
 
@@ -163,6 +168,13 @@ def _report(options: argparse.Namespace) -> int:
     sweep = read_sweep(options.folder)
     print_report(sweep, rank(sweep.runs, by_seed=not options.runs), by_seed=not options.runs, tests=options.test)
     sys.stdout.write(f"\npage: {write_html(sweep, tests=options.test)}\n")
+    return 0
+
+
+def _dashboard(options: argparse.Namespace) -> int:
+    from promcse_pl.tracking.dashboard import save_dashboard
+
+    sys.stdout.write(f"{save_dashboard(options.project, options.entity)}\n")
     return 0
 
 

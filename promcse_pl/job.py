@@ -226,8 +226,11 @@ def _session(
     config: Config, folder: Path, console: Console, status: Status, resume: Checkpoint | None, ranks: Ranks
 ) -> dict[str, Any]:
     """Run with signals and log in hand, and leave in the folder how it ended."""
+    from promcse_pl.tracking.wandb import new_run_id, resolve_mode
     from promcse_pl.training.stop import Stopped, StopSignals
 
+    if status.wandb_id is None and resolve_mode(config.tracking.wandb) != "disabled":
+        status = dataclasses.replace(status, wandb_id=new_run_id())
     with _logging_to(folder / LOG, console), StopSignals() as stop:
         write_status(folder, status)
         try:
@@ -291,7 +294,7 @@ def _run(
         from promcse_pl.adapter.files import save_adapter
         from promcse_pl.evaluation.report import headline, tables
         from promcse_pl.tracking.local import JsonlLogger
-        from promcse_pl.tracking.wandb import abandon_wandb, finish_wandb, start_wandb
+        from promcse_pl.tracking.wandb import finish_wandb, start_wandb
         from promcse_pl.training.fit import build_data, build_encoder, build_mlm_head, fit, resolve_machine
         from promcse_pl.training.inputs import describe_inputs, record_inputs
 
@@ -324,8 +327,7 @@ def _run(
     if resume:
         log.info("going on after step %d", resume.step)
 
-    wandb_logger = start_wandb(config, folder) if ranks.rank == 0 else None
-    loggers = [JsonlLogger(folder / HISTORY), *([wandb_logger] if wandb_logger else [])] if ranks.rank == 0 else []
+    wandb_run = start_wandb(config, folder, status.wandb_id) if ranks.rank == 0 and status.wandb_id else None
     try:
         fitted = fit(
             config,
@@ -333,7 +335,7 @@ def _run(
             data,
             device=device,
             mlm_head=mlm_head,
-            loggers=loggers,
+            loggers=[JsonlLogger(folder / HISTORY)] if ranks.rank == 0 else [],
             folder=folder,
             show_bar=console.is_terminal,
             status=status,
@@ -357,8 +359,8 @@ def _run(
         with stages(console) as report:
             evaluation = _evaluate(config, folder / ADAPTER, data.dev, device.type, report)
     except BaseException:
-        if wandb_logger:
-            abandon_wandb(wandb_logger)
+        if wandb_run:
+            wandb_run.finish(exit_code=1)
         raise
     rows = data.token_rows
     results = {
@@ -379,9 +381,8 @@ def _run(
         log.warning("%s", warning)
     for table in tables(evaluation):
         console.print(table)
-    sync = finish_wandb(wandb_logger, results, folder / ADAPTER) if wandb_logger else None
-    if sync:
-        log.info("the W&B run is offline. To upload it: wandb login && %s", sync)
+    if wandb_run:
+        finish_wandb(wandb_run, results, folder / ADAPTER)
     log.info("adapter: %s (%.0f s in all)", folder / ADAPTER, results["seconds"])
     return results
 

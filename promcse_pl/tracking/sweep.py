@@ -1,0 +1,127 @@
+"""The W&B run of a whole sweep: a table of its jobs, and the best adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from promcse_pl.config import Config
+from promcse_pl.errors import PromcseError
+from promcse_pl.folder import ADAPTER, CONFIG, RESULTS, Status, read_status
+from promcse_pl.tracking.wandb import open_run, sent_settings
+
+log = logging.getLogger("promcse_pl")
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    folder: Path
+    config: Config
+    settings: Mapping[str, Any]
+    status: Status
+    results: Mapping[str, Any]
+
+    @property
+    def dev(self) -> float | None:
+        """Spearman x 100 of a finished job."""
+        return self.results.get("dev_spearman")
+
+
+def publish_sweep(folder: Path) -> None:
+    """Log a sweep as one W&B run of job type `sweep`: a table of its jobs, and online the best adapter under the alias `best`.
+
+    Called again, after more jobs, it goes on with the same run. Without tracking it does nothing; trouble with W&B is a warning.
+
+    Args:
+        folder: Of the sweep; every folder in it with a config.yaml and a status.json is a job.
+    """
+    jobs = list(_jobs(folder))
+    ids = [job.status.wandb_id for job in jobs if job.status.wandb_id]
+    if not ids:
+        return
+    varying = [key for key in jobs[0].settings if len({repr(job.settings.get(key)) for job in jobs}) > 1]
+    columns = ["job", *varying, "dev", "status", "seconds", "run"]
+    data = [
+        [
+            job.folder.name,
+            *(_cell(job.settings.get(key)) for key in varying),
+            job.dev,
+            job.status.state,
+            job.results.get("seconds"),
+            job.status.wandb_id,
+        ]
+        for job in jobs
+    ]
+    best = max((job for job in jobs if job.dev is not None), key=lambda job: job.dev or 0, default=None)
+    summary: dict[str, Any] = {
+        "jobs": len(jobs),
+        "jobs_finished": sum(job.status.state == "finished" for job in jobs),
+    }
+    artifacts = []
+    if best:
+        summary |= {"best/job": best.folder.name, "best/dev/spearman": best.dev}
+        summary |= {f"best/{key}": _cell(best.settings[key]) for key in varying}
+        artifacts = [
+            {
+                "name": re.sub(r"[^\w.-]", "-", f"best-of-{folder.resolve().name}")[:128],
+                "path": str((best.folder / ADAPTER).absolute()),
+                "metadata": summary,
+                "aliases": ["best"],
+            }
+        ]
+    tracking = jobs[0].config.tracking
+    name = folder.resolve().name
+    tracking = dataclasses.replace(tracking, group=tracking.group or name, tags=[])
+    with suppress(PromcseError):  # a wrong WANDB_MODE has stopped the jobs already
+        run = open_run(
+            tracking, folder, f"sweep-{ids[0]}", job_type="sweep", name=name, config={"varying": ", ".join(varying)}
+        )
+        if run:
+            run.finish(
+                summary=summary, tables={"jobs": {"columns": columns, "data": data}}, artifacts=artifacts, quiet=True
+            )
+    if command := sync_command(folder):
+        log.info("the sweep has offline W&B runs. To upload all: wandb login && %s", command)
+
+
+def sync_command(folder: Path) -> str | None:
+    """Return the one command that uploads every offline run of a sweep; None when there is none."""
+    places = [pattern for pattern in ("*/wandb", "wandb") if any(folder.glob(f"{pattern}/offline-run-*"))]
+    if not places:
+        return None
+    return "wandb sync " + " ".join(f"{shlex.quote(str(folder))}/{place}/offline-run-*" for place in places)
+
+
+def _jobs(folder: Path) -> Iterator[_Job]:
+    """Read what lies in a sweep's folder, by number; what cannot be read is left out."""
+    from promcse_pl.job import read_config
+
+    found = [path.parent for path in folder.glob(f"*/{CONFIG}")]
+    for job in sorted(found, key=lambda path: (len(path.name), path.name)):
+        with suppress(PromcseError):
+            config, status = read_config(job / CONFIG), read_status(job)
+            results = {}
+            with suppress(OSError, ValueError):
+                results = json.loads((job / RESULTS).read_text(encoding="utf-8"))
+            if status is not None:
+                yield _Job(job, config, dict(_flat(sent_settings(config))), status, results)
+
+
+def _flat(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{before}{key}.")
+        else:
+            yield before + key, value
+
+
+def _cell(value: Any) -> Any:  # noqa: ANN401  (any setting)
+    return str(value) if isinstance(value, list) else value
