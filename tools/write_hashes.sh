@@ -11,7 +11,7 @@ python3 -m venv "$folder/venv"
 {
     echo "# Written by tools/write_hashes.sh from pyproject.toml (all extras but dev) and constraints.txt, for every platform."
     echo "# pip install --require-hashes -r requirements-release.txt && pip install --no-deps promcse_pl"
-    "$folder/venv/bin/uv" pip compile pyproject.toml --extra demo --extra faiss --extra peft --extra plots --extra st --extra mteb \
+    "$folder/venv/bin/uv" pip compile pyproject.toml --extra demo --extra faiss --extra peft --extra plots --extra st --extra mteb --extra optuna --extra dashboard \
         --constraints constraints.txt --universal --python-version 3.11 --generate-hashes --no-annotate --no-header --quiet \
         --output-file "$folder/hashed.txt" > /dev/null
     cat "$folder/hashed.txt"

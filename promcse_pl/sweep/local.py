@@ -15,6 +15,7 @@ from promcse_pl.errors import ConfigError, DataError
 from promcse_pl.folder import CONFIG, RESULTS, Status, is_running, read_status, write_status
 from promcse_pl.sweep.plan import OUTPUT, START, Plan, SweepJob, missing_jobs
 from promcse_pl.sweep.pool import GRACE, Pool, Running, Task
+from promcse_pl.tracking.sweep import publish_sweep
 
 ERROR_LINES = 5
 """Last lines of a job's output that stand for its error when it names none."""
@@ -142,7 +143,7 @@ def wait_for_earlier(folder: Path, jobs: Iterable[SweepJob]) -> None:
 
 
 def summary(folder: Path, plan: Plan, stopped: int | None) -> int:
-    """Print what came out of a sweep; return its exit code.
+    """Print what came out of a sweep, here and in W&B; return its exit code.
 
     Args:
         folder: Of the sweep.
@@ -169,6 +170,8 @@ def summary(folder: Path, plan: Plan, stopped: int | None) -> int:
     left = missing_jobs(folder, plan)
     if left:
         tell(f"to go on with the {len(left)} that did not finish: python run.py -m sweep.resume={folder}")
+    if upload := publish_sweep(folder):
+        tell(f"to upload its offline W&B runs: wandb login && {upload}")
     tell(f"to read it: promcse report {folder}")
     return (stopped or 1) if left else 0
 

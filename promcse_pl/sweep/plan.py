@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 from promcse_pl.config import Config
 from promcse_pl.errors import ConfigError, DataError, PromcseError
 from promcse_pl.folder import CONFIG, read_status, write_text
+from promcse_pl.paths import hide_home
 
 PLAN, START, OUTPUT = "sweep.json", "start.yaml", "output.log"
 FORMAT = 1
@@ -44,8 +46,24 @@ class Plan:
 
 
 def write_plan(folder: Path, plan: Plan) -> None:
-    """Write sweep.json, whole or not at all."""
-    write_text(folder / PLAN, json.dumps({"format": FORMAT, **dataclasses.asdict(plan)}, indent=2) + "\n")
+    """Write sweep.json, whole or not at all; the home folder is ~ in it."""
+    written = {
+        "format": FORMAT,
+        "overrides": [_without_home(entry) for entry in plan.overrides],
+        "jobs": [
+            {"folder": job.folder, "overrides": [_without_home(entry) for entry in job.overrides]} for job in plan.jobs
+        ],
+    }
+    write_text(folder / PLAN, json.dumps(written, indent=2) + "\n")
+
+
+def _without_home(entry: str) -> str:
+    """Return an override with ~ for the home folder, in the quotes that Hydra wants around it."""
+    if "'" in entry or '"' in entry:
+        return hide_home(entry)
+    key, equals, value = entry.partition("=")
+    parts = [(part, hide_home(part)) for part in re.split(r"([,\[\]])", value)]
+    return key + equals + "".join(part if part == hidden else f"'{hidden}'" for part, hidden in parts)
 
 
 def read_plan(folder: Path) -> Plan:
@@ -83,7 +101,7 @@ def resumed_arguments(arguments: Sequence[str]) -> list[str]:
         next(entry for entry in arguments if entry.startswith("sweep.resume=")).partition("=")[2].strip("'\"")
     )
     plan = read_plan(folder)
-    given = [entry for entry in arguments if not entry.startswith("-") and not _is_launching(entry)]
+    given = [_without_home(entry) for entry in arguments if not entry.startswith("-") and not _is_launching(entry)]
     begun = [entry for entry in plan.overrides if not _is_launching(entry)]
     if given and sorted(given) != sorted(begun):
         new = [entry for entry in given if entry not in begun]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import re
 import shlex
 from collections.abc import Iterator, Mapping
@@ -17,8 +16,6 @@ from promcse_pl.config import Config
 from promcse_pl.errors import PromcseError
 from promcse_pl.folder import ADAPTER, CONFIG, RESULTS, Status, read_status
 from promcse_pl.tracking.wandb import open_run, sent_settings
-
-log = logging.getLogger("promcse_pl")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,18 +32,21 @@ class _Job:
         return self.results.get("dev_spearman")
 
 
-def publish_sweep(folder: Path) -> None:
+def publish_sweep(folder: Path) -> str | None:
     """Log a sweep as one W&B run of job type `sweep`: a table of its jobs, and online the best adapter under the alias `best`.
 
     Called again, after more jobs, it goes on with the same run. Without tracking it does nothing; trouble with W&B is a warning.
 
     Args:
         folder: Of the sweep; every folder in it with a config.yaml and a status.json is a job.
+
+    Returns:
+        The one command that uploads every offline run of the sweep, this one too; None when there is none.
     """
     jobs = list(_jobs(folder))
     ids = [job.status.wandb_id for job in jobs if job.status.wandb_id]
     if not ids:
-        return
+        return None
     varying = [key for key in jobs[0].settings if len({repr(job.settings.get(key)) for job in jobs}) > 1]
     columns = ["job", *varying, "dev", "status", "seconds", "run"]
     data = [
@@ -88,12 +88,10 @@ def publish_sweep(folder: Path) -> None:
             run.finish(
                 summary=summary, tables={"jobs": {"columns": columns, "data": data}}, artifacts=artifacts, quiet=True
             )
-    if command := sync_command(folder):
-        log.info("the sweep has offline W&B runs. To upload all: wandb login && %s", command)
+    return _sync_command(folder)
 
 
-def sync_command(folder: Path) -> str | None:
-    """Return the one command that uploads every offline run of a sweep; None when there is none."""
+def _sync_command(folder: Path) -> str | None:
     places = [pattern for pattern in ("*/wandb", "wandb") if any(folder.glob(f"{pattern}/offline-run-*"))]
     if not places:
         return None
