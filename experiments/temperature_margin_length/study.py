@@ -176,7 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="holds nli/ and senteval/")
     parser.add_argument("--runs", type=Path, default=ROOT / "outputs" / "temperature_margin_length")
-    parser.add_argument("--rows", type=int, default=4000)
+    parser.add_argument("--rows", type=int, default=1536)
     parser.add_argument("--parallel", type=int, default=1)
     parser.add_argument("--grid", nargs="+", default=GRID, help="to try the script with fewer jobs")
     parser.add_argument("--draw", action="store_true", help="draw from results.json, run nothing")
@@ -186,7 +186,7 @@ def main() -> None:
             parser.error("--data is needed, or --draw")
         data, runs = options.data.resolve(), options.runs.resolve()
         digest = subset(data / TRAINING, options.rows, runs / "train.csv")
-        common = [*COMMON, "trainer.eval_every=10"]
+        common = [*COMMON, "trainer.eval_every=20"]
         own = [f"data.dir={data}", f"data.train={runs / 'train.csv'}"]
         study = {
             "grid": sweep(runs / "grid", [*options.grid, *common, *own], options.parallel),
