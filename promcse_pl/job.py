@@ -180,11 +180,14 @@ def _launch(config: Config, folder: Path, lock: int) -> dict[str, Any]:
 
     try:
         launch(folder, config.trainer.devices, lock)
-    except Stopped:
-        _leave(folder, "stopped")
-        raise
-    except RankError as error:  # what rank 0 could not know
-        _leave(folder, "failed", f"RankError: {error}")
+    except (Stopped, RankError) as error:
+        status = read_status(folder)
+        if status is not None and status.state == "finished":  # what came later costs nothing
+            return read_results(folder)
+        if isinstance(error, Stopped):
+            _leave(folder, "stopped")
+            raise
+        _leave(folder, "failed", f"RankError: {error}")  # what rank 0 could not know
         with logging_to(folder / LOG, output_console()):
             raise
     return read_results(folder)
