@@ -15,7 +15,7 @@ from promcse_pl.config import check_overrides
 from promcse_pl.errors import ConfigError, PromcseError
 from promcse_pl.paths import hide_home
 from promcse_pl.sweep.compose import config_of
-from promcse_pl.sweep.plan import resumed_arguments
+from promcse_pl.sweep.plan import resumed_arguments, without_home
 from promcse_pl.training.stop import Stopped
 
 CONF = Path(__file__).parent / "conf"
@@ -84,6 +84,7 @@ if __name__ == "__main__":
         resumed = sorted(sys.argv[1:], key=lambda argument: not argument.startswith("resume="))
         if resumed and resumed[0].startswith("resume="):
             sys.exit(_resume(resumed))
+        sys.argv[1:] = [without_home(argument) for argument in sys.argv[1:]]
         if any(argument.startswith("sweep.resume=") for argument in sys.argv[1:]):
             sys.argv[1:] = resumed_arguments(sys.argv[1:])
         check_overrides(sys.argv[1:], _choices())

@@ -51,9 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="run a saved config.yaml (a new run: python run.py), or go on with a run")
-    train.add_argument("config", type=Path, nargs="?", help="config.yaml of a run")
-    train.add_argument("--out", type=Path, help="folder of the new run")
-    train.add_argument("--resume", metavar="FOLDER", type=Path, help="go on with the run in this folder")
+    train.add_argument("config", type=expand, nargs="?", help="config.yaml of a run")
+    train.add_argument("--out", type=expand, help="folder of the new run")
+    train.add_argument("--resume", metavar="FOLDER", type=expand, help="go on with the run in this folder")
     train.set_defaults(run=_train)
 
     encode = commands.add_parser("encode", help="sentences to vectors")
@@ -144,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="a sweep's runs, ranked; writes FOLDER/report.html")
     report.add_argument(
-        "folder", metavar="FOLDER", type=Path, help="multirun/DATE/TIME, or any folder with runs below it"
+        "folder", metavar="FOLDER", type=expand, help="multirun/DATE/TIME, or any folder with runs below it"
     )
     report.add_argument(
         "--runs", action="store_true", help="a line for each run, not for all seeds of the same settings"

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import logging
 import os
 import platform
-import re
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +17,7 @@ import yaml
 from rich.console import Console
 
 from promcse_pl.config import DATA_SUITES, Config
-from promcse_pl.errors import ConfigError, DataError, EncoderError, OutOfMemoryError, PromcseError, RankError
+from promcse_pl.errors import ConfigError, DataError, EncoderError, PromcseError, RankError
 from promcse_pl.folder import (
     ADAPTER,
     BAD_ROWS,
@@ -37,21 +34,21 @@ from promcse_pl.folder import (
     write_status,
     write_text,
 )
+from promcse_pl.logs import logging_to
 from promcse_pl.paths import expand, hide_home, is_folder
-from promcse_pl.terminal import NO_TERMINAL_WIDTH, ConsoleHandler, config_tree, output_console, progress_bar, stages
+from promcse_pl.terminal import NO_TERMINAL_WIDTH, config_tree, output_console, progress_bar, stages
 from promcse_pl.training.ranks import (
-    LOST,
     STORE,
     Ranks,
     compare,
     find_ranks,
     first_rank_first,
-    is_lost,
     join,
     leave,
     of_rank_zero,
     told,
 )
+from promcse_pl.training.trouble import plain_errors
 from promcse_pl.version import __version__
 
 if TYPE_CHECKING:
@@ -183,12 +180,15 @@ def _launch(config: Config, folder: Path, lock: int) -> dict[str, Any]:
 
     try:
         launch(folder, config.trainer.devices, lock)
-    except Stopped:
-        _leave(folder, "stopped")
-        raise
-    except RankError as error:  # what rank 0 could not know
-        _leave(folder, "failed", f"RankError: {error}")
-        with _logging_to(folder / LOG, output_console()):
+    except (Stopped, RankError) as error:
+        status = read_status(folder)
+        if status is not None and status.state == "finished":  # what came later costs nothing
+            return read_results(folder)
+        if isinstance(error, Stopped):
+            _leave(folder, "stopped")
+            raise
+        _leave(folder, "failed", f"RankError: {error}")  # what rank 0 could not know
+        with logging_to(folder / LOG, output_console()):
             raise
     return read_results(folder)
 
@@ -198,7 +198,7 @@ def _follow(config: Config, folder: Path, resume: Checkpoint | None, ranks: Rank
     from promcse_pl.training.stop import StopSignals
 
     console = Console(stderr=True, width=NO_TERMINAL_WIDTH, quiet=not os.environ.get(STORE))
-    with _logging_to(None, console), StopSignals() as stop, _plain_errors(config, ranks):
+    with logging_to(None, console), StopSignals() as stop, plain_errors(config, ranks):
         return _run(config, folder, console, Status(state="running"), resume, stop, ranks)
 
 
@@ -231,10 +231,10 @@ def _session(
 
     if status.wandb_id is None and resolve_mode(config.tracking.wandb) != "disabled":
         status = dataclasses.replace(status, wandb_id=new_run_id())
-    with _logging_to(folder / LOG, console), StopSignals() as stop:
+    with logging_to(folder / LOG, console), StopSignals() as stop:
         write_status(folder, status)
         try:
-            with _plain_errors(config, ranks):
+            with plain_errors(config, ranks):
                 results = _run(config, folder, console, status, resume, stop, ranks)
         except Stopped:
             _leave(folder, "stopped")
@@ -429,84 +429,6 @@ def _report_rows(data: Any, folder: Path, ranks: Ranks) -> None:  # noqa: ANN401
         log.info("no development set: the last step is kept")
     else:
         log.info("development set: %s, %d pairs", data.dev.name, len(data.dev))
-
-
-@contextmanager
-def _logging_to(path: Path | None, console: Console) -> Iterator[None]:
-    """Send the package's log lines to the terminal and, with times, to a file."""
-    try:
-        to_file = _LogFile(path or os.devnull, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
-    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    to_terminal = ConsoleHandler(console)
-    handlers = (to_file, to_terminal)
-    level = log.level
-    log.setLevel(logging.INFO)
-    propagate, log.propagate = log.propagate, False
-    for handler in handlers:
-        handler.addFilter(_without_home)
-        log.addHandler(handler)
-    try:
-        yield
-    except BaseException as error:
-        to_file.handle(log.makeRecord(log.name, logging.ERROR, "", 0, "%s: %s", (type(error).__name__, error), None))
-        raise
-    finally:
-        for handler in handlers:
-            log.removeHandler(handler)
-            handler.close()
-        log.setLevel(level)
-        log.propagate = propagate
-
-
-def _without_home(record: logging.LogRecord) -> bool:
-    """Write a line's message out, with ~ for the home folder."""
-    record.msg, record.args = hide_home(record.getMessage()), None
-    return True
-
-
-class _LogFile(logging.FileHandler):
-    """A log file that a full disk silences: the line is on the terminal too, and what fails for good raises elsewhere."""
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (the hook's name is logging's)
-        """Drop the line."""
-
-
-@contextmanager
-def _plain_errors(config: Config, ranks: Ranks) -> Iterator[None]:
-    """Turn what the machine runs out of, and what a rank feels when another dies, into errors that say what to do."""
-    try:
-        yield
-    except PromcseError:
-        raise
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not _MEMORY.search(str(error)):
-            if is_lost(error, ranks):
-                raise RankError(
-                    f"rank {ranks.rank} of {ranks.size} {LOST} ({str(error).partition(chr(10))[0]})"
-                ) from error
-            raise
-        raise OutOfMemoryError(f"the memory is full. Try: {_less_memory(config)}") from error
-    except OSError as error:
-        if error.errno not in _DISK:
-            raise
-        raise DataError(f"cannot write {error.filename or 'a file of the run'}: {error.strerror}") from error
-
-
-_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
-
-
-def _less_memory(config: Config) -> str:
-    """Return the next settings that take less memory than these, the results unchanged as long as that goes."""
-    tokens = config.trainer.chunk_tokens
-    tokens = tokens if isinstance(tokens, int) else 512
-    if config.trainer.recompute != "always":
-        return f"trainer.recompute=always trainer.chunk_tokens={tokens}"
-    if tokens > config.data.max_length:
-        return f"trainer.chunk_tokens={max(config.data.max_length, tokens // 2)}"
-    return f"data.batch_size={max(2, config.data.batch_size // 2)} (this changes what is trained)"
 
 
 def _leave(folder: Path, state: State, error: str | None = None) -> None:

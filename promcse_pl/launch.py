@@ -21,11 +21,15 @@ from typing import NoReturn
 from promcse_pl import errors
 from promcse_pl.errors import PromcseError, RankError
 from promcse_pl.folder import RANK_LOG, read_status
+from promcse_pl.paths import hide_home
 from promcse_pl.training.ranks import LOST, STORE
 from promcse_pl.training.stop import SIGNALS, Stopped
 
-GRACE = 10.0
-"""Seconds that the others have to end by themselves after one rank has failed."""
+GRACE = 30.0
+"""Seconds that the others have to end by themselves after one rank has failed; at half of it they are asked to. W&B takes up to
+ten of them."""
+SHARE = "PROMCSE_THREADS"
+"""Threads of all ranks together, when a sweep shares the machine out among its jobs."""
 _STARTER = "PROMCSE_STARTER"
 _STOPPED = {143, 130, *(-signum for signum in SIGNALS)}
 _PR_SET_PDEATHSIG = 1
@@ -74,11 +78,18 @@ def launch(folder: Path, ranks: int, lock: int) -> None:
         raise Stopped(received[0] if received else signal.SIGINT if 130 in codes else signal.SIGTERM)
 
 
+def cores() -> int:
+    """Return the processor's cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
 def _start(folder: Path, rank: int, ranks: int, lock: int, store: Path) -> subprocess.Popen[bytes]:
-    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+    share = os.environ.get(SHARE)
+    threads = {"OMP_NUM_THREADS": str(max(1, int(share or cores()) // ranks))}
     environment = {
-        "OMP_NUM_THREADS": str(threads),
+        **threads,
         **os.environ,
+        **(threads if share else {}),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(ranks),
@@ -204,7 +215,7 @@ def main() -> int:
         take_part(Path(sys.argv[1]))
     except PromcseError as error:
         if os.environ["RANK"] != "0":  # rank 0's is in status.json, and the starter tells it
-            sys.stderr.write(f"error: {error}\n")
+            sys.stderr.write(f"error: {hide_home(str(error))}\n")
         return 2
     except Stopped as stopped:
         return stopped.exit_code

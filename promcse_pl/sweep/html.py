@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from promcse_pl.folder import LOG, write_text
+from promcse_pl.paths import hide_home
 from promcse_pl.sweep.collect import Run, Sweep
 from promcse_pl.sweep.ranking import rank, varied_settings
 from promcse_pl.sweep.report import CHEATING, commands, failures, notes, tested_tasks
@@ -38,7 +39,7 @@ def write_html(sweep: Sweep, *, tests: bool) -> Path:
     page = files("promcse_pl.sweep") / "page"
     parts = {
         "style": (page / "style.css").read_text(encoding="utf-8"),
-        "data": _inert_json(page_data(sweep, tests=tests)),
+        "data": _inert_json(hide_home(page_data(sweep, tests=tests))),
         "plotly": get_plotlyjs(),
         "script": "\n".join((page / name).read_text(encoding="utf-8") for name in SCRIPTS),
     }

@@ -14,12 +14,11 @@ from typing import Any
 from promcse_pl.config import Config
 from promcse_pl.errors import ConfigError, DataError, PromcseError
 from promcse_pl.folder import CONFIG, read_status, write_text
-from promcse_pl.paths import hide_home
+from promcse_pl.paths import expand, hide_home
+from promcse_pl.tracking.wandb import LONGEST_TAG, short
 
 PLAN, START, OUTPUT = "sweep.json", "start.yaml", "output.log"
 FORMAT = 1
-TAG_LENGTH = 64
-"""Characters of a W&B tag."""
 
 Compose = Callable[[Sequence[str]], Config]
 """Overrides of a job in, its valid config out."""
@@ -46,23 +45,23 @@ class Plan:
 
 
 def write_plan(folder: Path, plan: Plan) -> None:
-    """Write sweep.json, whole or not at all; the home folder is ~ in it."""
-    written = {
-        "format": FORMAT,
-        "overrides": [_without_home(entry) for entry in plan.overrides],
-        "jobs": [
-            {"folder": job.folder, "overrides": [_without_home(entry) for entry in job.overrides]} for job in plan.jobs
-        ],
-    }
-    write_text(folder / PLAN, json.dumps(written, indent=2) + "\n")
+    """Write sweep.json, whole or not at all."""
+    write_text(folder / PLAN, json.dumps({"format": FORMAT, **dataclasses.asdict(plan)}, indent=2) + "\n")
 
 
-def _without_home(entry: str) -> str:
-    """Return an override with ~ for the home folder, in the quotes that Hydra wants around it."""
-    if "'" in entry or '"' in entry:
-        return hide_home(entry)
+def without_home(entry: str) -> str:
+    """Return an override with ~ for the home folder, in the quotes that Hydra wants around it.
+
+    The command line is rewritten before Hydra reads it, so that a sweep and its resumption see the same text.
+    """
     key, equals, value = entry.partition("=")
-    parts = [(part, hide_home(part)) for part in re.split(r"([,\[\]])", value)]
+    if key.startswith(("hydra.", "-")) or "\\" in value:
+        return entry
+    if re.fullmatch(r"'[^']*'|\"[^\"]*\"", value):
+        return key + equals + hide_home(value)
+    if "'" in value or '"' in value:
+        return entry
+    parts = [(part, hide_home(part)) for part in re.split(r"([,\[\]()])", value)]
     return key + equals + "".join(part if part == hidden else f"'{hidden}'" for part, hidden in parts)
 
 
@@ -97,11 +96,11 @@ def resumed_arguments(arguments: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: There is no sweep in the folder, or it was begun with other overrides.
     """
-    folder = Path(
+    folder = expand(
         next(entry for entry in arguments if entry.startswith("sweep.resume=")).partition("=")[2].strip("'\"")
     )
     plan = read_plan(folder)
-    given = [_without_home(entry) for entry in arguments if not entry.startswith("-") and not _is_launching(entry)]
+    given = [entry for entry in arguments if not entry.startswith("-") and not _is_launching(entry)]
     begun = [entry for entry in plan.overrides if not _is_launching(entry)]
     if given and sorted(given) != sorted(begun):
         new = [entry for entry in given if entry not in begun]
@@ -120,7 +119,8 @@ def resumed_arguments(arguments: Sequence[str]) -> list[str]:
 
 def kept_overrides(overrides: Sequence[str]) -> list[str]:
     """Return what sweep.json keeps of a command line."""
-    return [entry for entry in overrides if not entry.startswith(("sweep.parallel=", "sweep.resume="))]
+    here = ("sweep.parallel=", "sweep.resume=", "hydra.sweep.dir=", "hydra.run.dir=")
+    return [entry for entry in overrides if not entry.startswith(here)]
 
 
 def _is_launching(entry: str) -> bool:
@@ -184,8 +184,8 @@ def write_start(folder: Path, plan: Plan, job: SweepJob, config: Config, names: 
     tracking = dataclasses.replace(
         tracking,
         group=tracking.group or folder.resolve().name,
-        name=tracking.name or ",".join(varying) or job.folder,
-        tags=[*tracking.tags, *(entry[:TAG_LENGTH] for entry in varying if entry not in tracking.tags)],
+        name=tracking.name or short(",".join(varying), 2 * LONGEST_TAG) or job.folder,
+        tags=list(dict.fromkeys([*tracking.tags, *(short(entry, LONGEST_TAG) for entry in varying)])),
     )
     write_config(dataclasses.replace(config, tracking=tracking), folder / job.folder / START)
 

@@ -15,6 +15,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from promcse_pl.config import Config
+from promcse_pl.errors import ConfigError
+from promcse_pl.launch import SHARE, cores
+
 POLL = 0.1
 """Seconds between two looks at the processes."""
 GRACE = 60.0
@@ -61,8 +65,8 @@ def shares(parallel: int) -> list[dict[str, str]]:
     """
     if parallel == 1:
         return [{}]
-    devices, threads = visible_devices(), str(max(1, len(os.sched_getaffinity(0)) // parallel))
-    cpu = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), threads)
+    devices, threads = visible_devices(), str(max(1, cores() // parallel))
+    cpu = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS", SHARE), threads)
     if not devices:
         return [cpu] * parallel
     places = []
@@ -70,6 +74,23 @@ def shares(parallel: int) -> list[dict[str, str]]:
         own = devices[place * len(devices) // parallel : (place + 1) * len(devices) // parallel]
         places.append({**cpu, "CUDA_VISIBLE_DEVICES": ",".join(own or [devices[place % len(devices)]])})
     return places
+
+
+def check_fits(config: Config, parallel: int) -> Config:
+    """Return a job's config if so many such jobs at a time find a GPU for each of their processes.
+
+    Raises:
+        ConfigError: They do not.
+    """
+    devices = config.trainer.devices
+    if parallel > 1 and devices > 1 and config.trainer.device != "cpu":
+        there = len(visible_devices())
+        if 0 < there < parallel * devices:
+            raise ConfigError(
+                f"sweep.parallel={parallel} jobs of trainer.devices={devices} want {parallel * devices} GPUs, this machine has "
+                f"{there}. Try: sweep.parallel={max(1, there // devices)}"
+            )
+    return config
 
 
 def visible_devices() -> list[str]:

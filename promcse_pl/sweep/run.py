@@ -24,6 +24,7 @@ from promcse_pl.sweep.plan import (
     write_plan,
     write_start,
 )
+from promcse_pl.sweep.pool import check_fits
 
 Launch = Callable[[Sequence[SweepJob]], None]
 """Hands jobs to a launcher of Hydra and returns when they have ended."""
@@ -58,7 +59,7 @@ def run_sweep(
             "sweep.parallel is of the local launcher. Try: hydra.launcher.n_jobs (joblib), or leave it out"
         )
     if settings.resume is None:
-        planned = plan_jobs(jobs, compose)
+        planned = plan_jobs(jobs, lambda overrides: check_fits(compose(overrides), settings.parallel))
         with locked(folder):
             plan = Plan(kept_overrides(overrides), [job for job, _ in planned])
             check_new(folder, plan.jobs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from promcse_pl.config import SweepConfig, is_integer
-from promcse_pl.errors import ConfigError, DataError
+from promcse_pl.errors import ConfigError, DataError, PromcseError
 from promcse_pl.folder import HISTORY, Status, locked, read_status, write_status
 from promcse_pl.sweep.local import announce, dev_score, ending, job_task, record_end, summary, tell, wait_for_earlier
 from promcse_pl.sweep.plan import (
@@ -179,7 +180,7 @@ class Search:
     def launch(self, launch: Launch) -> int | None:
         """Hand all that is missing to a launcher, so many at a time; return the exit code of a Ctrl-C, or None."""
         jobs = self._jobs()
-        while batch := [job for job, _ in zip(jobs, range(self.settings.parallel), strict=False)]:
+        while batch := list(itertools.islice(jobs, self.settings.parallel)):
             try:
                 launch(batch)
             except KeyboardInterrupt:
@@ -198,6 +199,8 @@ class Search:
             name = str(frozen.number)
             self.open[name] = Trial(self.study, frozen._trial_id)
             job = self._planned(name, frozen.params)
+            if job is None:
+                continue
             status = read_status(self.folder / name)
             if status is not None and status.state in ("finished", "pruned"):  # nobody was left to note it
                 self._tell(name, status)
@@ -207,7 +210,8 @@ class Search:
         while len(self.study.get_trials(deepcopy=False)) < (self.settings.trials or 0):
             trial = self._ask()
             self.open[str(trial.number)] = trial
-            yield self._planned(str(trial.number), trial.params)
+            if job := self._planned(str(trial.number), trial.params):
+                yield job
 
     def _ask(self) -> optuna.Trial:
         """Ask for the next trial; the sampler is seeded by its number, so that a resumed search asks for the same."""
@@ -218,14 +222,21 @@ class Search:
         self.study.sampler = TPESampler(seed=self.settings.seed + number, multivariate=True, constant_liar=True)
         return self.study.ask(self.distributions)
 
-    def _planned(self, name: str, params: Mapping[str, Any]) -> SweepJob:
-        """Return the job of a trial, written down in sweep.json and start.yaml."""
+    def _planned(self, name: str, params: Mapping[str, Any]) -> SweepJob | None:
+        """Return the job of a trial, written down in sweep.json and start.yaml; None when its settings exclude each other."""
         for job in self.plan.jobs:
             if job.folder == name and (self.folder / name / START).is_file():
                 return job
         values = [f"{key}={value if isinstance(value, str) else _text(value)}" for key, value in params.items()]
         job = SweepJob(name, [*self.fixed, *values])
-        config = self.compose(job.overrides)
+        try:
+            config = self.compose(job.overrides)
+        except PromcseError as error:
+            from optuna.trial import TrialState
+
+            tell(f"trial {name} ({' '.join(values)}) is left out: {error}")
+            self.study.tell(self.open[name], state=TrialState.FAIL)
+            return None
         self.plan.jobs = [*(one for one in self.plan.jobs if one.folder != name), job]
         write_start(self.folder, self.plan, job, config, names=values)
         write_plan(self.folder, self.plan)
@@ -241,7 +252,7 @@ class Search:
         self._tell(one.task.name, status)
 
     def _tell(self, name: str, status: Status) -> None:
-        """Let the study know an outcome; a job that was stopped from outside has none yet."""
+        """Let the study know an outcome; a job that failed or was stopped from outside has none yet: it may be resumed."""
         from optuna.trial import TrialState
 
         trial, score = self.open[name], dev_score(self.folder / name)
@@ -251,7 +262,7 @@ class Search:
             self.study.tell(trial, score)
         elif status.state == "pruned":
             self.study.tell(trial, state=TrialState.PRUNED)
-        elif status.state in ("finished", "failed"):
+        elif status.state == "finished":
             self.study.tell(trial, state=TrialState.FAIL)
 
     def _look(self, running: Sequence[Running]) -> None:
@@ -280,7 +291,7 @@ class Search:
 
 
 def dev_looks(run: Path) -> list[tuple[int, float]]:
-    """Return how far a running job was at each look at the development set, in percent, and the score."""
+    """Return how far a job was at each look at the development set but the last, in percent, and the score."""
     from promcse_pl.tracking.local import read_history
 
     with suppress(DataError):
@@ -289,7 +300,7 @@ def dev_looks(run: Path) -> list[tuple[int, float]]:
             return [
                 (round(100 * entry["step"] / status.steps), float(entry["dev/spearman"]))
                 for entry in read_history(run / HISTORY)
-                if "dev/spearman" in entry
+                if "dev/spearman" in entry and entry["step"] < status.steps
             ]
     return []
 

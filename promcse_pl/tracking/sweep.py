@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,8 @@ from typing import Any
 
 from promcse_pl.config import Config
 from promcse_pl.errors import PromcseError
-from promcse_pl.folder import ADAPTER, CONFIG, RESULTS, Status, read_status
+from promcse_pl.folder import ADAPTER, CONFIG, RESULTS, Status, read_status, write_text
+from promcse_pl.sweep.plan import START
 from promcse_pl.tracking.wandb import open_run, sent_settings
 
 
@@ -48,17 +49,18 @@ def publish_sweep(folder: Path) -> str | None:
     if not ids:
         return None
     varying = [key for key in jobs[0].settings if len({repr(job.settings.get(key)) for job in jobs}) > 1]
+    cells = {key: _column([job.settings.get(key) for job in jobs]) for key in varying}
     columns = ["job", *varying, "dev", "status", "seconds", "run"]
     data = [
         [
             job.folder.name,
-            *(_cell(job.settings.get(key)) for key in varying),
+            *(cells[key][place] for key in varying),
             job.dev,
             job.status.state,
             job.results.get("seconds"),
             job.status.wandb_id,
         ]
-        for job in jobs
+        for place, job in enumerate(jobs)
     ]
     best = max((job for job in jobs if job.dev is not None), key=lambda job: job.dev or 0, default=None)
     summary: dict[str, Any] = {
@@ -68,7 +70,7 @@ def publish_sweep(folder: Path) -> str | None:
     artifacts = []
     if best:
         summary |= {"best/job": best.folder.name, "best/dev/spearman": best.dev}
-        summary |= {f"best/{key}": _cell(best.settings[key]) for key in varying}
+        summary |= {f"best/{key}": cells[key][jobs.index(best)] for key in varying}
         artifacts = [
             {
                 "name": re.sub(r"[^\w.-]", "-", f"best-of-{folder.resolve().name}")[:128],
@@ -82,7 +84,12 @@ def publish_sweep(folder: Path) -> str | None:
     tracking = dataclasses.replace(tracking, group=tracking.group or name, tags=[])
     with suppress(PromcseError):  # a wrong WANDB_MODE has stopped the jobs already
         run = open_run(
-            tracking, folder, f"sweep-{ids[0]}", job_type="sweep", name=name, config={"varying": ", ".join(varying)}
+            tracking,
+            folder,
+            _run_id(folder, ids[0]),
+            job_type="sweep",
+            name=name,
+            config={"varying": ", ".join(varying)},
         )
         if run:
             run.finish(
@@ -105,7 +112,9 @@ def _jobs(folder: Path) -> Iterator[_Job]:
     found = [path.parent for path in folder.glob(f"*/{CONFIG}")]
     for job in sorted(found, key=lambda path: (len(path.name), path.name)):
         with suppress(PromcseError):
-            config, status = read_config(job / CONFIG), read_status(job)
+            # start.yaml, where there is one: what the job was given, not what it settled
+            config = read_config(job / START if (job / START).is_file() else job / CONFIG)
+            status = read_status(job)
             results = {}
             with suppress(OSError, ValueError):
                 results = json.loads((job / RESULTS).read_text(encoding="utf-8"))
@@ -121,5 +130,19 @@ def _flat(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]
             yield before + key, value
 
 
-def _cell(value: Any) -> Any:  # noqa: ANN401  (any setting)
-    return str(value) if isinstance(value, list) else value
+def _column(values: Sequence[Any]) -> list[Any]:
+    """Return the values of a setting as a W&B table takes them: all numbers, all text or all booleans, and None."""
+    kinds = {float if type(value) is int else type(value) for value in values if value is not None}
+    return (
+        [*values]
+        if len(kinds) == 1 and kinds <= {float, str, bool}
+        else [None if v is None else str(v) for v in values]
+    )
+
+
+def _run_id(folder: Path, first: str) -> str:
+    """Return the id of the sweep's own W&B run: drawn from a job's the first time, and then kept."""
+    kept = folder / "wandb" / "sweep-id"
+    if not kept.exists():
+        write_text(kept, f"sweep-{first}")
+    return kept.read_text(encoding="utf-8")

@@ -123,9 +123,9 @@ def open_run(tracking: TrackingConfig, folder: Path, run_id: str, **run: Any) ->
     mode = resolve_mode(tracking.wandb)
     if mode == "disabled":
         return None
-    tags = list(dict.fromkeys(_cut(_public(tag), LONGEST_TAG) for tag in tracking.tags if tag))
+    tags = list(dict.fromkeys(short(tag, LONGEST_TAG) for tag in tracking.tags if tag))
     about = {"project": tracking.project, "entity": tracking.entity, "group": tracking.group, "tags": tags, **run}
-    about["name"] = _cut(_public(about["name"]), 2 * LONGEST_TAG)
+    about["name"] = short(about["name"], 2 * LONGEST_TAG)
     return WandbRun({"id": run_id, **about}, folder.absolute(), mode)
 
 
@@ -146,7 +146,9 @@ def _is_path(text: str) -> bool:
     return "/" in text and (text.startswith(("/", ".", "~")) or text.count("/") > 1)
 
 
-def _cut(text: str, most: int) -> str:
+def short(text: str, most: int) -> str:
+    """Return what W&B may see of a name or tag: of paths the last part, and so many characters."""
+    text = _public(text)
     return text if len(text) <= most else text[: most - 1] + "…"
 
 

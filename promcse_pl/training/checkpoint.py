@@ -241,7 +241,10 @@ class Saver(pl.Callback):
         self._batch: TrainBatch | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the signals over from Lightning, and the random generators to where the save left them."""
+        """Take the signals over from Lightning, and the random generators to where the save left them; say how long it is."""
+        assert isinstance(pl_module, PromcseModule)
+        if trainer.is_global_zero:
+            write_status(self.run, self.status.at(trainer.global_step, pl_module.total_steps))
         self.stop.install()
         if self._random is not None:
             set_random_state(self._random[trainer.global_rank])

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+SAME = 2.0
+"""Seconds within which two SIGTERM or SIGUSR1 are one."""
 
 
 class Stopped(BaseException):
@@ -33,12 +38,14 @@ class Stopped(BaseException):
 class StopSignals:
     """Turns the signals into `Stopped`: at once, or, while `deferred`, when the training loop asks after its step.
 
-    A second signal is not deferred. Outside the main thread, where Python allows no handlers, it does nothing.
+    A second signal is not deferred, unless it is the first one come again within two seconds. Outside the main thread, where
+    Python allows no handlers, it does nothing.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
         self.deferred = False
+        self._last = -math.inf
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -59,6 +66,11 @@ class StopSignals:
             signal.signal(signum, self._handle)
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
-        first, self.received = self.received is None, signum
+        now = time.monotonic()
+        first, again = self.received is None, signum != signal.SIGINT and now - self._last < SAME
+        self._last = now
+        if again:  # to every process of a group, and passed on by the one that started this one
+            return
+        self.received = signum
         if not (self.deferred and first):
             raise Stopped(signum)

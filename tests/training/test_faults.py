@@ -155,12 +155,22 @@ PromcseModule.training_step = at_step
 """
 
 
-def test_handlers_are_put_back_and_a_second_signal_does_not_wait():
+def test_handlers_are_put_back_and_a_second_signal_does_not_wait(monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
     with StopSignals() as stop:
         stop.deferred = True
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.received == signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGTERM)  # to the whole group, and passed on by the process that started this one
+        monkeypatch.setattr("promcse_pl.training.stop.SAME", 0)
         with pytest.raises(BaseException, match="stopped by SIGTERM"):
             os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_ctrl_c_twice_stops_at_once():
+    with StopSignals() as stop:
+        stop.deferred = True
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(BaseException, match="stopped by SIGINT"):
+            os.kill(os.getpid(), signal.SIGINT)

@@ -1,0 +1,48 @@
+"""What a run's machine runs out of, told so that a person knows what to do."""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from promcse_pl.config import Config
+from promcse_pl.errors import DataError, OutOfMemoryError, PromcseError, RankError
+from promcse_pl.training.ranks import LOST, Ranks, is_lost
+
+
+@contextmanager
+def plain_errors(config: Config, ranks: Ranks) -> Iterator[None]:
+    """Turn what the machine runs out of, and what a rank feels when another dies, into errors that say what to do."""
+    try:
+        yield
+    except PromcseError:
+        raise
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not _MEMORY.search(str(error)):
+            if is_lost(error, ranks):
+                raise RankError(
+                    f"rank {ranks.rank} of {ranks.size} {LOST} ({str(error).partition(chr(10))[0]})"
+                ) from error
+            raise
+        raise OutOfMemoryError(f"the memory is full. Try: {_less_memory(config)}") from error
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        raise DataError(f"cannot write {error.filename or 'a file of the run'}: {error.strerror}") from error
+
+
+_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+
+
+def _less_memory(config: Config) -> str:
+    """Return the next settings that take less memory than these, the results unchanged as long as that goes."""
+    tokens = config.trainer.chunk_tokens
+    tokens = tokens if isinstance(tokens, int) else 512
+    if config.trainer.recompute != "always":
+        return f"trainer.recompute=always trainer.chunk_tokens={tokens}"
+    if tokens > config.data.max_length:
+        return f"trainer.chunk_tokens={max(config.data.max_length, tokens // 2)}"
+    return f"data.batch_size={max(2, config.data.batch_size // 2)} (this changes what is trained)"
