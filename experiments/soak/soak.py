@@ -1,6 +1,6 @@
 """Train for a long time with saves and evaluations every few steps, and watch the process from outside.
 
-python experiments/soak/soak.py --data DATA [--minutes 30]
+python experiments/soak/soak.py [--minutes 30]
 
 A run of `run.py` that would last for days is watched every few seconds (memory, open files, threads, of it and its
 children), stopped by SIGTERM after the time, and its folder and temporary folder are searched for what it left.
@@ -27,9 +27,9 @@ from promcse_pl.version import __version__
 
 HERE = Path(__file__).resolve().parent
 SETTINGS = [
-    "data=nli",
-    "data.batch_size=32",
-    "trainer.epochs=1000",
+    "data=demo",
+    "data.batch_size=16",
+    "trainer.epochs=10000",
     "trainer.eval_every=10",
     "trainer.save_every=3",
     "trainer.log_every=1",
@@ -59,11 +59,11 @@ def sample(process: psutil.Process, started: float) -> dict[str, float]:
     return dict(zip(COLUMNS, values, strict=True))
 
 
-def watch(data: Path, minutes: float, work: Path) -> dict:
+def watch(minutes: float, work: Path) -> dict:
     """Run, sample, stop; return the samples, how it ended and what is left."""
     run, temporary = work / "run", work / "tmp"
     temporary.mkdir()
-    command = [sys.executable, str(HERE.parents[1] / "run.py"), *SETTINGS, f"data.dir={data}", f"hydra.run.dir={run}"]
+    command = [sys.executable, str(HERE.parents[1] / "run.py"), *SETTINGS, f"hydra.run.dir={run}"]
     environment = os.environ | {"TMPDIR": str(temporary), "WANDB_MODE": "offline"}
     with (work / "output.txt").open("w") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
@@ -123,7 +123,7 @@ def draw(results: dict) -> str:
         "# Soak",
         "",
         f"`python run.py {' '.join(results['settings'])}` for {results['minutes']:g} minutes: {counts['steps']:,} steps, a save "
-        f"every 3 ({counts['steps'] // 3:,}), {counts['looks']:,} looks at STS-B's development set, W&B offline; then SIGTERM "
+        f"every 3 ({counts['steps'] // 3:,}), {counts['looks']:,} looks at the development set, W&B offline; then SIGTERM "
         f"(exit code {counts['exit_code']}). The process and its children, sampled every {SECONDS:g} s.",
         "",
         "| after the warm-up | mean | slope per hour [95 %] | |",
@@ -155,11 +155,10 @@ def draw(results: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=30.0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
-        seen = watch(options.data.resolve(), options.minutes, Path(work))
+        seen = watch(options.minutes, Path(work))
     samples = seen.pop("samples")
     kept = samples[int(WARM_UP * len(samples)) :]
     watched = ("memory_mb", "files", "threads")
