@@ -28,7 +28,7 @@ from promcse_pl.sweep.plan import (
     write_plan,
     write_start,
 )
-from promcse_pl.sweep.pool import Pool, Running, Task
+from promcse_pl.sweep.pool import Pool, Running, Task, check_fits
 from promcse_pl.sweep.run import Launch
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def run_search(
     space = {key: _whole(one) if isinstance(one, Interval) and is_integer(key) else one for key, one in space.items()}
     seen: set[str] = set()
     for corner in corners(space):
-        if checked(corner, compose, seen).data.dev is None:
+        if check_fits(checked(corner, compose, seen), settings.parallel).data.dev is None:
             raise ConfigError(
                 "a search needs a development score, but data.dev=null. Try: data.dev=holdout, or data.dev=FILE"
             )

@@ -4,6 +4,7 @@ import json
 import signal
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from small import files, small_config
 
 from promcse_pl.config import SweepConfig, check_overrides
@@ -21,6 +22,7 @@ from promcse_pl.sweep.plan import (
     plan_jobs,
     read_plan,
     resumed_arguments,
+    without_home,
     write_plan,
     write_start,
 )
@@ -108,6 +110,37 @@ def test_the_file_of_a_job_names_sweep_and_differences_for_the_tracker(sweep):
     write_start(sweep, read_plan(sweep), JOBS[1], config)
     tracking = read_config(sweep / "1/start.yaml").tracking
     assert (tracking.group, tracking.name) == ("g", "n")
+
+
+def test_names_and_tags_of_long_paths_keep_their_last_part_and_fit(sweep):
+    file = "data.train=/srv/clients/of/the/secret/merger/" + "documents-of-the-board/" * 4 + "train.csv"
+    many = [file, *(f"loss.key{number}=0.123456789" for number in range(30))]
+    write_start(sweep, read_plan(sweep), JOBS[1], small_config(sweep.parent), names=many)
+    tracking = read_config(sweep / "1/start.yaml").tracking
+    assert tracking.tags[0] == "data.train=train.csv"
+    assert tracking.name.startswith("data.train=train.csv,loss.key0")
+    assert len(tracking.name) == 128
+
+
+@pytest.mark.parametrize(
+    ("typed", "kept"),
+    [
+        ("data.train=/home/me/a.csv", "data.train='~/a.csv'"),
+        ("data.train=/home/me/a.csv,/home/me/b.csv", "data.train='~/a.csv','~/b.csv'"),
+        ("data.train=choice(/home/me/a.csv,x)", "data.train=choice('~/a.csv',x)"),
+        ("evaluation.tasks=[sts,/home/me/a b.csv]", "evaluation.tasks=[sts,'~/a b.csv']"),
+        ("data.dir='/home/me/my data'", "data.dir='~/my data'"),
+        (r"data.train=/home/me/a\,b.csv", r"data.train=/home/me/a\,b.csv"),
+        ("hydra.sweep.dir=/home/me/x", "hydra.sweep.dir=/home/me/x"),
+        ("data.train=/home/meyer/a.csv", "data.train=/home/meyer/a.csv"),
+        ("-m", "-m"),
+    ],
+)
+def test_the_home_folder_leaves_an_override_before_hydra_reads_it(typed, kept, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert without_home(typed) == kept
+    if not kept.startswith("-"):
+        OverridesParser.create().parse_override(kept)
 
 
 def test_jobs_of_another_sweeper_are_added_in_the_order_of_their_numbers(tmp_path):

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from small import files, small_config
 
-from promcse_pl.sweep.pool import shares, visible_devices
+from promcse_pl.errors import ConfigError
+from promcse_pl.sweep.pool import check_fits, shares, visible_devices
 
 PARENT = """
 import sys
@@ -154,6 +156,17 @@ def test_a_killed_parent_leaves_no_orphan(tmp_path):
     assert (tmp_path / "1.saved").exists()
     assert not (tmp_path / "2.began").exists()
     parent.process.wait()
+
+
+def test_jobs_of_several_processes_must_find_their_gpus(monkeypatch, tmp_path):
+    files(tmp_path)
+    config = small_config(tmp_path, trainer={"devices": 2, "device": "auto"})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    with pytest.raises(ConfigError, match=r"want 4 GPUs, this machine has 3. Try: sweep.parallel=1"):
+        check_fits(config, 2)
+    assert check_fits(config, 1) is config
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert check_fits(config, 2) is config
 
 
 def test_devices_are_shared_out_by_what_the_process_may_see(monkeypatch):

@@ -12,7 +12,7 @@ from test_sweep import run
 
 from promcse_pl.config import SweepConfig
 from promcse_pl.errors import ConfigError
-from promcse_pl.folder import read_status
+from promcse_pl.folder import Status, read_status, write_status
 from promcse_pl.sweep import search
 from promcse_pl.sweep.plan import read_plan
 from promcse_pl.sweep.pool import Task
@@ -120,6 +120,51 @@ def test_what_nobody_was_left_to_note_is_noted_by_the_next(scripted, tmp_path, m
     run_search(tmp_path / "sweep", [], SPACE, SweepConfig(trials=2, resume="x"), compose_in(tmp_path), None)
     assert [trial.value for trial in study(tmp_path / "sweep").trials] == [80.0, 80.0]
     assert (tmp_path / "sweep/1/results.json").stat().st_mtime_ns == before
+
+
+def test_a_launcher_gets_every_job_and_what_failed_is_tried_again(tmp_path):
+    files(tmp_path)
+    launched: list[list[str]] = []
+
+    def launch(jobs):
+        launched.append([job.folder for job in jobs])
+        for job in jobs:
+            failed = job.folder == "1" and len(launched) <= 2
+            (tmp_path / "sweep" / job.folder / "results.json").write_text(json.dumps({"dev_spearman": 70.0}))
+            write_status(tmp_path / "sweep" / job.folder, Status(state="failed" if failed else "finished"))
+
+    def go(**settings: object) -> int:
+        settings = SweepConfig(trials=5, parallel=2, **settings)
+        return run_search(tmp_path / "sweep", ["x"], SPACE, settings, compose_in(tmp_path), launch)
+
+    assert go() == 1
+    assert launched == [["0", "1"], ["2", "3"], ["4"]]
+    assert go(resume="x") == 0
+    assert launched[3:] == [["1"]]
+    assert {trial.state.name for trial in study(tmp_path / "sweep").trials} == {"COMPLETE"}
+
+
+def test_settings_that_exclude_each_other_are_left_out_and_the_search_goes_on(scripted, tmp_path, monkeypatch, capsys):
+    compose = compose_in(tmp_path)
+    composed: list[object] = []
+
+    def picky(overrides):
+        composed.append(overrides)
+        if len(composed) == 4:  # two corners, one job, then this one
+            raise ConfigError("these exclude each other")
+        return compose(overrides)
+
+    assert run_search(tmp_path / "sweep", ["x"], SPACE, SweepConfig(trials=2), picky, None) == 0
+    assert [trial.state.name for trial in study(tmp_path / "sweep").trials] == ["COMPLETE", "FAIL"]
+    assert "is left out: these exclude each other" in capsys.readouterr().out
+    assert [job.folder for job in read_plan(tmp_path / "sweep").jobs] == ["0"]
+
+
+def test_the_look_at_the_last_step_prunes_nothing(tmp_path):
+    write_status(tmp_path, Status(state="running", step=50, steps=100))
+    entries = [{"step": step, "dev/spearman": 1.0} for step in (30, 100)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    assert search.dev_looks(tmp_path) == [(30, 1.0)]
 
 
 def test_every_value_and_both_ends_of_every_range_are_checked_before_the_first_job(tmp_path):
