@@ -16,7 +16,7 @@ from promcse_pl.config import Config
 from promcse_pl.errors import PromcseError
 from promcse_pl.folder import ADAPTER, CONFIG, RESULTS, Status, read_status, write_text
 from promcse_pl.sweep.plan import START
-from promcse_pl.tracking.wandb import open_run, sent_settings
+from promcse_pl.tracking.wandb import open_run, resolve_mode, sent_settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +83,8 @@ def publish_sweep(folder: Path) -> str | None:
     name = folder.resolve().name
     tracking = dataclasses.replace(tracking, group=tracking.group or name, tags=[])
     with suppress(PromcseError):  # a wrong WANDB_MODE has stopped the jobs already
+        if resolve_mode(tracking.wandb) == "disabled":
+            return None
         run = open_run(
             tracking,
             folder,

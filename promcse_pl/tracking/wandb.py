@@ -255,8 +255,10 @@ class WandbRun:
                     env=environment,
                     start_new_session=True,  # Ctrl-C is for the run, which then ends this one in order
                 )
-                lines = [task, *([self._end] if self._end else [])]
-            self._send(process, lines)
+                end = self._end
+                self._send(process, [task])  # with the lock: the end must not come before it
+            if end:
+                self._send(process, [end])
             assert process.stdout is not None
             for line in process.stdout:
                 message = json.loads(line)
