@@ -421,6 +421,14 @@ def setting_keys(schema: type = Config, prefix: str = "") -> dict[str, list[str]
     return keys
 
 
+def flat_settings(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a tree of settings with dotted keys, as they are typed."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flat_settings(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
 def is_integer(key: str) -> bool:
     """Tell whether a dotted key of a job's config holds an integer (or null)."""
     hint: Any = Config

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from promcse_pl.config import flat_settings
 from promcse_pl.errors import DataError
 from promcse_pl.folder import CONFIG, HISTORY, RESULTS, Status, is_running, read_status
 from promcse_pl.sweep.plan import PLAN, START, read_plan
@@ -179,15 +179,8 @@ def _read_settings(run: Run) -> None:
         except (OSError, ValueError, yaml.YAMLError) as error:
             run.problems.append(f"{path} cannot be read: {error}")
             continue
-        run.settings = {key: value for key, value in _flat(raw).items() if not key.startswith(_NO_RESULT)}
+        run.settings = {key: value for key, value in flat_settings(raw).items() if not key.startswith(_NO_RESULT)}
         return
-
-
-def _flat(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _read_results(run: Run) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import signal
 import sys
@@ -12,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from promcse_pl.errors import ConfigError, DataError
-from promcse_pl.folder import CONFIG, RESULTS, Status, is_running, read_status, write_status
+from promcse_pl.folder import CONFIG, Status, is_running, read_status, write_status
 from promcse_pl.sweep.plan import OUTPUT, START, Plan, SweepJob, missing_jobs
 from promcse_pl.sweep.pool import GRACE, Pool, Running, Task
 from promcse_pl.tracking.sweep import publish_sweep
@@ -70,9 +69,11 @@ def _error(output: Path, code: int) -> str:
 
 def dev_score(run: Path) -> float | None:
     """Return the development score of a finished job, Spearman x 100; None without one."""
+    from promcse_pl.job import read_results
+
     try:
-        score = json.loads((run / RESULTS).read_text(encoding="utf-8"))["dev_spearman"]
-    except (OSError, ValueError, KeyError):
+        score = read_results(run).get("dev_spearman")
+    except DataError:
         return None
     return None if score is None else float(score)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from promcse_pl.config import Config
+from promcse_pl.config import Config, flat_settings
 from promcse_pl.errors import PromcseError
-from promcse_pl.folder import ADAPTER, CONFIG, RESULTS, Status, read_status, write_text
+from promcse_pl.folder import ADAPTER, CONFIG, Status, read_status, write_text
 from promcse_pl.sweep.plan import START
 from promcse_pl.tracking.wandb import open_run, resolve_mode, sent_settings
 
@@ -109,7 +108,7 @@ def _sync_command(folder: Path) -> str | None:
 
 def _jobs(folder: Path) -> Iterator[_Job]:
     """Read what lies in a sweep's folder, by number; what cannot be read is left out."""
-    from promcse_pl.job import read_config
+    from promcse_pl.job import read_config, read_results
 
     found = [path.parent for path in folder.glob(f"*/{CONFIG}")]
     for job in sorted(found, key=lambda path: (len(path.name), path.name)):
@@ -118,18 +117,10 @@ def _jobs(folder: Path) -> Iterator[_Job]:
             config = read_config(job / START if (job / START).is_file() else job / CONFIG)
             status = read_status(job)
             results = {}
-            with suppress(OSError, ValueError):
-                results = json.loads((job / RESULTS).read_text(encoding="utf-8"))
+            with suppress(PromcseError):
+                results = read_results(job)
             if status is not None:
-                yield _Job(job, config, dict(_flat(sent_settings(config))), status, results)
-
-
-def _flat(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{before}{key}.")
-        else:
-            yield before + key, value
+                yield _Job(job, config, flat_settings(sent_settings(config)), status, results)
 
 
 def _column(values: Sequence[Any]) -> list[Any]:

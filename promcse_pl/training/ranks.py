@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from promcse_pl.config import Config, TrainerConfig
+from promcse_pl.config import Config, TrainerConfig, flat_settings
 from promcse_pl.errors import ConfigError
 
 T = TypeVar("T")
@@ -215,7 +215,7 @@ def told(config: Config, step: int | None) -> dict[str, Any]:
     """Return what all ranks must agree on before anything is built: the config and its hash, the code, where to go on."""
     import torch
 
-    settings = _flat(config.to_dict())
+    settings = flat_settings(config.to_dict())
     digest = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()
     return {
         **settings,
@@ -224,13 +224,6 @@ def told(config: Config, step: int | None) -> dict[str, Any]:
         "torch": torch.__version__,
         "resumed after step": step,
     }
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
 
 
 @cache
