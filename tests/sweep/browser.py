@@ -39,7 +39,17 @@ def view(driver: object, width: int, height: int = 900, dark: bool = False) -> N
 
 
 def open_page(driver: object, path: Path) -> None:
+    """Load it anew and wait for its scripts: the one before it may be this page too, and must not be taken for it."""
+    driver.get("about:blank")
     driver.get(path.absolute().as_uri())
+    wait(driver, "return document.readyState === 'complete' && document.querySelector('footer')?.textContent")
+
+
+def wait(driver: object, script: str) -> object:
+    """What the script returns, as soon as that is true or not empty."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    return WebDriverWait(driver, 30).until(lambda page: page.execute_script(script))
 
 
 def console_messages(driver: object) -> list[str]:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from browser import chromium, console_messages, needs_chromium, open_page, view
+from browser import chromium, console_messages, needs_chromium, open_page, view, wait
 from folders import begin, write_sweep
 
 from promcse_pl.cli import main
@@ -60,9 +60,9 @@ def button(driver, name: str):
 def pick(driver, section: str, label: str, choice: str) -> None:
     from selenium.webdriver.support.ui import Select
 
-    labels = driver.find_elements("css selector", f"#{section} .menus label")
-    found = next(one for one in labels if one.text.startswith(label))
-    Select(found.find_element("css selector", "select")).select_by_visible_text(choice)
+    labels = f"[...document.querySelectorAll('#{section} .menus label')]"
+    found = wait(driver, f"return {labels}.find((one) => one.textContent.startsWith({json.dumps(label)}))?.lastChild")
+    Select(found).select_by_visible_text(choice)
 
 
 def picture(driver, section: str) -> str:
