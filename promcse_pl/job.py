@@ -34,6 +34,7 @@ from promcse_pl.folder import (
     write_status,
     write_text,
 )
+from promcse_pl.imports import unwatched_imports
 from promcse_pl.logs import logging_to
 from promcse_pl.paths import expand, hide_home, is_folder
 from promcse_pl.terminal import NO_TERMINAL_WIDTH, config_tree, output_console, progress_bar, stages
@@ -288,7 +289,7 @@ def _run(
     ranks: Ranks,
 ) -> dict[str, Any]:
     started = time.perf_counter()
-    with console.status("loading torch"):  # late: mistakes in a config must not wait for it
+    with console.status("loading torch"), unwatched_imports():  # late: mistakes in a config must not wait for it
         import torch
 
         from promcse_pl.adapter.files import save_adapter

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from promcse_pl.errors import ConfigError, DataError
 from promcse_pl.folder import CONFIG, Status, is_running, read_status, write_status
+from promcse_pl.sweep.forkserver import Task
 from promcse_pl.sweep.plan import OUTPUT, START, Plan, SweepJob, missing_jobs
-from promcse_pl.sweep.pool import GRACE, Pool, Running, Task
+from promcse_pl.sweep.pool import GRACE, Pool, Running
 from promcse_pl.tracking.sweep import publish_sweep
 
 ERROR_LINES = 5
@@ -23,9 +24,8 @@ ERROR_LINES = 5
 def job_task(folder: Path, job: SweepJob) -> Task:
     """Return the process of a job: it begins from start.yaml, or goes on from its own config.yaml."""
     run = folder / job.folder
-    train = [sys.executable, "-m", "promcse_pl.cli", "train"]
     arguments = ["--resume", str(run)] if (run / CONFIG).is_file() else [str(run / START), "--out", str(run)]
-    return Task(job.folder, [*train, *arguments], run / OUTPUT)
+    return Task(job.folder, "promcse_pl.cli:main", ["train", *arguments], run / OUTPUT)
 
 
 def record_end(run: Path, code: int, began: float) -> Status:
@@ -84,23 +84,22 @@ def run_alone(folder: Path, job: SweepJob) -> float:
     Returns:
         Its development score, Spearman x 100; nan without one.
     """
-    pool = Pool(1, tell)
-    wait_for_earlier(folder, [job])
-    pool.run(iter([job_task(folder, job)]), lambda one, code: _report(folder, job, one, code))
+    with Pool(1, tell) as pool:
+        wait_for_earlier(folder, [job])
+        pool.run(iter([job_task(folder, job)]), lambda one, code: _report(folder, job, one, code))
     if pool.exit_code:
         sys.exit(pool.exit_code)
     score = dev_score(folder / job.folder)
     return math.nan if score is None else score
 
 
-def run_local(folder: Path, plan: Plan, jobs: Sequence[SweepJob], parallel: int) -> int | None:
-    """Run jobs of a sweep, so many at a time.
+def run_local(folder: Path, plan: Plan, jobs: Sequence[SweepJob], pool: Pool) -> int | None:
+    """Run jobs of a sweep.
 
     Returns:
         The exit code that a signal asks for, or None.
     """
     named = {job.folder: job for job in jobs}
-    pool = Pool(parallel, tell)
 
     def tasks() -> Iterator[Task]:
         for job in jobs:

@@ -2,43 +2,24 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from types import FrameType
-from typing import Any
+from types import FrameType, TracebackType
 
 from promcse_pl.config import Config
 from promcse_pl.errors import ConfigError
 from promcse_pl.launch import SHARE, cores
+from promcse_pl.sweep.forkserver import PRELOAD, ForkServer, Process, Task
 
 POLL = 0.1
 """Seconds between two looks at the processes."""
 GRACE = 60.0
 """Seconds that a process gets to save after SIGTERM."""
-PR_SET_PDEATHSIG = 1
-
-
-@dataclass(slots=True)
-class Task:
-    """A command whose output goes to a file.
-
-    Attributes:
-        name: Of the job.
-        command: Program and arguments.
-        output: File that gets what it prints; it is appended to.
-    """
-
-    name: str
-    command: Sequence[str]
-    output: Path
 
 
 @dataclass(slots=True)
@@ -47,13 +28,13 @@ class Running:
 
     Attributes:
         task: What runs.
-        process: Its process, leader of a session of its own.
+        process: Its process.
         place: Number of its share of the machine, in [0, parallel).
         began: Seconds since 1970.
     """
 
     task: Task
-    process: subprocess.Popen[bytes]
+    process: Process
     place: int
     began: float
 
@@ -104,35 +85,11 @@ def visible_devices() -> list[str]:
     return [str(number) for number, _ in enumerate(line for line in listed.splitlines() if line.startswith("GPU "))]
 
 
-def start(task: Task, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """Start a task: a session of its own (the terminal's Ctrl-C does not reach it), SIGTERM when this process dies."""
-    parent = os.getpid()
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-    def die_with_parent() -> None:
-        if libc is not None:
-            libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-            if os.getppid() != parent:  # it died before the line above
-                os._exit(143)
-
-    task.output.parent.mkdir(parents=True, exist_ok=True)
-    with task.output.open("ab") as output:
-        return subprocess.Popen(
-            task.command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **environment, "PYTHONUNBUFFERED": "1"},
-            start_new_session=True,
-            preexec_fn=die_with_parent,
-        )
-
-
 class Pool:
     """Runs tasks and minds the signals of this process.
 
     Ctrl-C once starts nothing more and waits for what runs; a second one, SIGTERM or SIGUSR1 sends SIGTERM to the tasks and
-    waits for them to save, a minute at most.
+    waits for them to save, a minute at most. The imports of the tasks begin when the pool is made; leave it as a context.
 
     Args:
         parallel: Tasks at a time, >= 1.
@@ -142,10 +99,20 @@ class Pool:
     def __init__(self, parallel: int, tell: Callable[[str], None]) -> None:
         self._free = list(range(parallel))
         self._environments = shares(parallel)
+        # what is imported reads the number of threads, and all have the same
+        self._server = ForkServer(self._environments[0], PRELOAD)
         self._tell = tell
         self.running: list[Running] = []
         self._signals: list[int] = []
         self._killed_at: float | None = None
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server.close()
 
     @property
     def exit_code(self) -> int | None:
@@ -179,22 +146,25 @@ class Pool:
                         more = False
                         break
                     place = self._free.pop(0)
-                    process = start(task, self._environments[place])
+                    process = self._server.start(task, self._environments[place])
                     self.running.append(Running(task, process, place, time.time()))
                 if not self.running:
                     return
                 time.sleep(POLL)
                 self._obey()
-                for one in [one for one in self.running if one.process.poll() is not None]:
+                for one, code in [(one, one.process.poll()) for one in self.running]:
+                    if code is None:
+                        continue
                     self.running.remove(one)
                     self._free.append(one.place)
-                    ended(one, one.process.returncode)
+                    ended(one, code)
                 watch()
         finally:
             for one in self.running:  # an error of ours: nothing may go on unseen
                 one.process.terminate()
             for one in self.running:
-                _wait(one.process)
+                if not one.process.wait(GRACE):
+                    one.process.kill()
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -213,20 +183,4 @@ class Pool:
                 one.process.terminate()
         elif time.monotonic() - self._killed_at > GRACE:
             for one in self.running:
-                _kill(one.process)
-
-
-def _wait(process: subprocess.Popen[Any]) -> None:
-    try:
-        process.wait(GRACE)
-    except subprocess.TimeoutExpired:
-        _kill(process)
-        process.wait()
-
-
-def _kill(process: subprocess.Popen[Any]) -> None:
-    """End a process and what it started."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        process.kill()
+                one.process.kill()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from promcse_pl.config import SweepConfig
@@ -24,7 +25,7 @@ from promcse_pl.sweep.plan import (
     write_plan,
     write_start,
 )
-from promcse_pl.sweep.pool import check_fits
+from promcse_pl.sweep.pool import Pool, check_fits
 
 Launch = Callable[[Sequence[SweepJob]], None]
 """Hands jobs to a launcher of Hydra and returns when they have ended."""
@@ -58,33 +59,35 @@ def run_sweep(
         raise ConfigError(
             "sweep.parallel is of the local launcher. Try: hydra.launcher.n_jobs (joblib), or leave it out"
         )
-    if settings.resume is None:
-        planned = plan_jobs(jobs, lambda overrides: check_fits(compose(overrides), settings.parallel))
+    # a pool begins with its imports, while the jobs are checked
+    with nullcontext(launch) if launch else Pool(settings.parallel, tell) as runner:
+        if settings.resume is None:
+            planned = plan_jobs(jobs, lambda overrides: check_fits(compose(overrides), settings.parallel))
+            with locked(folder):
+                plan = Plan(kept_overrides(overrides), [job for job, _ in planned])
+                check_new(folder, plan.jobs)
+                for job, config in planned:
+                    write_start(folder, plan, job, config)
+                write_plan(folder, plan)
+                return _run(folder, plan, runner)
         with locked(folder):
-            plan = Plan(kept_overrides(overrides), [job for job, _ in planned])
-            check_new(folder, plan.jobs)
-            for job, config in planned:
-                write_start(folder, plan, job, config)
-            write_plan(folder, plan)
-            return _run(folder, plan, settings, launch)
-    with locked(folder):
-        plan = read_plan(folder)
-        seen: set[str] = set()
-        for job in missing_jobs(folder, plan):
-            checked(job.overrides, lambda _, start=folder / job.folder / START: read_config(start), seen)  # type: ignore[misc]
-        return _run(folder, plan, settings, launch)
+            plan = read_plan(folder)
+            seen: set[str] = set()
+            for job in missing_jobs(folder, plan):
+                checked(job.overrides, lambda _, start=folder / job.folder / START: read_config(start), seen)  # type: ignore[misc]
+            return _run(folder, plan, runner)
 
 
-def _run(folder: Path, plan: Plan, settings: SweepConfig, launch: Launch | None) -> int:
+def _run(folder: Path, plan: Plan, runner: Pool | Launch) -> int:
     jobs = missing_jobs(folder, plan)
     tell(f"sweep {folder}: {len(plan.jobs)} jobs, {len(jobs)} to run")
     wait_for_earlier(folder, jobs)
     stopped = None
-    if launch is None:
-        stopped = run_local(folder, plan, jobs, settings.parallel)
+    if isinstance(runner, Pool):
+        stopped = run_local(folder, plan, jobs, runner)
     elif jobs:
         try:
-            launch(jobs)
+            runner(jobs)
         except KeyboardInterrupt:
             stopped = 130
     return summary(folder, plan, stopped)

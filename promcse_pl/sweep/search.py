@@ -7,7 +7,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from promcse_pl.config import SweepConfig, is_integer
 from promcse_pl.errors import ConfigError, DataError, PromcseError
 from promcse_pl.folder import HISTORY, Status, locked, read_status, write_status
+from promcse_pl.sweep.forkserver import Task
 from promcse_pl.sweep.local import announce, dev_score, ending, job_task, record_end, summary, tell, wait_for_earlier
 from promcse_pl.sweep.plan import (
     START,
@@ -28,7 +29,7 @@ from promcse_pl.sweep.plan import (
     write_plan,
     write_start,
 )
-from promcse_pl.sweep.pool import Pool, Running, Task, check_fits
+from promcse_pl.sweep.pool import Pool, Running, check_fits
 from promcse_pl.sweep.run import Launch
 
 if TYPE_CHECKING:
@@ -79,24 +80,26 @@ def run_search(
         PromcseError: The space is empty or holds a value that is not valid; Optuna is not installed.
     """
     space = {key: _whole(one) if isinstance(one, Interval) and is_integer(key) else one for key, one in space.items()}
-    seen: set[str] = set()
-    for corner in corners(space):
-        if check_fits(checked(corner, compose, seen), settings.parallel).data.dev is None:
-            raise ConfigError(
-                "a search needs a development score, but data.dev=null. Try: data.dev=holdout, or data.dev=FILE"
-            )
-    with locked(folder):
-        if settings.resume is None:
-            check_new(folder, [SweepJob(str(number), []) for number in range(settings.trials or 0)])
-            plan = Plan(kept_overrides(overrides))
-            study = _study(folder, settings)
-            write_plan(folder, plan)
-        else:
-            plan, study = read_plan(folder), _study(folder, settings)
-        search = Search(folder, plan, study, space, settings, compose)
-        tell(f"search {folder}: {settings.trials} jobs, {search.told()} done")
-        stopped = search.run() if launch is None else search.launch(launch)
-        return summary(folder, plan, stopped)
+    # a pool begins with its imports, while the space is checked
+    with nullcontext(launch) if launch else Pool(settings.parallel, tell) as runner:
+        seen: set[str] = set()
+        for corner in corners(space):
+            if check_fits(checked(corner, compose, seen), settings.parallel).data.dev is None:
+                raise ConfigError(
+                    "a search needs a development score, but data.dev=null. Try: data.dev=holdout, or data.dev=FILE"
+                )
+        with locked(folder):
+            if settings.resume is None:
+                check_new(folder, [SweepJob(str(number), []) for number in range(settings.trials or 0)])
+                plan = Plan(kept_overrides(overrides))
+                study = _study(folder, settings)
+                write_plan(folder, plan)
+            else:
+                plan, study = read_plan(folder), _study(folder, settings)
+            search = Search(folder, plan, study, space, settings, compose)
+            tell(f"search {folder}: {settings.trials} jobs, {search.told()} done")
+            stopped = search.run(runner) if isinstance(runner, Pool) else search.launch(runner)
+            return summary(folder, plan, stopped)
 
 
 def corners(space: Space) -> Iterator[list[str]]:
@@ -165,9 +168,8 @@ class Search:
         """Return how many trials have an outcome."""
         return sum(trial.state.is_finished() for trial in self.study.get_trials(deepcopy=False))
 
-    def run(self) -> int | None:
+    def run(self, pool: Pool) -> int | None:
         """Run all that is missing in local processes; return the exit code that a signal asks for, or None."""
-        pool = Pool(self.settings.parallel, tell)
 
         def tasks() -> Iterator[Task]:
             for job in self._jobs():

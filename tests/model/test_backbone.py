@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -61,6 +62,14 @@ def test_weights_are_kept_in_the_type_asked_for(folder, dtype):
     backbone = FrozenBackbone.load(str(folder), dtype=dtype)
     assert {parameter.dtype for parameter in backbone.parameters()} == {dtype}
     assert backbone.dtype == dtype
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_weights_lie_in_their_mapped_file_so_that_jobs_share_them(folder):
+    weights = FrozenBackbone.load(str(folder)).word_embeddings
+    mapped = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(folder) in line]
+    bounds = [tuple(int(end, 16) for end in line[0].split("-")) for line in mapped]
+    assert any(low <= weights.data_ptr() < high for low, high in bounds)
 
 
 def test_sharded_weights_are_read_and_every_shard_enters_the_identity(tmp_path, folder):

@@ -1,4 +1,4 @@
-"""Processes, signals and kills, for real; the tasks are small scripts, since a run takes seconds to start."""
+"""Processes, signals and kills, for real; the tasks are small functions, since a run takes seconds to start."""
 
 import os
 import signal
@@ -8,37 +8,27 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import ROOT
 from small import files, small_config
 
 from promcse_pl.errors import ConfigError
+from promcse_pl.job import write_config
 from promcse_pl.sweep.pool import check_fits, shares, visible_devices
 
+HEAVY = ("torch._", "transformers.", "pytorch_lightning", "torchmetrics", "scipy", "promcse_pl.")
 PARENT = """
 import sys
 from pathlib import Path
 from promcse_pl.sweep import pool
-folder, parallel, jobs, job, pool.GRACE = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], 0.5
-tasks = (pool.Task(str(n), [sys.executable, "-S", "-c", job, str(n)], folder / f"{n}.out") for n in range(jobs))
+folder, parallel, jobs, job = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
+pool.GRACE, pool.PRELOAD = 0.5, ()
+tasks = (pool.Task(str(n), job[0], [str(n), *job[1:]], folder / f"{n}.out") for n in range(jobs))
 one = pool.Pool(parallel, lambda line: print(line, flush=True))
 one.run(tasks, lambda task, code: print("ended", task.task.name, code, flush=True))
 sys.exit(one.exit_code or 0)
 """
-JOB = """
-import os, signal, sys, time
-from pathlib import Path
-name = sys.argv[1]
-def stop(*_):
-    Path(name + ".saved").write_text("")
-    sys.exit(143)
-signal.signal(signal.SIGTERM, stop)
-Path(name + ".began").write_text(str(os.getpid()))
-while not Path(name + ".go").exists():
-    time.sleep(0.01)
-print("threads", os.environ.get("OMP_NUM_THREADS"))
-"""
-STUBBORN = JOB.replace("signal.SIGTERM, stop", "signal.SIGTERM, signal.SIG_IGN")
 
 
 def until(condition: Callable[[], object], what: str) -> None:
@@ -58,13 +48,14 @@ def alive(pid: int) -> bool:
 class Parent:
     """A pool at work in a process of its own, in a session of its own like that of a terminal."""
 
-    def __init__(self, folder: Path, parallel: int, jobs: int, job: str = JOB, **environment: str) -> None:
+    def __init__(self, folder: Path, parallel: int, jobs: int, *job: str) -> None:
         self.folder = folder
         self.process = subprocess.Popen(
-            [sys.executable, "-c", PARENT, str(folder), str(parallel), str(jobs), job],
+            [sys.executable, "-c", PARENT, str(folder), str(parallel), str(jobs), *(job or ["scripted:patient"])],
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+            env={**os.environ, "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"},
             stdout=subprocess.PIPE,
+            stderr=(folder / "parent.err").open("wb"),
             text=True,
             start_new_session=True,
         )
@@ -80,6 +71,9 @@ class Parent:
     def ctrl_c(self) -> None:
         """What a terminal does: every process of the foreground group gets it."""
         os.killpg(self.process.pid, signal.SIGINT)
+
+    def said(self) -> str:
+        return (self.folder / "parent.err").read_text()
 
     def end(self) -> tuple[int, list[str]]:
         printed, _ = self.process.communicate(timeout=20)
@@ -101,7 +95,7 @@ def test_so_many_at_a_time_and_each_has_its_share_of_the_threads(tmp_path):
     assert printed[0] == "ended 1 0"
     assert {*printed[1:]} == {"ended 0 0", "ended 2 0"}
     share = max(1, len(os.sched_getaffinity(0)) // 2)
-    assert (tmp_path / "2.out").read_text() == f"threads {share}\n"
+    assert (tmp_path / "2.out").read_text() == f"threads {share} ['2'] \n"
 
 
 def test_ctrl_c_once_waits_for_what_runs_and_starts_nothing_more(tmp_path):
@@ -141,7 +135,7 @@ def test_sigterm_is_passed_on_and_waited_for(number, tmp_path):
 
 
 def test_a_task_that_does_not_stop_is_killed_in_the_end(tmp_path):
-    parent = Parent(tmp_path, 1, 1, STUBBORN)
+    parent = Parent(tmp_path, 1, 1, "scripted:patient", "stubborn")
     parent.began(0)
     parent.process.terminate()
     assert parent.end() == (143, ["ended 0 -9"])
@@ -156,6 +150,48 @@ def test_a_killed_parent_leaves_no_orphan(tmp_path):
     assert (tmp_path / "1.saved").exists()
     assert not (tmp_path / "2.began").exists()
     parent.process.wait()
+
+
+def test_a_killed_server_stops_what_it_began_and_says_how_to_go_on(tmp_path):
+    parent = Parent(tmp_path, 1, 2)
+    job = parent.began(0)
+    os.kill(psutil.Process(job).ppid(), signal.SIGKILL)
+    until(lambda: not alive(job), "the job has ended")
+    assert (tmp_path / "0.saved").exists()
+    code, printed = parent.end()
+    assert code == 1
+    assert printed == ["ended 0 -9"]
+    assert "sweep.resume=FOLDER" in parent.said()
+
+
+def test_an_error_of_ours_in_a_task_is_in_its_output_and_the_next_one_runs(tmp_path):
+    code, printed = Parent(tmp_path, 1, 2, "scripted:broken").end()
+    assert code == 0
+    assert printed == ["ended 0 1", "ended 1 1"]
+    assert (tmp_path / "1.out").read_text().endswith("LookupError: broken 1\n")
+
+
+def test_a_job_finds_what_it_imports_already_imported(tmp_path):
+    files(tmp_path)
+    write_config(small_config(tmp_path, data={"max_length": 20}), tmp_path / "config.yaml")
+    script = f"""
+import importlib, sys
+from promcse_pl.sweep.forkserver import PRELOAD
+for name in PRELOAD: importlib.import_module(name)
+before = set(sys.modules)
+from promcse_pl.cli import main
+code = main(["train", "config.yaml", "--out", "run"])
+late = sorted(name for name in set(sys.modules) - before if name.startswith({HEAVY}))
+sys.exit(f"imported late: {{late}}" if late else code)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_jobs_of_several_processes_must_find_their_gpus(monkeypatch, tmp_path):

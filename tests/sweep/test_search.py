@@ -2,20 +2,20 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import optuna
 import pytest
+from conftest import ROOT
 from small import SETTINGS, files, small_config
 from test_sweep import run
 
 from promcse_pl.config import SweepConfig
 from promcse_pl.errors import ConfigError
 from promcse_pl.folder import Status, read_status, write_status
-from promcse_pl.sweep import search
+from promcse_pl.sweep import pool, search
+from promcse_pl.sweep.forkserver import Task
 from promcse_pl.sweep.plan import read_plan
-from promcse_pl.sweep.pool import Task
 from promcse_pl.sweep.search import Interval, corners, run_search
 
 SPACE = {
@@ -24,27 +24,6 @@ SPACE = {
     "prompt.length": Interval(4.0, 8.0),
     "loss.margin": ["0.1", "0.2"],
 }
-JOB = """
-import json, signal, sys, time
-from pathlib import Path
-sys.path.insert(0, sys.argv[2])
-from promcse_pl.folder import Status, write_status
-run, good = Path(sys.argv[1]), sys.argv[3] == "good"
-def stop(*_):
-    write_status(run, Status(state="stopped", step=30, steps=100))
-    sys.exit(143)
-signal.signal(signal.SIGTERM, stop)
-write_status(run, Status(state="running", step=30, steps=100))
-score = 80.0 if good else 20.0
-with (run / "metrics.jsonl").open("a") as stream:
-    for step in (10, 30):
-        stream.write(json.dumps({"step": step, "dev/spearman": score}) + "\\n")
-if not good:
-    time.sleep(30)
-(run / "results.json").write_text(json.dumps({"dev_spearman": score}))
-write_status(run, Status(state="finished", step=100, steps=100))
-"""
-"""Behaves as a run in what a search sees of one, in a tenth of a second; the last test has real runs."""
 
 
 def compose_in(folder: Path):
@@ -69,10 +48,11 @@ def scripted(tmp_path, monkeypatch):
     def task(folder: Path, job) -> Task:
         run = folder / job.folder
         good = "poor" if job.folder == "2" else "good"
-        root = str(Path(search.__file__).parents[2])
-        return Task(job.folder, [sys.executable, "-c", JOB, str(run), root, good], run / "output.log")
+        return Task(job.folder, "scripted:quick_run", [str(run), good], run / "output.log")
 
     monkeypatch.setattr(search, "job_task", task)
+    monkeypatch.setattr(pool, "PRELOAD", ())
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{Path(__file__).parent}")
 
     def go(folder: Path, **settings: object) -> int:
         return run_search(folder, ["sweep=x"], SPACE, SweepConfig(**settings), compose_in(tmp_path), None)

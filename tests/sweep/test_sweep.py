@@ -102,6 +102,24 @@ def test_a_failure_is_recorded_a_kill_of_the_parent_is_survived_and_a_resume_run
     assert read_status(sweep / "1").state == "stopped"
 
 
+def test_a_killed_sweep_is_resumed_to_its_very_end(tmp_path):
+    files(tmp_path)
+    parent = begin(tmp_path, "-m", "seed=1,2", *SETTINGS, "hydra.sweep.dir=sweep")
+    assert [parent.stdout.readline().split(",")[0] for _ in range(3)][2] == "job 0 finished"
+    parent.kill()
+    parent.communicate()
+    first = (tmp_path / "sweep/0/results.json").stat().st_mtime_ns
+    code, printed, errors = run(tmp_path, "-m", "sweep.resume=sweep")
+    assert code == 0, errors
+    assert "sweep sweep: 2 jobs, 1 to run" in printed
+    assert "2 finished" in printed
+    assert (tmp_path / "sweep/0/results.json").stat().st_mtime_ns == first
+    code, printed, _ = run(tmp_path, "-m", "sweep.resume=sweep")
+    assert code == 0
+    assert "sweep sweep: 2 jobs, 0 to run" in printed
+    assert "job 1 starts" not in printed
+
+
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
 def test_the_launchers_of_hydra_keep_working(launcher, tmp_path):
     files(tmp_path)

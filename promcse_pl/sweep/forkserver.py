@@ -1,0 +1,249 @@
+"""Processes that start in a moment: each is forked from one, the server, that has imported torch, transformers and Lightning.
+
+The server does nothing else: it reads no data and touches no GPU, so that what is forked from it is as good as a new interpreter.
+Lines of JSON go to its standard input, one for each process to begin; lines of JSON come from its standard output, one for each
+that began and one for each that ended. When its input ends, because its starter has, it sends SIGTERM to all that run and stays
+until they have ended.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import io
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from promcse_pl.errors import PromcseError
+from promcse_pl.imports import unwatched_imports
+from promcse_pl.training.stop import SIGNALS
+
+PRELOAD = (
+    "promcse_pl.cli",
+    "promcse_pl.job",
+    "promcse_pl.adapter.files",
+    "promcse_pl.evaluation.report",
+    "promcse_pl.tracking.local",
+    "promcse_pl.training.fit",
+    "promcse_pl.training.inputs",
+    "promcse_pl.evaluation.suite",
+    "promcse_pl.embedder",
+    "promcse_pl.tracking.wandb",
+    "scipy.stats",
+    "transformers.models.bert.modeling_bert",
+    "transformers.models.roberta.modeling_roberta",
+)
+"""What a run imports late."""
+POLL = 0.05
+"""Seconds between two looks at the processes."""
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(slots=True)
+class Task:
+    """A function to run in a process of its own.
+
+    Attributes:
+        name: Of the job.
+        target: "module:function"; the function takes the arguments and returns an exit code.
+        arguments: Of the function; `sys.argv` holds them too.
+        output: File that gets what it prints; it is appended to.
+    """
+
+    name: str
+    target: str
+    arguments: Sequence[str]
+    output: Path
+
+
+class Process:
+    """A process that the server began. It leads a session of its own: Ctrl-C at a terminal does not reach it."""
+
+    def __init__(self, server: ForkServer, pid: int) -> None:
+        self.pid = pid
+        self._server = server
+
+    def poll(self) -> int | None:
+        """Return its exit code, negative for a signal; None while it runs."""
+        return self._server.exit_code(self.pid)
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for its end, so long at most; return whether it has come."""
+        until = time.monotonic() + seconds
+        while self.poll() is None:
+            if time.monotonic() > until:
+                return False
+            time.sleep(POLL)
+        return True
+
+    def terminate(self) -> None:
+        """Ask it to save and end."""
+        if self.poll() is None:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it and what it started."""
+        if self.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+
+
+class ForkServer:
+    """Begins tasks; the server's imports begin at once.
+
+    Args:
+        environment: Variables for all tasks, among them those that libraries read when they are imported (OMP_NUM_THREADS).
+        preload: Modules to import.
+    """
+
+    def __init__(self, environment: Mapping[str, str], preload: Sequence[str] = PRELOAD) -> None:
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", "promcse_pl.sweep.forkserver", *preload],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, **environment},
+            start_new_session=True,
+        )
+        self._codes: dict[int, int | None] = {}
+        self._begun: list[int] = []
+        self._rest = b""
+
+    def start(self, task: Task, environment: Mapping[str, str]) -> Process:
+        """Begin a task, once the imports are done.
+
+        Args:
+            task: What to run.
+            environment: Variables of its own.
+
+        Raises:
+            PromcseError: The server was killed.
+        """
+        task.output.parent.mkdir(parents=True, exist_ok=True)
+        request = {
+            "target": task.target,
+            "arguments": list(task.arguments),
+            "output": str(task.output.absolute()),
+            "environment": dict(environment),
+        }
+        assert self._server.stdin is not None
+        with suppress(BrokenPipeError):
+            self._server.stdin.write(json.dumps(request).encode() + b"\n")
+            self._server.stdin.flush()
+        while not self._begun:
+            if not self._listen():
+                raise PromcseError(
+                    "the process from which jobs are started has ended. Try: python run.py -m sweep.resume=FOLDER"
+                )
+        return Process(self, self._begun.pop())
+
+    def exit_code(self, pid: int) -> int | None:
+        """Return the exit code of a process that was begun, negative for a signal; None while it runs."""
+        assert self._server.stdout is not None
+        while select.select([self._server.stdout], [], [], 0)[0] and self._listen():
+            pass
+        if self._codes[pid] is None and self._server.poll() is not None and not _is_alive(pid):
+            return -signal.SIGKILL  # nobody knows; it was told to end when the server was killed
+        return self._codes[pid]
+
+    def close(self) -> None:
+        """End the server; what runs is asked to save and end, and not waited for."""
+        assert self._server.stdin is not None
+        with suppress(BrokenPipeError):
+            self._server.stdin.close()
+        if None not in self._codes.values():
+            self._server.kill()  # it may be importing
+        self._server.wait()
+
+    def _listen(self) -> bool:
+        """Take in what the server tells; return False when it has ended."""
+        assert self._server.stdout is not None
+        read = os.read(self._server.stdout.fileno(), 65536)
+        *lines, self._rest = (self._rest + read).split(b"\n")
+        for answer in map(json.loads, lines):
+            if "began" in answer:
+                self._begun.append(answer["began"])
+                self._codes[answer["began"]] = None
+            else:
+                self._codes[answer["ended"]] = answer["code"]
+        if not read:
+            self._server.wait()
+        return bool(read)
+
+
+def _is_alive(pid: int) -> bool:
+    import psutil
+
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def main() -> int:
+    """Be the server; what it forks comes back from here too."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # one that is sent early waits until the task can take it
+    with unwatched_imports():
+        for name in sys.argv[1:]:
+            importlib.import_module(name)
+    server = os.getpid()
+    children: set[int] = set()
+    going = True
+    while going or children:
+        if going and select.select([sys.stdin.buffer], [], [], POLL)[0]:
+            line = sys.stdin.buffer.readline()
+            if line:
+                pid = os.fork()
+                if pid == 0:
+                    return _run(json.loads(line), server)
+                children.add(pid)
+                _tell(began=pid)
+            else:
+                going = False
+                for pid in children:
+                    os.kill(pid, signal.SIGTERM)
+        elif not going:
+            time.sleep(POLL)
+        while children and (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            children.remove(ended[0])
+            with suppress(BrokenPipeError):
+                _tell(ended=ended[0], code=os.waitstatus_to_exitcode(ended[1]))
+    return 0
+
+
+def _tell(**answer: int) -> None:
+    os.write(1, json.dumps(answer).encode() + b"\n")
+
+
+def _run(request: Mapping[str, Any], server: int) -> int:
+    """Be a task."""
+    os.setsid()
+    with Path(os.devnull).open("rb") as nothing, Path(request["output"]).open("ab") as output:
+        for source, number in ((nothing, 0), (output, 1), (output, 2)):
+            os.dup2(source.fileno(), number)
+    assert isinstance(sys.stdout, io.TextIOWrapper)
+    sys.stdout.reconfigure(line_buffering=True)
+    os.environ.update(request["environment"])
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != server:  # it was killed before the line above
+        return 143
+    module, _, function = request["target"].partition(":")
+    sys.argv = [module, *request["arguments"]]
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    code: int = getattr(importlib.import_module(module), function)(request["arguments"])
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
