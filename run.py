@@ -12,8 +12,7 @@ from omegaconf import DictConfig
 
 from promcse_pl.cli import main as cli
 from promcse_pl.config import check_overrides
-from promcse_pl.errors import ConfigError, PromcseError
-from promcse_pl.paths import hide_home
+from promcse_pl.errors import ConfigError, PromcseError, write_error
 from promcse_pl.sweep.compose import config_of
 from promcse_pl.sweep.plan import resumed_arguments, without_home
 from promcse_pl.training.stop import Stopped
@@ -75,7 +74,7 @@ def _choices() -> dict[str, list[str]]:
 
 
 def _stop(error: PromcseError) -> None:
-    sys.stderr.write(f"error: {hide_home(str(error))[:3000]}\n")
+    write_error(error)
     sys.exit(2)
 
 

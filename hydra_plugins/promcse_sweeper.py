@@ -19,8 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from promcse_pl.config import Config, SweepConfig
-from promcse_pl.errors import ConfigError, PromcseError
-from promcse_pl.paths import hide_home
+from promcse_pl.errors import ConfigError, PromcseError, write_error
 from promcse_pl.sweep.compose import config_of
 from promcse_pl.sweep.plan import SweepJob
 from promcse_pl.sweep.run import run_sweep
@@ -51,7 +50,7 @@ class PromcseSweeper(Sweeper):
         try:
             code = self._sweep(arguments)
         except PromcseError as error:
-            sys.stderr.write(f"error: {hide_home(str(error))[:3000]}\n")
+            write_error(error)
             code = 2
         if code:
             sys.exit(code)

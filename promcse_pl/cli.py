@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from promcse_pl.errors import ConfigError, DataError, PromcseError
+from promcse_pl.errors import ConfigError, DataError, PromcseError, write_error
 from promcse_pl.paths import expand, hide_home
 from promcse_pl.training.stop import Stopped
 from promcse_pl.version import __version__
@@ -24,8 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code: int = options.run(options)
         sys.stdout.flush()
     except PromcseError as error:
-        message = hide_home(str(error))
-        sys.stderr.write(f"error: {message if len(message) < 3000 else message[:3000] + '…'}\n")
+        write_error(error)
         return 2
     except Stopped as stopped:
         return stopped.exit_code

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+
+from promcse_pl.paths import hide_home
+
 
 class PromcseError(Exception):
     """Base of every error that this package raises on purpose; the command line prints it without a traceback."""
@@ -33,3 +37,9 @@ class RankError(PromcseError, RuntimeError):
 
 class OutOfMemoryError(PromcseError, MemoryError):
     """The memory of the machine or its GPU does not hold what the settings ask for."""
+
+
+def write_error(error: PromcseError) -> None:
+    """Write an error to stderr as the one line that a user sees, without the home folder and cut at 3,000 characters."""
+    message = hide_home(str(error))
+    sys.stderr.write(f"error: {message if len(message) < 3000 else message[:3000] + '…'}\n")

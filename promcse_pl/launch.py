@@ -21,7 +21,6 @@ from typing import NoReturn
 from promcse_pl import errors
 from promcse_pl.errors import PromcseError, RankError
 from promcse_pl.folder import RANK_LOG, read_status
-from promcse_pl.paths import hide_home
 from promcse_pl.training.ranks import LOST, STORE
 from promcse_pl.training.stop import SIGNALS, Stopped
 
@@ -215,7 +214,7 @@ def main() -> int:
         take_part(Path(sys.argv[1]))
     except PromcseError as error:
         if os.environ["RANK"] != "0":  # rank 0's is in status.json, and the starter tells it
-            sys.stderr.write(f"error: {hide_home(str(error))}\n")
+            errors.write_error(error)
         return 2
     except Stopped as stopped:
         return stopped.exit_code

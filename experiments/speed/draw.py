@@ -23,7 +23,14 @@ WHAT = {
 
 def draw(folder: Path) -> str:
     """Return the page from the results that lie in the folder; those of other machines and scripts are optional."""
-    parts = {"results": _main, "shapes-cpu": _shapes, "shapes-cuda": _shapes, "growth": _growth, "quality": _quality}
+    parts = {
+        "results": _main,
+        "startup": _startup,
+        "shapes-cpu": _shapes,
+        "shapes-cuda": _shapes,
+        "growth": _growth,
+        "quality": _quality,
+    }
     lines = ["# Speed", ""]
     for name, part in parts.items():
         path = folder / f"{name}.json"
@@ -90,8 +97,28 @@ def _main(results: Data) -> list[str]:
         "",
         f"All sentences of the seven STS tasks: {ours:.0f} s ours in float32, each once; {by_file:.0f} s by "
         f"sentence-transformers, file by file in batches of 64 ({by_file / ours:.1f}x).",
+    ]
+
+
+def _startup(results: Data) -> list[str]:
+    what = {
+        "imports": "`python -c 'import torch, transformers.modeling_utils, pytorch_lightning'`, to its end",
+        "run": "`python run.py`, from Enter to the first training step",
+        "sweep": "`python run.py -m`, from Enter to the first training step of the first job",
+        "later": "the same, of the next jobs, from the end of the one before",
+    }
+    rows = [(what[row], values) for row, values in results["seconds"].items()]
+    return [
+        "## Start-up",
         "",
-        f"A whole `run.py` of one step, token cache warm: {results['start_up_seconds']:.1f} s.",
+        f"{_machine(results['machine'])} MiniLM on NLI, token cache warm; taken in turns.",
+        "",
+        "| | median, s | least | most | of |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {name} | {statistics.median(values):.1f} | {min(values):.1f} | {max(values):.1f} | {len(values)} |"
+            for name, values in rows
+        ),
     ]
 
 

@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -104,26 +102,6 @@ def memory(row: str, data: Path, cache: Path) -> dict[str, int]:
     return {"before": before, "peak": peak_bytes()}
 
 
-def start_up(data: Path) -> float:
-    """Return the seconds of a whole run of one step without evaluation, token cache warm."""
-    options = [
-        "data=nli",
-        f"data.dir={data}",
-        "data.dev=null",
-        "evaluation.tasks=[]",
-        "tracking=local",
-        "trainer.max_steps=1",
-    ]
-    took = []
-    for _ in range(2):
-        with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "run.py", *options, f"hydra.run.dir={folder}/run"]
-            took.append(
-                seconds(lambda command=command: subprocess.run(command, cwd=ROOT, check=True, capture_output=True))
-            )
-    return took[-1]
-
-
 def non_embedding_weights() -> int:
     model = FrozenBackbone.load(NAME).model
     return sum(p.numel() for name, p in model.named_parameters() if not name.startswith("embeddings."))
@@ -151,7 +129,6 @@ def measure(data: Path, cache: Path) -> dict[str, object]:
         "memory": held,
         "encoding": encoding(data),
         "sts_seconds": sts(data),
-        "start_up_seconds": start_up(data),
     }
 
 

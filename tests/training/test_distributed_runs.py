@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -292,7 +293,7 @@ def test_every_job_of_a_multirun_trains_one_run_on_both_ranks_in_one_folder(tmp_
         "trainer.log_every=1", "data=triplets",
         "data.train=train.csv", "data.dev=null", "data.max_length=16", "data.batch_size=4", "data.cache_dir=cache",
         "model.path=encoder", "prompt.dropout=0", "trainer.precision=float32", "trainer.device=cpu",
-        "tracking.wandb=disabled", "hydra.sweep.dir=sweep",
+        "tracking.wandb=offline", "hydra.sweep.dir=sweep",
     ]  # fmt: skip
     done = subprocess.run(
         [sys.executable, str(ROOT / "run.py"), *arguments],
@@ -306,8 +307,10 @@ def test_every_job_of_a_multirun_trains_one_run_on_both_ranks_in_one_folder(tmp_
         config = read_config(run / "config.yaml")
         assert (config.seed, config.trainer.devices) == (seed, 2)
         assert not list(run.glob("run-rank*"))
+        assert [path.name.split("-")[-1] for path in run.glob("wandb/offline-run-*")] == [read_status(run).wandb_id]
         # had a rank trained something else, no step would have the loss that a single process finds
-        one = run_job(single(config), tmp_path / f"one{seed}")
+        untracked = replace(single(config), tracking=replace(config.tracking, wandb="disabled"))
+        one = run_job(untracked, tmp_path / f"one{seed}")
         assert one["steps"] == 4
         losses.append([entry["train/loss"] for entry in read_history(run / "metrics.jsonl")])
         alone = [entry["train/loss"] for entry in read_history(tmp_path / f"one{seed}/metrics.jsonl")]
