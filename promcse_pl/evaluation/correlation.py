@@ -5,8 +5,8 @@
 from __future__ import annotations
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 from promcse_pl.errors import DataError, NonFiniteError
 
@@ -35,9 +35,9 @@ def spearman(predicted: ArrayLike, gold: ArrayLike) -> float:
         DataError: Fewer than two pairs, a gold score that is not finite, or all values of one side equal.
         NonFiniteError: A similarity is NaN or infinite.
     """
-    return float(stats.spearmanr(*checked(predicted, gold)).statistic)
+    return float(scipy.stats.spearmanr(*checked(predicted, gold)).statistic)
 
 
 def pearson(predicted: ArrayLike, gold: ArrayLike) -> float:
     """Return Pearson's correlation in [-1, 1]; errors as `spearman`."""
-    return float(stats.pearsonr(*checked(predicted, gold)).statistic)
+    return float(scipy.stats.pearsonr(*checked(predicted, gold)).statistic)

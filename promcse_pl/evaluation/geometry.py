@@ -5,9 +5,8 @@
 from __future__ import annotations
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import entr
-from scipy.stats import gaussian_kde
 
 from promcse_pl.errors import DataError
 
@@ -73,7 +72,7 @@ def effective_rank(vectors_ND: Vectors) -> float:
         vectors_ND: Unit vectors of distinct sentences, N >= 2.
     """
     singular = np.linalg.svd(_wide(vectors_ND), compute_uv=False)
-    return float(np.exp(entr(singular / singular.sum()).sum()))
+    return float(np.exp(scipy.special.entr(singular / singular.sum()).sum()))
 
 
 def cosine_density(cosines_N: Vectors, gold_N: ArrayLike) -> dict[str, list[float]]:
@@ -93,7 +92,7 @@ def cosine_density(cosines_N: Vectors, gold_N: ArrayLike) -> dict[str, list[floa
     for low in range(5):
         part_n = cosines_N[bin_N == low]
         if len(np.unique(part_n)) >= 3:
-            curves[f"{low}-{low + 1}"] = gaussian_kde(part_n)(places).round(4).tolist()
+            curves[f"{low}-{low + 1}"] = scipy.stats.gaussian_kde(part_n)(places).round(4).tolist()
     return curves
 
 

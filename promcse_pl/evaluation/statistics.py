@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 from promcse_pl.errors import DataError
 from promcse_pl.evaluation.correlation import checked
@@ -161,7 +161,7 @@ def mean_over_seeds(values: Sequence[float]) -> tuple[float, float, float, float
     if len(values) < 2:
         raise DataError(f"a spread over seeds needs two or more runs, got {len(values)}")
     mean, std = float(np.mean(values)), float(np.std(values, ddof=1))
-    half = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)) * std / len(values) ** 0.5
+    half = float(scipy.stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)) * std / len(values) ** 0.5
     return mean, std, mean - half, mean + half
 
 
@@ -182,9 +182,9 @@ def seed_difference(first: Sequence[float], second: Sequence[float]) -> Differen
     if not any(np.ptp(group) for group in (first, second)):
         return Difference(value, None, None, None, over)  # seeds that agree to the last digit, as accuracies can
     test: Any = (
-        stats.ttest_ind(second, first, equal_var=False)
+        scipy.stats.ttest_ind(second, first, equal_var=False)
         if len(first) > 1 and len(second) > 1
-        else stats.ttest_1samp(np.subtract.outer(second, first).ravel(), 0.0)
+        else scipy.stats.ttest_1samp(np.subtract.outer(second, first).ravel(), 0.0)
     )
     low, high = test.confidence_interval(LEVEL)
     return Difference(value, float(low), float(high), float(test.pvalue), over)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import io
 import json
 import os
 import select
@@ -112,7 +111,7 @@ class ForkServer:
             [sys.executable, "-m", "promcse_pl.sweep.forkserver", *preload],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, **environment},
+            env={**os.environ, **environment, "PYTHONUNBUFFERED": "1"},
             start_new_session=True,
         )
         self._codes: dict[int, int | None] = {}
@@ -216,13 +215,13 @@ def main() -> int:
             time.sleep(POLL)
         while children and (ended := os.waitpid(-1, os.WNOHANG))[0]:
             children.remove(ended[0])
-            with suppress(BrokenPipeError):
-                _tell(ended=ended[0], code=os.waitstatus_to_exitcode(ended[1]))
+            _tell(ended=ended[0], code=os.waitstatus_to_exitcode(ended[1]))
     return 0
 
 
 def _tell(**answer: int) -> None:
-    os.write(1, json.dumps(answer).encode() + b"\n")
+    with suppress(BrokenPipeError):  # the starter was killed
+        os.write(1, json.dumps(answer).encode() + b"\n")
 
 
 def _run(request: Mapping[str, Any], server: int) -> int:
@@ -231,8 +230,6 @@ def _run(request: Mapping[str, Any], server: int) -> int:
     with Path(os.devnull).open("rb") as nothing, Path(request["output"]).open("ab") as output:
         for source, number in ((nothing, 0), (output, 1), (output, 2)):
             os.dup2(source.fileno(), number)
-    assert isinstance(sys.stdout, io.TextIOWrapper)
-    sys.stdout.reconfigure(line_buffering=True)
     os.environ.update(request["environment"])
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

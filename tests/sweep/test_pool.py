@@ -171,13 +171,18 @@ def test_an_error_of_ours_in_a_task_is_in_its_output_and_the_next_one_runs(tmp_p
     assert (tmp_path / "1.out").read_text().endswith("LookupError: broken 1\n")
 
 
-def test_a_job_finds_what_it_imports_already_imported(tmp_path):
+def test_a_job_finds_what_it_imports_already_imported_and_cuda_untouched(tmp_path):
     files(tmp_path)
     write_config(small_config(tmp_path, data={"max_length": 20}), tmp_path / "config.yaml")
     script = f"""
-import importlib, sys
+import importlib, sys, torch
 from promcse_pl.sweep.forkserver import PRELOAD
+asked = []  # CUDA that was asked for anything cannot be used in a forked process
+own = {{name: getattr(torch.cuda, name) for name in ("is_available", "device_count", "init")}}
+for name in own: setattr(torch.cuda, name, lambda name=name: asked.append(name))
 for name in PRELOAD: importlib.import_module(name)
+for name in own: setattr(torch.cuda, name, own[name])
+if asked: sys.exit(f"asked of CUDA: {{asked}}")
 before = set(sys.modules)
 from promcse_pl.cli import main
 code = main(["train", "config.yaml", "--out", "run"])

@@ -10,15 +10,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 from server import Server, serving
-from test_wandb import items, records
+from test_wandb import items, records, small_config
 
 from promcse_pl.config import TrackingConfig
+from promcse_pl.folder import read_status
+from promcse_pl.job import write_config
 from promcse_pl.tracking import wandb as tracking
+from promcse_pl.tracking.local import read_history
 from promcse_pl.tracking.wandb import WandbRun, open_run
 
 KEY = "0123456789" * 4
@@ -200,6 +204,36 @@ def test_a_resumed_run_goes_on_with_its_run_and_every_entry_is_there_once(server
     assert len(server.runs) == 1
     assert "WARNING" not in caplog.text
     assert "wandb sync" not in caplog.text, "nothing is left to upload"
+
+
+SLOWLY = """
+import sys, time
+from promcse_pl.cli import main
+from promcse_pl.training.module import PromcseModule
+step = PromcseModule.training_step
+PromcseModule.training_step = lambda *arguments: (time.sleep(0.3), step(*arguments))[1]
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_job_that_is_killed_and_resumed_is_one_whole_run_at_the_server(server, tmp_path):
+    config, run = small_config(tmp_path, "online"), tmp_path / "run"
+    trainer = replace(config.trainer, epochs=20, max_steps=20, save_every=1, log_every=1)
+    write_config(replace(config, trainer=trainer), tmp_path / "config.yaml")
+    train = [sys.executable, "-c", SLOWLY, "train"]
+    killed = subprocess.Popen([*train, str(tmp_path / "config.yaml"), "--out", str(run)], stdout=subprocess.DEVNULL)
+    patiently(lambda: server.runs and list(run.glob("checkpoints/step-*")), 60)
+    killed.kill()
+    killed.wait()
+    resumed = subprocess.run([*train, "--resume", str(run)], capture_output=True, text=True, check=False, timeout=120)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "going on after step" in resumed.stdout
+    assert list(server.runs) == [read_status(run).wandb_id]
+    there = server.runs[read_status(run).wandb_id]
+    sent = [entry["step"] for _, entry in sorted(there["history"].items())]
+    assert sent == [entry["step"] for entry in read_history(run / "metrics.jsonl")]
+    assert sent[-1] == 20
+    assert there["complete"] == 0
 
 
 def test_a_run_resumed_offline_is_one_folder_with_all_entries(online, tmp_path, caplog):
