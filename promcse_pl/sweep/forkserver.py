@@ -25,7 +25,7 @@ from typing import Any
 
 from promcse_pl.errors import PromcseError
 from promcse_pl.imports import unwatched_imports
-from promcse_pl.training.stop import SIGNALS
+from promcse_pl.training.stop import SIGNALS, Stopped, StopSignals
 
 PRELOAD = (
     "promcse_pl.cli",
@@ -71,6 +71,7 @@ class Process:
     def __init__(self, server: ForkServer, pid: int) -> None:
         self.pid = pid
         self._server = server
+        self._asked = False
 
     def poll(self) -> int | None:
         """Return its exit code, negative for a signal; None while it runs."""
@@ -86,10 +87,11 @@ class Process:
         return True
 
     def terminate(self) -> None:
-        """Ask it to save and end."""
-        if self.poll() is None:
+        """Ask it, once, to save and end: a second signal would cut its saving short."""
+        if self.poll() is None and not self._asked and not self._server.has_asked:
             with suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGTERM)
+        self._asked = True
 
     def kill(self) -> None:
         """End it and what it started."""
@@ -107,19 +109,45 @@ class ForkServer:
     """
 
     def __init__(self, environment: Mapping[str, str], preload: Sequence[str] = PRELOAD) -> None:
-        self._server = subprocess.Popen(
-            [sys.executable, "-m", "promcse_pl.sweep.forkserver", *preload],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, **environment, "PYTHONUNBUFFERED": "1"},
-            start_new_session=True,
-        )
+        before = signal.pthread_sigmask(
+            signal.SIG_BLOCK, SIGNALS
+        )  # the server begins with them blocked, and keeps it so
+        try:
+            self._server = subprocess.Popen(
+                [sys.executable, "-m", "promcse_pl.sweep.forkserver", *preload],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env={**os.environ, **environment, "PYTHONUNBUFFERED": "1"},
+                start_new_session=True,
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self._is_ready = False
         self._codes: dict[int, int | None] = {}
         self._begun: list[int] = []
         self._rest = b""
 
+    @property
+    def has_asked(self) -> bool:
+        """Whether the kernel has told all tasks to end, because the server was killed."""
+        return sys.platform == "linux" and self._server.poll() is not None
+
+    def ready(self) -> bool:
+        """Return whether the imports are done.
+
+        Raises:
+            PromcseError: They failed.
+        """
+        self._catch_up()
+        if not self._is_ready and self._server.poll() is not None:
+            raise PromcseError(
+                "what the jobs need could not be imported (the reason stands above). "
+                "Try: pip install -c constraints.txt -e ."
+            )
+        return self._is_ready
+
     def start(self, task: Task, environment: Mapping[str, str]) -> Process:
-        """Begin a task, once the imports are done.
+        """Begin a task; waits until the server is `ready`.
 
         Args:
             task: What to run.
@@ -148,15 +176,13 @@ class ForkServer:
 
     def exit_code(self, pid: int) -> int | None:
         """Return the exit code of a process that was begun, negative for a signal; None while it runs."""
-        assert self._server.stdout is not None
-        while select.select([self._server.stdout], [], [], 0)[0] and self._listen():
-            pass
+        self._catch_up()
         if self._codes[pid] is None and self._server.poll() is not None and not _is_alive(pid):
             return -signal.SIGKILL  # nobody knows; it was told to end when the server was killed
         return self._codes[pid]
 
     def close(self) -> None:
-        """End the server; what runs is asked to save and end, and not waited for."""
+        """End the server; what still runs is asked to save and end, and waited for."""
         assert self._server.stdin is not None
         with suppress(BrokenPipeError):
             self._server.stdin.close()
@@ -164,13 +190,20 @@ class ForkServer:
             self._server.kill()  # it may be importing
         self._server.wait()
 
+    def _catch_up(self) -> None:
+        assert self._server.stdout is not None
+        while select.select([self._server.stdout], [], [], 0)[0] and self._listen():
+            pass
+
     def _listen(self) -> bool:
         """Take in what the server tells; return False when it has ended."""
         assert self._server.stdout is not None
         read = os.read(self._server.stdout.fileno(), 65536)
         *lines, self._rest = (self._rest + read).split(b"\n")
         for answer in map(json.loads, lines):
-            if "began" in answer:
+            if "ready" in answer:
+                self._is_ready = True
+            elif "began" in answer:
                 self._begun.append(answer["began"])
                 self._codes[answer["began"]] = None
             else:
@@ -192,9 +225,12 @@ def _is_alive(pid: int) -> bool:
 def main() -> int:
     """Be the server; what it forks comes back from here too."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # one that is sent early waits until the task can take it
+    channel = os.dup(1)
+    os.dup2(2, 1)  # what an import prints is no answer
     with unwatched_imports():
         for name in sys.argv[1:]:
             importlib.import_module(name)
+    _tell(channel, ready=1)
     server = os.getpid()
     children: set[int] = set()
     going = True
@@ -204,9 +240,10 @@ def main() -> int:
             if line:
                 pid = os.fork()
                 if pid == 0:
+                    os.close(channel)
                     return _run(json.loads(line), server)
                 children.add(pid)
-                _tell(began=pid)
+                _tell(channel, began=pid)
             else:
                 going = False
                 for pid in children:
@@ -214,14 +251,14 @@ def main() -> int:
         elif not going:
             time.sleep(POLL)
         while children and (ended := os.waitpid(-1, os.WNOHANG))[0]:
-            children.remove(ended[0])
-            _tell(ended=ended[0], code=os.waitstatus_to_exitcode(ended[1]))
+            children.discard(ended[0])
+            _tell(channel, ended=ended[0], code=os.waitstatus_to_exitcode(ended[1]))
     return 0
 
 
-def _tell(**answer: int) -> None:
+def _tell(channel: int, **answer: int) -> None:
     with suppress(BrokenPipeError):  # the starter was killed
-        os.write(1, json.dumps(answer).encode() + b"\n")
+        os.write(channel, json.dumps(answer).encode() + b"\n")
 
 
 def _run(request: Mapping[str, Any], server: int) -> int:
@@ -236,10 +273,24 @@ def _run(request: Mapping[str, Any], server: int) -> int:
     if os.getppid() != server:  # it was killed before the line above
         return 143
     module, _, function = request["target"].partition(":")
+    if not _is_as_new():
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        call = f"import sys, {module}; sys.exit({module}.{function}(sys.argv[1:]))"
+        os.execv(sys.executable, [sys.executable, "-c", call, *request["arguments"]])
     sys.argv = [module, *request["arguments"]]
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    code: int = getattr(importlib.import_module(module), function)(request["arguments"])
+    try:
+        with StopSignals():
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            code: int = getattr(importlib.import_module(module), function)(request["arguments"])
+    except Stopped as stopped:
+        return stopped.exit_code
     return code
+
+
+def _is_as_new() -> bool:
+    """Return whether this fork can do what a new process can: no import has asked CUDA for anything, no macOS library is loaded."""
+    torch = sys.modules.get("torch")
+    return sys.platform == "linux" and not (torch and torch.cuda._is_in_bad_fork())
 
 
 if __name__ == "__main__":

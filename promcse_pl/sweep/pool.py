@@ -140,15 +140,16 @@ class Pool:
         try:
             more = True
             while True:
-                while more and self._free and not self._signals:
+                while more and self._free and not self._signals and self._server.ready():
                     task = next(tasks, None)
                     if task is None:
                         more = False
                         break
                     place = self._free.pop(0)
+                    began = time.time()
                     process = self._server.start(task, self._environments[place])
-                    self.running.append(Running(task, process, place, time.time()))
-                if not self.running:
+                    self.running.append(Running(task, process, place, began))
+                if not self.running and (self._signals or not more):
                     return
                 time.sleep(POLL)
                 self._obey()

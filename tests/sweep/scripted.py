@@ -12,11 +12,14 @@ from promcse_pl.folder import Status, write_status
 
 
 def patient(arguments: Sequence[str]) -> int:
-    """Wait for NAME.go; save and end when told to stop, unless "stubborn" is the second argument."""
-    name = arguments[0]
+    """Wait for NAME.go; save and end when told to stop: "slowly", or not at all ("stubborn"), by the second argument."""
+    name, told = arguments[0], []
 
     def stop(*_: object) -> None:
-        Path(f"{name}.saved").write_text("")
+        told.append(1)
+        if "slowly" in arguments and len(told) == 1 and not Path(f"{name}.quick").exists():
+            time.sleep(0.4)
+        Path(f"{name}.saved").write_text(str(len(told)))
         sys.exit(143)
 
     signal.signal(signal.SIGTERM, signal.SIG_IGN if "stubborn" in arguments else stop)

@@ -19,14 +19,14 @@ from promcse_pl.sweep.pool import check_fits, shares, visible_devices
 
 HEAVY = ("torch._", "transformers.", "pytorch_lightning", "torchmetrics", "scipy", "promcse_pl.")
 PARENT = """
-import sys
+import os, sys
 from pathlib import Path
 from promcse_pl.sweep import pool
 folder, parallel, jobs, job = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
-pool.GRACE, pool.PRELOAD = 0.5, ()
+pool.GRACE, pool.PRELOAD = 0.5, (os.environ["PRELOAD"],)
 tasks = (pool.Task(str(n), job[0], [str(n), *job[1:]], folder / f"{n}.out") for n in range(jobs))
-one = pool.Pool(parallel, lambda line: print(line, flush=True))
-one.run(tasks, lambda task, code: print("ended", task.task.name, code, flush=True))
+with pool.Pool(parallel, lambda line: print(line, flush=True)) as one:
+    one.run(tasks, lambda task, code: print("ended", task.task.name, code, flush=True))
 sys.exit(one.exit_code or 0)
 """
 
@@ -48,12 +48,12 @@ def alive(pid: int) -> bool:
 class Parent:
     """A pool at work in a process of its own, in a session of its own like that of a terminal."""
 
-    def __init__(self, folder: Path, parallel: int, jobs: int, *job: str) -> None:
+    def __init__(self, folder: Path, parallel: int, jobs: int, *job: str, preload: str = "json") -> None:
         self.folder = folder
         self.process = subprocess.Popen(
             [sys.executable, "-c", PARENT, str(folder), str(parallel), str(jobs), *(job or ["scripted:patient"])],
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"},
+            env={**os.environ, "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}:{folder}", "PRELOAD": preload},
             stdout=subprocess.PIPE,
             stderr=(folder / "parent.err").open("wb"),
             text=True,
@@ -152,15 +152,36 @@ def test_a_killed_parent_leaves_no_orphan(tmp_path):
     parent.process.wait()
 
 
-def test_a_killed_server_stops_what_it_began_and_says_how_to_go_on(tmp_path):
-    parent = Parent(tmp_path, 1, 2)
-    job = parent.began(0)
-    os.kill(psutil.Process(job).ppid(), signal.SIGKILL)
-    until(lambda: not alive(job), "the job has ended")
-    assert (tmp_path / "0.saved").exists()
+def test_ctrl_c_in_the_imports_starts_nothing(tmp_path):
+    (tmp_path / "slow_import.py").write_text("import time\nprint('a chatty import')\ntime.sleep(3)\n")
+    parent = Parent(tmp_path, 1, 2, preload="slow_import")
+    time.sleep(1.5)
+    parent.ctrl_c()
+    began = time.monotonic()
+    assert parent.end()[0] == 130
+    assert time.monotonic() - began < 1.5, "the imports are not waited for"
+    assert not (tmp_path / "0.began").exists()
+
+
+def test_what_an_import_prints_is_no_answer_and_a_failed_one_is_said(tmp_path):
+    (tmp_path / "chatty.py").write_text("print('a chatty import')\n")
+    parent = Parent(tmp_path, 1, 1, "scripted:broken", preload="chatty")
+    assert parent.end() == (0, ["ended 0 1"])
+    parent = Parent(tmp_path, 1, 1, preload="not_there")
+    assert parent.end()[0] == 1
+    assert "could not be imported" in parent.said()
+
+
+def test_a_killed_server_stops_what_it_began_once_and_says_how_to_go_on(tmp_path):
+    parent = Parent(tmp_path, 2, 3, "scripted:patient", "slowly")
+    jobs = [parent.began(0), parent.began(1)]
+    (tmp_path / "1.quick").write_text("")
+    os.kill(psutil.Process(jobs[0]).ppid(), signal.SIGKILL)
+    until(lambda: not any(map(alive, jobs)), "the jobs have ended")
+    assert (tmp_path / "0.saved").read_text() == "1", "a second signal would have cut its saving short"
     code, printed = parent.end()
     assert code == 1
-    assert printed == ["ended 0 -9"]
+    assert "ended 1 -9" in printed
     assert "sweep.resume=FOLDER" in parent.said()
 
 
