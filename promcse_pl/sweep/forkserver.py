@@ -288,7 +288,7 @@ def _run(request: Mapping[str, Any], server: int) -> int:
 
 
 def _is_as_new() -> bool:
-    """Return whether this fork can do what a new process can: no import has asked CUDA for anything, no macOS library is loaded."""
+    """Return whether this fork can do what a new process can: no import has asked CUDA for anything, and this is no Mac."""
     torch = sys.modules.get("torch")
     return sys.platform == "linux" and not (torch and torch.cuda._is_in_bad_fork())
 
