@@ -18,7 +18,7 @@ def patient(arguments: Sequence[str]) -> int:
     def stop(*_: object) -> None:
         told.append(1)
         if "slowly" in arguments and len(told) == 1 and not Path(f"{name}.quick").exists():
-            time.sleep(0.4)
+            time.sleep(1)
         Path(f"{name}.saved").write_text(str(len(told)))
         sys.exit(143)
 
