@@ -197,17 +197,17 @@ def _last_words(folder: Path, rank: int) -> str:
     return next((line.strip().removeprefix("error: ") for line in reversed(lines) if line.strip()), "")
 
 
-def _end_with(starter: int) -> None:
-    """Have the kernel kill this process when its starter ends."""
+def end_with(starter: int, signum: int) -> None:
+    """Have the kernel (Linux) send this process a signal when the one that started it ends; if it has, end at once."""
     with suppress(OSError, AttributeError):  # not Linux
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signum)
     if os.getppid() != starter:
         sys.exit(1)
 
 
 def main() -> int:
     """Be one of the ranks of the run in the folder that the command line names."""
-    _end_with(int(os.environ[_STARTER]))
+    end_with(int(os.environ[_STARTER]), signal.SIGKILL)
     from promcse_pl.job import take_part
 
     try:

@@ -1,14 +1,13 @@
 """Processes that start in a moment: each is forked from one, the server, that has imported torch, transformers and Lightning.
 
 The server does nothing else: it reads no data and touches no GPU, so that what is forked from it is as good as a new interpreter.
-Lines of JSON go to its standard input, one for each process to begin; lines of JSON come from its standard output, one for each
-that began and one for each that ended. When its input ends, because its starter has, it sends SIGTERM to all that run and stays
-until they have ended.
+Lines of JSON go to its standard input, one for each process to begin; lines of JSON come from its standard output: one when the
+imports are done, one for each process that began, one for each that ended. When its input ends, because its starter has, it sends
+SIGTERM to all that run and stays until they have ended.
 """
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import json
 import os
@@ -25,27 +24,24 @@ from typing import Any
 
 from promcse_pl.errors import PromcseError
 from promcse_pl.imports import unwatched_imports
+from promcse_pl.launch import end_with
 from promcse_pl.training.stop import SIGNALS, Stopped, StopSignals
 
 PRELOAD = (
     "promcse_pl.cli",
     "promcse_pl.job",
-    "promcse_pl.adapter.files",
     "promcse_pl.evaluation.report",
     "promcse_pl.tracking.local",
     "promcse_pl.training.fit",
     "promcse_pl.training.inputs",
     "promcse_pl.evaluation.suite",
-    "promcse_pl.embedder",
     "promcse_pl.tracking.wandb",
-    "scipy.stats",
     "transformers.models.bert.modeling_bert",
     "transformers.models.roberta.modeling_roberta",
 )
 """What a run imports late."""
 POLL = 0.05
 """Seconds between two looks at the processes."""
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass(slots=True)
@@ -109,9 +105,8 @@ class ForkServer:
     """
 
     def __init__(self, environment: Mapping[str, str], preload: Sequence[str] = PRELOAD) -> None:
-        before = signal.pthread_sigmask(
-            signal.SIG_BLOCK, SIGNALS
-        )  # the server begins with them blocked, and keeps it so
+        # the server begins with them blocked, and keeps it so: what is sent early waits until the task can take it
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             self._server = subprocess.Popen(
                 [sys.executable, "-m", "promcse_pl.sweep.forkserver", *preload],
@@ -136,7 +131,7 @@ class ForkServer:
         """Return whether the imports are done.
 
         Raises:
-            PromcseError: They failed.
+            PromcseError: They failed, or the server was killed in them.
         """
         self._catch_up()
         if not self._is_ready and self._server.poll() is not None:
@@ -224,7 +219,6 @@ def _is_alive(pid: int) -> bool:
 
 def main() -> int:
     """Be the server; what it forks comes back from here too."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # one that is sent early waits until the task can take it
     channel = os.dup(1)
     os.dup2(2, 1)  # what an import prints is no answer
     with unwatched_imports():
@@ -268,10 +262,7 @@ def _run(request: Mapping[str, Any], server: int) -> int:
         for source, number in ((nothing, 0), (output, 1), (output, 2)):
             os.dup2(source.fileno(), number)
     os.environ.update(request["environment"])
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != server:  # it was killed before the line above
-        return 143
+    end_with(server, signal.SIGTERM)
     module, _, function = request["target"].partition(":")
     if not _is_as_new():
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

@@ -15,6 +15,7 @@ from promcse_pl.config import Config
 from promcse_pl.errors import ConfigError
 from promcse_pl.launch import SHARE, cores
 from promcse_pl.sweep.forkserver import PRELOAD, ForkServer, Process, Task
+from promcse_pl.training.stop import SIGNALS
 
 POLL = 0.1
 """Seconds between two looks at the processes."""
@@ -134,9 +135,7 @@ class Pool:
             ended: Takes a task that ended and its exit code, negative for a signal.
             watch: Called between looks, while tasks run.
         """
-        before = {
-            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-        }
+        before = {number: signal.signal(number, self._note) for number in SIGNALS}
         try:
             more = True
             while True:

@@ -83,9 +83,11 @@ def _run(folder: Path, plan: Plan, runner: Pool | Launch) -> int:
     tell(f"sweep {folder}: {len(plan.jobs)} jobs, {len(jobs)} to run")
     wait_for_earlier(folder, jobs)
     stopped = None
-    if isinstance(runner, Pool):
+    if not jobs:  # nor is a pool's import waited for
+        pass
+    elif isinstance(runner, Pool):
         stopped = run_local(folder, plan, jobs, runner)
-    elif jobs:
+    else:
         try:
             runner(jobs)
         except KeyboardInterrupt:
