@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shlex
+import signal
 import sys
 from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # Ctrl-C before anything has begun: no traceback of an import
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from promcse_pl.cli import main as cli
 from promcse_pl.config import check_overrides
@@ -27,6 +37,7 @@ def main(composed: DictConfig) -> float | None:
     try:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             return _run_apart(composed, folder)
+        _check_single()
         config = config_of(composed)
         from promcse_pl.job import run_job
 
@@ -46,6 +57,15 @@ def _run_apart(composed: DictConfig, folder: Path) -> float:
     if not (folder / START).is_file():
         add_job(folder.parent, SweepJob(folder.name, overrides), config_of(composed))
     return run_alone(folder.parent, SweepJob(folder.name, overrides))
+
+
+def _check_single() -> None:
+    """Refuse what is of sweeps where one job was asked for: it would have no effect."""
+    given: Any = OmegaConf.to_container(HydraConfig.get().overrides, resolve=False)
+    of_sweeps = ("sweep", "hydra.sweep", "hydra/sweep")
+    idle = [one for one in (*given["hydra"], *given["task"]) if one.lstrip("+").startswith(of_sweeps)]
+    if idle:
+        raise ConfigError(f"{idle[0]} has no effect on a single run. Try: python run.py -m {shlex.join(sys.argv[1:])}")
 
 
 def _remove_empty(folder: Path) -> None:
@@ -73,12 +93,47 @@ def _choices() -> dict[str, list[str]]:
     return {group.name: sorted(path.stem for path in group.glob("[!_]*.yaml")) for group in groups}
 
 
+def _refused(error: Exception) -> ConfigError:
+    """Return what Hydra did not accept on the command line as an error of ours, in one line that says what to type."""
+    text = str(error)
+    several = re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(.*?)'", text)
+    if several:
+        return ConfigError(
+            f"{several[1]} has several values. Try: python run.py -m {shlex.join(sys.argv[1:])} (a job for each), or "
+            "'KEY=[VALUE,VALUE]' for a list"
+        )
+    noise = ("See https:", "full_key:", "object_type=", "Config search path:", "provider=")
+    lines = [line.strip() for line in text.splitlines()]
+    told = " ".join(line for line in lines if line and not line.startswith(noise)).rstrip(".")
+    return ConfigError(f"{told}. Try: python run.py --help")
+
+
 def _stop(error: PromcseError) -> None:
     write_error(error)
     sys.exit(2)
 
 
+def _run_hydra() -> None:
+    """Call `main` through Hydra, whose refusals become errors of ours; a user's HYDRA_FULL_ERROR=1 shows where they come from."""
+    if os.environ.get("HYDRA_FULL_ERROR"):
+        main()
+        return
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # it raises, where it would print and end with 1
+    try:
+        main()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _refused(error) from error
+    except ValueError as error:  # of options that exclude one another
+        trace = error.__traceback__
+        while trace and trace.tb_next:
+            trace = trace.tb_next
+        if trace is None or not trace.tb_frame.f_globals["__name__"].startswith("hydra."):
+            raise
+        raise _refused(error) from error
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         resumed = sorted(sys.argv[1:], key=lambda argument: not argument.startswith("resume="))
         if resumed and resumed[0].startswith("resume="):
@@ -87,7 +142,7 @@ if __name__ == "__main__":
         if any(argument.startswith("sweep.resume=") for argument in sys.argv[1:]):
             sys.argv[1:] = resumed_arguments(sys.argv[1:])
         check_overrides(sys.argv[1:], _choices())
-        main()
+        _run_hydra()
     except PromcseError as error:
         _stop(error)
     except Stopped as stopped:
