@@ -43,7 +43,7 @@ class Status:
         step, steps: Optimiser steps done when this was written, and of the whole run; None: not known yet.
         error: Kind and message of what ended a failed run.
         wandb_id: Id of the W&B run, fixed before training starts; None without tracking.
-        started, updated: Seconds since 1970.
+        started, updated: Seconds since 1970; a resumed run's start is moved by the time that it stood still.
         pid: Process that wrote this.
     """
 
@@ -59,6 +59,11 @@ class Status:
     def at(self, step: int, steps: int) -> Status:
         """Return the same at another step."""
         return dataclasses.replace(self, step=step, steps=steps)
+
+    def resumed(self) -> Status:
+        """Return the same for a run that goes on now, as if it had not stood still."""
+        started = time.time() - max(0.0, self.updated - self.started)
+        return dataclasses.replace(self, state="running", error=None, started=started)
 
 
 def write_status(folder: Path, status: Status) -> None:

@@ -168,7 +168,7 @@ def take_part(folder: Path, console: Console | None = None) -> dict[str, Any]:
     assert ranks is not None, "start it through run_job or resume_job"
     if ranks.rank:
         return _follow(config, folder, resume, ranks)
-    status = dataclasses.replace(read_status(folder) or Status(state="running"), state="running", error=None)
+    status = (read_status(folder) or Status(state="running")).resumed()
     with suppress(FileNotFoundError):  # what was logged after the save is logged again
         os.truncate(folder / HISTORY, resume.history_bytes if resume else 0)
     return _session(config, folder, console or output_console(), status, resume, ranks)
@@ -341,6 +341,7 @@ def _run(
             show_bar=console.is_terminal,
             status=status,
             stop=stop,
+            started=started,
             resume=resume,
             ranks=ranks,
         )
@@ -371,7 +372,7 @@ def _run(
         "trained_share": trained / total,
         "training_seconds": round(fitted.seconds, 2),
         "rows_per_second": round(fitted.rows_per_second, 2),
-        "seconds": round(time.perf_counter() - started, 2),
+        "seconds": round(fitted.earlier_seconds + time.perf_counter() - started, 2),
         "tokens": {"cache": rows.fingerprint, "truncated": rows.truncated, "skipped_rows": len(rows.bad_rows)},
         "evaluation": evaluation,
         "versions": {"promcse_pl": __version__, "torch": torch.__version__, "python": platform.python_version()},

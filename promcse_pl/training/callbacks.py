@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -156,14 +157,14 @@ class History(pl.Callback):
 
 
 class ProgressLines(pl.Callback):
-    """A line every tenth of the run, for output that is not a terminal."""
+    """A line every tenth of the run, for output that is not a terminal.
 
-    def __init__(self) -> None:
-        self._start = 0.0
+    Args:
+        seconds: Gives the seconds of training so far, those before a resumption included.
+    """
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the clock."""
-        self._start = time.perf_counter()
+    def __init__(self, seconds: Callable[[], float]) -> None:
+        self.seconds = seconds
 
     def on_train_batch_end(
         self,
@@ -177,4 +178,4 @@ class ProgressLines(pl.Callback):
         step, steps = trainer.global_step, pl_module.total_steps
         if step * 10 // steps > (step - 1) * 10 // steps:
             loss = float(trainer.callback_metrics["loss"])
-            log.info("step %d of %d: loss %.3f, %.0f s", step, steps, loss, time.perf_counter() - self._start)
+            log.info("step %d of %d: loss %.3f, %.0f s", step, steps, loss, self.seconds())

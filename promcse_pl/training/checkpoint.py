@@ -230,14 +230,17 @@ class Saver(pl.Callback):
         stop: The signals.
         status: Where the run stands at the start; its step is kept up to date.
         seed: Of the run.
+        started: When this process began with the run, imports included (`time.perf_counter`).
     """
 
-    def __init__(self, run: Path, *, every: int | None, stop: StopSignals, status: Status, seed: int) -> None:
+    def __init__(
+        self, run: Path, *, every: int | None, stop: StopSignals, status: Status, seed: int, started: float
+    ) -> None:
         self.run, self.every, self.stop, self.status, self.seed = run, every, stop, status, seed
-        self.seconds = 0.0
-        """Of training before this process took over."""
+        self.seconds = self.training_seconds = 0.0
+        """Of the run, and of its training alone, before this process; what was lost after the last save is not in it."""
         self._random: list[dict[str, Any]] | None = None
-        self._started = time.perf_counter()
+        self._started, self._training_started = started, time.perf_counter()
         self._batch: TrainBatch | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -297,13 +300,18 @@ class Saver(pl.Callback):
             log.info("the prompt before that step and its batch are in %s", path)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the random states of all ranks, taken after everything else of the step, and the seconds of training so far."""
-        return {"random": of_every_rank(random_state()), "seconds": self.total_seconds()}
+        """Return the random states of all ranks, taken after everything else of the step, and the seconds so far."""
+        return {
+            "random": of_every_rank(random_state()),
+            "seconds": self.total_training_seconds(),
+            "run_seconds": self.seconds + time.perf_counter() - self._started,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over an earlier process's state; the generators follow when training starts."""
-        self._random, self.seconds = state_dict["random"], state_dict["seconds"]
+        self._random, self.training_seconds = state_dict["random"], state_dict["seconds"]
+        self.seconds = state_dict.get("run_seconds", self.training_seconds)  # absent: saved by an earlier version
 
-    def total_seconds(self) -> float:
+    def total_training_seconds(self) -> float:
         """Seconds of training, of all processes that took part one after another."""
-        return self.seconds + time.perf_counter() - self._started
+        return self.training_seconds + time.perf_counter() - self._training_started

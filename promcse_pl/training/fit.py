@@ -52,6 +52,7 @@ class Fitted:
         best_step: Step that was kept: the best by development score, else the last.
         dev_score: Best development Spearman in [-1, 1], or None without a development set.
         seconds: Of training, looks at the development set included.
+        earlier_seconds: Of the whole run before this process, up to the save that it went on from.
         rows_per_second: Training rows, looks left out.
     """
 
@@ -59,6 +60,7 @@ class Fitted:
     best_step: int
     dev_score: float | None
     seconds: float
+    earlier_seconds: float
     rows_per_second: float
 
 
@@ -205,6 +207,7 @@ def fit(
     show_bar: bool,
     status: Status,
     stop: StopSignals,
+    started: float,
     resume: Checkpoint | None = None,
     ranks: Ranks = Ranks(),  # noqa: B008  (frozen)
 ) -> Fitted:
@@ -219,6 +222,7 @@ def fit(
         show_bar: A progress bar for a terminal, else a line now and then.
         status: Where the run stands; its step is kept up to date in the folder.
         stop: Signals that end the run after a save.
+        started: When this process began with the run (`time.perf_counter`).
         resume: Where an earlier process left the run.
         ranks: The place of this process; with several, all of them must have joined (`ranks.join`).
 
@@ -243,7 +247,7 @@ def fit(
     )
     data.start_step = resume.step if resume else 0
     history = History(log_every, chunk_tokens)
-    saver = Saver(folder, every=config.trainer.save_every, stop=stop, status=status, seed=config.seed)
+    saver = Saver(folder, every=config.trainer.save_every, stop=stop, status=status, seed=config.seed, started=started)
     best = None
     if data.dev is not None:
         every = config.trainer.eval_every
@@ -251,7 +255,7 @@ def fit(
             every = max(1, steps // LOOKS)
             log.info("%d steps are few: looking at the development set every %d", steps, every)
         best = BestByDev(data.dev, data.tokenizer, every=every, save_to=folder / ADAPTER)
-    watchers = [history, best, None if show_bar else ProgressLines(), saver]
+    watchers = [history, best, None if show_bar else ProgressLines(saver.total_training_seconds), saver]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="pytorch_lightning.*|lightning_fabric.*|torch.jit.*")
         trainer = pl.Trainer(
@@ -284,6 +288,7 @@ def fit(
         steps=steps,
         best_step=best.best_step if best and best.best_step is not None else steps,
         dev_score=best.best_score if best else None,
-        seconds=saver.total_seconds(),
+        seconds=saver.total_training_seconds(),
+        earlier_seconds=saver.seconds,
         rows_per_second=history.total_rows / history.total_seconds,
     )

@@ -1,5 +1,6 @@
 """A run that was killed and resumed must be the run that would have been: compared byte for byte, times aside."""
 
+import dataclasses
 import json
 import multiprocessing as mp
 import os
@@ -19,7 +20,7 @@ from promcse_pl.config import Config
 from promcse_pl.errors import ConfigError, DataError, PromcseError
 from promcse_pl.folder import is_running, locked, read_status, write_status
 from promcse_pl.job import read_config, resume_job, run_job, write_config
-from promcse_pl.training.checkpoint import newest_checkpoint
+from promcse_pl.training.checkpoint import RunCheckpoints, newest_checkpoint
 from promcse_pl.training.stop import Stopped
 
 KILLS = 20
@@ -152,6 +153,33 @@ def stopped_run(long_run, tmp_path) -> Path:
     process.kill()
     end(process)
     return folder
+
+
+def test_times_are_those_of_all_processes_without_the_time_between_them(stopped_run, long_run):
+    config, straight = long_run
+    newest = newest_checkpoint(stopped_run)
+    saver = newest.state["callbacks"]["Saver"]
+    assert 0 < saver["seconds"] < saver["run_seconds"]
+    saver["seconds"], saver["run_seconds"] = 5000.0, 7000.0  # a long run, and it stood still for a day
+    RunCheckpoints(stopped_run).save_checkpoint(newest.state, newest.path)
+    day = 24 * 3600
+    before = read_status(stopped_run)
+    standing = dataclasses.replace(before, started=before.started - day)
+    worked = before.updated - before.started
+    (stopped_run / "status.json").write_text(
+        json.dumps({**dataclasses.asdict(standing), "updated": before.updated - day})
+    )
+    assert end(start(config, stopped_run)) == 0
+    assert outcome(stopped_run) == outcome(straight)
+    results = json.loads((stopped_run / "results.json").read_text())
+    assert 5000 < results["training_seconds"] < 6000
+    assert 7000 < results["seconds"] < 8000
+    lines = (stopped_run / "run.log").read_text().splitlines()
+    told = [int(line.split(", ")[-1].removesuffix(" s")) for line in lines if " of 27: loss" in line]
+    assert told == sorted(told)
+    assert 5000 <= told[-1] < 6000
+    after = read_status(stopped_run)
+    assert worked < after.updated - after.started < worked + 600
 
 
 def test_a_torn_newest_checkpoint_is_passed_over_for_the_one_before(stopped_run, long_run):
