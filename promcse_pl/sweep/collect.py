@@ -26,7 +26,7 @@ class Run:
 
     Attributes:
         folder: Where it lies (or would, had it begun).
-        name: The folder, seen from the sweep's.
+        name: The folder, seen from the sweep's; its own name where it is that folder.
         settings: Dotted names (and groups of conf/) with their values.
         state: `finished`, `failed`, `stopped`, `pruned`, `running`; `killed`: it says running but no process holds it;
             `missing`: never begun; `damaged`: status.json or the results of a finished run cannot be read.
@@ -136,7 +136,7 @@ def _value(text: str) -> Any:  # noqa: ANN401
 
 
 def _read_run(sweep: Path, name: str, settings: dict[str, Any] | None) -> Run:
-    run = Run(sweep / name, name, settings or {})
+    run = Run(sweep / name, sweep.resolve().name if name == "." else name, settings or {})
     try:
         status = read_status(run.folder)
     except DataError as error:

@@ -61,7 +61,7 @@ def page_data(sweep: Sweep, *, tests: bool) -> dict[str, Any]:
         "version": __version__,
         "settings": names,
         "tasks": tested_tasks(sweep.runs) if tests else [],
-        "notes": [*notes(sweep, rows), *([f"warning: {CHEATING}"] if tests else [])],
+        "notes": [*notes(sweep, rows), *([f"warning: {CHEATING}"] if tests and tested_tasks(sweep.runs) else [])],
         "commands": commands(sweep, rows),
         "runs": [_run(run, names, points, tests=tests) for run in sweep.runs],
         "rows": {
@@ -81,6 +81,7 @@ def _run(run: Run, names: Sequence[str], points: int, *, tests: bool) -> dict[st
         "values": [run.settings.get(name) for name in names],
         "state": run.state,
         "dev": run.dev,
+        "not_finite": run.dev is not None and not math.isfinite(run.dev),
         "seconds": run.seconds,
         "tests": run.tests if tests else {},
         "curves": {name: decimate(*series, points) for name, series in _series(run).items()},

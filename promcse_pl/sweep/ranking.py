@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import statistics
@@ -21,7 +22,7 @@ class Row:
 
     Attributes:
         runs: At least one, in the sweep's order.
-        rank: From 1, by the mean dev score; None without one.
+        rank: From 1, by the mean dev score; None without one, and if the runs were not all scored on the same development set.
         dev: Mean over the finished runs, Spearman x 100; NaN if one of them is; None: no score.
         std: Sample standard deviation over them; None for fewer than two.
         n: How many finished runs with a score that is.
@@ -56,7 +57,7 @@ def varied_settings(runs: Sequence[Run]) -> list[str]:
 
 
 def rank(runs: Sequence[Run], *, by_seed: bool) -> list[Row]:
-    """Return the runs grouped and ordered, the best first; those without a score come last, in the sweep's order.
+    """Return the runs grouped and ordered, the best first; those without a rank come last, in the sweep's order.
 
     Args:
         runs: Of a sweep.
@@ -73,16 +74,20 @@ def rank(runs: Sequence[Run], *, by_seed: bool) -> list[Row]:
         dev, std, n = spread(run.dev for run in members if run.finished)
         times = [run.seconds for run in members if run.finished] or [run.seconds for run in members]
         rows.append(Row(members, None, dev, std, n, spread(times)[0]))
-    rows.sort(key=lambda row: -row.dev if _ranked(row) else math.inf)  # type: ignore[operator]
-    return [
-        Row(row.runs, place if _ranked(row) else None, row.dev, row.std, row.n, row.seconds)
-        for place, row in enumerate(rows, start=1)
-    ]
+    if len(dev_sets(runs)) > 1:
+        return rows
+    rows.sort(key=lambda row: -row.dev if _has_score(row) else math.inf)  # type: ignore[operator]
+    return [dataclasses.replace(row, rank=place) if _has_score(row) else row for place, row in enumerate(rows, start=1)]
+
+
+def dev_sets(runs: Iterable[Run]) -> list[str]:
+    """Return the development sets that runs were scored on; scores on different ones cannot be compared."""
+    return sorted({run.dev_name for run in runs if run.dev_name})
 
 
 def best_run(rows: Sequence[Row]) -> Run | None:
     """Return the run with the highest dev score of the best row; None if no row has a rank."""
-    if not rows or not _ranked(rows[0]):
+    if not rows or rows[0].rank is None:
         return None
     return max((run for run in rows[0].runs if run.finished and run.dev is not None), key=lambda run: run.dev or 0.0)
 
@@ -101,5 +106,5 @@ def key(value: object) -> str:
     return json.dumps(value, sort_keys=True, default=str)
 
 
-def _ranked(row: Row) -> bool:
+def _has_score(row: Row) -> bool:
     return row.dev is not None and math.isfinite(row.dev)

@@ -6,7 +6,8 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
@@ -14,13 +15,15 @@ from rich.table import Table
 
 from promcse_pl.folder import CONFIG
 from promcse_pl.sweep.collect import Run, Sweep
-from promcse_pl.sweep.ranking import Row, best_run, varied_settings
+from promcse_pl.sweep.ranking import Row, best_run, dev_sets, varied_settings
 from promcse_pl.terminal import output_console
 
 CHEATING = (
     "test scores are shown: choosing settings by them is cheating, since a score that was chosen by is no longer a test. "
     "Choose by dev."
 )
+MOST_COLUMNS = 6
+"""Settings that get a column each on a terminal; of more, each row names those in which it differs from most runs."""
 UNFINISHED = ("missing", "killed", "stopped", "failed", "damaged")
 
 
@@ -28,7 +31,8 @@ def print_report(sweep: Sweep, rows: Sequence[Row], *, by_seed: bool, tests: boo
     """Print the table, what to know about it, the failures and the commands; warnings go to standard error."""
     console = output_console()
     console.print(ranked_table(sweep, rows, by_seed=by_seed, tests=tests))
-    for line in [*notes(sweep, rows), *([f"warning: {CHEATING}"] if tests else [])]:
+    tested = tests and tested_tasks(sweep.runs)
+    for line in [*notes(sweep, rows), *([f"warning: {CHEATING}"] if tested else [])]:
         (sys.stderr if line.startswith("warning") else sys.stdout).write(f"{line}\n")
     lines = [f"\n{run.name} {run.state}: {message}" for run, messages in failures(sweep.runs) for message in messages]
     lines += [f"\n{what}:\n  {command}" for what, command in commands(sweep, rows)]
@@ -39,12 +43,17 @@ def ranked_table(sweep: Sweep, rows: Sequence[Row], *, by_seed: bool, tests: boo
     """Return one line for each row: its rank, the settings that vary, dev score, time and status, test scores if asked."""
     names = [name for name in varied_settings(sweep.runs) if not (by_seed and name == "seed")]
     tasks = tested_tasks(sweep.runs) if tests else []
+    wide = len(names) > MOST_COLUMNS
+    usual = {
+        name: Counter(shown(run.settings[name]) for run in sweep.runs if name in run.settings).most_common(1)[0][0]
+        for name in names
+    }
     several = any(len(row.runs) > 1 for row in rows)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("#", justify="right")
-    table.add_column("run")
-    for name in names:
-        table.add_column(escape(name.replace(".", ".\n")), justify="right", overflow="fold")
+    table.add_column("run", overflow="fold")
+    for name in ["unlike most runs"] if wide else names:
+        table.add_column(escape(name.replace(".", ".\n")), justify="left" if wide else "right", overflow="fold")
     for title in ("dev", *(["n"] if several else []), *map(escape, tasks), "time"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("status")
@@ -53,7 +62,7 @@ def ranked_table(sweep: Sweep, rows: Sequence[Row], *, by_seed: bool, tests: boo
         table.add_row(
             "" if row.rank is None else str(row.rank),
             escape(",".join(run.name for run in row.runs)),
-            *(escape(shown(first.settings[name])) if name in first.settings else "" for name in names),
+            *(escape(text) for text in _settings(first, names, usual if wide else None)),
             _dev(row),
             *([str(row.n)] if several else []),
             *(figure(*row.test(task)) for task in tasks),
@@ -66,11 +75,15 @@ def ranked_table(sweep: Sweep, rows: Sequence[Row], *, by_seed: bool, tests: boo
 def notes(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
     """Return what a reader of the table must know: how it is ordered, and what is odd about the folder."""
     lines = [f"warning: {warning}" for warning in sweep.warnings]
-    sets = sorted({run.dev_name for run in sweep.runs if run.dev_name})
-    if not any(row.rank for row in rows):
+    sets = dev_sets(sweep.runs)
+    if len(sets) > 1:
+        lines.append(
+            f"warning: nothing is ranked: the runs were scored on different development sets ({', '.join(sets)})"
+        )
+    elif not any(run.finished for run in sweep.runs):
+        lines.append("no run is finished, so nothing is ranked")
+    elif not any(row.rank for row in rows):
         lines.append("no finished run has a dev score, so nothing is ranked (data.dev names a development set)")
-    elif len(sets) > 1:
-        lines.append(f"warning: the runs were scored on different development sets: {', '.join(sets)}")
     else:
         lines.append(f"ranked by {sets[0] if sets else 'dev'}, Spearman x 100")
     if any(len(row.runs) > 1 for row in rows):
@@ -95,7 +108,8 @@ def commands(sweep: Sweep, rows: Sequence[Row]) -> list[tuple[str, str]]:
     """Return what to type next, each with what it does: repeat the best run, go on with what is missing."""
     found = []
     if best := best_run(rows):
-        again = "-".join(("outputs/again", *sweep.folder.resolve().parts[-2:], *best.name.split("/")))
+        place = best.folder.resolve().parts[-3 if sweep.planned else -2 :]
+        again = "-".join(("outputs/again", *place))
         arguments = ["promcse", "train", str(best.folder / CONFIG), "--out", again]
         seed = f", seed {best.settings['seed']}" if len(rows[0].runs) > 1 and "seed" in best.settings else ""
         found.append((f"repeat the best run ({best.name}{seed})", shlex.join(arguments)))
@@ -136,6 +150,14 @@ def duration(seconds: float | None) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _settings(run: Run, names: Sequence[str], usual: Mapping[str, str] | None) -> list[str]:
+    """Return the cells of a run's settings: one each, or all that are unusual in one."""
+    values = {name: shown(run.settings[name]) for name in names if name in run.settings}
+    if usual is None:
+        return [values.get(name, "") for name in names]
+    return [", ".join(f"{name}={value}" for name, value in values.items() if value != usual[name])]
 
 
 def _dev(row: Row) -> str:

@@ -105,6 +105,49 @@ def test_without_dev_scores_nothing_is_ranked(tmp_path, capsys):
     assert "repeat" not in out
 
 
+def test_scores_on_different_development_sets_are_neither_ranked_nor_is_one_the_best(tmp_path, capsys):
+    write_sweep(tmp_path / "s", loss__margin=[0.1, 0.2])
+    path = tmp_path / "s/1" / RESULTS
+    path.write_text(path.read_text().replace("demo dev", "STS-B dev"))
+    sweep = read_sweep(tmp_path / "s")
+    rows = rank(sweep.runs, by_seed=True)
+    assert [row.rank for row in rows] == [None, None]
+    assert commands(sweep, rows) == []
+    out, err = report(capsys, tmp_path / "s")
+    assert "nothing is ranked: the runs were scored on different development sets (STS-B dev, demo dev)" in err
+    assert "70.00" in out
+
+
+def test_many_settings_take_one_column_that_names_what_is_unusual(tmp_path, capsys):
+    write_sweep(tmp_path / "s", loss__margin=[0.1, 0.2, 0.3], data__max_length=[16, 32])
+    unusual = ["loss.temperature=0.1", "prompt.length=5", "optim.lr=0.5", "data.batch_size=9", "trainer.epochs=7"]
+    finish(tmp_path / "s/2", ["loss.margin=0.2", "data.max_length=16", *unusual], 80)
+    (tmp_path / "s/sweep.json").unlink()
+    (tmp_path / "s/2/start.yaml").unlink()
+    out, _ = report(capsys, tmp_path / "s")
+    table = out.split("ranked by")[0]
+    assert max(map(len, table.splitlines())) <= 120
+    cells = " ".join(line.removeprefix(" 1   2").strip() for line in table.splitlines())
+    own = "data.batch_size=9, loss.temperature=0.1, loss.margin=0.2, prompt.length=5, optim.lr=0.5, trainer.epochs=7"
+    assert {name in cells for name in own.split(", ")} == {True}
+    assert "data.max_length=16" not in table, "what most runs have is not repeated"
+    assert table.count("data.max_length=32") == 3
+
+
+def test_the_report_of_a_single_run_names_it(tmp_path, capsys):
+    begin(tmp_path / "my-run", ["loss.margin=0.2"], "running")
+    out, _ = report(capsys, tmp_path / "my-run")
+    assert "\nmy-run killed: its process ended without a word" in out
+    assert "no run is finished, so nothing is ranked\n" in out
+    assert f"go on with my-run:\n  python run.py resume={tmp_path}/my-run\n" in out
+
+
+def test_test_scores_are_warned_of_only_where_there_are_some(tmp_path, capsys):
+    begin(tmp_path / "my-run", ["loss.margin=0.2"], "failed", "DataError: no")
+    _, err = report(capsys, tmp_path / "my-run", "--test")
+    assert "cheating" not in err
+
+
 @pytest.mark.parametrize("plan", [None, "{", '{"format": 9}', '{"format": 1, "overrides": [], "jobs": [{}]}'])
 def test_runs_are_found_without_a_plan(tmp_path, capsys, plan):
     for name, margin in (("a/10", 0.1), ("a/9", 0.2), ("b c", 0.3)):

@@ -16,8 +16,9 @@ function columns(apart) {
     ...settings.map(({name, place}) => ({
       name, number: true, cell: ({runs}) => ({value: runs[0].values[place], text: shown(runs[0].values[place])}),
     })),
-    {name: "dev", number: true, cell: ({rank, runs}) => {
-      if (done(runs).length) return rank === null ? {value: null, text: "nan"} : spread(there(done(runs).map((run) => run.dev)));
+    {name: "dev", number: true, cell: ({runs}) => {
+      if (done(runs).some((run) => run.not_finite)) return {value: null, text: "nan"};
+      if (done(runs).length) return spread(there(done(runs).map((run) => run.dev)));
       const soFar = there(runs.map((run) => run.dev));
       return {value: null, text: soFar.length ? `(${fixed(Math.max(...soFar))})` : ""};
     }},
