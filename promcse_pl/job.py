@@ -133,7 +133,8 @@ def resume_job(folder: Path, console: Console | None = None) -> dict[str, Any]:
         PromcseError, Stopped: As for `run_job`.
     """
     if not (folder / CONFIG).is_file():
-        raise ConfigError(f"{folder} holds no run to go on with: it has no {CONFIG}. Try: the folder of a run")
+        why = f"it has no {CONFIG}" if folder.is_dir() else "there is no such folder"
+        raise ConfigError(f"{folder} holds no run to go on with: {why}. Try: the folder of a run")
     console = console or output_console()
     config = read_config(folder / CONFIG)
     ranks = find_ranks(config.trainer)

@@ -49,6 +49,8 @@ MISTAKES = {
     "data=triplets": "data.train is not set. Try: python run.py data=triplets data.train=FILE",
     "data.train=missing.csv": "data.train=missing.csv is not there; looked for ",
     "data=nli": "data.dev=stsb and evaluation.tasks=[sts,sick] read data.dir/senteval, but data.dir is not set. Try: ",
+    "data=nli data.dir=/nowhere": "the folder data.dir=/nowhere does not exist (current folder: ",
+    "resume=nowhere": "nowhere holds no run to go on with: there is no such folder. Try: ",
     "data=nli data.dir=.": "data.dir=. has no senteval/ folder in it (SentEval's data: STS/, SICK/). Try: data.dir=FOLDER",
     "model.path=/nowhere": "the encoder folder /nowhere does not exist ",
     "tracking.wandb=onlin": "tracking.wandb must be one of auto, online, offline, disabled, got 'onlin'. Try: ",

@@ -33,8 +33,19 @@ def cache_dir(configured: str | None) -> Path:
 
 
 def data_dir(config: DataConfig) -> Path | None:
-    """Return the folder of data sets, if one is set."""
-    return None if config.dir is None else expand(config.dir)
+    """Return the folder of data sets, if one is set.
+
+    Raises:
+        ConfigError: It is not there.
+    """
+    if config.dir is None:
+        return None
+    folder = expand(config.dir)
+    if not is_folder(folder):
+        raise ConfigError(
+            f"the folder data.dir={config.dir} does not exist (current folder: {Path.cwd()}). Try: data.dir=FOLDER"
+        )
+    return folder
 
 
 def senteval_dir(config: DataConfig) -> Path:
@@ -43,11 +54,12 @@ def senteval_dir(config: DataConfig) -> Path:
     Raises:
         ConfigError: data.dir is not set, or has no senteval/ in it.
     """
-    if config.dir is None:
+    base = data_dir(config)
+    if base is None:
         raise ConfigError(
             "the STS tasks are read from data.dir/senteval, but data.dir is not set. Try: data.dir=FOLDER"
         )
-    folder = expand(config.dir) / "senteval"
+    folder = base / "senteval"
     if not is_folder(folder):
         raise ConfigError(
             f"data.dir={config.dir} has no senteval/ folder in it (SentEval's data: STS/, SICK/). "
@@ -62,13 +74,13 @@ def find_file(name: str, config: DataConfig, key: str) -> Path:
     Raises:
         DataError: It is in none of these places.
     """
-    path = expand(name)
-    places = [path] if path.is_absolute() or config.dir is None else [expand(config.dir) / path, path]
+    path, base = expand(name), data_dir(config)
+    places = [path] if path.is_absolute() or base is None else [base / path, path]
     for place in places:
         if is_there(place):
             return place
     looked = " and ".join(str(place.absolute()) for place in places)
-    hint = "" if config.dir else f", or data.dir=FOLDER that has {name} in it"
+    hint = "" if base else f", or data.dir=FOLDER that has {name} in it"
     raise DataError(f"{key}={name} is not there; looked for {looked}. Try: {key}=FILE{hint}")
 
 
