@@ -9,12 +9,16 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from promcse_pl.errors import ConfigError, DataError, PromcseError, write_error
+from promcse_pl.imports import unwatched_imports
 from promcse_pl.paths import expand, hide_home
 from promcse_pl.training.stop import Stopped
 from promcse_pl.version import __version__
+
+if TYPE_CHECKING:
+    from promcse_pl.embedder import PromCSE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,8 +55,8 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="run a saved config.yaml (a new run: python run.py), or go on with a run")
     train.add_argument("config", type=expand, nargs="?", help="config.yaml of a run")
-    train.add_argument("--out", type=expand, help="folder of the new run")
-    train.add_argument("--resume", metavar="FOLDER", type=expand, help="go on with the run in this folder")
+    train.add_argument("--out", type=expand, help="folder of the new run; with a config")
+    train.add_argument("--resume", metavar="FOLDER", type=expand, help="go on with the run in this folder; alone")
     train.set_defaults(run=_train)
 
     encode = commands.add_parser("encode", help="sentences to vectors")
@@ -209,9 +213,10 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     loaded = load_tasks(tasks, options.data)  # before torch: a missing file shows itself at once
 
-    from promcse_pl.evaluation.suite import evaluate
-    from promcse_pl.evaluation.targets import find_targets
-    from promcse_pl.evaluation.vectors import VectorCache
+    with unwatched_imports():
+        from promcse_pl.evaluation.suite import evaluate
+        from promcse_pl.evaluation.targets import find_targets
+        from promcse_pl.evaluation.vectors import VectorCache
     from promcse_pl.folder import write_text
     from promcse_pl.terminal import output_console, stages
 
@@ -241,7 +246,6 @@ def _encode(options: argparse.Namespace) -> int:
     import numpy as np
     from rich.console import Console
 
-    from promcse_pl.embedder import PromCSE
     from promcse_pl.terminal import progress_bar
 
     out: Path = options.out
@@ -250,7 +254,7 @@ def _encode(options: argparse.Namespace) -> int:
     if not out.absolute().parent.is_dir():
         raise DataError(f"the folder of --out {out} does not exist")
     sentences = _sentences(options.sentences)
-    model = PromCSE.load(options.adapter)
+    model = _load(options.adapter)
     with progress_bar(Console(stderr=True), "encoding", len(sentences)) as progress:
         vectors_ND = model.encode(sentences, progress=progress)
     if out == Path("-"):
@@ -276,14 +280,13 @@ def _search(options: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from promcse_pl.embedder import PromCSE
     from promcse_pl.index import check_search
     from promcse_pl.terminal import progress_bar
 
     check_search(options.top_k, options.threshold)  # before the corpus is encoded
     corpus = _sentences(options.corpus)
     queries = _sentences("-") if options.query == "-" else [options.query]
-    model = PromCSE.load(options.adapter)
+    model = _load(options.adapter)
     with progress_bar(Console(stderr=True), "encoding", len(corpus)) as progress:
         model.build_index(corpus, progress=progress)
     found = model.search(queries, top_k=options.top_k, threshold=options.threshold)
@@ -299,8 +302,6 @@ def _search(options: argparse.Namespace) -> int:
 
 
 def _similarity(options: argparse.Namespace) -> int:
-    from promcse_pl.embedder import PromCSE
-
     given = (options.first, options.second)
     files = [_names_file(text) for text in given]
     if files[0] != files[1]:
@@ -310,10 +311,18 @@ def _similarity(options: argparse.Namespace) -> int:
         raise DataError(
             f"the files must have as many lines as each other, got {len(first)} in {given[0]} and {len(second)} in {given[1]}"
         )
-    vectors_ND = PromCSE.load(options.adapter).encode([*first, *second])
+    vectors_ND = _load(options.adapter).encode([*first, *second])
     cosines_N = (vectors_ND[: len(first)] * vectors_ND[len(first) :]).sum(1)
     sys.stdout.write("".join(f"{cosine:.4f}\n" for cosine in cosines_N))
     return 0
+
+
+def _load(adapter: Path, **options: Any) -> PromCSE:  # noqa: ANN401
+    """Return an adapter with its encoder. Called late, so that a mistake in a file does not wait for torch."""
+    with unwatched_imports():
+        from promcse_pl.embedder import PromCSE
+
+    return PromCSE.load(adapter, **options)
 
 
 def _names_file(text: str) -> bool:
@@ -378,9 +387,8 @@ def _export(options: argparse.Namespace) -> int:
         )
     else:
         from promcse_pl.adapter.sentence_transformers import export_sentence_transformers
-        from promcse_pl.embedder import PromCSE
 
-        export_sentence_transformers(PromCSE.load(options.adapter, device="cpu"), options.out)
+        export_sentence_transformers(_load(options.adapter, device="cpu"), options.out)
         sys.stdout.write(f"{options.out}: SentenceTransformer({str(options.out)!r}, trust_remote_code=True)\n")
     return 0
 

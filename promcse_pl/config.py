@@ -340,7 +340,9 @@ class Config:
         if tasks := [task for task in self.evaluation.tasks if task in DATA_SUITES]:
             needs_dir.append(f"evaluation.tasks=[{','.join(tasks)}]")
         if needs_dir and self.data.dir is None:
-            train = "" if self.data.train == "demo" or self.data.train.startswith(("/", ".", "~")) else " data.train=FILE"
+            train = (
+                "" if self.data.train == "demo" or self.data.train.startswith(("/", ".", "~")) else " data.train=FILE"
+            )
             raise ConfigError(
                 f"{' and '.join(needs_dir)} read data.dir/senteval, but data.dir is not set. Try: data.dir=FOLDER with "
                 f"senteval/ in it, or data.dev=null 'evaluation.tasks=[]'{train}"

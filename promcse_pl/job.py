@@ -339,7 +339,7 @@ def _run(
             mlm_head=mlm_head,
             loggers=[JsonlLogger(folder / HISTORY)] if ranks.rank == 0 else [],
             folder=folder,
-            show_bar=console.is_terminal,
+            console=console,
             status=status,
             stop=stop,
             started=started,
@@ -358,7 +358,10 @@ def _run(
             "seed": config.seed,
         }
         save_adapter(encoder.to("cpu"), folder / ADAPTER, training=summary)
-        log.info("evaluating %s", "the adapter and the frozen encoder" if config.evaluation.frozen else "the adapter")
+        if data.dev or config.evaluation.tasks:
+            log.info(
+                "evaluating %s", "the adapter and the frozen encoder" if config.evaluation.frozen else "the adapter"
+            )
         with stages(console) as report:
             evaluation = _evaluate(config, folder / ADAPTER, data.dev, device.type, report)
     except BaseException:
@@ -422,6 +425,12 @@ def _report_rows(data: Any, folder: Path, ranks: Ranks) -> None:  # noqa: ANN401
     )
     if len(rows) < 2:
         raise DataError(f"{data.config.train} has {len(rows)} rows; a batch needs at least 2")
+    if len(rows) < data.config.batch_size:
+        log.info(
+            "they are fewer than data.batch_size=%d: an epoch is a single step. For more of them: data.batch_size=%d, say",
+            data.config.batch_size,
+            max(2, len(rows) // 10),
+        )
     if rows.truncated:
         log.info("%s sentences were cut to %d tokens", f"{rows.truncated:,}", data.config.max_length)
     if rows.bad_rows:
@@ -431,7 +440,7 @@ def _report_rows(data: Any, folder: Path, ranks: Ranks) -> None:  # noqa: ANN401
     if data.dev is None:
         log.info("no development set: the last step is kept")
     else:
-        log.info("development set: %s, %d pairs", data.dev.name, len(data.dev))
+        log.info("development set: %s, %s pairs", data.dev.name, f"{len(data.dev):,}")
 
 
 def _leave(folder: Path, state: State, error: str | None = None) -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.tree import Tree
 
 NO_TERMINAL_WIDTH = 120
@@ -52,18 +52,24 @@ def _shown(value: object) -> str:
 
 
 @contextmanager
-def progress_bar(console: Console, label: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """Show a bar on a terminal and nothing elsewhere; gives the function that takes the number done so far."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+def stages(console: Console) -> Iterator[Callable[[str, int, int | None], None]]:
+    """Show one bar for work of one or many parts, on a terminal and from the first report on.
+
+    Gives the function that takes the part, the steps done and the steps of all (None: not known).
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(label, total=total)
-        yield lambda done: progress.update(task, completed=done)
+        bars: list[TaskID] = []
+
+        def report(part: str, done: int, total: int | None) -> None:
+            bars[:] = bars or [progress.add_task(part, total=total)]
+            progress.update(bars[0], description=part, completed=done, total=total)
+
+        yield report
 
 
 @contextmanager
-def stages(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """Show one bar for work of many parts; gives the function that takes the part, the steps done and the steps of all."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("", total=None)
-        yield lambda part, done, total: progress.update(bar, description=part, completed=done, total=total)
+def progress_bar(console: Console, label: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """Show the bar for one part; gives the function that takes the number done so far."""
+    with stages(console) as report:
+        yield lambda done: report(label, done, total)

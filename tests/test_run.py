@@ -69,7 +69,7 @@ MISTAKES = {
     "--resolve": "The --resolve flag can only be used in conjunction with --cfg or --help. Try: ",
     "sweep.parallel=2": "sweep.parallel=2 has no effect on a single run. Try: python run.py -m sweep.parallel=2",
     "hydra.sweep.dir=x": "hydra.sweep.dir=x has no effect on a single run. Try: python run.py -m hydra.sweep.dir=x",
-    "-m seed=${x}": "seed: Interpolation key 'x' not found. Try: ",
+    "-m seed=${x}": "no job was started; of the job seed=$\\{x\\}: seed: Interpolation key 'x' not found. Try: ",
 }
 
 
@@ -184,6 +184,6 @@ def test_a_multirun_makes_a_complete_folder_and_an_adapter_of_its_own_for_every_
 def test_an_encoder_that_is_not_there_stops_a_multirun_before_its_first_job(here):
     done = start(here, "-m", "seed=1,2", "model.path=./missing", "hydra.sweep.dir=sweep")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: the encoder folder ./missing does not exist")
-    assert done.stderr.endswith("[the job seed=1 model.path=./missing; no job was started]\n")
+    job = "no job was started; of the job seed=1 model.path=./missing"
+    assert done.stderr.startswith(f"error: {job}: the encoder folder ./missing does not exist")
     assert list(here.iterdir()) == []

@@ -112,7 +112,7 @@ def run_local(folder: Path, plan: Plan, jobs: Sequence[SweepJob], pool: Pool) ->
 
 def announce(job: SweepJob, names: Sequence[str]) -> None:
     """Print that a job starts, and what is its own."""
-    tell(f"job {job.folder} starts: {' '.join(names)}")
+    tell(f"job {job.folder} starts{': ' if names else ''}{' '.join(names)}")
 
 
 def _report(folder: Path, job: SweepJob, one: Running, code: int) -> None:
@@ -159,14 +159,14 @@ def summary(folder: Path, plan: Plan, stopped: int | None) -> int:
         state = status.state if status else "not started"
         states.setdefault(state, []).append(job)
         if status and state == "failed":
-            tell(f"failed: job {job.folder} ({' '.join(plan.varying(job))}): {status.error}")
+            tell(f"failed: job {job.folder}{_own(plan, job)}: {status.error}")
     tell(", ".join(f"{len(jobs)} {state}" for state, jobs in states.items()))
     scored = [
         (score, job) for job in states.get("finished", []) if (score := dev_score(folder / job.folder)) is not None
     ]
     if scored:
         best, job = max(scored, key=lambda pair: pair[0])
-        tell(f"best on dev: {best:.2f}, job {job.folder} ({' '.join(plan.varying(job))})")
+        tell(f"best on dev: {best:.2f}, job {job.folder}{_own(plan, job)}")
     left = missing_jobs(folder, plan)
     if left:
         tell(f"to go on with the {len(left)} that did not finish: python run.py -m sweep.resume={folder}")
@@ -174,6 +174,12 @@ def summary(folder: Path, plan: Plan, stopped: int | None) -> int:
         tell(f"to upload its offline W&B runs: wandb login && {upload}")
     tell(f"to read it: promcse report {folder}")
     return (stopped or 1) if left else 0
+
+
+def _own(plan: Plan, job: SweepJob) -> str:
+    """Return what is a job's own, in brackets; of a sweep of one job nothing."""
+    varying = " ".join(plan.varying(job))
+    return f" ({varying})" if varying else ""
 
 
 def tell(line: str) -> None:

@@ -164,7 +164,7 @@ def checked(overrides: Sequence[str], compose: Compose, seen: set[str]) -> Confi
             check_inputs(config)
             seen.add(inputs)
     except PromcseError as error:
-        raise type(error)(f"{error} [the job {' '.join(overrides)}; no job was started]") from error
+        raise type(error)(f"no job was started; of the job {' '.join(overrides)}: {error}") from error
     return config
 
 

@@ -80,7 +80,7 @@ def run_sweep(
 
 def _run(folder: Path, plan: Plan, runner: Pool | Launch) -> int:
     jobs = missing_jobs(folder, plan)
-    tell(f"sweep {folder}: {len(plan.jobs)} jobs, {len(jobs)} to run")
+    tell(f"sweep {folder}: {len(plan.jobs)} {'job' if len(plan.jobs) == 1 else 'jobs'}, {len(jobs)} to run")
     wait_for_earlier(folder, jobs)
     stopped = None
     if not jobs:  # nor is a pool's import waited for

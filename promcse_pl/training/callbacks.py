@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from promcse_pl.adapter.files import save_adapter
@@ -17,6 +19,7 @@ from promcse_pl.data.module import TrainBatch
 from promcse_pl.embedder import PromCSE
 from promcse_pl.evaluation.sts import ScoredPairs, score_pairs
 from promcse_pl.loss.gather import sum_over_ranks
+from promcse_pl.terminal import stages
 from promcse_pl.training.module import PromcseModule
 
 log = logging.getLogger("promcse_pl")
@@ -179,3 +182,42 @@ class ProgressLines(pl.Callback):
         if step * 10 // steps > (step - 1) * 10 // steps:
             loss = float(trainer.callback_metrics["loss"])
             log.info("step %d of %d: loss %.3f, %.0f s", step, steps, loss, self.seconds())
+
+
+class ProgressBar(pl.Callback):
+    """A bar over all steps of the run, with loss and development score, for a terminal.
+
+    Args:
+        console: The terminal.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._bar = ExitStack()
+        self.console = console
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Show the bar."""
+        self.report = self._bar.enter_context(stages(self.console))
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        *_: Any,
+        **__: Any,
+    ) -> None:
+        """Move it on."""
+        assert isinstance(pl_module, PromcseModule)
+        metrics = trainer.callback_metrics
+        parts = [
+            f"{name} {float(metrics[name]):.{digits}f}" for name, digits in (("loss", 3), ("dev", 2)) if name in metrics
+        ]
+        self.report(f"training: {', '.join(parts)}", trainer.global_step, pl_module.total_steps)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take it away."""
+        self._bar.close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Take it away."""
+        self._bar.close()

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy
+from rich.console import Console
 
 from promcse_pl.config import Config
 from promcse_pl.data.module import PromcseDataModule
@@ -26,7 +27,7 @@ from promcse_pl.model.backbone import FrozenBackbone
 from promcse_pl.model.chunks import CHUNK_TOKENS
 from promcse_pl.model.encoder import PromptEncoder
 from promcse_pl.model.mlm import MlmHead
-from promcse_pl.training.callbacks import BestByDev, History, ProgressLines
+from promcse_pl.training.callbacks import BestByDev, History, ProgressBar, ProgressLines
 from promcse_pl.training.checkpoint import Checkpoint, RunCheckpoints, Saver
 from promcse_pl.training.memory import SHARE, free_bytes, kept_bytes
 from promcse_pl.training.module import PromcseModule
@@ -204,7 +205,7 @@ def fit(
     mlm_head: MlmHead | None,
     loggers: Sequence[Logger],
     folder: Path,
-    show_bar: bool,
+    console: Console,
     status: Status,
     stop: StopSignals,
     started: float,
@@ -219,7 +220,7 @@ def fit(
         device: Where to compute.
         loggers: Where numbers go.
         folder: Of the run: the best adapter so far and the checkpoints are kept in it.
-        show_bar: A progress bar for a terminal, else a line now and then.
+        console: Shows a progress bar if it is a terminal; else a line is logged now and then.
         status: Where the run stands; its step is kept up to date in the folder.
         stop: Signals that end the run after a save.
         started: When this process began with the run (`time.perf_counter`).
@@ -253,9 +254,10 @@ def fit(
         every = config.trainer.eval_every
         if 2 * every > steps:
             every = max(1, steps // LOOKS)
-            log.info("%d steps are few: looking at the development set every %d", steps, every)
+            log.info("a run of %d steps looks at the development set every %d", steps, every)
         best = BestByDev(data.dev, data.tokenizer, every=every, save_to=folder / ADAPTER)
-    watchers = [history, best, None if show_bar else ProgressLines(saver.total_training_seconds), saver]
+    progress = ProgressBar(console) if console.is_terminal else ProgressLines(saver.total_training_seconds)
+    watchers = [history, best, progress, saver]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="pytorch_lightning.*|lightning_fabric.*|torch.jit.*")
         trainer = pl.Trainer(
@@ -272,7 +274,7 @@ def fit(
             plugins=[RunCheckpoints(folder)],
             log_every_n_steps=log_every,
             enable_checkpointing=False,
-            enable_progress_bar=show_bar,
+            enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
             default_root_dir=folder,

@@ -94,7 +94,8 @@ def test_a_job_that_is_not_valid_stops_all_and_is_named(tmp_path):
 
     assert len(plan_jobs([[f"data.train={tmp_path}/train.csv", "seed=1"]], compose)) == 1
     with pytest.raises(
-        DataError, match=r"data.train=/gone.csv is not there.*\[the job data.train=/gone.csv seed=2; no job was"
+        DataError,
+        match=r"no job was started; of the job data.train=/gone.csv seed=2: data.train=/gone.csv is not there",
     ):
         plan_jobs([[f"data.train={tmp_path}/train.csv", "seed=1"], ["data.train=/gone.csv", "seed=2"]], compose)
     with pytest.raises(ConfigError, match="the sweep has no jobs"):

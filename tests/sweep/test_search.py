@@ -153,7 +153,7 @@ def test_every_value_and_both_ends_of_every_range_are_checked_before_the_first_j
         ["seed=3", "optim.lr=0.1", "prompt.length=8", "loss.margin=0.2"],
     ]
     files(tmp_path)
-    with pytest.raises(ConfigError, match=r"loss.margin must be in \[0, 2\].*no job was started"):
+    with pytest.raises(ConfigError, match=r"no job was started.*loss.margin must be in \[0, 2\]"):
         run_search(
             tmp_path / "s",
             [],

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,19 @@ def test_a_run_leaves_adapter_results_history_config_log_and_tracking_and_nothin
     }
     assert {path.name for path in (trained_run.folder / "adapter").iterdir()} == {"adapter.json", "adapter.safetensors"}
     assert json.loads((trained_run.folder / "results.json").read_text()) == trained_run.results
+
+
+def test_a_terminal_of_80_columns_sees_one_bar_over_all_steps(tmp_path):
+    (tmp_path / "train.csv").write_text("a,b,c\n" + "\n".join(word_rows(12)) + "\n")
+    screen = io.StringIO()
+    config = small_config(tmp_path, data={"dev": "holdout", "batch_size": 4}, trainer={"epochs": 2})
+    console = Console(file=screen, width=80, force_terminal=True, color_system=None)
+    steps = run_job(config, tmp_path / "run", console)["steps"]
+    frames = [text for text in re.split(r"[\r\n]|\x1b\[[\d;?]*[a-zA-Z]", screen.getvalue()) if "training:" in text]
+    assert re.match(rf"training: loss \d+\.\d{{3}}, dev -?\d+\.\d\d .*{steps}/{steps}", frames[-1]), frames
+    assert max(map(len, frames)) <= 80
+    assert "Epoch" not in screen.getvalue()
+    assert screen.getvalue().count("\x1b[?25l") == screen.getvalue().count("\x1b[?25h"), "the cursor comes back"
 
 
 def test_the_saved_config_is_the_given_one(trained_run):
