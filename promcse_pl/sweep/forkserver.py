@@ -8,6 +8,7 @@ SIGTERM to all that run and stays until they have ended.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
@@ -117,7 +118,7 @@ class ForkServer:
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        self._is_ready = False
+        self._is_ready, self._refused = False, 0
         self._codes: dict[int, int | None] = {}
         self._begun: list[int] = []
         self._rest = b""
@@ -149,7 +150,7 @@ class ForkServer:
             environment: Variables of its own.
 
         Raises:
-            PromcseError: The server was killed.
+            PromcseError: The server was killed, or the machine has no room for another process.
         """
         task.output.parent.mkdir(parents=True, exist_ok=True)
         request = {
@@ -162,7 +163,13 @@ class ForkServer:
         with suppress(BrokenPipeError):
             self._server.stdin.write(json.dumps(request).encode() + b"\n")
             self._server.stdin.flush()
+        self._refused = 0
         while not self._begun:
+            if self._refused:
+                raise PromcseError(
+                    f"a job's process cannot be started: {os.strerror(self._refused)}. "
+                    "Try: python run.py -m sweep.resume=FOLDER with a smaller sweep.parallel"
+                )
             if not self._listen():
                 raise PromcseError(
                     "the process from which jobs are started has ended. Try: python run.py -m sweep.resume=FOLDER"
@@ -198,6 +205,8 @@ class ForkServer:
         for answer in map(json.loads, lines):
             if "ready" in answer:
                 self._is_ready = True
+            elif "refused" in answer:
+                self._refused = answer["refused"]
             elif "began" in answer:
                 self._begun.append(answer["began"])
                 self._codes[answer["began"]] = None
@@ -232,7 +241,11 @@ def main() -> int:
         if going and select.select([sys.stdin.buffer], [], [], POLL)[0]:
             line = sys.stdin.buffer.readline()
             if line:
-                pid = os.fork()
+                try:
+                    pid = os.fork()
+                except OSError as error:  # too little memory, or too many processes
+                    _tell(channel, refused=error.errno or errno.EAGAIN)
+                    continue
                 if pid == 0:
                     os.close(channel)
                     return _run(json.loads(line), server)

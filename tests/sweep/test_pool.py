@@ -184,6 +184,27 @@ def test_a_killed_server_stops_what_it_began_once_and_says_how_to_go_on(tmp_path
     assert "sweep.resume=FOLDER" in parent.said()
 
 
+def test_no_room_for_another_process_is_said_and_what_runs_is_stopped(tmp_path):
+    (tmp_path / "crowded.py").write_text(
+        "import errno, os, time\n"
+        "fork, left = os.fork, [1]\n"
+        "def crowded():\n"
+        "    if left and left.pop():\n"
+        "        return fork()\n"
+        "    while not os.path.exists('0.began'):\n"
+        "        time.sleep(0.01)\n"
+        "    raise OSError(errno.EAGAIN, '')\n"
+        "os.fork = crowded\n"
+    )
+    parent = Parent(tmp_path, 2, 2, preload="crowded")
+    code, _ = parent.end()
+    assert code == 1
+    assert (
+        "a job's process cannot be started: Resource temporarily unavailable. Try: python run.py -m " in parent.said()
+    )
+    assert (tmp_path / "0.saved").exists()
+
+
 def test_an_error_of_ours_in_a_task_is_in_its_output_and_the_next_one_runs(tmp_path):
     code, printed = Parent(tmp_path, 1, 2, "scripted:broken").end()
     assert code == 0
