@@ -182,7 +182,8 @@ def _dashboard(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from promcse_pl.job import read_config, resume_job, run_job
+    from promcse_pl.folder import read_config
+    from promcse_pl.job import resume_job, run_job
 
     if options.resume and not (options.config or options.out):
         resume_job(options.resume)

@@ -1,4 +1,4 @@
-"""A run's folder: the names in it, the state of its run, and the lock that keeps a second process out."""
+"""A run's folder: the names in it, its config, state and results, and the lock that keeps a second process out."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import yaml
+
+from promcse_pl.config import Config
 from promcse_pl.errors import ConfigError, DataError
 from promcse_pl.paths import hide_home
 
@@ -138,3 +141,36 @@ def write_text(path: Path, text: str) -> None:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise ConfigError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def read_config(path: Path) -> Config:
+    """Read a saved config.yaml.
+
+    Raises:
+        ConfigError: The file cannot be read, is not YAML, or does not fit the schema.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the config {path}: {str(error)[:1000]}") from error
+    return Config.from_dict(raw)
+
+
+def write_config(config: Config, path: Path) -> Path:
+    """Save a config so that `read_config` gives it back, with ~ for the home folder; return the path."""
+    text = yaml.safe_dump(hide_home(config.to_dict()), sort_keys=False, allow_unicode=True)
+    write_text(path, f"# promcse train THIS_FILE --out NEW_FOLDER repeats the run\n{text}")
+    return path
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """Return the results of a finished run.
+
+    Raises:
+        DataError: There are none, or the file is damaged.
+    """
+    try:
+        results: dict[str, Any] = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder / RESULTS} cannot be read: {error}") from error
+    return results

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from promcse_pl import config as schema
 from promcse_pl.config import Config, SweepConfig, check_overrides, setting_keys
 from promcse_pl.errors import ConfigError
-from promcse_pl.job import read_config, write_config
+from promcse_pl.folder import read_config, write_config
 
 CONF = ROOT / "conf"
 MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from promcse_pl.errors import ConfigError, DataError
-from promcse_pl.folder import CONFIG, Status, is_running, read_status, write_status
+from promcse_pl.folder import CONFIG, Status, is_running, read_results, read_status, write_status
 from promcse_pl.sweep.forkserver import Task
 from promcse_pl.sweep.plan import OUTPUT, START, Plan, SweepJob, missing_jobs
 from promcse_pl.sweep.pool import GRACE, Pool, Running
@@ -69,8 +69,6 @@ def _error(output: Path, code: int) -> str:
 
 def dev_score(run: Path) -> float | None:
     """Return the development score of a finished job, Spearman x 100; None without one."""
-    from promcse_pl.job import read_results
-
     try:
         score = read_results(run).get("dev_spearman")
     except DataError:

@@ -13,7 +13,7 @@ from typing import Any
 
 from promcse_pl.config import Config
 from promcse_pl.errors import ConfigError, DataError, PromcseError
-from promcse_pl.folder import CONFIG, read_status, write_text
+from promcse_pl.folder import CONFIG, read_status, write_config, write_text
 from promcse_pl.paths import expand, hide_home
 from promcse_pl.tracking.wandb import LONGEST_TAG, short
 
@@ -178,8 +178,6 @@ def write_start(folder: Path, plan: Plan, job: SweepJob, config: Config, names: 
         config: Of the job.
         names: The overrides that vary; None: those that the plan shows to vary.
     """
-    from promcse_pl.job import write_config
-
     varying, tracking = plan.varying(job) if names is None else names, config.tracking
     tracking = dataclasses.replace(
         tracking,

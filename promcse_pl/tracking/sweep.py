@@ -13,7 +13,7 @@ from typing import Any
 
 from promcse_pl.config import Config, flat_settings
 from promcse_pl.errors import PromcseError
-from promcse_pl.folder import ADAPTER, CONFIG, Status, read_status, write_text
+from promcse_pl.folder import ADAPTER, CONFIG, Status, read_config, read_results, read_status, write_text
 from promcse_pl.sweep.plan import START
 from promcse_pl.tracking.wandb import open_run, resolve_mode, sent_settings
 
@@ -108,8 +108,6 @@ def _sync_command(folder: Path) -> str | None:
 
 def _jobs(folder: Path) -> Iterator[_Job]:
     """Read what lies in a sweep's folder, by number; what cannot be read is left out."""
-    from promcse_pl.job import read_config, read_results
-
     found = [path.parent for path in folder.glob(f"*/{CONFIG}")]
     for job in sorted(found, key=lambda path: (len(path.name), path.name)):
         with suppress(PromcseError):

@@ -20,8 +20,7 @@ from promcse_pl.adapter.official import import_official
 from promcse_pl.adapter.peft import export_peft, import_peft
 from promcse_pl.data.tokens import load_tokens, memory_source
 from promcse_pl.errors import AdapterError, DataError
-from promcse_pl.folder import read_status
-from promcse_pl.job import read_results
+from promcse_pl.folder import read_results, read_status
 from promcse_pl.model.backbone import FrozenBackbone
 from promcse_pl.model.encoder import PromptEncoder
 from promcse_pl.tracking.local import read_history

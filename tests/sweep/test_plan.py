@@ -9,8 +9,7 @@ from small import files, small_config
 
 from promcse_pl.config import SweepConfig, check_overrides
 from promcse_pl.errors import ConfigError, DataError
-from promcse_pl.folder import Status, locked, read_status, write_status
-from promcse_pl.job import read_config
+from promcse_pl.folder import Status, locked, read_config, read_status, write_status
 from promcse_pl.sweep.local import record_end, wait_for_earlier
 from promcse_pl.sweep.plan import (
     PLAN,

@@ -14,7 +14,7 @@ from conftest import ROOT
 from small import files, small_config
 
 from promcse_pl.errors import ConfigError
-from promcse_pl.job import write_config
+from promcse_pl.folder import write_config
 from promcse_pl.sweep.pool import check_fits, shares, visible_devices
 
 HEAVY = ("torch._", "transformers.", "pytorch_lightning", "torchmetrics", "scipy", "promcse_pl.")

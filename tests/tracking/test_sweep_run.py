@@ -12,8 +12,7 @@ from conftest import Run
 from server import serving
 from test_wandb import items, records
 
-from promcse_pl.folder import Status, write_status
-from promcse_pl.job import write_config
+from promcse_pl.folder import Status, write_config, write_status
 from promcse_pl.tracking.sweep import publish_sweep
 
 

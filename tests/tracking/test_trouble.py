@@ -19,8 +19,7 @@ from server import Server, serving
 from test_wandb import items, records, small_config
 
 from promcse_pl.config import TrackingConfig
-from promcse_pl.folder import read_status
-from promcse_pl.job import write_config
+from promcse_pl.folder import read_status, write_config
 from promcse_pl.tracking import wandb as tracking
 from promcse_pl.tracking.local import read_history
 from promcse_pl.tracking.wandb import WandbRun, open_run

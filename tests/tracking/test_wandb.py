@@ -16,7 +16,8 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 from promcse_pl.config import Config
 from promcse_pl.errors import ConfigError, NonFiniteError
-from promcse_pl.job import run_job, write_config
+from promcse_pl.folder import write_config
+from promcse_pl.job import run_job
 from promcse_pl.tracking.wandb import SUMMARY, resolve_mode
 from promcse_pl.training.module import PromcseModule
 

@@ -20,8 +20,8 @@ from test_resume import outcome
 
 from promcse_pl.config import Config
 from promcse_pl.errors import DataError, NonFiniteError, RankError
-from promcse_pl.folder import Status, is_running, read_status, write_status
-from promcse_pl.job import read_config, run_job, write_config
+from promcse_pl.folder import Status, is_running, read_config, read_status, write_config, write_status
+from promcse_pl.job import run_job
 from promcse_pl.launch import tell
 from promcse_pl.tracking.local import read_history
 from promcse_pl.training.checkpoint import newest_checkpoint

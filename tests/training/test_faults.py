@@ -14,8 +14,7 @@ from processes import Ended, promcse
 from safetensors.torch import load_file, save_file
 from test_job import small_config, word_rows
 
-from promcse_pl.folder import read_status
-from promcse_pl.job import write_config
+from promcse_pl.folder import read_status, write_config
 from promcse_pl.training.checkpoint import newest_checkpoint
 from promcse_pl.training.stop import StopSignals
 

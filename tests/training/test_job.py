@@ -21,7 +21,8 @@ from promcse_pl.data.readers import read_scored_pairs
 from promcse_pl.data.sources import load_sources
 from promcse_pl.errors import ConfigError, DataError, EncoderError, NonFiniteError
 from promcse_pl.evaluation.sts import ScoredPairs, score_pairs
-from promcse_pl.job import read_config, run_job, write_config
+from promcse_pl.folder import read_config, write_config
+from promcse_pl.job import run_job
 from promcse_pl.tracking.local import read_history
 
 

@@ -18,8 +18,8 @@ from test_job import small_config, word_rows
 
 from promcse_pl.config import Config
 from promcse_pl.errors import ConfigError, DataError, PromcseError
-from promcse_pl.folder import is_running, locked, read_status, write_status
-from promcse_pl.job import read_config, resume_job, run_job, write_config
+from promcse_pl.folder import is_running, locked, read_config, read_status, write_config, write_status
+from promcse_pl.job import resume_job, run_job
 from promcse_pl.training.checkpoint import RunCheckpoints, newest_checkpoint
 from promcse_pl.training.stop import Stopped
 

@@ -14,8 +14,7 @@ from test_faults import KILL_AT_STEP
 from test_job import small_config
 
 from promcse_pl.adapter.files import load_adapter
-from promcse_pl.folder import read_status
-from promcse_pl.job import read_config, write_config
+from promcse_pl.folder import read_config, read_status, write_config
 
 sys.path.append(str(ROOT / "tests/tracking"))
 from test_wandb import parse
