@@ -30,12 +30,14 @@ def mine(tmp_path):
 
 def test_two_targets_are_scored_compared_written_and_drawn(trained_run, mine, tmp_path, capsys):
     out, plot = tmp_path / "out", tmp_path / "plot.png"
-    command = ["evaluate", MINILM, str(trained_run.folder), "--tasks", f"demo,{mine}", "--out", str(out)]
+    other = mine.with_name("other.tsv")
+    other.write_text("".join(mine.read_text().splitlines(keepends=True)[:50]))
+    command = ["evaluate", MINILM, str(trained_run.folder), "--tasks", f"{other},{mine}", "--out", str(out)]
     assert main([*command, "--plot", str(plot), "--device", "cpu"]) == 0
     tree = json.loads((out / "results.json").read_text())
     assert list(tree["targets"]) == ["all-MiniLM-L6-v2", "run"]
     assert [target["kind"] for target in tree["targets"].values()] == ["frozen encoder, pooling avg", "adapter"]
-    assert [(row["second"], row["task"]) for row in tree["comparisons"]] == [("run", "demo test"), ("run", "mine.tsv")]
+    assert [(row["second"], row["task"]) for row in tree["comparisons"]] == [("run", "other.tsv"), ("run", "mine.tsv")]
     printed = capsys.readouterr()
     for target in tree["targets"].values():
         for score in target["scores"].values():
@@ -61,7 +63,7 @@ def test_the_tables_are_printed_and_written_in_the_form_that_is_asked_for(
 
 def test_a_run_and_the_command_give_the_same_scores(trained_run, tmp_path):
     data = dataclasses.replace(trained_run.config.data, cache_dir=str(tmp_path / "cache"))
-    evaluation = dataclasses.replace(trained_run.config.evaluation, tasks=["demo"])
+    evaluation = dataclasses.replace(trained_run.config.evaluation, tasks=["demo"], frozen=False)
     tracking = dataclasses.replace(trained_run.config.tracking, wandb="disabled")
     config = dataclasses.replace(trained_run.config, data=data, evaluation=evaluation, tracking=tracking)
     results = run_job(config, tmp_path / "run", Console(file=io.StringIO()))
