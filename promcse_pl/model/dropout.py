@@ -10,10 +10,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 _LEVELS = 1 << 16
@@ -69,8 +71,26 @@ def dropout(values: Tensor, probability: float, shape: torch.Size | None = None)
     shape = values.shape if shape is None else shape
     if values.device.type != "cpu":
         return F.dropout(values.expand(shape), probability)
-    kept_share = 1 - round(probability * _LEVELS) / _LEVELS
-    return values * keep_mask(shape, probability, values.dtype).mul_(1 / kept_share)
+    return cast(Tensor, _Dropped.apply(values, probability, shape))  # type: ignore[no-untyped-call]
+
+
+class _Dropped(torch.autograd.Function):
+    """Keeps a byte an entry for the backward pass, where autograd would keep the mask in the type of the values."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, probability: float, shape: torch.Size) -> Tensor:  # noqa: ANN401
+        mask = keep_mask(shape, probability, values.dtype)
+        ctx.scale, ctx.shape = 1 / (1 - round(probability * _LEVELS) / _LEVELS), values.shape
+        if ctx.needs_input_grad[0]:
+            # torch multiplies by numbers faster than by booleans
+            ctx.save_for_backward(mask.to(torch.bool).view(torch.uint8))
+        return mask.mul_(ctx.scale).mul_(values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401
+        (mask,) = ctx.saved_tensors
+        return (gradient * mask).mul_(ctx.scale).sum_to_size(ctx.shape), None, None
 
 
 class Dropout(nn.Module):

@@ -108,6 +108,17 @@ def test_the_gradient_is_that_of_the_kept_entries():
     torch.testing.assert_close(values.grad, (dropped != 0).double() / 0.75, rtol=1e-12, atol=0)
 
 
+def test_the_gradient_of_a_broadcast_tensor_is_summed_and_a_byte_an_entry_is_kept():
+    values, kept = torch.randn(3, 1, 5, dtype=torch.float64, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        dropped = dropout(values, 0.25, torch.Size([2, 3, 7, 5]))
+    weights = torch.randn_like(dropped)
+    (dropped * weights).sum().backward()
+    expected = ((dropped != 0) * weights / 0.75).sum(0).sum(1, keepdim=True)
+    torch.testing.assert_close(values.grad, expected, rtol=1e-12, atol=1e-12)
+    assert [(tensor.dtype, tensor.shape) for tensor in kept] == [(torch.uint8, dropped.shape)]
+
+
 # --- the module
 
 
