@@ -22,7 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from promcse_pl.cli import main as cli
 from promcse_pl.config import check_overrides
-from promcse_pl.errors import ConfigError, PromcseError, write_error
+from promcse_pl.errors import ConfigError, PromcseError, of_the_system, write_error
+from promcse_pl.streams import drop_output, open_streams
 from promcse_pl.sweep.compose import config_of
 from promcse_pl.sweep.plan import resumed_arguments, without_home
 from promcse_pl.training.stop import Stopped
@@ -80,6 +81,8 @@ def _remove_empty(folder: Path) -> None:
 
 def _resume(arguments: list[str]) -> int:
     """Go on with a run; nothing is composed: its folder has all settings."""
+    if arguments[0] == "resume=":
+        raise ConfigError("resume= names no folder. Try: python run.py resume=outputs/DATE/TIME-NAME")
     if len(arguments) > 1:
         raise ConfigError(
             f"resume= goes on with a run as it was begun and takes no settings. Try: python run.py {arguments[0]}"
@@ -123,17 +126,24 @@ def _run_hydra() -> None:
         main()
     except (HydraException, OmegaConfBaseException) as error:
         raise _refused(error) from error
-    except ValueError as error:  # of options that exclude one another
-        trace = error.__traceback__
-        while trace and trace.tb_next:
-            trace = trace.tb_next
-        if trace is None or not trace.tb_frame.f_globals["__name__"].startswith("hydra."):
+    except (ValueError, OSError) as error:  # of options that exclude one another, or a folder that cannot be made
+        if _is_ours(error):
             raise
-        raise _refused(error) from error
+        raise of_the_system(error) if isinstance(error, OSError) else _refused(error) from error
+
+
+def _is_ours(error: Exception) -> bool:
+    """Return whether an error comes from what Hydra called, and not from Hydra."""
+    trace, names = error.__traceback__, list[str]()
+    while trace:
+        names.append(f"{trace.tb_frame.f_globals['__name__']}.{trace.tb_frame.f_code.co_name}")
+        trace = trace.tb_next
+    return any(name == "__main__.main" or name.startswith(("promcse_pl.", "hydra_plugins.promcse")) for name in names)
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    open_streams()
     try:
         resumed = sorted(sys.argv[1:], key=lambda argument: not argument.startswith("resume="))
         if resumed and resumed[0].startswith("resume="):
@@ -145,6 +155,12 @@ if __name__ == "__main__":
         _run_hydra()
     except PromcseError as error:
         _stop(error)
+    except BrokenPipeError:  # the reader of our output has gone
+        drop_output()
+    except OSError as error:
+        if error.filename is None:
+            drop_output()
+        _stop(of_the_system(error))
     except Stopped as stopped:
         sys.exit(stopped.exit_code)
     except KeyboardInterrupt:

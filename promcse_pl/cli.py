@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -11,9 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from promcse_pl.errors import ConfigError, DataError, PromcseError, write_error
+from promcse_pl.errors import ConfigError, DataError, PromcseError, of_the_system, write_error
 from promcse_pl.imports import unwatched_imports
 from promcse_pl.paths import expand, hide_home
+from promcse_pl.streams import drop_output, open_streams
 from promcse_pl.training.stop import Stopped
 from promcse_pl.version import __version__
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code: 0, 2 for an error that the message explains, 143 or 130 when a signal stopped it."""
+    open_streams()
     options = _parser().parse_args(arguments)
     try:
         code: int = options.run(options)
@@ -35,13 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output has gone, as with `promcse ... | head`
-        # what is still buffered goes nowhere, or Python's last flush would complain
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         return 0
     except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
-            raise
-        sys.stderr.write(f"error: no file can have the name {str(error.filename)[:200]}…: it is too long\n")
+        write_error(of_the_system(error))
+        if error.filename is None:
+            drop_output()
         return 2
     return code
 

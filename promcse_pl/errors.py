@@ -39,6 +39,12 @@ class OutOfMemoryError(PromcseError, MemoryError):
     """The memory of the machine or its GPU does not hold what the settings ask for."""
 
 
+def of_the_system(error: OSError) -> PromcseError:
+    """Return an error of a file or stream that nothing nearer has put into words."""
+    where = "the output" if error.filename is None else str(error.filename)
+    return DataError(f"cannot read or write {where[:200]}{'…' if len(where) > 200 else ''}: {error.strerror or error}")
+
+
 def write_error(error: PromcseError) -> None:
     """Write an error to stderr as the one line that a user sees, without the home folder and cut at 3,000 characters."""
     message = hide_home(str(error))

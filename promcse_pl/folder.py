@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeGuard, get_args, get_type_hints
 
 import yaml
 
@@ -82,16 +82,36 @@ def read_status(folder: Path) -> Status | None:
         DataError: The file is not a status.
     """
     path = folder / STATUS
-    try:
-        raw: Any = json.loads(path.read_text(encoding="utf-8"))
-        status = Status(**raw)
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, ValueError, TypeError) as error:
+    try:
+        status = Status(**read_json(path))
+    except TypeError as error:
         raise DataError(f"{path} cannot be read as the status of a run: {error}") from error
     if status.state not in get_args(State):
         raise DataError(f"{path}: state must be one of {', '.join(get_args(State))}, got {status.state!r}")
+    for name, hint in get_type_hints(Status).items():
+        value = getattr(status, name)
+        if name != "state" and not (is_number(value) if hint is float else isinstance(value, hint)):
+            raise DataError(f"{path}: {name} cannot be {str(value)[:80]!r}")
     return status
+
+
+def read_json(path: Path) -> Any:  # noqa: ANN401
+    """Return what a JSON file holds.
+
+    Raises:
+        DataError: It cannot be read, or holds something else.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Tell whether a value of a JSON file is a number of a size that can be calculated with; NaN and infinity are."""
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
 
 
 def is_running(folder: Path) -> bool:
@@ -135,12 +155,23 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        sync(temporary)
         temporary.replace(path)
+        sync(path.parent)
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise ConfigError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def sync(path: Path) -> None:
+    """Have a file's content, or the names in a folder, on the disk before anything later is: a power cut cannot swap them."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_config(path: Path) -> Config:
@@ -153,7 +184,10 @@ def read_config(path: Path) -> Config:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read the config {path}: {str(error)[:1000]}") from error
-    return Config.from_dict(raw)
+    try:
+        return Config.from_dict(raw)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def write_config(config: Config, path: Path) -> Path:
@@ -169,8 +203,5 @@ def read_results(folder: Path) -> dict[str, Any]:
     Raises:
         DataError: There are none, or the file is damaged.
     """
-    try:
-        results: dict[str, Any] = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder / RESULTS} cannot be read: {error}") from error
+    results: dict[str, Any] = read_json(folder / RESULTS)
     return results

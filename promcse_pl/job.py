@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from promcse_pl.config import DATA_SUITES, Config
-from promcse_pl.errors import ConfigError, EncoderError, PromcseError, RankError
+from promcse_pl.errors import ConfigError, DataError, EncoderError, PromcseError, RankError
 from promcse_pl.experiment import run_experiment
 from promcse_pl.folder import (
     CHECKPOINTS,
@@ -136,8 +136,11 @@ def take_part(folder: Path, console: Console | None = None) -> dict[str, Any]:
     if ranks.rank:
         return _follow(config, folder, resume, ranks)
     status = (read_status(folder) or Status(state="running")).resumed()
-    with suppress(FileNotFoundError):  # what was logged after the save is logged again
-        os.truncate(folder / HISTORY, resume.history_bytes if resume else 0)
+    try:  # what was logged after the save is logged again
+        with suppress(FileNotFoundError):
+            os.truncate(folder / HISTORY, resume.history_bytes if resume else 0)
+    except OSError as error:
+        raise DataError(f"{folder / HISTORY} cannot be written: {error.strerror}") from error
     return _session(config, folder, console or output_console(), status, resume, ranks)
 
 

@@ -12,13 +12,24 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.tree import Tree
 
+from promcse_pl.streams import drop_output
+
 NO_TERMINAL_WIDTH = 120
 """Columns of tables in a pipe or file, where rich would assume 80 and cut numbers."""
 
 
+class OutputConsole(Console):
+    """Prints on standard output as long as anyone reads it; a reader that goes away costs nothing but the lines."""
+
+    def on_broken_pipe(self) -> None:
+        """Print nothing more, where rich would end the process."""
+        self.quiet = True
+        drop_output()
+
+
 def output_console() -> Console:
     """Return the console of standard output."""
-    return Console(width=None if sys.stdout.isatty() else NO_TERMINAL_WIDTH)
+    return OutputConsole(width=None if sys.stdout.isatty() else NO_TERMINAL_WIDTH)
 
 
 class ConsoleHandler(logging.Handler):

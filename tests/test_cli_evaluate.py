@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -96,6 +97,23 @@ def test_a_mistake_is_code_2_and_a_message(arguments, message, tmp_path, monkeyp
     assert main(["evaluate", *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_link_that_leads_to_itself_is_no_target(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    assert main(["evaluate", "./loop", "--tasks", "demo"]) == 2
+    assert "the target ./loop does not exist" in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_written_is_an_error_and_leaves_nothing(mine, tmp_path, capsys):
+    before = sorted(tmp_path.iterdir())
+    for place in (mine / "x.png", Path("/proc/x.png")):
+        assert main(["evaluate", MINILM, "--tasks", str(mine), "--plot", str(place)]) == 2
+        message = capsys.readouterr().err
+        assert str(place) in message
+        assert "can be written" in message or "cannot write" in message
+    assert [path for path in sorted(tmp_path.iterdir()) if path.name != "xdg"] == before
 
 
 def test_a_run_may_not_be_chosen_by_pairs_that_it_is_tested_on(trained_run, mine):

@@ -4,6 +4,8 @@ import gzip
 import io
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ from conftest import ROOT, save_small_encoder
 from promcse_pl.adapter.files import save_adapter
 from promcse_pl.cli import main
 from promcse_pl.embedder import PromCSE
+from promcse_pl.folder import read_status
 from promcse_pl.model.backbone import FrozenBackbone
 from promcse_pl.model.encoder import PromptEncoder
 
@@ -182,3 +185,24 @@ def test_a_reader_that_goes_away_ends_the_command_quietly(adapter, tmp_path):
         much.stdout.close()
         for process in (much, little):
             assert (process.wait(100), process.stderr.read()) == (0, b"")
+
+
+@pytest.mark.parametrize("output", ["full", "closed"])
+def test_an_output_that_takes_nothing_is_an_error_or_nothing(output, trained_run, tmp_path):
+    shutil.copytree(trained_run.folder, tmp_path / "run")
+    command = [sys.executable, "-m", "promcse_pl.cli", "report", str(tmp_path / "run")]
+    shell = f"{shlex.join(command)} {'> /dev/full' if output == 'full' else '>&-'}"
+    done = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True, check=False, timeout=100)
+    wanted = (2, "error: cannot read or write the output: No space left on device\n") if output == "full" else (0, "")
+    assert (done.returncode, done.stderr) == wanted
+
+
+def test_a_reader_that_goes_away_costs_a_run_nothing(trained_run, tmp_path):
+    command = [sys.executable, "-m", "promcse_pl.cli", "train", str(trained_run.folder / "config.yaml"), "--out", "run"]
+    quiet = {**os.environ, "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(command, cwd=tmp_path, env=quiet, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert (process.wait(100), process.stderr.read()) == (0, b"")
+    assert read_status(tmp_path / "run").state == "finished"
+    assert "adapter: run/adapter" in (tmp_path / "run/run.log").read_text()

@@ -50,6 +50,8 @@ MISTAKES = {
     "data.train=missing.csv": "data.train=missing.csv is not there; looked for ",
     "data=nli": "data.dev=stsb and evaluation.tasks=[sts,sick] read data.dir/senteval, but data.dir is not set. Try: ",
     "data=nli data.dir=/nowhere": "the folder data.dir=/nowhere does not exist (current folder: ",
+    "resume=": "resume= names no folder. Try: python run.py resume=",
+    "-m sweep.resume=": "sweep.resume= names no folder. Try: python run.py -m sweep.resume=",
     "resume=nowhere": "nowhere holds no run to go on with: there is no such folder. Try: ",
     "data=nli data.dir=.": "data.dir=. has no senteval/ folder in it (SentEval's data: STS/, SICK/). Try: data.dir=FOLDER",
     "model.path=/nowhere": "the encoder folder /nowhere does not exist ",
@@ -86,6 +88,16 @@ def test_a_mistake_ends_at_once_with_one_line_and_leaves_nothing(arguments, mess
     assert "hydra" in imports
     assert not {"torch", "transformers", "pytorch_lightning"} & set(imports), "a mistake must not wait for torch"
     assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize("folder", ["file", "file/run", "/proc/run", "x" * 300])
+def test_a_folder_that_cannot_be_made_is_told_in_one_line(folder, here):
+    (here / "file").touch()
+    done = start(here, f"hydra.run.dir={folder}")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: cannot read or write {folder[:200]}")
+    assert done.stderr.count("\n") == 1
+    assert [path.name for path in here.iterdir()] == ["file"]
 
 
 def test_a_wrong_wandb_mode_of_the_environment_is_such_a_mistake(here):

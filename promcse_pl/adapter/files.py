@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from promcse_pl.errors import AdapterError
+from promcse_pl.folder import sync
 from promcse_pl.model.backbone import FrozenBackbone
 from promcse_pl.model.encoder import HEADS, PromptEncoder
 from promcse_pl.model.pooling import POOLINGS
@@ -79,9 +80,12 @@ def whole_folder(folder: Path, *, mark: str | None = None) -> Iterator[Path]:
             new = Path(temporary) / "new"
             new.mkdir()
             yield new
+            for path in (*new.rglob("*"), new):
+                sync(path)
             if folder.exists():
                 folder.rename(Path(temporary) / "old")
             new.rename(folder)
+            sync(folder.parent)
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"cannot write to {folder}: {getattr(error, 'strerror', None) or error}") from error
 
@@ -191,7 +195,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
         raise AdapterError(
             f"{folder} is not an adapter: it has no {DESCRIPTION}. Give the `adapter` folder of a run, or the run's folder"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path} cannot be read: {error}") from error
     if not isinstance(about, dict) or type(about.get("format")) is not int or about["format"] < 1:
         raise AdapterError(f"{path} is not an adapter's description: it has no format number")

@@ -149,7 +149,7 @@ def _find(source: str) -> Path:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path} cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise AdapterError(f"{path} must hold an object, got {type(value).__name__}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,9 @@ def check_plot(path: Path) -> None:
     """
     if path.suffix not in FORMATS:
         raise ConfigError(f"a plot must end in {', '.join(FORMATS)}, got {path}")
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ConfigError(f"no plot can be written to {path}: {there} is no folder, or not a writable one")
     try:
         import matplotlib as mpl
     except ImportError:
@@ -59,8 +64,16 @@ def draw(tree: dict[str, Any], path: Path) -> list[Path]:
         for name, figure in (("", _bars(tree)), ("-density", _densities(tree))):
             if figure is not None:
                 written.append(path.with_name(f"{path.stem}{name}{path.suffix}"))
-                figure.savefig(written[-1], dpi=300, bbox_inches="tight")
-                plt.close(figure)
+                temporary = written[-1].with_name(f".{written[-1].name}.tmp{path.suffix}")
+                try:
+                    figure.savefig(temporary, dpi=300, bbox_inches="tight")
+                    temporary.replace(written[-1])
+                except OSError as error:
+                    with suppress(OSError):
+                        temporary.unlink(missing_ok=True)
+                    raise ConfigError(f"cannot write {written[-1]}: {error.strerror or error}") from error
+                finally:
+                    plt.close(figure)
     return written
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,7 @@ def frozen_target(model: PromCSE) -> Target:
 
 def _find(name: str, pooling: str | None, device: str) -> Target:
     folder = expand(name)
-    place = folder.resolve()
+    place = Path(os.path.realpath(folder))  # Path.resolve raises for a link that leads to itself
     label = place.parent.name if place.name == "adapter" else place.name  # a run's adapter is called by its run
     if _adapter(folder) is not None:
         return Target(label, "adapter", (_adapter_member(folder, device),))
@@ -117,7 +118,7 @@ def _adapter_member(folder: Path, device: str) -> Member:
     try:
         training = json.loads((place / DESCRIPTION).read_text(encoding="utf-8"))["training"]
         seed = training.get("seed")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         seed = None  # what is wrong with the file, its loading says
     return Member(lambda: PromCSE.load(folder, device=device), seed)
 
@@ -154,6 +155,6 @@ def _settings(run: Path) -> dict[str, Any]:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
         parts = {key: value for key, value in raw.items() if key not in ("seed", "tracking", "evaluation")}
         settings = {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError, AttributeError, yaml.YAMLError) as error:
         raise DataError(f"cannot read {path}: {error}") from error
     return {key: value for key, value in settings.items() if key != "data.cache_dir"}

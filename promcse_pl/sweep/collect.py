@@ -12,10 +12,13 @@ import yaml
 
 from promcse_pl.config import flat_settings
 from promcse_pl.errors import DataError
-from promcse_pl.folder import CONFIG, HISTORY, RESULTS, Status, is_running, read_status
+from promcse_pl.folder import CONFIG, HISTORY, RESULTS, Status, is_number, is_running, read_results, read_status
 from promcse_pl.sweep.plan import PLAN, START, read_plan
 
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C ten times as fast
+_SHORT = 10_000
+"""Characters that YAML's loader in C gets to read: ten times as fast, and what is nested some 30,000 deep ends the process."""
+_DEEPEST = 10
+"""Levels that settings may be nested."""
 _NO_RESULT = ("tracking.", "data.cache_dir")
 """Settings that move no number: runs that differ by them alone are the same settings."""
 
@@ -130,9 +133,22 @@ def _value(text: str) -> Any:  # noqa: ANN401
         except ValueError:
             pass
     try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
+        return _load_yaml(text)
+    except (ValueError, RecursionError, yaml.YAMLError):
         return text
+
+
+def _load_yaml(text: str) -> Any:  # noqa: ANN401
+    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader) if len(text) < _SHORT else yaml.SafeLoader
+    value = yaml.load(text, Loader=loader)
+    if _is_deeper(value, _DEEPEST):
+        raise ValueError(f"it is nested more than {_DEEPEST} levels deep")
+    return value
+
+
+def _is_deeper(value: object, most: int) -> bool:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return bool(parts) and (most == 0 or any(_is_deeper(part, most - 1) for part in parts))
 
 
 def _read_run(sweep: Path, name: str, settings: dict[str, Any] | None) -> Run:
@@ -150,7 +166,7 @@ def _read_run(sweep: Path, name: str, settings: dict[str, Any] | None) -> Run:
     if run.finished:
         _read_results(run)
     if run.dev is None and not run.finished:
-        seen = [entry["dev/spearman"] for entry in run.history if _is_number(entry.get("dev/spearman"))]
+        seen = [entry["dev/spearman"] for entry in run.history if is_number(entry.get("dev/spearman"))]
         run.dev = max((score for score in seen if score == score), default=None)
     return run
 
@@ -173,10 +189,10 @@ def _read_settings(run: Run) -> None:
         if not path.exists():
             continue
         try:
-            raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+            raw = _load_yaml(path.read_text(encoding="utf-8"))
             if not isinstance(raw, dict):
                 raise ValueError(f"it holds {type(raw).__name__}, not settings")
-        except (OSError, ValueError, yaml.YAMLError) as error:
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             run.problems.append(f"{path} cannot be read: {error}")
             continue
         run.settings = {key: value for key, value in flat_settings(raw).items() if not key.startswith(_NO_RESULT)}
@@ -186,15 +202,18 @@ def _read_settings(run: Run) -> None:
 def _read_results(run: Run) -> None:
     path = run.folder / RESULTS
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results = read_results(run.folder)
         dev, seconds, scores = results["dev_spearman"], results["seconds"], results["scores"].get("adapter", {})
-        if not all(value is None or _is_number(value) for value in (dev, seconds, *scores.values())):
+        if not all(value is None or is_number(value) for value in (dev, seconds, *scores.values())):
             raise ValueError("a score or time is not a number")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        name = results.get("dev")
+        if not isinstance(name, str | None):
+            raise ValueError("the development set is no name")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         run.state = "damaged"
         run.problems.append(f"{path} cannot be read as results: {type(error).__name__}: {error}")
         return
-    run.dev, run.dev_name = dev, results.get("dev")
+    run.dev, run.dev_name = dev, name
     run.seconds = seconds if seconds is not None else run.seconds
     run.tests = {task: score for task, score in scores.items() if task != "dev" and score is not None}
 
@@ -214,10 +233,6 @@ def _read_history(run: Run) -> None:
             if not isinstance(entry, dict):
                 raise ValueError("no JSON object")
             run.history.append(entry)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if line.endswith("\n"):  # a last line that was cut short is the mark of a killed run, not of a damage
                 run.problems.append(f"{path}:{number} cannot be read: {error}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from promcse_pl.folder import LOG, write_text
+from promcse_pl.folder import LOG, is_number, write_text
 from promcse_pl.paths import hide_home
 from promcse_pl.sweep.collect import Run, Sweep
 from promcse_pl.sweep.ranking import rank, varied_settings
@@ -95,7 +95,7 @@ def _series(run: Run) -> dict[str, tuple[list[float], list[float]]]:
         step = entry.get("step")
         for name, value in entry.items():
             drawn = name.startswith(("train/", "dev/")) and name != NOT_DRAWN
-            if drawn and isinstance(step, int) and isinstance(value, int | float):
+            if drawn and isinstance(step, int) and is_number(step) and is_number(value):
                 steps, values = series.setdefault(name, ([], []))
                 steps.append(step)
                 values.append(value)

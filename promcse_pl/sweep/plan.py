@@ -9,11 +9,10 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from promcse_pl.config import Config
 from promcse_pl.errors import ConfigError, DataError, PromcseError
-from promcse_pl.folder import CONFIG, read_status, write_config, write_text
+from promcse_pl.folder import CONFIG, read_json, read_status, write_config, write_text
 from promcse_pl.paths import expand, hide_home
 from promcse_pl.tracking.wandb import LONGEST_TAG, short
 
@@ -74,16 +73,14 @@ def read_plan(folder: Path) -> Plan:
     """
     path = folder / PLAN
     try:
-        raw: Any = json.loads(path.read_text(encoding="utf-8"))
+        if not path.exists():
+            raise ConfigError(f"{folder} holds no sweep: it has no {PLAN}. Try: the folder of a sweep")
+        raw = read_json(path)
         if raw["format"] != FORMAT:
             raise DataError(f"{path} has format {raw['format']}; this version reads {FORMAT}. Try: a newer promcse_pl")
         jobs = [SweepJob(str(job["folder"]), [str(entry) for entry in job["overrides"]]) for job in raw["jobs"]]
         return Plan([str(entry) for entry in raw["overrides"]], jobs)
-    except FileNotFoundError:
-        raise ConfigError(f"{folder} holds no sweep: it has no {PLAN}. Try: the folder of a sweep") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, DataError):
-            raise
+    except (KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged ({type(error).__name__}: {error})") from error
 
 
@@ -96,9 +93,10 @@ def resumed_arguments(arguments: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: There is no sweep in the folder, or it was begun with other overrides.
     """
-    folder = expand(
-        next(entry for entry in arguments if entry.startswith("sweep.resume=")).partition("=")[2].strip("'\"")
-    )
+    name = next(entry for entry in arguments if entry.startswith("sweep.resume=")).partition("=")[2].strip("'\"")
+    if not name:
+        raise ConfigError("sweep.resume= names no folder. Try: python run.py -m sweep.resume=multirun/DATE/TIME")
+    folder = expand(name)
     plan = read_plan(folder)
     given = [entry for entry in arguments if not entry.startswith("-") and not _is_launching(entry)]
     begun = [entry for entry in plan.overrides if not _is_launching(entry)]

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import random
+import re
 import shutil
 import time
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from promcse_pl.data.module import TrainBatch
 from promcse_pl.errors import DataError, NonFiniteError
-from promcse_pl.folder import CHECKPOINTS, HISTORY, NON_FINITE, Status, write_status
+from promcse_pl.folder import CHECKPOINTS, HISTORY, NON_FINITE, Status, sync, write_status
 from promcse_pl.loss.gather import sum_over_ranks
 from promcse_pl.training.module import PromcseModule
 from promcse_pl.training.ranks import of_every_rank
@@ -61,13 +61,23 @@ class Checkpoint:
 
 def newest_checkpoint(run: Path) -> Checkpoint | None:
     """Return the newest checkpoint of a run's folder that is whole; None if there is none."""
-    steps = [path for path in (run / CHECKPOINTS).glob("step-*") if path.name.removeprefix("step-").isdigit()]
-    for path in sorted(steps, key=lambda path: int(path.name.removeprefix("step-")), reverse=True):
+    history = run / HISTORY
+    there = _checkpoints(run / CHECKPOINTS)
+    for path in reversed(there):
         try:
-            return read_checkpoint(path)
+            found = read_checkpoint(path)
+            if (history.stat().st_size if history.is_file() else 0) < found.history_bytes:
+                raise DataError(f"{path} does not fit {HISTORY}, which is shorter than it was at that step")
+            return found
         except DataError as error:
-            log.warning("%s; an older one is taken", error)
+            log.warning("%s; %s", error, "the run starts over" if path == there[0] else "an older one is taken")
     return None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints in a folder, the oldest first; other names in it are no business of ours."""
+    steps = [path for path in folder.glob("step-*") if re.fullmatch(r"step-[0-9]{1,18}", path.name)]
+    return sorted(steps, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -119,21 +129,25 @@ class RunCheckpoints(CheckpointIO):
             "history_bytes": history.stat().st_size if history.exists() else 0,
             "state": _to_plain(checkpoint, tensors),
         }
+        if history.exists():
+            sync(history)
         content = save(tensors)
         stored["sha256"] = _checksum(stored, content)
         temporary = folder.with_name(f".{folder.name}.tmp")
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-            _write_synced(temporary / TENSORS, content)
-            _write_synced(temporary / STATE, json.dumps(stored).encode())
+            (temporary / TENSORS).write_bytes(content)
+            (temporary / STATE).write_bytes(json.dumps(stored).encode())
+            for path in (temporary / TENSORS, temporary / STATE, temporary):
+                sync(path)
             shutil.rmtree(folder, ignore_errors=True)  # a torn one, or the same step reached again
             temporary.rename(folder)
+            sync(folder.parent)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise DataError(f"cannot save the run to {folder}: {error.strerror or error}") from error
-        older = sorted(folder.parent.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))[:-KEPT]
-        for path in older:
+        for path in _checkpoints(folder.parent)[:-KEPT]:
             shutil.rmtree(path, ignore_errors=True)
 
     def load_checkpoint(
@@ -148,13 +162,6 @@ class RunCheckpoints(CheckpointIO):
     def remove_checkpoint(self, path: Any) -> None:
         """Remove a checkpoint."""
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    with path.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def _to_plain(value: Any, tensors: dict[str, Tensor]) -> Any:

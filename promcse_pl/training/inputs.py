@@ -12,7 +12,7 @@ import torch
 from promcse_pl.config import Config
 from promcse_pl.data.module import PromcseDataModule
 from promcse_pl.errors import DataError
-from promcse_pl.folder import INPUTS, write_text
+from promcse_pl.folder import INPUTS, read_json, write_text
 from promcse_pl.model.encoder import PromptEncoder
 from promcse_pl.paths import hide_home
 
@@ -50,7 +50,7 @@ def record_inputs(folder: Path, inputs: dict[str, Any]) -> None:
         write_text(path, json.dumps(inputs, indent=2) + "\n")
         return
     try:
-        before = hide_home(json.loads(path.read_text(encoding="utf-8")))  # an earlier version wrote it out
+        before = hide_home(read_json(path))  # an earlier version wrote it out
         for key in ("data.train", "data.dev", "model.path"):
             if before[key]["sha256"] != inputs[key]["sha256"]:
                 raise DataError(
@@ -58,8 +58,8 @@ def record_inputs(folder: Path, inputs: dict[str, Any]) -> None:
                     "would mix two data sets. Put the old one back, or start a new run"
                 )
         changed = [key for key, value in inputs["config"].items() if before["config"][key] != value]
-        machine = before["machine"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        machine = dict(before["machine"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path} is damaged ({type(error).__name__}: {error}); the run cannot be resumed") from error

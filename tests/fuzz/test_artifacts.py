@@ -20,11 +20,16 @@ from promcse_pl.adapter.official import import_official
 from promcse_pl.adapter.peft import export_peft, import_peft
 from promcse_pl.data.tokens import load_tokens, memory_source
 from promcse_pl.errors import AdapterError, DataError
-from promcse_pl.folder import read_results, read_status
+from promcse_pl.folder import Status, read_results, read_status, write_status
 from promcse_pl.model.backbone import FrozenBackbone
 from promcse_pl.model.encoder import PromptEncoder
+from promcse_pl.sweep.collect import read_sweep
+from promcse_pl.sweep.html import page_data
+from promcse_pl.sweep.ranking import rank
+from promcse_pl.sweep.report import print_report
 from promcse_pl.tracking.local import read_history
 from promcse_pl.training.checkpoint import RunCheckpoints, read_checkpoint
+from promcse_pl.training.inputs import record_inputs
 
 ROWS = [(f"w{i} w{i + 1}", f"w{i + 2}") for i in range(5, 60)]
 
@@ -51,8 +56,13 @@ def base(tmp_path_factory) -> Path:
     import_official(official)  # the whole ones are read
     import_peft(base / "peft", encoder=str(base / "encoder"))
     (base / "status").mkdir()
-    (base / "status/status.json").write_text('{"state": "running", "step": 3, "steps": 10}')
-    (base / "status/results.json").write_text('{"scores": {"adapter": {"dev": 70.1}}}')
+    write_status(base / "status", Status(state="finished", step=3, steps=10))
+    results = {"scores": {"adapter": {"dev": 70.1, "STS-B": 60.5}}, "dev": "dev", "dev_spearman": 70.1, "seconds": 9.5}
+    (base / "status/results.json").write_text(json.dumps(results))
+    (base / "status/config.yaml").write_text("model: {path: encoder}\nseed: 3\n")
+    checksums = {key: {"name": key, "sha256": "0" * 64} for key in ("data.train", "data.dev", "model.path")}
+    inputs = {**checksums, "config": {"seed": 3}, "machine": {"torch": "2", "threads": 2}}
+    (base / "status/inputs.json").write_text(json.dumps(inputs))
     (base / "status/metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.25}\n')
     return base
 
@@ -63,17 +73,22 @@ def place(tmp_path_factory) -> Path:
 
 
 def damaged(data: st.DataObject, whole: Path, place: Path) -> Path:
-    """A copy with flipped bits, a cut, more bytes, a file that is missing, empty or a folder; sometimes only in a JSON value."""
+    """A copy with flipped bits, a cut, more bytes, a file that is missing, empty or a folder, or JSON changed or without end."""
     copied = place / "copy"
     shutil.rmtree(copied, ignore_errors=True)
     shutil.copytree(whole, copied)
     path = data.draw(st.sampled_from(sorted(path for path in copied.rglob("*") if path.is_file())))
     content = bytearray(path.read_bytes())
     kind = data.draw(
-        st.sampled_from(["flip", "flip", "flip", "head", "cut", "grow", "absent", "empty", "folder", "json"])
+        st.sampled_from(["flip", "flip", "flip", "head", "cut", "grow", "absent", "empty", "folder", "json", "deep"])
     )
     if kind == "json" and path.suffix == ".json":
         path.write_text(json.dumps(changed(data, json.loads(content))))
+        return copied
+    if kind == "deep":
+        path.write_text(
+            "[" * 9000
+        )  # deeper, and hypothesis, which raises Python's limit, would overflow the stack itself
         return copied
     last = min(len(content), 200) if kind == "head" else len(content)
     if kind in ("flip", "head", "json"):
@@ -163,6 +178,12 @@ def test_a_damaged_status_history_or_result_is_refused_or_read(base, place, data
     for read, path in ((read_status, folder), (read_results, folder), (read_history, folder / "metrics.jsonl")):
         with only_our_errors("run files"):
             read(path)
+    with only_our_errors("inputs of a run"):
+        record_inputs(folder, json.loads((base / "status/inputs.json").read_text()))
+    with only_our_errors("reports"):
+        sweep = read_sweep(folder)
+        page_data(sweep, tests=True)
+        print_report(sweep, rank(sweep.runs, by_seed=True), by_seed=True, tests=True)
 
 
 @examples(800)

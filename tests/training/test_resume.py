@@ -1,6 +1,7 @@
 """A run that was killed and resumed must be the run that would have been: compared byte for byte, times aside."""
 
 import dataclasses
+import importlib
 import json
 import multiprocessing as mp
 import os
@@ -27,8 +28,8 @@ KILLS = 20
 TIMES = re.compile(r'"(speed/(rows|tokens)_per_second|seconds|training_seconds|rows_per_second)": [\d.e+-]+')
 
 
-def go(config: Path, folder: Path, die_at: int | None = None) -> None:
-    """Begin a run or go on with it, in this process; die at the n-th step on the disk inside the run's folder."""
+def go(config: Path, folder: Path, die_at: int | None = None, die_in: str | None = None) -> None:
+    """Begin a run or go on with it, in this process; die at the n-th step on the disk inside the run's folder, or in a part."""
     sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
     if die_at is not None:
         left = [die_at]
@@ -42,6 +43,9 @@ def go(config: Path, folder: Path, die_at: int | None = None) -> None:
                     os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(count)
+    if die_in is not None:
+        module, name = die_in.split(":")
+        setattr(importlib.import_module(module), name, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     try:
         resume_job(folder) if (folder / "config.yaml").exists() else run_job(read_config(config), folder)
     except Stopped as stopped:
@@ -119,6 +123,25 @@ def test_a_run_killed_at_any_moment_and_resumed_ends_as_the_straight_one(long_ru
         runs += 1
     print(f"\n{kills} kills in {runs} runs; saved steps when killed: {killed_at}")
     assert len(set(killed_at)) > 3, "the kills must fall into different parts of a run"
+
+
+PARTS = {
+    "a look at the development set": "promcse_pl.training.callbacks:score_pairs",
+    "a save, before its files": "promcse_pl.training.checkpoint:save",
+    "a save, behind its files": "promcse_pl.training.checkpoint:sync",
+    "the saving of the adapter": "promcse_pl.adapter.files:sync",
+    "the last evaluation": "promcse_pl.evaluation.suite:evaluate",
+}
+
+
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+def test_a_run_killed_inside_a_part_ends_as_the_straight_one(part, long_run, tmp_path):
+    config, straight = long_run
+    folder = tmp_path / "run"
+    assert end(start(config, folder, None, part)) == -signal.SIGKILL
+    assert read_status(folder).state == "running"
+    assert end(start(config, folder)) == 0
+    assert outcome(folder) == outcome(straight)
 
 
 @pytest.mark.parametrize(
@@ -204,6 +227,36 @@ def test_without_a_whole_checkpoint_the_run_starts_over(name, stopped_run, long_
     assert outcome(stopped_run) == outcome(straight)
 
 
+@pytest.mark.parametrize("all_lost", [False, True])
+def test_a_history_that_lost_lines_costs_the_checkpoints_that_are_newer(all_lost, stopped_run, long_run):
+    config, straight = long_run
+    history = stopped_run / "metrics.jsonl"
+    older = newest_checkpoint(stopped_run).step - 4
+    if all_lost:
+        history.unlink()
+    else:  # a power cut may keep the checkpoint's file and lose the end of this one
+        history.write_bytes(history.read_bytes()[: newest_checkpoint(stopped_run).history_bytes - 1])
+    found = newest_checkpoint(stopped_run)
+    assert found is None if all_lost else found.step == older
+    assert end(start(config, stopped_run)) == 0
+    assert outcome(stopped_run) == outcome(straight)
+
+
+def test_a_history_that_is_a_folder_is_an_error(stopped_run):
+    (stopped_run / "metrics.jsonl").unlink()
+    (stopped_run / "metrics.jsonl").mkdir()
+    with pytest.raises(DataError, match=r"metrics.jsonl cannot be written: Is a directory"):
+        resume_job(stopped_run)
+
+
+def test_what_else_lies_among_the_checkpoints_is_left_there(stopped_run, long_run):
+    config, straight = long_run
+    for name in ("step-old", "step-", "step-٣", "notes"):
+        (stopped_run / "checkpoints" / name).mkdir()
+    assert end(start(config, stopped_run)) == 0
+    assert outcome(stopped_run) == outcome(straight)
+
+
 def test_no_checkpoint_holds_the_frozen_encoder_or_a_pickle(stopped_run):
     newest = newest_checkpoint(stopped_run).path
     assert {path.name for path in newest.iterdir()} == {"tensors.safetensors", "state.json"}
@@ -268,7 +321,7 @@ def test_a_folder_without_a_run_is_refused_and_a_damaged_status_too(tmp_path, st
     with pytest.raises(ConfigError, match=r"holds no run to go on with: it has no config.yaml"):
         resume_job(tmp_path)
     (stopped_run / "status.json").write_text("{")
-    with pytest.raises(DataError, match=r"status.json cannot be read as the status of a run"):
+    with pytest.raises(DataError, match=r"status.json cannot be read: Expecting property name"):
         resume_job(stopped_run)
 
 
