@@ -105,6 +105,10 @@ def _refused(error: Exception) -> ConfigError:
             f"{several[1]} has several values. Try: python run.py -m {shlex.join(sys.argv[1:])} (a job for each), or "
             "'KEY=[VALUE,VALUE]' for a list"
         )
+    if strange := re.match(r"LexerNoViableAltException: (.*?)=", text):
+        return ConfigError(
+            f"the value of {strange[1]} holds a character that Hydra takes in quotes alone. Try: \"{strange[1]}='VALUE'\""
+        )
     noise = ("See https:", "full_key:", "object_type=", "Config search path:", "provider=")
     lines = [line.strip() for line in text.splitlines()]
     told = " ".join(line for line in lines if line and not line.startswith(noise)).rstrip(".")

@@ -170,7 +170,7 @@ def _report(options: argparse.Namespace) -> int:
 
     sweep = read_sweep(options.folder)
     print_report(sweep, rank(sweep.runs, by_seed=not options.runs), by_seed=not options.runs, tests=options.test)
-    sys.stdout.write(f"\npage: {write_html(sweep, tests=options.test)}\n")
+    sys.stdout.write(f"\npage: {hide_home(str(write_html(sweep, tests=options.test)))}\n")
     return 0
 
 

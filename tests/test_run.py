@@ -65,6 +65,7 @@ MISTAKES = {
     "model=minilm,bert-base": "model=minilm,bert-base has several values. Try: python run.py -m model=minilm,bert-base ",
     "seed=range(1,3)": "seed=range(1,3) has several values. Try: python run.py -m 'seed=range(1,3)' (a job for each), or ",
     "~model": "Error resolving interpolation '${mode}/${model}', possible interpolation keys: ",
+    "data.train=/ä.csv": "the value of data.train holds a character that Hydra takes in quotes alone. Try: ",
     "hydra.nope=1": "Could not override 'hydra.nope'. To append to your config use +hydra.nope=1. Try: ",
     "-cn nope": "Cannot find primary config 'nope'. Check that it's in your config search path. Try: ",
     "-m --cfg job": "Only one of --run, --multirun, --cfg, --info and --shell_completion can be specified. Try: ",
@@ -191,6 +192,32 @@ def test_a_multirun_makes_a_complete_folder_and_an_adapter_of_its_own_for_every_
         adapters.append(load_file(folder / "adapter/adapter.safetensors"))
     assert set(adapters[0]) == set(adapters[1])
     assert not torch.equal(adapters[0]["prompt.embedding.weight"], adapters[1]["prompt.embedding.weight"])
+
+
+def test_a_run_killed_and_resumed_as_it_is_typed_ends_as_the_straight_one(here):
+    save_small_encoder(here / "encoder")
+    (here / "train.csv").write_text("a,b,c\n" + "".join(f"w{row} w7,w{row} w8,w{row + 40}\n" for row in range(5, 45)))
+    settings = (
+        "data=triplets data.train=train.csv data.max_length=16 data.batch_size=4 data.dev=holdout trainer.epochs=40 "
+        "trainer.save_every=5 trainer.precision=float32 model.path=encoder evaluation.tasks=[] tracking.wandb=disabled"
+    )
+    clean = {
+        **os.environ,
+        "XDG_CACHE_HOME": str(here.parent / "cache"),
+        "HF_HUB_OFFLINE": "1",
+        "HOME": str(here.parent),
+    }
+    command = [sys.executable, RUN, *settings.split(), "hydra.run.dir=killed"]
+    with subprocess.Popen(command, cwd=here, env=clean, stdout=subprocess.DEVNULL) as process:
+        while not (here / "killed/checkpoints/step-10").exists():
+            assert process.poll() is None
+            time.sleep(0.002)
+        process.kill()
+    assert not (here / "killed/results.json").exists()
+    assert start(here, "resume=killed").returncode == 0
+    assert start(here, *settings.split(), "hydra.run.dir=straight").returncode == 0
+    for name in ("adapter.safetensors", "adapter.json"):
+        assert (here / "killed/adapter" / name).read_bytes() == (here / "straight/adapter" / name).read_bytes()
 
 
 def test_an_encoder_that_is_not_there_stops_a_multirun_before_its_first_job(here):

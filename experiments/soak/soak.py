@@ -41,7 +41,7 @@ WARM_UP = 0.2
 """Share of the time that the slopes leave out: allocator, caches and thread pools fill in it."""
 COLUMNS = ("seconds", "memory_mb", "files", "threads", "children")
 MEMORY_LIMIT, COUNT_LIMIT = 0.1, 1.0
-"""Flat: less than this share more memory in an hour, and fewer than so many files or threads."""
+"""Limits: this share more memory in an hour, and so many files or threads."""
 
 
 def sample(process: psutil.Process, started: float) -> dict[str, float]:
@@ -134,12 +134,13 @@ def draw(results: dict) -> str:
         mean = results["means"][column]
         flat = abs(slope) < (MEMORY_LIMIT * mean if column == "memory_mb" else COUNT_LIMIT)
         lines.append(
-            f"| {name} | {mean:,.1f} | {slope:+.2f} [{low:+.2f}, {high:+.2f}] | {'flat' if flat else 'NOT FLAT'} |"
+            f"| {name} | {mean:,.1f} | {slope:+.2f} [{low:+.2f}, {high:+.2f}] | {'within' if flat else 'NOT WITHIN'} |"
         )
     lines += [
         "",
-        f"Flat: a slope (Theil-Sen) under {100 * MEMORY_LIMIT:.0f} % of the memory, or under one file or thread, an hour. Memory "
-        "is what belongs to the processes alone (USS).",
+        f"Limits of the slope (Theil-Sen): {100 * MEMORY_LIMIT:.0f} % of the memory, and one file or thread, an hour. Memory "
+        f"grew by {100 * slopes['memory_mb'][0] / results['means']['memory_mb']:.1f} % an hour; it is what belongs to the "
+        "processes alone (USS).",
         "",
         f"Left in the run's folder or in the temporary folder under a temporary name: {', '.join(counts['left']) or 'nothing'}. "
         f"Checkpoints kept: {', '.join(counts['checkpoints'])}.",

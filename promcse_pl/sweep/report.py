@@ -8,12 +8,14 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
 from promcse_pl.folder import CONFIG
+from promcse_pl.paths import hide_home
 from promcse_pl.sweep.collect import Run, Sweep
 from promcse_pl.sweep.ranking import Row, best_run, dev_sets, varied_settings
 from promcse_pl.terminal import output_console
@@ -33,10 +35,10 @@ def print_report(sweep: Sweep, rows: Sequence[Row], *, by_seed: bool, tests: boo
     console.print(ranked_table(sweep, rows, by_seed=by_seed, tests=tests))
     tested = tests and tested_tasks(sweep.runs)
     for line in [*notes(sweep, rows), *([f"warning: {CHEATING}"] if tested else [])]:
-        (sys.stderr if line.startswith("warning") else sys.stdout).write(f"{line}\n")
+        (sys.stderr if line.startswith("warning") else sys.stdout).write(f"{hide_home(line)}\n")
     lines = [f"\n{run.name} {run.state}: {message}" for run, messages in failures(sweep.runs) for message in messages]
     lines += [f"\n{what}:\n  {command}" for what, command in commands(sweep, rows)]
-    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    sys.stdout.write("".join(f"{hide_home(line)}\n" for line in lines))
 
 
 def ranked_table(sweep: Sweep, rows: Sequence[Row], *, by_seed: bool, tests: bool) -> Table:
@@ -108,8 +110,8 @@ def commands(sweep: Sweep, rows: Sequence[Row]) -> list[tuple[str, str]]:
     """Return what to type next, each with what it does: repeat the best run, go on with what is missing."""
     found = []
     if best := best_run(rows):
-        place = best.folder.resolve().parts[-3 if sweep.planned else -2 :]
-        again = "-".join(("outputs/again", *place))
+        place = [part for part in Path(hide_home(str(best.folder.resolve()))).parts if part not in ("/", "~")]
+        again = "-".join(("outputs/again", *place[-3 if sweep.planned else -2 :]))
         arguments = ["promcse", "train", str(best.folder / CONFIG), "--out", again]
         seed = f", seed {best.settings['seed']}" if len(rows[0].runs) > 1 and "seed" in best.settings else ""
         found.append((f"repeat the best run ({best.name}{seed})", shlex.join(arguments)))

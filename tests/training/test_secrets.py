@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -129,3 +130,41 @@ def test_a_run_that_fails_leaves_no_home_folder_either(home):
         assert not leaks(path.read_bytes(), home), path
     assert not leaks(f"{done.stdout}{done.stderr}".encode(), home)
     assert os.environ.get("MY_SECRET") is None
+
+
+def test_reports_evaluations_and_sweeps_hold_none_either(home, finished):
+    scores, sweep = home / "scores", home / "sweep"
+    ended = [
+        promcse(home / "log", "report", home / "runs", before=surroundings(home)),
+        promcse(
+            home / "log",
+            "evaluate",
+            home / "runs/first",
+            "--tasks",
+            home / "dev2.tsv",
+            "--out",
+            scores,
+            "--format",
+            "markdown",
+            before=surroundings(home),
+        ),
+    ]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    own = {**SECRETS, "HOME": str(home), "XDG_CACHE_HOME": str(home / ".cache"), "HF_HUB_OFFLINE": "1"}
+    settings = (
+        f"-m seed=1,2 debug=fast data=triplets data.train={home}/train.csv data.on_bad_row=skip data.dev={home}/dev.tsv "
+        f"data.max_length=16 model.path={home}/encoder tracking.wandb=offline hydra.sweep.dir=sweep"
+    )
+    command = [sys.executable, str(ROOT / "run.py"), *settings.split()]
+    done = subprocess.run(command, cwd=home, env={**clean, **own}, capture_output=True, text=True, check=False)
+    ended.append(Ended(done.returncode, done.stdout, done.stderr))
+    ended.append(promcse(home / "log", "report", sweep, before=surroundings(home)))
+    assert [end.code for end in ended] == [0, 0, 0, 0], [end.stderr for end in ended]
+    files = [home / "runs/report.html", *(path for top in (scores, sweep) for path in top.rglob("*") if path.is_file())]
+    assert {"results.md", "report.html", "sweep.json", "output.log", "start.yaml"} <= {path.name for path in files}
+    contents = {path: closed(path) if path.suffix == ".wandb" else path.read_bytes() for path in files}
+    found = {str(path.relative_to(home)): leaks(content, home) for path, content in contents.items()}
+    found |= {
+        f"printed {number}": leaks(f"{end.stdout}{end.stderr}".encode(), home) for number, end in enumerate(ended)
+    }
+    assert not {name: texts for name, texts in found.items() if texts}
