@@ -197,7 +197,9 @@ class ProgressBar(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show the bar."""
+        assert isinstance(pl_module, PromcseModule)
         self.report = self._bar.enter_context(stages(self.console))
+        self.report("training", trainer.global_step, pl_module.total_steps)
 
     def on_train_batch_end(
         self,
