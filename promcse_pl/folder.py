@@ -183,7 +183,8 @@ def read_config(path: Path) -> Config:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read the config {path}: {str(error)[:1000]}") from error
+        why = getattr(error, "strerror", None) or str(error)[:1000]
+        raise ConfigError(f"cannot read the config {path}: {why}") from error
     try:
         return Config.from_dict(raw)
     except ConfigError as error:

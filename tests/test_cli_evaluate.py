@@ -85,7 +85,10 @@ def test_a_run_and_the_command_give_the_same_scores(trained_run, tmp_path):
     [
         (["T", "--tasks", "stss"], "got 'stss'. Try: promcse evaluate T --tasks sts"),
         (["T", "--tasks", "demo", "--plot", "x.jpg"], "a plot must end in .pdf, .png, .svg, got x.jpg"),
-        (["T", "--tasks", "sts"], "sts read a data folder with senteval/ in it, but none is given"),
+        (
+            ["T", "--tasks", "sts"],
+            "the tasks sts are read from a data folder with senteval/ in it, but none is given. Try: --data FOLDER",
+        ),
         (["T", "--tasks", "sts", "--data", "nowhere"], "cannot read nowhere/senteval/STS"),
         (["T", "--tasks", "missing.csv"], "missing.csv does not exist"),
         (["./typo", "--tasks", "demo"], "the target ./typo does not exist"),

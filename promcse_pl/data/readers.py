@@ -168,7 +168,7 @@ def _read(
             except _UnusableError as error:
                 bad_row = BadRow(str(path), line, str(error))
                 if on_bad_row == "stop":
-                    message = f"{bad_row}. Fix the row, or allow skipping with data.on_bad_row=skip"
+                    message = f"{bad_row}. Fix the row (training rows can be skipped: data.on_bad_row=skip)"
                     raise DataError(message) from None
                 bad, first_bad = bad + 1, first_bad or bad_row
                 if bad_rows is not None:
@@ -305,7 +305,10 @@ def _picked(path: Path, lines: _Lines, width: int, columns: _Columns, has_header
             yield line, [(label, cells.get(label)) for label in labels]
         elif len(cells) <= max(positions):
             label = labels[positions.index(max(positions))]
-            yield line, f"column {_short(label)} is missing, the row has {len(cells)} columns"
+            missing = (
+                f"column {_short(label)} is missing" if not label.isdigit() else f"{max(positions) + 1} are needed"
+            )
+            yield line, f"{missing}, the row has {len(cells)} columns"
         else:
             yield line, [(label, cells[position]) for label, position in zip(labels, positions, strict=True)]
 

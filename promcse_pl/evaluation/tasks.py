@@ -112,7 +112,10 @@ def load_tasks(names: Sequence[str], data: Path | None) -> list[Task]:
     """
     needed = [name for name in names if name in DATA_SUITES]
     if needed and data is None:
-        raise ConfigError(f"{', '.join(needed)} read a data folder with senteval/ in it, but none is given")
+        raise ConfigError(
+            f"the tasks {', '.join(needed)} are read from a data folder with senteval/ in it, but none is given. "
+            "Try: --data FOLDER (of a run: data.dir=FOLDER)"
+        )
     tasks = [task for name in dict.fromkeys(names) for task in _load(name, data)]
     found = [task.name for task in tasks]
     for name in found:

@@ -30,7 +30,7 @@ def measure_bfloat16_gain(device: torch.device) -> float:
 def choose_dtype(setting: str, device: torch.device) -> tuple[torch.dtype, str]:
     """Return the type for a `trainer.precision` setting, and a line that says why."""
     if setting != "auto":
-        return getattr(torch, setting), f"{setting} (as set)"
+        return getattr(torch, setting), f"{setting} (of the config)"
     gain = measure_bfloat16_gain(device)
     dtype = torch.bfloat16 if gain >= GAIN else torch.float32
     return (

@@ -167,7 +167,7 @@ BAD = {
     "json without key": ("d.jsonl", '{"a": "x"}\n{"b": "x"}', 1, 2, "column a is empty"),
     "json number": ("d.jsonl", '{"a": 5}', 1, 1, "column a holds int 5, a string is needed"),
     "json long list": ("d.jsonl", json.dumps([["x" * 99]]), 1, 1, "column 0 holds list ['xxxx"),
-    "json short list": ("d.jsonl", '["a"]', 2, 1, "column 1 is missing, the row has 1 columns"),
+    "json short list": ("d.jsonl", '["a"]', 2, 1, "2 are needed, the row has 1 columns"),
     "json scalar": ("d.jsonl", '"a"', 1, 1, "an object or a list with columns is needed, got str 'a'"),
     "no json": ("d.jsonl", '["a"]\n{"a": ', 1, 2, "not JSON: Expecting value: line 1 column 7"),
     "deep json": ("d.jsonl", "[" * 200_000, 1, 1, "not JSON: "),
@@ -186,7 +186,7 @@ def test_a_bad_row_stops_with_its_line_and_reason_or_is_skipped(write, case):
         read(path, width)
     assert str(caught.value).startswith(f"{path}:{line}: ")
     assert reason in str(caught.value)
-    assert str(caught.value).endswith(". Fix the row, or allow skipping with data.on_bad_row=skip")
+    assert str(caught.value).endswith(". Fix the row (training rows can be skipped: data.on_bad_row=skip)")
 
     bad: list[BadRow] = []
     rows = []

@@ -284,7 +284,7 @@ def test_two_files_of_one_name_and_a_suite_without_its_folder_are_refused(tmp_pa
         (tmp_path / place / "x.csv").write_text("a,b,1\nc,d,2\n")
     with pytest.raises(ConfigError, match=r"two tasks are called x\.csv"):
         load_tasks([str(tmp_path / "a/x.csv"), str(tmp_path / "b/x.csv")], None)
-    with pytest.raises(ConfigError, match="sts, cxc read a data folder"):
+    with pytest.raises(ConfigError, match="the tasks sts, cxc are read from a data folder"):
         load_tasks(["sts", "demo", "cxc"], None)
 
 
