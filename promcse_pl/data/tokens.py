@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from promcse_pl.data.readers import BadRow, OnBadRow, file_suffix, open_file, read_rows
 from promcse_pl.errors import DataError
+from promcse_pl.folder import sync
 from promcse_pl.paths import hide_home
 
 if TYPE_CHECKING:
@@ -233,9 +234,8 @@ def _write(
                 digest.update(content)
             if progress is not None:
                 progress(sentences)
-        for file in (ids_file, offsets_file):  # on disk before the rename is: a power cut leaves no empty files
-            file.flush()
-            os.fsync(file.fileno())
+    for name in ("ids.bin", "offsets.bin"):  # on disk before the rename is: a power cut leaves no empty files
+        sync(folder / name)
     meta = {
         "format": _FORMAT,
         "source": hide_home(source.name),

@@ -14,7 +14,7 @@ from promcse_pl.folder import LOG, is_number, write_text
 from promcse_pl.paths import hide_home
 from promcse_pl.sweep.collect import Run, Sweep
 from promcse_pl.sweep.ranking import rank, varied_settings
-from promcse_pl.sweep.report import CHEATING, commands, failures, notes, tested_tasks
+from promcse_pl.sweep.report import commands, failures, notes, tested_tasks
 from promcse_pl.version import __version__
 
 REPORT = "report.html"
@@ -61,7 +61,7 @@ def page_data(sweep: Sweep, *, tests: bool) -> dict[str, Any]:
         "version": __version__,
         "settings": names,
         "tasks": tested_tasks(sweep.runs) if tests else [],
-        "notes": [*notes(sweep, rows), *([f"warning: {CHEATING}"] if tests and tested_tasks(sweep.runs) else [])],
+        "notes": notes(sweep, rows, tests=tests),
         "commands": commands(sweep, rows),
         "runs": [_run(run, names, points, tests=tests) for run in sweep.runs],
         "rows": {

@@ -33,8 +33,7 @@ def print_report(sweep: Sweep, rows: Sequence[Row], *, by_seed: bool, tests: boo
     """Print the table, what to know about it, the failures and the commands; warnings go to standard error."""
     console = output_console()
     console.print(ranked_table(sweep, rows, by_seed=by_seed, tests=tests))
-    tested = tests and tested_tasks(sweep.runs)
-    for line in [*notes(sweep, rows), *([f"warning: {CHEATING}"] if tested else [])]:
+    for line in notes(sweep, rows, tests=tests):
         (sys.stderr if line.startswith("warning") else sys.stdout).write(f"{hide_home(line)}\n")
     lines = [f"\n{run.name} {run.state}: {message}" for run, messages in failures(sweep.runs) for message in messages]
     lines += [f"\n{what}:\n  {command}" for what, command in commands(sweep, rows)]
@@ -45,17 +44,18 @@ def ranked_table(sweep: Sweep, rows: Sequence[Row], *, by_seed: bool, tests: boo
     """Return one line for each row: its rank, the settings that vary, dev score, time and status, test scores if asked."""
     names = [name for name in varied_settings(sweep.runs) if not (by_seed and name == "seed")]
     tasks = tested_tasks(sweep.runs) if tests else []
-    wide = len(names) > MOST_COLUMNS
-    usual = {
-        name: Counter(shown(run.settings[name]) for run in sweep.runs if name in run.settings).most_common(1)[0][0]
-        for name in names
-    }
+    usual = None
+    if len(names) > MOST_COLUMNS:
+        counts = {
+            name: Counter(shown(run.settings[name]) for run in sweep.runs if name in run.settings) for name in names
+        }
+        usual = {name: count.most_common(1)[0][0] for name, count in counts.items()}
     several = any(len(row.runs) > 1 for row in rows)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("#", justify="right")
     table.add_column("run", overflow="fold")
-    for name in ["unlike most runs"] if wide else names:
-        table.add_column(escape(name.replace(".", ".\n")), justify="left" if wide else "right", overflow="fold")
+    for name in ["unlike most runs"] if usual else names:
+        table.add_column(escape(name.replace(".", ".\n")), justify="left" if usual else "right", overflow="fold")
     for title in ("dev", *(["n"] if several else []), *map(escape, tasks), "time"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("status")
@@ -64,7 +64,7 @@ def ranked_table(sweep: Sweep, rows: Sequence[Row], *, by_seed: bool, tests: boo
         table.add_row(
             "" if row.rank is None else str(row.rank),
             escape(",".join(run.name for run in row.runs)),
-            *(escape(text) for text in _settings(first, names, usual if wide else None)),
+            *(escape(text) for text in _settings(first, names, usual)),
             _dev(row),
             *([str(row.n)] if several else []),
             *(figure(*row.test(task)) for task in tasks),
@@ -74,7 +74,7 @@ def ranked_table(sweep: Sweep, rows: Sequence[Row], *, by_seed: bool, tests: boo
     return table
 
 
-def notes(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
+def notes(sweep: Sweep, rows: Sequence[Row], *, tests: bool) -> list[str]:
     """Return what a reader of the table must know: how it is ordered, and what is odd about the folder."""
     lines = [f"warning: {warning}" for warning in sweep.warnings]
     sets = dev_sets(sweep.runs)
@@ -94,6 +94,8 @@ def notes(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
         )
     if any(not run.finished and run.dev is not None for run in sweep.runs):
         lines.append("(in brackets: the best so far of a run that is not finished; not ranked)")
+    if tests and tested_tasks(sweep.runs):
+        lines.append(f"warning: {CHEATING}")
     return lines
 
 
