@@ -9,6 +9,7 @@ import importlib.util
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +29,7 @@ SUPPORTED = ("bert", "roberta", "xlm-roberta", "electra", "modernbert")
 
 _ROBERTA_POSITIONS = ("roberta", "xlm-roberta")
 _WITHOUT_POOLER = ("bert", "roberta", "xlm-roberta")  # these take add_pooling_layer; the others have no pooler
+_LAYERS_LIKE_BERT = ("bert", "roberta", "xlm-roberta", "electra")
 
 WEIGHT_WHEELS = {
     "sentence-transformers/all-MiniLM-L6-v2": (
@@ -176,6 +178,8 @@ class FrozenBackbone(nn.Module):
             raise EncoderError(f"{identity.name} is a {config.model_type} encoder. Supported: {', '.join(SUPPORTED)}")
         config._attn_implementation = PROMPT_ATTENTION
         use_cheap_dropout(model)
+        if config.model_type in _LAYERS_LIKE_BERT:
+            model.encoder.layer[-1].attention.output.register_forward_pre_hook(_keep_first_token)
         self.model = model.requires_grad_(False)
         self.identity = identity
         self.family: str = config.model_type
@@ -371,6 +375,7 @@ class FrozenBackbone(nn.Module):
         position_offset: int = 0,
         types_BT: Tensor | None = None,
         all_layers: bool = False,
+        first_token: bool = False,
     ) -> tuple[Tensor, ...]:
         """Encode sentences behind a prompt.
 
@@ -380,19 +385,24 @@ class FrozenBackbone(nn.Module):
             position_offset: Added to every position.
             types_BT: Token types (BERT, ELECTRA); zeros if None.
             all_layers: Also return the embedding output and every layer.
+            first_token: The caller reads nothing but the last layer's first token, so that layer may leave the others out.
 
         Returns:
-            Hidden states (B, T, D), the last layer last.
+            Hidden states (B, T, D), the last layer last; that one is (B, 1, D) if the others were left out.
         """
         extra: dict[str, Any] = {} if types_BT is None else {"token_type_ids": types_BT}
-        output = self.model(
-            input_ids=ids_BT,
-            attention_mask=mask_BT,
-            position_ids=self.positions(ids_BT, position_offset),
-            output_hidden_states=all_layers,
-            prompt_kv=None if prompt_kv is None else prompt_kv.unbind(0),
-            **extra,
-        )
+        before = _first_token_alone.set(first_token)
+        try:
+            output = self.model(
+                input_ids=ids_BT,
+                attention_mask=mask_BT,
+                position_ids=self.positions(ids_BT, position_offset),
+                output_hidden_states=all_layers,
+                prompt_kv=None if prompt_kv is None else prompt_kv.unbind(0),
+                **extra,
+            )
+        finally:
+            _first_token_alone.reset(before)
         return tuple(output.hidden_states) if all_layers else (output.last_hidden_state,)
 
     def _check_prompt_reaches_every_layer(self) -> None:
@@ -418,6 +428,14 @@ class FrozenBackbone(nn.Module):
                 f"{self.identity.name} ({self.family}) ignores the prompt in at least one layer; its outputs would be those of "
                 f"the frozen encoder. Supported: {', '.join(SUPPORTED)}"
             )
+
+
+_first_token_alone: ContextVar[bool] = ContextVar("first_token_alone", default=False)
+
+
+def _keep_first_token(_module: nn.Module, states: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    """Cut what enters the projection behind the last attention, and the residual beside it, to the first token."""
+    return tuple(state_BTD[:, :1] for state_BTD in states) if _first_token_alone.get() else None
 
 
 def locate(

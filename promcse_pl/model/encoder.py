@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from promcse_pl.model.backbone import FrozenBackbone
 from promcse_pl.model.chunks import plan_chunks, run_chunks
 from promcse_pl.model.mlm import IGNORED
-from promcse_pl.model.pooling import Pooling, needs_all_layers, pool
+from promcse_pl.model.pooling import Pooling, needs_all_layers, needs_first_token, pool
 from promcse_pl.model.prompt import INIT_STD, DeepPrompt
 
 Head = Literal["none", "mlp", "mlp_train_only"]
@@ -173,22 +173,23 @@ class PromptEncoder(nn.Module):
         pooled = self._pool(chunk, dropped_kv)
         if chunk.mlm_ids_NT is None or chunk.mlm_labels_NT is None:
             return (pooled,)
-        (states,) = self._states(chunk, chunk.mlm_ids_NT, dropped_kv, all_layers=False)
+        (states,) = self._states(chunk, chunk.mlm_ids_NT, dropped_kv)
         return pooled, states[chunk.mlm_labels_NT != IGNORED]
 
-    def _states(self, tokens: Tokens, ids_NT: Tensor, prompt_kv: Tensor, *, all_layers: bool) -> tuple[Tensor, ...]:
+    def _states(self, tokens: Tokens, ids_NT: Tensor, prompt_kv: Tensor, **which: bool) -> tuple[Tensor, ...]:
         states: tuple[Tensor, ...] = self.backbone(
             ids_NT,
             tokens.mask_NT,
             prompt_kv,
             position_offset=self.position_offset,
             types_BT=tokens.types_NT,
-            all_layers=all_layers,
+            **which,
         )
         return states
 
     def _pool(self, tokens: Tokens, prompt_kv: Tensor) -> Tensor:
-        states = self._states(tokens, tokens.ids_NT, prompt_kv, all_layers=needs_all_layers(self.pooling))
+        which = {"all_layers": needs_all_layers(self.pooling), "first_token": needs_first_token(self.pooling)}
+        states = self._states(tokens, tokens.ids_NT, prompt_kv, **which)
         return pool([_float(state) for state in states], tokens.mask_NT, self.pooling)
 
     @staticmethod

@@ -18,12 +18,17 @@ def needs_all_layers(pooling: Pooling) -> bool:
     return pooling in ("avg_top2", "avg_first_last")
 
 
+def needs_first_token(pooling: Pooling) -> bool:
+    """Tell whether a pooling reads the first token alone."""
+    return pooling in ("cls", "cls_before_pooler")
+
+
 def pool(states: Sequence[Tensor], mask_BT: Tensor, pooling: Pooling) -> Tensor:
     """Reduce the token vectors of each sentence to one vector.
 
     Args:
         states: Hidden states (B, T, D) from the embedding output to the last layer; for poolings that read the last layer
-            alone, that one is enough.
+            alone, that one is enough, and of that one the first token for those that read no other.
         mask_BT: 1 for real tokens, 0 for padding. Prompt slots have no rows here.
         pooling: `cls` and `cls_before_pooler`: the first token (the MLP head makes the difference between the two);
             `avg`: mean of the last layer's tokens; `avg_top2`: of the last two layers; `avg_first_last`: of the embedding
@@ -33,7 +38,7 @@ def pool(states: Sequence[Tensor], mask_BT: Tensor, pooling: Pooling) -> Tensor:
         (B, D).
     """
     last_BTD = states[-1]
-    if pooling in ("cls", "cls_before_pooler"):
+    if needs_first_token(pooling):
         return last_BTD[:, 0]
     if pooling == "avg_top2":
         last_BTD = (last_BTD + states[-2]) / 2
