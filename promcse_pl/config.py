@@ -445,7 +445,9 @@ def unknown_key(key: str) -> ConfigError:
     keys, key = setting_keys() | setting_keys(SweepConfig, "sweep"), key[:100]
     part = key.rpartition(".")[0]
     every = [known for group in keys.values() for known in group]
-    near = difflib.get_close_matches(key, every, n=3, cutoff=0.6)
+    name = key.rpartition(".")[2]
+    near = [known for known in every if known.rpartition(".")[2] == name]  # typed without its part, or with another
+    near = near[:3] or difflib.get_close_matches(key, every, n=3, cutoff=0.6)
     meant = f" Did you mean {' or '.join(near)}?" if near else ""
     if part and part in keys:
         return ConfigError(f"{key} is not a setting.{meant} Allowed under {part}: {', '.join(keys[part])}")

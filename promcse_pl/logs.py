@@ -13,6 +13,7 @@ from rich.console import Console
 from promcse_pl.errors import ConfigError
 from promcse_pl.paths import hide_home
 from promcse_pl.terminal import ConsoleHandler
+from promcse_pl.training.stop import Stopped
 
 log = logging.getLogger("promcse_pl")
 
@@ -35,6 +36,8 @@ def logging_to(path: Path | None, console: Console) -> Iterator[None]:
         log.addHandler(handler)
     try:
         yield
+    except Stopped:  # whoever ends the run says how to go on
+        raise
     except BaseException as error:
         to_file.handle(log.makeRecord(log.name, logging.ERROR, "", 0, "%s: %s", (type(error).__name__, error), None))
         raise

@@ -17,12 +17,14 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "transformers", "sentence-transformers", "peft", "numpy")
+SLOW = 5e9
+"""Operations a second below which a processor has no instructions for a type."""
+PACKAGES = ("promcse_pl", "torch", "transformers", "sentence-transformers", "peft", "numpy")
 
 
 def describe() -> dict[str, Any]:
     return {
-        "processor": platform.processor() or platform.machine(),
+        "processor": f"{platform.machine()} ({torch.backends.cpu.get_cpu_capability()})",
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -45,11 +47,17 @@ def seconds(work: Callable[[], object], device: str = "cpu") -> float:
 
 
 def matrix_rate(dtype: torch.dtype, device: str = "cpu") -> float:
-    """Return the floating-point operations a second in a large square matrix product."""
+    """Return the floating-point operations a second in a large square matrix product, a small one if minutes are at stake."""
     size = 8192 if device == "cuda" else 2048
+    if device == "cpu" and (rate := _product_rate(512, dtype, device, 1)) < SLOW:
+        return rate
+    return _product_rate(size, dtype, device, 5)
+
+
+def _product_rate(size: int, dtype: torch.dtype, device: str, times: int) -> float:
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     left @ right
-    return 2 * size**3 / statistics.median(seconds(lambda: left @ right, device) for _ in range(5))
+    return 2 * size**3 / statistics.median(seconds(lambda: left @ right, device) for _ in range(times))
 
 
 def peak_bytes(device: str = "cpu") -> int:

@@ -2,8 +2,8 @@
 
     python experiments/speed/measure.py --data FOLDER
 
-Rows are interleaved (A B C A B C ...), so that what else the machine does falls on all of them. Writes results.json and draws
-README.md from it and from what the other scripts of this folder measured; `--draw` draws alone.
+Rows are interleaved (A B C A B C ...), so that what else the machine does falls on all of them. Writes results-TYPE.json, by the
+type that `run.py` picks on this machine, and draws README.md from it and from what else was measured; `--draw` draws alone.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from rows import (
     LENGTH,
     MAX_LENGTH,
     NAME,
+    NEEDS_BFLOAT16,
     SEED,
     TRAINING,
     TRIPLETS,
@@ -36,20 +37,28 @@ from rows import (
 
 from promcse_pl.evaluation.sts import TASKS, load_task
 from promcse_pl.model.backbone import FrozenBackbone
+from promcse_pl.training.precision import choose_dtype
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-ROUNDS, ENCODE_ROUNDS, SENTENCES = 5, 2, 4000
+ROUNDS, ENCODE_ROUNDS, SENTENCES, STS_PART = 4, 2, 4000, 3
 
 
-def training(data: Path, cache: Path) -> tuple[dict[str, list[float]], dict[str, list[float]], float]:
+def of_this_machine(rows: tuple[str, ...], default: torch.dtype) -> list[str]:
+    return [row for row in rows if default == torch.bfloat16 or row not in NEEDS_BFLOAT16]
+
+
+def training(
+    data: Path, cache: Path, default: torch.dtype
+) -> tuple[dict[str, list[float]], dict[str, list[float]], float]:
     """Return the seconds of every step by row, the matrix rates by type, and the real tokens of a step."""
     work = batches(data, cache, ROUNDS)
-    steps = {row: training_step(row, work) for row in TRAINING}
-    took: dict[str, list[float]] = {row: [] for row in TRAINING}
+    rows = of_this_machine(TRAINING, default)
+    steps = {row: training_step(row, work, default) for row in rows}
+    took: dict[str, list[float]] = {row: [] for row in rows}
     rates: dict[str, list[float]] = {"float32": [], "bfloat16": []}
     for number in range(-1, ROUNDS):
-        for row in TRAINING:
+        for row in rows:
             with lever_off(row):
                 elapsed = seconds(lambda row=row: steps[row](number))  # noqa: B023
             if number >= 0:  # the first round warms up
@@ -59,10 +68,11 @@ def training(data: Path, cache: Path) -> tuple[dict[str, list[float]], dict[str,
     return took, rates, statistics.mean(int(batch.tokens.mask_NT.sum()) for batch in work)
 
 
-def encoding(data: Path) -> dict[str, object]:
+def encoding(data: Path, default: torch.dtype) -> dict[str, object]:
     sentences = texts(data, SENTENCES)
-    encoders = {row: encoder_of(row) for row in ENCODING}
-    took: dict[str, list[float]] = {row: [] for row in ENCODING}
+    rows = of_this_machine(ENCODING, default)
+    encoders = {row: encoder_of(row) for row in rows}
+    took: dict[str, list[float]] = {row: [] for row in rows}
     vectors = {}
     for encode in encoders.values():
         encode(sentences[:64])
@@ -72,29 +82,29 @@ def encoding(data: Path) -> dict[str, object]:
     tokenizer = FrozenBackbone.load(NAME).tokenizer
     tokens = sum(map(len, tokenizer(sentences, truncation=True, max_length=512 - LENGTH)["input_ids"]))
     exact = vectors["ours float32"]
-    least = {row: float((vectors[row] * exact).sum(1).min()) for row in ENCODING if row.startswith("ours")}
+    least = {row: float((vectors[row] * exact).sum(1).min()) for row in rows if row.startswith("ours")}
     return {"seconds": took, "tokens": tokens, "least_cosine": least}
 
 
 def sts(data: Path) -> dict[str, float]:
-    """Return the seconds that the sentences of the seven STS tasks take: each once, and file by file in batches of 64."""
+    """Return the seconds for every STS_PART-th pair of the seven STS tasks: each text once, and file by file in batches of 64."""
     parts = [part for task in TASKS for part in load_task(data / "senteval", task)]
+    sides = [side[::STS_PART] for part in parts for side in (part.first, part.second)]
     ours, peer = encoder_of("ours float32"), encoder_of("sentence-transformers")
-    distinct = sorted({text for part in parts for text in (*part.first, *part.second)})
+    distinct = sorted({text for side in sides for text in side})
 
     def loop() -> None:
-        for part in parts:
-            for side in (part.first, part.second):
-                for start in range(0, len(side), 64):
-                    peer(list(side[start : start + 64]))
+        for side in sides:
+            for start in range(0, len(side), 64):
+                peer(list(side[start : start + 64]))
 
     return {"ours float32": seconds(lambda: ours(distinct)), "sentence-transformers by file": seconds(loop)}
 
 
-def memory(row: str, data: Path, cache: Path) -> dict[str, int]:
+def memory(row: str, data: Path, cache: Path, default: torch.dtype) -> dict[str, int]:
     """Return the bytes a process holds before its first step and at most in two steps."""
     work = batches(data, cache, 2)
-    step = training_step(row, work)
+    step = training_step(row, work, default)
     before = peak_bytes()
     with lever_off(row):
         for number in range(2):
@@ -107,12 +117,17 @@ def non_embedding_weights() -> int:
     return sum(p.numel() for name, p in model.named_parameters() if not name.startswith("embeddings."))
 
 
-def measure(data: Path, cache: Path) -> dict[str, object]:
-    took, rates, tokens = training(data, cache)
-    arguments = ("--data", data, "--cache", cache, "--memory")
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def measure(data: Path, cache: Path, default: torch.dtype) -> dict[str, object]:
+    took, rates, tokens = training(data, cache, default)
+    rows = [*took, *(["bfloat16"] if default == torch.float32 else [])]  # memory is the same however slow
+    arguments = ("--data", data, "--cache", cache, "--default", name_of(default), "--memory")
     with ThreadPoolExecutor(2) as pool:
-        peaks = pool.map(partial(in_own_process, __file__, *arguments), TRAINING)
-        held = dict(zip(TRAINING, peaks, strict=True))
+        peaks = [pool.submit(partial(in_own_process, __file__, *arguments), row) for row in reversed(rows)]
+        held = {row: peak.result() for row, peak in zip(rows, reversed(peaks), strict=True)}
     return {
         "machine": describe() | {"matrix_rate": {name: statistics.median(values) for name, values in rates.items()}},
         "work": {
@@ -124,10 +139,11 @@ def measure(data: Path, cache: Path) -> dict[str, object]:
             "weights": non_embedding_weights(),
             "rounds": ROUNDS,
             "sentences": SENTENCES,
+            "sts_part": STS_PART,
         },
         "training_seconds": took,
         "memory": held,
-        "encoding": encoding(data),
+        "encoding": encoding(data, default),
         "sts_seconds": sts(data),
     }
 
@@ -136,17 +152,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "promcse_speed")
-    parser.add_argument("--memory", metavar="ROW", help="measure this row alone, in this process")
+    parser.add_argument("--default", choices=["auto", "float32", "bfloat16"], default="auto", help="type of `ours`")
+    parser.add_argument("--memory", metavar="ROW", help="measure the memory of this row alone, in this process")
     parser.add_argument("--draw", action="store_true", help="draw the page from what was measured before")
     options = parser.parse_args()
     if not options.draw and options.data is None:
         parser.error("--data is needed: a folder with nli/, wiki/ and senteval/ in it")
+    default, _ = choose_dtype(options.default, torch.device("cpu"))
     if options.memory:
-        print(json.dumps(memory(options.memory, options.data.resolve(), options.cache)))
+        print(json.dumps(memory(options.memory, options.data.resolve(), options.cache, default)))
         return
     if not options.draw:
-        results = measure(options.data.resolve(), options.cache)
-        (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        results = measure(options.data.resolve(), options.cache, default)
+        (HERE / f"results-{name_of(default)}.json").write_text(json.dumps(results, indent=1) + "\n")
     (HERE / "README.md").write_text(draw(HERE))
 
 

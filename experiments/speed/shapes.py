@@ -19,6 +19,7 @@ from promcse_pl.loss.hybrid import hybrid_loss
 from promcse_pl.model.backbone import EncoderId, FrozenBackbone
 from promcse_pl.model.chunks import CHUNK_TOKENS
 from promcse_pl.model.encoder import PromptEncoder, Tokens
+from promcse_pl.model.pooling import Pooling
 
 HERE = Path(__file__).resolve().parent
 SHAPES = {
@@ -56,14 +57,19 @@ def random_batch(sentences: int, device: str) -> Tokens:
     return Tokens(ids_NT, mask_NT).to(device)
 
 
-def measure(shape: str, sentences: int, recompute: bool, device: str) -> dict[str, object]:
+def random_encoder(shape: str, dtype: torch.dtype, pooling: Pooling, device: str) -> PromptEncoder:
     torch.manual_seed(SEED)
     family, changes = SHAPES[shape]
     with torch.device(device):
-        model = AutoModel.from_config(AutoConfig.for_model(family, **changes), dtype=torch.bfloat16)
+        model = AutoModel.from_config(AutoConfig.for_model(family, **changes), dtype=dtype)
     backbone = FrozenBackbone(model, EncoderId(shape, None, "0" * 64))
-    weights = sum(p.numel() for name, p in backbone.model.named_parameters() if not name.startswith("embeddings."))
-    encoder = PromptEncoder(backbone, length=LENGTH, pooling="avg").to(device).train()
+    return PromptEncoder(backbone, length=LENGTH, pooling=pooling).to(device)
+
+
+def measure(shape: str, sentences: int, recompute: bool, device: str) -> dict[str, object]:
+    encoder = random_encoder(shape, torch.bfloat16, "avg", device).train()
+    named = encoder.backbone.model.named_parameters()
+    weights = sum(p.numel() for name, p in named if not name.startswith("embeddings."))
     optimizer = torch.optim.AdamW(encoder.prompt.parameters(), lr=3e-2)
     tokens = random_batch(sentences, device)
     before = peak_bytes(device)

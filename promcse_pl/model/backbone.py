@@ -179,7 +179,8 @@ class FrozenBackbone(nn.Module):
         config._attn_implementation = PROMPT_ATTENTION
         use_cheap_dropout(model)
         if config.model_type in _LAYERS_LIKE_BERT:
-            model.encoder.layer[-1].attention.output.register_forward_pre_hook(_keep_first_token)
+            last_layer: Any = model.get_submodule(f"encoder.layer.{config.num_hidden_layers - 1}")
+            last_layer.attention.output.register_forward_pre_hook(_keep_first_token)
         self.model = model.requires_grad_(False)
         self.identity = identity
         self.family: str = config.model_type

@@ -32,7 +32,7 @@ class Run:
         name: The folder, seen from the sweep's; its own name where it is that folder.
         settings: Dotted names (and groups of conf/) with their values.
         state: `finished`, `failed`, `stopped`, `pruned`, `running`; `killed`: it says running but no process holds it;
-            `missing`: never begun; `damaged`: status.json or the results of a finished run cannot be read.
+            `not started`; `damaged`: status.json or the results of a finished run cannot be read.
         error: What ended a failed run.
         problems: What could not be read, and why.
         dev_name: The development set.
@@ -45,7 +45,7 @@ class Run:
     folder: Path
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
-    state: str = "missing"
+    state: str = "not started"
     error: str | None = None
     problems: list[str] = field(default_factory=list)
     dev_name: str | None = None
@@ -174,7 +174,7 @@ def _read_run(sweep: Path, name: str, settings: dict[str, Any] | None) -> Run:
 def _take_status(run: Run, status: Status | None) -> None:
     begun = (run.folder / CONFIG).exists()
     if status is None:  # a run of an older version, or none
-        run.state = "missing" if not begun else "finished" if (run.folder / RESULTS).exists() else "running"
+        run.state = "not started" if not begun else "finished" if (run.folder / RESULTS).exists() else "running"
     else:
         run.state, run.error = status.state, status.error
         run.seconds = max(0.0, status.updated - status.started)

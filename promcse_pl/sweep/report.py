@@ -26,7 +26,7 @@ CHEATING = (
 )
 MOST_COLUMNS = 6
 """Settings that get a column each on a terminal; of more, each row names those in which it differs from most runs."""
-UNFINISHED = ("missing", "killed", "stopped", "failed", "damaged")
+UNFINISHED = ("not started", "killed", "stopped", "failed", "damaged")
 
 
 def print_report(sweep: Sweep, rows: Sequence[Row], *, by_seed: bool, tests: bool) -> None:

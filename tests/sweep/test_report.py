@@ -75,7 +75,17 @@ def test_every_way_to_end_is_named_and_damages_are_messages(tmp_path, capsys):
     with locked(folders[8]):
         sweep = read_sweep(tmp_path / "s")
     states = [run.state for run in sweep.runs]
-    assert states == ["finished", "failed", "killed", "missing", "damaged", "damaged", "finished", "pruned", "running"]
+    assert states == [
+        "finished",
+        "failed",
+        "killed",
+        "not started",
+        "damaged",
+        "damaged",
+        "finished",
+        "pruned",
+        "running",
+    ]
     told = {run.name: messages for run, messages in failures(sweep.runs)}
     assert sorted(told) == ["1", "2", "4", "5", "6"]
     assert told["1"] == ["NonFiniteError: the loss of step 3 is not finite"]

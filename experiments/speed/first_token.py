@@ -1,0 +1,69 @@
+"""What it brings that the last layer computes the first token alone where no other is pooled.
+
+    python experiments/speed/first_token.py
+
+Encoders of the paper's shapes with random weights, training and encoding, with the lever off and on in turns. Writes
+first-token.json, which `measure.py --draw` puts into README.md.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from machine import describe, seconds
+from shapes import LENGTH, SEED, random_batch, random_encoder
+
+from promcse_pl.loss.hybrid import hybrid_loss
+from promcse_pl.model import encoder as module
+from promcse_pl.model.chunks import CHUNK_TOKENS
+from promcse_pl.model.encoder import PromptEncoder, Tokens
+from promcse_pl.training.precision import choose_dtype
+
+HERE = Path(__file__).resolve().parent
+CASES = [("bert-base", 96), ("roberta-large", 48)]
+ROUNDS = 5
+LEVERS = {"every token": False, "first token": True}
+
+
+def training(encoder: PromptEncoder, tokens: Tokens) -> None:
+    vectors, _ = encoder.train()(tokens, chunk_tokens=CHUNK_TOKENS["cpu"])
+    views = vectors.view(3, -1, vectors.shape[1])
+    hybrid_loss(*views, temperature=0.05, margin=0.2, hinge_weight=10.0).total.backward()
+    encoder.zero_grad()
+
+
+def encoding(encoder: PromptEncoder, tokens: Tokens) -> None:
+    with torch.inference_mode():
+        encoder.eval()(tokens, chunk_tokens=CHUNK_TOKENS["cpu"])
+
+
+def in_turns(work: Callable[[], None]) -> dict[str, list[float]]:
+    took: dict[str, list[float]] = {name: [] for name in LEVERS}
+    for number in range(-1, ROUNDS):
+        for name, on in LEVERS.items():
+            with patch.object(module, "needs_first_token", lambda _pooling, on=on: on):
+                elapsed = seconds(work)
+            if number >= 0:  # the first round warms up
+                took[name].append(elapsed)
+    return took
+
+
+def main() -> None:
+    dtype, _ = choose_dtype("auto", torch.device("cpu"))
+    cases = []
+    for shape, sentences in CASES:
+        encoder, tokens = random_encoder(shape, dtype, "cls", "cpu"), random_batch(sentences, "cpu")
+        for work in (training, encoding):
+            took = in_turns(lambda: work(encoder, tokens))  # noqa: B023
+            case = {"shape": shape, "work": work.__name__, "sentences": sentences, "seconds": took}
+            cases.append(case | {"precision": str(dtype).removeprefix("torch.")})
+    results = {"machine": describe(), "seed": SEED, "prompt_length": LENGTH, "cases": cases}
+    (HERE / "first-token.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
