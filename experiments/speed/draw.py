@@ -173,8 +173,8 @@ def _first_token(results: Data) -> list[str]:
         "## First token",
         "",
         f"{_machine(results['machine'])} Pooling `cls` reads the first token alone, so the last layer leaves the "
-        f"others out behind its attention. Random weights, sentences of 6 to 32 tokens, P = {results['prompt_length']}, seed {results['seed']}; "
-        "medians, taken in turns.",
+        "others out behind its attention. Random weights, sentences of 6 to 32 tokens, "
+        f"P = {results['prompt_length']}, seed {results['seed']}; medians, taken in turns.",
         "",
         "| encoder | work | sentences | type | every token, s | first token, s | faster by |",
         "|---|---|---|---|---|---|---|",
