@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from promcse_pl.errors import EncoderError
 from promcse_pl.model.attention import PROMPT_ATTENTION
 from promcse_pl.model.dropout import use_cheap_dropout
+from promcse_pl.model.layers import join_layers, run_layers
 from promcse_pl.model.mlm import MlmHead
 from promcse_pl.paths import expand, hide_home, is_folder
 
@@ -193,6 +194,7 @@ class FrozenBackbone(nn.Module):
         self.pad_id: int = config.pad_token_id or 0
         self._source = source
         self.quantized = False
+        self._layers = join_layers(self.model)
         self._check_prompt_reaches_every_layer()
 
     @classmethod
@@ -277,7 +279,12 @@ class FrozenBackbone(nn.Module):
             self.model = quantize_dynamic(  # type: ignore[no-untyped-call]
                 self.model, {nn.Linear: per_channel_dynamic_qconfig}, dtype=torch.qint8
             )
-        self.quantized = True
+        self.quantized, self._layers = True, []
+
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenBackbone:
+        super()._apply(function, recurse)  # type: ignore[no-untyped-call]
+        self._layers = join_layers(self.model)  # of what has been converted or moved
+        return self
 
     @property
     def precision(self) -> str:
@@ -389,19 +396,21 @@ class FrozenBackbone(nn.Module):
             first_token: The caller reads nothing but the last layer's first token, so that layer may leave the others out.
 
         Returns:
-            Hidden states (B, T, D), the last layer last; that one is (B, 1, D) if the others were left out.
+            Hidden states (B, T, D), the last layer last; that one is (B, 1, D) if the others were left out. Those of padding mean
+            nothing.
         """
-        extra: dict[str, Any] = {} if types_BT is None else {"token_type_ids": types_BT}
+        inputs = {"input_ids": ids_BT, "position_ids": self.positions(ids_BT, position_offset)}
+        if types_BT is not None:
+            inputs["token_type_ids"] = types_BT
+        prompts = None if prompt_kv is None else prompt_kv.unbind(0)
+        if self._layers:
+            embedded_BTD: Tensor = self.model.embeddings(**inputs)  # type: ignore[operator]
+            return run_layers(
+                self._layers, embedded_BTD, mask_BT, prompts, all_layers=all_layers, first_token=first_token
+            )
         before = _first_token_alone.set(first_token)
         try:
-            output = self.model(
-                input_ids=ids_BT,
-                attention_mask=mask_BT,
-                position_ids=self.positions(ids_BT, position_offset),
-                output_hidden_states=all_layers,
-                prompt_kv=None if prompt_kv is None else prompt_kv.unbind(0),
-                **extra,
-            )
+            output = self.model(**inputs, attention_mask=mask_BT, output_hidden_states=all_layers, prompt_kv=prompts)
         finally:
             _first_token_alone.reset(before)
         return tuple(output.hidden_states) if all_layers else (output.last_hidden_state,)

@@ -60,6 +60,16 @@ def keep_mask(shape: torch.Size, probability: float, dtype: torch.dtype = torch.
     return torch.ge(bits, level, out=torch.empty(shape, dtype=dtype))
 
 
+def kept_share(probability: float) -> float:
+    """Return the share of entries that `keep_mask` keeps, `probability` being rounded."""
+    return 1 - round(probability * _LEVELS) / _LEVELS
+
+
+def in_bytes(mask: Tensor) -> Tensor:
+    """Return a mask in a byte an entry, for keeping: torch multiplies by numbers faster than by booleans."""
+    return mask.to(torch.bool).view(torch.uint8)
+
+
 def dropout(values: Tensor, probability: float, shape: torch.Size | None = None) -> Tensor:
     """Zero entries with a probability and scale the others, so that the mean stays.
 
@@ -80,10 +90,9 @@ class _Dropped(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, probability: float, shape: torch.Size) -> Tensor:  # noqa: ANN401
         mask = keep_mask(shape, probability, values.dtype)
-        ctx.scale, ctx.shape = 1 / (1 - round(probability * _LEVELS) / _LEVELS), values.shape
+        ctx.scale, ctx.shape = 1 / kept_share(probability), values.shape
         if ctx.needs_input_grad[0]:
-            # torch multiplies by numbers faster than by booleans
-            ctx.save_for_backward(mask.to(torch.bool).view(torch.uint8))
+            ctx.save_for_backward(in_bytes(mask))
         return mask.mul_(ctx.scale).mul_(values)
 
     @staticmethod
