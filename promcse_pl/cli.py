@@ -320,6 +320,13 @@ def _similarity(options: argparse.Namespace) -> int:
 
 def _load(adapter: Path, **options: Any) -> PromCSE:  # noqa: ANN401
     """Return an adapter with its encoder. Called late, so that a mistake in a file does not wait for torch."""
+    from promcse_pl.folder import ADAPTER, read_status
+
+    folder = expand(adapter)
+    with suppress(DataError):  # a damaged status is no reason to refuse a whole adapter
+        status = read_status(folder.parent if folder.name == ADAPTER else folder)
+        if status is not None and status.state != "finished":
+            sys.stderr.write("the run is not finished: this is its best adapter so far\n")
     with unwatched_imports():
         from promcse_pl.embedder import PromCSE
 

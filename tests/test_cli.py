@@ -1,6 +1,8 @@
 """`promcse`: the commands as a person types them, on the adapter of the shared run."""
 
 import gzip
+import json
+import shutil
 import subprocess
 import sys
 import time
@@ -24,6 +26,16 @@ def test_encode_writes_unit_vectors_in_the_order_of_the_lines(trained_run, tmp_p
     assert np.allclose(vectors, PromCSE.load(trained_run.folder / "adapter", device="cpu").encode(SENTENCES), atol=1e-6)
     assert capsys.readouterr().out == f"{out}: 3 x 384 float32, unit length\n"
     assert {path.name for path in tmp_path.iterdir()} == {"corpus.txt", "vectors.npy"}
+
+
+@pytest.mark.parametrize("place", ["", "adapter"])
+def test_the_adapter_of_an_unfinished_run_is_said_to_be_one(trained_run, tmp_path, capsys, place):
+    run = shutil.copytree(trained_run.folder, tmp_path / "run")
+    for state, told in (("finished", ""), ("stopped", "the run is not finished: this is its best adapter so far\n")):
+        status = json.loads((run / "status.json").read_text())
+        (run / "status.json").write_text(json.dumps({**status, "state": state}))
+        assert main(["similarity", str(run / place), "One.", "Two."]) == 0
+        assert capsys.readouterr().err == told
 
 
 def test_encode_reads_gzipped_text(trained_run, tmp_path):

@@ -416,6 +416,8 @@ def test_settings_that_exclude_each_other_are_refused_and_named(overrides, names
         ("sed", "seed"),
         ("los.margin", "loss.margin"),
         ("trainer.max_step", "trainer.max_steps"),
+        ("lr", "optim.lr"),
+        ("trainer.batch_size", "data.batch_size"),
     ],
 )
 def test_an_unknown_key_names_the_nearest_and_what_is_allowed(key, meant):

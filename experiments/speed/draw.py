@@ -13,11 +13,12 @@ WHAT = {
     "ours": "all levers on: the default of `run.py`",
     "no threads": "chunks one after another, each operation on all cores",
     "no sorting": "chunks in file order, padded to the longest of the batch",
+    "library layers": "the modules of transformers",
     "float32": "the frozen encoder in float32",
     "bfloat16": "the frozen encoder in bfloat16, which this processor computes slowly: its memory alone",
     "torch dropout": "masks drawn by torch",
     "recompute": "chunks run twice, in the memory of one",
-    "plain path": "one padded batch, float32, torch's dropout: as the official code computes",
+    "plain path": "one padded batch, float32, torch's dropout, transformers' modules: as the official code computes",
     "ST + PEFT": "sentence-transformers with PEFT's prefix tuning, wired by hand, float32",
 }
 
@@ -104,7 +105,7 @@ def _main(results: Data) -> list[str]:
         shown = "" if cosine is None else f"{cosine:.5f}"
         lines.append(f"| {row} | {work['sentences'] / took:.0f} | {peer / took:.2f}x | {share} | {shown} |")
     ours, by_file = results["sts_seconds"].values()
-    which = "Every third pair" if work.get("sts_part") == 3 else "All pairs"
+    which = f"One pair in {work['sts_part']}" if "sts_part" in work else "All pairs"
     return [
         *lines,
         "",

@@ -41,7 +41,7 @@ from promcse_pl.training.precision import choose_dtype
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-ROUNDS, ENCODE_ROUNDS, SENTENCES, STS_PART = 4, 2, 4000, 3
+ROUNDS, ENCODE_ROUNDS, SENTENCES, STS_PART = 3, 2, 4000, 5
 
 
 def of_this_machine(rows: tuple[str, ...], default: torch.dtype) -> list[str]:

@@ -29,9 +29,9 @@ OPERATIONS = {
     "GELU": ("gelu", "gelu_backward"),
     "LayerNorm": ("native_layer_norm", "native_layer_norm_backward"),
     "softmax": ("_softmax", "_softmax_backward_data"),
-    "products and masks of dropout": ("mul", "mul_", "ge"),
+    "products and masks of dropout": ("mul", "mul_", "ge", "addcmul"),
     "residuals": ("add", "add_"),
-    "copies and padding": ("copy_", "cat", "masked_fill_", "fill_", "index", "slice_backward"),
+    "copies and padding": ("copy_", "cat", "fill_", "index_copy_", "index_select"),
 }
 REST = "all else: Python, random bits, autograd, allocation"
 

@@ -23,7 +23,17 @@ from promcse_pl.model.encoder import PromptEncoder
 
 NAME = "sentence-transformers/all-MiniLM-L6-v2"
 LENGTH, TRIPLETS, MAX_LENGTH, SEED = 10, 128, 32, 1
-TRAINING = ("ours", "no threads", "no sorting", "float32", "torch dropout", "recompute", "plain path", "ST + PEFT")
+TRAINING = (
+    "ours",
+    "no threads",
+    "no sorting",
+    "library layers",
+    "float32",
+    "torch dropout",
+    "recompute",
+    "plain path",
+    "ST + PEFT",
+)
 ENCODING = ("ours bfloat16", "ours int8", "ours float32", "sentence-transformers")
 NEEDS_BFLOAT16 = ("float32", "ours bfloat16")
 """Rows of a machine where bfloat16 is the faster type; elsewhere the first is `ours` and the second takes forever."""
@@ -86,8 +96,11 @@ def our_step(
     dtype: torch.dtype,
     chunk_tokens: int | None = 512,
     recompute: bool = False,
+    library_layers: bool = False,
 ) -> Step:
     encoder = prompt_encoder(dtype).train()
+    if library_layers:
+        encoder.backbone._layers = []
     optimizer = torch.optim.AdamW(encoder.prompt.parameters(), lr=3e-2)
 
     def step(number: int) -> None:
@@ -153,7 +166,9 @@ def training_step(row: str, work: list[TrainBatch], default: torch.dtype) -> Ste
         "float32": {"dtype": torch.float32},
         "bfloat16": {"dtype": torch.bfloat16},
         "recompute": {"recompute": True},
-        "plain path": {"dtype": torch.float32, "chunk_tokens": None},  # as the official code: one padded batch
+        "library layers": {"library_layers": True},
+        # as the official code: one padded batch
+        "plain path": {"dtype": torch.float32, "chunk_tokens": None, "library_layers": True},
     }
     return our_step(work, **{"dtype": default, **options.get(row, {})})
 
