@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
@@ -17,7 +17,7 @@ from promcse_pl.data.readers import read_rows
 from promcse_pl.data.tokens import file_source, load_tokens
 from promcse_pl.embedder import PromCSE
 from promcse_pl.loss.hybrid import hybrid_loss
-from promcse_pl.model import attention, chunks, dropout, prompt
+from promcse_pl.model import attention, backbone, chunks, dropout, prompt
 from promcse_pl.model.backbone import FrozenBackbone, locate
 from promcse_pl.model.encoder import PromptEncoder
 
@@ -96,11 +96,8 @@ def our_step(
     dtype: torch.dtype,
     chunk_tokens: int | None = 512,
     recompute: bool = False,
-    library_layers: bool = False,
 ) -> Step:
     encoder = prompt_encoder(dtype).train()
-    if library_layers:
-        encoder.backbone._layers = []
     optimizer = torch.optim.AdamW(encoder.prompt.parameters(), lr=3e-2)
 
     def step(number: int) -> None:
@@ -142,20 +139,25 @@ def peer_step(work: list[TrainBatch]) -> Step:
 
 
 @contextmanager
+def with_library_layers() -> Iterator[None]:
+    with patch.object(backbone, "can_be_written_out", lambda _model: False):
+        yield
+
+
+@contextmanager
 def lever_off(row: str) -> Iterator[None]:
     """What must hold while a row's step runs."""
-    match row:
-        case "no threads":
-            with without_threads():
-                yield
-        case "no sorting":
-            with without_sorting():
-                yield
-        case "torch dropout" | "plain path":
-            with with_torch_dropout():
-                yield
-        case _:
-            yield
+    off = {
+        "no threads": [without_threads],
+        "no sorting": [without_sorting],
+        "library layers": [with_library_layers],
+        "torch dropout": [with_torch_dropout],
+        "plain path": [with_torch_dropout, with_library_layers],
+    }
+    with ExitStack() as stack:
+        for lever in off.get(row, []):
+            stack.enter_context(lever())
+        yield
 
 
 def training_step(row: str, work: list[TrainBatch], default: torch.dtype) -> Step:
@@ -166,9 +168,7 @@ def training_step(row: str, work: list[TrainBatch], default: torch.dtype) -> Ste
         "float32": {"dtype": torch.float32},
         "bfloat16": {"dtype": torch.bfloat16},
         "recompute": {"recompute": True},
-        "library layers": {"library_layers": True},
-        # as the official code: one padded batch
-        "plain path": {"dtype": torch.float32, "chunk_tokens": None, "library_layers": True},
+        "plain path": {"dtype": torch.float32, "chunk_tokens": None},  # as the official code: one padded batch
     }
     return our_step(work, **{"dtype": default, **options.get(row, {})})
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from promcse_pl.errors import EncoderError
 from promcse_pl.model.attention import PROMPT_ATTENTION
 from promcse_pl.model.dropout import use_cheap_dropout
-from promcse_pl.model.layers import join_layers, run_layers
+from promcse_pl.model.layers import can_be_written_out, run_layers
 from promcse_pl.model.mlm import MlmHead
 from promcse_pl.paths import expand, hide_home, is_folder
 
@@ -179,7 +179,7 @@ class FrozenBackbone(nn.Module):
             raise EncoderError(f"{identity.name} is a {config.model_type} encoder. Supported: {', '.join(SUPPORTED)}")
         config._attn_implementation = PROMPT_ATTENTION
         use_cheap_dropout(model)
-        if config.model_type in _LAYERS_LIKE_BERT:
+        if config.model_type in _LAYERS_LIKE_BERT and not config.chunk_size_feed_forward:
             last_layer: Any = model.get_submodule(f"encoder.layer.{config.num_hidden_layers - 1}")
             last_layer.attention.output.register_forward_pre_hook(_keep_first_token)
         self.model = model.requires_grad_(False)
@@ -194,7 +194,6 @@ class FrozenBackbone(nn.Module):
         self.pad_id: int = config.pad_token_id or 0
         self._source = source
         self.quantized = False
-        self._layers = join_layers(self.model)
         self._check_prompt_reaches_every_layer()
 
     @classmethod
@@ -279,12 +278,7 @@ class FrozenBackbone(nn.Module):
             self.model = quantize_dynamic(  # type: ignore[no-untyped-call]
                 self.model, {nn.Linear: per_channel_dynamic_qconfig}, dtype=torch.qint8
             )
-        self.quantized, self._layers = True, []
-
-    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenBackbone:
-        super()._apply(function, recurse)  # type: ignore[no-untyped-call]
-        self._layers = join_layers(self.model)  # of what has been converted or moved
-        return self
+        self.quantized = True
 
     @property
     def precision(self) -> str:
@@ -403,11 +397,10 @@ class FrozenBackbone(nn.Module):
         if types_BT is not None:
             inputs["token_type_ids"] = types_BT
         prompts = None if prompt_kv is None else prompt_kv.unbind(0)
-        if self._layers:
+        if can_be_written_out(self.model):
             embedded_BTD: Tensor = self.model.embeddings(**inputs)  # type: ignore[operator]
-            return run_layers(
-                self._layers, embedded_BTD, mask_BT, prompts, all_layers=all_layers, first_token=first_token
-            )
+            layers: Any = self.model.get_submodule("encoder.layer")
+            return run_layers(layers, embedded_BTD, mask_BT, prompts, all_layers=all_layers, first_token=first_token)
         before = _first_token_alone.set(first_token)
         try:
             output = self.model(**inputs, attention_mask=mask_BT, output_hidden_states=all_layers, prompt_kv=prompts)
@@ -423,15 +416,14 @@ class FrozenBackbone(nn.Module):
             prompt_kv = torch.randn(shape, dtype=self.dtype).to(self.device).requires_grad_()
             ids = torch.full((1, 4), min(5, len(self.word_embeddings) - 1), device=self.device)
             training = self.model.training
-            states = self.model.eval()(
+            # transformers' modules in any case: those written out take the prompt in every layer
+            state = self.model.eval()(
                 input_ids=ids, attention_mask=torch.ones_like(ids), prompt_kv=prompt_kv.unbind(0)
-            )
+            ).last_hidden_state
             self.model.train(training)
             # a random direction: the sum over a LayerNorm's outputs is constant and has no gradient
-            weights = torch.randn(states.last_hidden_state.shape, dtype=torch.float32).to(self.device)
-            (grad,) = torch.autograd.grad(
-                (states.last_hidden_state.float() * weights).sum(), prompt_kv, allow_unused=True
-            )
+            weights = torch.randn(state.shape, dtype=torch.float32).to(self.device)
+            (grad,) = torch.autograd.grad((state.float() * weights).sum(), prompt_kv, allow_unused=True)
         reached = grad is not None and bool(grad.flatten(2).ne(0).any(-1).all())
         if not reached:
             raise EncoderError(

@@ -176,20 +176,34 @@ class PromptEncoder(nn.Module):
         (states,) = self._states(chunk, chunk.mlm_ids_NT, dropped_kv)
         return pooled, states[chunk.mlm_labels_NT != IGNORED]
 
-    def _states(self, tokens: Tokens, ids_NT: Tensor, prompt_kv: Tensor, **which: bool) -> tuple[Tensor, ...]:
+    def _states(
+        self,
+        tokens: Tokens,
+        ids_NT: Tensor,
+        prompt_kv: Tensor,
+        *,
+        all_layers: bool = False,
+        first_token: bool = False,
+    ) -> tuple[Tensor, ...]:
         states: tuple[Tensor, ...] = self.backbone(
             ids_NT,
             tokens.mask_NT,
             prompt_kv,
             position_offset=self.position_offset,
             types_BT=tokens.types_NT,
-            **which,
+            all_layers=all_layers,
+            first_token=first_token,
         )
         return states
 
     def _pool(self, tokens: Tokens, prompt_kv: Tensor) -> Tensor:
-        which = {"all_layers": needs_all_layers(self.pooling), "first_token": needs_first_token(self.pooling)}
-        states = self._states(tokens, tokens.ids_NT, prompt_kv, **which)
+        states = self._states(
+            tokens,
+            tokens.ids_NT,
+            prompt_kv,
+            all_layers=needs_all_layers(self.pooling),
+            first_token=needs_first_token(self.pooling),
+        )
         return pool([_float(state) for state in states], tokens.mask_NT, self.pooling)
 
     @staticmethod

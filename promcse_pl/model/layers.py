@@ -1,8 +1,8 @@
 """The layers of BERT and RoBERTa written out for a CPU: no padding in the linear layers, no bookkeeping for frozen weights.
 
 transformers' modules do the same work one small operation at a time, on padded sentences. Here the tokens of a chunk are packed
-one behind the other, query, key and value are one matrix product, and a layer is one operation for torch's autograd, whose
-backward pass gives two gradients: that of the hidden states, and that of the layer's prompt. Only what it needs is kept.
+one behind the other, and a layer is one operation for torch's autograd, whose backward pass gives two gradients: that of the
+hidden states, and that of the layer's prompt. Only what it needs is kept. Hooks on a layer's modules are not called.
 """
 
 # B sentences, T tokens of the longest, M real tokens of all (or B, where the first token alone goes on), P prompt length,
@@ -22,34 +22,20 @@ from torch.nn import functional as F
 from promcse_pl.model.dropout import in_bytes, keep_mask, kept_share
 
 _MODELS = ("BertModel", "RobertaModel", "XLMRobertaModel")
+Layer = Any
+"""A layer of one of these; transformers has no common type for them."""
 
 
-class Layer:
-    """One frozen layer, the weights of its query, key and value joined; the module's own become views, so that nothing is copied.
-
-    Args:
-        module: A layer of transformers. Its dropout rates and mode are read anew at every call.
-    """
-
-    def __init__(self, module: Any) -> None:  # noqa: ANN401
-        own = module.attention.self
-        self.module, self.heads = module, int(own.num_attention_heads)
-        parts = own.query, own.key, own.value
-        self.qkv = tuple(torch.cat([getattr(part, name).data for part in parts]) for name in ("weight", "bias"))
-        for name, joined in zip(("weight", "bias"), self.qkv, strict=True):
-            for part, view in zip(parts, joined.chunk(3), strict=True):
-                getattr(part, name).data = view
-
-
-def join_layers(model: nn.Module) -> list[Layer]:
-    """Return the layers of an encoder, or none if they are not of the kind below with their weights on a CPU."""
+def can_be_written_out(model: nn.Module) -> bool:
+    """Tell whether an encoder's layers can be run as below: BERT's or RoBERTa's, with frozen matrices on a CPU."""
     config: Any = model.config
     if type(model).__name__ not in _MODELS or config.hidden_act != "gelu" or config.is_decoder:
-        return []
-    modules: Any = model.get_submodule("encoder.layer")
-    if next(modules.parameters()).device.type != "cpu":
-        return []
-    return [Layer(module) for module in modules]
+        return False
+    if torch.is_autocast_enabled("cpu") or next(model.parameters()).device.type != "cpu":
+        return False
+    dense = [module for module in model.get_submodule("encoder").modules() if hasattr(module, "in_features")]
+    plain = all(type(module) is nn.Linear for module in dense)  # int8 layers, or an adapter of another library, are not
+    return plain and not any(parameter.requires_grad for parameter in model.parameters())
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +81,7 @@ class _Places:
 
 
 def run_layers(
-    layers: Sequence[Layer],
+    layers: Sequence[nn.Module],
     embedded_BTD: Tensor,
     mask_BT: Tensor,
     prompt_kv: Sequence[Tensor] | None,
@@ -106,16 +92,20 @@ def run_layers(
     """Run an encoder's layers.
 
     Args:
-        layers: The frozen layers.
+        layers: transformers' modules; their dropout rates and mode count.
         embedded_BTD: The embedding output.
         mask_BT: 1 for real tokens, 0 for padding at the end.
         prompt_kv: Keys and values of each layer, (2, B or 1, N, P, H), or None.
         all_layers: Also return what enters each layer.
-        first_token: Leave out, behind the last attention, all tokens but the first; not with `all_layers`.
+        first_token: Leave out, behind the last attention, all tokens but the first; not with `all_layers`, and not done where a
+            sentence has no first token.
 
     Returns:
-        Hidden states (B, T, D), the last layer last, with zeros for padding; that one is (B, 1, D) with `first_token`.
+        Hidden states (B, T, D), the last layer last, with zeros for padding behind the layers; that one is (B, 1, D) if the other
+        tokens were left out.
     """
+    assert not (all_layers and first_token)
+    first_token = first_token and bool(mask_BT[:, 0].all())
     length = 0 if prompt_kv is None else prompt_kv[0].shape[-2]
     places = _Places.of(mask_BT, length, embedded_BTD.dtype)
     hidden_MD = places.pack(embedded_BTD.flatten(0, 1))
@@ -169,8 +159,7 @@ class _FrozenLayer(torch.autograd.Function):
         assert kept is not None
         ctx.save_for_backward(*(tensor for part in kept for tensor in part))
         ctx.layer, ctx.places, ctx.first = layer, places, first
-        own = layer.module
-        ctx.rates = [_rate(part.dropout) for part in (own.attention.self, own.attention.output, own.output)]
+        ctx.rates = [_rate(part.dropout) for part in (layer.attention.self, layer.attention.output, layer.output)]
         return after_MD
 
     @staticmethod
@@ -178,13 +167,12 @@ class _FrozenLayer(torch.autograd.Function):
     def backward(ctx: Any, after_MD: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # noqa: ANN401
         saved, layer, places = ctx.saved_tensors, ctx.layer, ctx.places
         kept, out, down = _Kept(*saved[:5]), _Norm(*saved[5:9]), _Norm(*saved[9:])
-        module = layer.module
-        second_MD = _norm_backward(after_MD, down, module.output.LayerNorm)
-        up_ME = _undrop(second_MD, down.mask_MD, ctx.rates[2]) @ module.output.dense.weight
+        second_MD = _norm_backward(after_MD, down, layer.output.LayerNorm)
+        up_ME = _undrop(second_MD, down.mask_MD, ctx.rates[2]) @ layer.output.dense.weight
         torch.ops.aten.gelu_backward.grad_input(up_ME, kept.up_ME, grad_input=up_ME)
-        between_MD = second_MD.addmm_(up_ME, module.intermediate.dense.weight)
-        first_MD = _norm_backward(between_MD, out, module.attention.output.LayerNorm)
-        mixed_MD = _undrop(first_MD, out.mask_MD, ctx.rates[1]) @ module.attention.output.dense.weight
+        between_MD = second_MD.addmm_(up_ME, layer.intermediate.dense.weight)
+        first_MD = _norm_backward(between_MD, out, layer.attention.output.LayerNorm)
+        mixed_MD = _undrop(first_MD, out.mask_MD, ctx.rates[1]) @ layer.attention.output.dense.weight
         of_tokens = ctx.needs_input_grad[0]  # below the first layer nothing needs it
         qkv_M3D, prompt = _attention_backward(
             mixed_MD, kept, layer, places, rate=ctx.rates[0], first=ctx.first, of_tokens=of_tokens
@@ -192,23 +180,24 @@ class _FrozenLayer(torch.autograd.Function):
         if qkv_M3D is None:
             return None, prompt, None, None, None
         if ctx.first:
-            hidden_MD = (qkv_M3D @ layer.qkv[0]).index_add_(0, places.first_B, first_MD)
+            hidden_MD = torch.zeros_like(qkv_M3D[:, : first_MD.shape[1]]).index_add_(0, places.first_B, first_MD)
         else:
-            hidden_MD = first_MD.addmm_(qkv_M3D, layer.qkv[0])
+            hidden_MD = first_MD
+        for part, gradient_MD in zip(_projections(layer), qkv_M3D.chunk(3, dim=1), strict=True):
+            hidden_MD.addmm_(gradient_MD, part.weight)
         return hidden_MD, prompt, None, None, None
 
 
 def _forward(
     hidden_MD: Tensor, prompt: Tensor | None, layer: Layer, places: _Places, *, first: bool, keep: bool
 ) -> tuple[Tensor, tuple[_Kept, _Norm, _Norm] | None]:
-    module = layer.module
-    qkv_M3D = F.linear(hidden_MD, *layer.qkv)
+    qkv_M3D = torch.cat([F.linear(hidden_MD, part.weight, part.bias) for part in _projections(layer)], dim=1)
     query, kv = _heads(qkv_M3D, prompt, layer, places, first=first)
-    rate = _rate(module.attention.self.dropout)
+    rate = _rate(layer.attention.self.dropout)
     weights_ZTS = mask_ZTS = None
-    if keep or rate:
+    if keep or layer.training:  # the same in both passes of a chunk that runs twice
         query_ZTH, (key_ZSH, value_ZSH) = query.reshape(-1, *query.shape[2:]), kv.reshape(2, -1, *kv.shape[3:])
-        weights_ZTS = dropped_ZTS = _scores(query_ZTH, key_ZSH, layer, places).softmax(-1)
+        weights_ZTS = dropped_ZTS = _scores(query_ZTH, key_ZSH, places).softmax(-1)
         if rate:
             dropped_ZTS = keep_mask(weights_ZTS.shape, rate, weights_ZTS.dtype)
             mask_ZTS = in_bytes(dropped_ZTS)
@@ -222,35 +211,43 @@ def _forward(
         hidden_MD = hidden_MD[places.first_B]
     else:
         mixed_MD = places.pack(mixed_MD)
-    between_MD, out = _add_and_norm(mixed_MD, hidden_MD, module.attention.output)
-    up_ME = F.linear(between_MD, module.intermediate.dense.weight, module.intermediate.dense.bias)
+    between_MD, out = _add_and_norm(mixed_MD, hidden_MD, layer.attention.output)
+    up_ME = F.linear(between_MD, layer.intermediate.dense.weight, layer.intermediate.dense.bias)
     active_ME = F.gelu(up_ME) if keep else torch.ops.aten.gelu_(up_ME)
-    after_MD, down = _add_and_norm(active_ME, between_MD, module.output)
+    after_MD, down = _add_and_norm(active_ME, between_MD, layer.output)
     if not keep:
         return after_MD, None
     assert weights_ZTS is not None
     return after_MD, (_Kept(qkv_M3D, prompt, weights_ZTS, mask_ZTS, up_ME), out, down)
 
 
+def _projections(layer: Layer) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+    own = layer.attention.self
+    return own.query, own.key, own.value
+
+
 def _heads(
     qkv_M3D: Tensor, prompt: Tensor | None, layer: Layer, places: _Places, *, first: bool
 ) -> tuple[Tensor, Tensor]:
     """Return the queries (B, N, T or 1, H), and keys and values with the prompt in front, (2, B, N, S, H)."""
-    padded = places.pad(qkv_M3D).view(places.sentences, places.longest, 3, layer.heads, -1).permute(2, 0, 3, 1, 4)
+    padded = (
+        places.pad(qkv_M3D)
+        .view(places.sentences, places.longest, 3, layer.attention.self.num_attention_heads, -1)
+        .permute(2, 0, 3, 1, 4)
+    )
     query, kv = padded[0], padded[1:]
     if prompt is not None:
         kv = torch.cat([prompt.expand(-1, places.sentences, -1, -1, -1), kv], dim=-2)
     return query[:, :, :1] if first else query, kv
 
 
-def _scores(query_ZTH: Tensor, key_ZSH: Tensor, layer: Layer, places: _Places) -> Tensor:
+def _scores(query_ZTH: Tensor, key_ZSH: Tensor, places: _Places) -> Tensor:
     """Scaled dot products, with the lowest number for padding keys."""
     scale = query_ZTH.shape[-1] ** -0.5
     if places.bias_B1S is None:
         return _product(query_ZTH, key_ZSH.mT, scale)
-    shape = len(query_ZTH), query_ZTH.shape[1], key_ZSH.shape[1]
-    bias_ZTS = places.bias_B1S.unsqueeze(1).expand(-1, layer.heads, shape[1], -1).reshape(shape)
-    return bias_ZTS.baddbmm_(query_ZTH, key_ZSH.mT, alpha=scale)
+    heads = len(query_ZTH) // places.sentences
+    return torch.baddbmm(places.bias_B1S.repeat_interleave(heads, 0), query_ZTH, key_ZSH.mT, alpha=scale)
 
 
 def _product(left: Tensor, right: Tensor, factor: float) -> Tensor:

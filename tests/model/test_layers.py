@@ -2,35 +2,37 @@
 
 import copy
 from contextlib import contextmanager
+from unittest.mock import patch
 
 import pytest
 import torch
 from conftest import NO_DROPOUT, small_backbone, small_tokens
 
+from promcse_pl.model import backbone
 from promcse_pl.model.dropout import seeded_dropout
 from promcse_pl.model.encoder import PromptEncoder
+from promcse_pl.model.layers import can_be_written_out
 
 FAMILIES = ["bert", "roberta", "xlm-roberta"]
-LENGTHS = {"padded": [9, 4, 12, 5, 9, 3], "equal": [7, 7, 7, 7]}
+LENGTHS = {"padded": [9, 4, 12, 5, 9, 3], "equal": [7, 7, 7, 7], "one": [5], "one token": [1, 1]}
 every_family = pytest.mark.parametrize("family", FAMILIES)
 all_lengths = pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 
 
 @contextmanager
-def layers_of_transformers(encoder):
-    kept, encoder.backbone._layers = encoder.backbone._layers, []
-    try:
+def layers_of_transformers():
+    with patch.object(backbone, "can_be_written_out", lambda _model: False):
         yield
-    finally:
-        encoder.backbone._layers = kept
 
 
-def prompt_encoder(family="bert", *, length=4, pooling="avg", dropout=None, **changes) -> PromptEncoder:
-    encoder = PromptEncoder(
-        small_backbone(family, **changes), length=length, pooling=pooling, dropout=dropout, projection_size=6
-    )
-    assert encoder.backbone._layers
-    return encoder
+def prompt_encoder(family="bert", *, pooling="avg", dropout=None, **changes) -> PromptEncoder:
+    frozen = small_backbone(family, **changes)
+    torch.manual_seed(7)
+    for parameter in frozen.model.parameters():  # biases are 0 and norms 1 in a fresh encoder
+        if parameter.ndim == 1:
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.3)
+    assert can_be_written_out(frozen.model)
+    return PromptEncoder(frozen, length=4, pooling=pooling, dropout=dropout, projection_size=6)
 
 
 def vectors_and_gradients(encoder, tokens, seed=None):
@@ -61,7 +63,7 @@ def test_vectors_and_every_gradient_are_those_of_transformers(family, lengths, p
     encoder = prompt_encoder(family, pooling=pooling).to(dtype).eval()
     tokens = small_tokens(lengths, encoder.backbone.pad_id)
     found = vectors_and_gradients(encoder, tokens)
-    with layers_of_transformers(encoder):
+    with layers_of_transformers():
         assert_equal(found, vectors_and_gradients(encoder, tokens), bound)
     with torch.inference_mode():  # another path: fused attention, nothing kept
         (vectors,) = encoder.encode_chunk(tokens, encoder.prompt())
@@ -75,7 +77,7 @@ def test_with_the_same_masks_vectors_and_every_gradient_are_those_of_transformer
     tokens = small_tokens(LENGTHS["equal"], encoder.backbone.pad_id)  # without padding both draw alike
     found = vectors_and_gradients(encoder, tokens, seed=3)
     other = vectors_and_gradients(encoder, tokens, seed=4)
-    with layers_of_transformers(encoder):
+    with layers_of_transformers():
         assert_equal(found, vectors_and_gradients(encoder, tokens, seed=3), 1e-12)
     assert (found[0] - other[0]).norm() > 0.1 * found[0].norm()
 
@@ -105,11 +107,11 @@ def test_with_dropout_the_gradient_is_the_slope_of_the_loss(lengths, pooling):
 
 
 def test_without_a_prompt_the_states_are_those_of_transformers():
-    backbone = small_backbone(**NO_DROPOUT).double()
+    frozen = small_backbone(**NO_DROPOUT).double()
     tokens = small_tokens(LENGTHS["padded"])
     real_NT = tokens.mask_NT.bool()
-    whole = backbone.model(tokens.ids_NT, attention_mask=tokens.mask_NT, output_hidden_states=True).hidden_states
-    states = backbone(tokens.ids_NT, tokens.mask_NT, None, all_layers=True)
+    whole = frozen.model(tokens.ids_NT, attention_mask=tokens.mask_NT, output_hidden_states=True).hidden_states
+    states = frozen(tokens.ids_NT, tokens.mask_NT, None, all_layers=True)
     for ours, theirs in zip(states, whole, strict=True):
         torch.testing.assert_close(ours[real_NT], theirs[real_NT], rtol=0, atol=1e-12)
     assert not states[-1][~real_NT].any()
@@ -123,23 +125,62 @@ def test_bfloat16_is_as_near_to_float32_as_transformers_is(family):
     tokens = small_tokens(LENGTHS["padded"], exact.backbone.pad_id)
     expected, gradients = vectors_and_gradients(exact, tokens)
     ours = vectors_and_gradients(rounded, tokens)
-    with layers_of_transformers(rounded):
+    with layers_of_transformers():
         theirs = vectors_and_gradients(rounded, tokens)
     for number, whole in enumerate([expected, *gradients]):
         error, other = ((([found[0], *found[1]][number] - whole).norm() / whole.norm()) for found in (ours, theirs))
-        assert error <= max(1.5 * other, 0.004)
+        assert error <= max(2 * other, 0.004)
 
 
-def test_joined_weights_are_the_model_s_own_and_follow_it():
-    backbone = small_backbone()
-    for converted in (backbone, backbone.double(), backbone.bfloat16()):
-        for layer, module in zip(converted._layers, converted.model.encoder.layer, strict=True):
-            own = module.attention.self
-            assert layer.module is module
-            for name, joined in zip(("weight", "bias"), layer.qkv, strict=True):
-                parts = [getattr(part, name) for part in (own.query, own.key, own.value)]
-                assert joined.dtype == converted.dtype
-                assert [part.data_ptr() for part in parts] == [part.data_ptr() for part in joined.chunk(3)]
+@pytest.mark.parametrize(
+    "change", ["one padded sentence", "one head", "types", "nothing but padding", "padding in front"]
+)
+@pytest.mark.parametrize("pooling", ["cls", "avg"])
+def test_strange_batches_are_those_of_transformers(change, pooling):
+    changes = {"num_attention_heads": 1} if change == "one head" else {}
+    encoder = prompt_encoder(pooling=pooling, **changes).double().eval()
+    tokens = small_tokens([6, 4, 3])
+    if change == "one padded sentence":
+        tokens = tokens.select(torch.tensor([1]), 6)
+    elif change == "types":
+        tokens.types_NT = torch.arange(6).expand(3, -1) % 2
+    elif change == "nothing but padding" and pooling == "cls":  # the mean of no token is not a number
+        tokens.mask_NT[1] = 0
+    elif change == "padding in front":
+        tokens.mask_NT[2, :2] = 0
+    found = vectors_and_gradients(encoder, tokens)
+    with layers_of_transformers():
+        expected = vectors_and_gradients(encoder, tokens)
+    rows = tokens.mask_NT[:, 0].bool() if pooling == "cls" else slice(None)  # what padding is turned into means nothing
+    torch.testing.assert_close(found[0][rows], expected[0][rows], rtol=0, atol=1e-12)
+    if change not in ("nothing but padding", "padding in front"):
+        assert_equal(found, expected, 1e-12)
+
+
+@pytest.mark.parametrize("then", ["to", "deepcopy", "assign", "replace"])
+def test_whatever_becomes_of_the_weights_is_computed_with(then):
+    encoder = prompt_encoder().eval()
+    tokens = small_tokens(LENGTHS["padded"])
+    before, _ = vectors_and_gradients(encoder, tokens)
+    model = encoder.backbone.model
+    own = model.encoder.layer[0].attention.self
+    if then == "to":
+        model.double()
+    elif then == "deepcopy":
+        encoder = copy.deepcopy(encoder)
+        encoder.backbone.model.encoder.layer[0].attention.self.key.weight.data.mul_(2)
+    elif then == "assign":
+        state = {name: tensor * 2 for name, tensor in model.encoder.state_dict().items()}
+        model.encoder.load_state_dict(state, assign=True)
+        model.requires_grad_(False)
+    else:
+        own.query.weight = torch.nn.Parameter(own.query.weight * 2, requires_grad=False)
+    assert can_be_written_out(encoder.backbone.model)
+    found, _ = vectors_and_gradients(encoder, tokens)
+    with layers_of_transformers():
+        expected, _ = vectors_and_gradients(encoder, tokens)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert then == "to" or (found - before).norm() > 1e-3 * before.norm()
 
 
 @pytest.mark.parametrize(
@@ -148,11 +189,16 @@ def test_joined_weights_are_the_model_s_own_and_follow_it():
     ids=["electra", "modernbert", "relu"],
 )
 def test_other_layers_are_left_to_transformers(family, changes):
-    assert not small_backbone(family, **changes)._layers
+    assert not can_be_written_out(small_backbone(family, **changes).model)
 
 
-def test_int8_layers_are_left_to_transformers():
-    backbone = small_backbone()
-    assert backbone._layers
-    backbone.quantize()
-    assert not backbone._layers
+def test_int8_autocast_and_trained_weights_are_left_to_transformers():
+    model = small_backbone().model
+    assert can_be_written_out(model)
+    with torch.autocast("cpu"):
+        assert not can_be_written_out(model)
+    model.encoder.layer[1].output.dense.bias.requires_grad_(True)
+    assert not can_be_written_out(model)
+    quantized = small_backbone()
+    quantized.quantize()
+    assert not can_be_written_out(quantized.to("cpu").model)

@@ -100,7 +100,7 @@ def test_too_little_memory_makes_chunks_run_twice_and_says_so(train, monkeypatch
     monkeypatch.setattr(
         PromptEncoder, "forward", lambda self, *rest, **named: calls.append(named) or plain(self, *rest, **named)
     )
-    monkeypatch.setattr("promcse_pl.training.fit.free_bytes", lambda _device: 300_000)
+    monkeypatch.setattr("promcse_pl.training.fit.free_bytes", lambda _device: 100_000)
     tight, said = train("tight")
     assert tight == kept
     assert re.search(r"the tensors of a batch would take 0\.\d GB of 0\.0 GB free: chunks run twice", said)
