@@ -39,7 +39,8 @@ def draw(folder: Path) -> str:
     for name, part in parts.items():
         path = folder / f"{name}.json"
         if path.is_file():
-            lines += [*part(json.loads(path.read_text())), ""]
+            results = json.loads(path.read_text())
+            lines += [*part(results), "", *([results["note"], ""] if "note" in results else [])]
     if not (folder / "shapes-cuda.json").is_file():
         lines += ["Not measured on a GPU.", ""]
     return "\n".join([*lines, "Drawn by `measure.py` from the .json files of this folder.", ""])

@@ -2,7 +2,7 @@
 
     python experiments/speed/measure.py --data FOLDER
 
-Rows are interleaved (A B C A B C ...), so that what else the machine does falls on all of them. Writes results-TYPE.json, by the
+Rows are interleaved (A B C B C A ...), so that what else the machine does falls on all of them. Writes results-TYPE.json, by the
 type that `run.py` picks on this machine, and draws README.md from it and from what else was measured; `--draw` draws alone.
 """
 
@@ -41,7 +41,7 @@ from promcse_pl.training.precision import choose_dtype
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-ROUNDS, ENCODE_ROUNDS, SENTENCES, STS_PART = 3, 2, 4000, 5
+ROUNDS, ENCODE_ROUNDS, SENTENCES, STS_PART = 5, 2, 4000, 10
 
 
 def of_this_machine(rows: tuple[str, ...], default: torch.dtype) -> list[str]:
@@ -58,7 +58,7 @@ def training(
     took: dict[str, list[float]] = {row: [] for row in rows}
     rates: dict[str, list[float]] = {"float32": [], "bfloat16": []}
     for number in range(-1, ROUNDS):
-        for row in rows:
+        for row in rows[number:] + rows[:number]:
             with lever_off(row):
                 elapsed = seconds(lambda row=row: steps[row](number))  # noqa: B023
             if number >= 0:  # the first round warms up

@@ -17,7 +17,7 @@ from promcse_pl.data.readers import read_rows
 from promcse_pl.data.tokens import file_source, load_tokens
 from promcse_pl.embedder import PromCSE
 from promcse_pl.loss.hybrid import hybrid_loss
-from promcse_pl.model import attention, backbone, chunks, dropout, prompt
+from promcse_pl.model import attention, backbone, chunks, dropout, layers, prompt
 from promcse_pl.model.backbone import FrozenBackbone, locate
 from promcse_pl.model.encoder import PromptEncoder
 
@@ -82,7 +82,11 @@ def with_torch_dropout() -> Iterator[None]:
     def drop(values: Tensor, probability: float, shape: torch.Size | None = None) -> Tensor:
         return F.dropout(values if shape is None else values.expand(shape), probability)
 
+    def keep_mask(shape: torch.Size, probability: float, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype).bernoulli_(1 - probability)
+
     with (
+        patch.object(layers, "keep_mask", keep_mask),
         patch.object(dropout, "dropout", drop),
         patch.object(prompt, "dropout", drop),
         patch.object(attention, "cheap_dropout", drop),
