@@ -443,9 +443,8 @@ def is_integer(key: str) -> bool:
 def unknown_key(key: str) -> ConfigError:
     """Return the error for a dotted key that the schema does not have, with the nearest ones."""
     keys, key = setting_keys() | setting_keys(SweepConfig, "sweep"), key[:100]
-    part = key.rpartition(".")[0]
+    part, _, name = key.rpartition(".")
     every = [known for group in keys.values() for known in group]
-    name = key.rpartition(".")[2]
     near = [known for known in every if known.rpartition(".")[2] == name]  # typed without its part, or with another
     near = near[:3] or difflib.get_close_matches(key, every, n=3, cutoff=0.6)
     meant = f" Did you mean {' or '.join(near)}?" if near else ""

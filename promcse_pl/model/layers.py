@@ -33,9 +33,12 @@ def can_be_written_out(model: nn.Module) -> bool:
         return False
     if torch.is_autocast_enabled("cpu") or next(model.parameters()).device.type != "cpu":
         return False
-    dense = [module for module in model.get_submodule("encoder").modules() if hasattr(module, "in_features")]
-    plain = all(type(module) is nn.Linear for module in dense)  # int8 layers, or an adapter of another library, are not
-    return plain and not any(parameter.requires_grad for parameter in model.parameters())
+    for module in model.get_submodule("encoder").modules():  # in one pass: every chunk asks
+        if "in_features" in vars(module) and type(module) is not nn.Linear:  # int8, or an adapter of another library
+            return False
+        if any(weight is not None and weight.requires_grad for weight in module._parameters.values()):
+            return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,7 +299,7 @@ def _undrop(gradient: Tensor, mask: Tensor | None, rate: float) -> Tensor:
 def _attention_backward(
     mixed_MD: Tensor, kept: _Kept, layer: Layer, places: _Places, *, rate: float, first: bool, of_tokens: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of the joined projections (if `of_tokens`) and of the prompt."""
+    """Return the gradients of query, key and value, side by side (if `of_tokens`), and of the prompt."""
     query, kv = _heads(kept.qkv_M3D, kept.prompt, layer, places, first=first)
     sentences, heads, rows, size = query.shape
     query_ZTH, (key_ZSH, value_ZSH) = query.reshape(-1, rows, size), kv.reshape(2, -1, kv.shape[-2], size)

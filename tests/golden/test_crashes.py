@@ -85,6 +85,8 @@ def check_p0(probe):
     )
     tokens = tokens_for(encoder, [9, 7, 4] * 2)
     plain = PromptEncoder(encoder.backbone, length=0, pooling="cls", head="none").eval()(tokens)[0]
+    (state,) = encoder.backbone(tokens.ids_NT, tokens.mask_NT, None, first_token=True)
+    assert torch.equal(plain, state[:, 0])
     assert torch.allclose(plain, encoder.backbone(tokens.ids_NT, tokens.mask_NT, None)[-1][:, 0], rtol=0, atol=1e-6)
     if pooling == "cls":
         loss_of(encoder, 2, tokens)
