@@ -51,8 +51,9 @@ def main(composed: DictConfig) -> float | None:
 
 def _run_apart(composed: DictConfig, folder: Path) -> float:
     """Run a job for a launcher or sweeper of Hydra's; our own sweeper has left its start.yaml."""
+    from promcse_pl.folder import START
     from promcse_pl.sweep.local import run_alone
-    from promcse_pl.sweep.plan import START, SweepJob, add_job
+    from promcse_pl.sweep.plan import SweepJob, add_job
 
     overrides = list(HydraConfig.get().overrides.task)
     if not (folder / START).is_file():

@@ -218,7 +218,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         from promcse_pl.evaluation.suite import evaluate
         from promcse_pl.evaluation.targets import find_targets
         from promcse_pl.evaluation.vectors import VectorCache
-    from promcse_pl.folder import write_text
+    from promcse_pl.files import write_text
     from promcse_pl.terminal import output_console, stages
 
     targets = find_targets(options.targets, pooling=options.pooling, device=options.device)
@@ -247,6 +247,7 @@ def _encode(options: argparse.Namespace) -> int:
     import numpy as np
     from rich.console import Console
 
+    from promcse_pl.files import atomic_file
     from promcse_pl.terminal import progress_bar
 
     out: Path = options.out
@@ -264,14 +265,8 @@ def _encode(options: argparse.Namespace) -> int:
                 f"[{', '.join(map(str, vector_D))}]\n"
             )  # of float32 the shortest decimals that give it back
         return 0
-    temporary = out.with_name(f".{out.name}.tmp.npy")
-    try:
+    with atomic_file(out) as temporary:
         np.save(temporary, vectors_ND)
-        temporary.replace(out)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise DataError(f"cannot write {out}: {error.strerror or error}") from error
     sys.stdout.write(f"{out}: {vectors_ND.shape[0]} x {vectors_ND.shape[1]} float32, unit length\n")
     return 0
 

@@ -15,7 +15,8 @@ from rich.console import Console
 
 from promcse_pl.config import Config
 from promcse_pl.errors import DataError
-from promcse_pl.folder import ADAPTER, BAD_ROWS, CONFIG, HISTORY, RESULTS, Status, write_config, write_text
+from promcse_pl.files import write_text
+from promcse_pl.folder import ADAPTER, BAD_ROWS, CONFIG, HISTORY, RESULTS, Status, write_config
 from promcse_pl.imports import unwatched_imports
 from promcse_pl.paths import hide_home
 from promcse_pl.terminal import config_tree, progress_bar, stages

@@ -6,6 +6,8 @@ import dataclasses
 import fcntl
 import json
 import os
+import re
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +19,7 @@ import yaml
 
 from promcse_pl.config import Config
 from promcse_pl.errors import ConfigError, DataError
+from promcse_pl.files import remove_leftovers, write_text
 from promcse_pl.paths import hide_home
 
 CONFIG, RESULTS, HISTORY, LOG, BAD_ROWS, ADAPTER, STATUS, LOCK, CHECKPOINTS, INPUTS, NON_FINITE, RANK_LOG = (
@@ -33,6 +36,9 @@ CONFIG, RESULTS, HISTORY, LOG, BAD_ROWS, ADAPTER, STATUS, LOCK, CHECKPOINTS, INP
     "non_finite.safetensors",
     "run-rank{}.log",
 )
+START, OUTPUT = "start.yaml", "output.log"
+"""What a sweep puts into the folder of a job before it starts (and status.json, if that fails): its config and its output."""
+_BEFORE_START = {START, OUTPUT, STATUS, LOCK, LOG, ".hydra"}
 State = Literal["running", "finished", "failed", "stopped", "pruned"]
 
 
@@ -124,6 +130,47 @@ def is_running(folder: Path) -> bool:
     return False
 
 
+def check_run_folder(folder: Path) -> None:
+    """Refuse to start a run in a folder that holds a run or anything else.
+
+    Raises:
+        ConfigError: The folder is not empty, or not a folder.
+    """
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise ConfigError(f"cannot make the run's folder {folder}: {error.strerror}") from error
+    if CONFIG in names and STATUS in names:
+        raise ConfigError(
+            f"{folder} already holds a run. Try: python run.py resume={folder} to resume it, or another folder"
+        )
+    foreign = [name for name in names if name not in _BEFORE_START]
+    if foreign:
+        shown = ", ".join(foreign[:5]) + (", ..." if len(foreign) > 5 else "")
+        raise ConfigError(
+            f"a run needs a new or empty folder, but {folder.absolute()} holds {shown}. "
+            "Try: python run.py hydra.run.dir=NEW_FOLDER, or promcse train CONFIG --out NEW_FOLDER"
+        )
+
+
+def checkpoint_folders(run: Path) -> list[Path]:
+    """Return the checkpoints of a run by step; other entries beside them do not belong to this package."""
+    folder = run / CHECKPOINTS
+    steps = [path for path in folder.glob("step-*") if re.fullmatch(r"step-[0-9]{1,18}", path.name)]
+    return sorted(steps, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def remove_checkpoints(run: Path) -> None:
+    """Remove the checkpoints of a finished run, and their folder if nothing else is in it."""
+    for path in checkpoint_folders(run):
+        shutil.rmtree(path, ignore_errors=True)
+    remove_leftovers(run / CHECKPOINTS)
+    with suppress(OSError):
+        (run / CHECKPOINTS).rmdir()
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[int]:
     """Hold a run's folder for this process; the lock ends with the process, however that ends.
@@ -144,34 +191,6 @@ def locked(folder: Path) -> Iterator[int]:
         except BlockingIOError:
             raise ConfigError(f"another process is at work in {folder}. Try: another folder, or wait for it") from None
         yield stream.fileno()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all, and its folder if it is not there.
-
-    Raises:
-        ConfigError: It cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-        sync(temporary)
-        temporary.replace(path)
-        sync(path.parent)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise ConfigError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def sync(path: Path) -> None:
-    """Have a file's content, or the names in a folder, on the disk before anything later is: a power cut cannot swap them."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_config(path: Path) -> Config:

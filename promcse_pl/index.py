@@ -15,8 +15,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from promcse_pl.adapter.files import whole_folder
 from promcse_pl.errors import AdapterError, ConfigError, DataError, PromcseError
+from promcse_pl.files import current, read_unchanged, refuse_taken, update_folder
 from promcse_pl.model.backbone import file_sha256
 from promcse_pl.version import __version__
 
@@ -134,32 +134,36 @@ class SentenceIndex:
                     found[query] = _best(scores_R, rows_R, top_k, threshold)
         return found
 
-    def save(self, folder: Path, *, adapter: str) -> None:
-        """Write the index as a folder that is whole or absent; an index that is already there is replaced.
+    def save(self, folder: str | Path, *, adapter: str) -> None:
+        """Write the index as a folder; the files of an index that is already there are replaced, all of them or none.
 
         Args:
-            folder: Where to.
+            folder: Absent, empty, or the folder of an index; other files in it stay as they are.
             adapter: Hash of the adapter that made the vectors; `load` asks for the same.
 
         Raises:
-            AdapterError: The place cannot be written, or holds something else.
+            AdapterError: The folder cannot be written, or holds something else.
             DataError: The index is empty.
         """
+        folder = Path(folder)
         if self._vectors is None:
             raise DataError("the index is empty: add sentences before you save it")
-        with self._lock, whole_folder(folder, mark=DESCRIPTION) as new:
+        if not _is_index(folder):
+            refuse_taken(folder, error=AdapterError)
+        own = (SENTENCES, *VECTORS.values(), DESCRIPTION)
+        with self._lock, update_folder(folder, own, error=AdapterError) as new:
             names = (SENTENCES, VECTORS[self.kind])
             (new / SENTENCES).write_text(json.dumps(self.sentences), encoding="utf-8")
             if self.kind == "exact":
                 np.save(new / names[1], self._vectors)
             else:
-                _faiss().write_index(self._vectors, str(new / names[1]))
+                _write_faiss(self._vectors, new / names[1])
             about = {"format": FORMAT, "promcse_pl": __version__, "kind": self.kind, "adapter": adapter}
             about |= {"sha256": {name: file_sha256(new / name) for name in names}}
             (new / DESCRIPTION).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: Path, *, adapter: str) -> SentenceIndex:
+    def load(cls, folder: str | Path, *, adapter: str) -> SentenceIndex:
         """Read a folder that `save` wrote. Nothing in it is unpickled.
 
         Raises:
@@ -167,8 +171,13 @@ class SentenceIndex:
             DataError: The folder is not an index, is newer than this version, or a file is missing, cut short or changed.
             ConfigError: It needs FAISS, which is not installed.
         """
+        folder = Path(folder)
+        return read_unchanged(folder, DESCRIPTION, lambda: cls._load(folder, adapter))
+
+    @classmethod
+    def _load(cls, folder: Path, adapter: str) -> SentenceIndex:
         try:
-            about = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+            about = json.loads(current(folder, DESCRIPTION).read_text(encoding="utf-8"))
             if about["format"] != FORMAT:
                 raise DataError(
                     f"{folder} has format {about['format']!r} (written by promcse_pl {about.get('promcse_pl')}); this version "
@@ -180,11 +189,11 @@ class SentenceIndex:
                     f"the vectors of {folder} were made by another adapter ({str(about['adapter'])[:12]}…, this one is "
                     f"{adapter[:12]}…), so cosines would mean nothing. Load that adapter, or build the index again"
                 )
-            vectors = folder / VECTORS[index.kind]
-            for path in (folder / SENTENCES, vectors):
+            sentences, vectors = current(folder, SENTENCES), current(folder, VECTORS[index.kind])
+            for path in (sentences, vectors):
                 if file_sha256(path) != sums[path.name]:
                     raise DataError(f"{path} is cut short or was changed: build the index again")
-            index.sentences = json.loads((folder / SENTENCES).read_text(encoding="utf-8"))
+            index.sentences = json.loads(sentences.read_text(encoding="utf-8"))
             index._vectors = (
                 np.load(vectors, allow_pickle=False) if index.kind == "exact" else _faiss().read_index(str(vectors))
             )
@@ -197,6 +206,15 @@ class SentenceIndex:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise DataError(f"{folder} is not an index, or is damaged: {type(error).__name__}: {error}") from error
         return index
+
+
+def _is_index(folder: Path) -> bool:
+    """Return whether a folder holds an index of ours, and not an index.json of another program."""
+    try:
+        about = json.loads(current(folder, DESCRIPTION).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(about, dict) and {"format", "promcse_pl", "adapter", "sha256"} <= set(about)
 
 
 def check_search(top_k: int, threshold: float) -> None:
@@ -234,6 +252,13 @@ def _new_faiss_index(vectors_ND: NDArray[np.float32], kind: Kind) -> Any:  # noq
     index.nprobe = math.ceil(cells / 10)
     index.train(vectors_ND)
     return index
+
+
+def _write_faiss(index: Any, path: Path) -> None:  # noqa: ANN401
+    try:
+        _faiss().write_index(index, str(path))
+    except RuntimeError as error:  # what FAISS makes of a full disk
+        raise OSError(str(error)) from error
 
 
 def _faiss() -> Any:  # noqa: ANN401

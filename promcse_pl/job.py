@@ -8,28 +8,31 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from promcse_pl.adapter.folder import check_target
 from promcse_pl.config import DATA_SUITES, Config
 from promcse_pl.errors import ConfigError, DataError, EncoderError, PromcseError, RankError
 from promcse_pl.experiment import run_experiment
+from promcse_pl.files import remove_leftovers
 from promcse_pl.folder import (
+    ADAPTER,
     CHECKPOINTS,
     CONFIG,
     HISTORY,
-    LOCK,
     LOG,
     State,
     Status,
+    check_run_folder,
     locked,
     read_config,
     read_results,
     read_status,
+    remove_checkpoints,
     write_config,
     write_status,
 )
@@ -56,7 +59,7 @@ def run_job(config: Config, folder: Path, console: Console | None = None) -> dic
 
     Args:
         config: Valid settings.
-        folder: Made if absent; must not hold a run.
+        folder: Absent or empty.
         console: Where to print.
 
     Returns:
@@ -66,15 +69,15 @@ def run_job(config: Config, folder: Path, console: Console | None = None) -> dic
         PromcseError: Whatever the user can mend; the message says how.
         Stopped: A signal ended the run; `resume_job` goes on with it.
     """
-    check_inputs(config)
     ranks = find_ranks(config.trainer)
-    if ranks and ranks.rank:
+    is_follower = ranks is not None and ranks.rank > 0
+    if not is_follower:
+        check_run_folder(folder)
+    check_inputs(config)
+    if ranks and is_follower:
         return _follow(config, folder, None, ranks)
     with locked(folder) as lock:
-        if (folder / CONFIG).exists():
-            raise ConfigError(
-                f"{folder} already holds a run. Try another folder, or python run.py resume={folder} to go on with it"
-            )
+        check_run_folder(folder)
         write_config(config, folder / CONFIG)
         if ranks is None:
             return _launch(config, folder, lock)
@@ -110,11 +113,13 @@ def resume_job(folder: Path, console: Console | None = None) -> dict[str, Any]:
     with locked(folder) as lock:
         before = read_status(folder)
         if before is not None and before.state == "finished":
-            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # it may have been killed before it did so itself
+            remove_checkpoints(folder)  # the run may have been killed before it did so itself
             console.print(f"the run in {folder} is finished; nothing is left to do", soft_wrap=True)
             return read_results(folder)
         check_inputs(config)
-        _remove_leftovers(folder)
+        check_target(folder / ADAPTER)
+        remove_leftovers(folder)
+        remove_leftovers(folder / CHECKPOINTS)
         return _launch(config, folder, lock) if ranks is None else take_part(folder, console)
 
 
@@ -173,13 +178,6 @@ def _follow(config: Config, folder: Path, resume: Checkpoint | None, ranks: Rank
         return run_experiment(config, folder, console, Status(state="running"), resume, stop, ranks)
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process was writing under a temporary name."""
-    for path in folder.glob(".*"):
-        if path.name != LOCK:
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-
-
 def _session(
     config: Config, folder: Path, console: Console, status: Status, resume: Checkpoint | None, ranks: Ranks
 ) -> dict[str, Any]:
@@ -202,7 +200,7 @@ def _session(
             _leave(folder, "failed", f"{type(error).__name__}: {error}")
             raise
         _leave(folder, "finished")
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        remove_checkpoints(folder)
         return results
 
 

@@ -292,6 +292,32 @@ def test_save_index_never_replaces_a_folder_of_something_else(model, tmp_path):
     assert (tmp_path / "letters" / "dear.txt").read_text() == "keep me"
 
 
+@pytest.mark.parametrize("text", ['{"pages": []}', '{"format": 1, "promcse_pl": "0.1"}', "[]", "{"])
+def test_save_index_never_replaces_a_website_with_an_index_json(text, model, tmp_path):
+    site = {"index.json": text, "index.html": "<html>", ".git/HEAD": "ref: refs/heads/main"}
+    for name, content in site.items():
+        (tmp_path / "site" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "site" / name).write_text(content)
+    model.build_index(CORPUS)
+    with pytest.raises(AdapterError, match="exists already and is not replaced"):
+        model.save_index(tmp_path / "site")
+    assert {name: (tmp_path / "site" / name).read_text() for name in site} == site
+
+
+def test_saving_an_index_again_keeps_other_files_in_its_folder(model, tmp_path):
+    others = {"README.md": "our corpus", ".git/HEAD": "ref: refs/heads/main", "vectors.faiss.bak": "mine"}
+    model.build_index(CORPUS)
+    model.save_index(tmp_path / "index")
+    for name, content in others.items():
+        (tmp_path / "index" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "index" / name).write_text(content)
+    model.build_index([*CORPUS, "w9 w9"])
+    model.save_index(tmp_path / "index")
+    model.load_index(tmp_path / "index")
+    assert len(model.search("w9 w9", top_k=99, threshold=-1)) == len(CORPUS) + 1
+    assert {name: (tmp_path / "index" / name).read_text() for name in others} == others
+
+
 @pytest.mark.parametrize("kind", ["exact", "flat"])
 def test_threads_search_a_growing_index_and_see_whole_sentences(kind):
     if kind == "flat":

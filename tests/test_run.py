@@ -116,6 +116,18 @@ def test_a_mistake_leaves_the_folders_of_others_alone(here):
     assert [path.relative_to(here).as_posix() for path in here.rglob("*")] == ["outputs", "outputs/earlier"]
 
 
+@pytest.mark.parametrize("name", [".env", "notes.txt", "adapter/chapter.txt"])
+def test_a_run_is_not_started_in_a_folder_that_holds_something_else(name, here):
+    (here / "work" / name).parent.mkdir(parents=True)
+    (here / "work" / name).write_text("mine")
+    for arguments in (["hydra.run.dir=."], ["hydra.run.dir=../work"]):
+        done = start(here / "work", *arguments)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert f"a run needs a new or empty folder, but ~/work holds {name.split('/')[0]}. Try: " in done.stderr
+        assert "hydra.run.dir=NEW_FOLDER" in done.stderr
+        assert [path.read_text() for path in here.rglob("*") if path.is_file()] == ["mine"], "nothing is added or lost"
+
+
 @pytest.mark.parametrize("module", ["omegaconf.errors", "hydra.types", "promcse_pl.config"])
 def test_ctrl_c_in_the_imports_ends_without_a_traceback(module, here):
     command = [sys.executable, "-X", "importtime", RUN, "-m", "seed=1,2"]

@@ -1,7 +1,7 @@
 """An adapter on disk: adapter.safetensors (the trained tensors) and adapter.json (all that is needed to use them).
 
 The frozen encoder is referred to by name; where no name gives it, it lies in the adapter's own folder encoder/. No code is
-stored and none is run. The folder is written under a temporary name and renamed, so it is whole or absent.
+stored and none is run. A save replaces all of these files or none (`promcse_pl.files.update_folder`).
 """
 
 from __future__ import annotations
@@ -9,9 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +17,24 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from promcse_pl.adapter.folder import (
+    BUNDLED,
+    BUNDLED_NAME,
+    DESCRIPTION,
+    WEIGHTS,
+    check_target,
+    find_adapter,
+    written_description,
+)
 from promcse_pl.errors import AdapterError
-from promcse_pl.folder import sync
+from promcse_pl.files import current, read_unchanged, update_folder
 from promcse_pl.model.backbone import FrozenBackbone
 from promcse_pl.model.encoder import HEADS, PromptEncoder
 from promcse_pl.model.pooling import POOLINGS
-from promcse_pl.paths import is_there
 from promcse_pl.version import __version__
 
 FORMAT = 1
 """Grows when an older version could misread a newer folder."""
-WEIGHTS, DESCRIPTION = "adapter.safetensors", "adapter.json"
-BUNDLED = "./encoder"
-"""The encoder's name when it lies in the adapter's own folder."""
 
 
 def describe(encoder: PromptEncoder) -> dict[str, Any]:
@@ -58,66 +61,44 @@ def describe(encoder: PromptEncoder) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def whole_folder(folder: Path, *, mark: str | None = None) -> Iterator[Path]:
-    """Give a temporary folder that becomes `folder` when the block ends well and vanishes when it does not.
-
-    Args:
-        folder: Where to.
-        mark: An existing folder is replaced if it holds this file; otherwise it must be empty.
-
-    Raises:
-        AdapterError: Something else is in the place, or it cannot be written.
-    """
-    try:
-        ours = mark is not None and (folder / mark).is_file()
-        if folder.exists() and not ours and (not folder.is_dir() or any(folder.iterdir())):
-            raise AdapterError(f"{folder} exists already and is not replaced. Give another name, or delete it first")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True
-        ) as temporary:
-            new = Path(temporary) / "new"
-            new.mkdir()
-            yield new
-            for path in (*new.rglob("*"), new):
-                sync(path)
-            if folder.exists():
-                folder.rename(Path(temporary) / "old")
-            new.rename(folder)
-            sync(folder.parent)
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(f"cannot write to {folder}: {getattr(error, 'strerror', None) or error}") from error
-
-
 def save_adapter(encoder: PromptEncoder, folder: Path, *, training: dict[str, Any] | None = None) -> None:
-    """Write an adapter folder; an existing adapter is replaced only when the new one is complete.
+    """Write an adapter folder; the files of an adapter that is already there are replaced, all of them or none.
+
+    Other files in the folder of an adapter (README.md, .git) stay as they are.
 
     Args:
         encoder: The prompt encoder.
-        folder: Where to.
+        folder: Absent, empty, or the folder of an adapter.
         training: Summary of the run, plain values.
 
     Raises:
-        AdapterError: The place cannot be written, or holds something else.
+        AdapterError: The folder cannot be written, or holds something else.
     """
+    check_target(folder)
     state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
     description: dict[str, Any] = {**describe(encoder), "training": training or {}}
     weights = save(state)  # safetensors' own save_file makes a file that only its owner can read
-    with whole_folder(folder, mark=DESCRIPTION) as new:
-        if encoder.backbone.identity.name == BUNDLED:
+    replaced = written_description(folder)
+    own = [WEIGHTS, DESCRIPTION]
+    if replaced and replaced["encoder"].get("name") == BUNDLED:
+        own.append(BUNDLED_NAME)
+    bundles = encoder.backbone.identity.name == BUNDLED
+    if bundles and BUNDLED_NAME not in own and os.path.lexists(folder / BUNDLED_NAME):
+        raise AdapterError(f"{folder / BUNDLED_NAME} exists already and is not part of the adapter. Move it elsewhere")
+    with update_folder(folder, own, error=AdapterError) as new:
+        if bundles:
             description["encoder"]["sha256"] = encoder.backbone.save(new / BUNDLED)
         (new / WEIGHTS).write_bytes(weights)
-        description["checksum"] = _checksum(description, weights, new)
+        description["checksum"] = _checksum(description, weights, new / BUNDLED)
         (new / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
-def _checksum(description: dict[str, Any], weights: bytes, folder: Path) -> str:
+def _checksum(description: dict[str, Any], weights: bytes, bundled: Path) -> str:
     """Return the hex sha256 of a description, the tensors and the small files of an encoder that lies beside them."""
     described = {key: value for key, value in description.items() if key != "checksum"}
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode() + weights)
     if description["encoder"]["name"] == BUNDLED:  # its weights have a checksum of their own
-        for path in sorted((folder / BUNDLED).glob("*.json")):
+        for path in sorted(bundled.glob("*.json")):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
@@ -155,11 +136,14 @@ def load_adapter(folder: Path, *, encoder: str | None = None, dtype: torch.dtype
         AdapterError: Not an adapter, a newer format, missing or unknown keys, wrong shapes, a truncated file, not finite, or
             made for another encoder.
     """
-    if is_there(folder / "adapter" / DESCRIPTION):
-        folder = folder / "adapter"
+    found = find_adapter(folder) or folder
+    return read_unchanged(found, DESCRIPTION, lambda: _load(found, encoder, dtype))
+
+
+def _load(folder: Path, encoder: str | None, dtype: torch.dtype) -> PromptEncoder:
     about = _read_description(folder)
     bundled = encoder is None and about["encoder"]["name"] == BUNDLED
-    name = str((folder / BUNDLED).absolute()) if bundled else encoder or about["encoder"]["name"]
+    name = str(current(folder, BUNDLED_NAME).absolute()) if bundled else encoder or about["encoder"]["name"]
     backbone = FrozenBackbone.load(name, revision=None if encoder else about["encoder"]["revision"], dtype=dtype)
     if backbone.identity.sha256 != about["encoder"]["sha256"]:
         raise AdapterError(
@@ -188,7 +172,7 @@ def load_adapter(folder: Path, *, encoder: str | None = None, dtype: torch.dtype
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
-    path = folder / DESCRIPTION
+    path = current(folder, DESCRIPTION)
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -256,7 +240,7 @@ def _checked(about: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def _fill(model: PromptEncoder, about: dict[str, Any], folder: Path) -> None:
     """Put the stored tensors into the model after checking names, shapes, types, values and the checksum."""
-    path = folder / WEIGHTS
+    path = current(folder, WEIGHTS)
     try:
         content = path.read_bytes()
         stored = load(content)
@@ -276,7 +260,7 @@ def _fill(model: PromptEncoder, about: dict[str, Any], folder: Path) -> None:
             raise AdapterError(f"{path}: {name} is {tensor.dtype}, expected torch.float32")
         if not bool(torch.isfinite(tensor).all()):
             raise AdapterError(f"{path}: {name} holds values that are not finite")
-    if "checksum" in about and about["checksum"] != _checksum(about, content, folder):
+    if "checksum" in about and about["checksum"] != _checksum(about, content, current(folder, BUNDLED_NAME)):
         raise AdapterError(
             f"{folder} is damaged or was changed by hand: its checksum is wrong. Take the adapter from its source"
         )

@@ -21,8 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from promcse_pl.adapter.files import BUNDLED, DESCRIPTION, whole_folder
+from promcse_pl.adapter.folder import BUNDLED, find_adapter
 from promcse_pl.errors import AdapterError, EncoderError
+from promcse_pl.files import new_folder
 from promcse_pl.model.backbone import (
     EncoderId,
     FrozenBackbone,
@@ -135,7 +136,7 @@ def _find(source: str) -> Path:
         if source.startswith((".", "/", "~")) or source.count("/") != 1:
             raise AdapterError(f"{source} is no folder here (current folder: {Path.cwd()}) and no hub id (OWNER/NAME)")
         return locate(source, None, weights=(SAFE, PICKLE))[0]
-    if any((place / DESCRIPTION).is_file() for place in (folder, folder / "adapter")):
+    if find_adapter(folder):
         raise AdapterError(
             f"{source} is an adapter of this package already. Use it as it is: promcse encode {source} ..."
         )
@@ -343,7 +344,7 @@ def export_official(encoder: PromptEncoder, folder: Path) -> str:
         f"The path must have `{family}` in it{' and not `roberta`' if family == 'bert' else ''}: the official code picks its "
         "class by the path.\n"
     )
-    with whole_folder(folder) as new:
+    with new_folder(folder, error=AdapterError) as new:
         torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, new / PICKLE)
         _write_json(new / "config.json", described)
         _write_tokenizer(backbone.tokenizer, new)

@@ -20,8 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from promcse_pl.adapter.files import BUNDLED, whole_folder
+from promcse_pl.adapter.folder import BUNDLED
 from promcse_pl.errors import AdapterError, ConfigError
+from promcse_pl.files import new_folder
 from promcse_pl.model.backbone import FrozenBackbone
 from promcse_pl.model.encoder import PromptEncoder
 from promcse_pl.model.pooling import POOLINGS, Pooling
@@ -45,7 +46,7 @@ def export_peft(encoder: PromptEncoder, folder: Path) -> None:
 
     Args:
         encoder: The prompt encoder.
-        folder: Where to; an earlier export is replaced.
+        folder: Absent or empty.
 
     Raises:
         AdapterError: The head belongs to the vectors, the positions are not shifted by P, there is no prompt, PEFT does not
@@ -81,7 +82,7 @@ def export_peft(encoder: PromptEncoder, folder: Path) -> None:
         "encoder_hidden_size": backbone.width,
         **_shape_of(backbone),
     }
-    with whole_folder(folder) as new:
+    with new_folder(folder, error=AdapterError) as new:
         (new / WEIGHTS).write_bytes(save({TENSOR: prompt_PLXNH.reshape(length, -1).float().cpu().contiguous()}))
         (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from promcse_pl.adapter.files import load_adapter, save_adapter, whole_folder
+from promcse_pl.adapter.files import load_adapter, save_adapter
 from promcse_pl.embedder import PromCSE, tokenize
 from promcse_pl.errors import AdapterError, ConfigError, DataError
+from promcse_pl.files import new_folder, staging_folder, write_bytes
 from promcse_pl.model.chunks import CHUNK_TOKENS
 from promcse_pl.model.encoder import PromptEncoder, Tokens
 
@@ -163,14 +164,35 @@ def as_sentence_transformer(model: PromCSE) -> SentenceTransformer:
 
 
 def export_sentence_transformers(model: PromCSE, folder: Path) -> None:
-    """Write a folder for `SentenceTransformer(folder, trust_remote_code=True)`; an older export is replaced.
+    """Write a folder for `SentenceTransformer(folder, trust_remote_code=True)`.
 
     It holds no code and no frozen weights but those that the adapter itself holds: promcse_pl must be installed where it is
     read, and the encoder is found by its name, as for any adapter.
 
+    Args:
+        model: The adapter and its encoder.
+        folder: Absent, empty, or an earlier export, whose adapter and settings are replaced; other files in it stay.
+
     Raises:
-        AdapterError: The place cannot be written, or holds something else.
+        AdapterError: The folder cannot be written, or holds something else.
     """
-    with whole_folder(folder, mark="adapter/adapter.json") as new:
+    folder = Path(folder)
+    if _is_export(folder):
+        save_adapter(model.encoder, folder / "adapter")
+        with staging_folder(folder) as staged:
+            as_sentence_transformer(model).save_pretrained(str(staged), create_model_card=False)
+            for path in (path for path in staged.rglob("*") if path.is_file()):
+                name = path.relative_to(staged)
+                if name.parts[0] != "adapter":
+                    write_bytes(folder / name, path.read_bytes(), error=AdapterError)
+        return
+    with new_folder(folder, error=AdapterError) as new:
         as_sentence_transformer(model).save_pretrained(str(new), create_model_card=False)
         (new / "README.md").write_text(_CARD.format(encoder=model.encoder.backbone.identity.name), encoding="utf-8")
+
+
+def _is_export(folder: Path) -> bool:
+    try:
+        return PromptTransformer.__name__ in (folder / "modules.json").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False

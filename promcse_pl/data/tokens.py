@@ -7,12 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import secrets
-import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
@@ -24,7 +19,7 @@ import numpy.typing as npt
 
 from promcse_pl.data.readers import BadRow, OnBadRow, file_suffix, open_file, read_rows
 from promcse_pl.errors import DataError
-from promcse_pl.folder import sync
+from promcse_pl.files import publish, remove_leftovers, staging_folder
 from promcse_pl.paths import hide_home
 
 if TYPE_CHECKING:
@@ -194,16 +189,17 @@ def _build(
     max_length: int,
     progress: Callable[[int], None] | None,
 ) -> None:
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        temporary.mkdir(parents=True)
-        _remove_stale(folder.parent)
-        _write(temporary, source, tokenizer, max_length, progress)
-        _publish(temporary, folder)
+        with staging_folder(folder.parent) as staged:
+            remove_leftovers(folder.parent, older_than=_STALE_SECONDS)  # a living writer touches its files all the time
+            _write(staged, source, tokenizer, max_length, progress)
+            try:
+                publish(staged, folder)
+            except OSError:
+                if not _is_whole(folder):  # where another process was first, its folder holds the same and stays
+                    publish(staged, folder, replace=True)
     except OSError as error:
         raise DataError(f"the token cache {folder} cannot be written: {error}. Try: data.cache_dir=FOLDER") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write(
@@ -234,8 +230,6 @@ def _write(
                 digest.update(content)
             if progress is not None:
                 progress(sentences)
-    for name in ("ids.bin", "offsets.bin"):  # on disk before the rename is: a power cut leaves no empty files
-        sync(folder / name)
     meta = {
         "format": _FORMAT,
         "source": hide_home(source.name),
@@ -266,17 +260,6 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: 
     return ids, sum(len(sentence) > max_length for sentence in whole)
 
 
-def _publish(temporary: Path, folder: Path) -> None:
-    """Rename into place. Where another process was first, its folder holds the same and stays."""
-    try:
-        temporary.rename(folder)
-    except OSError:
-        if _is_whole(folder):
-            return
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-
-
 def _is_whole(folder: Path) -> bool:
     """Whether the files are those that were written, to the bit: reading them takes no longer than the data file did."""
     try:
@@ -295,14 +278,6 @@ def _is_whole(folder: Path) -> bool:
 def _read_meta(folder: Path) -> dict[str, Any]:
     meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     return meta
-
-
-def _remove_stale(root: Path) -> None:
-    """Remove what killed writers left behind; a living one touches its files all the time."""
-    for folder in root.glob("*.tmp"):
-        with suppress(OSError):  # another process removes it at the same time
-            if time.time() - max(path.stat().st_mtime for path in (folder, *folder.iterdir())) > _STALE_SECONDS:
-                shutil.rmtree(folder)
 
 
 def _sha256(described: object) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from promcse_pl.errors import ConfigError
+from promcse_pl.files import atomic_file
 
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 """Okabe and Ito (2008): told apart with every kind of colour blindness."""
@@ -59,19 +59,13 @@ def draw(tree: dict[str, Any], path: Path) -> list[Path]:
     import matplotlib.pyplot as plt
 
     written = []
-    path.parent.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(STYLE):  # type: ignore[arg-type]
         for name, figure in (("", _bars(tree)), ("-density", _densities(tree))):
             if figure is not None:
                 written.append(path.with_name(f"{path.stem}{name}{path.suffix}"))
-                temporary = written[-1].with_name(f".{written[-1].name}.tmp{path.suffix}")
                 try:
-                    figure.savefig(temporary, dpi=300, bbox_inches="tight")
-                    temporary.replace(written[-1])
-                except OSError as error:
-                    with suppress(OSError):
-                        temporary.unlink(missing_ok=True)
-                    raise ConfigError(f"cannot write {written[-1]}: {error.strerror or error}") from error
+                    with atomic_file(written[-1]) as temporary:
+                        figure.savefig(temporary, dpi=300, bbox_inches="tight")
                 finally:
                     plt.close(figure)
     return written

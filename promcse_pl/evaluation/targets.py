@@ -12,10 +12,11 @@ from typing import Any
 
 import yaml
 
-from promcse_pl.adapter.files import DESCRIPTION
+from promcse_pl.adapter.folder import DESCRIPTION, find_adapter
 from promcse_pl.adapter.official import CLASSES, import_official
 from promcse_pl.embedder import PromCSE, pick_device
 from promcse_pl.errors import AdapterError, ConfigError, DataError
+from promcse_pl.files import current
 from promcse_pl.model.backbone import FrozenBackbone, locate, read_config
 from promcse_pl.model.encoder import PromptEncoder
 from promcse_pl.model.pooling import POOLINGS, Pooling
@@ -82,7 +83,7 @@ def _find(name: str, pooling: str | None, device: str) -> Target:
     folder = expand(name)
     place = Path(os.path.realpath(folder))  # Path.resolve raises for a link that leads to itself
     label = place.parent.name if place.name == "adapter" else place.name  # a run's adapter is called by its run
-    if _adapter(folder) is not None:
+    if find_adapter(folder):
         return Target(label, "adapter", (_adapter_member(folder, device),))
     if folder.is_dir() and not (folder / "config.json").is_file():
         return Target(label, "runs over seeds", _seed_members(folder, device))
@@ -107,16 +108,11 @@ def _find(name: str, pooling: str | None, device: str) -> Target:
     return Target(label, f"frozen encoder, pooling {chosen}", (Member(load_frozen),))
 
 
-def _adapter(folder: Path) -> Path | None:
-    """Return the folder that holds an adapter's description: the given one, or the one in a run's folder."""
-    return next((place for place in (folder, folder / "adapter") if (place / DESCRIPTION).is_file()), None)
-
-
 def _adapter_member(folder: Path, device: str) -> Member:
-    place = _adapter(folder)
+    place = find_adapter(folder)
     assert place is not None
     try:
-        training = json.loads((place / DESCRIPTION).read_text(encoding="utf-8"))["training"]
+        training = json.loads(current(place, DESCRIPTION).read_text(encoding="utf-8"))["training"]
         seed = training.get("seed")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         seed = None  # what is wrong with the file, its loading says
@@ -124,7 +120,7 @@ def _adapter_member(folder: Path, device: str) -> Member:
 
 
 def _seed_members(folder: Path, device: str) -> tuple[Member, ...]:
-    runs = sorted(path for path in folder.iterdir() if _adapter(path) is not None)
+    runs = sorted(path for path in folder.iterdir() if find_adapter(path))
     if len(runs) < 2:
         raise AdapterError(
             f"{folder} is no adapter ({DESCRIPTION}), no run (adapter/{DESCRIPTION}), no encoder or official checkpoint "

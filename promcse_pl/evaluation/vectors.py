@@ -11,9 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +24,7 @@ from promcse_pl.adapter.files import adapter_hash
 from promcse_pl.embedder import PromCSE
 from promcse_pl.errors import DataError, NonFiniteError
 from promcse_pl.evaluation.sts import VectorOf
+from promcse_pl.files import atomic_file
 
 log = logging.getLogger(__name__)
 
@@ -124,19 +123,12 @@ def _read(path: Path, width: int) -> dict[bytes, NDArray[np.float32]]:
 def _write(path: Path, vectors: Mapping[bytes, NDArray[np.float32]]) -> None:
     digests_N32 = np.frombuffer(b"".join(vectors), dtype=np.uint8).reshape(len(vectors), -1)
     vectors_ND = np.stack(list(vectors.values()))
-    temporary = path.with_name(f".{path.name}-{os.getpid()}.tmp")
+    metadata = {"sha256": _checksum(digests_N32, vectors_ND)}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {"digests": digests_N32, "vectors": vectors_ND},
-            temporary,
-            {"sha256": _checksum(digests_N32, vectors_ND)},
-        )
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            temporary.unlink()
-        log.warning("the vectors are not kept for the next time: cannot write %s (%s)", path, error)
+        with atomic_file(path) as temporary:
+            save_file({"digests": digests_N32, "vectors": vectors_ND}, temporary, metadata)
+    except (DataError, SafetensorError) as error:
+        log.warning("the vectors are not cached: %s", error)
 
 
 def _checksum(*arrays: NDArray[np.generic]) -> str:

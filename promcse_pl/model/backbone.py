@@ -247,13 +247,19 @@ class FrozenBackbone(nn.Module):
 
         Raises:
             EncoderError: The weights were read in another type than float32, or there is no tokenizer.
+            OSError: The folder cannot be written.
         """
         if self.dtype != torch.float32:
             raise EncoderError(
                 f"{self.identity.name} was read as {self.dtype}; writing it would round it for good. Load it as float32"
             )
+        from safetensors import SafetensorError
+
         with quiet_transformers():
-            self.model.save_pretrained(folder)  # type: ignore[operator]
+            try:
+                self.model.save_pretrained(folder)  # type: ignore[operator]
+            except SafetensorError as error:  # what safetensors makes of a full disk
+                raise OSError(str(error)) from error
             self.tokenizer.save_pretrained(folder)
         for weights in folder.glob("*.safetensors"):
             weights.chmod(

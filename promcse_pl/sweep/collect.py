@@ -12,8 +12,8 @@ import yaml
 
 from promcse_pl.config import flat_settings
 from promcse_pl.errors import DataError
-from promcse_pl.folder import CONFIG, HISTORY, RESULTS, Status, is_number, is_running, read_results, read_status
-from promcse_pl.sweep.plan import PLAN, START, read_plan
+from promcse_pl.folder import CONFIG, HISTORY, RESULTS, START, Status, is_number, is_running, read_results, read_status
+from promcse_pl.sweep.plan import PLAN, read_plan
 
 _SHORT = 10_000
 """Characters that YAML's loader in C gets to read: ten times as fast, and what is nested some 30,000 deep ends the process."""

@@ -10,7 +10,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from promcse_pl.folder import LOG, is_number, write_text
+from promcse_pl.files import write_text
+from promcse_pl.folder import LOG, is_number
 from promcse_pl.paths import hide_home
 from promcse_pl.sweep.collect import Run, Sweep
 from promcse_pl.sweep.ranking import rank, varied_settings

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from promcse_pl.errors import ConfigError, DataError
-from promcse_pl.folder import CONFIG, Status, is_running, read_results, read_status, write_status
+from promcse_pl.folder import CONFIG, OUTPUT, START, Status, is_running, read_results, read_status, write_status
 from promcse_pl.sweep.forkserver import Task
-from promcse_pl.sweep.plan import OUTPUT, START, Plan, SweepJob, missing_jobs
+from promcse_pl.sweep.plan import Plan, SweepJob, missing_jobs
 from promcse_pl.sweep.pool import GRACE, Pool, Running
 from promcse_pl.tracking.sweep import publish_sweep
 

@@ -12,11 +12,12 @@ from pathlib import Path
 
 from promcse_pl.config import Config
 from promcse_pl.errors import ConfigError, DataError, PromcseError
-from promcse_pl.folder import CONFIG, read_json, read_status, write_config, write_text
+from promcse_pl.files import write_text
+from promcse_pl.folder import START, check_run_folder, read_json, read_status, write_config
 from promcse_pl.paths import expand, hide_home
 from promcse_pl.tracking.wandb import LONGEST_TAG, short
 
-PLAN, START, OUTPUT = "sweep.json", "start.yaml", "output.log"
+PLAN = "sweep.json"
 FORMAT = 1
 
 Compose = Callable[[Sequence[str]], Config]
@@ -200,18 +201,17 @@ def _state(folder: Path) -> str | None:
 
 
 def check_new(folder: Path, jobs: Iterable[SweepJob]) -> None:
-    """Refuse a folder with a sweep or runs in it.
+    """Refuse a folder with a sweep in it, and folders of jobs that are not empty.
 
     Raises:
-        ConfigError: It has one.
+        ConfigError: There is one.
     """
     if (folder / PLAN).exists():
         raise ConfigError(
             f"{folder} already holds a sweep. Try: another folder, or python run.py -m sweep.resume={folder}"
         )
     for job in jobs:
-        if (folder / job.folder / CONFIG).exists():
-            raise ConfigError(f"{folder / job.folder} already holds a run. Try: another hydra.sweep.dir")
+        check_run_folder(folder / job.folder)
 
 
 def add_job(folder: Path, job: SweepJob, config: Config) -> None:

@@ -8,10 +8,9 @@ from pathlib import Path
 
 from promcse_pl.config import SweepConfig
 from promcse_pl.errors import ConfigError
-from promcse_pl.folder import locked, read_config
+from promcse_pl.folder import START, locked, read_config
 from promcse_pl.sweep.local import run_local, summary, tell, wait_for_earlier
 from promcse_pl.sweep.plan import (
-    START,
     Compose,
     Plan,
     SweepJob,

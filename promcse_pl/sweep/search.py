@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from promcse_pl.config import SweepConfig, is_integer
 from promcse_pl.errors import ConfigError, DataError, PromcseError
-from promcse_pl.folder import HISTORY, Status, locked, read_status, write_status
+from promcse_pl.folder import HISTORY, START, Status, locked, read_status, write_status
 from promcse_pl.sweep.forkserver import Task
 from promcse_pl.sweep.local import announce, dev_score, ending, job_task, record_end, summary, tell, wait_for_earlier
 from promcse_pl.sweep.plan import (
-    START,
     Compose,
     Plan,
     SweepJob,

@@ -13,8 +13,8 @@ from typing import Any
 
 from promcse_pl.config import Config, flat_settings
 from promcse_pl.errors import PromcseError
-from promcse_pl.folder import ADAPTER, CONFIG, Status, read_config, read_results, read_status, write_text
-from promcse_pl.sweep.plan import START
+from promcse_pl.files import write_text
+from promcse_pl.folder import ADAPTER, CONFIG, START, Status, read_config, read_results, read_status
 from promcse_pl.tracking.wandb import open_run, resolve_mode, sent_settings
 
 

@@ -1,7 +1,7 @@
 """Where a run stands, on disk: enough to go on as if nothing had happened, without pickle, whole or absent.
 
-A checkpoint is a folder checkpoints/step-N with tensors.safetensors and state.json. It is written under another name, synced and
-renamed; a checksum tells a torn one. The frozen encoder is not in it.
+A checkpoint is a folder checkpoints/step-N with tensors.safetensors and state.json. It is written atomically
+(`promcse_pl.files.publish`); a checksum tells a damaged one. The frozen encoder is not in it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import random
-import re
 import shutil
 import time
 from collections.abc import Mapping
@@ -28,7 +27,8 @@ from torch import Tensor
 
 from promcse_pl.data.module import TrainBatch
 from promcse_pl.errors import DataError, NonFiniteError
-from promcse_pl.folder import CHECKPOINTS, HISTORY, NON_FINITE, Status, sync, write_status
+from promcse_pl.files import publish, staging_folder, sync, write_bytes
+from promcse_pl.folder import CHECKPOINTS, HISTORY, NON_FINITE, Status, checkpoint_folders, write_status
 from promcse_pl.loss.gather import sum_over_ranks
 from promcse_pl.training.module import PromcseModule
 from promcse_pl.training.ranks import of_every_rank
@@ -62,7 +62,7 @@ class Checkpoint:
 def newest_checkpoint(run: Path) -> Checkpoint | None:
     """Return the newest checkpoint of a run's folder that is whole; None if there is none."""
     history = run / HISTORY
-    there = _checkpoints(run / CHECKPOINTS)
+    there = checkpoint_folders(run)
     for path in reversed(there):
         try:
             found = read_checkpoint(path)
@@ -72,12 +72,6 @@ def newest_checkpoint(run: Path) -> Checkpoint | None:
         except DataError as error:
             log.warning("%s; %s", error, "the run starts over" if path == there[0] else "an older one is taken")
     return None
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints in a folder, the oldest first; other names in it are no business of ours."""
-    steps = [path for path in folder.glob("step-*") if re.fullmatch(r"step-[0-9]{1,18}", path.name)]
-    return sorted(steps, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -133,21 +127,14 @@ class RunCheckpoints(CheckpointIO):
             sync(history)
         content = save(tensors)
         stored["sha256"] = _checksum(stored, content)
-        temporary = folder.with_name(f".{folder.name}.tmp")
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            (temporary / TENSORS).write_bytes(content)
-            (temporary / STATE).write_bytes(json.dumps(stored).encode())
-            for path in (temporary / TENSORS, temporary / STATE, temporary):
-                sync(path)
-            shutil.rmtree(folder, ignore_errors=True)  # a torn one, or the same step reached again
-            temporary.rename(folder)
-            sync(folder.parent)
+            with staging_folder(folder.parent) as staged:
+                (staged / TENSORS).write_bytes(content)
+                (staged / STATE).write_bytes(json.dumps(stored).encode())
+                publish(staged, folder, replace=True)  # of the same step: a damaged one, which was passed over
         except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
             raise DataError(f"cannot save the run to {folder}: {error.strerror or error}") from error
-        for path in _checkpoints(folder.parent)[:-KEPT]:
+        for path in checkpoint_folders(self.run)[:-KEPT]:
             shutil.rmtree(path, ignore_errors=True)
 
     def load_checkpoint(
@@ -300,9 +287,9 @@ class Saver(pl.Callback):
         if trainer.global_rank:
             path = path.with_stem(f"{path.stem}-rank{trainer.global_rank}")
         try:
-            path.write_bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
-        except OSError as error:
-            log.warning("cannot write %s: %s", path, error)
+            write_bytes(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+        except DataError as error:
+            log.warning("%s", error)
         else:
             log.info("the prompt before that step and its batch are in %s", path)
 

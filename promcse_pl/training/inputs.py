@@ -12,7 +12,8 @@ import torch
 from promcse_pl.config import Config
 from promcse_pl.data.module import PromcseDataModule
 from promcse_pl.errors import DataError
-from promcse_pl.folder import INPUTS, read_json, write_text
+from promcse_pl.files import write_text
+from promcse_pl.folder import INPUTS, read_json
 from promcse_pl.model.encoder import PromptEncoder
 from promcse_pl.paths import hide_home
 

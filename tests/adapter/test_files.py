@@ -1,5 +1,6 @@
 """Adapter folders: exact, small, replaced whole, without code, and refused with one clear error when anything is wrong."""
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -10,8 +11,10 @@ import torch
 from conftest import save_small_encoder, small_tokens
 from safetensors.torch import load_file, save_file
 
-from promcse_pl.adapter.files import DESCRIPTION, FORMAT, WEIGHTS, describe, load_adapter, save_adapter
+from promcse_pl.adapter.files import FORMAT, describe, load_adapter, save_adapter
+from promcse_pl.adapter.folder import BUNDLED, DESCRIPTION, WEIGHTS
 from promcse_pl.errors import AdapterError
+from promcse_pl.files import COMMIT
 from promcse_pl.model.backbone import SUPPORTED, FrozenBackbone
 from promcse_pl.model.encoder import HEADS, PromptEncoder
 from promcse_pl.model.pooling import POOLINGS
@@ -165,12 +168,61 @@ def test_the_summary_of_the_run_is_kept(backbone, tmp_path):
     assert json.loads((tmp_path / "adapter" / DESCRIPTION).read_text())["training"] == {"steps": 7, "dev": 81.2}
 
 
-def test_a_new_adapter_replaces_the_old_one_whole(backbone, folder, tmp_path):
-    (folder / "old").write_text("of the old adapter")
+def test_a_new_adapter_replaces_the_old_one_and_nothing_else_in_the_folder(backbone, folder):
+    others = {"README.md": "a model card", ".git/HEAD": "ref: refs/heads/main", "encoder/notes.txt": "mine"}
+    for name, text in others.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
     newer = some_encoder(backbone, seed=1, length=6, head="none")
     save_adapter(newer, folder)
     assert torch.equal(vectors_of(load_adapter(folder)), vectors_of(newer))
-    assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(["adapter", DESCRIPTION, WEIGHTS])
+    found = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    assert sorted(found) == sorted([DESCRIPTION, WEIGHTS, *others])
+    assert {name: found[name].read_text() for name in others} == others
+
+
+def test_an_adapter_json_of_another_program_is_not_taken_for_ours(backbone, tmp_path):
+    for number, text in enumerate(('{"name": "usb", "format": 1}', "{", "[]", "")):
+        place = tmp_path / str(number)
+        place.mkdir()
+        (place / DESCRIPTION).write_text(text)
+        (place / "firmware.bin").write_text("mine")
+        with pytest.raises(AdapterError, match="exists already and is not replaced"):
+            save_adapter(some_encoder(backbone), place)
+        assert {path.name: path.read_text() for path in place.iterdir()} == {DESCRIPTION: text, "firmware.bin": "mine"}
+
+
+def test_a_bundled_encoder_is_replaced_and_removed_but_a_foreign_folder_of_its_name_is_not(tmp_path):
+    place = save_small_encoder(tmp_path / "encoder")
+    plain, bundled = FrozenBackbone.load(str(place)), FrozenBackbone.load(str(place))
+    bundled.identity = dataclasses.replace(bundled.identity, name=BUNDLED)
+    folder = tmp_path / "adapter"
+    save_adapter(some_encoder(bundled), folder)
+    save_adapter(some_encoder(bundled, seed=1), folder)
+    assert torch.equal(vectors_of(load_adapter(folder)), vectors_of(some_encoder(bundled, seed=1)))
+    save_adapter(some_encoder(plain), folder)
+    assert sorted(path.name for path in folder.iterdir()) == [DESCRIPTION, WEIGHTS]
+    (folder / "encoder").mkdir()
+    (folder / "encoder/notes.txt").write_text("mine")
+    with pytest.raises(AdapterError, match=r"encoder exists already and is not part of the adapter"):
+        save_adapter(some_encoder(bundled), folder)
+    assert (folder / "encoder/notes.txt").read_text() == "mine"
+
+
+def test_an_adapter_whose_save_was_killed_after_the_commit_loads_as_the_new_one(backbone, folder):
+    """The state between the commit and the last rename, for every set of files that may have been moved by then."""
+    newer = some_encoder(backbone, seed=1, length=6)
+    save_adapter(newer, folder.parent / "newer")
+    for moved in ([], [DESCRIPTION], [WEIGHTS], [DESCRIPTION, WEIGHTS]):
+        place = folder.parent / "-".join(["cut", *moved])
+        shutil.copytree(folder, place)
+        shutil.copytree(folder.parent / "newer", place / COMMIT)
+        for name in moved:
+            (place / COMMIT / name).replace(place / name)
+        assert torch.equal(vectors_of(load_adapter(place)), vectors_of(newer))
+        save_adapter(some_encoder(backbone, seed=2), place)
+        assert torch.equal(vectors_of(load_adapter(place)), vectors_of(some_encoder(backbone, seed=2)))
+        assert sorted(path.name for path in place.iterdir()) == [DESCRIPTION, WEIGHTS]
 
 
 def test_a_save_that_fails_half_way_leaves_the_old_adapter_and_no_other_trace(backbone, folder, tmp_path):

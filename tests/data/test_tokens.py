@@ -306,19 +306,21 @@ def test_a_killed_writer_leaves_no_cache_and_its_remains_are_removed_after_a_day
         assert writer.stdout.readline() == b"writing\n"
         writer.send_signal(signal.SIGKILL)
     (remains,) = folders(tmp_path)
-    assert remains.endswith(".tmp")
+    assert remains.startswith(".promcse_pl-")
 
     source = memory_source("rows", many_rows)
     built = load_tokens(source, tokenizer, max_length=9, cache_dir=tmp_path)
     assert (built.reused, len(built)) == (False, 25_000)
-    assert remains.startswith(built.fingerprint)
-    assert folders(tmp_path) == [built.fingerprint, remains]  # a young one may belong to a living writer
+    assert folders(tmp_path) == [remains, built.fingerprint]  # a young one may belong to a living writer
 
     yesterday = time.time() - 25 * 3600
     for path in [*(tmp_path / "tokens" / remains).iterdir(), tmp_path / "tokens" / remains]:
         os.utime(path, (yesterday, yesterday))
+    (tmp_path / "tokens/thesis.tmp").mkdir()  # not ours, however old it is
+    os.utime(tmp_path / "tokens/thesis.tmp", (yesterday, yesterday))
     load_tokens(source, tokenizer, max_length=8, cache_dir=tmp_path)
     assert remains not in folders(tmp_path)
+    assert "thesis.tmp" in folders(tmp_path)
 
 
 def test_two_processes_may_build_the_same_cache_at_once(tokenizer, many_rows, tmp_path):

@@ -107,7 +107,7 @@ def test_a_folder_that_cannot_be_written_costs_the_cache_and_not_the_scores(mode
     (tmp_path / "file").write_text("")
     found = VectorCache(tmp_path / "file" / "below").vectors(model, SENTENCES)
     assert len(found) == len(set(SENTENCES))
-    assert "not kept for the next time" in caplog.text
+    assert "the vectors are not cached: cannot write" in caplog.text
 
 
 def test_vectors_that_are_all_the_same_up_to_rounding_are_an_error():

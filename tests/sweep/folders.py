@@ -7,7 +7,8 @@ from itertools import product
 from pathlib import Path
 
 from promcse_pl.config import Config
-from promcse_pl.folder import CONFIG, HISTORY, LOCK, RESULTS, Status, write_config, write_status, write_text
+from promcse_pl.files import write_text
+from promcse_pl.folder import CONFIG, HISTORY, LOCK, RESULTS, Status, write_config, write_status
 from promcse_pl.sweep.plan import Plan, SweepJob, write_plan, write_start
 
 BASE = {

@@ -62,6 +62,14 @@ def run_small(folder: Path, name: str = "run", **sections: dict) -> tuple[dict, 
     return run_job(small_config(folder, **sections), folder / name, Console(file=printed)), printed.getvalue()
 
 
+def test_a_saved_config_is_not_run_into_a_folder_that_holds_something_else(tmp_path):
+    config = write_config(small_config(tmp_path), tmp_path / "start.yaml")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match=r"a run needs a new or empty folder, but .* holds encoder, train.csv"):
+        run_job(read_config(config), tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 # --- the shared run --------------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ import multiprocessing as mp
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import time
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from test_job import small_config, word_rows
 
 from promcse_pl.config import Config
-from promcse_pl.errors import ConfigError, DataError, PromcseError
+from promcse_pl.errors import AdapterError, ConfigError, DataError, PromcseError
 from promcse_pl.folder import is_running, locked, read_config, read_status, write_config, write_status
 from promcse_pl.job import resume_job, run_job
 from promcse_pl.training.checkpoint import RunCheckpoints, newest_checkpoint
@@ -45,7 +46,7 @@ def go(config: Path, folder: Path, die_at: int | None = None, die_in: str | None
         sys.addaudithook(count)
     if die_in is not None:
         module, name = die_in.split(":")
-        setattr(importlib.import_module(module), name, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        setattr(importlib.import_module(module), name, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
     try:
         resume_job(folder) if (folder / "config.yaml").exists() else run_job(read_config(config), folder)
     except Stopped as stopped:
@@ -128,8 +129,8 @@ def test_a_run_killed_at_any_moment_and_resumed_ends_as_the_straight_one(long_ru
 PARTS = {
     "a look at the development set": "promcse_pl.training.callbacks:score_pairs",
     "a save, before its files": "promcse_pl.training.checkpoint:save",
-    "a save, behind its files": "promcse_pl.training.checkpoint:sync",
-    "the saving of the adapter": "promcse_pl.adapter.files:sync",
+    "a save, behind its files": "promcse_pl.training.checkpoint:publish",
+    "the saving of the adapter": "promcse_pl.adapter.files:_checksum",
     "the last evaluation": "promcse_pl.evaluation.suite:evaluate",
 }
 
@@ -242,6 +243,33 @@ def test_a_history_that_lost_lines_costs_the_checkpoints_that_are_newer(all_lost
     assert outcome(stopped_run) == outcome(straight)
 
 
+def test_a_resumed_run_leaves_files_that_it_did_not_write(stopped_run, long_run):
+    config, straight = long_run
+    mine = [".git/HEAD", ".env", ".venv/bin/python", ".status.json.tmp", "notes/x.txt", "checkpoints/notes/x.txt"]
+    for name in mine:
+        (stopped_run / name).parent.mkdir(parents=True, exist_ok=True)
+        (stopped_run / name).write_text("mine")
+    leftover = stopped_run / ".promcse_pl-0123456789abcdef"
+    leftover.write_text("of a killed process")
+    assert end(start(config, stopped_run)) == 0
+    assert [(stopped_run / name).read_text() for name in mine] == ["mine"] * len(mine)
+    assert not leftover.exists()
+    assert not [path for path in (stopped_run / "checkpoints").iterdir() if path.name != "notes"]
+    kept = {name.split("/")[0] for name in mine}
+    assert outcome(stopped_run) | {"left": left(stopped_run) - kept} == outcome(straight)
+
+
+def test_a_foreign_folder_in_the_place_of_the_adapter_is_refused_before_training(stopped_run):
+    shutil.rmtree(stopped_run / "adapter")
+    (stopped_run / "adapter").mkdir()
+    (stopped_run / "adapter/chapter.txt").write_text("mine")
+    history = (stopped_run / "metrics.jsonl").read_bytes()
+    with pytest.raises(AdapterError, match="adapter exists already and is not replaced"):
+        resume_job(stopped_run)
+    assert (stopped_run / "adapter/chapter.txt").read_text() == "mine"
+    assert (stopped_run / "metrics.jsonl").read_bytes() == history
+
+
 def test_a_history_that_is_a_folder_is_an_error(stopped_run):
     (stopped_run / "metrics.jsonl").unlink()
     (stopped_run / "metrics.jsonl").mkdir()
@@ -254,7 +282,8 @@ def test_what_else_lies_among_the_checkpoints_is_left_there(stopped_run, long_ru
     for name in ("step-old", "step-", "step-٣", "notes"):
         (stopped_run / "checkpoints" / name).mkdir()
     assert end(start(config, stopped_run)) == 0
-    assert outcome(stopped_run) == outcome(straight)
+    assert {path.name for path in (stopped_run / "checkpoints").iterdir()} == {"step-old", "step-", "step-٣", "notes"}
+    assert outcome(stopped_run) | {"left": left(stopped_run) - {"checkpoints"}} == outcome(straight)
 
 
 def test_no_checkpoint_holds_the_frozen_encoder_or_a_pickle(stopped_run):
@@ -326,7 +355,9 @@ def test_a_folder_without_a_run_is_refused_and_a_damaged_status_too(tmp_path, st
 
 
 def test_an_unfinished_run_is_not_begun_again_in_its_place(stopped_run, long_run):
-    with pytest.raises(ConfigError, match=r"already holds a run. Try another folder, or python run.py resume="):
+    with pytest.raises(
+        ConfigError, match=r"already holds a run. Try: python run.py resume=.* to resume it, or another folder"
+    ):
         run_job(read_config(long_run[0]), stopped_run)
 
 

@@ -1,0 +1,44 @@
+"""Which folder is an adapter, and whose files are in it: without torch, so that commands can check early."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from promcse_pl.errors import AdapterError
+from promcse_pl.files import current, refuse_taken
+
+WEIGHTS, DESCRIPTION = "adapter.safetensors", "adapter.json"
+BUNDLED_NAME = "encoder"
+BUNDLED = f"./{BUNDLED_NAME}"
+"""The encoder's name when it lies in the adapter's own folder."""
+
+
+def find_adapter(folder: Path) -> Path | None:
+    """Return the adapter folder that is meant by a folder: the `adapter` folder of a run, or the folder itself; None: neither."""
+    for path in (folder / "adapter", folder):
+        if os.path.exists(current(path, DESCRIPTION)):  # noqa: PTH110  (Path.exists raises for a name that is too long)
+            return path
+    return None
+
+
+def written_description(folder: Path) -> dict[str, Any] | None:
+    """Return the description of an adapter that this package wrote; None if there is none, or a file of another program."""
+    try:
+        about = json.loads(current(folder, DESCRIPTION).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    ours = isinstance(about, dict) and {"format", "promcse_pl", "encoder"} <= set(about)
+    return about if ours and isinstance(about["encoder"], dict) else None
+
+
+def check_target(folder: Path) -> None:
+    """Refuse a folder that an adapter must not be written to: it has entries, and they are not those of an adapter of ours.
+
+    Raises:
+        AdapterError: The folder holds something else, or cannot be read.
+    """
+    if written_description(folder) is None:
+        refuse_taken(folder, error=AdapterError)
