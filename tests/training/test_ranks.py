@@ -19,7 +19,9 @@ from promcse_pl.model.mlm import MlmHead
 from promcse_pl.training.module import PromcseModule
 from promcse_pl.training.ranks import Ranks, find_ranks, refuse_sweep
 
-TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
+TOLERANCE = {torch.float32: (1e-6, 1e-5), torch.float64: (1e-12, 4e-12)}
+"""Of losses and of gradients. float32 sums in another order round by the processor's kernels: up to 4.1e-6 with AVX-512 on AMD, below
+4e-6 on others; float64 is what proves the equality."""
 JOBS = [
     (width, mlm, rows, ranks, dtype, chunk_tokens, official)
     for ranks in (2, 3)
@@ -122,7 +124,7 @@ def test_loss_and_gradient_are_those_of_one_process(job, folder):
             is_gradient = name.startswith("gradient")
             size = max(float(expected.abs().max()), 1e-3)
             error = float((found[name] * (scale if is_gradient else 1) - expected).abs().max()) / size
-            assert error <= TOLERANCE[dtype] * (4 if is_gradient else 1), f"{name}: {error:.1e}"
+            assert error <= TOLERANCE[dtype][is_gradient], f"{name}: {error:.1e}"
     if rows > 1:
         assert float(alone["gradient encoder.prompt.embedding.weight"].abs().max()) > 1e-3
 
