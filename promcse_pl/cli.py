@@ -207,6 +207,8 @@ def _evaluate(options: argparse.Namespace) -> int:
         from promcse_pl.evaluation.plots import check_plot, draw
 
         check_plot(options.plot)
+    if options.out:
+        _check_results(options.out)
 
     from promcse_pl.data.sources import cache_dir
     from promcse_pl.evaluation.report import render, tables
@@ -241,6 +243,24 @@ def _evaluate(options: argparse.Namespace) -> int:
     for path in draw(tree, options.plot) if options.plot else ():
         sys.stderr.write(f"{path}\n")
     return 0
+
+
+def _check_results(folder: Path) -> None:
+    """Refuse a folder whose results would be overwritten, unless an earlier evaluation wrote them.
+
+    Raises:
+        ConfigError: It has a results file of something else, such as a run.
+    """
+    from promcse_pl.folder import RESULTS, read_json
+
+    tree = None
+    with suppress(DataError):
+        tree = read_json(folder / RESULTS)
+    if isinstance(tree, dict) and {"targets", "tasks", "comparisons"} <= set(tree):
+        return
+    for path in (folder / RESULTS, folder / "results.md", folder / "results.tex"):
+        if path.exists():
+            raise ConfigError(f"{path} exists, and no evaluation wrote it. Try: another folder for --out")
 
 
 def _encode(options: argparse.Namespace) -> int:

@@ -119,6 +119,20 @@ def test_a_picture_that_cannot_be_written_is_an_error_and_leaves_nothing(mine, t
     assert [path for path in sorted(tmp_path.iterdir()) if path.name != "xdg"] == before
 
 
+def test_results_of_something_else_are_not_overwritten(trained_run, mine, tmp_path, capsys):
+    before = (trained_run.folder / "results.json").read_bytes()
+    command = ["evaluate", MINILM, "--tasks", str(mine), "--device", "cpu", "--format", "markdown", "--out"]
+    assert main([*command, str(trained_run.folder)]) == 2
+    assert "run/results.json exists, and no evaluation wrote it. Try: another folder" in capsys.readouterr().err
+    assert (trained_run.folder / "results.json").read_bytes() == before
+    (tmp_path / "paper").mkdir()
+    (tmp_path / "paper/results.md").write_text("mine")
+    assert main([*command, str(tmp_path / "paper")]) == 2
+    assert [path.read_text() for path in (tmp_path / "paper").iterdir()] == ["mine"]
+    for _ in range(2):  # an evaluation replaces its own
+        assert main([*command, str(tmp_path / "out")]) == 0
+
+
 def test_a_run_may_not_be_chosen_by_pairs_that_it_is_tested_on(trained_run, mine):
     data = dataclasses.replace(trained_run.config.data, dev=str(mine))
     evaluation = dataclasses.replace(trained_run.config.evaluation, tasks=[str(mine)])

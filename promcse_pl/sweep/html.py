@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from promcse_pl.errors import ConfigError
 from promcse_pl.files import write_text
 from promcse_pl.folder import LOG, is_number
 from promcse_pl.paths import hide_home
@@ -22,6 +23,8 @@ REPORT = "report.html"
 POINTS, MOST, LEAST = 150_000, 400, 20
 """Points of all training curves together (about 2 MB), and the most and fewest of one."""
 NOT_DRAWN = "dev/best_spearman"  # the highest point of dev/spearman so far
+_MARK, _HEAD = 'aria-labelledby="runs-title"', 100_000
+"""Text of every report, and the characters from the start of the file in which it is."""
 SCRIPTS = ("data.js", "table.js", "charts.js", "page.js")
 
 
@@ -33,8 +36,12 @@ def write_html(sweep: Sweep, *, tests: bool) -> Path:
         tests: Whether the page holds the test scores.
 
     Raises:
-        ConfigError: It cannot be written.
+        ConfigError: The folder has a report.html of something else.
+        DataError: It cannot be written.
     """
+    path = sweep.folder / REPORT
+    if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace")[:_HEAD]:
+        raise ConfigError(f"{path} exists, and is not the report of a sweep. Move it elsewhere")
     from plotly.offline import get_plotlyjs
 
     page = files("promcse_pl.sweep") / "page"
@@ -46,8 +53,8 @@ def write_html(sweep: Sweep, *, tests: bool) -> Path:
     }
     template = (page / "page.html").read_text(encoding="utf-8")
     # one pass: what is put in is not searched for further places
-    write_text(sweep.folder / REPORT, re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], template))
-    return sweep.folder / REPORT
+    write_text(path, re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], template))
+    return path
 
 
 def page_data(sweep: Sweep, *, tests: bool) -> dict[str, Any]:

@@ -25,6 +25,17 @@ def report(capsys, *arguments: object) -> tuple[str, str]:
     return printed.out, printed.err
 
 
+def test_a_report_html_of_something_else_is_not_overwritten(tmp_path, capsys):
+    write_sweep(tmp_path / "sweep", seed=[1, 2])
+    (tmp_path / "sweep/report.html").write_text("<html>mine</html>")
+    assert main(["report", str(tmp_path / "sweep")]) == 2
+    assert "sweep/report.html exists, and is not the report of a sweep" in capsys.readouterr().err
+    assert (tmp_path / "sweep/report.html").read_text() == "<html>mine</html>"
+    (tmp_path / "sweep/report.html").unlink()
+    for _ in range(2):
+        assert main(["report", str(tmp_path / "sweep")]) == 0
+
+
 def test_runs_are_ranked_by_dev_and_show_what_varies(tmp_path, capsys):
     write_sweep(tmp_path / "s", loss__temperature=[0.03, 0.05], loss__margin=[0.1, 0.2])
     for name, score in zip("0123", (70.0, 72.5, math.nan, 71.0), strict=True):

@@ -20,7 +20,7 @@ from promcse_pl.training.module import PromcseModule
 from promcse_pl.training.ranks import Ranks, find_ranks, refuse_sweep
 
 TOLERANCE = {torch.float32: (1e-6, 1e-5), torch.float64: (1e-12, 4e-12)}
-"""Of losses and of gradients. float32 sums in another order round by the processor's kernels: up to 4.1e-6 with AVX-512 on AMD, below
+"""Of losses and of gradients. Rounding in float32 depends on the processor's kernels: up to 4.1e-6 with AVX-512 on AMD, below
 4e-6 on others; float64 is what proves the equality."""
 JOBS = [
     (width, mlm, rows, ranks, dtype, chunk_tokens, official)
