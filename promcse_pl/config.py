@@ -405,11 +405,11 @@ def check_tasks(tasks: Sequence[str], command: str) -> None:
         ConfigError: With the nearest suite.
     """
     for task in tasks:
-        if task not in SUITES and file_suffix(Path(task)) not in SUFFIXES:
+        if task not in SUITES and file_suffix(Path(task)) not in SUFFIXES and "/" not in task:  # / : a saved dataset
             (near,) = difflib.get_close_matches(task[:60], SUITES, n=1, cutoff=0) or SUITES[:1]
             raise ConfigError(
-                f"a task must be a suite ({', '.join(SUITES)}) or a file of two texts and a score ({', '.join(SUFFIXES)}), "
-                f"got {_shown(task)}. Try: {command.format(near)}"
+                f"a task must be a suite ({', '.join(SUITES)}) or a file of two texts and a score ({', '.join(SUFFIXES)}, "
+                f"or the folder of a saved dataset, with a / in its path), got {_shown(task)}. Try: {command.format(near)}"
             )
 
 

@@ -91,15 +91,15 @@ class ColumnRequest:
         if self.chosen is not None:
             return self._chosen_positions(names, count)
         kind, needed = self.kind, len(self.kind.roles)
-        shown = listed(names) if names else f"without names, positions from 0 to {count - 1}"
+        shown = listed(names) if names else f"no names, positions from 0 to {count - 1}"
+        if names and count > needed and kind.name == "pairs" and "score" in (roles := roles_of(names)):
+            label = short_name(names[roles.index("score")])
+            raise DataError(
+                f"{self.path} has a column {label} (its columns: {shown}), which training on pairs does not use: every row would "
+                f"count as a positive pair, whatever its {label}. Keep the rows that are positive pairs. "
+                f"{self._advice(names, count)}"
+            )
         if names and (matched := match_names(names, kind)):
-            if kind.name == "pairs" and "score" in (roles := roles_of(names)):
-                label = names[roles.index("score")]
-                raise DataError(
-                    f"{self.path} has a column {short_name(label)} ({shown}), which training does not use: every row would count "
-                    f"as a positive pair, whatever its {short_name(label)}. Remove the other rows and then "
-                    f"{self._advice(names, count)}"
-                )
             return matched
         if several := self._several(names or ()):
             raise DataError(
@@ -146,8 +146,11 @@ class ColumnRequest:
             return "Rename or remove all of them but one"
         if not self.configurable:
             return f"Give what is to be read the column names {', '.join(self.kind.titles)}"
-        columns = [_typed_column(names, position) for position in _guess(names, count, self.kind)]
-        return f"Name the columns to read: {self.command(self.kind.name, columns)}"
+        positions = _guess(names, count, self.kind)
+        kind = TRAINING_ROWS[len(positions)].name
+        without = "" if kind == self.kind.name else f" (no column is left for {self.kind.name})"
+        columns = [_typed_column(names, position) for position in positions]
+        return f"Name the columns to read{without}: {self.command(kind, columns)}"
 
     def _too_few(self, count: int) -> str:
         if not self.configurable:
@@ -238,11 +241,14 @@ def _guess(names: Sequence[str] | None, count: int, kind: RowKind) -> list[int]:
     found = _candidates(names, kind)
     chosen = {role: positions[0] for role, positions in found.items() if positions}
     roles = roles_of(names)
-    rest = sorted(
-        (position for position in range(count) if position not in chosen.values()),
-        key=lambda position: (names[position].strip().lower() in _NO_TEXT, roles[position] == "score"),
-    )
-    return [chosen[role] if role in chosen else rest.pop(0) for role in kind.roles]
+    rest = [
+        position
+        for position in range(count)
+        if position not in chosen.values() and names[position].strip().lower() not in _NO_TEXT
+    ]
+    rest.sort(key=lambda position: (roles[position] == "score", roles[position] in TEXT_ROLES))
+    guess = [chosen[role] if role in chosen else rest.pop(0) for role in kind.roles if role in chosen or rest]
+    return guess or list(range(len(kind.roles)))
 
 
 def _typed_column(names: Sequence[str] | None, position: int) -> str:
