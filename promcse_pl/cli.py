@@ -365,9 +365,7 @@ def _sentences(file: str) -> list[str]:
         raise DataError(f"standard input is not UTF-8: {error}") from None
     lines = [line.removesuffix("\r") for line in text.rstrip("\r\n").split("\n")]
     if lines == [""]:
-        raise DataError(
-            "standard input is empty: no sentence was piped in. Try: cat FILE | promcse ..., or a file instead of -"
-        )
+        raise DataError("standard input holds no sentence. Try: cat FILE | promcse ..., or a file instead of -")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             raise DataError(f"standard input:{number}: the line is empty")

@@ -112,7 +112,7 @@ class ColumnRequest:
             )
         if count > needed:
             raise DataError(
-                f"{self.path} has {count} columns ({shown}), and their names do not say which {needed} are meant: "
+                f"{self.path} has {count} columns ({shown}), and their names do not say which of them to read: "
                 f"{kind.name} need {', '.join(kind.titles)}. {self._advice(names, count)}"
             )
         for name, role, wanted, title in zip(names or (), roles_of(names or ()), kind.roles, kind.titles, strict=False):

@@ -324,9 +324,7 @@ def _separates(line: str, delimiter: str, request: ColumnRequest) -> bool:
     fields = _fields(line, delimiter)
     if len(request.kind.roles) > 1:
         return len(fields) >= len(request.kind.roles)
-    return (
-        len(fields) > 1 and request.header is not False and not any(re.search(r"\s", field.strip()) for field in fields)
-    )
+    return len(fields) > 1 and request.header is not False and not any(re.search(r"\s", field) for field in fields)
 
 
 def _picked(
