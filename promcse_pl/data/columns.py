@@ -145,7 +145,8 @@ class ColumnRequest:
         if not self.configurable and several:
             return "Rename or remove all of them but one"
         if not self.configurable:
-            return f"Give what is to be read the column names {', '.join(self.kind.titles)}"
+            plural = "s" * (len(self.kind.titles) > 1)
+            return f"Give what is to be read the column name{plural} {', '.join(self.kind.titles)}"
         positions = _guess(names, count, self.kind)
         kind = TRAINING_ROWS[len(positions)].name
         without = "" if kind == self.kind.name else f" (no column is left for {self.kind.name})"

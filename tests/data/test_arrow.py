@@ -147,7 +147,7 @@ def test_shards_of_different_columns_are_refused(tmp_path):
     save(tmp_path / "other", {"query": ["x"], "answer": ["y"], "id": [1]}).joinpath(
         "data-00000-of-00001.arrow"
     ).replace(folder / "data-00001-of-00002.arrow")
-    with pytest.raises(DataError, match="00001-of-00002.arrow has other columns than .*00000-of-00002.arrow"):
+    with pytest.raises(DataError, match=r"00001-of-00002\.arrow has other columns than .*00000-of-00002\.arrow"):
         list(read_rows(folder, width=2))
 
 
@@ -185,9 +185,7 @@ def test_parquet_columns_of_one_name_are_an_error_where_they_are_wanted(tmp_path
         pa.Table.from_arrays([pa.array(["x"]), pa.array(["y"]), pa.array(["z"])], names=["a", "a", "text"]), path
     )
     assert list(read_rows(path, width=1, columns=["text"])) == [("z",)]
-    with pytest.raises(
-        DataError, match="has 2 columns with the name a, which parquet readers cannot tell apart. Rename"
-    ):
+    with pytest.raises(DataError, match="has 2 columns with the name a, which parquet readers cannot tell apart"):
         list(read_rows(path, width=1, columns=[0]))
     pq.write_table(pa.Table.from_arrays([pa.array(["x"]), pa.array(["y"])], names=["query", "query"]), path)
     with pytest.raises(DataError, match="2 columns could be the anchor: query, query"):
@@ -203,6 +201,7 @@ def test_promcse_encode_reads_a_saved_dataset(tmp_path, capsys):
     backbone = FrozenBackbone.load(str(save_small_encoder(tmp_path / "encoder")))
     save_adapter(PromptEncoder(backbone, length=3, pooling="avg"), tmp_path / "adapter")
     folder = save(tmp_path / "saved", {"id": [1, 2], "sentence": ["w5", "w6"]})
+    capsys.readouterr()
     assert main(["encode", str(tmp_path / "adapter"), str(folder), "--out", "-"]) == 0
     out, err = capsys.readouterr()
     assert (out.count("\n"), err) == (2, f"{folder}: sentence=sentence; not read: id\n")

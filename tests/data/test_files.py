@@ -55,12 +55,12 @@ def test_a_pipe_is_refused_and_not_waited_for(reader, tmp_path):
 
 def test_a_device_and_a_socket_are_refused(tmp_path, monkeypatch):
     (tmp_path / "zero.csv").symlink_to("/dev/zero")
-    with pytest.raises(DataError, match="zero.csv is a device, a regular file is needed"):
+    with pytest.raises(DataError, match=r"zero\.csv is a device, a regular file is needed"):
         list(read_rows(tmp_path / "zero.csv", width=1))
     monkeypatch.chdir(tmp_path)  # the path of a socket may have some 100 bytes
     server = socket.socket(socket.AF_UNIX)
     server.bind("s.csv")
-    with pytest.raises(DataError, match="s.csv is a socket, a regular file is needed"):
+    with pytest.raises(DataError, match=r"s\.csv is a socket, a regular file is needed"):
         list(read_rows(Path("s.csv"), width=1))
     server.close()
 
