@@ -229,7 +229,7 @@ def _report_truncation(data: Any) -> None:  # noqa: ANN401  (PromcseDataModule)
     longer = min(2 * length, data.longest_input, 512)
     if not rows.truncated:
         return
-    message = f"{100 * share:.2g} % of the sentences ({rows.truncated:,}) are truncated to {length} tokens"
+    message = f"{100 * share:.1f} % of the sentences ({rows.truncated:,}) are truncated to {length} tokens"
     if share <= TRUNCATED_SHARE:
         log.info("%s", message)
     elif longer > length:

@@ -348,7 +348,8 @@ def test_truncation_above_five_percent_is_a_warning_with_a_length_that_works(tmp
     run_small(tmp_path, "cut", data={"max_length": 3})
     log = (tmp_path / "cut/run.log").read_text()
     assert (
-        "WARNING 100 % of the sentences (30) are truncated to 3 tokens. To keep more of them: data.max_length=6" in log
+        "WARNING 100.0 % of the sentences (30) are truncated to 3 tokens. To keep more of them: data.max_length=6"
+        in log
     )
     run_small(tmp_path, "advised", data={"max_length": 6})
     assert "truncated" not in (tmp_path / "advised/run.log").read_text()
@@ -365,7 +366,7 @@ def test_truncation_at_the_longest_input_advises_no_other_length(tmp_path):
     run_small(tmp_path, "all", data={"max_length": longest})
     log = (tmp_path / "all/run.log").read_text()
     assert (
-        f"WARNING 33 % of the sentences (9) are truncated to {longest} tokens, the most that data.max_length may be"
+        f"WARNING 33.3 % of the sentences (9) are truncated to {longest} tokens, the most that data.max_length may be"
         in log
     )
 
@@ -399,7 +400,7 @@ def test_scoring_the_frozen_encoder_changes_no_generator_and_no_mode_and_encodes
     encoder = build_encoder(config)
     data = build_data(config, encoder, lambda _: None)
     modes = [module.training for module in encoder.modules()]
-    states = (torch.random.get_rng_state(), random.getstate(), repr(np.random.get_state()))
+    states = (torch.random.get_rng_state(), random.getstate(), repr(np.random.get_state()))  # noqa: NPY002
     encoded: list[int] = []
     encode = PromCSE.encode
 
@@ -413,4 +414,4 @@ def test_scoring_the_frozen_encoder_changes_no_generator_and_no_mode_and_encodes
     assert encoded == [60]  # the second time they lie in the cache
     assert [module.training for module in encoder.modules()] == modes
     assert torch.equal(states[0], torch.random.get_rng_state())
-    assert states[1:] == (random.getstate(), repr(np.random.get_state()))
+    assert states[1:] == (random.getstate(), repr(np.random.get_state()))  # noqa: NPY002
