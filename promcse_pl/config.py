@@ -77,14 +77,16 @@ class DataConfig:
     kind: Kind
     """Texts in a row: one sentence (seen twice), anchor and positive, or anchor, positive and hard negative."""
     train: str
-    """`demo`, or a .csv, .tsv, .txt, .jsonl or .parquet file (.gz too); a relative path is looked for in data.dir, then here."""
+    """`demo`, a .csv, .tsv, .txt, .jsonl or .parquet file (.gz too), or a folder that `save_to_disk` of the datasets library wrote
+    (of a DatasetDict the split `train`); a relative path is looked for in data.dir, then here."""
     dev: str | None = None
     """`demo`, `stsb` (needs data.dir), `holdout` (a part of the training triplets is kept back), a file of two texts and a
     score, or None: no selection, the last step is kept."""
     dir: str | None = None
     """Folder of data sets: nli/, wiki/, senteval/."""
     columns: list[str | int] | None = None
-    """Columns of the texts, by name or by position from 0; None: the first ones."""
+    """Columns of the texts, by name or by position from 0; None: found by known names (promcse_pl/data/columns.py), and a file
+    with no other columns is read in their order."""
     header: bool | None = None
     """Whether a csv or tsv file begins with column names; None: yes, but a first row that looks like data stops the run."""
     on_bad_row: Literal["stop", "skip"] = "stop"
