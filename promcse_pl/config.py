@@ -77,8 +77,8 @@ class DataConfig:
     kind: Kind
     """Texts in a row: one sentence (seen twice), anchor and positive, or anchor, positive and hard negative."""
     train: str
-    """`demo`, a .csv, .tsv, .txt, .jsonl or .parquet file (.gz too), or a folder that `save_to_disk` of the datasets library wrote
-    (of a DatasetDict the split `train`); a relative path is looked for in data.dir, then here."""
+    """`demo`, a .csv, .tsv, .txt, .jsonl or .parquet file (.gz too), or a folder that the datasets library wrote with
+    `save_to_disk` (of a DatasetDict the split `train`); a relative path is looked for in data.dir, then here."""
     dev: str | None = None
     """`demo`, `stsb` (needs data.dir), `holdout` (a part of the training triplets is kept back), a file of two texts and a
     score, or None: no selection, the last step is kept."""

@@ -114,8 +114,8 @@ def parquet_cells(
         for label in labels:
             if schema.names.count(label) > 1:
                 raise DataError(
-                    f"{path} has {schema.names.count(label)} columns with the name {short_name(label)}, which parquet readers "
-                    "cannot tell apart. Rename all but one of them"
+                    f"{path} has {schema.names.count(label)} columns with the name {short_name(label)}, which cannot be read "
+                    "from a parquet file. Rename all but one of them"
                 )
         for batch in file.iter_batches(batch_size=_BATCH, columns=labels):
             for cells in zip(*(batch.column(label).to_pylist() for label in labels), strict=True):
