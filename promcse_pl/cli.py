@@ -300,6 +300,7 @@ def _search(options: argparse.Namespace) -> int:
     from promcse_pl.terminal import progress_bar
 
     check_search(options.top_k, options.threshold)  # before the corpus is encoded
+    _require_one_pipe(options.corpus, options.query)
     corpus = _sentences(options.corpus)
     queries = _sentences("-") if options.query == "-" else [options.query]
     model = _load(options.adapter)
@@ -319,6 +320,7 @@ def _search(options: argparse.Namespace) -> int:
 
 def _similarity(options: argparse.Namespace) -> int:
     given = (options.first, options.second)
+    _require_one_pipe(*given)
     files = [_names_file(text) for text in given]
     if files[0] != files[1]:
         raise DataError(f"similarity takes two sentences or two files, got one file: {given[files.index(True)]}")
@@ -350,10 +352,17 @@ def _load(adapter: Path, **options: Any) -> PromCSE:  # noqa: ANN401
 
 def _names_file(text: str) -> bool:
     """Tell a file (or -) from a sentence; what looks like a file's name is one, so that a typo is not taken for a sentence."""
+    from promcse_pl.data.arrow import is_saved_dataset
     from promcse_pl.data.readers import SUFFIXES, file_suffix
 
     exists = os.path.isfile(text)  # noqa: PTH113  (Path.is_file raises for a long sentence)
+    exists = exists or (os.path.isdir(text) and is_saved_dataset(Path(text)))  # noqa: PTH112  (the same)
     return text == "-" or exists or (" " not in text and file_suffix(Path(text)) in SUFFIXES)
+
+
+def _require_one_pipe(*files: str) -> None:
+    if files.count("-") > 1:
+        raise DataError("standard input can be read once, so only one - is allowed. Try: a file for the other one")
 
 
 def _sentences(file: str) -> list[str]:
@@ -361,14 +370,17 @@ def _sentences(file: str) -> list[str]:
     from promcse_pl.data.readers import read_rows
 
     if file != "-":
-        return [text for (text,) in read_rows(Path(file), width=1)]
+        notes: list[str] = []
+        texts = [text for (text,) in read_rows(Path(file), width=1, notes=notes, configurable=False)]
+        sys.stderr.write("".join(f"{note}\n" for note in notes if "; not read: " in note))
+        return texts
     try:
         text = sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"standard input is not UTF-8: {error}") from None
     lines = [line.removesuffix("\r") for line in text.rstrip("\r\n").split("\n")]
     if lines == [""]:
-        raise DataError("standard input holds no sentence; it can be read only once, so only one - is allowed")
+        raise DataError("standard input holds no sentence. Try: cat FILE | promcse ..., or a file instead of -")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             raise DataError(f"standard input:{number}: the line is empty")

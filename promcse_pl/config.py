@@ -77,14 +77,16 @@ class DataConfig:
     kind: Kind
     """Texts in a row: one sentence (seen twice), anchor and positive, or anchor, positive and hard negative."""
     train: str
-    """`demo`, or a .csv, .tsv, .txt, .jsonl or .parquet file (.gz too); a relative path is looked for in data.dir, then here."""
+    """`demo`, a .csv, .tsv, .txt, .jsonl or .parquet file (.gz too), or a folder that the datasets library wrote with
+    `save_to_disk` (of a DatasetDict the split `train`); a relative path is looked for in data.dir, then here."""
     dev: str | None = None
     """`demo`, `stsb` (needs data.dir), `holdout` (a part of the training triplets is kept back), a file of two texts and a
     score, or None: no selection, the last step is kept."""
     dir: str | None = None
     """Folder of data sets: nli/, wiki/, senteval/."""
     columns: list[str | int] | None = None
-    """Columns of the texts, by name or by position from 0; None: the first ones."""
+    """Columns of the texts, by name or by position from 0; None: found by known names (promcse_pl/data/columns.py), and a file
+    with no other columns is read in their order."""
     header: bool | None = None
     """Whether a csv or tsv file begins with column names; None: yes, but a first row that looks like data stops the run."""
     on_bad_row: Literal["stop", "skip"] = "stop"
@@ -405,11 +407,11 @@ def check_tasks(tasks: Sequence[str], command: str) -> None:
         ConfigError: With the nearest suite.
     """
     for task in tasks:
-        if task not in SUITES and file_suffix(Path(task)) not in SUFFIXES:
+        if task not in SUITES and file_suffix(Path(task)) not in SUFFIXES and "/" not in task:  # / : a saved dataset
             (near,) = difflib.get_close_matches(task[:60], SUITES, n=1, cutoff=0) or SUITES[:1]
             raise ConfigError(
-                f"a task must be a suite ({', '.join(SUITES)}) or a file of two texts and a score ({', '.join(SUFFIXES)}), "
-                f"got {_shown(task)}. Try: {command.format(near)}"
+                f"a task must be a suite ({', '.join(SUITES)}) or a file of two texts and a score ({', '.join(SUFFIXES)}, "
+                f"or the folder of a saved dataset, with a / in its path), got {_shown(task)}. Try: {command.format(near)}"
             )
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from promcse_pl.config import Config
+from promcse_pl.data.columns import TRAINING_ROWS
 from promcse_pl.errors import DataError
 from promcse_pl.files import write_text
 from promcse_pl.folder import ADAPTER, BAD_ROWS, CONFIG, HISTORY, RESULTS, Status, write_config
@@ -28,6 +29,13 @@ if TYPE_CHECKING:
     from promcse_pl.training.stop import StopSignals
 
 log = logging.getLogger("promcse_pl")
+
+EXCERPT = 80
+"""Characters of a text of the first row that are logged."""
+TRUNCATED_SHARE = 0.05
+"""Share of truncated sentences above which a warning is logged."""
+LEAST_FROZEN_SCORE = 0.05
+"""Dev Spearman of the frozen encoder below which a warning is logged."""
 
 
 def run_experiment(
@@ -92,6 +100,8 @@ def run_experiment(
     compare({name: inputs[name]["sha256"] for name in ("data.train", "data.dev", "model.path")})
     if resume:
         log.info("going on after step %d", resume.step)
+    elif ranks.rank == 0 and data.dev is not None:
+        _score_frozen(config, encoder, data, device, console)
 
     wandb_run = start_wandb(config, folder, status.wandb_id) if ranks.rank == 0 and status.wandb_id else None
     try:
@@ -180,6 +190,11 @@ def _evaluate(config: Config, adapter: Path, dev: Any, device: str, report: Any)
 
 def _report_rows(data: Any, folder: Path, ranks: Ranks) -> None:  # noqa: ANN401  (PromcseDataModule, imported late)
     rows = data.token_rows
+    for note in data.notes:
+        log.info("%s", note)
+    titles = TRAINING_ROWS[rows.width].titles
+    shown = (f"{title} {_excerpt(text)}" for title, text in zip(titles, data.example, strict=True))
+    log.info("first row: %s", ", ".join(shown))
     log.info(
         "%s: %s rows, %s tokens (%s)",
         data.config.train,
@@ -187,16 +202,13 @@ def _report_rows(data: Any, folder: Path, ranks: Ranks) -> None:  # noqa: ANN401
         f"{rows.tokens_total:,}",
         "from the cache" if rows.reused else "tokenised now",
     )
-    if len(rows) < 2:
-        raise DataError(f"{data.config.train} has {len(rows)} rows; a batch needs at least 2")
     if len(rows) < data.config.batch_size:
         log.info(
             "they are fewer than data.batch_size=%d: an epoch is a single step. For more of them: data.batch_size=%d, say",
             data.config.batch_size,
             max(2, len(rows) // 10),
         )
-    if rows.truncated:
-        log.info("%s sentences were cut to %d tokens", f"{rows.truncated:,}", data.config.max_length)
+    _report_truncation(data)
     if rows.bad_rows:
         if ranks.rank == 0:
             write_text(folder / BAD_ROWS, "".join(f"{hide_home(str(row))}\n" for row in rows.bad_rows))
@@ -205,3 +217,58 @@ def _report_rows(data: Any, folder: Path, ranks: Ranks) -> None:  # noqa: ANN401
         log.info("no development set: the last step is kept")
     else:
         log.info("development set: %s, %s pairs", data.dev.name, f"{len(data.dev):,}")
+
+
+def _excerpt(text: str) -> str:
+    """Return the beginning of a text in quotes, control characters escaped."""
+    return repr(text if len(text) <= EXCERPT else f"{text[: EXCERPT - 1]}…")
+
+
+def _report_truncation(data: Any) -> None:  # noqa: ANN401  (PromcseDataModule)
+    rows, length = data.token_rows, data.config.max_length
+    share = rows.truncated / (len(rows) * rows.width)
+    longer = min(2 * length, data.longest_input, 512)
+    if not rows.truncated:
+        return
+    message = f"{100 * share:.1f} % of the sentences ({rows.truncated:,}) are truncated to {length} tokens"
+    if share <= TRUNCATED_SHARE:
+        log.info("%s", message)
+    elif longer > length:
+        log.warning("%s. To keep more of them: data.max_length=%d", message, longer)
+    else:
+        log.warning("%s, the most that data.max_length may be here", message)
+
+
+def _score_frozen(config: Config, encoder: Any, data: Any, device: Any, console: Console) -> None:  # noqa: ANN401
+    """Log the frozen encoder's score on the dev set, as a warning where it speaks for wrong columns or a reversed scale.
+
+    Its vectors are cached: the final evaluation, if it computes in the same precision, and later runs encode nothing.
+    """
+    from promcse_pl.data.sources import cache_dir
+    from promcse_pl.embedder import PromCSE
+    from promcse_pl.evaluation.sts import score_task
+    from promcse_pl.evaluation.targets import frozen_target
+    from promcse_pl.evaluation.vectors import VectorCache
+
+    modes = [(module, module.training) for module in encoder.modules()]
+    model = frozen_target(PromCSE(encoder.to(device), data.tokenizer)).members[0].load()
+    sentences = [*data.dev.first, *data.dev.second]
+    try:
+        with progress_bar(console, "scoring the frozen encoder on the dev set", len(set(sentences))) as progress:
+            vectors = VectorCache(cache_dir(config.data.cache_dir) / "vectors").vectors(model, sentences, progress)
+        score = score_task([data.dev], vectors).all.spearman
+    except DataError as error:
+        log.warning("the frozen encoder cannot be scored on the dev set: %s", error)
+        return
+    finally:
+        for module, training in modes:
+            module.training = training
+    if score >= LEAST_FROZEN_SCORE:
+        log.info("frozen encoder: dev Spearman %.2f", 100 * score)
+        return
+    log.warning(
+        "frozen encoder: dev Spearman %.2f, where an encoder that was never trained on this data scores well above 0. Check the "
+        "columns of data.dev=%s and of data.train, and that a higher score means more similar",
+        100 * score,
+        config.data.dev,
+    )

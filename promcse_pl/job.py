@@ -205,12 +205,14 @@ def _session(
 
 
 def check_inputs(config: Config) -> None:
-    """Look whether the files, folders and modes that a config names are there: in a second, before torch and any model.
+    """Check the files, folders and modes that a config names: in a second or two, before torch and any model.
+
+    Of the training file the first rows are read; the dev set and the files to evaluate on are read whole.
 
     Raises:
-        ConfigError, DataError, EncoderError: Something is missing.
+        ConfigError, DataError, EncoderError: Something is missing or cannot be used.
     """
-    from promcse_pl.data.sources import data_dir, dev_pairs, find_file, senteval_dir
+    from promcse_pl.data.sources import check_training_file, data_dir, dev_pairs, senteval_dir
     from promcse_pl.evaluation.tasks import load_tasks
     from promcse_pl.tracking.wandb import resolve_mode
 
@@ -230,8 +232,7 @@ def check_inputs(config: Config) -> None:
                 f"data.dev={config.data.dev} is also tested on ({task.name}): a model chosen by it has seen the answers. "
                 "Try: data.dev=FILE with other pairs"
             )
-    if config.data.train != "demo":
-        find_file(config.data.train, config.data, "data.train")
+    check_training_file(config.data, config.seed)
 
 
 def _leave(folder: Path, state: State, error: str | None = None) -> None:

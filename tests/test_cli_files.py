@@ -139,7 +139,11 @@ def test_errors_say_what_was_given_and_exit_with_2(promcse, corpus, tmp_path):
         (("encode", "-", "--out", "-"), "standard input holds no sentence"),
         (("search", corpus, "w7", "--top-k", "0"), "top_k must be a whole number of hits, at least 1, got 0"),
         (("search", corpus, "w7", "--threshold", "2"), "threshold must lie in [-1, 1] (a cosine), got 2.0"),
-        (("search", "-", "-"), "standard input holds no sentence; it can be read only once"),
+        (
+            ("search", "-", "-"),
+            "standard input can be read once, so only one - is allowed. Try: a file for the other one",
+        ),
+        (("similarity", "-", "-"), "standard input can be read once, so only one - is allowed"),
         (("similarity", corpus, short), f"got 5 in {corpus} and 1 in {short}"),
         (("similarity", corpus, "w7 w8"), f"got one file: {corpus}"),
         (("similarity", "w7 w8", "typo.txt"), "got one file: typo.txt"),

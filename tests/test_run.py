@@ -91,6 +91,60 @@ def test_a_mistake_ends_at_once_with_one_line_and_leaves_nothing(arguments, mess
     assert list(here.iterdir()) == []
 
 
+FILES = {
+    "data=triplets data.train=bad.csv": (
+        "my,four,unknown,columns\n1,2,3,4\n",
+        "bad.csv has 4 columns (my, four, unknown, ",
+    ),
+    "data=triplets data.train=two.csv": (
+        "a,b\n1,2\n",
+        "two.csv has 2 columns (a, b); triplets need 3: anchor, positive, ",
+    ),
+    "data=pairs data.train=tabs.csv": (
+        "a\tb\nx\ty\n",
+        "tabs.csv: its columns are separated by tabs, unlike those of .csv ",
+    ),
+    "data=pairs data.train=row.csv": (
+        "a,b\nx,y\nx,y,z\n",
+        "row.csv:3: 3 fields, the header has 2 (a text that holds ',' ",
+    ),
+    "data=pairs data.train=file.xlsx": ("PK", "file.xlsx: unknown format '.xlsx'. Allowed: .csv, .tsv, .txt, .jsonl, "),
+    "data.dev=dev.csv": (
+        "a,b\nx,y\n",
+        "dev.csv has 2 columns (a, b); scored pairs need 3: sentence1, sentence2, score. ",
+    ),
+    "data.dev=same.csv": (
+        "anchor,positive,score\nx,y,1\nv,w,1\n",
+        "same.csv: a correlation needs pairs of different scores, and all scores (2 rows) are 1. ",
+    ),
+}
+
+
+@pytest.mark.parametrize("arguments", FILES)
+def test_a_mistake_in_a_data_file_is_found_before_torch_and_the_folder(arguments, here):
+    content, message = FILES[arguments]
+    (here / arguments.rpartition("=")[2]).write_text(content)
+    before = sorted(here.iterdir())
+    done = start(here, *arguments.split(), IMPORTS="yes")
+    lines = done.stderr.splitlines()
+    imports = [line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")]
+    (printed,) = (line for line in lines if not line.startswith("import time:"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert printed.startswith(f"error: {message}")
+    assert not {"torch", "transformers", "pytorch_lightning", "datasets"} & set(imports)
+    assert sorted(here.iterdir()) == before
+
+
+def test_a_mistake_in_a_data_file_stops_a_sweep_before_its_first_job(here):
+    (here / "good.csv").write_text("a,b\n" + "x,y\n" * 3)
+    (here / "bad.csv").write_text("a,b\nx\n")
+    done = start(here, "-m", "data=pairs", "data.train=good.csv,bad.csv")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "no job was started" in done.stderr
+    assert "bad.csv:2: 1 field, the header has 2" in done.stderr
+    assert sorted(path.name for path in here.iterdir()) == ["bad.csv", "good.csv"]
+
+
 @pytest.mark.parametrize("folder", ["file", "file/run", "/proc/run", "x" * 300])
 def test_a_folder_that_cannot_be_made_is_told_in_one_line(folder, here):
     (here / "file").touch()

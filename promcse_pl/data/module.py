@@ -172,6 +172,11 @@ class PromcseDataModule(pl.LightningDataModule):
         self.start_step = 0
         """Steps done before this process took over; a resumed run sets it."""
         self.rows: TokenRows | None = None
+        self.example: tuple[str, ...] = ()
+        """The first training row."""
+        self.notes: tuple[str, ...] = ()
+        """How the training file is read: its columns and delimiter."""
+        self.longest_input = longest_input
         self.dev: ScoredPairs | None = None
 
     def setup(self, stage: str | None = None) -> None:  # noqa: ARG002  (Lightning's signature)
@@ -179,6 +184,7 @@ class PromcseDataModule(pl.LightningDataModule):
         if self.rows is not None:
             return
         source, self.dev = load_sources(self.config, self.seed)
+        self.example, self.notes = source.example, source.notes
         self.rows = load_tokens(
             source,
             self.tokenizer,

@@ -12,15 +12,23 @@ import io
 import json
 import logging
 import math
-import os
-import zlib
+import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from promcse_pl.data.arrow import dataset_cells, is_saved_dataset, parquet_cells
+from promcse_pl.data.columns import (
+    SCORED_PAIRS,
+    TRAINING_ROWS,
+    ColumnRequest,
+    listed,
+    match_names,
+    short_name,
+)
+from promcse_pl.data.files import open_file
 from promcse_pl.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -50,25 +58,31 @@ def read_rows(
     header: bool | None = None,
     on_bad_row: OnBadRow = "stop",
     bad_rows: list[BadRow] | None = None,
+    notes: list[str] | None = None,
+    configurable: bool = True,
 ) -> Iterator[tuple[str, ...]]:
     """Stream the rows of a file, every text exactly as it stands in the file.
 
     Args:
         path: a .csv (RFC 4180 quoting), .tsv (no quoting), .txt (a sentence per line), .jsonl (an object or a list
-            per line) or .parquet file in UTF-8, each also gzipped with a further .gz.
+            per line) or .parquet file in UTF-8, each also gzipped with a further .gz, or a folder that `save_to_disk` of the
+            datasets library wrote.
         width: texts per row: 1 sentences, 2 pairs, 3 triplets.
-        columns: `width` names or 0-based positions; None takes the first `width` columns. The first object of a
-            jsonl file names its columns.
+        columns: `width` names or 0-based positions; None finds the columns by known names in any order, and reads a file
+            of exactly `width` columns in their order. The first object of a jsonl file names its columns.
         header: whether a csv or tsv file starts with column names; None expects them, and asks where the first row
             looks like data.
         on_bad_row: "stop" raises at the first bad row, "skip" goes on without it.
         bad_rows: "skip" appends the bad rows here. Their line counts from 1 and is the one where the row starts; in
-            a parquet file it is the row number.
+            a parquet file or a saved dataset it is the row number.
+        notes: lines that say how the file is read (columns, delimiter) are appended here.
+        configurable: whether messages may advise the settings of the training file (data.columns and so on).
 
     Raises:
         DataError: while iterating, for a file, setting or row that cannot be used, or when no row is good.
     """
-    return _read(path, [_text] * width, columns, header, on_bad_row, bad_rows)
+    request = ColumnRequest(path, TRAINING_ROWS[width], columns, header, configurable)
+    return _read(request, [_text] * width, on_bad_row, bad_rows, notes)
 
 
 def read_scored_pairs(
@@ -79,39 +93,16 @@ def read_scored_pairs(
     on_bad_row: OnBadRow = "stop",
     bad_rows: list[BadRow] | None = None,
 ) -> list[tuple[str, str, float]]:
-    """Read rows of text, text and a finite score; the arguments and errors are those of `read_rows`.
+    """Read rows of text, text and a finite score, and log which columns they are; arguments and errors as of `read_rows`.
 
-    With header None, a csv or tsv file starts with column names if its first score is not a number.
+    With header None, a csv or tsv file of three columns starts with column names if its first score is not a number.
     """
-    if (
-        header is None
-        and file_suffix(path) in (".csv", ".tsv")
-        and not any(isinstance(name, str) for name in columns or ())
-    ):
-        first = next(_read(path, [_text] * 3, columns, False, on_bad_row, []))
-        header = not _is_number(first[2])
-    return list(_read(path, [_text, _text, _score], columns, header, on_bad_row, bad_rows))
-
-
-@contextmanager
-def open_file(path: Path) -> Iterator[io.BufferedReader]:
-    """Open a data file as bytes; whatever goes wrong with the file while it is open becomes one DataError."""
-    try:
-        with path.open("rb") as stream:
-            if os.fstat(stream.fileno()).st_size == 0:
-                raise DataError(f"{path} is empty (0 bytes)")
-            yield stream
-    except FileNotFoundError as error:
-        where = "" if path.is_absolute() else f"; the current folder is {Path.cwd()}"
-        raise DataError(f"{path} does not exist{where}") from error
-    except IsADirectoryError as error:
-        raise DataError(f"{path} is a folder, a file is needed") from error
-    except PermissionError as error:
-        raise DataError(f"{path} may not be read: permission denied. Try: chmod u+r {path}") from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path} is not a whole gzip file ({error}). Copy or compress it again") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+    request = ColumnRequest(path, SCORED_PAIRS, columns, header, configurable=False)
+    notes: list[str] = []
+    rows = list(_read(request, [_text, _text, _score], on_bad_row, bad_rows, notes))
+    for line in notes:
+        log.info("%s", line)
+    return rows
 
 
 def file_suffix(path: Path) -> str:
@@ -125,67 +116,88 @@ class _UnusableError(ValueError):
 
 _Lines = Iterator[tuple[int, list[Any] | dict[str, Any] | str]]  # a line's cells, or the reason why it is bad
 _Cells = Iterator[tuple[int, list[tuple[str, Any]] | str]]  # (label, value) of the wanted columns, or the reason
-_Columns = Sequence[str | int] | None
 
 
 def _read(
-    path: Path,
+    request: ColumnRequest,
     converters: Sequence[Callable[[Any, str], Any]],
-    columns: _Columns,
-    header: bool | None,
     on_bad_row: OnBadRow,
     bad_rows: list[BadRow] | None,
+    notes: list[str] | None,
 ) -> Iterator[tuple[Any, ...]]:
-    width, good, bad, first_bad = len(converters), 0, 0, None
-    with open_file(path) as raw:
-        suffix = file_suffix(path)
-        if suffix not in SUFFIXES:
-            raise DataError(f"{path}: unknown format {suffix!r}. Allowed: {', '.join(SUFFIXES)}, each also with .gz")
-        if header is not None and suffix not in (".csv", ".tsv"):
-            raise DataError(f"{path}: data.header has no effect on {suffix} files. Try: data.header=null")
-        if suffix == ".txt" and (width != 1 or columns is not None):
-            raise DataError(
-                f"{path}: a .txt file is one sentence a line, got {width} texts a row and data.columns={columns}. "
-                "Use another format, or data.columns=null"
-            )
-        if columns is not None and len(columns) != width:
-            raise DataError(f"{path}: {width} columns are needed, got data.columns={list(columns)}")
-        # GzipFile.readline is Python code; the buffer in front of it saves a third of the time.
-        stream = io.BufferedReader(gzip.GzipFile(fileobj=raw)) if path.suffix.lower() == ".gz" else raw
-        if suffix == ".parquet":
-            rows = _parquet(path, stream, [convert is _text for convert in converters], columns)
+    path, good, bad, first_bad = request.path, 0, 0, None
+    for line, cells in _cells(request, [convert is _text for convert in converters], [] if notes is None else notes):
+        try:
+            if isinstance(cells, str):
+                raise _UnusableError(cells)
+            for label, cell in cells:
+                if cell is None or (isinstance(cell, str) and not cell.strip()):
+                    raise _UnusableError(f"column {short_name(label)} is empty")
+            row = tuple(convert(cell, label) for convert, (label, cell) in zip(converters, cells, strict=True))
+        except _UnusableError as error:
+            bad_row = BadRow(str(path), line, str(error))
+            if on_bad_row == "stop":
+                skipping = " (training rows can be skipped: data.on_bad_row=skip)" if request.configurable else ""
+                raise DataError(f"{bad_row}. Fix the row{skipping}") from None
+            bad, first_bad = bad + 1, first_bad or bad_row
+            if bad_rows is not None:
+                bad_rows.append(bad_row)
         else:
-            has_header = suffix in (".csv", ".tsv") and header is not False
-            rows = _picked(path, _interior_blanks(_PARSERS[suffix](stream)), width, columns, has_header, header is None)
-        for line, cells in rows:
-            try:
-                if isinstance(cells, str):
-                    raise _UnusableError(cells)
-                for label, cell in cells:
-                    if cell is None or (isinstance(cell, str) and not cell.strip()):
-                        raise _UnusableError(f"column {_short(label)} is empty")
-                row = tuple(convert(cell, label) for convert, (label, cell) in zip(converters, cells, strict=True))
-            except _UnusableError as error:
-                bad_row = BadRow(str(path), line, str(error))
-                if on_bad_row == "stop":
-                    message = f"{bad_row}. Fix the row (training rows can be skipped: data.on_bad_row=skip)"
-                    raise DataError(message) from None
-                bad, first_bad = bad + 1, first_bad or bad_row
-                if bad_rows is not None:
-                    bad_rows.append(bad_row)
-            else:
-                good += 1
-                yield row
+            good += 1
+            yield row
     if not good:
         found = f"{bad} bad rows, the first is {first_bad}" if bad else "it holds no rows"
         raise DataError(f"{path} has no usable row: {found}")
+
+
+def _cells(request: ColumnRequest, textual: Sequence[bool], notes: list[str]) -> _Cells:
+    """The wanted columns of every row; `textual` says which of them must hold strings."""
+    path, width = request.path, len(request.kind.roles)
+    is_folder = is_saved_dataset(path)
+    suffix = "folder" if is_folder else file_suffix(path)
+    if request.chosen is not None and len(request.chosen) != width:
+        raise DataError(f"{path}: {width} columns are needed, got data.columns={list(request.chosen)}")
+    if request.header is not None and suffix in ("folder", *SUFFIXES) and suffix not in (".csv", ".tsv"):
+        raise DataError(f"{path}: data.header has no effect on {suffix} files. Try: data.header=null")
+    if is_folder:
+        yield from dataset_cells(path, request, textual, notes)
+        return
+    with open_file(path) as raw:
+        if suffix not in SUFFIXES:
+            raise DataError(f"{path}: unknown format {suffix!r}. Allowed: {', '.join(SUFFIXES)}, each also with .gz")
+        if suffix == ".txt" and (width != 1 or request.chosen is not None):
+            raise DataError(_txt_refusal(request))
+        # GzipFile.readline is Python code; the buffer in front of it saves a third of the time.
+        stream = io.BufferedReader(gzip.GzipFile(fileobj=raw)) if path.suffix.lower() == ".gz" else raw
+        if suffix == ".parquet":
+            yield from parquet_cells(path, stream, request, textual, notes)
+        elif suffix in (".csv", ".tsv"):
+            delimiter = _delimiter(stream, suffix, request, notes)
+            lines = _csv(stream, delimiter) if suffix == ".csv" else _tsv(stream)
+            yield from _picked(_interior_blanks(lines), request, request.header, notes, delimiter)
+        else:
+            lines = _txt(stream) if suffix == ".txt" else _jsonl(stream)
+            yield from _picked(_interior_blanks(lines), request, False, notes)
+
+
+def _txt_refusal(request: ColumnRequest) -> str:
+    if request.kind is SCORED_PAIRS:
+        advice = f"Use a csv file with the columns {', '.join(SCORED_PAIRS.titles)}"
+    elif len(request.kind.roles) > 1:
+        advice = f"Use another format, or train on single sentences: {request.command('sentences')}"
+    else:
+        advice = "Try: data.columns=null"
+    return (
+        f"{request.path}: a .txt file is one sentence a line, got {len(request.kind.roles)} texts a row and "
+        f"data.columns={request.chosen}. {advice}"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Text formats. The reason of a blank line is "".
 
 
-def _csv(stream: IO[bytes]) -> _Lines:
+def _csv(stream: IO[bytes], delimiter: str) -> _Lines:
     broken: list[str] = []
 
     def lines() -> Iterator[str]:
@@ -194,7 +206,7 @@ def _csv(stream: IO[bytes]) -> _Lines:
                 broken.append(problem)
             yield text
 
-    reader = csv.reader(lines(), strict=True)
+    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
     while True:
         start = reader.line_num + 1
         broken.clear()
@@ -246,9 +258,6 @@ def _jsonl(stream: IO[bytes]) -> _Lines:
             yield line, cells
 
 
-_PARSERS = {".csv": _csv, ".tsv": _tsv, ".txt": _txt, ".jsonl": _jsonl, ".ndjson": _jsonl}
-
-
 def _decoded(stream: IO[bytes]) -> Iterator[tuple[int, str, str]]:
     """Line number, text with its line end, what is wrong with its bytes. Only LF ends a line: U+2028 is text."""
     for line, data in enumerate(stream, start=1):
@@ -278,80 +287,117 @@ def _interior_blanks(lines: _Lines) -> _Lines:
 # Columns.
 
 
-def _picked(path: Path, lines: _Lines, width: int, columns: _Columns, has_header: bool, guessed: bool) -> _Cells:
+def _delimiter(stream: io.BufferedReader[Any], suffix: str, request: ColumnRequest, notes: list[str]) -> str:
+    """The delimiter of a csv or tsv file, from its first line.
+
+    A csv file whose first line is a single field by commas is read with ; or | if they give enough fields; tabs have no quoting,
+    so that the file needs another name.
+    """
+    line = stream.peek(1 << 16).removeprefix(codecs.BOM_UTF8).partition(b"\n")[0].decode(errors="replace").rstrip("\r")
+    own = "," if suffix == ".csv" else "\t"
+    if len(_fields(line, own)) != 1:
+        return own
+    other = next((candidate for candidate in ",;|\t" if _separates(line, candidate, request)), own)
+    if other == own:
+        return own
+    if suffix == ".csv" and other != "\t":
+        notes.append(f"{request.path}: its columns are separated by {other}")
+        return other
+    name = re.sub(
+        r"\.[ct]sv(?=(\.gz)?$)", ".csv" if suffix == ".tsv" else ".tsv", request.path.name, flags=re.IGNORECASE
+    )
+    shown = "tabs" if other == "\t" else repr(other)
+    raise DataError(
+        f"{request.path}: its columns are separated by {shown}, unlike those of {suffix} files. Rename it to {name}"
+    )
+
+
+def _fields(line: str, delimiter: str) -> list[str]:
+    try:
+        return next(csv.reader([line], delimiter=delimiter), [])
+    except csv.Error:
+        return []
+
+
+def _separates(line: str, delimiter: str, request: ColumnRequest) -> bool:
+    """Whether the delimiter cuts a first line into enough columns; a single sentence may hold one, a column name hardly."""
+    fields = _fields(line, delimiter)
+    if len(request.kind.roles) > 1:
+        return len(fields) >= len(request.kind.roles)
+    return len(fields) > 1 and request.header is not False and not any(re.search(r"\s", field) for field in fields)
+
+
+def _picked(
+    lines: _Lines, request: ColumnRequest, header: bool | None, notes: list[str], delimiter: str = ""
+) -> _Cells:
+    path, names, count = request.path, None, 0
     positions: list[int] = []
     labels: list[str] = []
     for line, cells in lines:
         if isinstance(cells, str):
-            if has_header and not labels:
-                raise DataError(f"{path}:{line}: {cells}. The file must start with column names, or data.header=false")
+            if header is not False and not positions:
+                without = ", or data.header=false" if request.configurable else ""
+                raise DataError(f"{path}:{line}: {cells}. The file must start with column names{without}")
             yield line, cells
             continue
-        if not labels:  # the first row: the header, or an object whose keys name the columns
-            names = list(cells) if has_header or isinstance(cells, dict) else None
-            positions = _positions(path, names, width, columns)
+        if not positions:  # the first row: the header, or an object whose keys name the columns
+            is_header = isinstance(cells, list) and _is_header(cells, request, header)
+            names = list(cells) if is_header or isinstance(cells, dict) else None
+            count = len(cells)
+            positions = request.find(names, count)
             labels = [names[position] if names else str(position) for position in positions]
-            if names and columns is None and len(names) > width:
-                log.warning("%s: of its columns %s the first %d are read", path, _listed(names), width)
-            if has_header:
-                by_name = any(isinstance(column, str) for column in columns or ())
-                if guessed and not by_name and any(len(label.split()) >= 4 or _is_number(label) for label in labels):
-                    raise DataError(
-                        f"{path}: the first row looks like data, not like column names: {_listed(labels)}. "
-                        "Say which it is: data.header=true or data.header=false"
-                    )
+            if names or count > len(positions):
+                notes.append(request.describe(names, positions, count))
+            if is_header:
                 continue
         if isinstance(cells, dict):
-            yield line, [(label, cells.get(label)) for label in labels]
-        elif len(cells) <= max(positions):
-            label = labels[positions.index(max(positions))]
-            missing = (
-                f"column {_short(label)} is missing" if not label.isdigit() else f"{max(positions) + 1} are needed"
-            )
-            yield line, f"{missing}, the row has {len(cells)} columns"
+            missing = [label for label in labels if label not in cells]
+            if missing:
+                yield line, f"column {short_name(missing[0])} is missing, the object has {listed(list(cells))}"
+            else:
+                yield line, [(label, cells[label]) for label in labels]
+        elif len(cells) != count:
+            yield line, _ragged(len(cells), count, "header" if names else "first row", delimiter)
         else:
             yield line, [(label, cells[position]) for label, position in zip(labels, positions, strict=True)]
 
 
-def _parquet(path: Path, stream: IO[bytes], textual: Sequence[bool], columns: _Columns) -> _Cells:
-    import pyarrow as pa  # here and not above: 0.3 s that most files do not need
-    import pyarrow.parquet as pq
-
-    source = io.BytesIO(stream.read()) if path.suffix.lower() == ".gz" else stream
-    row = 0
-    try:
-        file = pq.ParquetFile(source)
-        schema = file.schema_arrow
-        labels = [schema.names[position] for position in _positions(path, schema.names, len(textual), columns)]
-        for label, is_text in zip(labels, textual, strict=True):
-            kind = schema.field(label).type
-            kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-            if is_text and not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-                raise DataError(f"{path}: column {_short(label)} must hold strings, it holds {kind}")
-        for batch in file.iter_batches(batch_size=4096, columns=labels):
-            for cells in zip(*(batch.column(label).to_pylist() for label in labels), strict=True):
-                row += 1
-                yield row, list(zip(labels, cells, strict=True))
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not a whole parquet file in UTF-8: {error} (after row {row})") from error
+def _ragged(found: int, wanted: int, of: str, delimiter: str) -> str:
+    """Why a row of another number of fields than the first is bad; one more by position would be another text."""
+    reason = f"{found} field{'s' * (found != 1)}, the {of} has {wanted}"
+    if found > wanted and delimiter:
+        reason += (
+            " (a tab inside a text?)" if delimiter == "\t" else f" (a text that holds {delimiter!r} needs quotes?)"
+        )
+    return reason
 
 
-def _positions(path: Path, names: list[str] | None, width: int, columns: _Columns) -> list[int]:
-    positions: list[int] = []
-    for column in range(width) if columns is None else columns:
-        if names is None:
-            found = [column] if isinstance(column, int) and column >= 0 else []
-            known, example = "its columns have no names, only positions from 0", ",".join(map(str, range(width)))
-        else:
-            found = [position for position, name in enumerate(names) if column in (name, position)]
-            known, example = f"its {len(names)} columns are: {_listed(names)}", ",".join(map(_short, names[:width]))
-        if len(found) != 1:
-            raise DataError(
-                f"{path} has {'several columns' if found else 'no column'} {column!r}; {known}. "
-                f"{width} are needed, such as data.columns=[{example}]"
-            )
-        positions += found
-    return positions
+def _is_header(cells: list[Any], request: ColumnRequest, header: bool | None) -> bool:
+    """Whether the first row of a csv or tsv file holds column names.
+
+    Raises:
+        DataError: It looks like data, and no setting says which it is.
+    """
+    if header is not None:
+        return header
+    if any(isinstance(column, str) for column in request.chosen or ()):
+        return True
+    if request.chosen is None and match_names(cells, request.kind):
+        return True
+    chosen = range(len(cells)) if request.chosen is None else request.chosen
+    used = [cells[position] for position in chosen if isinstance(position, int) and 0 <= position < len(cells)]
+    if request.kind is SCORED_PAIRS and len(used) == len(SCORED_PAIRS.roles) and _is_number(used[-1]):
+        return False
+    if any(len(cell.split()) >= 4 or _is_number(cell) for cell in used):
+        advice = (
+            "Say which it is: data.header=true or data.header=false"
+            if request.configurable
+            else f"Start the file with a line of column names ({', '.join(request.kind.titles)})"
+        )
+        raise DataError(
+            f"{request.path}: the first row looks like data, not like column names: {listed(used)}. {advice}"
+        )
+    return True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -360,12 +406,12 @@ def _positions(path: Path, names: list[str] | None, width: int, columns: _Column
 
 def _text(value: object, label: str) -> str:
     if not isinstance(value, str):
-        raise _UnusableError(f"column {_short(label)} holds {_shown(value)}, a string is needed")
+        raise _UnusableError(f"column {short_name(label)} holds {_shown(value)}, a string is needed")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # only a JSON escape can spell this; tokenizers refuse it
         raise _UnusableError(
-            f"column {_short(label)} holds half a surrogate pair at character {error.start + 1}"
+            f"column {short_name(label)} holds half a surrogate pair at character {error.start + 1}"
         ) from error
     return value
 
@@ -373,7 +419,7 @@ def _text(value: object, label: str) -> str:
 def _score(value: object, label: str) -> float:
     if isinstance(value, str | int | float | Decimal) and not isinstance(value, bool) and _is_number(str(value)):
         return float(value)
-    raise _UnusableError(f"column {_short(label)} holds {_shown(value)}, a finite number is needed")
+    raise _UnusableError(f"column {short_name(label)} holds {_shown(value)}, a finite number is needed")
 
 
 def _is_number(text: str) -> bool:
@@ -386,12 +432,3 @@ def _is_number(text: str) -> bool:
 def _shown(value: object) -> str:
     shown = repr(value)
     return f"{type(value).__name__} {shown if len(shown) <= 60 else shown[:57] + '...'}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(map(_short, names[:20]))
-    return shown if len(names) <= 20 else f"{shown}, ... ({len(names)} in all)"
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 40 else name[:37] + "..."

@@ -12,16 +12,19 @@ from pathlib import Path
 import numpy as np
 
 from promcse_pl.config import WIDTH, DataConfig
+from promcse_pl.data.arrow import train_split
 from promcse_pl.data.demo import demo_pairs, demo_triplets
-from promcse_pl.data.readers import BadRow, read_scored_pairs
+from promcse_pl.data.readers import BadRow, read_rows
 from promcse_pl.data.tokens import RowSource, file_source, memory_source
 from promcse_pl.errors import ConfigError, DataError
 from promcse_pl.evaluation.selection import refuse_test_set
-from promcse_pl.evaluation.sts import ScoredPairs, load_stsb
+from promcse_pl.evaluation.sts import ScoredPairs, load_pairs, load_stsb
 from promcse_pl.paths import expand, is_folder, is_there
 
 HOLDOUT_SHARE, HOLDOUT_MOST = 0.1, 500
 """Part of the triplets that `data.dev=holdout` keeps back, and the most rows of it."""
+FIRST_ROWS = 100
+"""Rows of the training file that are read before a run starts."""
 
 
 def cache_dir(configured: str | None) -> Path:
@@ -80,7 +83,7 @@ def find_file(name: str, config: DataConfig, key: str) -> Path:
         if is_there(place):
             return place
     looked = " and ".join(str(place.absolute()) for place in places)
-    hint = "" if base else f", or data.dir=FOLDER that has {name} in it"
+    hint = "" if base or path.is_absolute() else f", or data.dir=FOLDER that has {name} in it"
     raise DataError(f"{key}={name} is not there; looked for {looked}. Try: {key}=FILE{hint}")
 
 
@@ -102,11 +105,30 @@ def load_sources(config: DataConfig, seed: int) -> tuple[RowSource, ScoredPairs 
     return _hold_out(source, seed)
 
 
+def check_training_file(config: DataConfig, seed: int) -> None:
+    """Read the first rows of the training file, so that a mistake in it is found before anything is computed.
+
+    Raises:
+        ConfigError, DataError: The file is missing, its columns are unclear, one of these rows is broken, or it has too few rows.
+    """
+    if config.train == "demo":
+        return
+    path = train_split(find_file(config.train, config, "data.train"))
+    rows = read_rows(
+        path, width=WIDTH[config.kind], columns=config.columns, header=config.header, on_bad_row=config.on_bad_row
+    )
+    number = len(list(islice(rows, FIRST_ROWS)))
+    if number < 2:
+        raise DataError(f"{path} has {number} row; a batch needs at least 2")
+    if number < FIRST_ROWS and config.dev == "holdout":
+        _hold_out(_train_source(config), seed)
+
+
 def _train_source(config: DataConfig) -> RowSource:
     if config.train == "demo":
         return memory_source("demo", demo_triplets())
     return file_source(
-        find_file(config.train, config, "data.train"),
+        train_split(find_file(config.train, config, "data.train")),
         width=WIDTH[config.kind],
         columns=config.columns,
         header=config.header,
@@ -133,7 +155,7 @@ def dev_pairs(config: DataConfig) -> ScoredPairs | None:
     if config.dev == "stsb":
         return load_stsb(senteval_dir(config), "dev")
     path = find_file(config.dev, config, "data.dev")
-    dev = ScoredPairs.of(path.name, read_scored_pairs(path), hashlib.sha256(path.read_bytes()).hexdigest())
+    dev = load_pairs(path)
     folder = data_dir(config)
     refuse_test_set(path, dev, None if folder is None else folder / "senteval")
     return dev
@@ -164,5 +186,5 @@ def _hold_out(source: RowSource, seed: int) -> tuple[RowSource, ScoredPairs]:
         bad.extend(bad_rows)
         return iter(train)
 
-    kept = dataclasses.replace(memory_source(source.name, train), rows=remaining)
+    kept = dataclasses.replace(memory_source(source.name, train), rows=remaining, notes=source.notes)
     return kept, ScoredPairs.of(f"{most} anchors kept back", pairs)

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from promcse_pl.data.readers import BadRow, OnBadRow, file_suffix, open_file, read_rows
+from promcse_pl.data.arrow import content_sha256
+from promcse_pl.data.readers import BadRow, OnBadRow, file_suffix, read_rows
 from promcse_pl.errors import DataError
 from promcse_pl.files import publish, remove_leftovers, staging_folder
 from promcse_pl.paths import hide_home
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 1  # raise it when the files below, or what the readers keep of a row, change
+_FORMAT = 2  # raise it when the files below, or what the readers keep of a row, change
 _BATCH = 10_000  # sentences per call of the tokenizer; memory does not grow with the file
 _STALE_SECONDS = 24 * 3600
 
@@ -41,21 +42,28 @@ class RowSource:
     rows: Callable[[list[BadRow]], Iterator[tuple[str, ...]]]
     """Called with a list that takes the bad rows."""
     width: int
+    example: tuple[str, ...] = ()
+    """The first row."""
+    notes: tuple[str, ...] = ()
+    """How the file is read: its columns and delimiter."""
 
 
 def file_source(
     path: Path, *, width: int, columns: Sequence[str | int] | None, header: bool | None, on_bad_row: OnBadRow
 ) -> RowSource:
     """The rows of a data file; the arguments and errors are those of `read_rows`."""
-    with open_file(path) as stream:
-        content = hashlib.file_digest(stream, "sha256").hexdigest()
+    notes: list[str] = []
+
+    def rows(bad_rows: list[BadRow], notes: list[str] | None = None) -> Iterator[tuple[str, ...]]:
+        return read_rows(
+            path, width=width, columns=columns, header=header, on_bad_row=on_bad_row, bad_rows=bad_rows, notes=notes
+        )
+
+    content = content_sha256(path)
+    example = next(rows([], notes))
     # The rest of the path is left out: a file that moves is not tokenised again.
     options = [file_suffix(path), width, None if columns is None else list(columns), header, on_bad_row]
-
-    def rows(bad_rows: list[BadRow]) -> Iterator[tuple[str, ...]]:
-        return read_rows(path, width=width, columns=columns, header=header, on_bad_row=on_bad_row, bad_rows=bad_rows)
-
-    return RowSource(str(path), _sha256([content, *options]), rows, width)
+    return RowSource(str(path), _sha256([content, *options]), rows, width, example, tuple(notes))
 
 
 def memory_source(name: str, rows: Sequence[tuple[str, ...]]) -> RowSource:
@@ -71,7 +79,7 @@ def memory_source(name: str, rows: Sequence[tuple[str, ...]]) -> RowSource:
             digest.update(json.dumps(row, ensure_ascii=False).encode())  # quoted: ("ab", "c") and ("a", "bc") differ
         except UnicodeEncodeError as error:
             raise DataError(f"{name}: row {number} holds half a surrogate pair, which no tokenizer takes") from error
-    return RowSource(name, digest.hexdigest(), lambda _: iter(rows), width)
+    return RowSource(name, digest.hexdigest(), lambda _: iter(rows), width, rows[0])
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from promcse_pl.data.files import require_regular_file
 from promcse_pl.errors import DataError
 from promcse_pl.evaluation.statistics import CountedSpearman
 from promcse_pl.evaluation.sts import ScoredPairs
@@ -68,6 +69,7 @@ def load_cxc(folder: Path) -> CxcData:
 
 def _read(path: Path) -> tuple[str, str]:
     try:
+        require_regular_file(path)
         content = path.read_bytes()
         return content.decode("utf-8-sig"), hashlib.sha256(content).hexdigest()
     except OSError as error:

@@ -15,6 +15,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from promcse_pl.data.arrow import content_sha256
+from promcse_pl.data.files import require_regular_file
+from promcse_pl.data.readers import read_scored_pairs
 from promcse_pl.errors import DataError
 from promcse_pl.evaluation.correlation import pearson, spearman
 
@@ -109,6 +112,21 @@ def load_task(senteval: Path, task: str) -> list[ScoredPairs]:
     return [_load_year_subset(folder, subset) for subset in YEARS[task]]
 
 
+def load_pairs(path: Path) -> ScoredPairs:
+    """Read a file of two texts and a score; see `read_scored_pairs`.
+
+    Raises:
+        DataError: The file or a row cannot be used, or its scores do not differ, so that no correlation is defined.
+    """
+    rows = read_scored_pairs(path)
+    if len({score for _, _, score in rows}) < 2:
+        raise DataError(
+            f"{path}: a correlation needs pairs of different scores, and all scores ({len(rows)} rows) are {rows[0][2]:g}. "
+            "Give the column of the scores the name score"
+        )
+    return ScoredPairs.of(path.name, rows, content_sha256(path))
+
+
 def load_stsb(senteval: Path, split: str) -> ScoredPairs:
     """Read STS-B: `train`, `dev` or `test`; tab-separated, score in column 5, sentences in 6 and 7."""
     return _load_table(senteval / "STS" / "STSBenchmark" / STSB_FILES[split], f"STS-B {split}", (5, 6), 4, header=False)
@@ -121,6 +139,7 @@ def load_sick(senteval: Path, split: str) -> ScoredPairs:
 
 def _lines(path: Path) -> tuple[list[str], str]:
     try:
+        require_regular_file(path)
         content = path.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}. SentEval's data folder is data.dir/senteval") from error

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,7 +14,6 @@ import numpy as np
 
 from promcse_pl.config import DATA_SUITES
 from promcse_pl.data.demo import demo_pairs
-from promcse_pl.data.readers import read_scored_pairs
 from promcse_pl.errors import ConfigError
 from promcse_pl.evaluation.cxc import RESAMPLES as CXC_RESAMPLES
 from promcse_pl.evaluation.cxc import SEED as CXC_SEED
@@ -27,6 +25,7 @@ from promcse_pl.evaluation.sts import (
     ScoredPairs,
     VectorOf,
     cosines,
+    load_pairs,
     load_stsb,
     load_task,
     score_task,
@@ -100,7 +99,7 @@ def load_tasks(names: Sequence[str], data: Path | None) -> list[Task]:
     """Read the data of suites and files.
 
     Args:
-        names: Of `promcse_pl.config.SUITES`, or files of two texts and a score (csv, tsv, jsonl, parquet, .gz too).
+        names: Of `promcse_pl.config.SUITES`, or files of two texts and a score, in any format of `read_rows`.
         data: Folder with senteval/ (and cxc/ for `cxc`) in it; files are looked for in it first, then here.
 
     Returns:
@@ -140,10 +139,7 @@ def _load(name: str, data: Path | None) -> list[Task]:
     if name == "transfer":
         return [transfer_task(load_transfer(senteval, task)) for task in TRANSFER_TASKS]
     path = next((place for place in (folder / name, expand(name)) if is_there(place)), Path(name))
-    rows = read_scored_pairs(path)
-    return [
-        pair_task(path.name, "own", [ScoredPairs.of(path.name, rows, hashlib.sha256(path.read_bytes()).hexdigest())])
-    ]
+    return [pair_task(path.name, "own", [load_pairs(path)])]
 
 
 def _file(pairs: ScoredPairs) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from promcse_pl.data.files import require_regular_file
 from promcse_pl.errors import DataError
 
 # the file of the ones first: SentEval's order, on which its folds depend
@@ -98,6 +99,7 @@ def _clean(sentence: str) -> str:
 
 def _lines(path: Path, encoding: str, digest: hashlib._Hash) -> list[str]:
     try:
+        require_regular_file(path)
         content = path.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}. SentEval's data folder is data.dir/senteval") from error

@@ -145,15 +145,17 @@ def test_whatever_changes_the_ids_builds_another_cache(tokenizer, tmp_path):
         key(csv_source(path), max_length=8),
         key(csv_source(path), tokenizer=word_tokenizer([*WORDS, "bird"])),
         key(csv_source(path, columns=["b", "a"])),
-        key(csv_source(path, width=1)),
+        key(csv_source(path, width=1, columns=["a"])),
         key(csv_source(path, header=False)),
         key(csv_source(path, on_bad_row="stop")),
     }
-    shutil.copy(path, path.with_suffix(".tsv"))
-    keys.add(key(csv_source(path.with_suffix(".tsv"), width=1)))
+    single = tmp_path / "single.csv"
+    single.write_text("a\nthe man\n", encoding="utf-8")
+    shutil.copy(single, single.with_suffix(".tsv"))
+    keys |= {key(csv_source(single.with_suffix(suffix), width=1)) for suffix in (".csv", ".tsv")}
     path.write_text("a,b\nthe man,the cat\n", encoding="utf-8")
     keys.add(key(csv_source(path)))
-    assert len(keys) == 9
+    assert len(keys) == 10
 
 
 def test_the_tokenizer_fingerprint_ignores_earlier_calls_and_sees_every_setting(tokenizer):

@@ -122,15 +122,65 @@ def test_flipped_bits_and_cut_files(place, data, name, skip):
     check(place / name, bytes(content), data.draw(st.integers(1, 2)), on_bad_row="skip" if skip else "stop")
 
 
+def arrow_stream() -> bytes:
+    sink = io.BytesIO()
+    texts = pa.array(["p", "q", "r"] * 30)
+    table = pa.table({"answer": ["ein", "二", "x" * 300] * 30, "query": texts, "kind": texts.dictionary_encode()})
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table, max_chunksize=20)
+    return sink.getvalue()
+
+
+STREAM = arrow_stream()
+
+
+@examples(1500)
+@given(data=st.data(), columns=st.sampled_from([None, ["kind", "answer"]]), skip=st.booleans())
+def test_flipped_bits_and_cut_files_of_a_saved_dataset(place, data, columns, skip):
+    folder = place / "saved"
+    folder.mkdir(exist_ok=True)
+    (folder / "state.json").write_text('{"_data_files": [{"filename": "a.arrow"}]}')
+    content = bytearray(STREAM)
+    for position in data.draw(st.lists(st.integers(0, len(content) - 1), max_size=4)):
+        content[position] ^= 1 << data.draw(st.integers(0, 7))
+    if data.draw(st.booleans()):
+        del content[data.draw(st.integers(0, len(content))) :]
+    (folder / "a.arrow").write_bytes(content)
+    with only_our_errors("readers"):
+        for row in read_rows(folder, width=2, columns=columns, on_bad_row="skip" if skip else "stop"):
+            assert all(text.strip() and text.encode() for text in row)
+
+
+@examples(400)
+@given(
+    names=st.lists(
+        st.sampled_from(["anchor", "query", "positive", "sent1", "a", "id", "", "score", "text", "é "]), max_size=6
+    ),
+    width=st.integers(1, 3),
+    delimiter=st.sampled_from([",", ";", "|", "\t"]),
+    suffix=st.sampled_from([".csv", ".tsv"]),
+)
+def test_any_header(place, names, width, delimiter, suffix):
+    rows = [[f"of {position}" for position in range(len(names))]] * 2
+    path = place / f"header{suffix}"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, delimiter=delimiter).writerows([names, *rows])
+    with only_our_errors("readers"):
+        first, second = read_rows(path, width=width)
+        assert first == second
+        assert len(set(first)) == width, "no column is read twice"
+
+
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.txt", "a.jsonl.gz"])
 def test_millions_of_short_rows_stream_in_bounded_time_and_memory(place, name):
     rows = {"a.txt": 2_000_000, "a.csv": 500_000}.get(name, 200_000) if FULL else 200_000
     line = {"a.csv": b"w,z\n", "a.txt": b"w z\n"}.get(name, b'["w","z"]\n')
-    content = (b"a,b\n" if name == "a.csv" else b"") + line * rows
+    content = (b"text,id\n" if name == "a.csv" else b"") + line * rows
     (place / name).write_bytes(gzip.compress(content, 1) if name.endswith(".gz") else content)
     del content
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    assert sum(1 for _ in read_rows(place / name, width=1)) == rows
+    columns = [0] if "jsonl" in name else None
+    assert sum(1 for _ in read_rows(place / name, width=1, columns=columns)) == rows
     assert time.process_time() - started < 20, "seconds of processor time"
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000, "KiB more at the peak"
 

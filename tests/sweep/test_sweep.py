@@ -58,7 +58,8 @@ def test_two_sweeps_never_write_into_one_folder(tmp_path):
 
 def test_a_failure_is_recorded_a_kill_of_the_parent_is_survived_and_a_resume_runs_only_what_is_missing(tmp_path):
     files(tmp_path)
-    (tmp_path / "bad.csv").write_text("\n".join(["a,b,c", *ROWS[:20], "w5,only two"]) + "\n")
+    rows = [*ROWS, *ROWS, *ROWS[:20], "w5,only two"]  # the bad one behind those that are read before the first job
+    (tmp_path / "bad.csv").write_text("\n".join(["a,b,c", *rows]) + "\n")
     long = [entry for entry in SETTINGS if not entry.startswith(("data.train=", "trainer.max_steps="))]
     sweep = tmp_path / "sweep"
     arguments = ["-m", "data.train=bad.csv,train.csv", *long, "trainer.max_steps=2000", "trainer.save_every=5"]

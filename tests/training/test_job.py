@@ -3,11 +3,13 @@
 import io
 import json
 import os
+import random
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import DEV_PAIRS, save_small_encoder
@@ -21,9 +23,13 @@ from promcse_pl.data.readers import read_scored_pairs
 from promcse_pl.data.sources import load_sources
 from promcse_pl.errors import ConfigError, DataError, EncoderError, NonFiniteError
 from promcse_pl.evaluation.sts import ScoredPairs, score_pairs
+from promcse_pl.experiment import _score_frozen
 from promcse_pl.folder import read_config, write_config
 from promcse_pl.job import run_job
+from promcse_pl.model.backbone import FrozenBackbone
+from promcse_pl.model.encoder import PromptEncoder
 from promcse_pl.tracking.local import read_history
+from promcse_pl.training.fit import build_data, build_encoder
 
 
 def word_rows(rows: int, width: int = 3) -> list[str]:
@@ -326,3 +332,94 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_code_2_and_names_step_rows_
     assert "NonFiniteError" in (tmp_path / "run/run.log").read_text()
     with pytest.raises(NonFiniteError):
         run_job(read_config(path), tmp_path / "again", Console(file=io.StringIO()))
+
+
+# --- what a run says at its start ---------------------------------------------------------------------------------------
+
+
+def test_the_first_row_is_logged_as_it_is_read(tmp_path):
+    rows = ["w7,w5 \x1b[31mred,w6", *(f"w{row},w{row + 1},w{row + 2}" for row in range(10, 20))]
+    (tmp_path / "train.csv").write_text("negative,anchor,positive\n" + "\n".join(rows) + "\n")
+    run_small(tmp_path)
+    log = (tmp_path / "run/run.log").read_text()
+    assert f"{tmp_path}/train.csv: anchor=anchor, positive=positive, negative=negative\n" in log
+    assert r"first row: anchor 'w5 \x1b[31mred', positive 'w6', negative 'w7'" in log
+
+
+def test_a_long_text_of_the_first_row_is_cut(tmp_path):
+    (tmp_path / "train.csv").write_text("anchor,positive\n" + f"{'x' * 500},w6\n" + "w7,w8\n" * 9)
+    run_small(tmp_path, data={"kind": "pairs"}, loss={"hinge_weight": 0})
+    assert f"first row: anchor '{'x' * 79}…', positive 'w6'\n" in (tmp_path / "run/run.log").read_text()
+
+
+def test_truncation_above_five_percent_is_a_warning_with_a_length_that_works(tmp_path):
+    run_small(tmp_path, "cut", data={"max_length": 3})
+    log = (tmp_path / "cut/run.log").read_text()
+    assert (
+        "WARNING 100.0 % of the sentences (30) are truncated to 3 tokens. To keep more of them: data.max_length=6"
+        in log
+    )
+    run_small(tmp_path, "advised", data={"max_length": 6})
+    assert "truncated" not in (tmp_path / "advised/run.log").read_text()
+
+
+def test_truncation_at_the_longest_input_advises_no_other_length(tmp_path):
+    small_config(tmp_path)
+    (tmp_path / "train.csv").write_text("sent0,sent1,hard_neg\n" + "w5,w6,w7\n" * 9 + f"{'w8 ' * 600},w6,w7\n")
+    longest = PromptEncoder(FrozenBackbone.load(str(tmp_path / "encoder")), length=4).longest_input
+    run_small(tmp_path, data={"max_length": longest})
+    log = (tmp_path / "run/run.log").read_text()
+    assert f"INFO 3.3 % of the sentences (1) are truncated to {longest} tokens" in log
+    (tmp_path / "train.csv").write_text("sent0,sent1,hard_neg\n" + f"{'w8 ' * 600},w6,w7\n" * 9)
+    run_small(tmp_path, "all", data={"max_length": longest})
+    log = (tmp_path / "all/run.log").read_text()
+    assert (
+        f"WARNING 33.3 % of the sentences (9) are truncated to {longest} tokens, the most that data.max_length may be"
+        in log
+    )
+
+
+def scored_by_the_encoder(folder: Path, sign: int) -> Path:
+    """A dev file whose scores are the cosines of the frozen encoder, or their negatives."""
+    small_config(folder)
+    plain = PromptEncoder(FrozenBackbone.load(str(folder / "encoder")), length=0, pooling="cls")
+    pairs = [(f"w{5 + row} w{9 + row}", f"w{6 + 2 * row}") for row in range(30)]
+    lines = [f"{a},{b},{sign * float(PromCSE(plain).similarity(a, b))}\n" for a, b in pairs]
+    path = folder / f"dev{sign}.csv"
+    path.write_text("a,b,score\n" + "".join(lines))
+    return path
+
+
+def test_a_frozen_encoder_below_zero_is_a_warning_with_its_score(tmp_path):
+    run_small(tmp_path, "right", data={"dev": str(scored_by_the_encoder(tmp_path, 1))})
+    run_small(tmp_path, "reversed", data={"dev": str(scored_by_the_encoder(tmp_path, -1))})
+    right, reverse = ((tmp_path / name / "run.log").read_text() for name in ("right", "reversed"))
+    assert "INFO frozen encoder: dev Spearman 100.00" in right
+    assert "WARNING frozen encoder: dev Spearman -100.00, where an encoder" in reverse
+    assert (
+        f"Check the columns of data.dev={tmp_path}/dev-1.csv and of data.train, and that a higher score means"
+        in reverse
+    )
+    assert right.index("frozen encoder: dev Spearman") < right.index("step 1: dev Spearman")
+
+
+def test_scoring_the_frozen_encoder_changes_no_generator_and_no_mode_and_encodes_once(tmp_path, monkeypatch):
+    config = small_config(tmp_path, data={"dev": str(scored_by_the_encoder(tmp_path, 1))})
+    encoder = build_encoder(config)
+    data = build_data(config, encoder, lambda _: None)
+    modes = [module.training for module in encoder.modules()]
+    states = (torch.random.get_rng_state(), random.getstate(), repr(np.random.get_state()))  # noqa: NPY002
+    encoded: list[int] = []
+    encode = PromCSE.encode
+
+    def counted(self, sentences, **options):
+        encoded.append(len(sentences))
+        return encode(self, sentences, **options)
+
+    monkeypatch.setattr(PromCSE, "encode", counted)
+    for _ in range(2):
+        _score_frozen(config, encoder, data, torch.device("cpu"), Console(file=io.StringIO()))
+    assert encoded == [60]  # the second time they lie in the cache
+    assert [module.training for module in encoder.modules()] == modes
+    assert torch.equal(states[0], torch.random.get_rng_state())
+    assert states[1:] == (random.getstate(), repr(np.random.get_state()))  # noqa: NPY002

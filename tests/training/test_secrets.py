@@ -120,12 +120,15 @@ def test_the_saved_config_with_its_short_paths_repeats_the_run_and_the_adapter_f
 def test_a_run_that_fails_leaves_no_home_folder_either(home):
     folder = home / "failing"
     shutil.rmtree(folder, ignore_errors=True)
-    config = small_config(home, data={"on_bad_row": "stop"})
+    good = (home / "train.csv").read_text().splitlines()[:11]
+    late = [*good, *(good[1:] * 9), "w5,,w6"]  # behind the rows that are read before a folder is made
+    (home / "late.csv").write_text("\n".join(late) + "\n")
+    config = small_config(home, data={"on_bad_row": "stop", "train": str(home / "late.csv")})
     write_config(config, home / "failing.yaml")
     done = promcse(home / "log", "train", home / "failing.yaml", "--out", folder, before=surroundings(home))
     assert done.code == 2
-    assert "~/train.csv:12: column hard_neg" in done.stderr or "~/train.csv:12: column sent1" in done.stderr
-    assert "~/train.csv:12" in read_status(folder).error
+    assert "~/late.csv:102: column sent1 is empty" in done.stderr
+    assert "~/late.csv:102" in read_status(folder).error
     for path in (path for path in folder.rglob("*") if path.is_file()):
         assert not leaks(path.read_bytes(), home), path
     assert not leaks(f"{done.stdout}{done.stderr}".encode(), home)

@@ -1,0 +1,166 @@
+"""Reads the columns of parquet files, and of folders that the datasets library wrote with `save_to_disk`."""
+
+# The datasets library itself is not needed: such a folder is a list of Arrow IPC streams.
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from promcse_pl.data.columns import ColumnRequest, listed, short_name
+from promcse_pl.data.files import open_file
+from promcse_pl.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+STATE, SPLITS = "state.json", "dataset_dict.json"
+_BATCH = 4096
+
+Cells = Iterator[tuple[int, list[tuple[str, Any]]]]
+"""Number of a row from 1, and (label, value) of its columns."""
+
+
+def is_saved_dataset(path: Path) -> bool:
+    """Return whether `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote the folder."""
+    return any((path / name).is_file() for name in (STATE, SPLITS))
+
+
+def train_split(path: Path) -> Path:
+    """Return the folder of the split `train` of a saved DatasetDict; any other path as it is."""
+    return path / "train" if (path / SPLITS).is_file() and "train" in _splits(path) else path
+
+
+def dataset_files(folder: Path) -> list[Path]:
+    """Return the Arrow files of a saved dataset, in order.
+
+    Raises:
+        DataError: It is a DatasetDict (the message lists its splits), an index mapping was saved with it, or a description is
+            damaged.
+    """
+    if (folder / SPLITS).is_file():
+        splits = _splits(folder)
+        raise DataError(f"{folder} holds the splits {listed(splits)}. Name one of them: {folder / splits[0]}")
+    state = _read_json(folder / STATE)
+    if not isinstance(state, dict) or not isinstance(entries := state.get("_data_files"), list) or not entries:
+        raise DataError(f"{folder / STATE} lists no data files. Save the dataset again")
+    if any(state.get(key) for key in ("_indices_files", "_indices_data_files")):
+        raise DataError(
+            f"{folder} holds a selection of rows. Save it with dataset.flatten_indices().save_to_disk(FOLDER)"
+        )
+    names = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries]
+    return [folder / _plain_name(name, folder / STATE) for name in names]
+
+
+def content_sha256(path: Path) -> str:
+    """Return the hex sha256 of a file's bytes; of a saved dataset the sha256 of those of its Arrow files.
+
+    Raises:
+        DataError: As `open_file` and `dataset_files`.
+    """
+    if is_saved_dataset(path):
+        digests = [content_sha256(file) for file in dataset_files(path)]
+        return hashlib.sha256("".join(digests).encode()).hexdigest()
+    with open_file(path) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def dataset_cells(folder: Path, request: ColumnRequest, textual: Sequence[bool], notes: list[str]) -> Cells:
+    """Stream the wanted columns of a saved dataset."""
+    import pyarrow as pa
+
+    files = dataset_files(folder)
+    schema: pa.Schema | None = None
+    row = 0
+    for path in files:
+        with open_file(path) as stream:
+            try:
+                reader = pa.ipc.open_stream(stream)
+                if schema is None:
+                    schema = reader.schema
+                    positions = _positions(schema, request, textual, notes)
+                elif reader.schema.names != schema.names or reader.schema.types != schema.types:
+                    raise DataError(f"{path} has other columns than {files[0]}")
+                for batch in reader:
+                    columns = [batch.column(position) for position in positions]
+                    for column in columns:
+                        column.validate(full=True)  # Arrow trusts the offsets of a stream otherwise
+                    for start in range(0, batch.num_rows, _BATCH):
+                        values = (column.slice(start, _BATCH).to_pylist() for column in columns)
+                        for cells in zip(*values, strict=True):
+                            row += 1
+                            yield row, [(schema.names[i], cell) for i, cell in zip(positions, cells, strict=True)]
+            except (pa.ArrowException, OSError, UnicodeDecodeError, MemoryError, OverflowError) as error:
+                raise DataError(f"{path} is not a whole Arrow stream in UTF-8: {error} (after row {row})") from error
+
+
+def parquet_cells(
+    path: Path, stream: io.BufferedIOBase, request: ColumnRequest, textual: Sequence[bool], notes: list[str]
+) -> Cells:
+    """Stream the wanted columns of a parquet file."""
+    import pyarrow as pa  # here and not above: 0.3 s that most files do not need
+    import pyarrow.parquet as pq
+
+    source = io.BytesIO(stream.read()) if path.suffix.lower() == ".gz" else stream
+    row = 0
+    try:
+        file = pq.ParquetFile(source)
+        schema = file.schema_arrow
+        labels = [schema.names[position] for position in _positions(schema, request, textual, notes)]
+        for label in labels:
+            if schema.names.count(label) > 1:
+                raise DataError(
+                    f"{path} has {schema.names.count(label)} columns with the name {short_name(label)}, which cannot be read "
+                    "from a parquet file. Rename all but one of them"
+                )
+        for batch in file.iter_batches(batch_size=_BATCH, columns=labels):
+            for cells in zip(*(batch.column(label).to_pylist() for label in labels), strict=True):
+                row += 1
+                yield row, list(zip(labels, cells, strict=True))
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not a whole parquet file in UTF-8: {error} (after row {row})") from error
+
+
+def _positions(schema: pa.Schema, request: ColumnRequest, textual: Sequence[bool], notes: list[str]) -> list[int]:
+    import pyarrow as pa
+
+    positions = request.find(schema.names, len(schema.names))
+    for position, is_text in zip(positions, textual, strict=True):
+        kind = schema.types[position]
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if is_text and not (
+            pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+        ):
+            raise DataError(
+                f"{request.path}: column {short_name(schema.names[position])} must hold strings, it holds {kind}"
+            )
+    notes.append(request.describe(schema.names, positions, len(schema.names)))
+    return positions
+
+
+def _splits(folder: Path) -> list[str]:
+    described = _read_json(folder / SPLITS)
+    splits = described.get("splits") if isinstance(described, dict) else None
+    if not isinstance(splits, list) or not splits:
+        raise DataError(f"{folder / SPLITS} lists no splits. Save the dataset again")
+    return [_plain_name(split, folder / SPLITS) for split in splits]
+
+
+def _plain_name(name: object, source: Path) -> str:
+    """Return a name of a file in the same folder; a description may not lead anywhere else."""
+    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):
+        raise DataError(f"{source} names {str(name)[:100]!r}, which is not the name of a file in its folder")
+    return name
+
+
+def _read_json(path: Path) -> object:
+    with open_file(path) as stream:
+        try:
+            described: object = json.loads(stream.read())
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path} is not JSON: {error}") from error
+    return described

@@ -1,0 +1,282 @@
+"""Which columns of a file hold the texts of a row: by their names in any order, else in the order of the file."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from promcse_pl.errors import DataError
+
+TEXT_ROLES = ("anchor", "positive", "negative")
+ROLE_OF_NAME = {
+    **dict.fromkeys(("anchor", "query", "question", "premise"), "anchor"),
+    **dict.fromkeys(
+        ("positive", "pos", "answer", "entailment", "paraphrase", "passage", "document", "response"), "positive"
+    ),
+    **dict.fromkeys(
+        ("negative", "neg", "hard_negative", "hard_neg", "wrong", "contradiction", "distractor"), "negative"
+    ),
+    **dict.fromkeys(
+        ("score", "similarity", "similarity_score", "label", "gold", "gold_score", "relatedness", "relatedness_score"),
+        "score",
+    ),
+    **dict.fromkeys(("sentence", "text"), "text"),
+}
+"""Role of a column by its name, in lower case with _ for spaces and hyphens; a number behind the name changes nothing.
+
+`text` is a text without a role of its own. Numbered names (sent0, sent1, sent2; sentence1, sentence2; sentence_A, sentence_B;
+a, b) have the roles of their order, see `roles_of`.
+"""
+_NUMBERED = re.compile(r"(?:(sent|sentence|text|question|query|title|caption|phrase)_?([0-3a-c])|()([a-c]))")
+_NO_TEXT = {"", "id", "idx", "index", "note", "source", "split"}
+_PLAIN_NAME = re.compile(r"(?!(?:null|true|false|nan|inf)$)[A-Za-z_][A-Za-z0-9_-]*", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class RowKind:
+    """What a row holds.
+
+    Attributes:
+        name: In messages; of training rows, also the choice of `data=`.
+        roles: Of its values, in their order, as in `ROLE_OF_NAME`.
+        titles: What the roles are called in messages, each also a known column name.
+    """
+
+    name: str
+    roles: tuple[str, ...]
+    titles: tuple[str, ...]
+
+
+TRAINING_ROWS = {
+    1: RowKind("sentences", ("text",), ("sentence",)),
+    2: RowKind("pairs", TEXT_ROLES[:2], TEXT_ROLES[:2]),
+    3: RowKind("triplets", TEXT_ROLES, TEXT_ROLES),
+}
+"""Kinds of training rows by their number of texts."""
+SCORED_PAIRS = RowKind("scored pairs", ("anchor", "positive", "score"), ("sentence1", "sentence2", "score"))
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnRequest:
+    """The columns that a reader needs of one file.
+
+    Attributes:
+        path: The file, for messages.
+        kind: Of the rows.
+        chosen: Names or positions from 0, one for each role; None: found by `find`.
+        header: Setting of `data.header`, repeated in the commands of messages.
+        configurable: Whether messages may say what to type: data.columns, data.header and so on are settings of the training
+            file alone.
+    """
+
+    path: Path
+    kind: RowKind
+    chosen: Sequence[str | int] | None = None
+    header: bool | None = None
+    configurable: bool = True
+
+    def find(self, names: Sequence[str] | None, count: int) -> list[int]:
+        """Return the position of each role's column.
+
+        Args:
+            names: Of all columns; None if the file has no names.
+            count: Columns of the file.
+
+        Raises:
+            DataError: The chosen columns are not there, or no rule decides which columns are meant.
+        """
+        if self.chosen is not None:
+            return self._chosen_positions(names, count)
+        kind, needed = self.kind, len(self.kind.roles)
+        shown = listed(names) if names else f"no names, positions from 0 to {count - 1}"
+        if names and count > needed and kind.name == "pairs" and "score" in (roles := roles_of(names)):
+            label = short_name(names[roles.index("score")])
+            raise DataError(
+                f"{self.path} has a column {label} (its columns: {shown}), which training on pairs does not use: every row would "
+                f"count as a positive pair, whatever its {label}. Keep the rows that are positive pairs. "
+                f"{self._advice(names, count)}"
+            )
+        if names and (matched := match_names(names, kind)):
+            return matched
+        if several := self._several(names or ()):
+            raise DataError(
+                f"{self.path}: {several} (its columns: {shown}). {self._advice(names, count, several=True)}"
+            )
+        if count < needed:
+            raise DataError(
+                f"{self.path} has {count} column{'s' * (count > 1)} ({shown}); {kind.name} need {needed}: "
+                f"{', '.join(kind.titles)}. {self._too_few(count)}"
+            )
+        if count > needed:
+            raise DataError(
+                f"{self.path} has {count} columns ({shown}), and their names do not say which of them to read: "
+                f"{kind.name} need {', '.join(kind.titles)}. {self._advice(names, count)}"
+            )
+        for name, role, wanted, title in zip(names or (), roles_of(names or ()), kind.roles, kind.titles, strict=False):
+            if role is not None and not _fits(role, wanted):
+                raise DataError(
+                    f"{self.path}: column {short_name(name)} stands where the {title} is read, and its name means another role "
+                    f"(its columns: {shown}). {self._advice(names, count)}"
+                )
+        return list(range(needed))
+
+    def describe(self, names: Sequence[str] | None, positions: Sequence[int], count: int) -> str:
+        """Return one line that says which column is read as what, and which are not read."""
+        labels = [short_name(name) for name in names] if names else [f"column {position}" for position in range(count)]
+        used = ", ".join(
+            f"{title}={labels[position]}" for title, position in zip(self.kind.titles, positions, strict=True)
+        )
+        rest = [label for position, label in enumerate(labels) if position not in positions]
+        return f"{self.path}: {used}" + (f"; not read: {listed(rest)}" if rest else "")
+
+    def _several(self, names: Sequence[str]) -> str | None:
+        found = _candidates(names, self.kind)
+        for role, title in zip(self.kind.roles, self.kind.titles, strict=True):
+            if len(found[role]) > 1:
+                columns = listed([names[position] for position in found[role]])
+                return f"{len(found[role])} columns could be the {title}: {columns}"
+        return None
+
+    def _advice(self, names: Sequence[str] | None, count: int, *, several: bool = False) -> str:
+        """Say what to type, with the most plausible columns, or what to rename."""
+        if not self.configurable and several:
+            return "Rename or remove all of them but one"
+        if not self.configurable:
+            plural = "s" * (len(self.kind.titles) > 1)
+            return f"Give what is to be read the column name{plural} {', '.join(self.kind.titles)}"
+        positions = _guess(names, count, self.kind)
+        kind = TRAINING_ROWS[len(positions)].name
+        without = "" if kind == self.kind.name else f" (no column is left for {self.kind.name})"
+        columns = [_typed_column(names, position) for position in positions]
+        return f"Name the columns to read{without}: {self.command(kind, columns)}"
+
+    def _too_few(self, count: int) -> str:
+        if not self.configurable:
+            return f"Add what is missing, under the names {', '.join(self.kind.titles)}"
+        other = TRAINING_ROWS[count].name
+        without = "hard negatives" if count == 2 else "pairs (each sentence is its own positive)"
+        return f"To train without {without}: {self.command(other)}"
+
+    def command(self, kind: str, columns: Iterable[str] = ()) -> str:
+        """Return the command that trains on the file, quoted for a shell."""
+        settings = [f"data={kind}", typed_setting("data.train", str(self.path))]
+        if self.header is not None:
+            settings.append(f"data.header={str(self.header).lower()}")
+        if chosen := ",".join(columns):
+            settings.append(_for_shell(f"data.columns=[{chosen}]"))
+        return f"python run.py {' '.join(settings)}"
+
+    def _chosen_positions(self, names: Sequence[str] | None, count: int) -> list[int]:
+        positions: list[int] = []
+        needed = len(self.kind.roles)
+        assert self.chosen is not None
+        for column in self.chosen:
+            if names is None:
+                found = [column] if isinstance(column, int) and 0 <= column < count else []
+                known = f"its columns have no names, only positions from 0 to {count - 1}"
+                example = list(map(str, range(needed)))
+            else:
+                found = [position for position, name in enumerate(names) if column in (name, position)]
+                known = f"its {len(names)} columns are: {listed(names)}"
+                example = [_typed_column(names, position) for position in range(min(needed, len(names)))]
+            if len(found) != 1:
+                raise DataError(
+                    f"{self.path} has {'several columns' if found else 'no column'} {column!r}; {known}. "
+                    f"{needed} are needed, such as data.columns=[{','.join(example)}]"
+                )
+            positions += found
+        return positions
+
+
+def roles_of(names: Sequence[str]) -> list[str | None]:
+    """Return the role that each column's name says, None for a name without one.
+
+    Numbered names have the role of their rank: sent0, sent1, sent2 and sentence1, sentence2, sentence3 are anchor, positive and
+    negative. They are counted from 0 if there is a 0, else from 1.
+    """
+    plain = [re.sub(r"[\s-]+", "_", name.strip().lower()) for name in names]
+    numbered = [_NUMBERED.fullmatch(name) for name in plain]
+    from_zero = {match[1] for match in numbered if match and match[2] == "0"}
+    roles: list[str | None] = []
+    for name, match in zip(plain, numbered, strict=True):
+        if match is None:
+            roles.append(ROLE_OF_NAME.get(re.sub(r"_?\d+$", "", name)))
+            continue
+        index = match[2] or match[4]
+        rank = ord(index) - ord("a") if index.isalpha() else int(index) - (match[1] not in from_zero)
+        roles.append(TEXT_ROLES[rank] if rank < len(TEXT_ROLES) else None)
+    return roles
+
+
+def match_names(names: Sequence[str], kind: RowKind) -> list[int] | None:
+    """Return the position of each role if exactly one column has a name for it, else None."""
+    found = _candidates(names, kind)
+    return [found[role][0] for role in kind.roles] if all(len(found[role]) == 1 for role in kind.roles) else None
+
+
+def _candidates(names: Sequence[str], kind: RowKind) -> dict[str, list[int]]:
+    roles = roles_of(names)
+    texts = [position for position, role in enumerate(roles) if role == "text"]
+    if kind.roles == ("text",):
+        exact = [position for position, name in enumerate(names) if name.strip().lower() == "sentence"]
+        return {"text": exact or texts or [position for position, role in enumerate(roles) if role in TEXT_ROLES]}
+    found = {role: [position for position, known in enumerate(roles) if known == role] for role in kind.roles}
+    missing = [role for role in kind.roles if not found[role]]
+    if len(missing) == 1 and missing[0] in TEXT_ROLES[:2]:  # (text, positive, negative) or (query, text)
+        found[missing[0]] = texts
+    return found
+
+
+def _fits(role: str, wanted: str) -> bool:
+    """Return whether a column of a known role may be read as the wanted one."""
+    return role == wanted or (role != "score" and "text" in (role, wanted) and wanted != "score")
+
+
+def _guess(names: Sequence[str] | None, count: int, kind: RowKind) -> list[int]:
+    """Return the columns that are most likely meant, for the example of a message."""
+    if names is None:
+        return list(range(len(kind.roles)))
+    found = _candidates(names, kind)
+    chosen = {role: positions[0] for role, positions in found.items() if positions}
+    roles = roles_of(names)
+    rest = [
+        position
+        for position in range(count)
+        if position not in chosen.values() and names[position].strip().lower() not in _NO_TEXT
+    ]
+    rest.sort(key=lambda position: (roles[position] == "score", roles[position] in TEXT_ROLES))
+    guess = [chosen[role] if role in chosen else rest.pop(0) for role in kind.roles if role in chosen or rest]
+    return guess or list(range(len(kind.roles)))
+
+
+def _typed_column(names: Sequence[str] | None, position: int) -> str:
+    """Return a column as an entry of data.columns: by name where Hydra takes the name without quotes, else by position."""
+    plain = names is not None and _PLAIN_NAME.fullmatch(names[position]) and list(names).count(names[position]) == 1
+    return names[position] if names is not None and plain else str(position)
+
+
+def typed_setting(key: str, value: str) -> str:
+    """Return key=value as it is typed for Hydra in a shell."""
+    if re.fullmatch(r"[A-Za-z0-9_./~-]+", value):
+        return f"{key}={value}"
+    quoted = value.replace("\\", "\\\\").replace("'", "\\'") if "'" in value or value.endswith("\\") else value
+    return _for_shell(f"{key}='{quoted}'")
+
+
+def _for_shell(text: str) -> str:
+    return f'"{text}"' if "'" in text and not set(text) & set('"$`\\!') else shlex.quote(text)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the names of columns with commas, the first 20 of them."""
+    shown = ", ".join(map(short_name, names[:20]))
+    return shown if len(names) <= 20 else f"{shown}, ... ({len(names)} in all)"
+
+
+def short_name(name: str) -> str:
+    """Return the name of a column as it is shown: cut, and without control characters."""
+    shown = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in name[:40])
+    return (shown if len(name) <= 40 else shown[:37] + "...") or "''"

@@ -1,0 +1,72 @@
+"""What is checked of data files before a run."""
+
+import itertools
+import re
+
+import pytest
+
+from promcse_pl.config import DataConfig
+from promcse_pl.data import sources
+from promcse_pl.data.sources import FIRST_ROWS, check_training_file, dev_pairs, find_file
+from promcse_pl.errors import ConfigError, DataError
+
+
+def config(train="my.csv", **settings) -> DataConfig:
+    return DataConfig(**{"kind": "triplets", "train": str(train), **settings})
+
+
+def test_an_absolute_path_is_not_said_to_be_put_into_a_folder(tmp_path):
+    with pytest.raises(DataError) as caught:
+        find_file(f"{tmp_path}/no.csv", config(), "data.train")
+    assert str(caught.value).endswith("Try: data.train=FILE")
+    with pytest.raises(DataError, match=r"Try: data\.train=FILE, or data\.dir=FOLDER that has no\.csv in it"):
+        find_file("no.csv", config(), "data.train")
+
+
+def test_the_first_rows_are_read_and_no_more(tmp_path, monkeypatch):
+    path = tmp_path / "my.csv"
+    path.write_text("a,b,c\n" + "x,y,z\n" * (FIRST_ROWS - 1) + "x,y\n")
+    with pytest.raises(DataError, match=rf"my\.csv:{FIRST_ROWS + 1}: 2 fields, the header has 3"):
+        check_training_file(config(path), 0)
+    path.write_text("a,b,c\n" + "x,y,z\n" * FIRST_ROWS + "x,y\n")
+    check_training_file(config(path), 0)
+    read = sources.read_rows
+    taken = itertools.count()
+    monkeypatch.setattr(
+        sources, "read_rows", lambda *args, **options: (row for row in read(*args, **options) if next(taken) >= 0)
+    )
+    check_training_file(config(path), 0)
+    assert next(taken) == FIRST_ROWS
+
+
+@pytest.mark.parametrize(
+    ("content", "settings", "message"),
+    [
+        ("a,b,c\nx,y,z\n", {}, "my.csv has 1 row; a batch needs at least 2"),
+        ("a,b,c\nx,y,z\nx,v,w\n", {"dev": "holdout"}, "too few different anchors (1) to keep some back"),
+        ("a,b,c\nx,y,\n", {"on_bad_row": "skip"}, "has no usable row: 1 bad rows"),
+        ("", {}, "my.csv is empty (0 bytes)"),
+        ("a,b\nx,y\n", {}, "my.csv has 2 columns (a, b); triplets need 3"),
+    ],
+)
+def test_a_file_that_cannot_be_trained_on_is_refused(tmp_path, content, settings, message):
+    (tmp_path / "my.csv").write_text(content)
+    with pytest.raises(DataError, match=re.escape(message)):
+        check_training_file(config(tmp_path / "my.csv", **settings), 0)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "sentence1,sentence2\na,b\n",
+            "dev.csv has 2 columns (sentence1, sentence2); scored pairs need 3: sentence1, sen",
+        ),
+        ("a,b,score\nx,y,1\nv,w,1\n", "a correlation needs pairs of different scores, and all scores (2 rows) are 1"),
+        ("a,b,score\nx,y,1\n", "a correlation needs pairs of different scores, and all scores (1 rows) are 1"),
+    ],
+)
+def test_a_dev_file_without_a_correlation_is_refused_before_training(tmp_path, content, message):
+    (tmp_path / "dev.csv").write_text(content)
+    with pytest.raises((DataError, ConfigError), match=re.escape(message)):
+        dev_pairs(config(dev=str(tmp_path / "dev.csv")))
