@@ -14,10 +14,10 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from promcse_pl.paths import hide_home
 
@@ -58,7 +58,7 @@ def kill_service(pid: int | None = None) -> None:
                 process.kill()
 
 
-def main() -> None:
+def main(_arguments: Sequence[str]) -> NoReturn:
     """Keep one W&B run from its start to its end; the process ends with 0, or 1 when W&B failed."""
     report = _take_output()
     task = json.loads(sys.stdin.readline())
@@ -180,7 +180,3 @@ def _take_output() -> Callable[[Message], None]:
             messages.flush()
 
     return report
-
-
-if __name__ == "__main__":
-    main()
