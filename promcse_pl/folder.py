@@ -17,7 +17,7 @@ import yaml
 
 from promcse_pl.config import Config
 from promcse_pl.errors import ConfigError, DataError
-from promcse_pl.paths import hide_home
+from promcse_pl.paths import hide_home, is_plain_name
 
 CONFIG, RESULTS, HISTORY, LOG, BAD_ROWS, ADAPTER, STATUS, LOCK, CHECKPOINTS, INPUTS, NON_FINITE, RANK_LOG = (
     "config.yaml",
@@ -94,6 +94,8 @@ def read_status(folder: Path) -> Status | None:
         value = getattr(status, name)
         if name != "state" and not (is_number(value) if hint is float else isinstance(value, hint)):
             raise DataError(f"{path}: {name} cannot be {str(value)[:80]!r}")
+    if status.wandb_id is not None and not is_plain_name(status.wandb_id):  # W&B names a folder by it
+        raise DataError(f"{path}: wandb_id must be a plain name, got {status.wandb_id[:80]!r}")
     return status
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from promcse_pl.paths import expand, hide_home, is_folder, is_there
+from promcse_pl.paths import expand, hide_home, is_folder, is_plain_name, is_there
 
 
 @pytest.mark.parametrize(
@@ -42,3 +42,32 @@ def test_a_home_that_is_the_root_hides_nothing(home, monkeypatch):
 def test_a_name_that_no_file_can_have_is_not_there(name):
     assert not is_there(expand(name))
     assert not is_folder(expand(name))
+
+
+NO_NAMES = [
+    "../victim",
+    "/abs",
+    "a/b",
+    "a\\b",
+    "",
+    ".",
+    "..",
+    "a\0b",
+    "a\nb",
+    "\x1b[2J",
+    "x" * 256,
+    "ä" * 128,
+    None,
+    7,
+    ["0"],
+]
+
+
+@pytest.mark.parametrize("value", NO_NAMES)
+def test_what_leads_out_of_a_folder_is_no_plain_name(value):
+    assert not is_plain_name(value)
+
+
+@pytest.mark.parametrize("value", ["0", "job 7", "seed=1", "..a", ".hidden", "ä", "x" * 255])
+def test_a_name_of_a_file_is_a_plain_name(value):
+    assert is_plain_name(value)

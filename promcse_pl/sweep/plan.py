@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from pathlib import Path
 from promcse_pl.config import Config
 from promcse_pl.errors import ConfigError, DataError, PromcseError
 from promcse_pl.folder import CONFIG, read_json, read_status, write_config, write_text
-from promcse_pl.paths import expand, hide_home
+from promcse_pl.paths import expand, hide_home, is_plain_name
 from promcse_pl.tracking.wandb import LONGEST_TAG, short
 
 PLAN, START, OUTPUT = "sweep.json", "start.yaml", "output.log"
@@ -78,10 +79,19 @@ def read_plan(folder: Path) -> Plan:
         raw = read_json(path)
         if raw["format"] != FORMAT:
             raise DataError(f"{path} has format {raw['format']}; this version reads {FORMAT}. Try: a newer promcse_pl")
-        jobs = [SweepJob(str(job["folder"]), [str(entry) for entry in job["overrides"]]) for job in raw["jobs"]]
-        return Plan([str(entry) for entry in raw["overrides"]], jobs)
+        jobs = [SweepJob(job["folder"], [str(entry) for entry in job["overrides"]]) for job in raw["jobs"]]
+        overrides = [str(entry) for entry in raw["overrides"]]
     except (KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+    seen: set[str] = set()
+    for job in jobs:
+        if not is_plain_name(job.folder) or job.folder in seen:
+            raise DataError(
+                f"{path}: the folder of a job must be a name of its own in the sweep's folder, without / and ..; "
+                f"got {str(job.folder)[:200]!r}. The file was not written by a sweep: nothing is run or written"
+            )
+        seen.add(job.folder)
+    return Plan(overrides, jobs)
 
 
 def resumed_arguments(arguments: Sequence[str]) -> list[str]:
@@ -187,7 +197,17 @@ def write_start(folder: Path, plan: Plan, job: SweepJob, config: Config, names: 
 
 
 def missing_jobs(folder: Path, plan: Plan) -> list[SweepJob]:
-    """Return the jobs that are neither finished nor pruned."""
+    """Return the jobs that are neither finished nor pruned.
+
+    Raises:
+        DataError: The folder of one is a symbolic link: what runs there would write outside the sweep.
+    """
+    for job in plan.jobs:
+        if (folder / job.folder).is_symlink():
+            raise DataError(
+                f"{folder / job.folder} is a symbolic link; a sweep writes into folders of its own alone. Try: move the folder "
+                "that it points to into its place"
+            )
     return [job for job in plan.jobs if _state(folder / job.folder) not in ("finished", "pruned")]
 
 
@@ -200,7 +220,7 @@ def _state(folder: Path) -> str | None:
 
 
 def check_new(folder: Path, jobs: Iterable[SweepJob]) -> None:
-    """Refuse a folder with a sweep or runs in it.
+    """Refuse a folder with a sweep in it, or with something where the folders of the jobs would be.
 
     Raises:
         ConfigError: It has one.
@@ -210,8 +230,12 @@ def check_new(folder: Path, jobs: Iterable[SweepJob]) -> None:
             f"{folder} already holds a sweep. Try: another folder, or python run.py -m sweep.resume={folder}"
         )
     for job in jobs:
-        if (folder / job.folder / CONFIG).exists():
-            raise ConfigError(f"{folder / job.folder} already holds a run. Try: another hydra.sweep.dir")
+        place = folder / job.folder
+        if (place / CONFIG).exists():
+            raise ConfigError(f"{place} already holds a run. Try: another hydra.sweep.dir")
+        # start.yaml alone: a sweep that was killed while it wrote its plan
+        if place.is_symlink() or (place.exists() and (not place.is_dir() or {*os.listdir(place)} - {START})):
+            raise ConfigError(f"{place} is there already and is not a job of this sweep. Try: another hydra.sweep.dir")
 
 
 def add_job(folder: Path, job: SweepJob, config: Config) -> None:

@@ -8,6 +8,7 @@ run's metrics.jsonl. Line n of that file is W&B's step n, so what W&B already ha
 from __future__ import annotations
 
 import fcntl
+import glob
 import json
 import os
 import shutil
@@ -114,7 +115,7 @@ def _keep(task: Message, ending: Ending, report: Callable[[Message], None]) -> N
     wandb.teardown()  # comes back when everything is on disk
     _hide_home_in_logs(directory)
     _look_for_room(directory)
-    for earlier in directory.parent.glob(f"offline-run-*-{task['run']['id']}"):
+    for earlier in directory.parent.glob(f"offline-run-*-{glob.escape(task['run']['id'])}"):
         if earlier != directory:  # of a process that was killed; this one began with the history's first line
             shutil.rmtree(earlier, ignore_errors=True)
     report({"done": True})

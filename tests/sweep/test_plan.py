@@ -218,3 +218,48 @@ def test_settings_of_the_sweep_are_known_and_no_part_of_a_job():
     with pytest.raises(ConfigError, match=r"sweep.paralel is not a setting. Did you mean sweep.parallel"):
         check_overrides(["sweep.paralel=2"], {"sweep": ["optuna"]})
     assert SweepConfig.from_dict({"parallel": 2}).trials is None
+
+
+@pytest.mark.parametrize("name", ["../victim", "/abs", "a/b", "", ".", "..", None, 0])
+def test_the_folder_of_a_job_is_never_a_path(name, sweep):
+    raw = json.loads((sweep / PLAN).read_text())
+    raw["jobs"][1]["folder"] = name
+    (sweep / PLAN).write_text(json.dumps(raw))
+    with pytest.raises(DataError, match="the folder of a job must be a name of its own") as caught:
+        read_plan(sweep)
+    assert str(sweep / PLAN) in str(caught.value)
+    assert str(name) in str(caught.value)
+
+
+def test_two_jobs_never_share_a_folder(sweep):
+    write_plan(sweep, Plan([], [JOBS[0], JOBS[0]]))
+    with pytest.raises(DataError, match="must be a name of its own"):
+        read_plan(sweep)
+
+
+def test_a_job_folder_that_is_a_link_is_read_but_never_written_to(sweep, tmp_path):
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (sweep / "1").symlink_to(victim)
+    (tmp_path / "link").symlink_to(victim)
+    with pytest.raises(DataError, match="1 is a symbolic link"):
+        missing_jobs(sweep, read_plan(sweep))
+    with pytest.raises(ConfigError, match="link is there already and is not a job of this sweep"):
+        check_new(sweep.parent, [SweepJob("link", [])])
+    assert list(victim.iterdir()) == []
+
+
+def test_a_new_sweep_writes_into_no_folder_that_holds_something_else(tmp_path):
+    (tmp_path / "0").mkdir()
+    check_new(tmp_path, JOBS)
+    (tmp_path / "0/start.yaml").touch()
+    check_new(tmp_path, JOBS)
+    (tmp_path / "0/thesis.tex").touch()
+    with pytest.raises(ConfigError, match="0 is there already and is not a job of this sweep. Try: another"):
+        check_new(tmp_path, JOBS)
+
+
+def test_the_wandb_id_of_a_status_is_never_a_path(tmp_path):
+    write_status(tmp_path, Status(state="stopped", wandb_id="../../x"))
+    with pytest.raises(DataError, match="wandb_id must be a plain name"):
+        read_status(tmp_path)

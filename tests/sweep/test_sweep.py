@@ -134,3 +134,19 @@ def test_sweep_parallel_is_not_silently_ignored_by_another_launcher(tmp_path):
     code, _, errors = run(tmp_path, "-m", "hydra/launcher=joblib", "sweep.parallel=2", *SETTINGS)
     assert code == 2
     assert errors.startswith("error: sweep.parallel is of the local launcher. Try: hydra.launcher.n_jobs (joblib)")
+
+
+def test_a_sweep_json_that_names_another_folder_is_refused_and_that_folder_stays_as_it_is(tmp_path):
+    files(tmp_path)
+    victim = tmp_path / "victim"
+    (victim / ".git").mkdir(parents=True)
+    (victim / "thesis.tex").write_text("years of work")
+    sweep = tmp_path / "sweep"
+    sweep.mkdir()
+    jobs = [{"folder": "../victim", "overrides": SETTINGS}]
+    (sweep / "sweep.json").write_text(json.dumps({"format": 1, "overrides": SETTINGS, "jobs": jobs}))
+    code, printed, errors = run(tmp_path, "-m", "sweep.resume=sweep")
+    assert (code, printed) == (2, "")
+    assert errors.startswith("error: sweep/sweep.json: the folder of a job must be a name of its own")
+    assert "../victim" in errors
+    assert sorted(path.name for path in victim.iterdir()) == [".git", "thesis.tex"]
