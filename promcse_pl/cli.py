@@ -54,9 +54,14 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="run a saved config.yaml (a new run: python run.py), or go on with a run")
-    train.add_argument("config", type=expand, nargs="?", help="config.yaml of a run")
+    train.add_argument(
+        "config",
+        metavar="CONFIG",
+        nargs="*",
+        help="config.yaml of a run; with --resume instead KEY=VALUE of settings that move memory or speed and not the result",
+    )
     train.add_argument("--out", type=expand, help="folder of the new run; with a config")
-    train.add_argument("--resume", metavar="FOLDER", type=expand, help="go on with the run in this folder; alone")
+    train.add_argument("--resume", metavar="FOLDER", type=expand, help="resume the run in this folder")
     train.set_defaults(run=_train)
 
     encode = commands.add_parser("encode", help="sentences to vectors")
@@ -185,12 +190,12 @@ def _train(options: argparse.Namespace) -> int:
     from promcse_pl.folder import read_config
     from promcse_pl.job import resume_job, run_job
 
-    if options.resume and not (options.config or options.out):
-        resume_job(options.resume)
-    elif options.config and options.out and not options.resume:
-        run_job(read_config(options.config), options.out)
+    if options.resume and not options.out and all("=" in text for text in options.config):
+        resume_job(options.resume, overrides=options.config)
+    elif len(options.config) == 1 and options.out and not options.resume:
+        run_job(read_config(expand(options.config[0])), options.out)
     else:
-        raise ConfigError("Try: promcse train CONFIG --out NEW_FOLDER, or promcse train --resume FOLDER")
+        raise ConfigError("Try: promcse train CONFIG --out NEW_FOLDER, or promcse train --resume FOLDER [KEY=VALUE]")
     return 0
 
 

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import yaml
+
 from promcse_pl.data.readers import SUFFIXES, file_suffix
 from promcse_pl.errors import ConfigError
 
@@ -27,6 +29,13 @@ WIDTH: dict[Kind, int] = {"sentences": 1, "pairs": 2, "triplets": 3}
 DATA_SUITES = ("sts", "sick", "cxc", "transfer", "geometry")
 """Suites of the evaluation that are read from a data folder."""
 SUITES = (*DATA_SUITES, "demo")
+
+
+Decides = Literal["training", "scores", "execution"]
+"""What a setting decides: the trained adapter (unless marked otherwise), the scores that are measured of it, or only how the run is
+executed: its memory, speed, saves and logs. `decides` returns it."""
+SCORES: dict[str, Decides] = {"decides": "scores"}
+EXECUTION: dict[str, Decides] = {"decides": "execution"}
 
 
 _REPR = reprlib.Repr()
@@ -95,7 +104,7 @@ class DataConfig:
     """Tokens of a training sentence, special ones included, in [3, 512]; longer ones are cut (official: 32)."""
     batch_size: int = 256
     """Rows in a step, of all processes together, >= 2 (official: 64 to 512)."""
-    cache_dir: str | None = None
+    cache_dir: str | None = field(default=None, metadata=EXECUTION)
     """Folder of the token cache; None: $XDG_CACHE_HOME/promcse_pl or ~/.cache/promcse_pl."""
 
     def __post_init__(self) -> None:
@@ -215,9 +224,9 @@ class TrainerConfig:
     """Stop after so many optimiser steps, >= 1; the learning rate then falls to 0 at that step. None: after the epochs."""
     eval_every: int = 125
     """Steps between two looks at the development set, >= 1 (official: 125)."""
-    log_every: int = 10
+    log_every: int = field(default=10, metadata=EXECUTION)
     """Steps between two entries of the history, >= 1."""
-    save_every: int | None = 100
+    save_every: int | None = field(default=100, metadata=EXECUTION)
     """Steps between two saves that a killed run goes on from (`python run.py resume=FOLDER`), >= 1; None: only at the last step
     and when a signal stops the run."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -225,10 +234,10 @@ class TrainerConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the frozen encoder while training; auto measures which is faster here. Prompt, head, loss and optimiser are
     always float32, and so is the final evaluation."""
-    chunk_tokens: int | Literal["auto"] | None = "auto"
+    chunk_tokens: int | Literal["auto"] | None = field(default="auto", metadata=EXECUTION)
     """Tokens (padding included) that pass the encoder at once, >= 1; auto takes what suits the device; None: the whole
-    batch. It moves speed and memory, not the loss."""
-    recompute: Literal["auto", "always", "never"] = "auto"
+    batch. It moves speed and memory, not the loss; dropout masks are drawn per chunk, so another size draws others."""
+    recompute: Literal["auto", "always", "never"] = field(default="auto", metadata=EXECUTION)
     """Run each chunk again in the backward pass instead of keeping its tensors: memory of a chunk, not of a batch, for half as
     much computation more. auto: if the tensors of a batch would take more than half of the free memory."""
     devices: int = 1
@@ -301,8 +310,8 @@ class Config:
     prompt: PromptConfig
     optim: OptimConfig
     trainer: TrainerConfig
-    tracking: TrackingConfig
-    evaluation: EvaluationConfig
+    tracking: TrackingConfig = field(metadata=EXECUTION)
+    evaluation: EvaluationConfig = field(metadata=SCORES)
     seed: int = 42
     """Seed of weights, dropout, masks and batch order, in [0, 2**32) (official: 42)."""
 
@@ -430,6 +439,54 @@ def flat_settings(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= flat_settings(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
+
+
+def decides(key: str) -> Decides:
+    """Return what a dotted key of a job's config decides; a key that the schema does not have counts as training."""
+    schema: Any = Config
+    for name in key.split("."):
+        item = next((item for item in dataclasses.fields(schema) if item.name == name), None)
+        if item is None:
+            return "training"
+        if "decides" in item.metadata:
+            kind: Decides = item.metadata["decides"]
+            return kind
+        schema = get_type_hints(schema)[name]
+        if not dataclasses.is_dataclass(schema):
+            return "training"
+    return "training"
+
+
+def resumed_with(config: Config, overrides: Sequence[str]) -> Config:
+    """Return the config of a run that is resumed with other values of settings that decide only its execution.
+
+    Args:
+        config: Of the run.
+        overrides: `key=value`, the value as YAML.
+
+    Raises:
+        ConfigError: An unknown key, a key that decides what is trained or scored, or a value that is not valid.
+    """
+    tree = config.to_dict()
+    keys = [key for part in setting_keys().values() for key in part]
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if key not in keys:
+            raise unknown_key(key)
+        if not equals or decides(key) != "execution":
+            allowed = ", ".join(one for one in keys if decides(one) == "execution")
+            why = f"{key} decides what is trained or scored" if equals else f"{override} has no value"
+            raise ConfigError(
+                f"{why}: a resumed run keeps its settings. Allowed with a resume: {allowed}. Try: leave {key} out, or start a "
+                "new run"
+            )
+        try:
+            value = yaml.safe_load(text)
+        except (ValueError, RecursionError, yaml.YAMLError):
+            raise ConfigError(f"the value of {key} cannot be read: {_shown(text)}. Try: {key}='\"TEXT\"'") from None
+        part, _, name = key.rpartition(".")
+        tree[part][name] = value
+    return Config.from_dict(tree)
 
 
 def is_integer(key: str) -> bool:

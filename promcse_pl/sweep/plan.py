@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -234,7 +233,9 @@ def check_new(folder: Path, jobs: Iterable[SweepJob]) -> None:
         if (place / CONFIG).exists():
             raise ConfigError(f"{place} already holds a run. Try: another hydra.sweep.dir")
         # start.yaml alone: a sweep that was killed while it wrote its plan
-        if place.is_symlink() or (place.exists() and (not place.is_dir() or {*os.listdir(place)} - {START})):
+        if place.is_symlink() or (
+            place.exists() and (not place.is_dir() or {path.name for path in place.iterdir()} - {START})
+        ):
             raise ConfigError(f"{place} is there already and is not a job of this sweep. Try: another hydra.sweep.dir")
 
 

@@ -244,7 +244,7 @@ def test_a_job_folder_that_is_a_link_is_read_but_never_written_to(sweep, tmp_pat
     (tmp_path / "link").symlink_to(victim)
     with pytest.raises(DataError, match="1 is a symbolic link"):
         missing_jobs(sweep, read_plan(sweep))
-    with pytest.raises(ConfigError, match="link is there already and is not a job of this sweep"):
+    with pytest.raises(ConfigError, match=r"link is there already and is not a job of this sweep"):
         check_new(sweep.parent, [SweepJob("link", [])])
     assert list(victim.iterdir()) == []
 
@@ -255,7 +255,7 @@ def test_a_new_sweep_writes_into_no_folder_that_holds_something_else(tmp_path):
     (tmp_path / "0/start.yaml").touch()
     check_new(tmp_path, JOBS)
     (tmp_path / "0/thesis.tex").touch()
-    with pytest.raises(ConfigError, match="0 is there already and is not a job of this sweep. Try: another"):
+    with pytest.raises(ConfigError, match=r"0 is there already and is not a job of this sweep\. Try: another"):
         check_new(tmp_path, JOBS)
 
 
