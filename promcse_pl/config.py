@@ -32,7 +32,7 @@ SUITES = (*DATA_SUITES, "demo")
 
 
 Decides = Literal["training", "scores", "execution"]
-"""What a setting decides: the trained adapter (unless marked otherwise), the scores that are measured of it, or only how the run is
+"""What a setting decides: the trained adapter (unless marked otherwise), the scores measured of it, or only how the run is
 executed: its memory, speed, saves and logs. `decides` returns it."""
 SCORES: dict[str, Decides] = {"decides": "scores"}
 EXECUTION: dict[str, Decides] = {"decides": "execution"}

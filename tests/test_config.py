@@ -17,7 +17,7 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
 from promcse_pl import config as schema
-from promcse_pl.config import Config, SweepConfig, check_overrides, setting_keys
+from promcse_pl.config import Config, SweepConfig, check_overrides, decides, setting_keys
 from promcse_pl.errors import ConfigError
 from promcse_pl.folder import read_config, write_config
 
@@ -524,3 +524,17 @@ def test_every_setting_is_documented_beneath_it():
     sections = {name: hint for name, hint in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(hint)}
     wanted = {(hint.__name__, field.name) for hint in sections.values() for field in dataclasses.fields(hint)}
     assert wanted | {("Config", "seed")} <= documented
+
+
+def test_what_a_setting_decides_is_marked_on_its_field():
+    keys = [key for part in setting_keys().values() for key in part]
+    execution = {key for key in keys if decides(key) == "execution" and not key.startswith("tracking.")}
+    assert execution == {
+        "data.cache_dir",
+        *(f"trainer.{name}" for name in ("log_every", "save_every", "chunk_tokens", "recompute")),
+    }
+    assert {key for key in keys if decides(key) == "scores"} == {"evaluation.tasks", "evaluation.frozen"}
+    assert all(decides(key) == "execution" for key in keys if key.startswith("tracking."))
+    assert {decides(key) for key in ("seed", "optim.lr", "trainer.precision", "data", "no.such", "seed.x")} == {
+        "training"
+    }

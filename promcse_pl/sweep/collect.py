@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from promcse_pl.config import flat_settings
+from promcse_pl.config import decides, flat_settings
 from promcse_pl.errors import DataError
 from promcse_pl.folder import CONFIG, HISTORY, RESULTS, Status, is_number, is_running, read_results, read_status
 from promcse_pl.sweep.plan import PLAN, START, read_plan
@@ -19,8 +19,6 @@ _SHORT = 10_000
 """Characters that YAML's loader in C gets to read: ten times as fast, and what is nested some 30,000 deep ends the process."""
 _DEEPEST = 10
 """Levels that settings may be nested."""
-_NO_RESULT = ("tracking.", "data.cache_dir")
-"""Settings that move no number: runs that differ by them alone are the same settings."""
 
 
 @dataclass(slots=True)
@@ -195,7 +193,8 @@ def _read_settings(run: Run) -> None:
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             run.problems.append(f"{path} cannot be read: {error}")
             continue
-        run.settings = {key: value for key, value in flat_settings(raw).items() if not key.startswith(_NO_RESULT)}
+        # runs that differ by nothing that is trained have the same settings
+        run.settings = {key: value for key, value in flat_settings(raw).items() if decides(key) == "training"}
         return
 
 

@@ -10,11 +10,13 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from promcse_pl.errors import ConfigError, DataError
+from promcse_pl.errors import ConfigError, DataError, PromcseError
 from promcse_pl.folder import CONFIG, Status, is_running, read_results, read_status, write_status
+from promcse_pl.sweep.collect import read_sweep
 from promcse_pl.sweep.forkserver import Task
 from promcse_pl.sweep.plan import OUTPUT, START, Plan, SweepJob, missing_jobs
 from promcse_pl.sweep.pool import GRACE, Pool, Running
+from promcse_pl.sweep.ranking import different_dev_sets, figure, find_best
 from promcse_pl.tracking.sweep import publish_sweep
 
 ERROR_LINES = 5
@@ -159,17 +161,23 @@ def summary(folder: Path, plan: Plan, stopped: int | None) -> int:
         if status and state == "failed":
             tell(f"failed: job {job.folder}{_own(plan, job)}: {status.error}")
     tell(", ".join(f"{len(jobs)} {state}" for state, jobs in states.items()))
-    scored = [
-        (score, job) for job in states.get("finished", []) if (score := dev_score(folder / job.folder)) is not None
-    ]
-    if scored:
-        best, job = max(scored, key=lambda pair: pair[0])
-        tell(f"best on dev: {best:.2f}, job {job.folder}{_own(plan, job)}")
+    runs = read_sweep(folder).runs if plan.jobs else []
+    if best := find_best(runs):
+        score = f"{best.run.dev:.2f}"
+        if best.row.n > 1:
+            score = f"{figure(best.row.dev, best.row.std)} (mean of {best.row.n} seeds), highest {score}"
+        job = next(job for job in plan.jobs if job.folder == best.run.name)
+        tell(f"best on dev: {score}, job {job.folder}{_own(plan, job)}")
+    elif why := different_dev_sets(runs):
+        tell(f"warning: {why}")
     left = missing_jobs(folder, plan)
     if left:
         tell(f"to go on with the {len(left)} that did not finish: python run.py -m sweep.resume={folder}")
-    if upload := publish_sweep(folder):
-        tell(f"to upload its offline W&B runs: wandb login && {upload}")
+    try:
+        if upload := publish_sweep(folder):
+            tell(f"to upload its offline W&B runs: wandb login && {upload}")
+    except PromcseError as error:
+        tell(f"warning: the sweep has no W&B run of its own: {error}")
     tell(f"to read it: promcse report {folder}")
     return (stopped or 1) if left else 0
 
