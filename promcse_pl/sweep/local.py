@@ -110,6 +110,19 @@ def run_local(folder: Path, plan: Plan, jobs: Sequence[SweepJob], pool: Pool) ->
     return pool.exit_code
 
 
+def settled_words(plan: Plan, parallel: int) -> str:
+    """Return what holds for every job of a sweep on this machine, for the line that says how many there are."""
+    settled = plan.settled
+    if settled is None:
+        return ""
+    words = f"; {parallel} at a time, {settled.threads} thread{'s' if settled.threads > 1 else ''} a job"
+    if parallel != settled.parallel:
+        words += f" as with the sweep.parallel={settled.parallel} of the first start"
+    for device, precision in settled.precision.items():
+        words += f", precision {precision}{f' with trainer.device={device}' if len(settled.precision) > 1 else ''}"
+    return words
+
+
 def announce(job: SweepJob, names: Sequence[str]) -> None:
     """Print that a job starts, and what is its own."""
     tell(f"job {job.folder} starts{': ' if names else ''}{' '.join(names)}")

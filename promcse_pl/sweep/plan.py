@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from promcse_pl.config import Config
 from promcse_pl.errors import ConfigError, DataError, PromcseError
@@ -31,12 +32,45 @@ class SweepJob:
     overrides: list[str]
 
 
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What the first start of a sweep settled for all of its jobs, so that a resumed sweep trains the same.
+
+    Attributes:
+        parallel: Jobs at a time.
+        threads: Threads of a job that is one process.
+        share: Threads of all ranks of a job together; None: the environment gave each rank its number.
+        precision: What `trainer.precision=auto` means, for each `trainer.device` of the jobs that left it open.
+    """
+
+    parallel: int
+    threads: int
+    share: int | None
+    precision: dict[str, str]
+
+    def apply(self, config: Config) -> Config:
+        """Return a job's config with the precision of the sweep, unless the job names its own."""
+        precision = self.precision.get(config.trainer.device)
+        if config.trainer.precision != "auto" or precision is None:
+            return config
+        raw = config.to_dict()
+        raw["trainer"]["precision"] = precision
+        return Config.from_dict(raw)
+
+
 @dataclass(slots=True)
 class Plan:
-    """What sweep.json holds: the overrides that were typed, and the jobs (of a search: those asked for so far)."""
+    """What sweep.json holds.
+
+    Attributes:
+        overrides: As typed.
+        jobs: Of a search: those asked for so far.
+        settled: None for a sweep of an older version, and for one whose jobs a launcher of Hydra starts, on any machine.
+    """
 
     overrides: list[str]
     jobs: list[SweepJob] = field(default_factory=list)
+    settled: Settled | None = None
 
     def varying(self, job: SweepJob) -> list[str]:
         """Return the overrides of a job that not all jobs share."""
@@ -45,7 +79,8 @@ class Plan:
 
 def write_plan(folder: Path, plan: Plan) -> None:
     """Write sweep.json, whole or not at all."""
-    write_text(folder / PLAN, json.dumps({"format": FORMAT, **dataclasses.asdict(plan)}, indent=2) + "\n")
+    entries = {name: value for name, value in dataclasses.asdict(plan).items() if value is not None}
+    write_text(folder / PLAN, json.dumps({"format": FORMAT, **entries}, indent=2) + "\n")
 
 
 def without_home(entry: str) -> str:
@@ -80,6 +115,7 @@ def read_plan(folder: Path) -> Plan:
             raise DataError(f"{path} has format {raw['format']}; this version reads {FORMAT}. Try: a newer promcse_pl")
         jobs = [SweepJob(job["folder"], [str(entry) for entry in job["overrides"]]) for job in raw["jobs"]]
         overrides = [str(entry) for entry in raw["overrides"]]
+        settled = _read_settled(raw["settled"]) if "settled" in raw else None
     except (KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged ({type(error).__name__}: {error})") from error
     seen: set[str] = set()
@@ -90,7 +126,17 @@ def read_plan(folder: Path) -> Plan:
                 f"got {str(job.folder)[:200]!r}. The file was not written by a sweep: nothing is run or written"
             )
         seen.add(job.folder)
-    return Plan(overrides, jobs)
+    return Plan(overrides, jobs, settled)
+
+
+def _read_settled(raw: dict[str, Any]) -> Settled:
+    settled = Settled(**raw)
+    numbers = (settled.parallel, settled.threads, 1 if settled.share is None else settled.share)
+    if not all(type(number) is int and 1 <= number <= 10_000 for number in numbers):
+        raise TypeError(f"numbers of jobs and threads must be in [1, 10000], got {numbers}")
+    if not isinstance(settled.precision, dict) or not {*settled.precision.values()} <= {"float32", "bfloat16"}:
+        raise TypeError(f"a precision must be float32 or bfloat16, got {settled.precision}")
+    return settled
 
 
 def resumed_arguments(arguments: Sequence[str]) -> list[str]:
@@ -120,6 +166,9 @@ def resumed_arguments(arguments: Sequence[str]) -> list[str]:
         )
     settled = ("hydra.sweep.", "hydra/sweeper", "sweep.resume=")
     launching = [entry for entry in arguments if _is_launching(entry) and not entry.startswith(settled)]
+    is_local = not any(entry.startswith("hydra/launcher=") for entry in [*plan.overrides, *launching])
+    if plan.settled and is_local and not any(entry.startswith("sweep.parallel=") for entry in launching):
+        launching.append(f"sweep.parallel={plan.settled.parallel}")
     quoted = str(folder).replace("'", r"\'")
     return ["-m", *plan.overrides, *launching, f"sweep.resume='{quoted}'", f"hydra.sweep.dir='{quoted}'"]
 

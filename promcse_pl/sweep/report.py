@@ -86,6 +86,12 @@ def notes(sweep: Sweep, rows: Sequence[Row], *, tests: bool) -> list[str]:
         lines.append("no finished run has a dev score, so nothing is ranked (data.dev names a development set)")
     else:
         lines.append(f"ranked by {sets[0] if sets else 'dev'}, Spearman x 100")
+    precisions = sorted({run.precision for run in sweep.runs if run.precision})
+    if len(precisions) > 1 and "trainer.precision" not in varied_settings(sweep.runs):
+        lines.append(
+            f"warning: the runs were trained in different precisions ({', '.join(precisions)}), which moves scores a little. "
+            "trainer.precision=float32 or bfloat16 holds for all jobs, on any machine"
+        )
     best = find_best(sweep.runs)
     if best and len(best.row.runs) > 1 and rows[0].runs != best.row.runs:  # a line for each run
         lines.append("the best settings are those with the highest mean over their seeds, not those of the first line")

@@ -1,5 +1,6 @@
 """What a sweep's folder says, what a resume accepts, and how the end of a job is recorded."""
 
+import dataclasses
 import json
 import signal
 
@@ -14,6 +15,7 @@ from promcse_pl.sweep.local import record_end, wait_for_earlier
 from promcse_pl.sweep.plan import (
     PLAN,
     Plan,
+    Settled,
     SweepJob,
     add_job,
     check_new,
@@ -263,3 +265,50 @@ def test_the_wandb_id_of_a_status_is_never_a_path(tmp_path):
     write_status(tmp_path, Status(state="stopped", wandb_id="../../x"))
     with pytest.raises(DataError, match="wandb_id must be a plain name"):
         read_status(tmp_path)
+
+
+SETTLED = Settled(parallel=2, threads=3, share=3, precision={"cpu": "bfloat16"})
+
+
+def test_what_was_settled_survives_the_file_and_a_resume_keeps_the_number_of_jobs(sweep):
+    write_plan(sweep, Plan(["seed=1,2"], JOBS, SETTLED))
+    assert read_plan(sweep).settled == SETTLED
+    assert "sweep.parallel=2" in resumed_arguments([f"sweep.resume={sweep}"])
+    again = resumed_arguments(["sweep.parallel=5", f"sweep.resume={sweep}"])
+    assert [entry for entry in again if entry.startswith("sweep.parallel=")] == ["sweep.parallel=5"]
+    assert not any(
+        "sweep.parallel" in entry for entry in resumed_arguments(["hydra/launcher=joblib", f"sweep.resume={sweep}"])
+    )
+
+
+@pytest.mark.parametrize(
+    "settled",
+    [
+        {},
+        {"parallel": 0},
+        {"threads": "8"},
+        {"share": True},
+        {"precision": {"cpu": "float64"}},
+        {"precision": []},
+        {"x": 1},
+        [],
+    ],
+)
+def test_what_was_settled_is_checked_when_it_is_read(settled, sweep):
+    raw = json.loads((sweep / PLAN).read_text())
+    whole = dataclasses.asdict(SETTLED)
+    raw["settled"] = {**whole, **settled} if settled and isinstance(settled, dict) else settled
+    (sweep / PLAN).write_text(json.dumps(raw))
+    with pytest.raises(DataError, match="is damaged"):
+        read_plan(sweep)
+
+
+def test_the_settled_precision_is_that_of_jobs_that_left_it_open(tmp_path):
+    files(tmp_path)
+    for given, device, becomes in (
+        ("auto", "cpu", "bfloat16"),
+        ("float32", "cpu", "float32"),
+        ("auto", "cuda", "auto"),
+    ):
+        config = small_config(tmp_path, trainer={"precision": given, "device": device})
+        assert SETTLED.apply(config).trainer.precision == becomes

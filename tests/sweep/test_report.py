@@ -15,6 +15,7 @@ from promcse_pl.cli import main
 from promcse_pl.folder import CONFIG, HISTORY, RESULTS, STATUS, Status, locked, write_status
 from promcse_pl.sweep.collect import parse_overrides, read_sweep
 from promcse_pl.sweep.html import _inert_json, decimate, page_data
+from promcse_pl.sweep.plan import read_plan, write_plan
 from promcse_pl.sweep.ranking import rank, varied_settings
 from promcse_pl.sweep.report import commands, duration, failures
 
@@ -267,3 +268,20 @@ def test_runs_without_a_plan_that_differ_by_what_is_not_trained_are_of_the_same_
     for seed, every in ((1, 10), (2, 50)):
         finish(tmp_path / str(seed), [f"seed={seed}", f"trainer.save_every={every}"], 70.0 + seed)
     assert [len(row.runs) for row in rank(read_sweep(tmp_path).runs, by_seed=True)] == [2]
+
+
+def test_runs_that_were_trained_in_different_precisions_are_reported_unless_the_sweep_varies_it(tmp_path, capsys):
+    write_sweep(tmp_path / "s", loss__margin=[0.1, 0.2])
+    for name, precision in (("0", "float32"), ("1", "bfloat16")):
+        path = tmp_path / "s" / name / RESULTS
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"machine": {"precision": precision}}))
+    _, err = report(capsys, tmp_path / "s")
+    assert (
+        "warning: the runs were trained in different precisions (bfloat16, float32), which moves scores a little" in err
+    )
+    plan = read_plan(tmp_path / "s")
+    for job, precision in zip(plan.jobs, ("float32", "bfloat16"), strict=True):
+        job.overrides.append(f"trainer.precision={precision}")
+    write_plan(tmp_path / "s", plan)
+    _, err = report(capsys, tmp_path / "s")
+    assert "precisions" not in err
