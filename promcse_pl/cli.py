@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from promcse_pl.errors import ConfigError, DataError, PromcseError, of_the_system, write_error
 from promcse_pl.imports import unwatched_imports
@@ -46,10 +48,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reports a mistake on the command line in one line, with the nearest command or option."""
+
+    def error(self, message: str) -> NoReturn:
+        """Write the message and end with exit code 2."""
+        wrong = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)|unrecognized arguments: (\S+)", message)
+        typed = (wrong[1] or wrong[3] or "") if wrong else ""
+        known = re.findall(r"[\w-]+", wrong[2]) if wrong and wrong[2] else [*self._options()]
+        near = difflib.get_close_matches(typed.partition("=")[0], known, n=1) if typed else []
+        meant = f" Did you mean {near[0]}?" if near else ""
+        if not near:
+            self.print_usage(sys.stderr)
+        write_error(ConfigError(f"{message}.{meant} Try: {self.prog} --help"))
+        sys.exit(2)
+
+    def _options(self) -> Iterator[str]:
+        for action in self._actions:
+            yield from action.option_strings
+            if isinstance(action, argparse._SubParsersAction):
+                for parser in action.choices.values():
+                    yield from parser._options()
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="promcse", description="Sentence embeddings from a soft prompt on a frozen encoder."
-    )
+    parser = _Parser(prog="promcse", description="Sentence embeddings from a soft prompt on a frozen encoder.")
     parser.add_argument("--version", action="version", version=f"promcse {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 

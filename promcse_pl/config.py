@@ -132,26 +132,32 @@ class LossConfig:
     """NT-Xent + hinge_weight x energy hinge + mlm_weight x MLM (paper, eq. 12)."""
 
     temperature: float = 0.05
-    """Divides the cosines in NT-Xent, in (0, 10] (paper, section 4.1)."""
+    """Divides the cosines in NT-Xent, in [0.001, 10] (paper, section 4.1). Below, float32 logits overflow or saturate."""
     margin: float = 0.2
     """Cosine gap between the positive and the hardest negative, in [0, 2] (paper, section 4.2)."""
     hinge_weight: float = 10.0
-    """Lambda of the energy hinge, >= 0; 0 switches it off; needs triplets (paper, section 4.2)."""
+    """Lambda of the energy hinge, in [0, 10000]; 0 switches it off; needs triplets (paper, section 4.2)."""
     hard_negative_logit: float = 0.0
-    """Added to an anchor's logit for its own hard negative (official --hard_negative_weight), any finite number."""
+    """Added to an anchor's logit for its own hard negative, in [-1000, 1000] (official --hard_negative_weight)."""
     mlm_weight: float = 0.0
     """Weight of the masked-language-model task at step 0, in [0, 10]; it falls by 0.95 every 100 steps (official: 0.1 for
     unsupervised RoBERTa)."""
 
     def __post_init__(self) -> None:
-        _require(0 < self.temperature <= 10, "loss.temperature", self.temperature, "in (0, 10]", 0.05)
-        _require(0 <= self.margin <= 2, "loss.margin", self.margin, "in [0, 2] (a difference of cosines)", 0.2)
-        _require(0 <= self.hinge_weight < math.inf, "loss.hinge_weight", self.hinge_weight, "a finite number >= 0", 10)
         _require(
-            math.isfinite(self.hard_negative_logit),
+            0.001 <= self.temperature <= 10,
+            "loss.temperature",
+            self.temperature,
+            "in [0.001, 10] (cosines are divided by it)",
+            0.05,
+        )
+        _require(0 <= self.margin <= 2, "loss.margin", self.margin, "in [0, 2] (a difference of cosines)", 0.2)
+        _require(0 <= self.hinge_weight <= 10_000, "loss.hinge_weight", self.hinge_weight, "in [0, 10000]", 10)
+        _require(
+            -1000 <= self.hard_negative_logit <= 1000,
             "loss.hard_negative_logit",
             self.hard_negative_logit,
-            "a finite number",
+            "in [-1000, 1000]",
             0,
         )
         _require(0 <= self.mlm_weight <= 10, "loss.mlm_weight", self.mlm_weight, "in [0, 10]", 0.1)
@@ -497,13 +503,55 @@ def is_integer(key: str) -> bool:
     return hint is int or set(get_args(hint)) == {int, types.NoneType}
 
 
+_OTHER_NAMES = {
+    "data.batch_size": ("train_batch_size", "per_device_train_batch_size", "bs"),
+    "data.max_length": ("max_seq_length", "max_seq_len", "max_len"),
+    "data.train": ("train_file", "train_path"),
+    "loss.temperature": ("temp", "tau"),
+    "model.path": ("model_name", "model_name_or_path", "encoder"),
+    "model.pooling": ("pooler", "pooler_type"),
+    "optim.clip_norm": ("max_grad_norm", "gradient_clip_val"),
+    "optim.lr": ("learning_rate",),
+    "prompt.length": ("pre_seq_len", "num_virtual_tokens"),
+    "trainer.devices": ("gpus", "num_gpus", "num_processes"),
+    "trainer.epochs": ("num_epochs", "num_train_epochs", "max_epochs"),
+    "trainer.eval_every": ("eval_steps", "val_check_interval"),
+    "trainer.precision": ("fp16", "bf16", "dtype"),
+    "trainer.save_every": ("save_steps",),
+    "trainer.log_every": ("logging_steps", "log_every_n_steps"),
+}
+"""Names that other trainers, and the official code, have for a setting."""
+_ABSENT = {
+    "weight_decay": "AdamW has no weight decay here, as in the official code",
+    "warmup_steps": "the learning rate has no warm-up, as in the official code",
+    "warmup_ratio": "the learning rate has no warm-up, as in the official code",
+    "gradient_accumulation_steps": "data.batch_size is what a step sees, and trainer.chunk_tokens bounds its memory",
+}
+
+
+def _nearest_keys(key: str, keys: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the settings that an unknown key may mean, by their name without the part, then by the whole key."""
+    part, _, name = key.rpartition(".")
+    every = [known for group in keys.values() for known in group]
+    names = {known: known.rpartition(".")[2] for known in every}
+    if same := [known for known in every if names[known] == name]:  # typed without its part, or with another
+        return same[:3]
+    if other := [known for known, others in _OTHER_NAMES.items() if name.lower().replace("-", "_") in others]:
+        return other
+    for candidates in (keys.get(part, ()) if part else (), every):
+        close = difflib.get_close_matches(name, [names[known] for known in candidates], n=2, cutoff=0.7)
+        if close:
+            return [known for known in candidates if names[known] in close][:3]
+    return difflib.get_close_matches(key, every, n=3, cutoff=0.6)
+
+
 def unknown_key(key: str) -> ConfigError:
     """Return the error for a dotted key that the schema does not have, with the nearest ones."""
     keys, key = setting_keys() | setting_keys(SweepConfig, "sweep"), key[:100]
     part, _, name = key.rpartition(".")
-    every = [known for group in keys.values() for known in group]
-    near = [known for known in every if known.rpartition(".")[2] == name]  # typed without its part, or with another
-    near = near[:3] or difflib.get_close_matches(key, every, n=3, cutoff=0.6)
+    if name in _ABSENT:
+        return ConfigError(f"{key} is not a setting: {_ABSENT[name]}. Try: leave it out")
+    near = _nearest_keys(key, keys)
     meant = f" Did you mean {' or '.join(near)}?" if near else ""
     if part and part in keys:
         return ConfigError(f"{key} is not a setting.{meant} Allowed under {part}: {', '.join(keys[part])}")

@@ -59,10 +59,12 @@ def cached_without_network(name: str, revision: str | None, weights: Sequence[st
 @contextmanager
 def quiet_hub() -> Iterator[None]:
     """Keep the hub client's lines about retries off the terminal: what comes of them is raised."""
+    import logging as levels
+
     from huggingface_hub.utils import logging
 
     before = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(levels.ERROR)
     try:
         yield
     finally:
