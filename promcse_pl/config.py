@@ -54,7 +54,11 @@ def _shown(value: object) -> str:
 
 def _require(ok: bool, key: str, value: object, allowed: str, example: object) -> None:
     if not ok:
-        raise ConfigError(f"{key} must be {allowed}, got {_shown(value)}. Try: python run.py {key}={example}")
+        raise ConfigError(f"{key} must be {allowed}, got {_shown(value)}. Try: {_command(key)} {key}={example}")
+
+
+def _command(key: str) -> str:
+    return "python run.py -m" if key.startswith("sweep.") else "python run.py"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -263,7 +267,9 @@ class TrainerConfig:
         _require(1 <= self.devices <= 64, "trainer.devices", self.devices, "in [1, 64] processes a machine", 2)
         _require(1 <= self.num_nodes <= 1024, "trainer.num_nodes", self.num_nodes, "in [1, 1024] machines", 1)
         if self.device == "mps" and self.world_size > 1:
-            raise ConfigError("trainer.device=mps trains in one process. Try: trainer.devices=1, or trainer.device=cpu")
+            raise ConfigError(
+                "trainer.device=mps trains in one process. Try: trainer.devices=1 trainer.num_nodes=1, or trainer.device=cpu"
+            )
         for name, allowed in (
             ("max_steps", "at least 1, or null"),
             ("save_every", "at least 1, or null"),
@@ -326,7 +332,7 @@ class Config:
         if self.loss.hinge_weight and self.data.kind != "triplets":
             raise ConfigError(
                 f"loss.hinge_weight={self.loss.hinge_weight:g} needs hard negatives, but data.kind={self.data.kind} has none. "
-                "Try: loss.hinge_weight=0, or triplets"
+                "Try: loss.hinge_weight=0, or data=triplets data.train=FILE"
             )
         if self.loss.hard_negative_logit and self.data.kind != "triplets":
             raise ConfigError(
@@ -653,7 +659,7 @@ def _convert(hint: Any, value: object, key: str, default: object = None) -> Any:
     elif hint is not float and type(value) is hint:
         return value
     raise ConfigError(
-        f"{key} must be {_describe(hint)}, got {_shown(value)}. Try: python run.py {_example(hint, value, key, default)}"
+        f"{key} must be {_describe(hint)}, got {_shown(value)}. Try: {_command(key)} {_example(hint, value, key, default)}"
     )
 
 

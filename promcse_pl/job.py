@@ -35,7 +35,7 @@ from promcse_pl.folder import (
     write_status,
 )
 from promcse_pl.logs import logging_to
-from promcse_pl.paths import expand, is_folder
+from promcse_pl.paths import expand, is_folder, run_command
 from promcse_pl.terminal import NO_TERMINAL_WIDTH, output_console
 from promcse_pl.training.ranks import STORE, Ranks, find_ranks
 from promcse_pl.training.trouble import plain_errors
@@ -74,7 +74,7 @@ def run_job(config: Config, folder: Path, console: Console | None = None) -> dic
     with locked(folder) as lock:
         if (folder / CONFIG).exists():
             raise ConfigError(
-                f"{folder} already holds a run. Try another folder, or python run.py resume={folder} to go on with it"
+                f"{folder} already holds a run. Try another folder, or {run_command(f'resume={folder}')} to go on with it"
             )
         write_config(config, folder / CONFIG)
         if ranks is None:
@@ -203,7 +203,7 @@ def _session(
                 results = run_experiment(config, folder, console, status, resume, stop, ranks)
         except Stopped:
             _leave(folder, "stopped")
-            log.info("stopped; to go on: python run.py resume=%s", folder)
+            log.info("stopped; to go on: %s", run_command(f"resume={folder}"))
             raise
         except BaseException as error:
             _leave(folder, "failed", f"{type(error).__name__}: {error}")

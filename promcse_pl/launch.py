@@ -22,6 +22,7 @@ from promcse_pl import errors
 from promcse_pl.errors import PromcseError, RankError
 from promcse_pl.folder import RANK_LOG, read_status
 from promcse_pl.interpreter import python_command
+from promcse_pl.paths import run_command
 from promcse_pl.training.ranks import LOST, STORE
 from promcse_pl.training.stop import SIGNALS, Stopped
 
@@ -180,7 +181,7 @@ def tell(folder: Path, failed: Sequence[int], codes: Sequence[int]) -> NoReturn:
     more = f": {words[rank]}" if words[rank] and code > 0 else ""
     where = f" (its output: {log})" if rank and log.exists() else ""
     raise RankError(
-        f"rank {rank} of {len(codes)} {how}{more}{where}. To go on from the last save: python run.py resume={folder}"
+        f"rank {rank} of {len(codes)} {how}{more}{where}. To resume from the last save: {run_command(f'resume={folder}')}"
     )
 
 

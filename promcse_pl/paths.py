@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import TypeGuard, TypeVar
 
@@ -25,6 +26,11 @@ def is_there(path: Path) -> bool:
 def is_folder(path: Path) -> bool:
     """Tell whether a folder is there; a name that no folder can have is not."""
     return os.path.isdir(path)  # noqa: PTH112  (the same)
+
+
+def run_command(*arguments: str) -> str:
+    """Return `python run.py ARGUMENTS` as it is typed into a shell, whatever the names of folders hold."""
+    return shlex.join(["python", "run.py", *arguments])
 
 
 def is_plain_name(value: object) -> TypeGuard[str]:

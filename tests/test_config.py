@@ -567,3 +567,12 @@ def test_every_other_name_of_a_setting_leads_to_one_that_exists():
 def test_what_is_deliberately_absent_is_said_to_be(key):
     with pytest.raises(ConfigError, match=rf"{key} is not a setting: .*\. Try: leave it out"):
         check_overrides([f"{key}=1"], {})
+
+
+def test_the_remedy_for_a_sweep_setting_is_one_that_a_sweep_takes():
+    for raw in ({"parallel": 0}, {"parallel": "two"}, {"trials": 0}, {"seed": -1}):
+        with pytest.raises(ConfigError) as caught:
+            SweepConfig.from_dict(raw)
+        remedy = str(caught.value).partition("Try: python run.py -m sweep.")[2]
+        name, _, value = remedy.partition("=")
+        SweepConfig.from_dict({name: yaml.safe_load(value)})

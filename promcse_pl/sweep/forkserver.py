@@ -169,7 +169,7 @@ class ForkServer:
             if self._refused:
                 raise PromcseError(
                     f"a job's process cannot be started: {os.strerror(self._refused)}. "
-                    "Try: python run.py -m sweep.resume=FOLDER with a smaller sweep.parallel"
+                    "Try: python run.py -m sweep.resume=FOLDER sweep.parallel=1"
                 )
             if not self._listen():
                 raise PromcseError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 import signal
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from promcse_pl.errors import ConfigError, DataError, PromcseError
 from promcse_pl.folder import CONFIG, Status, is_running, read_results, read_status, write_status
+from promcse_pl.paths import run_command
 from promcse_pl.sweep.collect import read_sweep
 from promcse_pl.sweep.forkserver import Task
 from promcse_pl.sweep.plan import OUTPUT, START, Plan, SweepJob, missing_jobs
@@ -185,13 +187,14 @@ def summary(folder: Path, plan: Plan, stopped: int | None) -> int:
         tell(f"warning: {why}")
     left = missing_jobs(folder, plan)
     if left:
-        tell(f"to go on with the {len(left)} that did not finish: python run.py -m sweep.resume={folder}")
+        resume = run_command("-m", f"sweep.resume={folder}")
+        tell(f"to go on with the {len(left)} that did not finish: {resume}")
     try:
         if upload := publish_sweep(folder):
             tell(f"to upload its offline W&B runs: wandb login && {upload}")
     except PromcseError as error:
         tell(f"warning: the sweep has no W&B run of its own: {error}")
-    tell(f"to read it: promcse report {folder}")
+    tell(f"to read it: {shlex.join(['promcse', 'report', str(folder)])}")
     return (stopped or 1) if left else 0
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from promcse_pl.config import Config
 from promcse_pl.errors import ConfigError, DataError, PromcseError
 from promcse_pl.folder import CONFIG, read_json, read_status, write_config, write_text
-from promcse_pl.paths import expand, hide_home, is_plain_name
+from promcse_pl.paths import expand, hide_home, is_plain_name, run_command
 from promcse_pl.tracking.wandb import LONGEST_TAG, short
 
 PLAN, START, OUTPUT = "sweep.json", "start.yaml", "output.log"
@@ -162,7 +162,7 @@ def resumed_arguments(arguments: Sequence[str]) -> list[str]:
         told += [f"{' '.join(gone)} is missing"] if gone else []
         raise ConfigError(
             f"the sweep in {folder} was begun with other overrides: {'; '.join(told)}. "
-            f"Try: python run.py -m sweep.resume={folder}"
+            f"Try: {run_command('-m', f'sweep.resume={folder}')}"
         )
     settled = ("hydra.sweep.", "hydra/sweeper", "sweep.resume=")
     launching = [entry for entry in arguments if _is_launching(entry) and not entry.startswith(settled)]
@@ -275,7 +275,7 @@ def check_new(folder: Path, jobs: Iterable[SweepJob]) -> None:
     """
     if (folder / PLAN).exists():
         raise ConfigError(
-            f"{folder} already holds a sweep. Try: another folder, or python run.py -m sweep.resume={folder}"
+            f"{folder} already holds a sweep. Try: another folder, or {run_command('-m', f'sweep.resume={folder}')}"
         )
     for job in jobs:
         place = folder / job.folder

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from promcse_pl.folder import CONFIG
-from promcse_pl.paths import hide_home
+from promcse_pl.paths import hide_home, run_command
 from promcse_pl.sweep.collect import Run, Sweep
 from promcse_pl.sweep.ranking import Row, dev_sets, different_dev_sets, figure, find_best, varied_settings
 from promcse_pl.terminal import output_console
@@ -127,11 +127,11 @@ def commands(sweep: Sweep) -> list[tuple[str, str]]:
         found.append((f"repeat the best run ({run.name}{seed})", shlex.join(arguments)))
     unfinished = [run for run in sweep.runs if run.state in UNFINISHED]
     if unfinished and sweep.planned:
-        arguments = ["python", "run.py", "-m", f"sweep.resume={sweep.folder}"]
-        found.append((f"run what is not finished ({_runs(len(unfinished))})", shlex.join(arguments)))
+        resume = run_command("-m", f"sweep.resume={sweep.folder}")
+        found.append((f"run what is not finished ({_runs(len(unfinished))})", resume))
     else:
         begun = [run for run in unfinished if run.state in ("killed", "stopped", "failed")]
-        found += [(f"go on with {run.name}", shlex.join(["python", "run.py", f"resume={run.folder}"])) for run in begun]
+        found += [(f"go on with {run.name}", run_command(f"resume={run.folder}")) for run in begun]
     return found
 
 

@@ -99,7 +99,8 @@ def run_search(
         for config in checked_configs:
             if config.data.dev is None:
                 raise ConfigError(
-                    "a search needs a development score, but data.dev=null. Try: data.dev=holdout, or data.dev=FILE"
+                    "a search needs a development score, but data.dev=null. Try: "
+                    f"{'data.dev=holdout, or ' if config.data.kind == 'triplets' else ''}data.dev=FILE"
                 )
         with locked(folder):
             if settings.resume is None:

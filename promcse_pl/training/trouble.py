@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import re
-import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from promcse_pl.config import Config
 from promcse_pl.errors import DataError, OutOfMemoryError, PromcseError, RankError
+from promcse_pl.paths import run_command
 from promcse_pl.training.ranks import LOST, Ranks, is_lost
 
 
@@ -42,7 +42,7 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 def _less_memory(config: Config, folder: Path) -> str:
     """Return what to type next: settings that take less memory, the result unchanged as long as that goes."""
     tokens = config.trainer.chunk_tokens
-    resume = f"python run.py {shlex.quote(f'resume={folder}')}"
+    resume = run_command(f"resume={folder}")
     if not isinstance(tokens, int):
         return f"{resume} trainer.recompute=always trainer.chunk_tokens=512"
     if config.trainer.recompute != "always":
