@@ -81,14 +81,13 @@ def _remove_empty(folder: Path) -> None:
 
 
 def _resume(arguments: list[str]) -> int:
-    """Go on with a run; nothing is composed: its folder has all settings."""
+    """Resume a run; nothing is composed: its folder has all settings, and a few may be given anew."""
     if arguments[0] == "resume=":
         raise ConfigError("resume= names no folder. Try: python run.py resume=outputs/DATE/TIME-NAME")
-    if len(arguments) > 1:
-        raise ConfigError(
-            f"resume= goes on with a run as it was begun and takes no settings. Try: python run.py {arguments[0]}"
-        )
-    return cli(["train", "--resume", arguments[0].partition("=")[2]])
+    folder, *overrides = arguments
+    if flags := [argument for argument in overrides if argument.startswith("-") or "=" not in argument]:
+        raise ConfigError(f"{flags[0]} cannot be combined with resume=. Try: python run.py {shlex.quote(folder)}")
+    return cli(["train", "--resume", folder.partition("=")[2], *overrides])
 
 
 def _choices() -> dict[str, list[str]]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from promcse_pl.errors import ConfigError, DataError, PromcseError, of_the_system, write_error
 from promcse_pl.imports import unwatched_imports
@@ -46,17 +48,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reports a mistake on the command line in one line, with the nearest command or option."""
+
+    def error(self, message: str) -> NoReturn:
+        """Write the message and end with exit code 2."""
+        wrong = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)|unrecognized arguments: (\S+)", message)
+        typed = (wrong[1] or wrong[3] or "") if wrong else ""
+        known = re.findall(r"[\w-]+", wrong[2]) if wrong and wrong[2] else [*self._options()]
+        near = difflib.get_close_matches(typed.partition("=")[0], known, n=1) if typed else []
+        meant = f" Did you mean {near[0]}?" if near else ""
+        if not near:
+            self.print_usage(sys.stderr)
+        write_error(ConfigError(f"{message}.{meant} Try: {self.prog} --help"))
+        sys.exit(2)
+
+    def _options(self) -> Iterator[str]:
+        for action in self._actions:
+            yield from action.option_strings
+            if isinstance(action, argparse._SubParsersAction):
+                for parser in action.choices.values():
+                    yield from parser._options()
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="promcse", description="Sentence embeddings from a soft prompt on a frozen encoder."
-    )
+    parser = _Parser(prog="promcse", description="Sentence embeddings from a soft prompt on a frozen encoder.")
     parser.add_argument("--version", action="version", version=f"promcse {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="run a saved config.yaml (a new run: python run.py), or go on with a run")
-    train.add_argument("config", type=expand, nargs="?", help="config.yaml of a run")
+    train.add_argument(
+        "config",
+        metavar="CONFIG",
+        nargs="*",
+        help="config.yaml of a run; with --resume instead KEY=VALUE of settings that move memory or speed and not the result",
+    )
     train.add_argument("--out", type=expand, help="folder of the new run; with a config")
-    train.add_argument("--resume", metavar="FOLDER", type=expand, help="go on with the run in this folder; alone")
+    train.add_argument("--resume", metavar="FOLDER", type=expand, help="resume the run in this folder")
     train.set_defaults(run=_train)
 
     encode = commands.add_parser("encode", help="sentences to vectors")
@@ -185,12 +213,12 @@ def _train(options: argparse.Namespace) -> int:
     from promcse_pl.folder import read_config
     from promcse_pl.job import resume_job, run_job
 
-    if options.resume and not (options.config or options.out):
-        resume_job(options.resume)
-    elif options.config and options.out and not options.resume:
-        run_job(read_config(options.config), options.out)
+    if options.resume and not options.out and all("=" in text for text in options.config):
+        resume_job(options.resume, overrides=options.config)
+    elif len(options.config) == 1 and options.out and not options.resume:
+        run_job(read_config(expand(options.config[0])), options.out)
     else:
-        raise ConfigError("Try: promcse train CONFIG --out NEW_FOLDER, or promcse train --resume FOLDER")
+        raise ConfigError("Try: promcse train CONFIG --out NEW_FOLDER, or promcse train --resume FOLDER [KEY=VALUE]")
     return 0
 
 

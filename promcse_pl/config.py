@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import yaml
+
 from promcse_pl.data.readers import SUFFIXES, file_suffix
 from promcse_pl.errors import ConfigError
 
@@ -27,6 +29,13 @@ WIDTH: dict[Kind, int] = {"sentences": 1, "pairs": 2, "triplets": 3}
 DATA_SUITES = ("sts", "sick", "cxc", "transfer", "geometry")
 """Suites of the evaluation that are read from a data folder."""
 SUITES = (*DATA_SUITES, "demo")
+
+
+Decides = Literal["training", "scores", "execution"]
+"""What a setting decides: the trained adapter (unless marked otherwise), the scores measured of it, or only how the run is
+executed: its memory, speed, saves and logs. `decides` returns it."""
+SCORES: dict[str, Decides] = {"decides": "scores"}
+EXECUTION: dict[str, Decides] = {"decides": "execution"}
 
 
 _REPR = reprlib.Repr()
@@ -45,7 +54,11 @@ def _shown(value: object) -> str:
 
 def _require(ok: bool, key: str, value: object, allowed: str, example: object) -> None:
     if not ok:
-        raise ConfigError(f"{key} must be {allowed}, got {_shown(value)}. Try: python run.py {key}={example}")
+        raise ConfigError(f"{key} must be {allowed}, got {_shown(value)}. Try: {_command(key)} {key}={example}")
+
+
+def _command(key: str) -> str:
+    return "python run.py -m" if key.startswith("sweep.") else "python run.py"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -97,7 +110,7 @@ class DataConfig:
     """Tokens of a training sentence, special ones included, in [3, 512]; longer ones are cut (official: 32)."""
     batch_size: int = 256
     """Rows in a step, of all processes together, >= 2 (official: 64 to 512)."""
-    cache_dir: str | None = None
+    cache_dir: str | None = field(default=None, metadata=EXECUTION)
     """Folder of the token cache; None: $XDG_CACHE_HOME/promcse_pl or ~/.cache/promcse_pl."""
 
     def __post_init__(self) -> None:
@@ -125,26 +138,32 @@ class LossConfig:
     """NT-Xent + hinge_weight x energy hinge + mlm_weight x MLM (paper, eq. 12)."""
 
     temperature: float = 0.05
-    """Divides the cosines in NT-Xent, in (0, 10] (paper, section 4.1)."""
+    """Divides the cosines in NT-Xent, in [0.001, 10] (paper, section 4.1). Below, float32 logits overflow or saturate."""
     margin: float = 0.2
     """Cosine gap between the positive and the hardest negative, in [0, 2] (paper, section 4.2)."""
     hinge_weight: float = 10.0
-    """Lambda of the energy hinge, >= 0; 0 switches it off; needs triplets (paper, section 4.2)."""
+    """Lambda of the energy hinge, in [0, 10000]; 0 switches it off; needs triplets (paper, section 4.2)."""
     hard_negative_logit: float = 0.0
-    """Added to an anchor's logit for its own hard negative (official --hard_negative_weight), any finite number."""
+    """Added to an anchor's logit for its own hard negative, in [-1000, 1000] (official --hard_negative_weight)."""
     mlm_weight: float = 0.0
     """Weight of the masked-language-model task at step 0, in [0, 10]; it falls by 0.95 every 100 steps (official: 0.1 for
     unsupervised RoBERTa)."""
 
     def __post_init__(self) -> None:
-        _require(0 < self.temperature <= 10, "loss.temperature", self.temperature, "in (0, 10]", 0.05)
-        _require(0 <= self.margin <= 2, "loss.margin", self.margin, "in [0, 2] (a difference of cosines)", 0.2)
-        _require(0 <= self.hinge_weight < math.inf, "loss.hinge_weight", self.hinge_weight, "a finite number >= 0", 10)
         _require(
-            math.isfinite(self.hard_negative_logit),
+            0.001 <= self.temperature <= 10,
+            "loss.temperature",
+            self.temperature,
+            "in [0.001, 10] (cosines are divided by it)",
+            0.05,
+        )
+        _require(0 <= self.margin <= 2, "loss.margin", self.margin, "in [0, 2] (a difference of cosines)", 0.2)
+        _require(0 <= self.hinge_weight <= 10_000, "loss.hinge_weight", self.hinge_weight, "in [0, 10000]", 10)
+        _require(
+            -1000 <= self.hard_negative_logit <= 1000,
             "loss.hard_negative_logit",
             self.hard_negative_logit,
-            "a finite number",
+            "in [-1000, 1000]",
             0,
         )
         _require(0 <= self.mlm_weight <= 10, "loss.mlm_weight", self.mlm_weight, "in [0, 10]", 0.1)
@@ -217,9 +236,9 @@ class TrainerConfig:
     """Stop after so many optimiser steps, >= 1; the learning rate then falls to 0 at that step. None: after the epochs."""
     eval_every: int = 125
     """Steps between two looks at the development set, >= 1 (official: 125)."""
-    log_every: int = 10
+    log_every: int = field(default=10, metadata=EXECUTION)
     """Steps between two entries of the history, >= 1."""
-    save_every: int | None = 100
+    save_every: int | None = field(default=100, metadata=EXECUTION)
     """Steps between two saves that a killed run goes on from (`python run.py resume=FOLDER`), >= 1; None: only at the last step
     and when a signal stops the run."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -227,10 +246,10 @@ class TrainerConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the frozen encoder while training; auto measures which is faster here. Prompt, head, loss and optimiser are
     always float32, and so is the final evaluation."""
-    chunk_tokens: int | Literal["auto"] | None = "auto"
+    chunk_tokens: int | Literal["auto"] | None = field(default="auto", metadata=EXECUTION)
     """Tokens (padding included) that pass the encoder at once, >= 1; auto takes what suits the device; None: the whole
-    batch. It moves speed and memory, not the loss."""
-    recompute: Literal["auto", "always", "never"] = "auto"
+    batch. It moves speed and memory, not the loss; dropout masks are drawn per chunk, so another size draws others."""
+    recompute: Literal["auto", "always", "never"] = field(default="auto", metadata=EXECUTION)
     """Run each chunk again in the backward pass instead of keeping its tensors: memory of a chunk, not of a batch, for half as
     much computation more. auto: if the tensors of a batch would take more than half of the free memory."""
     devices: int = 1
@@ -250,7 +269,9 @@ class TrainerConfig:
         _require(1 <= self.devices <= 64, "trainer.devices", self.devices, "in [1, 64] processes a machine", 2)
         _require(1 <= self.num_nodes <= 1024, "trainer.num_nodes", self.num_nodes, "in [1, 1024] machines", 1)
         if self.device == "mps" and self.world_size > 1:
-            raise ConfigError("trainer.device=mps trains in one process. Try: trainer.devices=1, or trainer.device=cpu")
+            raise ConfigError(
+                "trainer.device=mps trains in one process. Try: trainer.devices=1 trainer.num_nodes=1, or trainer.device=cpu"
+            )
         for name, allowed in (
             ("max_steps", "at least 1, or null"),
             ("save_every", "at least 1, or null"),
@@ -303,8 +324,8 @@ class Config:
     prompt: PromptConfig
     optim: OptimConfig
     trainer: TrainerConfig
-    tracking: TrackingConfig
-    evaluation: EvaluationConfig
+    tracking: TrackingConfig = field(metadata=EXECUTION)
+    evaluation: EvaluationConfig = field(metadata=SCORES)
     seed: int = 42
     """Seed of weights, dropout, masks and batch order, in [0, 2**32) (official: 42)."""
 
@@ -313,7 +334,7 @@ class Config:
         if self.loss.hinge_weight and self.data.kind != "triplets":
             raise ConfigError(
                 f"loss.hinge_weight={self.loss.hinge_weight:g} needs hard negatives, but data.kind={self.data.kind} has none. "
-                "Try: loss.hinge_weight=0, or triplets"
+                "Try: loss.hinge_weight=0, or data=triplets data.train=FILE"
             )
         if self.loss.hard_negative_logit and self.data.kind != "triplets":
             raise ConfigError(
@@ -434,6 +455,54 @@ def flat_settings(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def decides(key: str) -> Decides:
+    """Return what a dotted key of a job's config decides; a key that the schema does not have counts as training."""
+    schema: Any = Config
+    for name in key.split("."):
+        item = next((item for item in dataclasses.fields(schema) if item.name == name), None)
+        if item is None:
+            return "training"
+        if "decides" in item.metadata:
+            kind: Decides = item.metadata["decides"]
+            return kind
+        schema = get_type_hints(schema)[name]
+        if not dataclasses.is_dataclass(schema):
+            return "training"
+    return "training"
+
+
+def resumed_with(config: Config, overrides: Sequence[str]) -> Config:
+    """Return the config of a run that is resumed with other values of settings that decide only its execution.
+
+    Args:
+        config: Of the run.
+        overrides: `key=value`, the value as YAML.
+
+    Raises:
+        ConfigError: An unknown key, a key that decides what is trained or scored, or a value that is not valid.
+    """
+    tree = config.to_dict()
+    keys = [key for part in setting_keys().values() for key in part]
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if key not in keys:
+            raise unknown_key(key)
+        if not equals or decides(key) != "execution":
+            allowed = ", ".join(one for one in keys if decides(one) == "execution")
+            why = f"{key} decides what is trained or scored" if equals else f"{override} has no value"
+            raise ConfigError(
+                f"{why}: a resumed run keeps its settings. Allowed with a resume: {allowed}. Try: leave {key} out, or start a "
+                "new run"
+            )
+        try:
+            value = yaml.safe_load(text)
+        except (ValueError, RecursionError, yaml.YAMLError):
+            raise ConfigError(f"the value of {key} cannot be read: {_shown(text)}. Try: {key}='\"TEXT\"'") from None
+        part, _, name = key.rpartition(".")
+        tree[part][name] = value
+    return Config.from_dict(tree)
+
+
 def is_integer(key: str) -> bool:
     """Tell whether a dotted key of a job's config holds an integer (or null)."""
     hint: Any = Config
@@ -442,13 +511,55 @@ def is_integer(key: str) -> bool:
     return hint is int or set(get_args(hint)) == {int, types.NoneType}
 
 
+_OTHER_NAMES = {
+    "data.batch_size": ("train_batch_size", "per_device_train_batch_size", "bs"),
+    "data.max_length": ("max_seq_length", "max_seq_len", "max_len"),
+    "data.train": ("train_file", "train_path"),
+    "loss.temperature": ("temp", "tau"),
+    "model.path": ("model_name", "model_name_or_path", "encoder"),
+    "model.pooling": ("pooler", "pooler_type"),
+    "optim.clip_norm": ("max_grad_norm", "gradient_clip_val"),
+    "optim.lr": ("learning_rate",),
+    "prompt.length": ("pre_seq_len", "num_virtual_tokens"),
+    "trainer.devices": ("gpus", "num_gpus", "num_processes"),
+    "trainer.epochs": ("num_epochs", "num_train_epochs", "max_epochs"),
+    "trainer.eval_every": ("eval_steps", "val_check_interval"),
+    "trainer.precision": ("fp16", "bf16", "dtype"),
+    "trainer.save_every": ("save_steps",),
+    "trainer.log_every": ("logging_steps", "log_every_n_steps"),
+}
+"""Names that other trainers, and the official code, have for a setting."""
+_ABSENT = {
+    "weight_decay": "AdamW has no weight decay here, as in the official code",
+    "warmup_steps": "the learning rate has no warm-up, as in the official code",
+    "warmup_ratio": "the learning rate has no warm-up, as in the official code",
+    "gradient_accumulation_steps": "data.batch_size is what a step sees, and trainer.chunk_tokens bounds its memory",
+}
+
+
+def _nearest_keys(key: str, keys: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the settings that an unknown key may mean, by their name without the part, then by the whole key."""
+    part, _, name = key.rpartition(".")
+    every = [known for group in keys.values() for known in group]
+    names = {known: known.rpartition(".")[2] for known in every}
+    if same := [known for known in every if names[known] == name]:  # typed without its part, or with another
+        return same[:3]
+    if other := [known for known, others in _OTHER_NAMES.items() if name.lower().replace("-", "_") in others]:
+        return other
+    for candidates in (keys.get(part, ()) if part else (), every):
+        close = difflib.get_close_matches(name, [names[known] for known in candidates], n=2, cutoff=0.7)
+        if close:
+            return [known for known in candidates if names[known] in close][:3]
+    return difflib.get_close_matches(key, every, n=3, cutoff=0.6)
+
+
 def unknown_key(key: str) -> ConfigError:
     """Return the error for a dotted key that the schema does not have, with the nearest ones."""
     keys, key = setting_keys() | setting_keys(SweepConfig, "sweep"), key[:100]
     part, _, name = key.rpartition(".")
-    every = [known for group in keys.values() for known in group]
-    near = [known for known in every if known.rpartition(".")[2] == name]  # typed without its part, or with another
-    near = near[:3] or difflib.get_close_matches(key, every, n=3, cutoff=0.6)
+    if name in _ABSENT:
+        return ConfigError(f"{key} is not a setting: {_ABSENT[name]}. Try: leave it out")
+    near = _nearest_keys(key, keys)
     meant = f" Did you mean {' or '.join(near)}?" if near else ""
     if part and part in keys:
         return ConfigError(f"{key} is not a setting.{meant} Allowed under {part}: {', '.join(keys[part])}")
@@ -550,7 +661,7 @@ def _convert(hint: Any, value: object, key: str, default: object = None) -> Any:
     elif hint is not float and type(value) is hint:
         return value
     raise ConfigError(
-        f"{key} must be {_describe(hint)}, got {_shown(value)}. Try: python run.py {_example(hint, value, key, default)}"
+        f"{key} must be {_describe(hint)}, got {_shown(value)}. Try: {_command(key)} {_example(hint, value, key, default)}"
     )
 
 

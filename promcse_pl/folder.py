@@ -20,7 +20,7 @@ import yaml
 from promcse_pl.config import Config
 from promcse_pl.errors import ConfigError, DataError
 from promcse_pl.files import remove_leftovers, write_text
-from promcse_pl.paths import hide_home
+from promcse_pl.paths import hide_home, is_plain_name, run_command
 
 CONFIG, RESULTS, HISTORY, LOG, BAD_ROWS, ADAPTER, STATUS, LOCK, CHECKPOINTS, INPUTS, NON_FINITE, RANK_LOG = (
     "config.yaml",
@@ -100,6 +100,8 @@ def read_status(folder: Path) -> Status | None:
         value = getattr(status, name)
         if name != "state" and not (is_number(value) if hint is float else isinstance(value, hint)):
             raise DataError(f"{path}: {name} cannot be {str(value)[:80]!r}")
+    if status.wandb_id is not None and not is_plain_name(status.wandb_id):  # W&B names a folder by it
+        raise DataError(f"{path}: wandb_id must be a plain name, got {status.wandb_id[:80]!r}")
     return status
 
 
@@ -144,7 +146,7 @@ def check_run_folder(folder: Path) -> None:
         raise ConfigError(f"cannot make the run's folder {folder}: {error.strerror}") from error
     if CONFIG in names and STATUS in names:
         raise ConfigError(
-            f"{folder} already holds a run. Try: python run.py resume={folder} to resume it, or another folder"
+            f"{folder} already holds a run. Try: {run_command(f'resume={folder}')} to resume it, or another folder"
         )
     foreign = [name for name in names if name not in _BEFORE_START]
     if foreign:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from promcse_pl.adapter.folder import check_target
-from promcse_pl.config import DATA_SUITES, Config
+from promcse_pl.config import DATA_SUITES, Config, resumed_with
 from promcse_pl.errors import ConfigError, DataError, EncoderError, PromcseError, RankError
 from promcse_pl.experiment import run_experiment
 from promcse_pl.files import remove_leftovers
@@ -37,7 +38,7 @@ from promcse_pl.folder import (
     write_status,
 )
 from promcse_pl.logs import logging_to
-from promcse_pl.paths import expand, is_folder
+from promcse_pl.paths import expand, is_folder, run_command
 from promcse_pl.terminal import NO_TERMINAL_WIDTH, output_console
 from promcse_pl.training.ranks import STORE, Ranks, find_ranks
 from promcse_pl.training.trouble import plain_errors
@@ -84,20 +85,23 @@ def run_job(config: Config, folder: Path, console: Console | None = None) -> dic
         return _session(config, folder, console or output_console(), Status(state="running"), None, ranks)
 
 
-def resume_job(folder: Path, console: Console | None = None) -> dict[str, Any]:
+def resume_job(folder: Path, console: Console | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Go on with a run that was killed, stopped or failed, from its newest whole checkpoint; without one it starts over.
 
-    On the same machine and number of threads the result is bit for bit that of the uninterrupted run.
+    On the same machine and number of threads the result is bit for bit that of the uninterrupted run, unless
+    `trainer.chunk_tokens` is changed: dropout masks are drawn per chunk.
 
     Args:
         folder: Of the run.
         console: Where to print.
+        overrides: `key=value` of settings that decide only how the run is executed (`promcse_pl.config.decides`). They replace
+            those in config.yaml and hold for later resumes.
 
     Returns:
         What results.json holds; a finished run is left as it is.
 
     Raises:
-        ConfigError: The folder holds no run, or another process is at work in it.
+        ConfigError: The folder holds no run, another process is at work in it, or an override would change the result.
         DataError: The data, the encoder or a setting have changed since the run began.
         PromcseError, Stopped: As for `run_job`.
     """
@@ -105,11 +109,11 @@ def resume_job(folder: Path, console: Console | None = None) -> dict[str, Any]:
         why = f"it has no {CONFIG}" if folder.is_dir() else "there is no such folder"
         raise ConfigError(f"{folder} holds no run to go on with: {why}. Try: the folder of a run")
     console = console or output_console()
-    config = read_config(folder / CONFIG)
+    config = resumed_with(read_config(folder / CONFIG), overrides)
     ranks = find_ranks(config.trainer)
     before = read_status(folder)
     if ranks and ranks.rank:
-        return {} if before and before.state == "finished" else take_part(folder)
+        return {} if before and before.state == "finished" else take_part(folder, overrides=overrides)
     with locked(folder) as lock:
         before = read_status(folder)
         if before is not None and before.state == "finished":
@@ -120,22 +124,25 @@ def resume_job(folder: Path, console: Console | None = None) -> dict[str, Any]:
         check_target(folder / ADAPTER)
         remove_leftovers(folder)
         remove_leftovers(folder / CHECKPOINTS)
+        if overrides:
+            write_config(config, folder / CONFIG)
         return _launch(config, folder, lock) if ranks is None else take_part(folder, console)
 
 
-def take_part(folder: Path, console: Console | None = None) -> dict[str, Any]:
+def take_part(folder: Path, console: Console | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Go on with a run, or begin it, as one of its processes; the folder must hold its config and be locked for the run.
 
     Args:
         folder: Of the run.
         console: Where to print, for rank 0.
+        overrides: Those of `resume_job`, for a rank that may read config.yaml before rank 0 has written them into it.
 
     Returns:
         What results.json holds on rank 0, {} on the others.
     """
     from promcse_pl.training.checkpoint import newest_checkpoint
 
-    config = read_config(folder / CONFIG)
+    config = resumed_with(read_config(folder / CONFIG), overrides)
     ranks, resume = find_ranks(config.trainer), newest_checkpoint(folder)
     assert ranks is not None, "start it through run_job or resume_job"
     if ranks.rank:
@@ -174,7 +181,7 @@ def _follow(config: Config, folder: Path, resume: Checkpoint | None, ranks: Rank
     from promcse_pl.training.stop import StopSignals
 
     console = Console(stderr=True, width=NO_TERMINAL_WIDTH, quiet=not os.environ.get(STORE))
-    with logging_to(None, console), StopSignals() as stop, plain_errors(config, ranks):
+    with logging_to(None, console), StopSignals() as stop, plain_errors(config, ranks, folder):
         return run_experiment(config, folder, console, Status(state="running"), resume, stop, ranks)
 
 
@@ -190,11 +197,11 @@ def _session(
     with logging_to(folder / LOG, console), StopSignals() as stop:
         write_status(folder, status)
         try:
-            with plain_errors(config, ranks):
+            with plain_errors(config, ranks, folder):
                 results = run_experiment(config, folder, console, status, resume, stop, ranks)
         except Stopped:
             _leave(folder, "stopped")
-            log.info("stopped; to go on: python run.py resume=%s", folder)
+            log.info("stopped; to go on: %s", run_command(f"resume={folder}"))
             raise
         except BaseException as error:
             _leave(folder, "failed", f"{type(error).__name__}: {error}")

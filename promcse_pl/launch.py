@@ -21,6 +21,8 @@ from typing import NoReturn
 from promcse_pl import errors
 from promcse_pl.errors import PromcseError, RankError
 from promcse_pl.folder import RANK_LOG, read_status
+from promcse_pl.interpreter import python_command
+from promcse_pl.paths import run_command
 from promcse_pl.training.ranks import LOST, STORE
 from promcse_pl.training.stop import SIGNALS, Stopped
 
@@ -95,7 +97,7 @@ def _start(folder: Path, rank: int, ranks: int, lock: int, store: Path) -> subpr
         STORE: str(store),
         _STARTER: str(os.getpid()),
     }
-    command = [sys.executable, "-m", "promcse_pl.launch", str(folder)]
+    command = python_command("promcse_pl.launch:main", str(folder))
     # a session of its own: Ctrl-C at a terminal reaches the starter, which passes it on once
     if rank == 0:
         return subprocess.Popen(
@@ -179,7 +181,7 @@ def tell(folder: Path, failed: Sequence[int], codes: Sequence[int]) -> NoReturn:
     more = f": {words[rank]}" if words[rank] and code > 0 else ""
     where = f" (its output: {log})" if rank and log.exists() else ""
     raise RankError(
-        f"rank {rank} of {len(codes)} {how}{more}{where}. To go on from the last save: python run.py resume={folder}"
+        f"rank {rank} of {len(codes)} {how}{more}{where}. To resume from the last save: {run_command(f'resume={folder}')}"
     )
 
 
@@ -205,13 +207,13 @@ def end_with(starter: int, signum: int) -> None:
         sys.exit(1)
 
 
-def main() -> int:
-    """Be one of the ranks of the run in the folder that the command line names."""
+def main(arguments: Sequence[str]) -> int:
+    """Run one rank of the run in the folder that the only argument names; return its exit code."""
     end_with(int(os.environ[_STARTER]), signal.SIGKILL)
     from promcse_pl.job import take_part
 
     try:
-        take_part(Path(sys.argv[1]))
+        take_part(Path(arguments[0]))
     except PromcseError as error:
         if os.environ["RANK"] != "0":  # rank 0's is in status.json, and the starter tells it
             errors.write_error(error)
@@ -221,7 +223,3 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

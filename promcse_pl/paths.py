@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 Tree = TypeVar("Tree")
+LONGEST_NAME = 255
+"""Bytes of a file's name: no file system takes longer ones."""
 
 
 def expand(name: str | Path) -> Path:
@@ -23,6 +26,25 @@ def is_there(path: Path) -> bool:
 def is_folder(path: Path) -> bool:
     """Tell whether a folder is there; a name that no folder can have is not."""
     return os.path.isdir(path)  # noqa: PTH112  (the same)
+
+
+def run_command(*arguments: str) -> str:
+    """Return `python run.py ARGUMENTS` as it is typed into a shell, whatever the names of folders hold."""
+    return shlex.join(["python", "run.py", *arguments])
+
+
+def is_plain_name(value: object) -> TypeGuard[str]:
+    """Return whether a value is the name of one file or folder, and no path.
+
+    Everything that is read from a file and becomes part of a path must pass: such a file may come from anybody, and `../x` or
+    `/x` would lead out of the folder that it describes.
+    """
+    return (
+        isinstance(value, str)
+        and value not in ("", ".", "..")
+        and not any(character in "/\\" or ord(character) < 32 for character in value)
+        and len(value.encode(errors="surrogatepass")) <= LONGEST_NAME
+    )
 
 
 def hide_home(value: Tree) -> Tree:

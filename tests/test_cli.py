@@ -117,3 +117,22 @@ def test_without_a_command_the_use_is_shown(capsys):
         main([])
     assert caught.value.code == 2
     assert "usage: promcse" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        ("similarty a b c", "similarity"),
+        ("serch", "search"),
+        ("search a b c --treshold 0.1", "--threshold"),
+        ("evaluate a --tasks sts --format=mardown", "markdown"),
+    ],
+)
+def test_a_command_or_option_that_does_not_exist_names_the_nearest_in_one_line(arguments, meant, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments.split())
+    assert caught.value.code == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert told.startswith("error: ")
+    assert f". Did you mean {meant}? Try: promcse " in told

@@ -17,7 +17,7 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
 from promcse_pl import config as schema
-from promcse_pl.config import Config, SweepConfig, check_overrides, setting_keys
+from promcse_pl.config import Config, SweepConfig, check_overrides, decides, setting_keys
 from promcse_pl.errors import ConfigError
 from promcse_pl.folder import read_config, write_config
 
@@ -295,12 +295,15 @@ OUT_OF_RANGE = [
     ("data.max_rows", 1),
     ("loss.temperature", 0),
     ("loss.temperature", -0.05),
+    ("loss.temperature", 1e-38),
     ("loss.temperature", 10.1),
     ("loss.margin", -1),
     ("loss.margin", 2.01),
     ("loss.hinge_weight", -1),
     ("loss.hinge_weight", float("inf")),
+    ("loss.hinge_weight", 1e38),
     ("loss.hard_negative_logit", float("inf")),
+    ("loss.hard_negative_logit", -1e38),
     ("loss.mlm_weight", -0.1),
     ("loss.mlm_weight", 10.5),
     ("prompt.length", -1),
@@ -348,6 +351,7 @@ def test_a_value_out_of_range_is_refused_and_the_remedy_is_valid(key, value):
         ("data.batch_size", 2),
         ("data.max_rows", 2),
         ("loss.temperature", 10),
+        ("loss.temperature", 0.001),
         ("loss.margin", 0),
         ("loss.margin", 2),
         ("loss.hinge_weight", 0),
@@ -412,7 +416,16 @@ def test_settings_that_exclude_each_other_are_refused_and_named(overrides, names
         ("loss.margn", "loss.margin"),
         ("loss.temp", "loss.temperature"),
         ("data.batchsize", "data.batch_size"),
-        ("optim.learning_rate", None),
+        ("optim.learning_rate", "optim.lr"),
+        ("learning_rate", "optim.lr"),
+        ("batch_size", "data.batch_size"),
+        ("per_device_train_batch_size", "data.batch_size"),
+        ("max_seq_length", "data.max_length"),
+        ("temp", "loss.temperature"),
+        ("num_epochs", "trainer.epochs"),
+        ("trainer.precison", "trainer.precision?"),
+        ("prompt.lenght", "prompt.length?"),
+        ("trainer.chunk_token", "trainer.chunk_tokens?"),
         ("sed", "seed"),
         ("los.margin", "loss.margin"),
         ("trainer.max_step", "trainer.max_steps"),
@@ -524,3 +537,42 @@ def test_every_setting_is_documented_beneath_it():
     sections = {name: hint for name, hint in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(hint)}
     wanted = {(hint.__name__, field.name) for hint in sections.values() for field in dataclasses.fields(hint)}
     assert wanted | {("Config", "seed")} <= documented
+
+
+def test_what_a_setting_decides_is_marked_on_its_field():
+    keys = [key for part in setting_keys().values() for key in part]
+    execution = {key for key in keys if decides(key) == "execution" and not key.startswith("tracking.")}
+    assert execution == {
+        "data.cache_dir",
+        *(f"trainer.{name}" for name in ("log_every", "save_every", "chunk_tokens", "recompute")),
+    }
+    assert {key for key in keys if decides(key) == "scores"} == {"evaluation.tasks", "evaluation.frozen"}
+    assert all(decides(key) == "execution" for key in keys if key.startswith("tracking."))
+    assert {decides(key) for key in ("seed", "optim.lr", "trainer.precision", "data", "no.such", "seed.x")} == {
+        "training"
+    }
+
+
+def test_every_other_name_of_a_setting_leads_to_one_that_exists():
+    every = {key for part in setting_keys().values() for key in part}
+    assert set(schema._OTHER_NAMES) <= every
+    names = [name for others in schema._OTHER_NAMES.values() for name in others]
+    assert len(names) == len(set(names))
+    assert not {*names, *schema._ABSENT} & {key.rpartition(".")[2] for key in every}
+
+
+@pytest.mark.parametrize(
+    "key", ["weight_decay", "optim.weight_decay", "optim.warmup_steps", "gradient_accumulation_steps"]
+)
+def test_what_is_deliberately_absent_is_said_to_be(key):
+    with pytest.raises(ConfigError, match=rf"{key} is not a setting: .*\. Try: leave it out"):
+        check_overrides([f"{key}=1"], {})
+
+
+def test_the_remedy_for_a_sweep_setting_is_one_that_a_sweep_takes():
+    for raw in ({"parallel": 0}, {"parallel": "two"}, {"trials": 0}, {"seed": -1}):
+        with pytest.raises(ConfigError) as caught:
+            SweepConfig.from_dict(raw)
+        remedy = str(caught.value).partition("Try: python run.py -m sweep.")[2]
+        name, _, value = remedy.partition("=")
+        SweepConfig.from_dict({name: yaml.safe_load(value)})

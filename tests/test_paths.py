@@ -1,10 +1,11 @@
 """~ for the home folder, and back."""
 
+import shlex
 from pathlib import Path
 
 import pytest
 
-from promcse_pl.paths import expand, hide_home, is_folder, is_there
+from promcse_pl.paths import expand, hide_home, is_folder, is_plain_name, is_there, run_command
 
 
 @pytest.mark.parametrize(
@@ -42,3 +43,43 @@ def test_a_home_that_is_the_root_hides_nothing(home, monkeypatch):
 def test_a_name_that_no_file_can_have_is_not_there(name):
     assert not is_there(expand(name))
     assert not is_folder(expand(name))
+
+
+NO_NAMES = [
+    "../victim",
+    "/abs",
+    "a/b",
+    "a\\b",
+    "",
+    ".",
+    "..",
+    "a\0b",
+    "a\nb",
+    "\x1b[2J",
+    "x" * 256,
+    "ä" * 128,
+    None,
+    7,
+    ["0"],
+]
+
+
+@pytest.mark.parametrize("value", NO_NAMES)
+def test_what_leads_out_of_a_folder_is_no_plain_name(value):
+    assert not is_plain_name(value)
+
+
+@pytest.mark.parametrize("value", ["0", "job 7", "seed=1", "..a", ".hidden", "ä", "x" * 255])
+def test_a_name_of_a_file_is_a_plain_name(value):
+    assert is_plain_name(value)
+
+
+def test_a_command_is_typed_as_it_is_printed_whatever_a_folder_is_called():
+    folder = "a 'b\" $c"
+    assert shlex.split(run_command("-m", f"sweep.resume={folder}")) == [
+        "python",
+        "run.py",
+        "-m",
+        f"sweep.resume={folder}",
+    ]
+    assert run_command("resume=runs/1") == "python run.py resume=runs/1"

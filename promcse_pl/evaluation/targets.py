@@ -14,6 +14,7 @@ import yaml
 
 from promcse_pl.adapter.folder import DESCRIPTION, find_adapter
 from promcse_pl.adapter.official import CLASSES, import_official
+from promcse_pl.config import decides, flat_settings
 from promcse_pl.embedder import PromCSE, pick_device
 from promcse_pl.errors import AdapterError, ConfigError, DataError
 from promcse_pl.files import current
@@ -149,8 +150,7 @@ def _settings(run: Path) -> dict[str, Any]:
         return {}
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-        parts = {key: value for key, value in raw.items() if key not in ("seed", "tracking", "evaluation")}
-        settings = {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}
+        settings = flat_settings(raw)
     except (OSError, ValueError, RecursionError, AttributeError, yaml.YAMLError) as error:
         raise DataError(f"cannot read {path}: {error}") from error
-    return {key: value for key, value in settings.items() if key != "data.cache_dir"}
+    return {key: value for key, value in settings.items() if key != "seed" and decides(key) == "training"}

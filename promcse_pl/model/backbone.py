@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from promcse_pl.errors import EncoderError
 from promcse_pl.model.attention import PROMPT_ATTENTION
 from promcse_pl.model.dropout import use_cheap_dropout
+from promcse_pl.model.hub import FILES, cached_without_network, quiet_hub
 from promcse_pl.model.layers import can_be_written_out, run_layers
 from promcse_pl.model.mlm import MlmHead
 from promcse_pl.paths import expand, hide_home, is_folder
@@ -469,11 +470,17 @@ def locate(
         return wheel, None
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise EncoderError(f"the encoder folder {name} does not exist (current folder: {Path.cwd()}). Check model.path")
-    read_config(name, name, revision)  # refuses unknown names and other families before gigabytes travel
+    cached = cached_without_network(name, revision, weights)
+    if cached is not None:
+        return cached, cached.name
     from huggingface_hub import snapshot_download
 
     try:
-        path = snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.txt", "*.model", *weights])
+        with quiet_hub():
+            read_config(name, name, revision)  # refuses unknown names and other families before gigabytes travel
+            path = snapshot_download(name, revision=revision, allow_patterns=[*FILES, *weights])
+    except EncoderError:
+        raise
     except Exception as error:
         raise EncoderError(f"the hub did not give {name}: {type(error).__name__}: {first_line(error)}") from error
     return Path(path), Path(path).name

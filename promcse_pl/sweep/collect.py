@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from promcse_pl.config import flat_settings
+from promcse_pl.config import decides, flat_settings
 from promcse_pl.errors import DataError
 from promcse_pl.folder import CONFIG, HISTORY, RESULTS, START, Status, is_number, is_running, read_results, read_status
 from promcse_pl.sweep.plan import PLAN, read_plan
@@ -19,8 +19,6 @@ _SHORT = 10_000
 """Characters that YAML's loader in C gets to read: ten times as fast, and what is nested some 30,000 deep ends the process."""
 _DEEPEST = 10
 """Levels that settings may be nested."""
-_NO_RESULT = ("tracking.", "data.cache_dir")
-"""Settings that move no number: runs that differ by them alone are the same settings."""
 
 
 @dataclass(slots=True)
@@ -35,6 +33,7 @@ class Run:
             `not started`; `damaged`: status.json or the results of a finished run cannot be read.
         error: What ended a failed run.
         problems: What could not be read, and why.
+        precision: Type of the frozen encoder in training, as results.json of a finished run names it.
         dev_name: The development set.
         dev: Spearman x 100 on it at the best step; of a run that is not finished, the best so far; None: none measured.
         tests: Final scores of the adapter by task, Spearman or accuracy x 100.
@@ -48,6 +47,7 @@ class Run:
     state: str = "not started"
     error: str | None = None
     problems: list[str] = field(default_factory=list)
+    precision: str | None = None
     dev_name: str | None = None
     dev: float | None = None
     tests: dict[str, float] = field(default_factory=dict)
@@ -195,7 +195,8 @@ def _read_settings(run: Run) -> None:
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             run.problems.append(f"{path} cannot be read: {error}")
             continue
-        run.settings = {key: value for key, value in flat_settings(raw).items() if not key.startswith(_NO_RESULT)}
+        # runs that differ by nothing that is trained have the same settings
+        run.settings = {key: value for key, value in flat_settings(raw).items() if decides(key) == "training"}
         return
 
 
@@ -206,14 +207,16 @@ def _read_results(run: Run) -> None:
         dev, seconds, scores = results["dev_spearman"], results["seconds"], results["scores"].get("adapter", {})
         if not all(value is None or is_number(value) for value in (dev, seconds, *scores.values())):
             raise ValueError("a score or time is not a number")
-        name = results.get("dev")
+        name, precision = results.get("dev"), results.get("machine", {}).get("precision")
         if not isinstance(name, str | None):
             raise ValueError("the development set is no name")
+        if not isinstance(precision, str | None):
+            raise ValueError("the precision is no name")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         run.state = "damaged"
         run.problems.append(f"{path} cannot be read as results: {type(error).__name__}: {error}")
         return
-    run.dev, run.dev_name = dev, name
+    run.dev, run.dev_name, run.precision = dev, name, precision
     run.seconds = seconds if seconds is not None else run.seconds
     run.tests = {task: score for task, score in scores.items() if task != "dev" and score is not None}
 

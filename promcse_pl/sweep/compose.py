@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from typing import Any
 
@@ -29,5 +30,7 @@ def config_of(composed: DictConfig) -> Config:
         why = str(error).partition("\n")[0]
         raise ConfigError(f"{error.full_key or 'the config'}: {why}. Try: a value in place of ${{...}}") from error
     if missing:
-        raise ConfigError(f"{missing[0]} is not set. Try: python run.py {' '.join(sys.argv[1:])} {missing[0]}=FILE")
+        raise ConfigError(
+            f"{missing[0]} is not set. Try: python run.py {shlex.join([*sys.argv[1:], f'{missing[0]}=FILE'])}"
+        )
     return Config.from_dict(raw)

@@ -25,6 +25,7 @@ from typing import Any
 
 from promcse_pl.errors import PromcseError
 from promcse_pl.imports import unwatched_imports
+from promcse_pl.interpreter import python_command
 from promcse_pl.launch import end_with
 from promcse_pl.training.stop import SIGNALS, Stopped, StopSignals
 
@@ -110,7 +111,7 @@ class ForkServer:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             self._server = subprocess.Popen(
-                [sys.executable, "-m", "promcse_pl.sweep.forkserver", *preload],
+                python_command("promcse_pl.sweep.forkserver:main", *preload),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env={**os.environ, **environment, "PYTHONUNBUFFERED": "1"},
@@ -168,7 +169,7 @@ class ForkServer:
             if self._refused:
                 raise PromcseError(
                     f"a job's process cannot be started: {os.strerror(self._refused)}. "
-                    "Try: python run.py -m sweep.resume=FOLDER with a smaller sweep.parallel"
+                    "Try: python run.py -m sweep.resume=FOLDER sweep.parallel=1"
                 )
             if not self._listen():
                 raise PromcseError(
@@ -226,12 +227,12 @@ def _is_alive(pid: int) -> bool:
         return False
 
 
-def main() -> int:
+def main(preload: Sequence[str]) -> int:
     """Be the server; what it forks comes back from here too."""
     channel = os.dup(1)
     os.dup2(2, 1)  # what an import prints is no answer
     with unwatched_imports():
-        for name in sys.argv[1:]:
+        for name in preload:
             importlib.import_module(name)
     _tell(channel, ready=1)
     server = os.getpid()
@@ -279,8 +280,7 @@ def _run(request: Mapping[str, Any], server: int) -> int:
     module, _, function = request["target"].partition(":")
     if not _is_as_new():
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        call = f"import sys, {module}; sys.exit({module}.{function}(sys.argv[1:]))"
-        os.execv(sys.executable, [sys.executable, "-c", call, *request["arguments"]])
+        os.execv(sys.executable, python_command(request["target"], *request["arguments"]))
     sys.argv = [module, *request["arguments"]]
     try:
         with StopSignals():
@@ -295,7 +295,3 @@ def _is_as_new() -> bool:
     """Return whether this fork can do what a new process can: no import has asked CUDA for anything, and this is no Mac."""
     torch = sys.modules.get("torch")
     return sys.platform == "linux" and not (torch and torch.cuda._is_in_bad_fork())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -70,7 +70,7 @@ def page_data(sweep: Sweep, *, tests: bool) -> dict[str, Any]:
         "settings": names,
         "tasks": tested_tasks(sweep.runs) if tests else [],
         "notes": notes(sweep, rows, tests=tests),
-        "commands": commands(sweep, rows),
+        "commands": commands(sweep),
         "runs": [_run(run, names, points, tests=tests) for run in sweep.runs],
         "rows": {
             name: [{"runs": [places[id(run)] for run in row.runs], "rank": row.rank} for row in ranked]

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from promcse_pl.errors import ConfigError, DataError
+from promcse_pl.errors import ConfigError, DataError, PromcseError
 from promcse_pl.folder import CONFIG, OUTPUT, START, Status, is_running, read_results, read_status, write_status
+from promcse_pl.paths import run_command
+from promcse_pl.sweep.collect import read_sweep
 from promcse_pl.sweep.forkserver import Task
 from promcse_pl.sweep.plan import Plan, SweepJob, missing_jobs
 from promcse_pl.sweep.pool import GRACE, Pool, Running
+from promcse_pl.sweep.ranking import different_dev_sets, figure, find_best
 from promcse_pl.tracking.sweep import publish_sweep
 
 ERROR_LINES = 5
@@ -108,6 +112,19 @@ def run_local(folder: Path, plan: Plan, jobs: Sequence[SweepJob], pool: Pool) ->
     return pool.exit_code
 
 
+def settled_words(plan: Plan, parallel: int) -> str:
+    """Return what holds for every job of a sweep on this machine, for the line that says how many there are."""
+    settled = plan.settled
+    if settled is None:
+        return ""
+    words = f"; {parallel} at a time, {settled.threads} thread{'s' if settled.threads > 1 else ''} a job"
+    if parallel != settled.parallel:
+        words += f" as with the sweep.parallel={settled.parallel} of the first start"
+    for device, precision in settled.precision.items():
+        words += f", precision {precision}{f' with trainer.device={device}' if len(settled.precision) > 1 else ''}"
+    return words
+
+
 def announce(job: SweepJob, names: Sequence[str]) -> None:
     """Print that a job starts, and what is its own."""
     tell(f"job {job.folder} starts{': ' if names else ''}{' '.join(names)}")
@@ -159,18 +176,25 @@ def summary(folder: Path, plan: Plan, stopped: int | None) -> int:
         if status and state == "failed":
             tell(f"failed: job {job.folder}{_own(plan, job)}: {status.error}")
     tell(", ".join(f"{len(jobs)} {state}" for state, jobs in states.items()))
-    scored = [
-        (score, job) for job in states.get("finished", []) if (score := dev_score(folder / job.folder)) is not None
-    ]
-    if scored:
-        best, job = max(scored, key=lambda pair: pair[0])
-        tell(f"best on dev: {best:.2f}, job {job.folder}{_own(plan, job)}")
+    runs = read_sweep(folder).runs if plan.jobs else []
+    if best := find_best(runs):
+        score = f"{best.run.dev:.2f}"
+        if best.row.n > 1:
+            score = f"{figure(best.row.dev, best.row.std)} (mean of {best.row.n} seeds), highest {score}"
+        job = next(job for job in plan.jobs if job.folder == best.run.name)
+        tell(f"best on dev: {score}, job {job.folder}{_own(plan, job)}")
+    elif why := different_dev_sets(runs):
+        tell(f"warning: {why}")
     left = missing_jobs(folder, plan)
     if left:
-        tell(f"to go on with the {len(left)} that did not finish: python run.py -m sweep.resume={folder}")
-    if upload := publish_sweep(folder):
-        tell(f"to upload its offline W&B runs: wandb login && {upload}")
-    tell(f"to read it: promcse report {folder}")
+        resume = run_command("-m", f"sweep.resume={folder}")
+        tell(f"to go on with the {len(left)} that did not finish: {resume}")
+    try:
+        if upload := publish_sweep(folder):
+            tell(f"to upload its offline W&B runs: wandb login && {upload}")
+    except PromcseError as error:
+        tell(f"warning: the sweep has no W&B run of its own: {error}")
+    tell(f"to read it: {shlex.join(['promcse', 'report', str(folder)])}")
     return (stopped or 1) if left else 0
 
 

@@ -9,12 +9,13 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from promcse_pl.config import Config
 from promcse_pl.errors import ConfigError, DataError, PromcseError
 from promcse_pl.files import write_text
 from promcse_pl.folder import START, check_run_folder, read_json, read_status, write_config
-from promcse_pl.paths import expand, hide_home
+from promcse_pl.paths import expand, hide_home, is_plain_name, run_command
 from promcse_pl.tracking.wandb import LONGEST_TAG, short
 
 PLAN = "sweep.json"
@@ -32,12 +33,45 @@ class SweepJob:
     overrides: list[str]
 
 
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What the first start of a sweep settled for all of its jobs, so that a resumed sweep trains the same.
+
+    Attributes:
+        parallel: Jobs at a time.
+        threads: Threads of a job that is one process.
+        share: Threads of all ranks of a job together; None: the environment gave each rank its number.
+        precision: What `trainer.precision=auto` means, for each `trainer.device` of the jobs that left it open.
+    """
+
+    parallel: int
+    threads: int
+    share: int | None
+    precision: dict[str, str]
+
+    def apply(self, config: Config) -> Config:
+        """Return a job's config with the precision of the sweep, unless the job names its own."""
+        precision = self.precision.get(config.trainer.device)
+        if config.trainer.precision != "auto" or precision is None:
+            return config
+        raw = config.to_dict()
+        raw["trainer"]["precision"] = precision
+        return Config.from_dict(raw)
+
+
 @dataclass(slots=True)
 class Plan:
-    """What sweep.json holds: the overrides that were typed, and the jobs (of a search: those asked for so far)."""
+    """What sweep.json holds.
+
+    Attributes:
+        overrides: As typed.
+        jobs: Of a search: those asked for so far.
+        settled: None for a sweep of an older version, and for one whose jobs a launcher of Hydra starts, on any machine.
+    """
 
     overrides: list[str]
     jobs: list[SweepJob] = field(default_factory=list)
+    settled: Settled | None = None
 
     def varying(self, job: SweepJob) -> list[str]:
         """Return the overrides of a job that not all jobs share."""
@@ -46,7 +80,8 @@ class Plan:
 
 def write_plan(folder: Path, plan: Plan) -> None:
     """Write sweep.json, whole or not at all."""
-    write_text(folder / PLAN, json.dumps({"format": FORMAT, **dataclasses.asdict(plan)}, indent=2) + "\n")
+    entries = {name: value for name, value in dataclasses.asdict(plan).items() if value is not None}
+    write_text(folder / PLAN, json.dumps({"format": FORMAT, **entries}, indent=2) + "\n")
 
 
 def without_home(entry: str) -> str:
@@ -79,10 +114,30 @@ def read_plan(folder: Path) -> Plan:
         raw = read_json(path)
         if raw["format"] != FORMAT:
             raise DataError(f"{path} has format {raw['format']}; this version reads {FORMAT}. Try: a newer promcse_pl")
-        jobs = [SweepJob(str(job["folder"]), [str(entry) for entry in job["overrides"]]) for job in raw["jobs"]]
-        return Plan([str(entry) for entry in raw["overrides"]], jobs)
+        jobs = [SweepJob(job["folder"], [str(entry) for entry in job["overrides"]]) for job in raw["jobs"]]
+        overrides = [str(entry) for entry in raw["overrides"]]
+        settled = _read_settled(raw["settled"]) if "settled" in raw else None
     except (KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+    seen: set[str] = set()
+    for job in jobs:
+        if not is_plain_name(job.folder) or job.folder in seen:
+            raise DataError(
+                f"{path}: the folder of a job must be a name of its own in the sweep's folder, without / and ..; "
+                f"got {str(job.folder)[:200]!r}. The file was not written by a sweep: nothing is run or written"
+            )
+        seen.add(job.folder)
+    return Plan(overrides, jobs, settled)
+
+
+def _read_settled(raw: dict[str, Any]) -> Settled:
+    settled = Settled(**raw)
+    numbers = (settled.parallel, settled.threads, 1 if settled.share is None else settled.share)
+    if not all(type(number) is int and 1 <= number <= 10_000 for number in numbers):
+        raise TypeError(f"numbers of jobs and threads must be in [1, 10000], got {numbers}")
+    if not isinstance(settled.precision, dict) or not {*settled.precision.values()} <= {"float32", "bfloat16"}:
+        raise TypeError(f"a precision must be float32 or bfloat16, got {settled.precision}")
+    return settled
 
 
 def resumed_arguments(arguments: Sequence[str]) -> list[str]:
@@ -108,10 +163,13 @@ def resumed_arguments(arguments: Sequence[str]) -> list[str]:
         told += [f"{' '.join(gone)} is missing"] if gone else []
         raise ConfigError(
             f"the sweep in {folder} was begun with other overrides: {'; '.join(told)}. "
-            f"Try: python run.py -m sweep.resume={folder}"
+            f"Try: {run_command('-m', f'sweep.resume={folder}')}"
         )
     settled = ("hydra.sweep.", "hydra/sweeper", "sweep.resume=")
     launching = [entry for entry in arguments if _is_launching(entry) and not entry.startswith(settled)]
+    is_local = not any(entry.startswith("hydra/launcher=") for entry in [*plan.overrides, *launching])
+    if plan.settled and is_local and not any(entry.startswith("sweep.parallel=") for entry in launching):
+        launching.append(f"sweep.parallel={plan.settled.parallel}")
     quoted = str(folder).replace("'", r"\'")
     return ["-m", *plan.overrides, *launching, f"sweep.resume='{quoted}'", f"hydra.sweep.dir='{quoted}'"]
 
@@ -188,7 +246,17 @@ def write_start(folder: Path, plan: Plan, job: SweepJob, config: Config, names: 
 
 
 def missing_jobs(folder: Path, plan: Plan) -> list[SweepJob]:
-    """Return the jobs that are neither finished nor pruned."""
+    """Return the jobs that are neither finished nor pruned.
+
+    Raises:
+        DataError: The folder of one is a symbolic link: what runs there would write outside the sweep.
+    """
+    for job in plan.jobs:
+        if (folder / job.folder).is_symlink():
+            raise DataError(
+                f"{folder / job.folder} is a symbolic link; a sweep writes into folders of its own alone. Try: move the folder "
+                "that it points to into its place"
+            )
     return [job for job in plan.jobs if _state(folder / job.folder) not in ("finished", "pruned")]
 
 
@@ -208,10 +276,13 @@ def check_new(folder: Path, jobs: Iterable[SweepJob]) -> None:
     """
     if (folder / PLAN).exists():
         raise ConfigError(
-            f"{folder} already holds a sweep. Try: another folder, or python run.py -m sweep.resume={folder}"
+            f"{folder} already holds a sweep. Try: another folder, or {run_command('-m', f'sweep.resume={folder}')}"
         )
     for job in jobs:
-        check_run_folder(folder / job.folder)
+        path = folder / job.folder
+        if path.is_symlink():
+            raise ConfigError(f"{path} is a link, and not the folder of a job. Try: another hydra.sweep.dir")
+        check_run_folder(path)
 
 
 def add_job(folder: Path, job: SweepJob, config: Config) -> None:

@@ -15,6 +15,7 @@ from promcse_pl.config import Config
 from promcse_pl.errors import ConfigError
 from promcse_pl.launch import SHARE, cores
 from promcse_pl.sweep.forkserver import PRELOAD, ForkServer, Process, Task
+from promcse_pl.sweep.plan import Settled
 from promcse_pl.training.stop import SIGNALS
 
 POLL = 0.1
@@ -40,15 +41,23 @@ class Running:
     began: float
 
 
-def shares(parallel: int) -> list[dict[str, str]]:
+def shares(parallel: int, settled: Settled | None = None) -> list[dict[str, str]]:
     """Return the environment of each of so many jobs at a time: a share of the GPUs, or of the CPU's threads.
 
     One job at a time gets the machine as it is. More jobs than GPUs share them in turn.
+
+    Args:
+        parallel: Jobs at a time.
+        settled: Of the sweep's first start, whose threads a job keeps; None: this is the first.
     """
-    if parallel == 1:
+    if parallel == 1 and settled is None:
         return [{}]
-    devices, threads = visible_devices(), str(max(1, cores() // parallel))
-    cpu = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS", SHARE), threads)
+    threads = settled.threads if settled else max(1, cores() // parallel)
+    share = settled.share if settled else threads
+    cpu = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), str(threads))
+    if share is not None:
+        cpu[SHARE] = str(share)
+    devices = visible_devices() if parallel > 1 else []
     if not devices:
         return [cpu] * parallel
     places = []
@@ -95,11 +104,13 @@ class Pool:
     Args:
         parallel: Tasks at a time, >= 1.
         tell: Prints a line.
+        settled: Of the first start of a sweep that is resumed.
     """
 
-    def __init__(self, parallel: int, tell: Callable[[str], None]) -> None:
+    def __init__(self, parallel: int, tell: Callable[[str], None], settled: Settled | None = None) -> None:
+        self.parallel = parallel
         self._free = list(range(parallel))
-        self._environments = shares(parallel)
+        self._environments = shares(parallel, settled)
         # what is imported reads the number of threads, and all have the same
         self._server = ForkServer(self._environments[0], PRELOAD)
         self._tell = tell

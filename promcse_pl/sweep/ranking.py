@@ -85,11 +85,41 @@ def dev_sets(runs: Iterable[Run]) -> list[str]:
     return sorted({run.dev_name for run in runs if run.dev_name})
 
 
-def best_run(rows: Sequence[Row]) -> Run | None:
-    """Return the run with the highest dev score of the best row; None if no row has a rank."""
+@dataclass(frozen=True, slots=True)
+class Best:
+    """The best of a sweep.
+
+    Attributes:
+        row: The runs of the same settings with the highest mean dev score over their seeds.
+        run: The one of them with the highest dev score.
+    """
+
+    row: Row
+    run: Run
+
+
+def find_best(runs: Sequence[Run]) -> Best | None:
+    """Return the best of a sweep: the highest mean dev score over seeds, on one dev set.
+
+    Everything that calls something "best" asks here: the terminal, `promcse report`, report.html and W&B.
+
+    Returns:
+        None: No finished run has a score, or they were scored on different dev sets.
+    """
+    rows = rank(runs, by_seed=True)
     if not rows or rows[0].rank is None:
         return None
-    return max((run for run in rows[0].runs if run.finished and run.dev is not None), key=lambda run: run.dev or 0.0)
+    scored = [run for run in rows[0].runs if run.finished and run.dev is not None]
+    return Best(rows[0], max(scored, key=lambda run: run.dev or 0.0))
+
+
+def different_dev_sets(runs: Sequence[Run]) -> str | None:
+    """Return why scores of runs are not compared; None if all were scored on the same dev set."""
+    sets = dev_sets(runs)
+    if len(sets) < 2:
+        return None
+    scored = f"the runs were scored on different development sets ({', '.join(sets)})"
+    return f"nothing is ranked: {scored}, so none of them is the best"
 
 
 def spread(values: Iterable[float | None]) -> tuple[float | None, float | None, int]:
@@ -99,6 +129,13 @@ def spread(values: Iterable[float | None]) -> tuple[float | None, float | None, 
         return math.nan, None, len(there)
     std = statistics.stdev(there) if len(there) > 1 else None
     return (statistics.fmean(there) if there else None), std, len(there)
+
+
+def figure(mean: float | None, std: float | None) -> str:
+    """Return a score, with its deviation if there is one."""
+    if mean is None:
+        return ""
+    return f"{mean:.2f}" + ("" if std is None else f" ± {std:.2f}")
 
 
 def key(value: object) -> str:

@@ -15,9 +15,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from promcse_pl.folder import CONFIG
-from promcse_pl.paths import hide_home
+from promcse_pl.paths import hide_home, run_command
 from promcse_pl.sweep.collect import Run, Sweep
-from promcse_pl.sweep.ranking import Row, best_run, dev_sets, varied_settings
+from promcse_pl.sweep.ranking import Row, dev_sets, different_dev_sets, figure, find_best, varied_settings
 from promcse_pl.terminal import output_console
 
 CHEATING = (
@@ -36,7 +36,7 @@ def print_report(sweep: Sweep, rows: Sequence[Row], *, by_seed: bool, tests: boo
     for line in notes(sweep, rows, tests=tests):
         (sys.stderr if line.startswith("warning") else sys.stdout).write(f"{hide_home(line)}\n")
     lines = [f"\n{run.name} {run.state}: {message}" for run, messages in failures(sweep.runs) for message in messages]
-    lines += [f"\n{what}:\n  {command}" for what, command in commands(sweep, rows)]
+    lines += [f"\n{what}:\n  {command}" for what, command in commands(sweep)]
     sys.stdout.write("".join(f"{hide_home(line)}\n" for line in lines))
 
 
@@ -78,16 +78,23 @@ def notes(sweep: Sweep, rows: Sequence[Row], *, tests: bool) -> list[str]:
     """Return what a reader of the table must know: how it is ordered, and what is odd about the folder."""
     lines = [f"warning: {warning}" for warning in sweep.warnings]
     sets = dev_sets(sweep.runs)
-    if len(sets) > 1:
-        lines.append(
-            f"warning: nothing is ranked: the runs were scored on different development sets ({', '.join(sets)})"
-        )
+    if why := different_dev_sets(sweep.runs):
+        lines.append(f"warning: {why}")
     elif not any(run.finished for run in sweep.runs):
         lines.append("no run is finished, so nothing is ranked")
     elif not any(row.rank for row in rows):
         lines.append("no finished run has a dev score, so nothing is ranked (data.dev names a development set)")
     else:
         lines.append(f"ranked by {sets[0] if sets else 'dev'}, Spearman x 100")
+    precisions = sorted({run.precision for run in sweep.runs if run.precision})
+    if len(precisions) > 1 and "trainer.precision" not in varied_settings(sweep.runs):
+        lines.append(
+            f"warning: the runs were trained in different precisions ({', '.join(precisions)}), which moves scores a little. "
+            "trainer.precision=float32 or bfloat16 holds for all jobs, on any machine"
+        )
+    best = find_best(sweep.runs)
+    if best and len(best.row.runs) > 1 and rows[0].runs != best.row.runs:  # a line for each run
+        lines.append("the best settings are those with the highest mean over their seeds, not those of the first line")
     if any(len(row.runs) > 1 for row in rows):
         lines.append(
             "runs that differ by the seed alone are together: mean ± standard deviation of n finished runs (--runs: each)"
@@ -108,22 +115,23 @@ def failures(runs: Sequence[Run]) -> list[tuple[Run, list[str]]]:
     return [(run, messages) for run, messages in told if messages]
 
 
-def commands(sweep: Sweep, rows: Sequence[Row]) -> list[tuple[str, str]]:
+def commands(sweep: Sweep) -> list[tuple[str, str]]:
     """Return what to type next, each with what it does: repeat the best run, go on with what is missing."""
     found = []
-    if best := best_run(rows):
-        place = [part for part in Path(hide_home(str(best.folder.resolve()))).parts if part not in ("/", "~")]
+    if best := find_best(sweep.runs):
+        run = best.run
+        place = [part for part in Path(hide_home(str(run.folder.resolve()))).parts if part not in ("/", "~")]
         again = "-".join(("outputs/again", *place[-3 if sweep.planned else -2 :]))
-        arguments = ["promcse", "train", str(best.folder / CONFIG), "--out", again]
-        seed = f", seed {best.settings['seed']}" if len(rows[0].runs) > 1 and "seed" in best.settings else ""
-        found.append((f"repeat the best run ({best.name}{seed})", shlex.join(arguments)))
+        arguments = ["promcse", "train", str(run.folder / CONFIG), "--out", again]
+        seed = f", seed {run.settings['seed']}" if len(best.row.runs) > 1 and "seed" in run.settings else ""
+        found.append((f"repeat the best run ({run.name}{seed})", shlex.join(arguments)))
     unfinished = [run for run in sweep.runs if run.state in UNFINISHED]
     if unfinished and sweep.planned:
-        arguments = ["python", "run.py", "-m", f"sweep.resume={sweep.folder}"]
-        found.append((f"run what is not finished ({_runs(len(unfinished))})", shlex.join(arguments)))
+        resume = run_command("-m", f"sweep.resume={sweep.folder}")
+        found.append((f"run what is not finished ({_runs(len(unfinished))})", resume))
     else:
         begun = [run for run in unfinished if run.state in ("killed", "stopped", "failed")]
-        found += [(f"go on with {run.name}", shlex.join(["python", "run.py", f"resume={run.folder}"])) for run in begun]
+        found += [(f"go on with {run.name}", run_command(f"resume={run.folder}")) for run in begun]
     return found
 
 
@@ -135,13 +143,6 @@ def tested_tasks(runs: Sequence[Run]) -> list[str]:
 def shown(value: object) -> str:
     """Return a setting's value as one types it."""
     return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def figure(mean: float | None, std: float | None) -> str:
-    """Return a score, with its deviation if there is one."""
-    if mean is None:
-        return ""
-    return f"{mean:.2f}" + ("" if std is None else f" ± {std:.2f}")
 
 
 def duration(seconds: float | None) -> str:

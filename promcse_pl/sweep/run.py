@@ -9,7 +9,7 @@ from pathlib import Path
 from promcse_pl.config import SweepConfig
 from promcse_pl.errors import ConfigError
 from promcse_pl.folder import START, locked, read_config
-from promcse_pl.sweep.local import run_local, summary, tell, wait_for_earlier
+from promcse_pl.sweep.local import run_local, settled_words, summary, tell, wait_for_earlier
 from promcse_pl.sweep.plan import (
     Compose,
     Plan,
@@ -24,6 +24,7 @@ from promcse_pl.sweep.plan import (
     write_start,
 )
 from promcse_pl.sweep.pool import Pool, check_fits
+from promcse_pl.sweep.settle import settle
 
 Launch = Callable[[Sequence[SweepJob]], None]
 """Hands jobs to a launcher of Hydra and returns when they have ended."""
@@ -57,15 +58,20 @@ def run_sweep(
         raise ConfigError(
             "sweep.parallel is of the local launcher. Try: hydra.launcher.n_jobs (joblib), or leave it out"
         )
+    settled = read_plan(folder).settled if settings.resume else None
     # a pool begins with its imports, while the jobs are checked
-    with nullcontext(launch) if launch else Pool(settings.parallel, tell) as runner:
+    with nullcontext(launch) if launch else Pool(settings.parallel, tell, settled) as runner:
         if settings.resume is None:
             planned = plan_jobs(jobs, lambda overrides: check_fits(compose(overrides), settings.parallel))
             with locked(folder):
                 plan = Plan(kept_overrides(overrides), [job for job, _ in planned])
                 check_new(folder, plan.jobs)
+                if isinstance(runner, Pool):
+                    plan.settled = settle(runner, [config for _, config in planned])
+                    if plan.settled is None:
+                        return runner.exit_code or 1
                 for job, config in planned:
-                    write_start(folder, plan, job, config)
+                    write_start(folder, plan, job, plan.settled.apply(config) if plan.settled else config)
                 write_plan(folder, plan)
                 return _run(folder, plan, runner)
         with locked(folder):
@@ -78,7 +84,8 @@ def run_sweep(
 
 def _run(folder: Path, plan: Plan, runner: Pool | Launch) -> int:
     jobs = missing_jobs(folder, plan)
-    tell(f"sweep {folder}: {len(plan.jobs)} {'job' if len(plan.jobs) == 1 else 'jobs'}, {len(jobs)} to run")
+    settled = settled_words(plan, runner.parallel) if isinstance(runner, Pool) else ""
+    tell(f"sweep {folder}: {len(plan.jobs)} {'job' if len(plan.jobs) == 1 else 'jobs'}, {len(jobs)} to run{settled}")
     wait_for_earlier(folder, jobs)
     stopped = None
     if not jobs:  # nor is a pool's import waited for

@@ -16,7 +16,17 @@ from promcse_pl.config import SweepConfig, is_integer
 from promcse_pl.errors import ConfigError, DataError, PromcseError
 from promcse_pl.folder import HISTORY, START, Status, locked, read_status, write_status
 from promcse_pl.sweep.forkserver import Task
-from promcse_pl.sweep.local import announce, dev_score, ending, job_task, record_end, summary, tell, wait_for_earlier
+from promcse_pl.sweep.local import (
+    announce,
+    dev_score,
+    ending,
+    job_task,
+    record_end,
+    settled_words,
+    summary,
+    tell,
+    wait_for_earlier,
+)
 from promcse_pl.sweep.plan import (
     Compose,
     Plan,
@@ -30,6 +40,7 @@ from promcse_pl.sweep.plan import (
 )
 from promcse_pl.sweep.pool import Pool, Running, check_fits
 from promcse_pl.sweep.run import Launch
+from promcse_pl.sweep.settle import settle
 
 if TYPE_CHECKING:
     import optuna
@@ -79,24 +90,32 @@ def run_search(
         PromcseError: The space is empty or holds a value that is not valid; Optuna is not installed.
     """
     space = {key: _whole(one) if isinstance(one, Interval) and is_integer(key) else one for key, one in space.items()}
+    settled = read_plan(folder).settled if settings.resume else None
     # a pool begins with its imports, while the space is checked
-    with nullcontext(launch) if launch else Pool(settings.parallel, tell) as runner:
+    with nullcontext(launch) if launch else Pool(settings.parallel, tell, settled) as runner:
         seen: set[str] = set()
-        for corner in corners(space):
-            if check_fits(checked(corner, compose, seen), settings.parallel).data.dev is None:
+        checked_configs = [check_fits(checked(corner, compose, seen), settings.parallel) for corner in corners(space)]
+        for config in checked_configs:
+            if config.data.dev is None:
                 raise ConfigError(
-                    "a search needs a development score, but data.dev=null. Try: data.dev=holdout, or data.dev=FILE"
+                    "a search needs a development score, but data.dev=null. Try: "
+                    f"{'data.dev=holdout, or ' if config.data.kind == 'triplets' else ''}data.dev=FILE"
                 )
         with locked(folder):
             if settings.resume is None:
                 check_new(folder, [SweepJob(str(number), []) for number in range(settings.trials or 0)])
                 plan = Plan(kept_overrides(overrides))
+                if isinstance(runner, Pool):
+                    plan.settled = settle(runner, checked_configs)
+                    if plan.settled is None:
+                        return runner.exit_code or 1
                 study = _study(folder, settings)
                 write_plan(folder, plan)
             else:
                 plan, study = read_plan(folder), _study(folder, settings)
             search = Search(folder, plan, study, space, settings, compose)
-            tell(f"search {folder}: {settings.trials} jobs, {search.told()} done")
+            words = settled_words(plan, runner.parallel) if isinstance(runner, Pool) else ""
+            tell(f"search {folder}: {settings.trials} jobs, {search.told()} done{words}")
             stopped = search.run(runner) if isinstance(runner, Pool) else search.launch(runner)
             return summary(folder, plan, stopped)
 
@@ -239,6 +258,8 @@ class Search:
             self.study.tell(self.open[name], state=TrialState.FAIL)
             return None
         self.plan.jobs = [*(one for one in self.plan.jobs if one.folder != name), job]
+        if self.plan.settled:
+            config = self.plan.settled.apply(config)
         write_start(self.folder, self.plan, job, config, names=values)
         write_plan(self.folder, self.plan)
         return job

@@ -6,9 +6,11 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from promcse_pl.errors import ConfigError
+from promcse_pl.interpreter import python_command
 from promcse_pl.tracking.wandb import has_key
 
 SAVE_SECONDS = 60
@@ -101,7 +103,7 @@ def save_dashboard(project: str, entity: str | None) -> str:
         raise ConfigError("promcse dashboard needs wandb-workspaces. Try: pip install 'promcse_pl[dashboard]'")
     if not has_key():
         raise ConfigError("promcse dashboard needs a W&B key. Try: wandb login")
-    command = [sys.executable, "-m", "promcse_pl.tracking.dashboard", json.dumps([project, entity])]
+    command = python_command("promcse_pl.tracking.dashboard:main", json.dumps([project, entity]))
     try:  # a process of its own: wandb has no time limit for this
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SAVE_SECONDS)
     except subprocess.TimeoutExpired:
@@ -114,13 +116,12 @@ def save_dashboard(project: str, entity: str | None) -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
-def _save(project: str, entity: str | None) -> None:
+def main(arguments: Sequence[str]) -> int:
+    """Save the view of the project and entity in the only argument, a JSON list, and print its address; return 0."""
     import wandb
 
+    project, entity = json.loads(arguments[0])
     workspace = build_workspace(entity or wandb.Api(timeout=SAVE_SECONDS // 3).default_entity, project)
     workspace.save()
     sys.stdout.write(f"{workspace.url}\n")
-
-
-if __name__ == "__main__":
-    _save(*json.loads(sys.argv[1]))
+    return 0

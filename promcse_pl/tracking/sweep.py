@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from promcse_pl.config import Config, flat_settings
-from promcse_pl.errors import PromcseError
+from promcse_pl.errors import ConfigError, DataError, PromcseError
 from promcse_pl.files import write_text
 from promcse_pl.folder import ADAPTER, CONFIG, START, Status, read_config, read_results, read_status
+from promcse_pl.paths import is_plain_name
+from promcse_pl.sweep.collect import read_sweep
+from promcse_pl.sweep.ranking import different_dev_sets, find_best
 from promcse_pl.tracking.wandb import open_run, resolve_mode, sent_settings
 
 
@@ -36,12 +39,16 @@ def publish_sweep(folder: Path) -> str | None:
     """Log a sweep as one W&B run of job type `sweep`: a table of its jobs, and online the best adapter under the alias `best`.
 
     Called again, after more jobs, it goes on with the same run. Without tracking it does nothing; trouble with W&B is a warning.
+    What is best is decided by `promcse_pl.sweep.ranking.find_best`.
 
     Args:
         folder: Of the sweep; every folder in it with a config.yaml and a status.json is a job.
 
     Returns:
         The one command that uploads every offline run of the sweep, this one too; None when there is none.
+
+    Raises:
+        PromcseError: The id of the sweep's W&B run cannot be read or written.
     """
     jobs = list(_jobs(folder))
     ids = [job.status.wandb_id for job in jobs if job.status.wandb_id]
@@ -61,19 +68,25 @@ def publish_sweep(folder: Path) -> str | None:
         ]
         for place, job in enumerate(jobs)
     ]
-    best = max((job for job in jobs if job.dev is not None), key=lambda job: job.dev or 0, default=None)
+    runs = read_sweep(folder).runs
+    best = find_best(runs)
+    best_job = next((job for job in jobs if best and job.folder.name == best.run.folder.name), None)
     summary: dict[str, Any] = {
         "jobs": len(jobs),
         "jobs_finished": sum(job.status.state == "finished" for job in jobs),
     }
     artifacts = []
-    if best:
-        summary |= {"best/job": best.folder.name, "best/dev/spearman": best.dev}
-        summary |= {f"best/{key}": cells[key][jobs.index(best)] for key in varying}
+    if why := different_dev_sets(runs):
+        summary["best/none"] = why
+    if best and best_job:
+        summary |= {"best/job": best_job.folder.name, "best/dev/spearman": best_job.dev}
+        summary |= {f"best/{key}": cells[key][jobs.index(best_job)] for key in varying}
+        if best.row.n > 1:
+            summary |= {"best/dev/mean": best.row.dev, "best/dev/std": best.row.std, "best/seeds": best.row.n}
         artifacts = [
             {
                 "name": re.sub(r"[^\w.-]", "-", f"best-of-{folder.resolve().name}")[:128],
-                "path": str((best.folder / ADAPTER).absolute()),
+                "path": str((best_job.folder / ADAPTER).absolute()),
                 "metadata": summary,
                 "aliases": ["best"],
             }
@@ -81,21 +94,16 @@ def publish_sweep(folder: Path) -> str | None:
     tracking = jobs[0].config.tracking
     name = folder.resolve().name
     tracking = dataclasses.replace(tracking, group=tracking.group or name, tags=[])
-    with suppress(PromcseError):  # a wrong WANDB_MODE has stopped the jobs already
+    try:
         if resolve_mode(tracking.wandb) == "disabled":
             return None
-        run = open_run(
-            tracking,
-            folder,
-            _run_id(folder, ids[0]),
-            job_type="sweep",
-            name=name,
-            config={"varying": ", ".join(varying)},
+    except ConfigError:  # a wrong WANDB_MODE has stopped the jobs already
+        return _sync_command(folder)
+    about = {"job_type": "sweep", "name": name, "config": {"varying": ", ".join(varying)}}
+    if run := open_run(tracking, folder, _run_id(folder, ids[0]), **about):
+        run.finish(
+            summary=summary, tables={"jobs": {"columns": columns, "data": data}}, artifacts=artifacts, quiet=True
         )
-        if run:
-            run.finish(
-                summary=summary, tables={"jobs": {"columns": columns, "data": data}}, artifacts=artifacts, quiet=True
-            )
     return _sync_command(folder)
 
 
@@ -132,8 +140,18 @@ def _column(values: Sequence[Any]) -> list[Any]:
 
 
 def _run_id(folder: Path, first: str) -> str:
-    """Return the id of the sweep's own W&B run: drawn from a job's the first time, and then kept."""
+    """Return the id of the sweep's own W&B run: drawn from a job's the first time, and then kept.
+
+    Raises:
+        DataError: What was kept cannot be read, or is no plain name: W&B names a folder by it.
+    """
     kept = folder / "wandb" / "sweep-id"
     if not kept.exists():
         write_text(kept, f"sweep-{first}")
-    return kept.read_text(encoding="utf-8")
+    try:
+        found = kept.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{kept} cannot be read: {error}") from error
+    if not is_plain_name(found):
+        raise DataError(f"{kept} must hold a plain name, got {found[:80]!r}. Try: rm {shlex.quote(str(kept))}")
+    return found

@@ -16,7 +16,6 @@ import re
 import secrets
 import shlex
 import subprocess
-import sys
 import threading
 from collections.abc import Mapping, Sequence
 from configparser import ConfigParser
@@ -30,6 +29,7 @@ from urllib.parse import urlsplit
 from promcse_pl.config import Config, TrackingConfig
 from promcse_pl.errors import ConfigError
 from promcse_pl.folder import HISTORY
+from promcse_pl.interpreter import python_command
 from promcse_pl.tracking.wandb_process import kill_service
 
 log = logging.getLogger("promcse_pl")
@@ -247,7 +247,7 @@ class WandbRun:
                 if self._given_up:
                     return None, False
                 process = self._process = subprocess.Popen(
-                    [sys.executable, "-m", "promcse_pl.tracking.wandb_process"],
+                    python_command("promcse_pl.tracking.wandb_process:main"),
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL,

@@ -8,16 +8,17 @@ run's metrics.jsonl. Line n of that file is W&B's step n, so what W&B already ha
 from __future__ import annotations
 
 import fcntl
+import glob
 import json
 import os
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from promcse_pl.paths import hide_home
 
@@ -58,7 +59,7 @@ def kill_service(pid: int | None = None) -> None:
                 process.kill()
 
 
-def main() -> None:
+def main(_arguments: Sequence[str]) -> NoReturn:
     """Keep one W&B run from its start to its end; the process ends with 0, or 1 when W&B failed."""
     report = _take_output()
     task = json.loads(sys.stdin.readline())
@@ -114,7 +115,7 @@ def _keep(task: Message, ending: Ending, report: Callable[[Message], None]) -> N
     wandb.teardown()  # comes back when everything is on disk
     _hide_home_in_logs(directory)
     _look_for_room(directory)
-    for earlier in directory.parent.glob(f"offline-run-*-{task['run']['id']}"):
+    for earlier in directory.parent.glob(f"offline-run-*-{glob.escape(task['run']['id'])}"):
         if earlier != directory:  # of a process that was killed; this one began with the history's first line
             shutil.rmtree(earlier, ignore_errors=True)
     report({"done": True})
@@ -180,7 +181,3 @@ def _take_output() -> Callable[[Message], None]:
             messages.flush()
 
     return report
-
-
-if __name__ == "__main__":
-    main()

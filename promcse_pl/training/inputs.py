@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from promcse_pl.config import Config
+from promcse_pl.config import Config, decides, flat_settings
 from promcse_pl.data.module import PromcseDataModule
 from promcse_pl.errors import DataError
 from promcse_pl.files import write_text
@@ -19,29 +19,20 @@ from promcse_pl.paths import hide_home
 
 log = logging.getLogger("promcse_pl")
 
-FREE = ("tracking", "evaluation")
-"""Parts of the config that decide nothing of the training."""
-
 
 def describe_inputs(config: Config, encoder: PromptEncoder, data: PromcseDataModule) -> dict[str, Any]:
-    """Return checksums of the data and the encoder, the settings that decide the training, and the machine's part."""
-    settings: dict[str, Any] = {}
-    for part, values in config.to_dict().items():
-        if isinstance(values, dict):
-            settings |= {f"{part}.{name}": value for name, value in values.items() if part not in FREE}
-        else:
-            settings[part] = values
+    """Return checksums of the data and the encoder, the settings, and the machine's part."""
     return {
         "data.train": {"name": config.data.train, "sha256": data.token_rows.fingerprint},
         "data.dev": {"name": config.data.dev, "sha256": data.dev.sha256 if data.dev else None},
         "model.path": {"name": config.model.path, "sha256": encoder.backbone.identity.sha256},
-        "config": settings,
+        "config": flat_settings(config.to_dict()),
         "machine": {"torch": torch.__version__, "threads": torch.get_num_threads()},
     }
 
 
 def record_inputs(folder: Path, inputs: dict[str, Any]) -> None:
-    """Write inputs.json; where it is there already, compare.
+    """Write inputs.json; where it is there already, compare, and note settings of the execution that a resume has changed.
 
     Raises:
         DataError: A file or a setting is not what the run was begun with; the message names it.
@@ -58,7 +49,10 @@ def record_inputs(folder: Path, inputs: dict[str, Any]) -> None:
                     f"{key}={inputs[key]['name']} has changed since the run in {folder} began (or its tokenizer has): going on "
                     "would mix two data sets. Put the old one back, or start a new run"
                 )
-        changed = [key for key, value in inputs["config"].items() if before["config"][key] != value]
+        settings, stored = inputs["config"], before["config"]
+        changed = [key for key, value in settings.items() if decides(key) == "training" and stored[key] != value]
+        # an earlier version stored no settings of tracking and evaluation
+        moved = [key for key, value in settings.items() if key not in changed and stored.get(key, value) != value]
         machine = dict(before["machine"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, DataError):
@@ -69,6 +63,11 @@ def record_inputs(folder: Path, inputs: dict[str, Any]) -> None:
             f"{folder}/config.yaml was changed since the run began: {', '.join(changed)}. Put the old values back, or start a "
             "new run with promcse train"
         )
+    if moved:
+        shown = ", ".join(f"{key}={settings[key]} (was {stored[key]})" for key in moved)
+        exact = "the dropout masks are drawn anew, so the result will not be bit for bit that of the uninterrupted run"
+        log.info("resumed with %s%s", shown, f"; {exact}" if "trainer.chunk_tokens" in moved else "")
+        write_text(path, json.dumps({**before, "config": {**stored, **settings}}, indent=2) + "\n")
     if machine != inputs["machine"]:
         log.warning(
             "the run began with torch %s on %s threads and goes on with torch %s on %s: the result will not be bit for bit what "

@@ -132,6 +132,11 @@ class PromcseModule(pl.LightningModule):
         self.entry["train/gradient_norm"] = norm
 
     def _remedy(self) -> str:
+        if self.global_step == 0 and self.encoder.backbone.dtype != torch.float32:
+            return (
+                "Nothing was trained yet: the frozen encoder gives it. Try: trainer.precision=float32, or another model=, in a "
+                "new run"
+            )
         if self.global_step == 0:
-            return "Nothing was trained yet: the encoder's weights give it. Try: trainer.precision=float32, or another model="
-        return f"The prompt is as the last step left it. Try: optim.lr={self.optim.lr / 3:.2g}"
+            return "Nothing was trained yet: the frozen encoder gives it in float32. Try: another model= in a new run"
+        return f"The prompt is as the last step left it. Try: optim.lr={self.optim.lr / 3:.2g} in a new run"

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
+
+from promcse_pl.embedder import pick_device
+from promcse_pl.errors import PromcseError, write_error
 
 GAIN = 1.3
 """bfloat16 is chosen when its matrix product is at least so many times faster than float32's."""
@@ -37,3 +43,20 @@ def choose_dtype(setting: str, device: torch.device) -> tuple[torch.dtype, str]:
         dtype,
         f"{str(dtype).removeprefix('torch.')} (a bfloat16 product is {gain:.1f}x as fast as a float32 one here)",
     )
+
+
+def measure(arguments: Sequence[str]) -> int:
+    """Write a JSON file with the threads of this process and what `auto` means on devices; return an exit code.
+
+    Args:
+        arguments: The file, then values of `trainer.device`.
+    """
+    result, *devices = arguments
+    try:
+        chosen = {device: choose_dtype("auto", pick_device(device))[0] for device in devices}
+    except PromcseError as error:
+        write_error(error)
+        return 2
+    precision = {device: str(dtype).removeprefix("torch.") for device, dtype in chosen.items()}
+    Path(result).write_text(json.dumps({"threads": torch.get_num_threads(), "precision": precision}), encoding="utf-8")
+    return 0

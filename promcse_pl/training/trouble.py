@@ -6,15 +6,17 @@ import errno
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from promcse_pl.config import Config
 from promcse_pl.errors import DataError, OutOfMemoryError, PromcseError, RankError
+from promcse_pl.paths import run_command
 from promcse_pl.training.ranks import LOST, Ranks, is_lost
 
 
 @contextmanager
-def plain_errors(config: Config, ranks: Ranks) -> Iterator[None]:
-    """Turn what the machine runs out of, and what a rank feels when another dies, into errors that say what to do."""
+def plain_errors(config: Config, ranks: Ranks, folder: Path) -> Iterator[None]:
+    """Turn exhausted memory or disk, and a lost rank, into errors that say what to do with the run in a folder."""
     try:
         yield
     except PromcseError:
@@ -26,7 +28,7 @@ def plain_errors(config: Config, ranks: Ranks) -> Iterator[None]:
                     f"rank {ranks.rank} of {ranks.size} {LOST} ({str(error).partition(chr(10))[0]})"
                 ) from error
             raise
-        raise OutOfMemoryError(f"the memory is full. Try: {_less_memory(config)}") from error
+        raise OutOfMemoryError(f"the memory is full. Try: {_less_memory(config, folder)}") from error
     except OSError as error:
         if error.errno not in _DISK:
             raise
@@ -37,12 +39,17 @@ _MEMORY = re.compile("out of memory|can't allocate memory|not enough memory", re
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 
-def _less_memory(config: Config) -> str:
-    """Return the next settings that take less memory than these, the results unchanged as long as that goes."""
+def _less_memory(config: Config, folder: Path) -> str:
+    """Return what to type next: settings that take less memory, the result unchanged as long as that goes."""
     tokens = config.trainer.chunk_tokens
-    tokens = tokens if isinstance(tokens, int) else 512
+    resume = run_command(f"resume={folder}")
+    if not isinstance(tokens, int):
+        return f"{resume} trainer.recompute=always trainer.chunk_tokens=512"
     if config.trainer.recompute != "always":
-        return f"trainer.recompute=always trainer.chunk_tokens={tokens}"
+        return f"{resume} trainer.recompute=always"
     if tokens > config.data.max_length:
-        return f"trainer.chunk_tokens={max(config.data.max_length, tokens // 2)}"
-    return f"data.batch_size={max(2, config.data.batch_size // 2)} (this changes what is trained)"
+        return f"{resume} trainer.chunk_tokens={max(config.data.max_length, tokens // 2)}"
+    return (
+        f"a new run with data.batch_size={max(2, config.data.batch_size // 2)}; it changes what is trained, so this run cannot "
+        "be resumed with it"
+    )

@@ -113,3 +113,14 @@ def test_the_frozen_encoder_of_an_adapter_keeps_its_pooling_and_loses_prompt_and
     frozen = frozen_target(model).members[0].load()
     expected = only(bert).members[0].load().encode(SENTENCES)
     assert abs(frozen.encode(SENTENCES) - expected).max() < 1e-6
+
+
+def test_runs_that_differ_by_what_is_not_trained_are_seeds_of_one_target(tmp_path, bert):
+    for seed in (1, 2):
+        save_run(tmp_path / f"seed{seed}", bert, seed)
+        config = tmp_path / f"seed{seed}/config.yaml"
+        raw = json.loads(config.read_text()) | {
+            "trainer": {"save_every": seed, "recompute": "always" if seed == 1 else "auto"}
+        }
+        config.write_text(json.dumps(raw))
+    assert len(only(tmp_path).members) == 2

@@ -1,5 +1,6 @@
 """What a sweep's folder says, what a resume accepts, and how the end of a job is recorded."""
 
+import dataclasses
 import json
 import signal
 
@@ -14,6 +15,7 @@ from promcse_pl.sweep.local import record_end, wait_for_earlier
 from promcse_pl.sweep.plan import (
     PLAN,
     Plan,
+    Settled,
     SweepJob,
     add_job,
     check_new,
@@ -218,3 +220,95 @@ def test_settings_of_the_sweep_are_known_and_no_part_of_a_job():
     with pytest.raises(ConfigError, match=r"sweep.paralel is not a setting. Did you mean sweep.parallel"):
         check_overrides(["sweep.paralel=2"], {"sweep": ["optuna"]})
     assert SweepConfig.from_dict({"parallel": 2}).trials is None
+
+
+@pytest.mark.parametrize("name", ["../victim", "/abs", "a/b", "", ".", "..", None, 0])
+def test_the_folder_of_a_job_is_never_a_path(name, sweep):
+    raw = json.loads((sweep / PLAN).read_text())
+    raw["jobs"][1]["folder"] = name
+    (sweep / PLAN).write_text(json.dumps(raw))
+    with pytest.raises(DataError, match="the folder of a job must be a name of its own") as caught:
+        read_plan(sweep)
+    assert str(sweep / PLAN) in str(caught.value)
+    assert str(name) in str(caught.value)
+
+
+def test_two_jobs_never_share_a_folder(sweep):
+    write_plan(sweep, Plan([], [JOBS[0], JOBS[0]]))
+    with pytest.raises(DataError, match="must be a name of its own"):
+        read_plan(sweep)
+
+
+def test_a_job_folder_that_is_a_link_is_read_but_never_written_to(sweep, tmp_path):
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (sweep / "1").symlink_to(victim)
+    (tmp_path / "link").symlink_to(victim)
+    with pytest.raises(DataError, match="1 is a symbolic link"):
+        missing_jobs(sweep, read_plan(sweep))
+    with pytest.raises(ConfigError, match=r"link is there already and is not a job of this sweep"):
+        check_new(sweep.parent, [SweepJob("link", [])])
+    assert list(victim.iterdir()) == []
+
+
+def test_a_new_sweep_writes_into_no_folder_that_holds_something_else(tmp_path):
+    (tmp_path / "0").mkdir()
+    check_new(tmp_path, JOBS)
+    (tmp_path / "0/start.yaml").touch()
+    check_new(tmp_path, JOBS)
+    (tmp_path / "0/thesis.tex").touch()
+    with pytest.raises(ConfigError, match=r"0 is there already and is not a job of this sweep\. Try: another"):
+        check_new(tmp_path, JOBS)
+
+
+def test_the_wandb_id_of_a_status_is_never_a_path(tmp_path):
+    write_status(tmp_path, Status(state="stopped", wandb_id="../../x"))
+    with pytest.raises(DataError, match="wandb_id must be a plain name"):
+        read_status(tmp_path)
+
+
+SETTLED = Settled(parallel=2, threads=3, share=3, precision={"cpu": "bfloat16"})
+
+
+def test_what_was_settled_survives_the_file_and_a_resume_keeps_the_number_of_jobs(sweep):
+    write_plan(sweep, Plan(["seed=1,2"], JOBS, SETTLED))
+    assert read_plan(sweep).settled == SETTLED
+    assert "sweep.parallel=2" in resumed_arguments([f"sweep.resume={sweep}"])
+    again = resumed_arguments(["sweep.parallel=5", f"sweep.resume={sweep}"])
+    assert [entry for entry in again if entry.startswith("sweep.parallel=")] == ["sweep.parallel=5"]
+    assert not any(
+        "sweep.parallel" in entry for entry in resumed_arguments(["hydra/launcher=joblib", f"sweep.resume={sweep}"])
+    )
+
+
+@pytest.mark.parametrize(
+    "settled",
+    [
+        {},
+        {"parallel": 0},
+        {"threads": "8"},
+        {"share": True},
+        {"precision": {"cpu": "float64"}},
+        {"precision": []},
+        {"x": 1},
+        [],
+    ],
+)
+def test_what_was_settled_is_checked_when_it_is_read(settled, sweep):
+    raw = json.loads((sweep / PLAN).read_text())
+    whole = dataclasses.asdict(SETTLED)
+    raw["settled"] = {**whole, **settled} if settled and isinstance(settled, dict) else settled
+    (sweep / PLAN).write_text(json.dumps(raw))
+    with pytest.raises(DataError, match="is damaged"):
+        read_plan(sweep)
+
+
+def test_the_settled_precision_is_that_of_jobs_that_left_it_open(tmp_path):
+    files(tmp_path)
+    for given, device, becomes in (
+        ("auto", "cpu", "bfloat16"),
+        ("float32", "cpu", "float32"),
+        ("auto", "cuda", "auto"),
+    ):
+        config = small_config(tmp_path, trainer={"precision": given, "device": device})
+        assert SETTLED.apply(config).trainer.precision == becomes

@@ -15,6 +15,7 @@ from promcse_pl.cli import main
 from promcse_pl.folder import CONFIG, HISTORY, RESULTS, STATUS, Status, locked, write_status
 from promcse_pl.sweep.collect import parse_overrides, read_sweep
 from promcse_pl.sweep.html import _inert_json, decimate, page_data
+from promcse_pl.sweep.plan import read_plan, write_plan
 from promcse_pl.sweep.ranking import rank, varied_settings
 from promcse_pl.sweep.report import commands, duration, failures
 
@@ -66,7 +67,8 @@ def test_seeds_are_grouped_by_everything_else(tmp_path, capsys):
     assert "repeat the best run (2, seed 3)" in out
     out, _ = report(capsys, tmp_path / "s", "--runs")
     assert "±" not in out.split("repeat")[0]
-    assert "repeat the best run (3)" in out
+    assert "repeat the best run (2, seed 3)" in out, "the best of the best settings, however the lines are grouped"
+    assert "highest mean over their seeds" in out
     begin(tmp_path / "s/1", ["seed=2"], "failed", "OutOfMemoryError: the memory is full")
     row = rank(read_sweep(tmp_path / "s").runs, by_seed=True)[0]
     assert (row.dev, row.n, row.states) == (71.0, 2, "2 finished, 1 failed")
@@ -133,7 +135,7 @@ def test_scores_on_different_development_sets_are_neither_ranked_nor_is_one_the_
     sweep = read_sweep(tmp_path / "s")
     rows = rank(sweep.runs, by_seed=True)
     assert [row.rank for row in rows] == [None, None]
-    assert commands(sweep, rows) == []
+    assert commands(sweep) == []
     out, err = report(capsys, tmp_path / "s")
     assert "nothing is ranked: the runs were scored on different development sets (STS-B dev, demo dev)" in err
     assert "70.00" in out
@@ -185,7 +187,7 @@ def test_runs_are_found_without_a_plan(tmp_path, capsys, plan):
     out, err = report(capsys, tmp_path)
     assert f"python run.py resume={tmp_path}/a/9" in out
     assert ("sweep.json" in err) == bool(plan)
-    (repeat,) = (command for what, command in commands(sweep, rank(sweep.runs, by_seed=True)) if "repeat" in what)
+    (repeat,) = (command for what, command in commands(sweep) if "repeat" in what)
     assert shlex.split(repeat)[2] == str(tmp_path / "b c" / CONFIG)
 
 
@@ -271,3 +273,26 @@ def test_the_report_does_not_wait_for_torch(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     assert not {"torch", "numpy", "transformers", "wandb", "hydra"} & set(done.stdout.split())
     assert Path(tmp_path / "s/report.html").stat().st_size > 4_000_000
+
+
+def test_runs_without_a_plan_that_differ_by_what_is_not_trained_are_of_the_same_settings(tmp_path):
+    for seed, every in ((1, 10), (2, 50)):
+        finish(tmp_path / str(seed), [f"seed={seed}", f"trainer.save_every={every}"], 70.0 + seed)
+    assert [len(row.runs) for row in rank(read_sweep(tmp_path).runs, by_seed=True)] == [2]
+
+
+def test_runs_that_were_trained_in_different_precisions_are_reported_unless_the_sweep_varies_it(tmp_path, capsys):
+    write_sweep(tmp_path / "s", loss__margin=[0.1, 0.2])
+    for name, precision in (("0", "float32"), ("1", "bfloat16")):
+        path = tmp_path / "s" / name / RESULTS
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"machine": {"precision": precision}}))
+    _, err = report(capsys, tmp_path / "s")
+    assert (
+        "warning: the runs were trained in different precisions (bfloat16, float32), which moves scores a little" in err
+    )
+    plan = read_plan(tmp_path / "s")
+    for job, precision in zip(plan.jobs, ("float32", "bfloat16"), strict=True):
+        job.overrides.append(f"trainer.precision={precision}")
+    write_plan(tmp_path / "s", plan)
+    _, err = report(capsys, tmp_path / "s")
+    assert "precisions" not in err

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from conftest import ROOT
 from small import ROWS, SETTINGS, files
 
-from promcse_pl.folder import is_running, locked, read_status
+from promcse_pl.folder import is_running, locked, read_config, read_status
 from promcse_pl.sweep.plan import missing_jobs, read_plan
 
 
@@ -135,3 +136,80 @@ def test_sweep_parallel_is_not_silently_ignored_by_another_launcher(tmp_path):
     code, _, errors = run(tmp_path, "-m", "hydra/launcher=joblib", "sweep.parallel=2", *SETTINGS)
     assert code == 2
     assert errors.startswith("error: sweep.parallel is of the local launcher. Try: hydra.launcher.n_jobs (joblib)")
+
+
+def test_a_sweep_json_that_names_another_folder_is_refused_and_that_folder_stays_as_it_is(tmp_path):
+    files(tmp_path)
+    victim = tmp_path / "victim"
+    (victim / ".git").mkdir(parents=True)
+    (victim / "thesis.tex").write_text("years of work")
+    sweep = tmp_path / "sweep"
+    sweep.mkdir()
+    jobs = [{"folder": "../victim", "overrides": SETTINGS}]
+    (sweep / "sweep.json").write_text(json.dumps({"format": 1, "overrides": SETTINGS, "jobs": jobs}))
+    code, printed, errors = run(tmp_path, "-m", "sweep.resume=sweep")
+    assert (code, printed) == (2, "")
+    assert errors.startswith("error: sweep/sweep.json: the folder of a job must be a name of its own")
+    assert "../victim" in errors
+    assert sorted(path.name for path in victim.iterdir()) == [".git", "thesis.tex"]
+
+
+def test_a_resumed_sweep_keeps_threads_and_precision_of_its_first_start(tmp_path):
+    files(tmp_path)
+    settings = [entry for entry in SETTINGS if not entry.startswith("trainer.precision=")]
+    arguments = ["-m", "trainer.precision=auto,bfloat16", *settings, "hydra.sweep.dir=sweep"]
+    code, printed, errors = run(tmp_path, *arguments, "sweep.parallel=2")
+    assert code == 0, errors
+    plan = json.loads((tmp_path / "sweep/sweep.json").read_text())
+    share = max(1, len(os.sched_getaffinity(0)) // 2)
+    precision = plan["settled"]["precision"]["cpu"]
+    assert plan["settled"] == {"parallel": 2, "threads": share, "share": share, "precision": {"cpu": precision}}
+    threads = f"{share} thread{'s' if share > 1 else ''} a job"
+    assert f"sweep sweep: 2 jobs, 2 to run; 2 at a time, {threads}, precision {precision}\n" in printed
+    assert [read_config(tmp_path / f"sweep/{job}/start.yaml").trainer.precision for job in (0, 1)] == [
+        precision,
+        "bfloat16",
+    ]
+
+    # as if it had been settled on another machine, and both jobs were still to run
+    other = {"float32": "bfloat16", "bfloat16": "float32"}[precision]
+    plan["settled"]["precision"] = {"cpu": other}
+    (tmp_path / "sweep/sweep.json").write_text(json.dumps(plan))
+    for job in (0, 1):
+        start = tmp_path / f"sweep/{job}/start.yaml"
+        start.rename(tmp_path / "start.yaml")
+        shutil.rmtree(start.parent)
+        start.parent.mkdir()
+        (tmp_path / "start.yaml").rename(start)
+    code, printed, errors = run(tmp_path, "-m", "sweep.resume=sweep", "sweep.parallel=1")
+    assert code == 0, errors
+    assert (
+        f"sweep sweep: 2 jobs, 2 to run; 1 at a time, {threads} as with the sweep.parallel=2 of the first start, precision "
+        in printed
+    )
+    machine = json.loads((tmp_path / "sweep/0/results.json").read_text())["machine"]
+    assert (machine["threads"], machine["precision"]) == (share, precision), "start.yaml holds the precision"
+
+
+def test_a_sweep_of_an_older_version_is_resumed_as_it_was(tmp_path):
+    files(tmp_path)
+    code, _, errors = run(tmp_path, "-m", *SETTINGS, "hydra.sweep.dir=sweep")
+    assert code == 0, errors
+    plan = json.loads((tmp_path / "sweep/sweep.json").read_text())
+    del plan["settled"]
+    (tmp_path / "sweep/sweep.json").write_text(json.dumps(plan))
+    (tmp_path / "sweep/0/status.json").unlink()
+    (tmp_path / "sweep/0/results.json").unlink()
+    code, printed, errors = run(tmp_path, "-m", "sweep.resume=sweep")
+    assert code == 0, errors
+    assert "1 finished" in printed
+    assert "at a time" not in printed
+
+
+def test_a_device_that_is_not_there_stops_a_sweep_before_its_first_job(tmp_path):
+    files(tmp_path)
+    settings = [entry for entry in SETTINGS if not entry.startswith(("trainer.precision=", "trainer.device="))]
+    code, printed, errors = run(tmp_path, "-m", *settings, "trainer.device=mps", "hydra.sweep.dir=sweep")
+    assert (code, printed) == (2, "")
+    assert errors.startswith("error: trainer.precision=auto cannot be measured: there is no mps device on this machine")
+    assert not (tmp_path / "sweep/sweep.json").exists()

@@ -4,19 +4,23 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import save_small_encoder
+from conftest import ROOT, save_small_encoder
 from processes import Ended, promcse
 from safetensors.torch import load_file, save_file
 from test_job import small_config, word_rows
 
+from promcse_pl.errors import OutOfMemoryError
 from promcse_pl.folder import read_status, write_config
 from promcse_pl.training.checkpoint import newest_checkpoint
+from promcse_pl.training.ranks import Ranks
 from promcse_pl.training.stop import StopSignals
+from promcse_pl.training.trouble import plain_errors
 
 
 @contextmanager
@@ -42,7 +46,7 @@ def one_line(done: Ended, message: str) -> None:
     assert "Traceback" not in done.stderr, done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, done.stderr
-    assert message in errors[0]
+    assert message in f"{errors[0]}\n"
 
 
 def test_a_disk_that_fills_up_costs_the_steps_since_the_last_save_and_the_run_goes_on_when_there_is_room(tmp_path):
@@ -96,19 +100,39 @@ resource.setrlimit(resource.RLIMIT_AS, (used + {room}, resource.RLIM_INFINITY))
     ("trainer", "advice"),
     [
         ({"chunk_tokens": None, "recompute": "never"}, "trainer.recompute=always trainer.chunk_tokens=512"),
+        ({"chunk_tokens": 512, "recompute": "never"}, "trainer.recompute=always"),
         ({"chunk_tokens": 100_000, "recompute": "always"}, "trainer.chunk_tokens=50000"),
     ],
-    ids=["kept", "recomputed"],
+    ids=["whole batch", "kept", "recomputed"],
 )
-def test_too_little_memory_is_told_with_the_settings_to_try(trainer, advice, tmp_path):
+def test_too_little_memory_is_told_with_the_command_that_resumes_the_run_with_less(trainer, advice, tmp_path):
     save_small_encoder(tmp_path / "encoder", hidden_size=256, intermediate_size=1024, num_attention_heads=4)
     (tmp_path / "train.csv").write_text("a,b,c\n" + "\n".join(word_rows(4000)) + "\n")
     config = config_file(tmp_path, data={"batch_size": 4000}, trainer=trainer)
     done = promcse(tmp_path / "log", "train", config, "--out", tmp_path / "run", before=LIMIT.format(room=400 * 2**20))
-    one_line(done, f"the memory is full. Try: {advice}")
+    one_line(done, f"the memory is full. Try: python run.py resume={tmp_path}/run {advice}\n")
     status = read_status(tmp_path / "run")
     assert status.state == "failed"
     assert status.error.startswith("OutOfMemoryError: the memory is full")
+    command = status.error.partition("Try: python ")[2]  # the advice, as it is typed
+    again = subprocess.run(
+        [sys.executable, ROOT / command.split()[0], *command.split()[1:]],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert again.returncode == 0, again.stderr
+    assert read_status(tmp_path / "run").state == "finished"
+    for setting in advice.split():
+        assert f"{setting} (was " in (tmp_path / "run/run.log").read_text()
+
+
+def test_memory_that_only_another_training_would_save_is_told_as_a_new_run(tmp_path):
+    config = small_config(tmp_path, data={"batch_size": 8}, trainer={"chunk_tokens": 16, "recompute": "always"})
+    message = r"Try: a new run with data\.batch_size=4; it changes what is trained"
+    with pytest.raises(OutOfMemoryError, match=message), plain_errors(config, Ranks(), tmp_path):
+        raise MemoryError
 
 
 def test_a_loss_that_is_not_finite_leaves_prompt_and_batch_for_inspection_and_a_failed_status(tmp_path):

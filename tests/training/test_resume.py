@@ -367,3 +367,54 @@ def test_a_status_survives_its_file(tmp_path, long_run):
     again = read_status(tmp_path)
     assert (again.step, again.steps, again.state, again.started) == (3, 9, status.state, status.started)
     assert Config.from_dict(read_config(long_run[0]).to_dict()).trainer.save_every == 4
+
+
+EXACT = ["trainer.recompute=always", "trainer.save_every=3", "tracking.tags=[late]", "data.cache_dir=null"]
+
+
+def test_a_resume_may_move_memory_saves_and_logs_and_ends_in_the_same_bytes(
+    stopped_run, long_run, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    resume_job(stopped_run, overrides=EXACT)
+    wanted = outcome(long_run[1])
+    for name in ("adapter.safetensors", "metrics.jsonl"):
+        assert outcome(stopped_run)[name] == wanted[name]
+    config = read_config(stopped_run / "config.yaml")
+    assert (config.trainer.recompute, config.trainer.save_every, config.tracking.tags) == ("always", 3, ["late"])
+    stored = json.loads((stopped_run / "inputs.json").read_text())["config"]
+    assert (stored["trainer.recompute"], stored["trainer.save_every"]) == ("always", 3)
+    log = (stopped_run / "run.log").read_text()
+    assert "resumed with " in log
+    assert "trainer.save_every=3 (was 4)" in log
+    assert "bit for bit" not in log
+
+
+def test_other_chunks_are_taken_recorded_and_said_to_change_the_dropout(stopped_run, long_run):
+    resume_job(stopped_run, overrides=["trainer.chunk_tokens=48"])
+    assert read_config(stopped_run / "config.yaml").trainer.chunk_tokens == 48
+    assert json.loads((stopped_run / "inputs.json").read_text())["config"]["trainer.chunk_tokens"] == 48
+    said = re.search(r"INFO resumed with (.*)", (stopped_run / "run.log").read_text())[1]
+    assert said.startswith("trainer.chunk_tokens=48 (was ")
+    assert said.endswith(
+        "; the dropout masks are drawn anew, so the result will not be bit for bit that of the uninterrupted run"
+    )
+    assert outcome(stopped_run)["metrics.jsonl"] != outcome(long_run[1])["metrics.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lr=0.1", r"optim\.lr decides what is trained or scored: .* Allowed with a resume: data\.cache_dir, "),
+        ("trainer.precision=float32", r"trainer\.precision decides what is trained or scored"),
+        ("evaluation.tasks=[demo]", r"evaluation\.tasks decides what is trained or scored"),
+        ("trainer.chunk_token=8", r"trainer\.chunk_token is not a setting\. Did you mean trainer\.chunk_tokens"),
+        ("trainer.chunk_tokens=0", r"trainer\.chunk_tokens must be at least 1, auto, or null, got 0"),
+        ("trainer.chunk_tokens=[", r"the value of trainer\.chunk_tokens cannot be read: '\['"),
+    ],
+)
+def test_a_resume_takes_no_setting_that_decides_the_result(override, message, stopped_run):
+    before = (stopped_run / "config.yaml").read_bytes()
+    with pytest.raises(ConfigError, match=message):
+        resume_job(stopped_run, overrides=[override])
+    assert (stopped_run / "config.yaml").read_bytes() == before
