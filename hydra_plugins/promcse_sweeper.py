@@ -80,7 +80,7 @@ class PromcseSweeper(Sweeper):
         try:
             composed = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
         except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(str(error)) from error
+            raise ConfigError(" ".join(line.strip() for line in str(error).splitlines())) from error
         return config_of(composed)
 
     def _launch(self, jobs: Sequence[SweepJob]) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from promcse_pl.errors import ConfigError, DataError, PromcseError, of_the_system, write_error
 from promcse_pl.imports import unwatched_imports
 from promcse_pl.paths import expand, hide_home
-from promcse_pl.streams import drop_output, open_streams
+from promcse_pl.streams import drop_output, open_streams, visible
 from promcse_pl.training.stop import Stopped
 from promcse_pl.version import __version__
 
@@ -198,7 +198,7 @@ def _report(options: argparse.Namespace) -> int:
 
     sweep = read_sweep(options.folder)
     print_report(sweep, rank(sweep.runs, by_seed=not options.runs), by_seed=not options.runs, tests=options.test)
-    sys.stdout.write(f"\npage: {hide_home(str(write_html(sweep, tests=options.test)))}\n")
+    sys.stdout.write(f"\npage: {visible(hide_home(str(write_html(sweep, tests=options.test))))}\n")
     return 0
 
 
@@ -256,7 +256,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     with stages(Console(stderr=True)) as report:
         tree = hide_home(evaluate(targets, loaded, cache, report))
     for warning in tree["warnings"]:
-        sys.stderr.write(f"warning: {warning}\n")
+        sys.stderr.write(f"warning: {visible(warning)}\n")
     text = render(tree, options.format) if options.format else ""
     if options.out:
         write_text(options.out / "results.json", json.dumps(tree, indent=2) + "\n")
@@ -269,7 +269,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         for table in tables(tree):
             console.print(table)
     for path in draw(tree, options.plot) if options.plot else ():
-        sys.stderr.write(f"{path}\n")
+        sys.stderr.write(f"{visible(str(path))}\n")
     return 0
 
 
@@ -340,7 +340,8 @@ def _search(options: argparse.Namespace) -> int:
             named = [{"sentence": sentence, "score": score} for sentence, score in hits]
             sys.stdout.write(json.dumps({"query": query, "hits": named}, ensure_ascii=False) + "\n")
     else:
-        sys.stdout.write("".join(f"{score:.4f}\t{sentence}\n" for sentence, score in found[0]))
+        shown = visible if sys.stdout.isatty() else str  # in a pipe the sentences stay as they are
+        sys.stdout.write("".join(f"{score:.4f}\t{shown(sentence)}\n" for sentence, score in found[0]))
         if not found[0]:
             sys.stderr.write(f"no sentence has a cosine of {options.threshold} or more. Try: --threshold 0\n")
     return 0
@@ -429,7 +430,7 @@ def _import(options: argparse.Namespace) -> int:
 
         imported = import_official(options.source, pooling=options.pooling, encoder=options.encoder)
         save_adapter(imported.encoder, options.out)
-        sys.stdout.write("".join(f"{line}\n" for line in imported.notes))
+        sys.stdout.write("".join(f"{visible(line)}\n" for line in imported.notes))
     sys.stdout.write(f"adapter: {options.out}\n")
     return 0
 

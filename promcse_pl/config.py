@@ -481,18 +481,17 @@ def resumed_with(config: Config, overrides: Sequence[str]) -> Config:
     Raises:
         ConfigError: An unknown key, a key that decides what is trained or scored, or a value that is not valid.
     """
-    tree = config.to_dict()
-    keys = [key for part in setting_keys().values() for key in part]
+    tree, parts = config.to_dict(), setting_keys()
+    keys = [key for part in parts.values() for key in part]
     for override in overrides:
         key, equals, text = override.partition("=")
-        if key not in keys:
+        if key not in keys and key not in parts and not key.startswith(("sweep.", "hydra")):
             raise unknown_key(key)
-        if not equals or decides(key) != "execution":
+        if not equals or key not in keys or decides(key) != "execution":
             allowed = ", ".join(one for one in keys if decides(one) == "execution")
-            why = f"{key} decides what is trained or scored" if equals else f"{override} has no value"
             raise ConfigError(
-                f"{why}: a resumed run keeps its settings. Allowed with a resume: {allowed}. Try: leave {key} out, or start a "
-                "new run"
+                f"a resumed run keeps what decides its training and its scores: {override[:200]} cannot be given. Allowed with a "
+                f"resume: {allowed}. Try: leave {key} out, or start a new run"
             )
         try:
             value = yaml.safe_load(text)

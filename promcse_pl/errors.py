@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from promcse_pl.paths import hide_home
+from promcse_pl.streams import visible
 
 
 class PromcseError(Exception):
@@ -46,6 +47,6 @@ def of_the_system(error: OSError) -> PromcseError:
 
 
 def write_error(error: PromcseError) -> None:
-    """Write an error to stderr as the one line that a user sees, without the home folder and cut at 3,000 characters."""
-    message = hide_home(str(error))
+    """Write an error to stderr as the one line that a user sees: home folder hidden, control characters escaped, cut at 3,000."""
+    message = visible(hide_home(str(error)))
     sys.stderr.write(f"error: {message if len(message) < 3000 else message[:3000] + '…'}\n")

@@ -39,7 +39,7 @@ from promcse_pl.folder import (
 )
 from promcse_pl.logs import logging_to
 from promcse_pl.paths import expand, is_folder, run_command
-from promcse_pl.terminal import NO_TERMINAL_WIDTH, output_console
+from promcse_pl.terminal import NO_TERMINAL_WIDTH, output_console, plain
 from promcse_pl.training.ranks import STORE, Ranks, find_ranks
 from promcse_pl.training.trouble import plain_errors
 
@@ -118,7 +118,7 @@ def resume_job(folder: Path, console: Console | None = None, overrides: Sequence
         before = read_status(folder)
         if before is not None and before.state == "finished":
             remove_checkpoints(folder)  # the run may have been killed before it did so itself
-            console.print(f"the run in {folder} is finished; nothing is left to do", soft_wrap=True)
+            console.print(plain(f"the run in {folder} is finished; nothing is left to do"), soft_wrap=True)
             return read_results(folder)
         check_inputs(config)
         check_target(folder / ADAPTER)

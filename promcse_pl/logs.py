@@ -12,6 +12,7 @@ from rich.console import Console
 
 from promcse_pl.errors import ConfigError
 from promcse_pl.paths import hide_home
+from promcse_pl.streams import visible
 from promcse_pl.terminal import ConsoleHandler
 from promcse_pl.training.stop import Stopped
 
@@ -32,7 +33,7 @@ def logging_to(path: Path | None, console: Console) -> Iterator[None]:
     log.setLevel(logging.INFO)
     propagate, log.propagate = log.propagate, False
     for handler in handlers:
-        handler.addFilter(_without_home)
+        handler.addFilter(_make_printable)
         log.addHandler(handler)
     try:
         yield
@@ -49,9 +50,9 @@ def logging_to(path: Path | None, console: Console) -> Iterator[None]:
         log.propagate = propagate
 
 
-def _without_home(record: logging.LogRecord) -> bool:
-    """Write a line's message out, with ~ for the home folder."""
-    record.msg, record.args = hide_home(record.getMessage()), None
+def _make_printable(record: logging.LogRecord) -> bool:
+    """Write a line's message out, with ~ for the home folder and escapes for control characters."""
+    record.msg, record.args = visible(hide_home(record.getMessage())), None
     return True
 
 

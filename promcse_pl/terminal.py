@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.tree import Tree
 
-from promcse_pl.streams import drop_output
+from promcse_pl.streams import drop_output, visible
 
 NO_TERMINAL_WIDTH = 120
 """Columns of tables in a pipe or file, where rich would assume 80 and cut numbers."""
@@ -30,6 +31,11 @@ class OutputConsole(Console):
 def output_console() -> Console:
     """Return the console of standard output."""
     return OutputConsole(width=None if sys.stdout.isatty() else NO_TERMINAL_WIDTH)
+
+
+def plain(text: str) -> str:
+    """Return text that rich prints as it is: no markup such as `[bold]`, control characters as escapes."""
+    return escape(visible(text))
 
 
 class ConsoleHandler(logging.Handler):
@@ -50,11 +56,11 @@ def config_tree(config: Mapping[str, Any]) -> Tree:
     tree = Tree("config")
     for name, value in config.items():
         if isinstance(value, Mapping):
-            branch = tree.add(name)
+            branch = tree.add(plain(name))
             for key, entry in value.items():
-                branch.add(f"{key}: {_shown(entry)}", highlight=True)
+                branch.add(plain(f"{key}: {_shown(entry)}"), highlight=True)
         else:
-            tree.add(f"{name}: {_shown(value)}", highlight=True)
+            tree.add(plain(f"{name}: {_shown(value)}"), highlight=True)
     return tree
 
 
@@ -73,8 +79,8 @@ def stages(console: Console) -> Iterator[Callable[[str, int, int | None], None]]
         bars: list[TaskID] = []
 
         def report(part: str, done: int, total: int | None) -> None:
-            bars[:] = bars or [progress.add_task(part, total=total)]
-            progress.update(bars[0], description=part, completed=done, total=total)
+            bars[:] = bars or [progress.add_task(plain(part), total=total)]
+            progress.update(bars[0], description=plain(part), completed=done, total=total)
 
         yield report
 

@@ -9,6 +9,8 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from promcse_pl.terminal import plain
+
 Tree = dict[str, Any]
 FORMATS = ("markdown", "latex")
 
@@ -29,7 +31,7 @@ def tables(tree: Tree) -> list[Table]:
     scores = _table(f"Score and {100 * tree['bootstrap']['level']:.0f} % interval", ["", *names])
     for _, tasks in _groups(tree):
         for task in tasks:
-            scores.add_row(task, *(_cell(tree, name, task) for name in names))
+            scores.add_row(plain(task), *(_cell(tree, name, task) for name in names))
         scores.add_section()
     return [scores, *(_differences(tree, name) for name in names[1:])]
 
@@ -40,14 +42,14 @@ def _differences(tree: Tree, name: str) -> Table:
     table = _table(f"{name} against {next(iter(tree['targets']))}{over}", ["", "difference", "p", ""])
     for row in rows:
         figures, _, word = row["verdict"].partition(f" over {row['over']}: ")
-        table.add_row(row["task"], figures, "" if row["p"] is None else f"{row['p']:.3f}", word)
+        table.add_row(plain(row["task"]), figures, "" if row["p"] is None else f"{row['p']:.3f}", word)
     return table
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title_justify="left", box=SIMPLE_HEAD, pad_edge=False, title=title, min_width=len(title))
+    table = Table(title_justify="left", box=SIMPLE_HEAD, pad_edge=False, title=plain(title), min_width=len(title))
     for place, column in enumerate(columns):
-        table.add_column(column, justify="right" if place else "left", no_wrap=not place, overflow="fold")
+        table.add_column(plain(column), justify="right" if place else "left", no_wrap=not place, overflow="fold")
     return table
 
 

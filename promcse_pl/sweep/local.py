@@ -14,6 +14,7 @@ from pathlib import Path
 from promcse_pl.errors import ConfigError, DataError, PromcseError
 from promcse_pl.folder import CONFIG, OUTPUT, START, Status, is_running, read_results, read_status, write_status
 from promcse_pl.paths import run_command
+from promcse_pl.streams import visible
 from promcse_pl.sweep.collect import read_sweep
 from promcse_pl.sweep.forkserver import Task
 from promcse_pl.sweep.plan import Plan, SweepJob, missing_jobs
@@ -174,7 +175,9 @@ def summary(folder: Path, plan: Plan, stopped: int | None) -> int:
         state = status.state if status else "not started"
         states.setdefault(state, []).append(job)
         if status and state == "failed":
-            tell(f"failed: job {job.folder}{_own(plan, job)}: {status.error}")
+            first, *more = (status.error or "").split("\n")
+            for line in (f"failed: job {job.folder}{_own(plan, job)}: {first}", *(f"  {line}" for line in more)):
+                tell(line)
     tell(", ".join(f"{len(jobs)} {state}" for state, jobs in states.items()))
     runs = read_sweep(folder).runs if plan.jobs else []
     if best := find_best(runs):
@@ -206,5 +209,5 @@ def _own(plan: Plan, job: SweepJob) -> str:
 
 def tell(line: str) -> None:
     """Print a line at once."""
-    sys.stdout.write(line + "\n")
+    sys.stdout.write(visible(line) + "\n")
     sys.stdout.flush()

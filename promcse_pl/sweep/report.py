@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 
 from promcse_pl.folder import CONFIG
 from promcse_pl.paths import hide_home, run_command
+from promcse_pl.streams import visible
 from promcse_pl.sweep.collect import Run, Sweep
 from promcse_pl.sweep.ranking import Row, dev_sets, different_dev_sets, figure, find_best, varied_settings
-from promcse_pl.terminal import output_console
+from promcse_pl.terminal import output_console, plain
 
 CHEATING = (
     "test scores are shown: choosing settings by them is cheating, since a score that was chosen by is no longer a test. "
@@ -34,10 +34,15 @@ def print_report(sweep: Sweep, rows: Sequence[Row], *, by_seed: bool, tests: boo
     console = output_console()
     console.print(ranked_table(sweep, rows, by_seed=by_seed, tests=tests))
     for line in notes(sweep, rows, tests=tests):
-        (sys.stderr if line.startswith("warning") else sys.stdout).write(f"{hide_home(line)}\n")
-    lines = [f"\n{run.name} {run.state}: {message}" for run, messages in failures(sweep.runs) for message in messages]
-    lines += [f"\n{what}:\n  {command}" for what, command in commands(sweep)]
-    sys.stdout.write("".join(f"{hide_home(line)}\n" for line in lines))
+        (sys.stderr if line.startswith("warning") else sys.stdout).write(f"{visible(hide_home(line))}\n")
+    for run, messages in failures(sweep.runs):
+        for message in messages:
+            first, *more = hide_home(f"{run.name} {run.state}: {message}").split("\n")
+            sys.stdout.write(
+                "".join(["\n", *(f"{visible(line)}\n" for line in (first, *(f"  {line}" for line in more)))])
+            )
+    for what, command in commands(sweep):
+        sys.stdout.write(f"\n{visible(hide_home(what))}:\n  {visible(hide_home(command))}\n")
 
 
 def ranked_table(sweep: Sweep, rows: Sequence[Row], *, by_seed: bool, tests: bool) -> Table:
@@ -55,16 +60,16 @@ def ranked_table(sweep: Sweep, rows: Sequence[Row], *, by_seed: bool, tests: boo
     table.add_column("#", justify="right")
     table.add_column("run", overflow="fold")
     for name in ["unlike most runs"] if usual else names:
-        table.add_column(escape(name.replace(".", ".\n")), justify="left" if usual else "right", overflow="fold")
-    for title in ("dev", *(["n"] if several else []), *map(escape, tasks), "time"):
+        table.add_column(plain(name.replace(".", ".\n")), justify="left" if usual else "right", overflow="fold")
+    for title in ("dev", *(["n"] if several else []), *map(plain, tasks), "time"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("status")
     for row in rows:
         first = row.runs[0]
         table.add_row(
             "" if row.rank is None else str(row.rank),
-            escape(",".join(run.name for run in row.runs)),
-            *(escape(text) for text in _settings(first, names, usual)),
+            plain(",".join(run.name for run in row.runs)),
+            *(plain(text) for text in _settings(first, names, usual)),
             _dev(row),
             *([str(row.n)] if several else []),
             *(figure(*row.test(task)) for task in tasks),

@@ -12,7 +12,7 @@ from test_sweep import run
 
 from promcse_pl.config import SweepConfig
 from promcse_pl.errors import ConfigError
-from promcse_pl.folder import Status, read_status, write_status
+from promcse_pl.folder import Status, read_config, read_status, write_status
 from promcse_pl.sweep import pool, search
 from promcse_pl.sweep.forkserver import Task
 from promcse_pl.sweep.plan import read_plan
@@ -182,3 +182,17 @@ def test_a_search_of_real_runs_as_it_is_typed(tmp_path):
         assert re.search(
             rf"length: {trial.params['prompt.length']}\n", (tmp_path / f"s/{number}/config.yaml").read_text()
         )
+
+
+def test_a_search_settles_precision_and_threads_once_for_jobs_of_its_first_and_of_later_starts(scripted, tmp_path):
+    scripted(tmp_path / "parts", trials=2)
+    settled = read_plan(tmp_path / "parts").settled
+    assert settled.parallel == 1
+    assert set(settled.precision) == {"auto"}
+    other = {"float32": "bfloat16", "bfloat16": "float32"}[settled.precision["auto"]]
+    raw = json.loads((tmp_path / "parts/sweep.json").read_text())
+    raw["settled"]["precision"]["auto"] = other
+    (tmp_path / "parts/sweep.json").write_text(json.dumps(raw))
+    scripted(tmp_path / "parts", trials=4, resume="parts")
+    chosen = [read_config(tmp_path / f"parts/{job}/start.yaml").trainer.precision for job in range(4)]
+    assert chosen == [settled.precision["auto"]] * 2 + [other] * 2

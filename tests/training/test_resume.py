@@ -405,9 +405,12 @@ def test_other_chunks_are_taken_recorded_and_said_to_change_the_dropout(stopped_
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optim.lr=0.1", r"optim\.lr decides what is trained or scored: .* Allowed with a resume: data\.cache_dir, "),
-        ("trainer.precision=float32", r"trainer\.precision decides what is trained or scored"),
-        ("evaluation.tasks=[demo]", r"evaluation\.tasks decides what is trained or scored"),
+        ("optim.lr=0.1", r"optim\.lr=0\.1 cannot be given. Allowed with a resume: data\.cache_dir, "),
+        ("trainer.precision=float32", r"trainer\.precision=float32 cannot be given"),
+        ("evaluation.tasks=[demo]", r"evaluation\.tasks=\[demo\] cannot be given"),
+        ("trainer=cpu", r"trainer=cpu cannot be given"),
+        ("sweep.parallel=2", r"sweep\.parallel=2 cannot be given"),
+        ("trainer.recompute", r"trainer\.recompute cannot be given"),
         ("trainer.chunk_token=8", r"trainer\.chunk_token is not a setting\. Did you mean trainer\.chunk_tokens"),
         ("trainer.chunk_tokens=0", r"trainer\.chunk_tokens must be at least 1, auto, or null, got 0"),
         ("trainer.chunk_tokens=[", r"the value of trainer\.chunk_tokens cannot be read: '\['"),
