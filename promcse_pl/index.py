@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from promcse_pl.adapter.files import whole_folder
 from promcse_pl.errors import AdapterError, ConfigError, DataError, PromcseError
-from promcse_pl.model.backbone import file_sha256
+from promcse_pl.model.weights import file_sha256
 from promcse_pl.version import __version__
 
 Kind = Literal["exact", "flat", "ivf"]

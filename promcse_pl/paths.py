@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import stat
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,6 +25,26 @@ def is_there(path: Path) -> bool:
 def is_folder(path: Path) -> bool:
     """Tell whether a folder is there; a name that no folder can have is not."""
     return os.path.isdir(path)  # noqa: PTH112  (the same)
+
+
+def require_regular_file(path: Path, *, at_most: int | None = None) -> Path:
+    """Return the path of a regular file, so that nothing waits for a FIFO or reads a device without end.
+
+    Args:
+        path: The file; a symbolic link is followed.
+        at_most: Most bytes that such a file has; None for no limit.
+
+    Raises:
+        OSError: There is no file, it is a folder, FIFO, socket or device, or it is larger.
+    """
+    found = os.stat(path)  # noqa: PTH116  (Path.stat, for a name of any length)
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file but a FIFO, a socket or a device", str(path))
+    if at_most is not None and found.st_size > at_most:
+        raise OSError(errno.EFBIG, f"{found.st_size:,} bytes, at most {at_most:,} are read", str(path))
+    return path
 
 
 def hide_home(value: Tree) -> Tree:

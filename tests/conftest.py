@@ -14,8 +14,9 @@ from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 from promcse_pl.config import Config
 from promcse_pl.data.demo import demo_pairs
 from promcse_pl.job import run_job
-from promcse_pl.model.backbone import EncoderId, FrozenBackbone
+from promcse_pl.model.backbone import FrozenBackbone
 from promcse_pl.model.encoder import Tokens
+from promcse_pl.model.identity import EncoderId
 
 ROOT = Path(__file__).resolve().parents[1]
 WHOLE_GOLDEN, SOME_GOLDEN = ROOT / "../shared/golden", ROOT / "tests/golden/numbers"
