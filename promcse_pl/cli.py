@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         "query", help="a sentence: prints score, tab, sentence; - reads queries, prints a JSON object each"
     )
     search.add_argument("--top-k", type=int, default=5, help="most hits of a query (default 5)")
-    search.add_argument("--threshold", type=float, default=0.6, help="least cosine of a hit, in [-1, 1] (default 0.6)")
+    search.add_argument("--threshold", type=float, help="least cosine of a hit, in [-1, 1] (default: no limit)")
     search.set_defaults(run=_search)
 
     similarity = commands.add_parser("similarity", help="cosine of two sentences, or of two files line by line")
@@ -298,7 +298,7 @@ def _search(options: argparse.Namespace) -> int:
     else:
         sys.stdout.write("".join(f"{score:.4f}\t{sentence}\n" for sentence, score in found[0]))
         if not found[0]:
-            sys.stderr.write(f"no sentence has a cosine of {options.threshold} or more. Try: --threshold 0\n")
+            sys.stderr.write(f"no sentence has a cosine of {options.threshold} or more. Try: without --threshold\n")
     return 0
 
 
@@ -313,7 +313,7 @@ def _similarity(options: argparse.Namespace) -> int:
             f"the files must have as many lines as each other, got {len(first)} in {given[0]} and {len(second)} in {given[1]}"
         )
     vectors_ND = _load(options.adapter).encode([*first, *second])
-    cosines_N = (vectors_ND[: len(first)] * vectors_ND[len(first) :]).sum(1)
+    cosines_N = (vectors_ND[: len(first)] * vectors_ND[len(first) :]).sum(1).clip(-1, 1)
     sys.stdout.write("".join(f"{cosine:.4f}\n" for cosine in cosines_N))
     return 0
 

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as arrays
 from promcse_pl.adapter.files import save_adapter
 from promcse_pl.embedder import PromCSE
 from promcse_pl.errors import AdapterError, ConfigError, DataError
-from promcse_pl.index import SentenceIndex
+from promcse_pl.index import FORMAT, SentenceIndex
 from promcse_pl.model.backbone import FrozenBackbone
 from promcse_pl.model.encoder import PromptEncoder
 
@@ -158,10 +158,14 @@ def test_one_query_gives_a_list_and_many_give_lists_under_the_same_limits(model)
     assert model.search([]) == []
 
 
-def test_defaults_are_those_of_the_official_tool(model):
+def test_by_default_the_five_best_hits_come_back_however_low_their_cosines(model):
     model.build_index(CORPUS * 2)
-    assert model.search("w5 w6") == model.search("w5 w6", top_k=5, threshold=0.6)
     assert model.search("w5 w6")[:4] == [("w5 w6", 1.0)] * 4
+    assert len(model.search("w5 w6")) == 5
+    index = SentenceIndex()
+    index.add(np.array([[-1.0, 0.0], [0.0, 1.0]], dtype=np.float32), ["west", "north"])
+    assert index.search(np.array([[1.0, 0.0]], dtype=np.float32)) == [[("north", 0.0), ("west", -1.0)]]
+    assert model.search("w5 w6", threshold=0.6) == [hit for hit in model.search("w5 w6") if hit[1] >= 0.6]
 
 
 def test_add_keeps_earlier_sentences_and_the_callers_list(model):
@@ -269,7 +273,7 @@ def test_a_description_that_is_newer_or_odd_is_refused(model, tmp_path):
     path = tmp_path / "index" / "index.json"
     about = json.loads(path.read_text())
     for change, message in (
-        ({"format": 2}, "has format 2"),
+        ({"format": FORMAT + 1}, f"has format {FORMAT + 1}"),
         ({"kind": "hnsw"}, "kind must be one of"),
         ({"sha256": {}}, "is not an index, or is damaged"),
         ({"adapter": 3}, "another adapter"),

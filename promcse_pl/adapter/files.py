@@ -187,7 +187,7 @@ def load_adapter(
     _check_encoder(about["encoder"], backbone, folder)
     if bundled:
         backbone.identity = dataclasses.replace(backbone.identity, name=BUNDLED)  # saved again, it stays so
-    options = {
+    options: dict[str, Any] = {
         "length": about["prompt"]["length"],
         "projection_size": about["prompt"]["projection_size"],
         "pooling": about["pooling"],
@@ -210,9 +210,8 @@ def load_adapter(
 
 def _check_encoder(stored: dict[str, Any], backbone: FrozenBackbone, folder: Path) -> None:
     """Refuse an encoder that would give other embeddings than the one that the adapter was trained on."""
-    expected = EncoderId(
-        stored["name"], stored["revision"], stored["sha256"], stored.get("config", {}), stored.get("tokenizer")
-    )
+    config = stored.get("config", {"model_type": stored["family"]})  # format 1 has no more
+    expected = EncoderId(stored["name"], stored["revision"], stored["sha256"], config, stored.get("tokenizer"))
     actual = backbone.identity
     if actual.sha256 != expected.sha256:
         raise AdapterError(

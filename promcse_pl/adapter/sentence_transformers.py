@@ -19,6 +19,7 @@ from promcse_pl.embedder import PromCSE, tokenize
 from promcse_pl.errors import AdapterError, ConfigError, DataError
 from promcse_pl.model.chunks import CHUNK_TOKENS
 from promcse_pl.model.encoder import PromptEncoder, Tokens
+from promcse_pl.model.identity import tokenizer_fingerprint
 
 try:
     from sentence_transformers import SentenceTransformer
@@ -162,15 +163,22 @@ def as_sentence_transformer(model: PromCSE) -> SentenceTransformer:
     return SentenceTransformer(modules=modules, device=str(model.encoder.backbone.device))
 
 
-def export_sentence_transformers(model: PromCSE, folder: Path) -> None:
+def export_sentence_transformers(model: PromCSE, folder: str | Path) -> None:
     """Write a folder for `SentenceTransformer(folder, trust_remote_code=True)`; an older export is replaced.
 
     It holds no code and no frozen weights but those that the adapter itself holds: promcse_pl must be installed where it is
     read, and the encoder is found by its name, as for any adapter.
 
     Raises:
-        AdapterError: The place cannot be written, or holds something else.
+        AdapterError: The place cannot be written, or holds something else; or the model uses another tokenizer than the
+            encoder's own, which the folder cannot hold.
     """
-    with whole_folder(folder, mark="adapter/adapter.json") as new:
+    own = model.encoder.backbone.identity.tokenizer
+    if own != tokenizer_fingerprint(model.tokenizer):
+        raise AdapterError(
+            "the model uses another tokenizer than its encoder's own, and an exported folder holds no tokenizer. Try: "
+            "export_sentence_transformers(PromCSE(model.encoder), folder)"
+        )
+    with whole_folder(Path(folder), mark="adapter/adapter.json") as new:
         as_sentence_transformer(model).save_pretrained(str(new), create_model_card=False)
         (new / "README.md").write_text(_CARD.format(encoder=model.encoder.backbone.identity.name), encoding="utf-8")

@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from promcse_pl.adapter.files import adapter_hash
 from promcse_pl.embedder import PromCSE
 from promcse_pl.errors import DataError, NonFiniteError
 from promcse_pl.evaluation.sts import VectorOf
@@ -94,11 +93,9 @@ def check_vectors(vectors: VectorOf) -> None:
 
 
 def model_hash(model: PromCSE) -> str:
-    """Return the hex sha256 of what decides a model's vectors: adapter and encoder, tokenizer, precision, kind of device."""
+    """Return the hex sha256 of what decides a model's vectors: its adapter hash, longest input, precision, kind of device."""
     backbone = model.encoder.backbone
-    tokenizer = json.loads(model.tokenizer.backend_tokenizer.to_str())
-    del tokenizer["padding"], tokenizer["truncation"]  # left behind by the last call
-    parts = [adapter_hash(model.encoder), tokenizer, model.max_tokens, backbone.precision, backbone.device.type]
+    parts = [model.adapter_hash(), model.max_tokens, backbone.precision, backbone.device.type]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -478,6 +478,20 @@ def _keep_first_token(_module: nn.Module, states: tuple[Tensor, ...]) -> tuple[T
     return tuple(state_BTD[:, :1] for state_BTD in states) if _first_token_alone.get() else None
 
 
+def refuse_special_files(folder: Path) -> None:
+    """Refuse a folder with a FIFO, a socket or a device in it: transformers opens whatever has the right name, and would wait.
+
+    Raises:
+        EncoderError: There is one, or the folder cannot be read.
+    """
+    try:
+        for path in folder.iterdir():
+            if is_there(path) and not is_folder(path):
+                require_regular_file(path)
+    except OSError as error:
+        raise EncoderError(f"cannot read the encoder {folder}: {error.filename}: {error.strerror or error}") from error
+
+
 def locate(
     name: str, revision: str | None, *, weights: Sequence[str] = ("model*.safetensors",)
 ) -> tuple[Path, str | None]:
@@ -491,14 +505,7 @@ def locate(
         raise EncoderError(f"no encoder has a name of {len(name)} characters like {name[:40]!r}. Check model.path")
     folder = expand(name)
     if is_folder(folder):
-        try:  # transformers opens whatever has the right name, and would wait for a FIFO
-            for path in folder.iterdir():
-                if not is_folder(path) and is_there(path):
-                    require_regular_file(path)
-        except OSError as error:
-            raise EncoderError(
-                f"cannot read the encoder {name}: {error.filename or name}: {error.strerror or error}"
-            ) from error
+        refuse_special_files(folder)
         if not is_there(folder / "config.json"):
             raise EncoderError(
                 f"{name} is a folder without config.json. Try: model.path=FOLDER with a transformers encoder"

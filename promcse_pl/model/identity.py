@@ -115,7 +115,7 @@ def differences(expected: EncoderId, actual: EncoderId, *, owner: str) -> list[s
         owner: Introduces the expected value, as in "hidden_act is relu, OWNER gelu".
     """
     found = [
-        f"{name} is {actual.config[name]}, {owner} {value}"
+        f"{name} is {str(actual.config[name])[:80]}, {owner} {str(value)[:80]}"
         for name, value in expected.config.items()
         if name in actual.config and actual.config[name] != value
     ]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,11 +73,28 @@ def read_header(path: Path) -> dict[str, TensorSpec]:
     return specs
 
 
-def is_whole(tensor: Tensor) -> bool:
-    """Whether a tensor that was read from a pickle has memory of its own for every entry.
+def read_pickle(path: Path) -> Any:  # noqa: ANN401
+    """Read the tensors of a file that `torch.save` wrote; nothing in it is run, and no tensor may be larger than the file.
 
-    One with stride 0, or a sparse one, can claim terabytes in a file of a kilobyte.
+    Raises:
+        OSError: It cannot be read, or is a FIFO, a socket or a device.
+        ValueError: It would take more memory than a file of that size holds.
+        pickle.UnpicklingError, RuntimeError, ...: It holds more than tensors, or is damaged; see `torch.load`.
     """
+    size = require_regular_file(path).stat().st_size
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.file_size > size for entry in archive.infolist()):  # torch.save compresses nothing
+                raise ValueError("it is compressed, and larger unpacked than the file itself")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    for name, tensor in state.items() if isinstance(state, dict) else ():
+        if isinstance(tensor, Tensor) and not _has_memory(tensor):
+            raise ValueError(f"{str(name)[:80]} is sparse, or claims more values than the file holds")
+    return state
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether every entry of a tensor has memory of its own: one with stride 0 can claim terabytes in a file of a kilobyte."""
     return (
         tensor.layout == torch.strided and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
     )

@@ -102,12 +102,21 @@ def test_an_average_is_possible_and_drops_the_mlp(checkpoint):
     assert imported.notes[1] == "pooling avg_top2: the MLP is dropped"
 
 
-def test_mlm_head_and_pooler_are_left_out_and_said(tmp_path):
+def test_mlm_head_and_pooler_are_dropped_and_each_is_named_with_what_that_means_for_an_export(tmp_path):
     def more(state):
         state |= {"lm_head.bias": torch.zeros(97), "bert.pooler.dense.bias": torch.zeros(D)}
 
     imported = import_official(save_official(tmp_path / "x", change=more))
-    assert imported.notes[-1] == "left out, no sentence vector needs it: lm_head, pooler"
+    assert imported.notes[-2:] == (
+        "the MLM head (lm_head) is dropped: no embedding needs it. An export of this adapter has none, so the official code "
+        "would start --do_mlm with a fresh head",
+        "the pooler of the plain encoder (pooler) is dropped: neither this package nor the official code reads it",
+    )
+    export_official(imported.encoder, tmp_path / "back")
+    before, after = (
+        torch.load(place / "pytorch_model.bin", weights_only=True) for place in (tmp_path / "x", tmp_path / "back")
+    )
+    assert set(before) - set(after) == {"lm_head.bias", "bert.pooler.dense.bias"}
 
 
 def test_a_safetensors_checkpoint_gives_the_same_vectors(checkpoint):
