@@ -51,6 +51,9 @@ CONFIG_FIELDS: dict[str, tuple[str, ...]] = {
 An allow-list: a field that a newer transformers adds, with a default that changes nothing, must not refuse an old adapter.
 """
 
+_OF_THE_FILES = ("is_local", "local_files_only", "model_max_length", "name_or_path", "tokenizer_class")
+"""Settings of a tokenizer that say where its files are, or that each call overrides."""
+
 
 @dataclass(frozen=True, slots=True)
 class EncoderId:
@@ -98,7 +101,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:  # noqa: ANN401  (a transforme
         settings = {
             key: value
             for key, value in tokenizer.init_kwargs.items()
-            if not key.endswith(("_file", "name_or_path", "tokenizer_class"))  # these say where the files are
+            if value is not None and key not in _OF_THE_FILES and not key.endswith("_file")
         }
         described += [tokenizer.get_vocab(), settings]
     return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
