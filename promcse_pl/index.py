@@ -7,7 +7,6 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import struct
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -243,7 +242,8 @@ def _read_npy(path: Path, shape: tuple[int, int]) -> NDArray[np.float32]:
 def _read_faiss(path: Path, shape: tuple[int, int]) -> Any:  # noqa: ANN401
     """Read a FAISS index; its header holds a kind (4 bytes), the width (int32) and the number of vectors (int64)."""
     with path.open("rb") as file:
-        _kind, width, rows = struct.unpack("<4siq", file.read(16))
+        header = file.read(16)
+    width, rows = (int.from_bytes(part, "little", signed=True) for part in (header[4:8], header[8:16]))
     if (rows, width) != shape or 4 * rows * width > path.stat().st_size:
         raise ValueError(f"{path} says that it holds {rows} vectors of width {width}, expected {shape}")
     index = _faiss().read_index(str(path))
