@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_small_encoder, small_tokens
+from conftest import memory_limit, save_small_encoder, small_tokens
 from safetensors.torch import load_file, save_file
 
 from promcse_pl.adapter.files import BUNDLED, DESCRIPTION, FORMAT, WEIGHTS, describe, load_adapter, save_adapter
@@ -375,24 +375,10 @@ def test_an_adapter_of_format_1_knows_weights_and_family_of_its_encoder_alone(fo
 
 @pytest.fixture
 def little_memory():
-    """Refuse this process more than 300 MB beyond what it has, and half a minute; a FIFO or a bomb then fails the test."""
-    resource = pytest.importorskip("resource")
-
-    def hang(*_):
-        raise TimeoutError("it waits")
-
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    handler = signal.signal(signal.SIGALRM, hang)
-    resource.setrlimit(resource.RLIMIT_AS, (used + 300_000_000, hard))
-    signal.alarm(30)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, handler)
-    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    with memory_limit():
+        yield
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 def test_a_projection_of_a_million_takes_neither_time_nor_memory(folder, little_memory):
     change_description(folder, "prompt.projection_size", 2**20)
     before = time.perf_counter()
@@ -409,7 +395,6 @@ def carrying(backbone, tmp_path) -> Path:
     return tmp_path / "carrying"
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 @pytest.mark.parametrize(
     ("key", "value"),
     [

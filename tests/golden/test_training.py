@@ -1,7 +1,7 @@
 """Twenty steps of the official trainer on given batches: with its optimiser to rounding, with torch's to the known drift.
 
-With `gradient_accumulation_steps` of k in args.json, a step takes k micro-batches of batches.safetensors in order, and loss.json lists
-a loss per micro-batch, as the model gives it: not divided by k.
+With `gradient_accumulation_steps` of k in args.json, a step takes k micro-batches of batches.safetensors in order, and loss.json
+lists a loss per micro-batch, as the model gives it: not divided by k.
 """
 
 import json
