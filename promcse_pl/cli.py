@@ -313,7 +313,7 @@ def _similarity(options: argparse.Namespace) -> int:
             f"the files must have as many lines as each other, got {len(first)} in {given[0]} and {len(second)} in {given[1]}"
         )
     vectors_ND = _load(options.adapter).encode([*first, *second])
-    cosines_N = (vectors_ND[: len(first)] * vectors_ND[len(first) :]).sum(1).clip(-1, 1)
+    cosines_N = (vectors_ND[: len(first)] * vectors_ND[len(first) :]).sum(1)
     sys.stdout.write("".join(f"{cosine:.4f}\n" for cosine in cosines_N))
     return 0
 

@@ -59,7 +59,7 @@ class PromCSE:
 
     @classmethod
     def load(
-        cls, folder: str | Path, *, encoder: str | None = None, device: str = "auto", dtype: str = "float32"
+        cls, folder: str | Path, *, encoder: str | Path | None = None, device: str = "auto", dtype: str = "float32"
     ) -> PromCSE:
         """Read an adapter and the frozen encoder it belongs to.
 

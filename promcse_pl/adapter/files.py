@@ -161,7 +161,7 @@ def adapter_hash(encoder: PromptEncoder, tokenizer: Any | None = None) -> str:  
 
 
 def load_adapter(
-    folder: str | Path, *, encoder: str | None = None, dtype: torch.dtype = torch.float32
+    folder: str | Path, *, encoder: str | Path | None = None, dtype: torch.dtype = torch.float32
 ) -> PromptEncoder:
     """Read an adapter and its frozen encoder.
 

@@ -78,7 +78,7 @@ class Imported:
     notes: tuple[str, ...]
 
 
-def import_official(source: str | Path, *, pooling: str | None = None, encoder: str | None = None) -> Imported:
+def import_official(source: str | Path, *, pooling: str | None = None, encoder: str | Path | None = None) -> Imported:
     """Read a checkpoint of the official code; no code in it is run.
 
     Args:
@@ -108,7 +108,7 @@ def import_official(source: str | Path, *, pooling: str | None = None, encoder: 
     if head == "none":
         trained = {name: tensor for name, tensor in trained.items() if not name.startswith("head.")}
     own = _build_backbone(folder, frozen, path)
-    backbone, encoder_note = _choose_backbone(encoder, raw.get("_name_or_path"), own)
+    backbone, encoder_note = _choose_backbone(None if encoder is None else str(encoder), raw.get("_name_or_path"), own)
     projection = trained.get("prompt.trans.0.weight")
     options: dict[str, Any] = {
         "length": len(trained["prompt.embedding.weight"]),

@@ -89,7 +89,7 @@ def export_peft(encoder: PromptEncoder, folder: str | Path) -> None:
         (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def import_peft(folder: str | Path, *, pooling: Pooling = "avg", encoder: str | None = None) -> PromptEncoder:
+def import_peft(folder: str | Path, *, pooling: Pooling = "avg", encoder: str | Path | None = None) -> PromptEncoder:
     """Read a prefix-tuning adapter of PEFT and the encoder it names.
 
     PEFT stores neither pooling nor a hash of the encoder: both are the caller's word.

@@ -53,12 +53,13 @@ class CxcData:
     files: dict[str, tuple[int, str]]
 
 
-def load_cxc(folder: Path) -> CxcData:
+def load_cxc(folder: str | Path) -> CxcData:
     """Read the two files of CxC-STS.
 
     Raises:
         DataError: A file is missing (the message says where it comes from) or broken, or a pair of the json is not in the csv.
     """
+    folder = Path(folder)
     pairs, keys = _read_pairs(folder / PAIRS)
     places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
     images, digest = _read_images(folder / IMAGES, places)

@@ -91,7 +91,7 @@ class TaskScores:
         return float(np.average([getattr(subset, measure) for subset in self.subsets.values()], weights=weights))
 
 
-def load_task(senteval: Path, task: str) -> list[ScoredPairs]:
+def load_task(senteval: str | Path, task: str) -> list[ScoredPairs]:
     """Read the test pairs of a task, by subset.
 
     Args:
@@ -101,6 +101,7 @@ def load_task(senteval: Path, task: str) -> list[ScoredPairs]:
     Raises:
         DataError: A missing or broken file.
     """
+    senteval = Path(senteval)
     if task == "STS-B":
         return [load_stsb(senteval, "test")]
     if task == "SICK-R":
@@ -109,13 +110,15 @@ def load_task(senteval: Path, task: str) -> list[ScoredPairs]:
     return [_load_year_subset(folder, subset) for subset in YEARS[task]]
 
 
-def load_stsb(senteval: Path, split: str) -> ScoredPairs:
+def load_stsb(senteval: str | Path, split: str) -> ScoredPairs:
     """Read STS-B: `train`, `dev` or `test`; tab-separated, score in column 5, sentences in 6 and 7."""
+    senteval = Path(senteval)
     return _load_table(senteval / "STS" / "STSBenchmark" / STSB_FILES[split], f"STS-B {split}", (5, 6), 4, header=False)
 
 
-def load_sick(senteval: Path, split: str) -> ScoredPairs:
+def load_sick(senteval: str | Path, split: str) -> ScoredPairs:
     """Read SICK relatedness: `train`, `dev` or `test`; sentences in columns 2 and 3, score 1-5 in 4."""
+    senteval = Path(senteval)
     return _load_table(senteval / "SICK" / SICK_FILES[split], f"SICK-R {split}", (1, 2), 3, header=True)
 
 
@@ -197,7 +200,7 @@ def _correlate(predicted: NDArray[np.float64], gold: Sequence[float]) -> PairSco
     return PairScores(len(gold), spearman(predicted, gold), pearson(predicted, gold))
 
 
-def evaluate_sts(encode: Encode, senteval: Path, tasks: Sequence[str] = TASKS) -> dict[str, TaskScores]:
+def evaluate_sts(encode: Encode, senteval: str | Path, tasks: Sequence[str] = TASKS) -> dict[str, TaskScores]:
     """Score an encoder on STS tasks.
 
     Args:

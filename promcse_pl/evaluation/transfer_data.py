@@ -63,7 +63,7 @@ class TransferData:
         return list(dict.fromkeys(text for rows in self.splits.values() for row in rows for text in row.texts))
 
 
-def load_transfer(senteval: Path, task: str) -> TransferData:
+def load_transfer(senteval: str | Path, task: str) -> TransferData:
     """Read a transfer task.
 
     Args:
@@ -73,6 +73,7 @@ def load_transfer(senteval: Path, task: str) -> TransferData:
     Raises:
         DataError: An unknown task, or a missing or broken file.
     """
+    senteval = Path(senteval)
     if task not in TRANSFER_TASKS:
         raise DataError(f"unknown transfer task {task!r}. Tasks: {', '.join(TRANSFER_TASKS)}")
     digest = hashlib.sha256()

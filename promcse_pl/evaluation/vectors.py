@@ -42,7 +42,7 @@ class VectorCache:
         encoded: Sentences that had to be encoded so far.
     """
 
-    folder: Path
+    folder: str | Path
     encoded: int = 0
 
     def vectors(self, model: PromCSE, sentences: Iterable[str], progress: Progress | None = None) -> VectorOf:
@@ -58,7 +58,7 @@ class VectorCache:
             NonFiniteError: A vector is not finite.
         """
         distinct = sorted(set(sentences), key=lambda text: (-len(text), text))  # the longest first: memory fails early
-        path = self.folder / f"{model_hash(model)}.safetensors"
+        path = Path(self.folder) / f"{model_hash(model)}.safetensors"
         known = _read(path, model.width)
         digests = [hashlib.sha256(text.encode()).digest() for text in distinct]
         missing = [(text, digest) for text, digest in zip(distinct, digests, strict=True) if digest not in known]
@@ -101,7 +101,7 @@ def model_hash(model: PromCSE) -> str:
 
 def _read(path: Path, width: int) -> dict[bytes, NDArray[np.float32]]:
     """Return vectors by digest; nothing if there is no file or it is not what was written."""
-    if not path.is_file():
+    if not path.is_file():  # nor is a FIFO
         return {}
     try:
         with safe_open(path, framework="np") as file:

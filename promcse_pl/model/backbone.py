@@ -230,7 +230,9 @@ class FrozenBackbone(nn.Module):
         self._check_prompt_reaches_every_layer()
 
     @classmethod
-    def load(cls, name: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32) -> FrozenBackbone:
+    def load(
+        cls, name: str | Path, *, revision: str | None = None, dtype: torch.dtype = torch.float32
+    ) -> FrozenBackbone:
         """Read an encoder: from a local folder, an installed weight wheel, or the hub, in this order.
 
         Args:
@@ -243,6 +245,7 @@ class FrozenBackbone(nn.Module):
         """
         from transformers import AutoModel
 
+        name = str(name)
         source, commit = locate(name, revision)
         config = read_config(source, name)
         extra = {"add_pooling_layer": False} if config.model_type in _WITHOUT_POOLER else {}
