@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         "query", help="a sentence: prints score, tab, sentence; - reads queries, prints a JSON object each"
     )
     search.add_argument("--top-k", type=int, default=5, help="most hits of a query (default 5)")
-    search.add_argument("--threshold", type=float, default=0.6, help="least cosine of a hit, in [-1, 1] (default 0.6)")
+    search.add_argument("--threshold", type=float, help="least cosine of a hit, in [-1, 1] (default: no limit)")
     search.set_defaults(run=_search)
 
     similarity = commands.add_parser("similarity", help="cosine of two sentences, or of two files line by line")
@@ -343,7 +343,7 @@ def _search(options: argparse.Namespace) -> int:
         shown = visible if sys.stdout.isatty() else str  # in a pipe the sentences stay as they are
         sys.stdout.write("".join(f"{score:.4f}\t{shown(sentence)}\n" for sentence, score in found[0]))
         if not found[0]:
-            sys.stderr.write(f"no sentence has a cosine of {options.threshold} or more. Try: --threshold 0\n")
+            sys.stderr.write(f"no sentence has a cosine of {options.threshold} or more. Try: without --threshold\n")
     return 0
 
 

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, overload
@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from promcse_pl.adapter.files import adapter_hash, load_adapter
-from promcse_pl.errors import ConfigError, DataError, NonFiniteError
+from promcse_pl.adapter import files
+from promcse_pl.errors import ConfigError, DataError, NonFiniteError, TextTypeError
 from promcse_pl.index import Hit, Kind, SentenceIndex
 from promcse_pl.model.chunks import CHUNK_TOKENS
 from promcse_pl.model.encoder import PromptEncoder, Tokens
@@ -42,12 +42,12 @@ class PromCSE:
         >>> bool(-1 <= cosine <= 1)
         True
         >>> model.build_index(["Someone reads a book.", "A dog sleeps."])
-        >>> [sentence for sentence, score in model.search("A woman is reading.", top_k=1, threshold=-1)]
+        >>> [sentence for sentence, score in model.search("A woman is reading.", top_k=1)]
         ['Someone reads a book.']
         >>> model.add(["A woman studies a map."])
         >>> model.save_index(folder / "index")
         >>> model.load_index(folder / "index")
-        >>> len(model.search(["A woman is reading.", "A cat sleeps."], top_k=2, threshold=-1))
+        >>> len(model.search(["A woman is reading.", "A cat sleeps."], top_k=2))
         2
     """
 
@@ -59,7 +59,7 @@ class PromCSE:
 
     @classmethod
     def load(
-        cls, folder: str | Path, *, encoder: str | None = None, device: str = "auto", dtype: str = "float32"
+        cls, folder: str | Path, *, encoder: str | Path | None = None, device: str = "auto", dtype: str = "float32"
     ) -> PromCSE:
         """Read an adapter and the frozen encoder it belongs to.
 
@@ -77,7 +77,7 @@ class PromCSE:
         if dtype not in ("float32", "bfloat16", "float16", "int8"):
             raise ConfigError(f"dtype must be float32, bfloat16, float16 or int8, got {dtype!r}")
         kept = torch.float32 if dtype == "int8" else getattr(torch, dtype)
-        model = load_adapter(Path(folder), encoder=encoder, dtype=kept).to(pick_device(device))
+        model = files.load_adapter(folder, encoder=encoder, dtype=kept).to(pick_device(device))
         if dtype == "int8":
             model.backbone.quantize()
         return cls(model)
@@ -98,17 +98,17 @@ class PromCSE:
     ) -> Vectors: ...
     @overload
     def encode(
-        self, sentences: Sequence[str], *, normalize: bool = True, progress: Callable[[int], None] | None = None
+        self, sentences: Iterable[str], *, normalize: bool = True, progress: Callable[[int], None] | None = None
     ) -> Vectors: ...
     def encode(
-        self, sentences: str | Sequence[str], *, normalize: bool = True, progress: Callable[[int], None] | None = None
+        self, sentences: str | Iterable[str], *, normalize: bool = True, progress: Callable[[int], None] | None = None
     ) -> Vectors:
         """Return one vector per sentence, in the order given.
 
         Inside, sentences are sorted by length so that little padding is computed. A sentence longer than `max_tokens` is cut.
 
         Args:
-            sentences: One sentence or many.
+            sentences: One sentence, or any iterable of them: a list, a generator, a numpy array, a pandas Series.
             normalize: Scale vectors to length 1, so that dot products are cosines.
             progress: Called with the number of sentences done so far, now and then.
 
@@ -116,34 +116,37 @@ class PromCSE:
             (N, D) float32; (D,) for a single sentence; (0, D) for an empty list.
 
         Raises:
-            DataError: Something that is not text, or half a surrogate pair; it names the place in the list.
+            TextTypeError: Something that is not text (a DataError and a TypeError); it names the position in the list.
+            DataError: Half a surrogate pair.
             NonFiniteError: A vector is not finite.
         """
         if isinstance(sentences, str):
             single: Vectors = self.encode([sentences], normalize=normalize)[0]
             return single
-        for place, sentence in enumerate(sentences):
-            if not isinstance(sentence, str):
-                raise DataError(f"sentence {place} is {type(sentence).__name__} ({sentence!r}), not text")
-            try:
-                sentence.encode()
-            except UnicodeEncodeError:
-                raise DataError(f"sentence {place} holds half a surrogate pair, which no tokenizer takes") from None
-        vectors_ND = np.empty((len(sentences), self.width), dtype=np.float32)
-        for start in range(0, len(sentences), BLOCK_SENTENCES):
-            block = sentences[start : start + BLOCK_SENTENCES]
+        texts = list_of_texts(sentences, "encode")
+        vectors_ND = np.empty((len(texts), self.width), dtype=np.float32)
+        for start in range(0, len(texts), BLOCK_SENTENCES):
+            block = texts[start : start + BLOCK_SENTENCES]
             vectors_ND[start : start + len(block)] = self._encode_block(block, normalize)
             if progress is not None:
                 progress(start + len(block))
         return vectors_ND
 
-    def similarity(self, a: str | Sequence[str], b: str | Sequence[str]) -> NDArray[np.float32]:
-        """Return the cosine of every sentence of `a` with every one of `b`: (A, B) float32; a single sentence has no axis."""
-        cosines: NDArray[np.float32] = self.encode(a) @ self.encode(b).T
+    def similarity(self, a: str | Iterable[str], b: str | Iterable[str]) -> NDArray[np.float32]:
+        """Return the cosine of every sentence of `a` with every one of `b`.
+
+        Returns:
+            (A, B) float32 in [-1, 1]; a single sentence has no axis.
+        """
+        cosines: NDArray[np.float32] = np.clip(self.encode(a) @ self.encode(b).T, -1, 1)
         return cosines
 
+    def adapter_hash(self) -> str:
+        """Return the hex sha256 of what decides the embeddings, the tokenizer in use included."""
+        return files.adapter_hash(self.encoder, self.tokenizer)
+
     def build_index(
-        self, sentences: Sequence[str], *, kind: Kind = "exact", progress: Callable[[int], None] | None = None
+        self, sentences: Iterable[str], *, kind: Kind = "exact", progress: Callable[[int], None] | None = None
     ) -> None:
         """Encode the sentences that `search` will look through, in the place of those of an earlier index.
 
@@ -157,14 +160,15 @@ class PromCSE:
             DataError: No sentences, or something that is not text.
         """
         index = SentenceIndex(kind)
-        if isinstance(sentences, str) or not len(sentences):
+        texts = [] if isinstance(sentences, str) else list_of_texts(sentences, "build_index")
+        if not texts:
             raise DataError(
                 f'an index needs a list of sentences, got {sentences!r}. Try: build_index(["A woman reads."])'
             )
-        index.add(self.encode(sentences, progress=progress), sentences)
+        index.add(self.encode(texts, progress=progress), texts)
         self._index = index
 
-    def add(self, sentences: Sequence[str]) -> None:
+    def add(self, sentences: Iterable[str]) -> None:
         """Append sentences to the index.
 
         Raises:
@@ -172,23 +176,24 @@ class PromCSE:
         """
         if isinstance(sentences, str):
             raise DataError(f"add needs a list of sentences, got {sentences!r}. Try: add([{sentences!r}])")
-        self._built_index().add(self.encode(sentences), sentences)
+        index, texts = self._built_index(), list_of_texts(sentences, "add")
+        index.add(self.encode(texts), texts)
 
     @overload
-    def search(  # type: ignore[overload-overlap]  # a str is a Sequence[str] too
-        self, queries: str, *, top_k: int = 5, threshold: float = 0.6
+    def search(  # type: ignore[overload-overlap]  # a str is an Iterable[str] too
+        self, queries: str, *, top_k: int = 5, threshold: float | None = None
     ) -> list[Hit]: ...
     @overload
-    def search(self, queries: Sequence[str], *, top_k: int = 5, threshold: float = 0.6) -> list[list[Hit]]: ...
+    def search(self, queries: Iterable[str], *, top_k: int = 5, threshold: float | None = None) -> list[list[Hit]]: ...
     def search(
-        self, queries: str | Sequence[str], *, top_k: int = 5, threshold: float = 0.6
+        self, queries: str | Iterable[str], *, top_k: int = 5, threshold: float | None = None
     ) -> list[Hit] | list[list[Hit]]:
         """Return the nearest sentences of the index with their cosines, the best first; equal ones in the order they were added.
 
         Args:
             queries: One sentence or many.
             top_k: Most hits of each query, at least 1; all if the index holds fewer.
-            threshold: Least cosine of a hit, in [-1, 1].
+            threshold: Least cosine of a hit, in [-1, 1]; None: every hit counts, however low.
 
         Returns:
             A list of (sentence, cosine) for one query; for many a list of such lists, empty where nothing reaches the threshold.
@@ -208,7 +213,7 @@ class PromCSE:
             AdapterError: The place holds something else, or cannot be written.
             DataError: There is no index yet.
         """
-        self._built_index().save(Path(folder), adapter=adapter_hash(self.encoder))
+        self._built_index().save(folder, adapter=self.adapter_hash())
 
     def load_index(self, folder: str | Path) -> None:
         """Read an index that this adapter made, in the place of an earlier one.
@@ -218,7 +223,7 @@ class PromCSE:
             DataError: It is not an index, or a file is missing, cut short or changed.
             ConfigError: It needs FAISS, which is not installed.
         """
-        self._index = SentenceIndex.load(Path(folder), adapter=adapter_hash(self.encoder))
+        self._index = SentenceIndex.load(folder, adapter=self.adapter_hash(), width=self.width)
 
     def _built_index(self) -> SentenceIndex:
         if self._index is None:
@@ -237,6 +242,33 @@ class PromCSE:
                 f"the vector of {sentences[place][:80]!r} is not finite: the adapter or the encoder is damaged"
             )
         return vectors_ND.cpu().numpy()
+
+
+def list_of_texts(sentences: Iterable[str], caller: str) -> list[str]:
+    """Return the texts of an iterable, which is read once.
+
+    Raises:
+        TextTypeError: It is no iterable of texts: None, bytes, a dict, a table, or one with an entry of another type.
+        DataError: A text holds half a surrogate pair.
+    """
+    if (
+        not isinstance(sentences, Iterable)
+        or isinstance(sentences, bytes | bytearray | memoryview | Mapping)
+        or getattr(sentences, "ndim", 1) != 1  # iterating over a DataFrame gives its column names
+    ):
+        raise TextTypeError(
+            f"{caller} takes a text or an iterable of texts, got {type(sentences).__name__} ({repr(sentences)[:80]}). "
+            f'Try: {caller}(["A woman reads."])'
+        )
+    texts = list(sentences)
+    for position, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TextTypeError(f"sentence {position} is {type(text).__name__} ({repr(text)[:200]}), not text")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise DataError(f"sentence {position} holds half a surrogate pair, which no tokenizer takes") from None
+    return texts
 
 
 def tokenize(tokenizer: Any, sentences: Sequence[str], longest: int) -> Tokens:  # noqa: ANN401  (a transformers tokenizer)

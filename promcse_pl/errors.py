@@ -20,6 +20,10 @@ class DataError(PromcseError, ValueError):
     """A data file, row or sentence cannot be used."""
 
 
+class TextTypeError(DataError, TypeError):
+    """Something that must be text, or an iterable of texts, is of another type."""
+
+
 class EncoderError(PromcseError, ValueError):
     """A pre-trained encoder cannot be found, read, or does not take deep prompts."""
 

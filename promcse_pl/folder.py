@@ -20,7 +20,7 @@ import yaml
 from promcse_pl.config import Config
 from promcse_pl.errors import ConfigError, DataError
 from promcse_pl.files import remove_leftovers, write_text
-from promcse_pl.paths import hide_home, is_plain_name, run_command
+from promcse_pl.paths import hide_home, is_plain_name, require_regular_file, run_command
 
 CONFIG, RESULTS, HISTORY, LOG, BAD_ROWS, ADAPTER, STATUS, LOCK, CHECKPOINTS, INPUTS, NON_FINITE, RANK_LOG = (
     "config.yaml",
@@ -112,7 +112,7 @@ def read_json(path: Path) -> Any:  # noqa: ANN401
         DataError: It cannot be read, or holds something else.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(require_regular_file(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
 
@@ -195,14 +195,15 @@ def locked(folder: Path) -> Iterator[int]:
         yield stream.fileno()
 
 
-def read_config(path: Path) -> Config:
+def read_config(path: str | Path) -> Config:
     """Read a saved config.yaml.
 
     Raises:
         ConfigError: The file cannot be read, is not YAML, or does not fit the schema.
     """
+    path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.safe_load(require_regular_file(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         why = getattr(error, "strerror", None) or str(error)[:1000]
         raise ConfigError(f"cannot read the config {path}: {why}") from error
@@ -212,18 +213,19 @@ def read_config(path: Path) -> Config:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def write_config(config: Config, path: Path) -> Path:
+def write_config(config: Config, path: str | Path) -> Path:
     """Save a config so that `read_config` gives it back, with ~ for the home folder; return the path."""
+    path = Path(path)
     text = yaml.safe_dump(hide_home(config.to_dict()), sort_keys=False, allow_unicode=True)
     write_text(path, f"# promcse train THIS_FILE --out NEW_FOLDER repeats the run\n{text}")
     return path
 
 
-def read_results(folder: Path) -> dict[str, Any]:
+def read_results(folder: str | Path) -> dict[str, Any]:
     """Return the results of a finished run.
 
     Raises:
         DataError: There are none, or the file is damaged.
     """
-    results: dict[str, Any] = read_json(folder / RESULTS)
+    results: dict[str, Any] = read_json(Path(folder) / RESULTS)
     return results

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from promcse_pl.errors import AdapterError, ConfigError, DataError, PromcseError
 from promcse_pl.files import current, read_unchanged, refuse_taken, update_folder
-from promcse_pl.model.backbone import file_sha256
+from promcse_pl.model.weights import file_sha256
+from promcse_pl.paths import require_regular_file
 from promcse_pl.version import __version__
 
 Kind = Literal["exact", "flat", "ivf"]
@@ -25,8 +26,9 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 Hit = tuple[str, float]
 """A sentence and its cosine with the query."""
 
-FORMAT = 1
-"""Grows when an older version could misread a newer folder."""
+FORMAT = 2
+"""Grows when an older version could misread a newer folder, or when what `adapter` stands for changes."""
+DESCRIPTION_BYTES = 2**24
 DESCRIPTION, SENTENCES = "index.json", "sentences.json"
 VECTORS = {"exact": "vectors.npy", "flat": "vectors.faiss", "ivf": "vectors.faiss"}
 DECIMALS = 6
@@ -87,7 +89,9 @@ class SentenceIndex:
                 self._vectors.add(vectors_ND)
             self.sentences += sentences
 
-    def search(self, queries_QD: NDArray[np.float32], *, top_k: int = 5, threshold: float = 0.6) -> list[list[Hit]]:
+    def search(
+        self, queries_QD: NDArray[np.float32], *, top_k: int = 5, threshold: float | None = None
+    ) -> list[list[Hit]]:
         """Return the nearest sentences of each query, the best first; of equal scores the one added first.
 
         Which of equal scores make the last places of a full list is FAISS's choice where it searches.
@@ -95,13 +99,17 @@ class SentenceIndex:
         Args:
             queries_QD: Unit vectors, a row a query.
             top_k: Most hits of a query, at least 1.
-            threshold: Least cosine of a hit, in [-1, 1].
+            threshold: Least cosine of a hit, in [-1, 1]; None: no limit.
+
+        Returns:
+            For each query a list of (sentence, cosine), cosines in [-1, 1].
 
         Raises:
             ConfigError: top_k or threshold out of range.
             DataError: The index is empty.
         """
         check_search(top_k, threshold)
+        threshold = -1.0 if threshold is None else threshold
         with self._lock:
             if self._vectors is None:
                 raise DataError("the index is empty: add sentences before you search")
@@ -163,47 +171,67 @@ class SentenceIndex:
             (new / DESCRIPTION).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: str | Path, *, adapter: str) -> SentenceIndex:
+    def load(cls, folder: str | Path, *, adapter: str, width: int) -> SentenceIndex:
         """Read a folder that `save` wrote. Nothing in it is unpickled.
+
+        Args:
+            folder: The index's folder.
+            adapter: Hash of the adapter that will encode the queries.
+            width: D, the width of its vectors.
 
         Raises:
             AdapterError: Another adapter made the vectors.
-            DataError: The folder is not an index, is newer than this version, or a file is missing, cut short or changed.
+            DataError: The folder is not an index, is of another format, or a file is missing, cut short, changed or does not
+                fit the others.
             ConfigError: It needs FAISS, which is not installed.
         """
         folder = Path(folder)
-        return read_unchanged(folder, DESCRIPTION, lambda: cls._load(folder, adapter))
+        return read_unchanged(folder, DESCRIPTION, lambda: cls._load(folder, adapter, width))
 
     @classmethod
-    def _load(cls, folder: Path, adapter: str) -> SentenceIndex:
+    def _load(cls, folder: Path, adapter: str, width: int) -> SentenceIndex:
         try:
-            about = json.loads(current(folder, DESCRIPTION).read_text(encoding="utf-8"))
+            path = require_regular_file(current(folder, DESCRIPTION), at_most=DESCRIPTION_BYTES)
+            about = json.loads(path.read_text(encoding="utf-8"))
             if about["format"] != FORMAT:
+                newer = isinstance(about["format"], int) and about["format"] > FORMAT
                 raise DataError(
                     f"{folder} has format {about['format']!r} (written by promcse_pl {about.get('promcse_pl')}); this version "
-                    f"({__version__}) reads {FORMAT}. Try: pip install --upgrade promcse_pl, or build the index again"
+                    f"({__version__}) reads {FORMAT}. Try: {'pip install --upgrade promcse_pl, or ' if newer else ''}build the "
+                    "index again with build_index and save_index"
                 )
             index, sums = cls(about["kind"]), about["sha256"]
             if about["adapter"] != adapter:
                 raise AdapterError(
                     f"the vectors of {folder} were made by another adapter ({str(about['adapter'])[:12]}…, this one is "
-                    f"{adapter[:12]}…), so cosines would mean nothing. Load that adapter, or build the index again"
+                    f"{adapter[:12]}…), encoder or tokenizer, so cosines would mean nothing. Load that adapter, or build the "
+                    "index again"
                 )
             sentences, vectors = current(folder, SENTENCES), current(folder, VECTORS[index.kind])
             for path in (sentences, vectors):
                 if file_sha256(path) != sums[path.name]:
                     raise DataError(f"{path} is cut short or was changed: build the index again")
             index.sentences = json.loads(sentences.read_text(encoding="utf-8"))
-            index._vectors = (
-                np.load(vectors, allow_pickle=False) if index.kind == "exact" else _faiss().read_index(str(vectors))
-            )
+            if not isinstance(index.sentences, list) or not all(isinstance(text, str) for text in index.sentences):
+                raise DataError(f"{sentences} must hold a list of texts: build the index again")
+            shape = len(index.sentences), width
+            index._vectors = _read_npy(vectors, shape) if index.kind == "exact" else _read_faiss(vectors, shape)
         except FileNotFoundError as error:
             raise DataError(
                 f"{folder} is not a whole index: {error.filename} is missing. Write one with save_index"
             ) from None
         except PromcseError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            RuntimeError,
+            RecursionError,
+            EOFError,
+        ) as error:
             raise DataError(f"{folder} is not an index, or is damaged: {type(error).__name__}: {error}") from error
         return index
 
@@ -211,17 +239,41 @@ class SentenceIndex:
 def _is_index(folder: Path) -> bool:
     """Return whether a folder holds an index of ours, and not an index.json of another program."""
     try:
-        about = json.loads(current(folder, DESCRIPTION).read_text(encoding="utf-8"))
+        about = json.loads(require_regular_file(current(folder, DESCRIPTION)).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(about, dict) and {"format", "promcse_pl", "adapter", "sha256"} <= set(about)
 
 
-def check_search(top_k: int, threshold: float) -> None:
+def _read_npy(path: Path, shape: tuple[int, int]) -> NDArray[np.float32]:
+    """Read vectors; numpy compares the header's shape with the file's size before it allocates, since the file is mapped."""
+    mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+    if mapped.shape != shape or mapped.dtype != np.float32:
+        raise ValueError(f"{path} holds {mapped.dtype} of shape {mapped.shape}, expected float32 of shape {shape}")
+    vectors_ND: NDArray[np.float32] = np.array(mapped)
+    if not np.isfinite(vectors_ND).all():
+        raise ValueError(f"{path} holds values that are not finite")
+    return vectors_ND
+
+
+def _read_faiss(path: Path, shape: tuple[int, int]) -> Any:  # noqa: ANN401
+    """Read a FAISS index; its header holds a kind (4 bytes), the width (int32) and the number of vectors (int64)."""
+    with path.open("rb") as file:
+        header = file.read(16)
+    width, rows = (int.from_bytes(part, "little", signed=True) for part in (header[4:8], header[8:16]))
+    if (rows, width) != shape or 4 * rows * width > path.stat().st_size:
+        raise ValueError(f"{path} says that it holds {rows} vectors of width {width}, expected {shape}")
+    index = _faiss().read_index(str(path))
+    if (index.ntotal, index.d) != shape:
+        raise ValueError(f"{path} holds {index.ntotal} vectors of width {index.d}, expected {shape}")
+    return index
+
+
+def check_search(top_k: int, threshold: float | None) -> None:
     """Refuse what no search can have: `ConfigError`."""
     if not isinstance(top_k, int | np.integer) or top_k < 1:
         raise ConfigError(f"top_k must be a whole number of hits, at least 1, got {top_k!r}")
-    if not -1 <= threshold <= 1:
+    if threshold is not None and not -1 <= threshold <= 1:
         raise ConfigError(f"threshold must lie in [-1, 1] (a cosine), got {threshold!r}")
 
 

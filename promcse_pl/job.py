@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("promcse_pl")
 
 
-def run_job(config: Config, folder: Path, console: Console | None = None) -> dict[str, Any]:
+def run_job(config: Config, folder: str | Path, console: Console | None = None) -> dict[str, Any]:
     """Train an adapter, evaluate it, and leave everything in a folder.
 
     The folder gets config.yaml (alone enough to repeat the run), run.log, metrics.jsonl, adapter/, results.json, status.json,
@@ -70,6 +70,7 @@ def run_job(config: Config, folder: Path, console: Console | None = None) -> dic
         PromcseError: Whatever the user can mend; the message says how.
         Stopped: A signal ended the run; `resume_job` goes on with it.
     """
+    folder = Path(folder)
     ranks = find_ranks(config.trainer)
     is_follower = ranks is not None and ranks.rank > 0
     if not is_follower:
@@ -85,7 +86,7 @@ def run_job(config: Config, folder: Path, console: Console | None = None) -> dic
         return _session(config, folder, console or output_console(), Status(state="running"), None, ranks)
 
 
-def resume_job(folder: Path, console: Console | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def resume_job(folder: str | Path, console: Console | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Go on with a run that was killed, stopped or failed, from its newest whole checkpoint; without one it starts over.
 
     On the same machine and number of threads the result is bit for bit that of the uninterrupted run, unless
@@ -105,6 +106,7 @@ def resume_job(folder: Path, console: Console | None = None, overrides: Sequence
         DataError: The data, the encoder or a setting have changed since the run began.
         PromcseError, Stopped: As for `run_job`.
     """
+    folder = Path(folder)
     if not (folder / CONFIG).is_file():
         why = f"it has no {CONFIG}" if folder.is_dir() else "there is no such folder"
         raise ConfigError(f"{folder} holds no run to go on with: {why}. Try: the folder of a run")

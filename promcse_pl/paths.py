@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shlex
+import stat
 from pathlib import Path
 from typing import TypeGuard, TypeVar
 
@@ -45,6 +47,31 @@ def is_plain_name(value: object) -> TypeGuard[str]:
         and not any(character in "/\\" or ord(character) < 32 for character in value)
         and len(value.encode(errors="surrogatepass")) <= LONGEST_NAME
     )
+
+
+class NotARegularFileError(OSError):
+    """A FIFO, socket or device is where a regular file is needed."""
+
+
+def require_regular_file(path: Path, *, at_most: int | None = None) -> Path:
+    """Return the path of a regular file, so that nothing waits for a FIFO or reads a device without end.
+
+    Args:
+        path: The file; a symbolic link is followed.
+        at_most: Most bytes that such a file has; None for no limit.
+
+    Raises:
+        OSError: There is no file, it is a folder, FIFO, socket or device, or it is larger.
+    """
+    found = os.stat(path)  # noqa: PTH116  (Path.stat, for a name of any length)
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(found.st_mode):
+        kind = "FIFO" if stat.S_ISFIFO(found.st_mode) else "socket" if stat.S_ISSOCK(found.st_mode) else "device"
+        raise NotARegularFileError(errno.EINVAL, f"it is a {kind}, and a regular file is needed", str(path))
+    if at_most is not None and found.st_size > at_most:
+        raise OSError(errno.EFBIG, f"{found.st_size:,} bytes, at most {at_most:,} are read", str(path))
+    return path
 
 
 def hide_home(value: Tree) -> Tree:

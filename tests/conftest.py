@@ -2,6 +2,9 @@
 
 import io
 import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +17,9 @@ from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 from promcse_pl.config import Config
 from promcse_pl.data.demo import demo_pairs
 from promcse_pl.job import run_job
-from promcse_pl.model.backbone import EncoderId, FrozenBackbone
+from promcse_pl.model.backbone import FrozenBackbone
 from promcse_pl.model.encoder import Tokens
+from promcse_pl.model.identity import EncoderId
 
 ROOT = Path(__file__).resolve().parents[1]
 WHOLE_GOLDEN, SOME_GOLDEN = ROOT / "../shared/golden", ROOT / "tests/golden/numbers"
@@ -86,6 +90,30 @@ def save_small_encoder(folder: Path, family: str = "bert", **changes: object) ->
     model.save_pretrained(folder)
     small_tokenizer(model.config.pad_token_id).save_pretrained(folder)
     return folder
+
+
+@contextmanager
+def memory_limit(more: int = 300_000_000, seconds: int = 30) -> Iterator[None]:
+    """Refuse this process more memory than it has and `more` bytes; raise TimeoutError in what waits longer than `seconds`."""
+    resource = pytest.importorskip("resource")
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        pytest.skip("reads /proc")
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"it takes more than {seconds} s")
+
+    used = int(statm.read_text().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    handler = signal.signal(signal.SIGALRM, stop)
+    resource.setrlimit(resource.RLIMIT_AS, (used + more, hard))
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, handler)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 @pytest.fixture

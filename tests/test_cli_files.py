@@ -111,7 +111,7 @@ def test_search_reads_the_corpus_from_a_pipe_and_says_when_nothing_is_near(promc
     assert (code, out.splitlines()[0]) == (0, "1.0000\tw7")
     code, out, err = promcse("search", "-", "w77", "--threshold", "1", stdin=stdin)
     assert (code, out) == (0, "")
-    assert err == "no sentence has a cosine of 1.0 or more. Try: --threshold 0\n"
+    assert err == "no sentence has a cosine of 1.0 or more. Try: without --threshold\n"
 
 
 def test_similarity_of_two_sentences_is_one_number(promcse, model):

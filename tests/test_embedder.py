@@ -92,6 +92,66 @@ def test_any_sequence_of_text_is_taken(model, kind):
     assert model.encode(np.str_("w7")).shape == (16,)
 
 
+class Series:
+    """What encode sees of a pandas Series: an index that does not start at 0, values in order, one axis."""
+
+    ndim = 1
+
+    def __init__(self, rows):
+        self.rows = dict(enumerate(rows, start=5))
+
+    def __getitem__(self, key):
+        return self.rows[key]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __iter__(self):
+        return iter(self.rows.values())
+
+
+@pytest.mark.parametrize(
+    "kind", [iter, Series, lambda rows: (row for row in rows), lambda rows: dict.fromkeys(rows).keys()]
+)
+def test_any_iterable_of_texts_is_taken(model, kind):
+    rows = [*dict.fromkeys(MIXED)]
+    expected = model.encode(rows)
+    assert np.array_equal(model.encode(kind(rows)), expected)
+    assert np.array_equal(model.similarity(kind(rows), kind(rows)), model.similarity(rows, rows))
+    model.build_index(kind(rows))
+    model.add(kind(rows[:2]))
+    assert model.search(kind(rows), top_k=3) == model.search(rows, top_k=3)
+    assert len(model.search("w7", top_k=99)) == len(rows) + 2
+
+
+class DataFrame(Series):
+    """Iterating over a table gives the names of its columns."""
+
+    ndim = 2
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, 3, 2.5, b"w7", {"w7": "w8"}, np.array("w7"), np.array([["w7", "w8"]]), DataFrame(["w7"]), [["w7"]]],
+    ids=repr,
+)
+def test_what_is_no_iterable_of_texts_is_a_type_error_that_says_what_to_type(model, value):
+    model.build_index(["w7"])
+    for method in (
+        model.encode,
+        model.build_index,
+        model.add,
+        model.search,
+        lambda texts: model.similarity("w7", texts),
+    ):
+        with pytest.raises(
+            TypeError, match=r"takes a text or an iterable of texts, got .*Try: |sentence 0 is list"
+        ) as caught:
+            method(value)
+        assert isinstance(caught.value, DataError)
+    assert model.search("w7") == [("w7", 1.0)]
+
+
 def test_vectors_have_length_1_unless_told_otherwise(model):
     unit, raw = model.encode(MIXED), model.encode(MIXED, normalize=False)
     np.testing.assert_allclose(np.linalg.norm(unit, axis=1), 1, atol=1e-6)
@@ -254,6 +314,18 @@ def test_similarity_is_the_cosine_of_the_raw_vectors(model):
             expected = a[i] @ b[j] / (np.linalg.norm(a[i]) * np.linalg.norm(b[j]))
             assert cosines[i, j] == pytest.approx(expected, abs=1e-6)
     assert model.similarity("w7 w8", "w7 w8") == pytest.approx(1, abs=1e-6)
+
+
+def test_cosines_stay_within_1(model):
+    sentences = [f"w{number} w{number + 1}" for number in range(5, 90)]
+    vectors = model.encode(sentences)
+    assert (vectors @ vectors.T).max() > 1, "float32 rounds some beyond"
+    cosines = model.similarity(sentences, sentences)
+    assert cosines.max() == 1
+    assert (np.abs(cosines) <= 1).all()
+    assert cosines.dtype == np.float32
+    single = [model.similarity(sentence, sentence) for sentence in sentences]
+    assert max(single) == 1
 
 
 # --- refused

@@ -1,11 +1,16 @@
+import hashlib
+import io
 import json
+import os
+import shutil
+import struct
 import sys
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import save_small_encoder
+from conftest import memory_limit, save_small_encoder, small_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -13,7 +18,7 @@ from hypothesis.extra import numpy as arrays
 from promcse_pl.adapter.files import save_adapter
 from promcse_pl.embedder import PromCSE
 from promcse_pl.errors import AdapterError, ConfigError, DataError
-from promcse_pl.index import SentenceIndex
+from promcse_pl.index import FORMAT, SentenceIndex
 from promcse_pl.model.backbone import FrozenBackbone
 from promcse_pl.model.encoder import PromptEncoder
 
@@ -158,10 +163,14 @@ def test_one_query_gives_a_list_and_many_give_lists_under_the_same_limits(model)
     assert model.search([]) == []
 
 
-def test_defaults_are_those_of_the_official_tool(model):
+def test_by_default_the_five_best_hits_come_back_however_low_their_cosines(model):
     model.build_index(CORPUS * 2)
-    assert model.search("w5 w6") == model.search("w5 w6", top_k=5, threshold=0.6)
     assert model.search("w5 w6")[:4] == [("w5 w6", 1.0)] * 4
+    assert len(model.search("w5 w6")) == 5
+    index = SentenceIndex()
+    index.add(np.array([[-1.0, 0.0], [0.0, 1.0]], dtype=np.float32), ["west", "north"])
+    assert index.search(np.array([[1.0, 0.0]], dtype=np.float32)) == [[("north", 0.0), ("west", -1.0)]]
+    assert model.search("w5 w6", threshold=0.6) == [hit for hit in model.search("w5 w6") if hit[1] >= 0.6]
 
 
 def test_add_keeps_earlier_sentences_and_the_callers_list(model):
@@ -269,7 +278,7 @@ def test_a_description_that_is_newer_or_odd_is_refused(model, tmp_path):
     path = tmp_path / "index" / "index.json"
     about = json.loads(path.read_text())
     for change, message in (
-        ({"format": 2}, "has format 2"),
+        ({"format": FORMAT + 1}, f"has format {FORMAT + 1}"),
         ({"kind": "hnsw"}, "kind must be one of"),
         ({"sha256": {}}, "is not an index, or is damaged"),
         ({"adapter": 3}, "another adapter"),
@@ -281,6 +290,107 @@ def test_a_description_that_is_newer_or_odd_is_refused(model, tmp_path):
         path.write_text(text)
         with pytest.raises(DataError, match="is not an index"):
             model.load_index(tmp_path / "index")
+
+
+def rewrite(folder: Path, name: str, content: bytes) -> None:
+    """Change a file of an index and its checksum, as an attacker would."""
+    (folder / name).write_bytes(content)
+    about = json.loads((folder / "index.json").read_text())
+    about["sha256"][name] = hashlib.sha256(content).hexdigest()
+    (folder / "index.json").write_text(json.dumps(about))
+
+
+def npy(array: np.ndarray, **header: object) -> bytes:
+    """A .npy file; the header may lie."""
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        stream, {"descr": array.dtype.str, "fortran_order": False, "shape": array.shape, **header}
+    )
+    return stream.getvalue() + array.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (npy(random_units(8, 16), shape=(8, 10**12)), "mmap length is greater than file size"),
+        (npy(random_units(7, 16)), r"float32 of shape \(7, 16\), expected float32 of shape \(8, 16\)"),
+        (npy(random_units(8, 15)), r"shape \(8, 15\), expected float32 of shape \(8, 16\)"),
+        (npy(random_units(8, 16).astype(np.float64)), "holds float64"),
+        (npy(np.full((8, 16), np.nan, dtype=np.float32)), "not finite"),
+        (npy(np.zeros(128, dtype=np.float32)), r"shape \(128,\)"),
+    ],
+)
+def test_vectors_that_do_not_fit_the_sentences_or_the_adapter_are_refused(model, tmp_path, content, message):
+    model.build_index(CORPUS)
+    model.save_index(tmp_path / "index")
+    rewrite(tmp_path / "index", "vectors.npy", content)
+    with pytest.raises(DataError, match=message):
+        model.load_index(tmp_path / "index")
+
+
+@pytest.mark.parametrize("content", [b"{}", b'"w5"', b"[1]", b'["w5"]', b"[" * 100_000])
+def test_sentences_that_do_not_fit_the_vectors_are_refused(model, tmp_path, content):
+    model.build_index(CORPUS)
+    model.save_index(tmp_path / "index")
+    rewrite(tmp_path / "index", "sentences.json", content)
+    with pytest.raises(DataError, match="index"):
+        model.load_index(tmp_path / "index")
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf"])
+def test_a_faiss_file_that_claims_more_than_it_holds_is_refused(model, tmp_path, kind):
+    pytest.importorskip("faiss")
+    model.build_index(CORPUS, kind=kind)
+    model.save_index(tmp_path / "index")
+    model.load_index(tmp_path / "index")
+    whole = (tmp_path / "index/vectors.faiss").read_bytes()
+    for content in (
+        whole[:4] + struct.pack("<iq", 16, 10**12) + whole[16:],
+        whole[:4] + struct.pack("<iq", 2**30, 8) + whole[16:],
+        whole[:40],
+        whole[:9],
+    ):
+        rewrite(tmp_path / "index", "vectors.faiss", content)
+        with pytest.raises(DataError, match="is not an index, or is damaged"):
+            model.load_index(tmp_path / "index")
+
+
+@pytest.mark.parametrize("name", ["index.json", "sentences.json", "vectors.npy"])
+def test_a_fifo_in_the_place_of_a_file_is_refused_and_not_waited_for(model, tmp_path, name):
+    model.build_index(CORPUS)
+    model.save_index(str(tmp_path / "index"))
+    (tmp_path / "index" / name).unlink()
+    os.mkfifo(tmp_path / "index" / name)
+    with memory_limit(), pytest.raises(DataError, match=r"it is a (FIFO|device), and a regular file is needed"):
+        model.load_index(str(tmp_path / "index"))
+
+
+def test_an_index_of_an_earlier_format_asks_for_a_new_one_and_not_for_an_upgrade(model, tmp_path):
+    model.build_index(CORPUS)
+    model.save_index(tmp_path / "index")
+    path = tmp_path / "index/index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": FORMAT - 1}))
+    with pytest.raises(DataError, match=r"Try: build the index again with build_index and save_index") as caught:
+        model.load_index(tmp_path / "index")
+    assert "upgrade" not in str(caught.value)
+
+
+def test_an_index_that_another_tokenizer_or_config_made_is_refused(model, adapter, tmp_path):
+    model.build_index(CORPUS)
+    model.save_index(tmp_path / "index")
+    model.load_index(tmp_path / "index")
+    tokenizer = small_tokenizer()
+    PromCSE(model.encoder, tokenizer).load_index(tmp_path / "index")  # an equal one
+    tokenizer.backend_tokenizer.normalizer = None
+    with pytest.raises(AdapterError, match=r"made by another adapter .*, encoder or tokenizer"):
+        PromCSE(model.encoder, tokenizer).load_index(tmp_path / "index")
+    copy = shutil.copytree(adapter.parent / "encoder", tmp_path / "encoder")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "hidden_act": "relu"}))
+    other = PromptEncoder(FrozenBackbone.load(str(copy)), length=3, pooling="avg")
+    other.load_state_dict(model.encoder.state_dict())
+    with pytest.raises(AdapterError, match=r"made by another adapter .*, encoder or tokenizer"):
+        PromCSE(other).load_index(tmp_path / "index")
 
 
 def test_save_index_never_replaces_a_folder_of_something_else(model, tmp_path):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
+from torch import Tensor
 
 from promcse_pl.adapter.folder import (
     BUNDLED,
@@ -30,11 +31,15 @@ from promcse_pl.errors import AdapterError
 from promcse_pl.files import current, read_unchanged, update_folder
 from promcse_pl.model.backbone import FrozenBackbone
 from promcse_pl.model.encoder import HEADS, PromptEncoder
+from promcse_pl.model.identity import EncoderId, differences, tokenizer_fingerprint
 from promcse_pl.model.pooling import POOLINGS
+from promcse_pl.model.weights import read_header
+from promcse_pl.paths import require_regular_file
 from promcse_pl.version import __version__
 
-FORMAT = 1
-"""Grows when an older version could misread a newer folder."""
+FORMAT = 2
+"""Grows when an older version could misread a newer folder. Format 1 knew the encoder by its weights alone; it is still read."""
+DESCRIPTION_BYTES = 2**24
 
 
 def describe(encoder: PromptEncoder) -> dict[str, Any]:
@@ -46,8 +51,10 @@ def describe(encoder: PromptEncoder) -> dict[str, Any]:
         "encoder": {
             "name": backbone.identity.name,
             "revision": backbone.identity.revision,
-            "sha256": backbone.identity.sha256,
             "family": backbone.family,
+            "sha256": backbone.identity.sha256,
+            "config": dict(backbone.identity.config),
+            "tokenizer": backbone.identity.tokenizer,
         },
         "prompt": {
             "length": prompt.length,
@@ -61,7 +68,7 @@ def describe(encoder: PromptEncoder) -> dict[str, Any]:
     }
 
 
-def save_adapter(encoder: PromptEncoder, folder: Path, *, training: dict[str, Any] | None = None) -> None:
+def save_adapter(encoder: PromptEncoder, folder: str | Path, *, training: dict[str, Any] | None = None) -> None:
     """Write an adapter folder; the files of an adapter that is already there are replaced, all of them or none.
 
     Other files in the folder of an adapter (README.md, .git) stay as they are.
@@ -74,6 +81,7 @@ def save_adapter(encoder: PromptEncoder, folder: Path, *, training: dict[str, An
     Raises:
         AdapterError: The folder cannot be written, or holds something else.
     """
+    folder = Path(folder)
     check_target(folder)
     state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
     description: dict[str, Any] = {**describe(encoder), "training": training or {}}
@@ -103,16 +111,29 @@ def _checksum(description: dict[str, Any], weights: bytes, bundled: Path) -> str
     return digest.hexdigest()
 
 
-def adapter_hash(encoder: PromptEncoder) -> str:
-    """Return the hex sha256 of what decides the vectors, and of nothing else.
+def adapter_hash(encoder: PromptEncoder, tokenizer: Any | None = None) -> str:  # noqa: ANN401  (a transformers tokenizer)
+    """Return the hex sha256 of what decides the embeddings, and of nothing else.
 
-    That is: the trained tensors (names, shapes, float32 values), the frozen weights, pooling, head and positions; not the
-    encoder's name, the prompt's dropout, versions or the summary of the training.
+    That is: the trained tensors (names, shapes, float32 values), the frozen weights, the encoder's config and tokenizer (see
+    `promcse_pl.model.identity`), pooling, head and positions; not the encoder's name, the prompt's dropout, versions or the
+    summary of the training.
+
+    Args:
+        encoder: The prompt encoder.
+        tokenizer: The one in use; None: the encoder's own.
     """
-    about = describe(encoder)
-    head_is_used = about["head"] == "mlp"
-    settings = [about["encoder"]["sha256"], about["pooling"], head_is_used, about["position_offset"]]
-    digest = hashlib.sha256(json.dumps(settings).encode())
+    identity = encoder.backbone.identity
+    fingerprint = identity.tokenizer if tokenizer is None else tokenizer_fingerprint(tokenizer)
+    head_is_used = encoder.head_mode == "mlp"
+    settings = [
+        identity.sha256,
+        dict(identity.config),
+        fingerprint,
+        encoder.pooling,
+        head_is_used,
+        encoder.position_offset,
+    ]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, tensor in sorted(encoder.state_dict().items()):
         if name.startswith("head.") and not head_is_used:
             continue
@@ -121,7 +142,9 @@ def adapter_hash(encoder: PromptEncoder) -> str:
     return digest.hexdigest()
 
 
-def load_adapter(folder: Path, *, encoder: str | None = None, dtype: torch.dtype = torch.float32) -> PromptEncoder:
+def load_adapter(
+    folder: str | Path, *, encoder: str | Path | None = None, dtype: torch.dtype = torch.float32
+) -> PromptEncoder:
     """Read an adapter and its frozen encoder.
 
     Args:
@@ -134,10 +157,11 @@ def load_adapter(folder: Path, *, encoder: str | None = None, dtype: torch.dtype
 
     Raises:
         AdapterError: Not an adapter, a newer format, missing or unknown keys, wrong shapes, a truncated file, not finite, or
-            made for another encoder.
+            made for an encoder with other weights, another config or another tokenizer.
     """
-    found = find_adapter(folder) or folder
-    return read_unchanged(found, DESCRIPTION, lambda: _load(found, encoder, dtype))
+    found = find_adapter(Path(folder)) or Path(folder)
+    where = None if encoder is None else str(encoder)
+    return read_unchanged(found, DESCRIPTION, lambda: _load(found, where, dtype))
 
 
 def _load(folder: Path, encoder: str | None, dtype: torch.dtype) -> PromptEncoder:
@@ -145,36 +169,53 @@ def _load(folder: Path, encoder: str | None, dtype: torch.dtype) -> PromptEncode
     bundled = encoder is None and about["encoder"]["name"] == BUNDLED
     name = str(current(folder, BUNDLED_NAME).absolute()) if bundled else encoder or about["encoder"]["name"]
     backbone = FrozenBackbone.load(name, revision=None if encoder else about["encoder"]["revision"], dtype=dtype)
-    if backbone.identity.sha256 != about["encoder"]["sha256"]:
-        raise AdapterError(
-            f"{folder} was trained on {about['encoder']['name']} with weights {about['encoder']['sha256'][:12]}…, but "
-            f"{backbone.identity.name} has {backbone.identity.sha256[:12]}…. Try: PromCSE.load(..., encoder=FOLDER)"
-        )
+    _check_encoder(about["encoder"], backbone, folder)
     if bundled:
         backbone.identity = dataclasses.replace(backbone.identity, name=BUNDLED)  # saved again, it stays so
-    prompt = about["prompt"]
-    model = PromptEncoder(
-        backbone,
-        length=prompt["length"],
-        projection_size=prompt["projection_size"],
-        pooling=about["pooling"],
-        head=about["head"],
-        dropout=prompt["dropout"],
-        position_offset=about["position_offset"],
-    )
-    if model.longest_input < 3:
+    options: dict[str, Any] = {
+        "length": about["prompt"]["length"],
+        "projection_size": about["prompt"]["projection_size"],
+        "pooling": about["pooling"],
+        "head": about["head"],
+        "dropout": about["prompt"]["dropout"],
+        "position_offset": about["position_offset"],
+    }
+    if backbone.longest_input(about["position_offset"]) < 3:
         raise AdapterError(
             f"{folder / DESCRIPTION}: position_offset {about['position_offset']} leaves no room for a sentence in "
             f"{backbone.identity.name}"
         )
-    _fill(model, about, folder)
+    with torch.device("meta"):  # shapes alone: what adapter.json asks for may be larger than any memory
+        wanted = PromptEncoder(backbone, **options).state_dict()
+    stored = _read_tensors(wanted, about, folder)
+    model = PromptEncoder(backbone, **options)
+    model.load_state_dict(stored, strict=True)
     return model.eval()
+
+
+def _check_encoder(stored: dict[str, Any], backbone: FrozenBackbone, folder: Path) -> None:
+    """Refuse an encoder that would give other embeddings than the one that the adapter was trained on."""
+    config = stored.get("config", {"model_type": stored["family"]})  # format 1 has no more
+    expected = EncoderId(stored["name"], stored["revision"], stored["sha256"], config, stored.get("tokenizer"))
+    actual = backbone.identity
+    if actual.sha256 != expected.sha256:
+        raise AdapterError(
+            f"{folder} was trained on {expected.name} with weights {expected.sha256[:12]}…, but "
+            f"{actual.name} has {actual.sha256[:12]}…. Try: PromCSE.load(..., encoder=FOLDER)"
+        )
+    found = differences(expected, actual, owner="the adapter was trained with")
+    if found:
+        raise AdapterError(
+            f"{folder} was trained on {expected.name}, and {actual.name} has the same weights but would give other "
+            f"embeddings: {'; '.join(found)}. Give an unchanged copy of the encoder: PromCSE.load({str(folder)!r}, "
+            "encoder=FOLDER)"
+        )
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
     path = current(folder, DESCRIPTION)
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
+        about = json.loads(require_regular_file(path, at_most=DESCRIPTION_BYTES).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise AdapterError(
             f"{folder} is not an adapter: it has no {DESCRIPTION}. Give the `adapter` folder of a run, or the run's folder"
@@ -196,7 +237,7 @@ def _checked(about: dict[str, Any], path: Path) -> dict[str, Any]:
     template: dict[str, Any] = {
         "format": int,
         "promcse_pl": str,
-        "encoder": {"name": str, "revision": str | None, "sha256": str, "family": str},
+        "encoder": {"name": str, "revision": str | None, "family": str, "sha256": str},
         "prompt": {"length": int, "projection_size": int | None, "dropout": float | int},
         "pooling": str,
         "head": str,
@@ -215,6 +256,8 @@ def _checked(about: dict[str, Any], path: Path) -> dict[str, Any]:
         elif not isinstance(value, wanted) or isinstance(value, bool):
             raise AdapterError(f"{path}: {key} has the wrong type: {value!r}")
 
+    if about["format"] > 1:
+        template["encoder"] |= {"config": dict, "tokenizer": str | None}
     if "checksum" in about:  # older adapters have none
         template["checksum"] = str
     check(about, template, "")
@@ -238,30 +281,32 @@ def _checked(about: dict[str, Any], path: Path) -> dict[str, Any]:
     return about
 
 
-def _fill(model: PromptEncoder, about: dict[str, Any], folder: Path) -> None:
-    """Put the stored tensors into the model after checking names, shapes, types, values and the checksum."""
+def _read_tensors(wanted: dict[str, Tensor], about: dict[str, Any], folder: Path) -> dict[str, Tensor]:
+    """Return the stored tensors after checking names, shapes and types in the header, then values and the checksum."""
     path = current(folder, WEIGHTS)
+    try:
+        header = read_header(path)
+    except FileNotFoundError:
+        raise AdapterError(f"{path} is missing: the adapter is incomplete") from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise AdapterError(f"{path} is damaged or cut short: {error}") from error
+    if set(header) != set(wanted):
+        raise AdapterError(f"{path} must hold the tensors {sorted(wanted)}, got {sorted(header)}")
+    for name, spec in header.items():
+        if spec.shape != tuple(wanted[name].shape):
+            raise AdapterError(f"{path}: {name} has shape {spec.shape}, the encoder needs {tuple(wanted[name].shape)}")
+        if spec.dtype != torch.float32:
+            raise AdapterError(f"{path}: {name} is {spec.dtype}, expected torch.float32")
     try:
         content = path.read_bytes()
         stored = load(content)
-    except FileNotFoundError:
-        raise AdapterError(f"{path} is missing: the adapter is incomplete") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterError(f"{path} is damaged or cut short: {error}") from error
-    wanted = model.state_dict()
-    if set(stored) != set(wanted):
-        raise AdapterError(f"{path} must hold the tensors {sorted(wanted)}, got {sorted(stored)}")
     for name, tensor in stored.items():
-        if tensor.shape != wanted[name].shape:
-            raise AdapterError(
-                f"{path}: {name} has shape {tuple(tensor.shape)}, the encoder needs {tuple(wanted[name].shape)}"
-            )
-        if tensor.dtype != torch.float32:
-            raise AdapterError(f"{path}: {name} is {tensor.dtype}, expected torch.float32")
         if not bool(torch.isfinite(tensor).all()):
             raise AdapterError(f"{path}: {name} holds values that are not finite")
     if "checksum" in about and about["checksum"] != _checksum(about, content, current(folder, BUNDLED_NAME)):
         raise AdapterError(
             f"{folder} is damaged or was changed by hand: its checksum is wrong. Take the adapter from its source"
         )
-    model.load_state_dict(stored, strict=True)
+    return stored

@@ -9,6 +9,7 @@ from typing import Any
 
 from promcse_pl.errors import AdapterError
 from promcse_pl.files import current, refuse_taken
+from promcse_pl.paths import require_regular_file
 
 WEIGHTS, DESCRIPTION = "adapter.safetensors", "adapter.json"
 BUNDLED_NAME = "encoder"
@@ -27,7 +28,7 @@ def find_adapter(folder: Path) -> Path | None:
 def written_description(folder: Path) -> dict[str, Any] | None:
     """Return the description of an adapter that this package wrote; None if there is none, or a file of another program."""
     try:
-        about = json.loads(current(folder, DESCRIPTION).read_text(encoding="utf-8"))
+        about = json.loads(require_regular_file(current(folder, DESCRIPTION)).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
     ours = isinstance(about, dict) and {"format", "promcse_pl", "encoder"} <= set(about)

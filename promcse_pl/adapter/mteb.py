@@ -8,7 +8,6 @@ from pathlib import Path
 from mteb.models import ModelMeta
 from mteb.models.abs_encoder import AbsEncoder
 
-from promcse_pl.adapter.files import adapter_hash
 from promcse_pl.embedder import PromCSE, Vectors
 
 
@@ -30,7 +29,7 @@ class MtebModel(AbsEncoder):  # type: ignore[misc]
         encoder = model.encoder
         self.mteb_model_meta = ModelMeta(
             name=f"promcse_pl/{Path(encoder.backbone.identity.name).absolute().name}",
-            revision=adapter_hash(encoder),
+            revision=model.adapter_hash(),
             loader=None,
             release_date=None,
             languages=None,

@@ -25,17 +25,19 @@ from promcse_pl.adapter.folder import BUNDLED, find_adapter
 from promcse_pl.errors import AdapterError, EncoderError
 from promcse_pl.files import new_folder
 from promcse_pl.model.backbone import (
-    EncoderId,
     FrozenBackbone,
-    file_sha256,
     first_line,
     locate,
+    model_on_meta,
     quiet_transformers,
     read_config,
+    refuse_special_files,
 )
 from promcse_pl.model.encoder import Head, PromptEncoder
+from promcse_pl.model.identity import EncoderId, differences, tokenizer_fingerprint
 from promcse_pl.model.pooling import POOLINGS, Pooling
-from promcse_pl.paths import expand, is_folder
+from promcse_pl.model.weights import file_sha256, read_pickle
+from promcse_pl.paths import expand, is_folder, is_there, require_regular_file
 
 CLASSES = {"bert": "BertForCL", "roberta": "RobertaForCL"}
 """Encoder families of the official code -> its class in config.json."""
@@ -61,9 +63,7 @@ _CONFIG_KEYS = (
     "type_vocab_size",
     "vocab_size",
 )
-_SAME_VECTORS = ("model_type", "num_attention_heads", "hidden_act", "layer_norm_eps", "pad_token_id")
-_PROBE = "A Café,  don't\tSPLIT <s> [SEP] 漢字 🙂"
-"""Two tokenizers of one vocabulary that agree on this text treat case, accents, spaces and special tokens alike."""
+_MLM_HEAD = "lm_head."
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class Imported:
     notes: tuple[str, ...]
 
 
-def import_official(source: str | Path, *, pooling: str | None = None, encoder: str | None = None) -> Imported:
+def import_official(source: str | Path, *, pooling: str | None = None, encoder: str | Path | None = None) -> Imported:
     """Read a checkpoint of the official code; no code in it is run.
 
     Args:
@@ -100,7 +100,7 @@ def import_official(source: str | Path, *, pooling: str | None = None, encoder: 
     family = raw.get("model_type")
     if family not in CLASSES:
         raise EncoderError(f"{source} has model_type {family!r}; the official code knows {' and '.join(CLASSES)}")
-    path = next((folder / name for name in (SAFE, PICKLE) if (folder / name).is_file()), folder / PICKLE)
+    path = next((folder / name for name in (SAFE, PICKLE) if is_there(folder / name)), folder / PICKLE)
     frozen, trained, left_out = _split(_read_tensors(path), family, path)
 
     chosen, head, pooling_note = _choose_pooling(
@@ -109,23 +109,32 @@ def import_official(source: str | Path, *, pooling: str | None = None, encoder: 
     if head == "none":
         trained = {name: tensor for name, tensor in trained.items() if not name.startswith("head.")}
     own = _build_backbone(folder, frozen, path)
-    backbone, encoder_note = _choose_backbone(encoder, raw.get("_name_or_path"), own)
+    backbone, encoder_note = _choose_backbone(None if encoder is None else str(encoder), raw.get("_name_or_path"), own)
     projection = trained.get("prompt.trans.0.weight")
-    model = PromptEncoder(
-        backbone,
-        length=len(trained["prompt.embedding.weight"]),
-        projection_size=None if projection is None else len(projection),
-        pooling=chosen,
-        head=head,
-    )
-    _fit(trained, model.state_dict(), path)
+    options: dict[str, Any] = {
+        "length": len(trained["prompt.embedding.weight"]),
+        "projection_size": None if projection is None else len(projection),
+        "pooling": chosen,
+        "head": head,
+    }
+    with torch.device("meta"):  # shapes alone: one tensor must not decide how much memory the others take
+        wanted = PromptEncoder(backbone, **options).state_dict()
+    _fit(trained, wanted, path)
+    model = PromptEncoder(backbone, **options)
     model.load_state_dict(trained, strict=True)
     prompt = f"prompt length {model.prompt.length}, " + (
         "no projection" if projection is None else f"projection of size {len(projection)}"
     )
     notes = [f"{prompt}: seen in the tensors", pooling_note, encoder_note]
-    if left_out:
-        notes.append(f"left out, no sentence vector needs it: {', '.join(left_out)}")
+    if "lm_head" in left_out:
+        notes.append(
+            "the MLM head (lm_head) is dropped: no embedding needs it. An export of this adapter has none, so the official code "
+            "would start --do_mlm with a fresh head"
+        )
+    if "pooler" in left_out:
+        notes.append(
+            "the pooler of the plain encoder (pooler) is dropped: neither this package nor the official code reads it"
+        )
     return Imported(model.eval(), tuple(notes))
 
 
@@ -140,6 +149,7 @@ def _find(source: str) -> Path:
         raise AdapterError(
             f"{source} is an adapter of this package already. Use it as it is: promcse encode {source} ..."
         )
+    refuse_special_files(folder)
     if not (folder / "config.json").is_file():
         raise AdapterError(
             f"{source} is not a checkpoint of the official code: it has no config.json. Give the folder with {PICKLE} in it"
@@ -149,7 +159,7 @@ def _find(source: str) -> Path:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(require_regular_file(path, at_most=2**24).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path} cannot be read: {error}") from error
     if not isinstance(value, dict):
@@ -160,7 +170,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a state dict without running anything that is in the file."""
     try:
-        state = load_file(path) if path.name == SAFE else torch.load(path, map_location="cpu", weights_only=True)
+        state = load_file(require_regular_file(path)) if path.name == SAFE else read_pickle(path)
     except FileNotFoundError:
         raise AdapterError(f"{path.parent} has neither {SAFE} nor {PICKLE}: it is no checkpoint") from None
     except pickle.UnpicklingError as error:
@@ -190,7 +200,7 @@ def _split(state: dict[str, Tensor], family: str, path: Path) -> tuple[dict[str,
         official = next((prefix for prefix in _TRAINED if name.startswith(prefix)), None)
         if official is not None:
             trained[_TRAINED[official] + name.removeprefix(official)] = tensor.float()
-        elif name.startswith(("lm_head.", f"{family}.pooler.")):
+        elif name.startswith((_MLM_HEAD, f"{family}.pooler.")):
             left_out[name.removeprefix(f"{family}.").partition(".")[0]] = None
         elif name.startswith(f"{family}."):
             if not name.endswith(_BUFFERS):
@@ -252,21 +262,27 @@ def _build_backbone(folder: Path, frozen: dict[str, Tensor], path: Path) -> Froz
     from transformers import AutoModel
 
     config = read_config(folder, str(folder))
+    options = {"add_pooling_layer": False, "dtype": torch.float32}
     try:
-        with quiet_transformers():
-            model = AutoModel.from_config(config, add_pooling_layer=False, dtype=torch.float32)
+        if config.num_hidden_layers > len(frozen):
+            raise ValueError(f"{config.num_hidden_layers} layers, and there are {len(frozen)} tensors")
+        wanted = model_on_meta(config, **options).state_dict()
     except Exception as error:
         raise AdapterError(f"{folder / 'config.json'} describes no encoder: {first_line(error)}") from error
-    _fit(frozen, model.state_dict(), path)
+    _fit(frozen, wanted, path)
+    with quiet_transformers():
+        model = AutoModel.from_config(config, **options)
     model.load_state_dict(frozen, strict=True)
-    return FrozenBackbone(model, EncoderId(str(folder), None, file_sha256(path)), folder)
+    backbone = FrozenBackbone(model, EncoderId(str(folder), None, file_sha256(path)), folder)
+    fingerprint = tokenizer_fingerprint(backbone.tokenizer)  # without a tokenizer nobody can use a checkpoint
+    backbone.identity = dataclasses.replace(backbone.identity, tokenizer=fingerprint)
+    return backbone
 
 
 def _choose_backbone(asked: str | None, stored: object, own: FrozenBackbone) -> tuple[FrozenBackbone, str]:
     """Return the encoder that a name gives if it is the checkpoint's own to the bit, else the own one, and what to say."""
     name = asked or (stored if isinstance(stored, str) else "")
     why = "config.json names no other; to refer to one: --encoder NAME"
-    own.tokenizer  # noqa: B018  (a checkpoint without one cannot be used, whoever brings the encoder)
     if name:
         try:
             named = FrozenBackbone.load(name)
@@ -287,22 +303,15 @@ def _choose_backbone(asked: str | None, stored: object, own: FrozenBackbone) -> 
 
 
 def _difference(own: FrozenBackbone, named: FrozenBackbone) -> str:
-    """Say what makes two encoders give different vectors; "" if nothing does."""
+    """Return what makes two encoders give different embeddings; "" if nothing does."""
     ours, theirs = own.model.state_dict(), named.model.state_dict()
     other = [name for name, tensor in ours.items() if name not in theirs or not torch.equal(tensor, theirs[name])]
     if other or len(ours) != len(theirs):
         return f"{len(other)} of {len(ours)} tensors differ"
-    a: Any = own.model.config
-    b: Any = named.model.config
-    for key in _SAME_VECTORS:
-        if getattr(a, key) != getattr(b, key):
-            return f"{key} is {getattr(b, key)}, here {getattr(a, key)}"
-    same_words = own.tokenizer.get_vocab() == named.tokenizer.get_vocab()
-    same_tokens = own.tokenizer(_PROBE)["input_ids"] == named.tokenizer(_PROBE)["input_ids"]
-    return "" if same_words and same_tokens else "its tokenizer differs"
+    return "; ".join(differences(own.identity, named.identity, owner="here"))
 
 
-def export_official(encoder: PromptEncoder, folder: Path) -> str:
+def export_official(encoder: PromptEncoder, folder: str | Path) -> str:
     """Write a folder that the official code (transformers 4.2.1) loads.
 
     Args:
@@ -315,7 +324,7 @@ def export_official(encoder: PromptEncoder, folder: Path) -> str:
     Raises:
         AdapterError: Something that the official code cannot do, or a place that cannot be written.
     """
-    backbone = encoder.backbone
+    folder, backbone = Path(folder), encoder.backbone
     family, config = backbone.family, backbone.model.config
     reason = _no_export(encoder)
     if reason:

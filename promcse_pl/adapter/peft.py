@@ -26,6 +26,8 @@ from promcse_pl.files import new_folder
 from promcse_pl.model.backbone import FrozenBackbone
 from promcse_pl.model.encoder import PromptEncoder
 from promcse_pl.model.pooling import POOLINGS, Pooling
+from promcse_pl.model.weights import read_pickle
+from promcse_pl.paths import is_there, require_regular_file
 
 FAMILIES = ("bert", "roberta", "xlm-roberta", "electra")
 """Encoders that take a cache of past tokens, as PEFT needs; each has a test."""
@@ -37,7 +39,7 @@ CONFIG, WEIGHTS, PICKLED, TENSOR = (
 )
 
 
-def export_peft(encoder: PromptEncoder, folder: Path) -> None:
+def export_peft(encoder: PromptEncoder, folder: str | Path) -> None:
     """Write a prompt as a folder that `peft.PeftModel.from_pretrained(base_model, folder)` reads.
 
     PEFT has no place for the pooling, which whoever uses the folder must know, nor for the prompt's dropout. A projected
@@ -56,6 +58,7 @@ def export_peft(encoder: PromptEncoder, folder: Path) -> None:
         >>> from promcse_pl.adapter.files import load_adapter
         >>> export_peft(load_adapter(Path("outputs/.../adapter")), Path("peft_adapter"))  # doctest: +SKIP
     """
+    folder = Path(folder)
     backbone, length = encoder.backbone, encoder.prompt.length
     _check_family(backbone)
     if encoder.head_mode == "mlp":
@@ -87,7 +90,7 @@ def export_peft(encoder: PromptEncoder, folder: Path) -> None:
         (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def import_peft(folder: Path, *, pooling: Pooling = "avg", encoder: str | None = None) -> PromptEncoder:
+def import_peft(folder: str | Path, *, pooling: Pooling = "avg", encoder: str | Path | None = None) -> PromptEncoder:
     """Read a prefix-tuning adapter of PEFT and the encoder it names.
 
     PEFT stores neither pooling nor a hash of the encoder: both are the caller's word.
@@ -107,6 +110,7 @@ def import_peft(folder: Path, *, pooling: Pooling = "avg", encoder: str | None =
     """
     if pooling not in POOLINGS:
         raise ConfigError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+    folder = Path(folder)
     config, prompt = _read_config(folder / CONFIG), _read_prompt(folder)
     name = encoder or config.get("base_model_name_or_path")
     if not name:
@@ -137,7 +141,7 @@ def _check_family(backbone: FrozenBackbone) -> None:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(require_regular_file(path, at_most=2**24).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise AdapterError(f"{path.parent} is not a PEFT adapter: it has no {CONFIG}") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -151,9 +155,9 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _read_prompt(folder: Path) -> Tensor:
-    path = folder / WEIGHTS if (folder / WEIGHTS).is_file() else folder / PICKLED
+    path = folder / WEIGHTS if is_there(folder / WEIGHTS) else folder / PICKLED
     try:
-        stored = load_file(path) if path.name == WEIGHTS else torch.load(path, map_location="cpu", weights_only=True)
+        stored = load_file(require_regular_file(path)) if path.name == WEIGHTS else read_pickle(path)
     except FileNotFoundError:
         raise AdapterError(f"{folder} has neither {WEIGHTS} nor {PICKLED}: the adapter is incomplete") from None
     except (SafetensorError, pickle.UnpicklingError, OSError, ValueError, RuntimeError, EOFError) as error:

@@ -20,6 +20,7 @@ from promcse_pl.errors import AdapterError, ConfigError, DataError
 from promcse_pl.files import new_folder, staging_folder, write_bytes
 from promcse_pl.model.chunks import CHUNK_TOKENS
 from promcse_pl.model.encoder import PromptEncoder, Tokens
+from promcse_pl.model.identity import tokenizer_fingerprint
 
 try:
     from sentence_transformers import SentenceTransformer
@@ -163,7 +164,7 @@ def as_sentence_transformer(model: PromCSE) -> SentenceTransformer:
     return SentenceTransformer(modules=modules, device=str(model.encoder.backbone.device))
 
 
-def export_sentence_transformers(model: PromCSE, folder: Path) -> None:
+def export_sentence_transformers(model: PromCSE, folder: str | Path) -> None:
     """Write a folder for `SentenceTransformer(folder, trust_remote_code=True)`.
 
     It holds no code and no frozen weights but those that the adapter itself holds: promcse_pl must be installed where it is
@@ -174,9 +175,15 @@ def export_sentence_transformers(model: PromCSE, folder: Path) -> None:
         folder: Absent, empty, or an earlier export, whose adapter and settings are replaced; other files in it stay.
 
     Raises:
-        AdapterError: The folder cannot be written, or holds something else.
+        AdapterError: The folder cannot be written, or holds something else; or the model uses another tokenizer than the
+            encoder's own, which the folder cannot hold.
     """
     folder = Path(folder)
+    if model.encoder.backbone.identity.tokenizer != tokenizer_fingerprint(model.tokenizer):
+        raise AdapterError(
+            "the model uses another tokenizer than its encoder's own, and an exported folder holds no tokenizer. Try: "
+            "export_sentence_transformers(PromCSE(model.encoder), folder)"
+        )
     if _is_export(folder):
         save_adapter(model.encoder, folder / "adapter")
         with staging_folder(folder) as staged:

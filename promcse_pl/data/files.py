@@ -5,29 +5,13 @@ from __future__ import annotations
 import gzip
 import io
 import os
-import stat
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from promcse_pl.errors import DataError
-
-
-def require_regular_file(path: Path) -> None:
-    """Refuse a FIFO, device or socket before it is opened: opening a FIFO waits for a writer, and a device may never end.
-
-    Raises:
-        DataError: It is one of these.
-        OSError: There is nothing at the path, or it cannot be asked about.
-    """
-    mode = path.stat().st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        kind = "a pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
-        raise DataError(
-            f"{path} is {kind}, a regular file is needed: it is read more than once. Write its content to a file first "
-            "(promcse encode, search and similarity read a pipe given as -)"
-        )
+from promcse_pl.paths import NotARegularFileError, require_regular_file
 
 
 @contextmanager
@@ -39,6 +23,11 @@ def open_file(path: Path) -> Iterator[io.BufferedReader]:
             if os.fstat(stream.fileno()).st_size == 0:
                 raise DataError(f"{path} is empty (0 bytes)")
             yield stream
+    except NotARegularFileError as error:
+        raise DataError(
+            f"{path} cannot be read: {error.strerror}, because it is read more than once. Write its content to a file first "
+            "(promcse encode, search and similarity read a pipe given as -)"
+        ) from error
     except FileNotFoundError as error:
         where = "" if path.is_absolute() else f"; the current folder is {Path.cwd()}"
         raise DataError(f"{path} does not exist{where}") from error

@@ -21,6 +21,7 @@ from promcse_pl.data.arrow import content_sha256
 from promcse_pl.data.readers import BadRow, OnBadRow, file_suffix, read_rows
 from promcse_pl.errors import DataError
 from promcse_pl.files import publish, remove_leftovers, staging_folder
+from promcse_pl.model.identity import tokenizer_fingerprint
 from promcse_pl.paths import hide_home
 
 if TYPE_CHECKING:
@@ -80,24 +81,6 @@ def memory_source(name: str, rows: Sequence[tuple[str, ...]]) -> RowSource:
         except UnicodeEncodeError as error:
             raise DataError(f"{name}: row {number} holds half a surrogate pair, which no tokenizer takes") from error
     return RowSource(name, digest.hexdigest(), lambda _: iter(rows), width, rows[0])
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 of all that decides the token ids: vocabulary, normalisation, special tokens, side of truncation."""
-    described: list[object] = [
-        type(tokenizer).__name__,
-        tokenizer.pad_token_id,
-        tokenizer.truncation_side,
-        tokenizer.split_special_tokens,
-    ]
-    if tokenizer.is_fast:
-        backend = json.loads(tokenizer.backend_tokenizer.to_str())
-        # Leftovers of the last call; each call below sets its own.
-        backend.update(truncation=None, padding=None)
-        described.append(backend)
-    else:
-        described += [tokenizer.get_vocab(), tokenizer.init_kwargs]
-    return _sha256(described)
 
 
 class TokenRows:

@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from promcse_pl.data.files import require_regular_file
 from promcse_pl.errors import DataError
 from promcse_pl.evaluation.statistics import CountedSpearman
 from promcse_pl.evaluation.sts import ScoredPairs
+from promcse_pl.paths import require_regular_file
 
 PAIRS, IMAGES = "cxc-sts-test.csv", "dataset_coco_with_cxc.json"
 COLUMNS = ("caption1", "caption2", "agg_score", "sampling_method", "sent1", "sent2")
@@ -54,12 +54,13 @@ class CxcData:
     files: dict[str, tuple[int, str]]
 
 
-def load_cxc(folder: Path) -> CxcData:
+def load_cxc(folder: str | Path) -> CxcData:
     """Read the two files of CxC-STS.
 
     Raises:
         DataError: A file is missing (the message says where it comes from) or broken, or a pair of the json is not in the csv.
     """
+    folder = Path(folder)
     pairs, keys = _read_pairs(folder / PAIRS)
     places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
     images, digest = _read_images(folder / IMAGES, places)

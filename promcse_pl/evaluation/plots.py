@@ -28,12 +28,13 @@ STYLE = {
 }
 
 
-def check_plot(path: Path) -> None:
+def check_plot(path: str | Path) -> None:
     """Refuse a picture that cannot be drawn, before anything is computed.
 
     Raises:
         ConfigError: Its name has another ending, or matplotlib is not installed.
     """
+    path = Path(path)
     if path.suffix not in FORMATS:
         raise ConfigError(f"a plot must end in {', '.join(FORMATS)}, got {path}")
     there = next(folder for folder in path.absolute().parents if folder.exists())
@@ -46,7 +47,7 @@ def check_plot(path: Path) -> None:
     mpl.use("agg")
 
 
-def draw(tree: dict[str, Any], path: Path) -> list[Path]:
+def draw(tree: dict[str, Any], path: str | Path) -> list[Path]:
     """Write the bars of all scores, and the cosine densities beside it if the geometry was measured.
 
     Args:
@@ -56,6 +57,7 @@ def draw(tree: dict[str, Any], path: Path) -> list[Path]:
     Returns:
         The pictures.
     """
+    path = Path(path)
     import matplotlib.pyplot as plt
 
     written = []

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from promcse_pl.data.arrow import content_sha256
-from promcse_pl.data.files import require_regular_file
 from promcse_pl.data.readers import read_scored_pairs
 from promcse_pl.errors import DataError
 from promcse_pl.evaluation.correlation import pearson, spearman
+from promcse_pl.paths import require_regular_file
 
 Encode = Callable[[Sequence[str]], NDArray[np.float32]]
 """Unit vectors (N, D) of N sentences."""
@@ -94,7 +94,7 @@ class TaskScores:
         return float(np.average([getattr(subset, measure) for subset in self.subsets.values()], weights=weights))
 
 
-def load_task(senteval: Path, task: str) -> list[ScoredPairs]:
+def load_task(senteval: str | Path, task: str) -> list[ScoredPairs]:
     """Read the test pairs of a task, by subset.
 
     Args:
@@ -104,6 +104,7 @@ def load_task(senteval: Path, task: str) -> list[ScoredPairs]:
     Raises:
         DataError: A missing or broken file.
     """
+    senteval = Path(senteval)
     if task == "STS-B":
         return [load_stsb(senteval, "test")]
     if task == "SICK-R":
@@ -127,13 +128,15 @@ def load_pairs(path: Path) -> ScoredPairs:
     return ScoredPairs.of(path.name, rows, content_sha256(path))
 
 
-def load_stsb(senteval: Path, split: str) -> ScoredPairs:
+def load_stsb(senteval: str | Path, split: str) -> ScoredPairs:
     """Read STS-B: `train`, `dev` or `test`; tab-separated, score in column 5, sentences in 6 and 7."""
+    senteval = Path(senteval)
     return _load_table(senteval / "STS" / "STSBenchmark" / STSB_FILES[split], f"STS-B {split}", (5, 6), 4, header=False)
 
 
-def load_sick(senteval: Path, split: str) -> ScoredPairs:
+def load_sick(senteval: str | Path, split: str) -> ScoredPairs:
     """Read SICK relatedness: `train`, `dev` or `test`; sentences in columns 2 and 3, score 1-5 in 4."""
+    senteval = Path(senteval)
     return _load_table(senteval / "SICK" / SICK_FILES[split], f"SICK-R {split}", (1, 2), 3, header=True)
 
 
@@ -216,7 +219,7 @@ def _correlate(predicted: NDArray[np.float64], gold: Sequence[float]) -> PairSco
     return PairScores(len(gold), spearman(predicted, gold), pearson(predicted, gold))
 
 
-def evaluate_sts(encode: Encode, senteval: Path, tasks: Sequence[str] = TASKS) -> dict[str, TaskScores]:
+def evaluate_sts(encode: Encode, senteval: str | Path, tasks: Sequence[str] = TASKS) -> dict[str, TaskScores]:
     """Score an encoder on STS tasks.
 
     Args:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from promcse_pl.adapter.files import adapter_hash
 from promcse_pl.evaluation.statistics import (
     LEVEL,
     RESAMPLES,
@@ -112,7 +111,7 @@ def _score_target(target: Target, tasks: Sequence[Task], cache: VectorCache, rep
             scores[task.name] = task.score(vectors, lambda done, total, what=what: report(what, done, total))  # type: ignore[misc]
         encoder = model.encoder
         about = {
-            "sha256": adapter_hash(encoder),
+            "sha256": model.adapter_hash(),
             "encoder": encoder.backbone.identity.name,
             "pooling": encoder.pooling,
             "precision": encoder.backbone.precision,

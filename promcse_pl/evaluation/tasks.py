@@ -95,7 +95,7 @@ class Task:
         return sum(file["rows"] for file in self.files)
 
 
-def load_tasks(names: Sequence[str], data: Path | None) -> list[Task]:
+def load_tasks(names: Sequence[str], data: str | Path | None) -> list[Task]:
     """Read the data of suites and files.
 
     Args:
@@ -115,7 +115,8 @@ def load_tasks(names: Sequence[str], data: Path | None) -> list[Task]:
             f"the tasks {', '.join(needed)} are read from a data folder with senteval/ in it, but none is given. "
             "Try: --data FOLDER (of a run: data.dir=FOLDER)"
         )
-    tasks = [task for name in dict.fromkeys(names) for task in _load(name, data)]
+    folder = Path() if data is None else Path(data)
+    tasks = [task for name in dict.fromkeys(names) for task in _load(name, folder)]
     found = [task.name for task in tasks]
     for name in found:
         if found.count(name) > 1:
@@ -123,8 +124,7 @@ def load_tasks(names: Sequence[str], data: Path | None) -> list[Task]:
     return tasks
 
 
-def _load(name: str, data: Path | None) -> list[Task]:
-    folder = Path() if data is None else data
+def _load(name: str, folder: Path) -> list[Task]:
     senteval = folder / "senteval"
     if name == "sts":
         return [pair_task(task, name, load_task(senteval, task)) for task in TASKS if task != "SICK-R"]

@@ -6,8 +6,8 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from promcse_pl.data.files import require_regular_file
 from promcse_pl.errors import DataError
+from promcse_pl.paths import require_regular_file
 
 # the file of the ones first: SentEval's order, on which its folds depend
 TWO_FILES = {
@@ -64,7 +64,7 @@ class TransferData:
         return list(dict.fromkeys(text for rows in self.splits.values() for row in rows for text in row.texts))
 
 
-def load_transfer(senteval: Path, task: str) -> TransferData:
+def load_transfer(senteval: str | Path, task: str) -> TransferData:
     """Read a transfer task.
 
     Args:
@@ -74,6 +74,7 @@ def load_transfer(senteval: Path, task: str) -> TransferData:
     Raises:
         DataError: An unknown task, or a missing or broken file.
     """
+    senteval = Path(senteval)
     if task not in TRANSFER_TASKS:
         raise DataError(f"unknown transfer task {task!r}. Tasks: {', '.join(TRANSFER_TASKS)}")
     digest = hashlib.sha256()

@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from promcse_pl.adapter.files import adapter_hash
 from promcse_pl.embedder import PromCSE
 from promcse_pl.errors import DataError, NonFiniteError
 from promcse_pl.evaluation.sts import VectorOf
@@ -42,7 +41,7 @@ class VectorCache:
         encoded: Sentences that had to be encoded so far.
     """
 
-    folder: Path
+    folder: str | Path
     encoded: int = 0
 
     def vectors(self, model: PromCSE, sentences: Iterable[str], progress: Progress | None = None) -> VectorOf:
@@ -58,7 +57,7 @@ class VectorCache:
             NonFiniteError: A vector is not finite.
         """
         distinct = sorted(set(sentences), key=lambda text: (-len(text), text))  # the longest first: memory fails early
-        path = self.folder / f"{model_hash(model)}.safetensors"
+        path = Path(self.folder) / f"{model_hash(model)}.safetensors"
         known = _read(path, model.width)
         digests = [hashlib.sha256(text.encode()).digest() for text in distinct]
         missing = [(text, digest) for text, digest in zip(distinct, digests, strict=True) if digest not in known]
@@ -93,17 +92,15 @@ def check_vectors(vectors: VectorOf) -> None:
 
 
 def model_hash(model: PromCSE) -> str:
-    """Return the hex sha256 of what decides a model's vectors: adapter and encoder, tokenizer, precision, kind of device."""
+    """Return the hex sha256 of what decides a model's vectors: its adapter hash, longest input, precision, kind of device."""
     backbone = model.encoder.backbone
-    tokenizer = json.loads(model.tokenizer.backend_tokenizer.to_str())
-    del tokenizer["padding"], tokenizer["truncation"]  # left behind by the last call
-    parts = [adapter_hash(model.encoder), tokenizer, model.max_tokens, backbone.precision, backbone.device.type]
+    parts = [model.adapter_hash(), model.max_tokens, backbone.precision, backbone.device.type]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _read(path: Path, width: int) -> dict[bytes, NDArray[np.float32]]:
     """Return vectors by digest; nothing if there is no file or it is not what was written."""
-    if not path.is_file():
+    if not path.is_file():  # nor is a FIFO
         return {}
     try:
         with safe_open(path, framework="np") as file:

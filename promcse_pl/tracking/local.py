@@ -51,12 +51,13 @@ class JsonlLogger(Logger):
         """Nothing: config.yaml beside the history holds them."""
 
 
-def read_history(path: Path) -> list[dict[str, Any]]:
+def read_history(path: str | Path) -> list[dict[str, Any]]:
     """Return the entries of a history file, oldest first; a last line that was cut short is left out.
 
     Raises:
         DataError: The file is missing, or holds something else.
     """
+    path = Path(path)
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]

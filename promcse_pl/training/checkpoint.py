@@ -30,6 +30,7 @@ from promcse_pl.errors import DataError, NonFiniteError
 from promcse_pl.files import publish, staging_folder, sync, write_bytes
 from promcse_pl.folder import CHECKPOINTS, HISTORY, NON_FINITE, Status, checkpoint_folders, write_status
 from promcse_pl.loss.gather import sum_over_ranks
+from promcse_pl.paths import require_regular_file
 from promcse_pl.training.module import PromcseModule
 from promcse_pl.training.ranks import of_every_rank
 from promcse_pl.training.stop import Stopped, StopSignals
@@ -81,8 +82,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         DataError: A file is missing, cut short, changed, or of a newer format.
     """
     try:
-        stored = json.loads((path / STATE).read_bytes())
-        tensors = (path / TENSORS).read_bytes()
+        stored = json.loads(require_regular_file(path / STATE).read_bytes())
+        tensors = require_regular_file(path / TENSORS).read_bytes()
         if stored["format"] != FORMAT:
             raise DataError(f"{path} has format {stored['format']}; this version reads {FORMAT}")
         if stored["sha256"] != _checksum(stored, tensors):

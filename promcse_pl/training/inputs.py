@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
-from promcse_pl.config import Config, decides, flat_settings
+from promcse_pl.config import SUITES, Config, decides, flat_settings
 from promcse_pl.data.module import PromcseDataModule
+from promcse_pl.data.sources import data_dir
 from promcse_pl.errors import DataError
+from promcse_pl.evaluation.tasks import load_tasks
 from promcse_pl.files import write_text
 from promcse_pl.folder import INPUTS, read_json
 from promcse_pl.model.encoder import PromptEncoder
@@ -19,16 +21,37 @@ from promcse_pl.paths import hide_home
 
 log = logging.getLogger("promcse_pl")
 
+_NOT_OF_THE_ENCODER = ("_name_or_path", "architectures", "dtype", "transformers_version")
+"""Fields of an encoder's config that say where it came from, or how it was read."""
+
 
 def describe_inputs(config: Config, encoder: PromptEncoder, data: PromcseDataModule) -> dict[str, Any]:
-    """Return checksums of the data and the encoder, the settings, and the machine's part."""
+    """Return checksums of data, encoder and own test files, the settings, and the machine's part."""
+    backbone = encoder.backbone
+    encoder_config: Any = (
+        backbone.model.config
+    )  # all of it: dropout rates decide the training, though not the embeddings
+    fields = {name: value for name, value in encoder_config.to_dict().items() if name not in _NOT_OF_THE_ENCODER}
     return {
         "data.train": {"name": config.data.train, "sha256": data.token_rows.fingerprint},
         "data.dev": {"name": config.data.dev, "sha256": data.dev.sha256 if data.dev else None},
-        "model.path": {"name": config.model.path, "sha256": encoder.backbone.identity.sha256},
+        "model.path": {
+            "name": config.model.path,
+            "sha256": backbone.identity.sha256,
+            "config": json.loads(json.dumps(fields, default=str)),
+            "tokenizer": backbone.identity.tokenizer,
+        },
+        "evaluation.tasks": own_files(config),
         "config": flat_settings(config.to_dict()),
         "machine": {"torch": torch.__version__, "threads": torch.get_num_threads()},
     }
+
+
+def own_files(config: Config) -> dict[str, str]:
+    """Return the sha256 of every file in `evaluation.tasks`, by the name that was typed; suites are not files."""
+    names = [name for name in dict.fromkeys(config.evaluation.tasks) if name not in SUITES]
+    tasks = load_tasks(names, data_dir(config.data))
+    return {name: task.files[0]["sha256"] for name, task in zip(names, tasks, strict=True)}
 
 
 def record_inputs(folder: Path, inputs: dict[str, Any]) -> None:
@@ -43,11 +66,18 @@ def record_inputs(folder: Path, inputs: dict[str, Any]) -> None:
         return
     try:
         before = hide_home(read_json(path))  # an earlier version wrote it out
+        _compare_encoder(before["model.path"], inputs["model.path"], folder)
         for key in ("data.train", "data.dev", "model.path"):
             if before[key]["sha256"] != inputs[key]["sha256"]:
                 raise DataError(
                     f"{key}={inputs[key]['name']} has changed since the run in {folder} began (or its tokenizer has): going on "
                     "would mix two data sets. Put the old one back, or start a new run"
+                )
+        for name, sha256 in before.get("evaluation.tasks", {}).items():  # absent: written by an earlier version
+            if inputs["evaluation.tasks"].get(name, sha256) != sha256:
+                raise DataError(
+                    f"{name} of evaluation.tasks has changed since the run in {folder} started: its scores could not be compared "
+                    "with those of other runs on the old file. Put the old file back, or start a new run"
                 )
         settings, stored = inputs["config"], before["config"]
         changed = [key for key, value in settings.items() if decides(key) == "training" and stored[key] != value]
@@ -76,4 +106,21 @@ def record_inputs(folder: Path, inputs: dict[str, Any]) -> None:
             machine.get("threads"),
             inputs["machine"]["torch"],
             inputs["machine"]["threads"],
+        )
+
+
+def _compare_encoder(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    """Refuse an encoder whose config or tokenizer is not that of the start; runs of earlier versions recorded neither."""
+    config: dict[str, Any] = before.get("config", {})
+    changed = [
+        f"{name} in its config.json was {str(value)[:80]}, now it is {str(now['config'][name])[:80]}"
+        for name, value in config.items()
+        if name in now.get("config", {}) and now["config"][name] != value  # another transformers may drop or add fields
+    ]
+    if before.get("tokenizer", now.get("tokenizer")) != now.get("tokenizer"):
+        changed.append("its tokenizer is another one")
+    if changed:
+        raise DataError(
+            f"model.path={now['name']} has changed since the run in {folder} started: {'; '.join(changed)}. Put the old files "
+            "back, or start a new run"
         )

@@ -2,18 +2,20 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_small_encoder, small_tokens
+from conftest import memory_limit, save_small_encoder, small_tokens
 from safetensors.torch import load_file, save_file
 
 from promcse_pl.adapter.files import FORMAT, describe, load_adapter, save_adapter
 from promcse_pl.adapter.folder import BUNDLED, DESCRIPTION, WEIGHTS
-from promcse_pl.errors import AdapterError
+from promcse_pl.errors import AdapterError, EncoderError
 from promcse_pl.files import COMMIT
 from promcse_pl.model.backbone import SUPPORTED, FrozenBackbone
 from promcse_pl.model.encoder import HEADS, PromptEncoder
@@ -366,6 +368,123 @@ def test_another_encoder_is_refused(folder, tmp_path, backbone):
     message = refusal(folder, encoder=str(other))
     assert f"was trained on {backbone.identity.name} with weights {backbone.identity.sha256[:12]}" in message
     assert "PromCSE.load(..., encoder=FOLDER)" in message
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("hidden_act", "relu", "hidden_act is relu, the adapter was trained with gelu"),
+        ("layer_norm_eps", 0.1, "layer_norm_eps is 0.1, the adapter was trained with 1e-12"),
+        ("num_attention_heads", 4, "num_attention_heads is 4, the adapter was trained with 2"),
+        ("num_hidden_layers", 2, "num_hidden_layers is 2, the adapter was trained with 3"),
+        ("model_type", "roberta", "model_type is roberta, the adapter was trained with bert"),
+    ],
+)
+def test_a_copy_of_the_encoder_with_another_config_is_refused_by_the_field(
+    folder, backbone, tmp_path, key, value, said
+):
+    copy = shutil.copytree(backbone.identity.name, tmp_path / "copy")
+    edit_json(copy / "config.json", **{key: value})
+    message = refusal(folder, encoder=str(copy))
+    assert said in message
+    assert f"PromCSE.load({str(folder)!r}, encoder=FOLDER)" in message
+
+
+def test_a_copy_of_the_encoder_with_another_tokenizer_is_refused(folder, backbone, tmp_path):
+    copy = shutil.copytree(backbone.identity.name, tmp_path / "copy")
+    tokenizer = json.loads((copy / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = None
+    (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "has the same weights but would give other embeddings: its tokenizer differs" in refusal(
+        folder, encoder=str(copy)
+    )
+
+
+@pytest.mark.parametrize(
+    "change", [{"hidden_dropout_prob": 0.5}, {"id2label": {"0": "x"}}, {"a_field_of_the_future": 1}]
+)
+def test_a_config_field_that_changes_no_embedding_does_not_refuse_a_copy(folder, backbone, tmp_path, change):
+    copy = shutil.copytree(backbone.identity.name, tmp_path / "copy")
+    edit_json(copy / "config.json", **change)
+    assert torch.equal(vectors_of(load_adapter(folder, encoder=str(copy))), vectors_of(load_adapter(folder)))
+
+
+def test_an_adapter_of_format_1_knows_weights_and_family_of_its_encoder_alone(folder, backbone, tmp_path):
+    about = json.loads((folder / DESCRIPTION).read_text())
+    about["format"] = 1
+    del about["encoder"]["config"], about["encoder"]["tokenizer"], about["checksum"]
+    (folder / DESCRIPTION).write_text(json.dumps(about))
+    assert torch.equal(vectors_of(load_adapter(folder)), vectors_of(some_encoder(backbone)))
+    copy = shutil.copytree(backbone.identity.name, tmp_path / "copy")
+    edit_json(copy / "config.json", model_type="roberta")
+    assert "model_type is roberta, the adapter was trained with bert" in refusal(folder, encoder=str(copy))
+
+
+@pytest.fixture
+def little_memory():
+    with memory_limit():
+        yield
+
+
+def test_a_projection_of_a_million_takes_neither_time_nor_memory(folder, little_memory):
+    change_description(folder, "prompt.projection_size", 2**20)
+    before = time.perf_counter()
+    assert "must hold the tensors" in refusal(folder)
+    assert time.perf_counter() - before < 2, "most of it reads the encoder"
+
+
+@pytest.fixture
+def carrying(backbone, tmp_path) -> Path:
+    """An adapter with its encoder inside."""
+    own = FrozenBackbone.load(backbone.identity.name)
+    own.identity = dataclasses.replace(own.identity, name=BUNDLED)
+    save_adapter(some_encoder(own), tmp_path / "carrying")
+    return tmp_path / "carrying"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("vocab_size", 10**10),
+        ("intermediate_size", 10**10),
+        ("max_position_embeddings", 10**10),
+        ("num_hidden_layers", 10**9),
+        ("num_hidden_layers", 900),
+        ("num_labels", 10**9),
+        ("hidden_size", 2 * 10**6),
+        ("quantization_config", {"quant_method": "bitsandbytes", "load_in_8bit": True}),
+        ("per_layer_config", {"0": {"intermediate_size": 10**9}}),
+    ],
+)
+def test_an_absurd_config_of_a_carried_encoder_is_refused_before_memory_is_taken(carrying, little_memory, key, value):
+    edit_json(carrying / "encoder/config.json", **{key: value})
+    with pytest.raises(EncoderError, match=r"cannot read the (encoder|weights of)"):
+        load_adapter(carrying)
+
+
+@pytest.mark.parametrize(
+    "name", [DESCRIPTION, WEIGHTS, "encoder/config.json", "encoder/model.safetensors", "encoder/tokenizer.json"]
+)
+@pytest.mark.parametrize("kind", ["fifo", "device"])
+def test_a_fifo_or_a_device_in_the_place_of_a_file_is_refused_and_not_waited_for(carrying, little_memory, name, kind):
+    (carrying / name).unlink()
+    os.mkfifo(carrying / name) if kind == "fifo" else (carrying / name).symlink_to("/dev/zero")
+    with pytest.raises((AdapterError, EncoderError), match=r"it is a (FIFO|device), and a regular file is needed"):
+        load_adapter(carrying)
+
+
+def test_a_description_of_a_terabyte_is_refused_without_being_read(folder, little_memory):
+    os.truncate(folder / DESCRIPTION, 2**40)
+    assert "1,099,511,627,776 bytes, at most 16,777,216 are read" in refusal(folder)
+
+
+def test_paths_may_be_text(backbone, tmp_path):
+    save_adapter(some_encoder(backbone), str(tmp_path / "adapter"))
+    assert torch.equal(vectors_of(load_adapter(str(tmp_path / "adapter"))), vectors_of(some_encoder(backbone)))
 
 
 def test_an_encoder_whose_weights_changed_since_is_refused(tmp_path):

@@ -4,12 +4,13 @@ import json
 import os
 import pickle
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import small_backbone, small_encoder
+from conftest import memory_limit, small_backbone, small_encoder
 from safetensors.torch import load_file, save_file
 
 from promcse_pl.adapter.files import load_adapter, save_adapter
@@ -102,12 +103,21 @@ def test_an_average_is_possible_and_drops_the_mlp(checkpoint):
     assert imported.notes[1] == "pooling avg_top2: the MLP is dropped"
 
 
-def test_mlm_head_and_pooler_are_left_out_and_said(tmp_path):
+def test_mlm_head_and_pooler_are_dropped_and_each_is_named_with_what_that_means_for_an_export(tmp_path):
     def more(state):
         state |= {"lm_head.bias": torch.zeros(97), "bert.pooler.dense.bias": torch.zeros(D)}
 
     imported = import_official(save_official(tmp_path / "x", change=more))
-    assert imported.notes[-1] == "left out, no sentence vector needs it: lm_head, pooler"
+    assert imported.notes[-2:] == (
+        "the MLM head (lm_head) is dropped: no embedding needs it. An export of this adapter has none, so the official code "
+        "would start --do_mlm with a fresh head",
+        "the pooler of the plain encoder (pooler) is dropped: neither this package nor the official code reads it",
+    )
+    export_official(imported.encoder, tmp_path / "back")
+    before, after = (
+        torch.load(place / "pytorch_model.bin", weights_only=True) for place in (tmp_path / "x", tmp_path / "back")
+    )
+    assert set(before) - set(after) == {"lm_head.bias", "bert.pooler.dense.bias"}
 
 
 def test_a_safetensors_checkpoint_gives_the_same_vectors(checkpoint):
@@ -266,6 +276,54 @@ def test_tensors_that_do_not_fit_are_named(change, message, tmp_path):
 def test_a_config_that_does_not_fit_is_refused(config, error, message, tmp_path):
     with pytest.raises(error, match=message):
         import_official(save_official(tmp_path / "x", **config))
+
+
+def bomb(*shape):
+    """A tensor of one stored value that claims many: to look at each of them would take terabytes."""
+    return torch.zeros(1).expand(*shape)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put("prefix_encoder.embedding.weight", bomb(10**6, 10**6)), "claims more values than the file holds"),
+        (put("bert.pooler.dense.weight", bomb(10**6, 10**6)), "claims more values than the file holds"),
+        (put("mlp.dense.bias", torch.zeros(D).to_sparse()), "sparse"),
+        (put("prefix_encoder.trans.0.weight", torch.zeros(10**7, 1)), "lacks prompt.trans.0.bias|has shape"),
+    ],
+)
+def test_a_tensor_that_claims_terabytes_is_refused_before_memory_is_taken(change, message, zipped, tmp_path):
+    save_official(tmp_path / "x", change=change)
+    path = tmp_path / "x/pytorch_model.bin"
+    torch.save(torch.load(path, weights_only=True), path, _use_new_zipfile_serialization=zipped)
+    with memory_limit(), pytest.raises(AdapterError, match=message):
+        import_official(tmp_path / "x")
+
+
+def test_a_compressed_checkpoint_is_refused(checkpoint):
+    path = checkpoint / "pytorch_model.bin"
+    with zipfile.ZipFile(path) as whole, zipfile.ZipFile(checkpoint / "packed", "w", zipfile.ZIP_DEFLATED) as packed:
+        for entry in whole.infolist():
+            content = whole.read(entry)
+            packed.writestr(entry.filename, content + bytes(10**7) if "/data/0" in entry.filename else content)
+    (checkpoint / "packed").rename(path)
+    with pytest.raises(AdapterError, match="larger unpacked than the file itself"):
+        import_official(checkpoint)
+
+
+@pytest.mark.parametrize("config", [{"num_hidden_layers": 900}, {"vocab_size": 10**10}, {"intermediate_size": 10**10}])
+def test_an_absurd_config_is_refused_before_memory_is_taken(config, tmp_path):
+    with memory_limit(), pytest.raises(AdapterError, match=r"describes no encoder|has shape"):
+        import_official(save_official(tmp_path / "x", **config))
+
+
+@pytest.mark.parametrize("name", ["config.json", "pytorch_model.bin", "vocab.txt", "model.safetensors"])
+def test_a_fifo_in_the_place_of_a_file_is_refused_and_not_waited_for(name, checkpoint):
+    (checkpoint / name).unlink(missing_ok=True)
+    os.mkfifo(checkpoint / name)
+    with memory_limit(), pytest.raises((AdapterError, EncoderError), match="it is a FIFO, and a regular file is needed"):
+        import_official(str(checkpoint))
 
 
 @pytest.mark.parametrize("zipped", [True, False])

@@ -1,10 +1,11 @@
 import json
+import os
 import pickle
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_small_encoder, small_backbone, small_tokens
+from conftest import memory_limit, save_small_encoder, small_backbone, small_tokens
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
@@ -220,3 +221,33 @@ def test_a_bin_file_gives_its_tensors_and_runs_nothing(tmp_path, monkeypatch):
         with pytest.raises(AdapterError, match="holds more than tensors"):
             import_peft(tmp_path / "peft")
     assert not Path("sprung").exists()
+
+
+@pytest.mark.parametrize("kind", ["stride 0", "sparse"])
+def test_a_prefix_that_claims_terabytes_is_refused_before_memory_is_taken(tmp_path, kind):
+    export_peft(prompt_encoder(tmp_path / "encoder"), str(tmp_path / "peft"))
+    (tmp_path / "peft/adapter_model.safetensors").unlink()
+    tensor = torch.zeros(1).expand(10**6, 10**6) if kind == "stride 0" else torch.zeros(P, 96).to_sparse()
+    torch.save({"prompt_embeddings": tensor}, tmp_path / "peft/adapter_model.bin")
+    with memory_limit(), pytest.raises(AdapterError, match="is sparse, or claims more values than the file holds"):
+        import_peft(str(tmp_path / "peft"))
+
+
+@pytest.mark.parametrize("length", [10**12, -1, None, "5"])
+def test_a_prompt_length_that_the_tensor_does_not_have_is_refused_before_memory_is_taken(tmp_path, length):
+    export_peft(prompt_encoder(tmp_path / "encoder"), tmp_path / "peft")
+    path = tmp_path / "peft/adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_virtual_tokens": length}))
+    with memory_limit(), pytest.raises(AdapterError, match=r"prompt_embeddings has shape \(5, 96\), expected"):
+        import_peft(tmp_path / "peft", encoder=tmp_path / "encoder")
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
+def test_a_fifo_in_the_place_of_a_file_is_refused_and_not_waited_for(tmp_path, name):
+    export_peft(prompt_encoder(tmp_path / "encoder"), tmp_path / "peft")
+    if name.endswith(".bin"):
+        (tmp_path / "peft/adapter_model.safetensors").unlink()
+    (tmp_path / "peft" / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / "peft" / name)
+    with memory_limit(), pytest.raises(AdapterError, match="it is a FIFO, and a regular file is needed"):
+        import_peft(tmp_path / "peft")

@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("sentence_transformers", reason="needs the extra: pip install -e '.[st]'", exc_type=ImportError)
 pytest.importorskip("accelerate", reason="needs the extra: pip install -e '.[st]'")
 
-from conftest import ROOT, save_small_encoder
+from conftest import ROOT, save_small_encoder, small_tokenizer
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator, SentenceEvaluator
@@ -260,3 +260,12 @@ def test_the_example_trains_and_leaves_an_adapter_and_a_model(tmp_path, monkeypa
     untrained = SentenceTransformer(modules=[*made["model"]], device="cpu")
     for same in (PromCSE.load("adapter"), PromCSE.load("model"), load(Path("model")), untrained):
         np.testing.assert_allclose(same.encode(texts), trained, atol=1e-6, rtol=0)
+
+
+def test_a_model_with_another_tokenizer_than_its_encoders_is_not_exported(model, tmp_path):
+    tokenizer = small_tokenizer()
+    export_sentence_transformers(PromCSE(model.encoder, tokenizer), str(tmp_path / "equal"))
+    tokenizer.backend_tokenizer.normalizer = None
+    with pytest.raises(AdapterError, match=r"another tokenizer .*PromCSE\(model\.encoder\)"):
+        export_sentence_transformers(PromCSE(model.encoder, tokenizer), tmp_path / "other")
+    assert not (tmp_path / "other").exists()

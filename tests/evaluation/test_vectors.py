@@ -1,6 +1,8 @@
 """The vector cache: right or rebuilt, and without a sentence in it."""
 
+import json
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -101,6 +103,26 @@ def test_models_whose_vectors_differ_do_not_share_a_file(folder):
     ]
     assert len({model_hash(model) for model in models}) == len(models)
     assert model_hash(models[0]) == model_hash(small_model(folder))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_embeddings_of_an_encoder_with_another_config_or_tokenizer_are_not_reused(name, folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    content = json.loads((copy / name).read_text())
+    content |= {"hidden_act": "relu"} if name == "config.json" else {"normalizer": None}
+    (copy / name).write_text(json.dumps(content))
+    sentences = [text.upper() for text in SENTENCES]
+    first = VectorCache(tmp_path / "cache").vectors(small_model(folder), sentences)
+    cache = VectorCache(tmp_path / "cache")
+    changed = small_model(copy)
+    if name == "tokenizer.json":  # all words are unknown to it then, and all vectors of a length the same
+        sentences = ["w5", "W5 w6", *sentences]
+    second = cache.vectors(changed, sentences)
+    assert cache.encoded == len(set(sentences))
+    assert max(np.abs(second[text] - first[text]).max() for text in first) > 1e-3
+    again = VectorCache(tmp_path / "cache")
+    again.vectors(small_model(folder), first)
+    assert again.encoded == 0
 
 
 def test_a_folder_that_cannot_be_written_costs_the_cache_and_not_the_scores(model, tmp_path, caplog):

@@ -19,6 +19,7 @@ from promcse_pl.adapter.files import BUNDLED, describe, load_adapter, save_adapt
 from promcse_pl.adapter.official import import_official
 from promcse_pl.adapter.peft import export_peft, import_peft
 from promcse_pl.data.tokens import load_tokens, memory_source
+from promcse_pl.embedder import PromCSE
 from promcse_pl.errors import AdapterError, DataError
 from promcse_pl.folder import Status, read_results, read_status, write_status
 from promcse_pl.model.backbone import FrozenBackbone
@@ -31,6 +32,7 @@ from promcse_pl.tracking.local import read_history
 from promcse_pl.training.checkpoint import RunCheckpoints, read_checkpoint
 from promcse_pl.training.inputs import record_inputs
 
+INDEXED = [f"w{i} w{i + 1}" for i in range(5, 20)]
 ROWS = [(f"w{i} w{i + 1}", f"w{i + 2}") for i in range(5, 60)]
 
 
@@ -53,6 +55,9 @@ def base(tmp_path_factory) -> Path:
     small_tokenizer().save_pretrained(official)
     checkpoint = {"global_step": 4, "state": {"x": torch.arange(6.0), "y": [1, 2.5, "z", None, (3,)]}, 7: torch.ones(2)}
     RunCheckpoints(base / "run").save_checkpoint(checkpoint, base / "run/checkpoints/step-4")
+    model = PromCSE(encoder)
+    model.build_index(INDEXED)
+    model.save_index(base / "index")
     import_official(official)  # the whole ones are read
     import_peft(base / "peft", encoder=str(base / "encoder"))
     (base / "status").mkdir()
@@ -157,6 +162,18 @@ def test_a_damaged_adapter_without_checksum_loads_or_is_refused(base, place, dat
     (whole / "adapter.json").write_text(json.dumps(about))
     with only_our_errors("adapters"):
         load_adapter(damaged(data, whole, place))
+
+
+@examples(400)
+@given(data=st.data())
+def test_a_damaged_index_is_noticed_or_gives_the_same_hits(base, place, data):
+    model = PromCSE(load_adapter(base / "adapter"))
+    model.load_index(base / "index")
+    expected = model.search(INDEXED)
+    folder = damaged(data, base / "index", place)
+    with only_our_errors("indexes"):
+        model.load_index(folder)
+        assert model.search(INDEXED) == expected
 
 
 @examples(1000)

@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
-from promcse_pl.model.backbone import EncoderId, FrozenBackbone
+from promcse_pl.model.backbone import FrozenBackbone
 from promcse_pl.model.encoder import PromptEncoder, Tokens
+from promcse_pl.model.identity import EncoderId
 from promcse_pl.model.mlm import MlmHead
 
 LM_NAMES = {"lm_head.bias": "decoder.bias", "lm_head.decoder.weight": "decoder.weight"}

@@ -158,22 +158,53 @@ def test_similarities_and_searches_equal_those_of_the_official_tool(model, pooli
             check("search scores", *scores)
 
 
-def test_export_gives_the_same_tensors_and_config_back(imported, folder, pooling, tmp_path):
-    instructions = export_official(imported.encoder, tmp_path / "back")
-    before, after = (
-        torch.load(place / "pytorch_model.bin", weights_only=True) for place in (folder, tmp_path / "back")
-    )
-    assert set(before) == set(after)
+def check_export(imported, folder, pooling, back):
+    """An export holds the checkpoint's tensors and config; an MLM head and a pooler are the only tensors that it may lack."""
+    instructions = export_official(imported.encoder, back)
+    before, after = (torch.load(place / "pytorch_model.bin", weights_only=True) for place in (folder, back))
+    dropped = {name for name in before if name.startswith("lm_head.") or ".pooler." in name}
+    assert set(before) - dropped == set(after)
     assert all(
-        torch.equal(tensor, after[name]) and tensor.dtype == after[name].dtype for name, tensor in before.items()
+        torch.equal(before[name], tensor) and before[name].dtype == tensor.dtype for name, tensor in after.items()
     )
-    config = read_json(tmp_path / "back/config.json")
+    for part, note in (("lm_head.", "the MLM head (lm_head) is dropped"), (".pooler.", "the pooler")):
+        assert any(part in name for name in dropped) == any(line.startswith(note) for line in imported.notes)
+    config = read_json(back / "config.json")
     assert config == {k: v for k, v in read_json(folder / "config.json").items() if k in config}
     assert f"--pooler_type {pooling} --pre_seq_len" in instructions
-    assert (tmp_path / "back/README.md").read_text() == instructions
-    assert {path.name for path in (tmp_path / "back").iterdir()} == {
+    assert (back / "README.md").read_text() == instructions
+    assert {path.name for path in back.iterdir()} == {
         "README.md", *(path.name for path in folder.iterdir() if path.is_file())
     }  # fmt: skip
+
+
+def test_export_gives_the_same_tensors_and_config_back(imported, folder, pooling, tmp_path):
+    check_export(imported, folder, pooling, tmp_path / "back")
+
+
+def test_a_checkpoint_with_an_mlm_head_and_a_pooler_gives_the_same_embeddings_and_says_what_is_dropped(
+    imported, folder, pooling, expected, tmp_path
+):
+    more = tmp_path / folder.name
+    shutil.copytree(folder, more)
+    state = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    config = read_json(folder / "config.json")
+    width, words, family = config["hidden_size"], config["vocab_size"], config["model_type"]
+    shapes = {"bias": (words,), "decoder.weight": (words, width), "decoder.bias": (words,)}
+    dense, norm = ("transform.dense", "transform.LayerNorm") if family == "bert" else ("dense", "layer_norm")
+    shapes |= {f"{dense}.weight": (width, width), f"{dense}.bias": (width,)}
+    shapes |= {f"{norm}.weight": (width,), f"{norm}.bias": (width,)}
+    state |= {f"lm_head.{name}": torch.randn(shape) for name, shape in shapes.items()}
+    state |= {
+        f"{family}.pooler.dense.weight": torch.randn(width, width),
+        f"{family}.pooler.dense.bias": torch.randn(width),
+    }
+    torch.save(state, more / "pytorch_model.bin")
+    with_head = import_official(more, pooling=pooling)
+    assert set(with_head.notes) - set(imported.notes), "what is dropped is said"
+    check_export(with_head, more, pooling, tmp_path / "back")
+    sentences = expected[0]["sentences"][:8]
+    assert np.array_equal(PromCSE(with_head.encoder).encode(sentences), PromCSE(imported.encoder).encode(sentences))
 
 
 def test_an_exported_folder_is_read_like_the_first(model, pooling, expected, tmp_path):

@@ -15,7 +15,9 @@ from transformers import AutoConfig, BertForMaskedLM
 
 from promcse_pl.errors import EncoderError
 from promcse_pl.model import backbone as module
-from promcse_pl.model.backbone import SUPPORTED, EncoderId, FrozenBackbone, file_sha256
+from promcse_pl.model.backbone import SUPPORTED, FrozenBackbone
+from promcse_pl.model.identity import EncoderId, output_config, tokenizer_fingerprint
+from promcse_pl.model.weights import file_sha256
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 every_family = pytest.mark.parametrize("family", SUPPORTED)
@@ -42,6 +44,11 @@ def refusal(name: str | Path, **options) -> str:
     return message
 
 
+def identity_of(backbone: FrozenBackbone, *named: str | None) -> EncoderId:
+    """Name, revision and weights as given; config and tokenizer as the model in memory has them."""
+    return EncoderId(*named, output_config(backbone.model.config), tokenizer_fingerprint(backbone.tokenizer))
+
+
 # --- found
 
 
@@ -52,7 +59,7 @@ def test_a_saved_encoder_of_every_family_is_read_as_it_was(tmp_path, family):
     expected = small_encoder(family).state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in loaded.model.state_dict().items())
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
-    assert loaded.identity == EncoderId(str(folder), None, file_sha256(folder / "model.safetensors"))
+    assert loaded.identity == identity_of(loaded, str(folder), None, file_sha256(folder / "model.safetensors"))
     assert (loaded.layers, loaded.heads, loaded.width, loaded.family) == (3, 2, 16, family)
     assert loaded.tokenizer("w7 w96 other").input_ids == [2, 7, 96, loaded.tokenizer.unk_token_id, 3]
 
@@ -97,7 +104,7 @@ def test_an_encoder_inside_a_masked_language_model_is_read(tmp_path):
 
 def test_minilm_comes_from_its_weight_wheel_by_its_hub_id(offline):
     backbone = FrozenBackbone.load(MINILM)
-    assert backbone.identity == EncoderId(MINILM, None, module.WEIGHT_WHEELS[MINILM][2])
+    assert backbone.identity == identity_of(backbone, MINILM, None, module.WEIGHT_WHEELS[MINILM][2])
     assert (backbone.layers, backbone.width) == (6, 384)
     assert len(backbone.tokenizer) == 30522
 
@@ -109,7 +116,7 @@ def test_a_hub_encoder_is_found_in_the_cache_by_its_commit_alone(tmp_path, folde
     shutil.copytree(folder, snapshot)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     backbone = FrozenBackbone.load("some/encoder", revision=commit)
-    assert backbone.identity == EncoderId("some/encoder", commit, file_sha256(folder / "model.safetensors"))
+    assert backbone.identity == identity_of(backbone, "some/encoder", commit, file_sha256(folder / "model.safetensors"))
 
 
 # --- refused

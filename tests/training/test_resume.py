@@ -323,6 +323,50 @@ def test_another_encoder_in_its_place_is_refused_by_name(stopped_run, long_run):
         weights.write_bytes(before)
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("config.json", {"hidden_act": "relu"}, "hidden_act in its config.json was gelu, now it is relu"),
+        ("config.json", {"hidden_dropout_prob": 0.3}, "hidden_dropout_prob in its config.json was 0.1, now it is 0.3"),
+        ("tokenizer.json", {"normalizer": None}, "its tokenizer is another one"),
+    ],
+)
+def test_another_config_or_tokenizer_of_the_encoder_is_refused_by_name(stopped_run, long_run, name, change, message):
+    path = Path(read_config(long_run[0]).model.path) / name
+    before = path.read_text()
+    path.write_text(json.dumps({**json.loads(before), **change}))
+    try:
+        with pytest.raises(DataError, match=rf"model\.path=.* has changed since the run in .*: {message}"):
+            resume_job(stopped_run)
+    finally:
+        path.write_text(before)
+
+
+def test_a_run_of_an_earlier_version_which_recorded_weights_alone_is_resumed(stopped_run):
+    path = stopped_run / "inputs.json"
+    inputs = json.loads(path.read_text())
+    del inputs["model.path"]["config"], inputs["model.path"]["tokenizer"], inputs["evaluation.tasks"]
+    path.write_text(json.dumps(inputs))
+    assert resume_job(stopped_run)["steps"] == 27
+
+
+def test_a_test_file_that_changed_is_refused_by_name(tmp_path):
+    test_file = tmp_path / "test.tsv"
+    test_file.write_text("".join(f"w{i} w{i + 1}\tw{i + 2}\t{i % 5}\n" for i in range(5, 25)))
+    config = small_config(tmp_path, evaluation={"tasks": [str(test_file), "demo"]}, trainer={"save_every": 1})
+    path = write_config(config, tmp_path / "start.yaml")
+    process = start(path, tmp_path / "run", None, "promcse_pl.experiment:_evaluate")
+    assert end(process) == -signal.SIGKILL
+    before = test_file.read_text()
+    test_file.write_text(before.replace("w7", "w9"))
+    with pytest.raises(
+        DataError, match=rf"{re.escape(str(test_file))} of evaluation\.tasks has changed since the run in"
+    ):
+        resume_job(tmp_path / "run")
+    test_file.write_text(before)
+    assert resume_job(tmp_path / "run")["scores"]["adapter"]["test.tsv"]
+
+
 def test_a_setting_that_was_changed_by_hand_is_refused_by_name(stopped_run):
     path = stopped_run / "config.yaml"
     path.write_text(path.read_text().replace("temperature: 0.05", "temperature: 0.1"))

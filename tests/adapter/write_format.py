@@ -1,6 +1,7 @@
-"""Wrote tests/adapter/format1 once: an adapter of format 1 with its small encoder inside, and its vectors.
+"""Write tests/adapter/formatN, N the current format: an adapter with its small encoder inside, and its vectors.
 
-Do not run it again: the folder must stay as version 0.1.0 wrote it. PYTHONPATH=tests python tests/adapter/write_format1.py
+Run it once when the format grows, before the release. A folder stays as the first version of its format wrote it.
+PYTHONPATH=tests python tests/adapter/write_format.py
 """
 
 import dataclasses
@@ -11,15 +12,16 @@ from pathlib import Path
 import torch
 from conftest import save_small_encoder
 
-from promcse_pl.adapter.files import BUNDLED, save_adapter
+from promcse_pl.adapter.files import BUNDLED, FORMAT, save_adapter
 from promcse_pl.embedder import PromCSE
 from promcse_pl.model.backbone import FrozenBackbone
 from promcse_pl.model.encoder import PromptEncoder
 
-HERE = Path(__file__).resolve().parent / "format1"
+HERE = Path(__file__).resolve().parent / f"format{FORMAT}"
 SENTENCES = ["a man reads", "two dogs run in the park", "a"]
 
 if __name__ == "__main__":
+    HERE.mkdir()  # fails if it is there already
     with tempfile.TemporaryDirectory() as folder:
         backbone = FrozenBackbone.load(str(save_small_encoder(Path(folder))))
         backbone.identity = dataclasses.replace(backbone.identity, name=BUNDLED)
