@@ -32,7 +32,11 @@ def is_folder(path: Path) -> bool:
 
 def run_command(*arguments: str) -> str:
     """Return `python run.py ARGUMENTS` as it is typed into a shell, whatever the names of folders hold."""
-    return shlex.join(["python", "run.py", *arguments])
+    typed = ["python", "run.py"]
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        typed.append(f"{key}={shlex.quote(value)}" if equals else shlex.quote(argument))
+    return " ".join(typed)
 
 
 def is_plain_name(value: object) -> TypeGuard[str]:
