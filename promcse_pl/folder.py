@@ -39,6 +39,7 @@ CONFIG, RESULTS, HISTORY, LOG, BAD_ROWS, ADAPTER, STATUS, LOCK, CHECKPOINTS, INP
 START, OUTPUT = "start.yaml", "output.log"
 """What a sweep puts into the folder of a job before it starts (and status.json, if that fails): its config and its output."""
 _BEFORE_START = {START, OUTPUT, STATUS, LOCK, LOG, ".hydra"}
+_NEW_FOLDER = "python run.py hydra.run.dir=NEW_FOLDER, or promcse train CONFIG --out NEW_FOLDER"
 State = Literal["running", "finished", "failed", "stopped", "pruned"]
 
 
@@ -132,8 +133,12 @@ def is_running(folder: Path) -> bool:
     return False
 
 
-def check_run_folder(folder: Path) -> None:
+def check_run_folder(folder: Path, *, advice: str = _NEW_FOLDER) -> None:
     """Refuse to start a run in a folder that holds a run or anything else.
+
+    Args:
+        folder: Of the new run.
+        advice: What to type for another folder.
 
     Raises:
         ConfigError: The folder is not empty, or not a folder.
@@ -151,10 +156,7 @@ def check_run_folder(folder: Path) -> None:
     foreign = [name for name in names if name not in _BEFORE_START]
     if foreign:
         shown = ", ".join(foreign[:5]) + (", ..." if len(foreign) > 5 else "")
-        raise ConfigError(
-            f"a run needs a new or empty folder, but {folder.absolute()} holds {shown}. "
-            "Try: python run.py hydra.run.dir=NEW_FOLDER, or promcse train CONFIG --out NEW_FOLDER"
-        )
+        raise ConfigError(f"a run needs a new or empty folder, but {folder.absolute()} holds {shown}. Try: {advice}")
 
 
 def checkpoint_folders(run: Path) -> list[Path]:

@@ -278,11 +278,12 @@ def check_new(folder: Path, jobs: Iterable[SweepJob]) -> None:
         raise ConfigError(
             f"{folder} already holds a sweep. Try: another folder, or {run_command('-m', f'sweep.resume={folder}')}"
         )
+    advice = "python run.py -m hydra.sweep.dir=NEW_FOLDER ..."
     for job in jobs:
         path = folder / job.folder
         if path.is_symlink():
-            raise ConfigError(f"{path} is a link, and not the folder of a job. Try: another hydra.sweep.dir")
-        check_run_folder(path)
+            raise ConfigError(f"{path} is a symbolic link, and not the folder of a job. Try: {advice}")
+        check_run_folder(path, advice=advice)
 
 
 def add_job(folder: Path, job: SweepJob, config: Config) -> None:

@@ -322,7 +322,10 @@ def test_an_absurd_config_is_refused_before_memory_is_taken(config, tmp_path):
 def test_a_fifo_in_the_place_of_a_file_is_refused_and_not_waited_for(name, checkpoint):
     (checkpoint / name).unlink(missing_ok=True)
     os.mkfifo(checkpoint / name)
-    with memory_limit(), pytest.raises((AdapterError, EncoderError), match="it is a FIFO, and a regular file is needed"):
+    with (
+        memory_limit(),
+        pytest.raises((AdapterError, EncoderError), match="it is a FIFO, and a regular file is needed"),
+    ):
         import_official(str(checkpoint))
 
 

@@ -159,6 +159,7 @@ def test_a_folder_with_a_sweep_or_a_run_is_refused(sweep, tmp_path):
         check_new(sweep, JOBS)
     (tmp_path / "runs/1").mkdir(parents=True)
     (tmp_path / "runs/1/config.yaml").write_text("")
+    write_status(tmp_path / "runs/1", Status(state="running"))
     with pytest.raises(ConfigError, match=r"runs/1 already holds a run"):
         check_new(tmp_path / "runs", JOBS)
 
@@ -246,7 +247,7 @@ def test_a_job_folder_that_is_a_link_is_read_but_never_written_to(sweep, tmp_pat
     (tmp_path / "link").symlink_to(victim)
     with pytest.raises(DataError, match="1 is a symbolic link"):
         missing_jobs(sweep, read_plan(sweep))
-    with pytest.raises(ConfigError, match=r"link is there already and is not a job of this sweep"):
+    with pytest.raises(ConfigError, match=r"link is a symbolic link, and not the folder of a job"):
         check_new(sweep.parent, [SweepJob("link", [])])
     assert list(victim.iterdir()) == []
 
@@ -257,7 +258,9 @@ def test_a_new_sweep_writes_into_no_folder_that_holds_something_else(tmp_path):
     (tmp_path / "0/start.yaml").touch()
     check_new(tmp_path, JOBS)
     (tmp_path / "0/thesis.tex").touch()
-    with pytest.raises(ConfigError, match=r"0 is there already and is not a job of this sweep\. Try: another"):
+    with pytest.raises(
+        ConfigError, match=r"/0 holds thesis\.tex\. Try: python run\.py -m hydra\.sweep\.dir=NEW_FOLDER"
+    ):
         check_new(tmp_path, JOBS)
 
 

@@ -435,11 +435,11 @@ def test_a_resume_may_move_memory_saves_and_logs_and_ends_in_the_same_bytes(
 
 
 def test_other_chunks_are_taken_recorded_and_said_to_change_the_dropout(stopped_run, long_run):
-    resume_job(stopped_run, overrides=["trainer.chunk_tokens=48"])
-    assert read_config(stopped_run / "config.yaml").trainer.chunk_tokens == 48
-    assert json.loads((stopped_run / "inputs.json").read_text())["config"]["trainer.chunk_tokens"] == 48
+    resume_job(stopped_run, overrides=["trainer.chunk_tokens=12"])
+    assert read_config(stopped_run / "config.yaml").trainer.chunk_tokens == 12
+    assert json.loads((stopped_run / "inputs.json").read_text())["config"]["trainer.chunk_tokens"] == 12
     said = re.search(r"INFO resumed with (.*)", (stopped_run / "run.log").read_text())[1]
-    assert said.startswith("trainer.chunk_tokens=48 (was ")
+    assert said.startswith("trainer.chunk_tokens=12 (was ")
     assert said.endswith(
         "; the dropout masks are drawn anew, so the result will not be bit for bit that of the uninterrupted run"
     )
