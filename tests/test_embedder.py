@@ -133,7 +133,7 @@ class DataFrame(Series):
 @pytest.mark.parametrize(
     "value",
     [None, 3, 2.5, b"w7", {"w7": "w8"}, np.array("w7"), np.array([["w7", "w8"]]), DataFrame(["w7"]), [["w7"]]],
-    ids=repr,
+    ids=lambda value: type(value).__name__,
 )
 def test_what_is_no_iterable_of_texts_is_a_type_error_that_says_what_to_type(model, value):
     model.build_index(["w7"])
