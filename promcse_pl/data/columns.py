@@ -203,7 +203,8 @@ def roles_of(names: Sequence[str]) -> list[str | None]:
     negative. They are counted from 0 if there is a 0, else from 1.
     """
     plain = [re.sub(r"[\s-]+|(?<=[a-z])(?=[A-Z])", "_", name.strip()).lower() for name in names]
-    numbered = [_NUMBERED.fullmatch(name) for name in plain]
+    letters = {"a", "b"} <= set(plain)  # a alone is no first of several: q, a
+    numbered = [_NUMBERED.fullmatch(name) if letters or len(name) > 1 else None for name in plain]
     from_zero = {match[1] for match in numbered if match and match[2] == "0"}
     roles: list[str | None] = []
     for name, match in zip(plain, numbered, strict=True):

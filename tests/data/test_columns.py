@@ -84,6 +84,8 @@ def test_triplets_are_found_by_known_names_in_any_order_and_else_in_the_order_of
         ("text_b,text_a,id", 2, "text_a,text_b"),
         ("text,query", 2, "query,text"),
         ("title,body", 2, "title,body"),
+        ("q,a", 2, "q,a"),
+        ("b,a", 2, "a,b"),
         ("anchor,positive,negative", 2, "anchor,positive"),
         ("id,text,label", 1, "text"),
         ("question,answer,sentence", 1, "sentence"),
@@ -160,6 +162,7 @@ def test_what_is_read_and_what_is_not_is_said(tmp_path):
         ("class,title,description", 3, "column class stands where the anchor is read"),
         ("sent0,sent1,hard_neg", 1, "3 columns could be the sentence: sent0, sent1, hard_neg "),
         ("x,y", 1, "their names do not say which of them to read: sentences need sentence"),
+        ("q,a", 1, "their names do not say which of them to read: sentences need sentence"),
     ],
 )
 def test_columns_that_no_rule_decides_are_refused_with_a_command_that_works(
