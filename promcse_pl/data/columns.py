@@ -94,14 +94,14 @@ class ColumnRequest:
             return self._chosen_positions(names, count)
         kind, needed = self.kind, len(self.kind.roles)
         shown = listed(names) if names else f"no names, positions from 0 to {count - 1}"
-        labels = [
-            name for name, role in zip(names or (), roles_of(names or ()), strict=True) if role in ("score", "label")
-        ]
-        if count > needed and kind.name == "pairs" and labels:
+        roles = roles_of(names or ())
+        labels = [name for name, role in zip(names or (), roles, strict=True) if role in ("score", "label")]
+        is_unused = {"pairs": count > needed, "triplets": count >= needed and not match_names(names or (), kind)}
+        if labels and is_unused.get(kind.name):
             label = short_name(labels[0])
             raise DataError(
-                f"{self.path} has a column {label} (its columns: {shown}), which training on pairs does not use: every row would "
-                f"count as a positive pair, whatever its {label}. Keep the rows that are positive pairs. "
+                f"{self.path} has a column {label} (its columns: {shown}), which training on {kind.name} does not use: every "
+                f"row would count as a positive pair, whatever its {label}. Keep the rows that are positive pairs. "
                 f"{self._advice(names, count)}"
             )
         if names and (matched := match_names(names, kind)):
@@ -120,7 +120,7 @@ class ColumnRequest:
                 f"{self.path} has {count} columns ({shown}), and their names do not say which of them to read: "
                 f"{kind.name} need {', '.join(kind.titles)}. {self._advice(names, count)}"
             )
-        for name, role, wanted, title in zip(names or (), roles_of(names or ()), kind.roles, kind.titles, strict=False):
+        for name, role, wanted, title in zip(names or (), roles, kind.roles, kind.titles, strict=False):
             if role is not None and not _fits(role, wanted):
                 raise DataError(
                     f"{self.path}: column {short_name(name)} stands where the {title} is read, and its name means another role "
@@ -252,11 +252,12 @@ def _guess(names: Sequence[str] | None, count: int, kind: RowKind) -> list[int]:
     found = _candidates(names, kind)
     chosen = {role: positions[0] for role, positions in found.items() if positions}
     roles = roles_of(names)
+    no_texts = ("id",) if kind is SCORED_PAIRS else ("id", "score", "label")
     rest = [
         position
         for position in range(count)
         if position not in chosen.values()
-        and roles[position] != "id"
+        and roles[position] not in no_texts
         and names[position].strip().lower() not in _NO_TEXT
     ]
     rest.sort(key=lambda position: (roles[position] in ("score", "label"), roles[position] in TEXT_ROLES))
