@@ -494,7 +494,7 @@ def resumed_with(config: Config, overrides: Sequence[str]) -> Config:
                 f"resume: {allowed}. Try: leave {key} out, or start a new run"
             )
         try:
-            value = yaml.safe_load(text)
+            value = yaml.safe_load(text) if text.strip() else ""
         except (ValueError, RecursionError, yaml.YAMLError):
             raise ConfigError(f"the value of {key} cannot be read: {_shown(text)}. Try: {key}='\"TEXT\"'") from None
         part, _, name = key.rpartition(".")

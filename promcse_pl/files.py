@@ -13,7 +13,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -171,14 +171,12 @@ def update_folder(folder: Path, own: Sequence[str], *, error: type[PromcseError]
         own: Names of the entries that belong to the caller. Those of them that are not staged are removed at the end.
         error: Class of the error when it cannot be written.
     """
-    with _write_errors(folder, error):
-        is_new = not folder.is_dir() or not any(folder.iterdir())
-    if is_new:
+    if not folder.is_dir():  # an empty folder is kept: it may be a mount point, a link or the current folder
         with new_folder(folder, error=error) as staged:
             yield staged
         return
     with _write_errors(folder, error), _exclusive(folder):
-        _move_committed(folder)
+        _move_committed(folder, own)
         remove_leftovers(folder)
         with staging_folder(folder) as staged:
             yield staged
@@ -186,20 +184,22 @@ def update_folder(folder: Path, own: Sequence[str], *, error: type[PromcseError]
             _sync_tree(staged)
             staged.rename(folder / COMMIT)
         sync(folder)
-        _move_committed(folder)
+        _move_committed(folder, names)
         for name in set(own) - set(names):
             _remove(folder / name)
 
 
-def _move_committed(folder: Path) -> None:
+def _move_committed(folder: Path, names: Iterable[str]) -> None:
+    """Move committed entries to their final names; others in the commit did not come from the caller and are dropped."""
     commit = folder / COMMIT
     if not commit.is_dir() or commit.is_symlink():
         return
-    for path in sorted(commit.iterdir()):
-        final = folder / path.name
-        if (
-            path.is_dir() and final.exists()
-        ):  # a folder cannot be replaced in one step; `current` finds the new one meanwhile
+    for name in sorted(names):
+        path, final = commit / name, folder / name
+        if not os.path.lexists(path):
+            continue
+        if path.is_dir() and final.exists():
+            # a folder cannot be replaced in one step; `current` finds the new one meanwhile
             old = _temporary(folder)
             final.rename(old)
             path.rename(final)
@@ -207,7 +207,7 @@ def _move_committed(folder: Path) -> None:
         else:
             path.replace(final)
     sync(folder)
-    commit.rmdir()
+    _remove(commit)
     sync(folder)
 
 
@@ -246,9 +246,10 @@ def read_unchanged(folder: Path, name: str, read: Callable[[], T]) -> T:
 
 
 def refuse_taken(folder: Path, *, error: type[PromcseError] = DataError) -> None:
-    """Raise `error` unless a folder is absent or empty."""
+    """Raise `error` unless a folder is absent, or empty but for leftovers of a killed process."""
     with _write_errors(folder, error):
-        if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        is_free = folder.is_dir() and all(_LEFTOVER.fullmatch(path.name) for path in folder.iterdir())
+        if os.path.lexists(folder) and not is_free:
             raise error(f"{folder} exists already and is not replaced. Give another name, or delete it first")
 
 

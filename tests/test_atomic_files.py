@@ -18,6 +18,7 @@ from promcse_pl.files import (
     new_folder,
     publish,
     read_unchanged,
+    refuse_taken,
     remove_leftovers,
     staging_folder,
     update_folder,
@@ -147,6 +148,47 @@ def test_an_update_keeps_foreign_files_and_removes_own_ones_that_are_gone(old_fo
     assert versions(old_folder) == {"new"}
     assert foreign(old_folder) == FOREIGN
     assert not (old_folder / "stale.bin").exists()
+    assert not (old_folder / COMMIT).exists()
+
+
+def test_an_empty_folder_is_filled_and_not_replaced_since_it_may_be_a_mount_a_link_or_the_current_folder(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    update(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert versions(tmp_path / "real") == {"new"}
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    update(Path(), "new")
+    assert versions(Path()) == {"new"}
+    assert versions(tmp_path / "here") == {"new"}
+
+
+@pytest.mark.parametrize("how", ["kill", "fail"])
+def test_a_first_save_into_an_empty_folder_that_was_killed_can_be_repeated(how, tmp_path):
+    for step in range(1, 200):
+        folder = tmp_path / str(step)
+        folder.mkdir()
+        code = in_child(lambda folder=folder: update(folder, "new"), step, how)
+        if not os.path.lexists(current(folder, "about.json")):
+            refuse_taken(folder)  # what is left does not count as somebody's files
+        update(folder, "next")
+        assert {path.name for path in folder.iterdir()} == set(OWN[:3])
+        assert versions(folder) == {"next"}
+        if code == 0:
+            break
+    assert code == 0
+
+
+def test_a_commit_that_came_with_the_folder_replaces_no_foreign_files(old_folder):
+    for name in FOREIGN:
+        (old_folder / COMMIT / name).parent.mkdir(parents=True, exist_ok=True)
+        (old_folder / COMMIT / name).write_text("planted")
+    update(old_folder, "new")
+    assert foreign(old_folder) == FOREIGN
+    assert versions(old_folder) == {"new"}
     assert not (old_folder / COMMIT).exists()
 
 

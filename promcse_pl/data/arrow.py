@@ -110,15 +110,13 @@ def parquet_cells(
     try:
         file = pq.ParquetFile(source)
         schema = file.schema_arrow
-        labels = [schema.names[position] for position in _positions(schema, request, textual, notes)]
-        for label in labels:
-            if schema.names.count(label) > 1:
-                raise DataError(
-                    f"{path} has {schema.names.count(label)} columns with the name {short_name(label)}, which cannot be read "
-                    "from a parquet file. Rename all but one of them"
-                )
-        for batch in file.iter_batches(batch_size=_BATCH, columns=labels):
-            for cells in zip(*(batch.column(label).to_pylist() for label in labels), strict=True):
+        positions = _positions(schema, request, textual, notes)
+        labels = [schema.names[position] for position in positions]
+        # pyarrow selects columns by name alone; where a name is not unique, all are read
+        unique = all(schema.names.count(label) == 1 for label in labels)
+        for batch in file.iter_batches(batch_size=_BATCH, columns=labels if unique else None):
+            columns = (batch.column(key).to_pylist() for key in (labels if unique else positions))
+            for cells in zip(*columns, strict=True):
                 row += 1
                 yield row, list(zip(labels, cells, strict=True))
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:

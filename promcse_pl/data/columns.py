@@ -25,13 +25,15 @@ ROLE_OF_NAME = {
     ),
     **dict.fromkeys(("sentence", "text"), "text"),
 }
-"""Role of a column by its name, in lower case with _ for spaces and hyphens; a number behind the name changes nothing.
+"""Role of a column by its name, in lower case with _ for spaces, hyphens and camelCase; a number behind the name changes nothing.
 
-`text` is a text without a role of its own. Numbered names (sent0, sent1, sent2; sentence1, sentence2; sentence_A, sentence_B;
-a, b) have the roles of their order, see `roles_of`.
+`text` is a text without a role of its own. Other names of labels and scores have the role `label`, names of ids `id`. Numbered
+names (sent0, sent1, sent2; sentence1, sentence2; sentence_A, sentence_B; a, b) have the roles of their order, see `roles_of`.
 """
 _NUMBERED = re.compile(r"(?:(sent|sentence|text|question|query|title|caption|phrase)_?([0-3a-c])|()([a-c]))")
-_NO_TEXT = {"", "id", "idx", "index", "note", "source", "split"}
+_LABEL = re.compile(r"is_.*|same|class|verdict|quality|(?:.*_)?(?:labels?|scores?|ratings?|relevance|judge?ments?)")
+_ID = re.compile(r"(?:unnamed:)?|(?:.*_)?(?:id|idx|index)|(?:q|p|doc|corpus|gu|uu)id")
+_NO_TEXT = {"note", "source", "split"}
 _PLAIN_NAME = re.compile(r"(?!(?:null|true|false|nan|inf)$)[A-Za-z_][A-Za-z0-9_-]*", re.IGNORECASE)
 
 
@@ -92,11 +94,14 @@ class ColumnRequest:
             return self._chosen_positions(names, count)
         kind, needed = self.kind, len(self.kind.roles)
         shown = listed(names) if names else f"no names, positions from 0 to {count - 1}"
-        if names and count > needed and kind.name == "pairs" and "score" in (roles := roles_of(names)):
-            label = short_name(names[roles.index("score")])
+        roles = roles_of(names or ())
+        labels = [name for name, role in zip(names or (), roles, strict=True) if role in ("score", "label")]
+        is_unused = {"pairs": count > needed, "triplets": count >= needed and not match_names(names or (), kind)}
+        if labels and is_unused.get(kind.name):
+            label = short_name(labels[0])
             raise DataError(
-                f"{self.path} has a column {label} (its columns: {shown}), which training on pairs does not use: every row would "
-                f"count as a positive pair, whatever its {label}. Keep the rows that are positive pairs. "
+                f"{self.path} has a column {label} (its columns: {shown}), which training on {kind.name} does not use: every "
+                f"row would count as a positive pair, whatever its {label}. Keep the rows that are positive pairs. "
                 f"{self._advice(names, count)}"
             )
         if names and (matched := match_names(names, kind)):
@@ -115,7 +120,7 @@ class ColumnRequest:
                 f"{self.path} has {count} columns ({shown}), and their names do not say which of them to read: "
                 f"{kind.name} need {', '.join(kind.titles)}. {self._advice(names, count)}"
             )
-        for name, role, wanted, title in zip(names or (), roles_of(names or ()), kind.roles, kind.titles, strict=False):
+        for name, role, wanted, title in zip(names or (), roles, kind.roles, kind.titles, strict=False):
             if role is not None and not _fits(role, wanted):
                 raise DataError(
                     f"{self.path}: column {short_name(name)} stands where the {title} is read, and its name means another role "
@@ -197,13 +202,16 @@ def roles_of(names: Sequence[str]) -> list[str | None]:
     Numbered names have the role of their rank: sent0, sent1, sent2 and sentence1, sentence2, sentence3 are anchor, positive and
     negative. They are counted from 0 if there is a 0, else from 1.
     """
-    plain = [re.sub(r"[\s-]+", "_", name.strip().lower()) for name in names]
-    numbered = [_NUMBERED.fullmatch(name) for name in plain]
+    plain = [re.sub(r"[\s-]+|(?<=[a-z])(?=[A-Z])", "_", name.strip()).lower() for name in names]
+    letters = {"a", "b"} <= set(plain)  # a alone is no first of several: q, a
+    numbered = [_NUMBERED.fullmatch(name) if letters or len(name) > 1 else None for name in plain]
     from_zero = {match[1] for match in numbered if match and match[2] == "0"}
     roles: list[str | None] = []
     for name, match in zip(plain, numbered, strict=True):
         if match is None:
-            roles.append(ROLE_OF_NAME.get(re.sub(r"_?\d+$", "", name)))
+            name = re.sub(r"_?\d+$", "", name)
+            other = "label" if _LABEL.fullmatch(name) else "id" if _ID.fullmatch(name) else None
+            roles.append(ROLE_OF_NAME.get(name, other))
             continue
         index = match[2] or match[4]
         rank = ord(index) - ord("a") if index.isalpha() else int(index) - (match[1] not in from_zero)
@@ -232,7 +240,9 @@ def _candidates(names: Sequence[str], kind: RowKind) -> dict[str, list[int]]:
 
 def _fits(role: str, wanted: str) -> bool:
     """Return whether a column of a known role may be read as the wanted one."""
-    return role == wanted or (role != "score" and "text" in (role, wanted) and wanted != "score")
+    if wanted == "score" or role not in (*TEXT_ROLES, "text"):
+        return {role, wanted} <= {"score", "label"}
+    return role == wanted or "text" in (role, wanted)
 
 
 def _guess(names: Sequence[str] | None, count: int, kind: RowKind) -> list[int]:
@@ -242,12 +252,15 @@ def _guess(names: Sequence[str] | None, count: int, kind: RowKind) -> list[int]:
     found = _candidates(names, kind)
     chosen = {role: positions[0] for role, positions in found.items() if positions}
     roles = roles_of(names)
+    no_texts = ("id",) if kind is SCORED_PAIRS else ("id", "score", "label")
     rest = [
         position
         for position in range(count)
-        if position not in chosen.values() and names[position].strip().lower() not in _NO_TEXT
+        if position not in chosen.values()
+        and roles[position] not in no_texts
+        and names[position].strip().lower() not in _NO_TEXT
     ]
-    rest.sort(key=lambda position: (roles[position] == "score", roles[position] in TEXT_ROLES))
+    rest.sort(key=lambda position: (roles[position] in ("score", "label"), roles[position] in TEXT_ROLES))
     guess = [chosen[role] if role in chosen else rest.pop(0) for role in kind.roles if role in chosen or rest]
     return guess or list(range(len(kind.roles)))
 

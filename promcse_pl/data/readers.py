@@ -386,9 +386,9 @@ def _is_header(cells: list[Any], request: ColumnRequest, header: bool | None) ->
         return True
     chosen = range(len(cells)) if request.chosen is None else request.chosen
     used = [cells[position] for position in chosen if isinstance(position, int) and 0 <= position < len(cells)]
-    if request.kind is SCORED_PAIRS and len(used) == len(SCORED_PAIRS.roles) and _is_number(used[-1]):
+    if request.kind is SCORED_PAIRS and len(used) == len(SCORED_PAIRS.roles) and is_number(used[-1]):
         return False
-    if any(len(cell.split()) >= 4 or _is_number(cell) for cell in used):
+    if any(len(cell.split()) >= 4 or is_number(cell) for cell in used):
         advice = (
             "Say which it is: data.header=true or data.header=false"
             if request.configurable
@@ -417,12 +417,13 @@ def _text(value: object, label: str) -> str:
 
 
 def _score(value: object, label: str) -> float:
-    if isinstance(value, str | int | float | Decimal) and not isinstance(value, bool) and _is_number(str(value)):
+    if isinstance(value, str | int | float | Decimal) and not isinstance(value, bool) and is_number(str(value)):
         return float(value)
     raise _UnusableError(f"column {short_name(label)} holds {_shown(value)}, a finite number is needed")
 
 
-def _is_number(text: str) -> bool:
+def is_number(text: str) -> bool:
+    """Tell whether a text is a finite number."""
     try:
         return math.isfinite(float(text))
     except ValueError:

@@ -13,8 +13,9 @@ import numpy as np
 
 from promcse_pl.config import WIDTH, DataConfig
 from promcse_pl.data.arrow import train_split
+from promcse_pl.data.columns import TRAINING_ROWS
 from promcse_pl.data.demo import demo_pairs, demo_triplets
-from promcse_pl.data.readers import BadRow, read_rows
+from promcse_pl.data.readers import BadRow, is_number, read_rows
 from promcse_pl.data.tokens import RowSource, file_source, memory_source
 from promcse_pl.errors import ConfigError, DataError
 from promcse_pl.evaluation.selection import refuse_test_set
@@ -117,10 +118,18 @@ def check_training_file(config: DataConfig, seed: int) -> None:
     rows = read_rows(
         path, width=WIDTH[config.kind], columns=config.columns, header=config.header, on_bad_row=config.on_bad_row
     )
-    number = len(list(islice(rows, FIRST_ROWS)))
-    if number < 2:
-        raise DataError(f"{path} has {number} row; a batch needs at least 2")
-    if number < FIRST_ROWS and config.dev == "holdout":
+    first = list(islice(rows, FIRST_ROWS))
+    if len(first) < 2:
+        raise DataError(f"{path} has {len(first)} row; a batch needs at least 2")
+    titles = TRAINING_ROWS[WIDTH[config.kind]].titles
+    for title, texts in zip(titles, zip(*first, strict=True), strict=True):
+        # ids or labels that the header has an unknown name for
+        if config.columns is None and all(map(is_number, texts)):
+            raise DataError(
+                f"{path}: each {title} of the first {len(first)} rows is a number, such as {texts[0][:40]!r}, not a text. "
+                f"Name the columns to read: data.columns=[{','.join(['NAME'] * len(titles))}] (also if numbers are meant)"
+            )
+    if len(first) < FIRST_ROWS and config.dev == "holdout":
         _hold_out(_train_source(config), seed)
 
 

@@ -35,6 +35,7 @@ class Run:
         problems: What could not be read, and why.
         precision: Type of the frozen encoder in training, as results.json of a finished run names it.
         dev_name: The development set.
+        dev_sha256: Of its content; None: not known.
         dev: Spearman x 100 on it at the best step; of a run that is not finished, the best so far; None: none measured.
         tests: Final scores of the adapter by task, Spearman or accuracy x 100.
         seconds: From its start to its end, or to the last sign of life; None: not known.
@@ -49,6 +50,7 @@ class Run:
     problems: list[str] = field(default_factory=list)
     precision: str | None = None
     dev_name: str | None = None
+    dev_sha256: str | None = None
     dev: float | None = None
     tests: dict[str, float] = field(default_factory=dict)
     seconds: float | None = None
@@ -208,15 +210,17 @@ def _read_results(run: Run) -> None:
         if not all(value is None or is_number(value) for value in (dev, seconds, *scores.values())):
             raise ValueError("a score or time is not a number")
         name, precision = results.get("dev"), results.get("machine", {}).get("precision")
-        if not isinstance(name, str | None):
+        dev_task = results.get("evaluation", {}).get("tasks", {}).get("dev", {"files": [{"sha256": None}]})
+        sha256 = dev_task["files"][0]["sha256"]
+        if not isinstance(name, str | None) or not isinstance(sha256, str | None):
             raise ValueError("the development set is no name")
         if not isinstance(precision, str | None):
             raise ValueError("the precision is no name")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
         run.state = "damaged"
         run.problems.append(f"{path} cannot be read as results: {type(error).__name__}: {error}")
         return
-    run.dev, run.dev_name, run.precision = dev, name, precision
+    run.dev, run.dev_name, run.dev_sha256, run.precision = dev, name, sha256, precision
     run.seconds = seconds if seconds is not None else run.seconds
     run.tests = {task: score for task, score in scores.items() if task != "dev" and score is not None}
 

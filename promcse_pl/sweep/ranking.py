@@ -80,9 +80,19 @@ def rank(runs: Sequence[Run], *, by_seed: bool) -> list[Row]:
     return [dataclasses.replace(row, rank=place) if _has_score(row) else row for place, row in enumerate(rows, start=1)]
 
 
-def dev_sets(runs: Iterable[Run]) -> list[str]:
-    """Return the development sets that runs were scored on; scores on different ones cannot be compared."""
-    return sorted({run.dev_name for run in runs if run.dev_name})
+def dev_sets(runs: Sequence[Run]) -> list[str]:
+    """Return the development sets that runs were scored on; scores on different ones cannot be compared.
+
+    Sets of one name and different content get a part of their sha256. Runs of different seeds may differ in it:
+    `data.dev=holdout` keeps other rows back for another seed, the same ones for all settings.
+    """
+    names = {run.dev_name for run in runs if run.dev_name}
+    contents: dict[str, set[str]] = {}
+    for run in runs:
+        if run.dev_name and run.dev_sha256:
+            contents.setdefault(key(run.settings.get(SEED)), set()).add(f"{run.dev_name} {run.dev_sha256[:12]}")
+    different = max(contents.values(), key=len, default=set())
+    return sorted(names if len(names) > 1 or len(different) < 2 else different)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT
 from hydra import compose, initialize_config_dir
 
+from promcse_pl.config import DataConfig
 from promcse_pl.data.readers import read_rows, read_scored_pairs
 from promcse_pl.data.sources import check_training_file, load_sources
 from promcse_pl.errors import DataError
@@ -83,6 +84,8 @@ def test_triplets_are_found_by_known_names_in_any_order_and_else_in_the_order_of
         ("text_b,text_a,id", 2, "text_a,text_b"),
         ("text,query", 2, "query,text"),
         ("title,body", 2, "title,body"),
+        ("q,a", 2, "q,a"),
+        ("b,a", 2, "a,b"),
         ("anchor,positive,negative", 2, "anchor,positive"),
         ("id,text,label", 1, "text"),
         ("question,answer,sentence", 1, "sentence"),
@@ -134,15 +137,33 @@ def test_what_is_read_and_what_is_not_is_said(tmp_path):
         ("id,x,y,z", 3, r"has 4 columns \(id, x, y, z\), and their names do not say which of them to read"),
         ("query,question,answer", 2, "2 columns could be the anchor: query, question "),
         ("query,positive,negative_1,negative_2", 3, "2 columns could be the negative: negative_1, negative_2 "),
-        ("id,query,answer", 3, "column query stands where the positive is read"),
+        ("id,query,answer", 3, "column id stands where the anchor is read"),
         ("anchor,negative", 2, "column negative stands where the positive is read"),
         ("x,label", 2, "column label stands where the positive is read"),
         ("query,answer", 3, r"has 2 columns \(query, answer\); triplets need 3: anchor, positive, negative"),
         ("x", 2, r"has 1 column \(x\); pairs need 2: anchor, positive"),
         ("premise,hypothesis,label", 2, "has a column label .* every row would count as a positive pair"),
         ("sentence1,sentence2,score", 2, "has a column score .* every row would count as a positive pair"),
+        (
+            "question1,question2,is_duplicate",
+            2,
+            "has a column is_duplicate .* every row would count as a positive pair",
+        ),
+        ("gold_label,sentence1,sentence2", 2, "has a column gold_label .* every row would count as a positive pair"),
+        (
+            "pairID,sentenceA,sentenceB,goldLabel",
+            2,
+            "has a column goldLabel .* every row would count as a positive pair",
+        ),
+        ("query,document,relevance", 2, "has a column relevance .* every row would count as a positive pair"),
+        ("question1,question2,is_duplicate", 3, r"has a column is_duplicate .* data=pairs .*\[question1,question2\]"),
+        ("q1,q2,is_dup", 3, r"has a column is_dup .* data=pairs .*\[q1,q2\]"),
+        ("id,title,body", 3, "column id stands where the anchor is read"),
+        ("docid,title,text", 3, "column docid stands where the anchor is read"),
+        ("class,title,description", 3, r"has a column class .* data=pairs .*\[title,description\]"),
         ("sent0,sent1,hard_neg", 1, "3 columns could be the sentence: sent0, sent1, hard_neg "),
         ("x,y", 1, "their names do not say which of them to read: sentences need sentence"),
+        ("q,a", 1, "their names do not say which of them to read: sentences need sentence"),
     ],
 )
 def test_columns_that_no_rule_decides_are_refused_with_a_command_that_works(
@@ -164,6 +185,23 @@ def typed(message: str):
     assert (python, run) == ("python", "run.py")
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return config_of(compose("config", overrides=overrides))
+
+
+def test_a_column_of_numbers_with_an_unknown_name_is_not_trained_on_unless_it_is_named(tmp_path):
+    path = write(tmp_path / "my.csv", "text_a,text_b,target", [["a b", "c d", "1"], ["e f", "g h", "0"]])
+    tree = {"kind": "triplets", "train": str(path)}
+    with pytest.raises(DataError, match="each negative of the first 2 rows is a number, such as '1', not a text"):
+        check_training_file(DataConfig(**tree), 0)
+    check_training_file(DataConfig(**tree, columns=["text_a", "text_b", "target"]), 0)
+
+
+@pytest.mark.parametrize(
+    "header", ["query-id,corpus-id,score", "article,highlights,id", "user_id,review,rating", "id,title,body"]
+)
+def test_ids_are_neither_texts_nor_scores_of_a_dev_file(tmp_path, header):
+    path = write(tmp_path / "dev.csv", header, [["1", "2", "0.5"], ["3", "4", "1"]])
+    with pytest.raises(DataError, match=r"stands where the .* is read"):
+        read_scored_pairs(path)
 
 
 @pytest.mark.parametrize("name", ["my file.csv", "it's.csv", "a,b=c.csv", "ä $x.csv", 'say "x".csv', "back\\slash.csv"])

@@ -16,7 +16,7 @@ from promcse_pl.folder import CONFIG, HISTORY, RESULTS, STATUS, Status, locked, 
 from promcse_pl.sweep.collect import parse_overrides, read_sweep
 from promcse_pl.sweep.html import _inert_json, decimate, page_data
 from promcse_pl.sweep.plan import read_plan, write_plan
-from promcse_pl.sweep.ranking import rank, varied_settings
+from promcse_pl.sweep.ranking import find_best, rank, varied_settings
 from promcse_pl.sweep.report import commands, duration, failures
 
 
@@ -139,6 +139,31 @@ def test_scores_on_different_development_sets_are_neither_ranked_nor_is_one_the_
     out, err = report(capsys, tmp_path / "s")
     assert "nothing is ranked: the runs were scored on different development sets (STS-B dev, demo dev)" in err
     assert "70.00" in out
+
+
+def with_dev_content(run: Path, sha256: str) -> None:
+    results = json.loads((run / RESULTS).read_text())
+    results["evaluation"] = {"tasks": {"dev": {"files": [{"name": "demo dev", "sha256": sha256}]}}}
+    (run / RESULTS).write_text(json.dumps(results))
+
+
+def test_development_sets_of_one_name_and_different_content_are_not_compared(tmp_path, capsys):
+    write_sweep(tmp_path / "s", loss__margin=[0.1, 0.2])
+    with_dev_content(tmp_path / "s/0", "a" * 64)
+    with_dev_content(tmp_path / "s/1", "b" * 64)
+    assert find_best(read_sweep(tmp_path / "s").runs) is None
+    _, err = report(capsys, tmp_path / "s")
+    assert f"different development sets (demo dev {'a' * 12}, demo dev {'b' * 12})" in err
+
+
+def test_rows_held_out_by_seed_are_compared_as_long_as_they_are_the_same_for_each_seed(tmp_path):
+    write_sweep(tmp_path / "s", loss__margin=[0.1, 0.2], seed=[1, 2])
+    runs = read_sweep(tmp_path / "s").runs
+    for run in runs:
+        with_dev_content(run.folder, f"{run.settings['seed']}" * 64)
+    assert find_best(read_sweep(tmp_path / "s").runs) is not None
+    with_dev_content(runs[0].folder, "f" * 64)
+    assert find_best(read_sweep(tmp_path / "s").runs) is None
 
 
 def test_many_settings_take_one_column_that_names_what_is_unusual(tmp_path, capsys):

@@ -457,6 +457,7 @@ def test_other_chunks_are_taken_recorded_and_said_to_change_the_dropout(stopped_
         ("trainer.recompute", r"trainer\.recompute cannot be given"),
         ("trainer.chunk_token=8", r"trainer\.chunk_token is not a setting\. Did you mean trainer\.chunk_tokens"),
         ("trainer.chunk_tokens=0", r"trainer\.chunk_tokens must be at least 1, auto, or null, got 0"),
+        ("trainer.chunk_tokens=", r"trainer\.chunk_tokens must be an integer or one of auto or null, got ''"),
         ("trainer.chunk_tokens=[", r"the value of trainer\.chunk_tokens cannot be read: '\['"),
     ],
 )
