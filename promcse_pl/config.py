@@ -669,7 +669,7 @@ def _checked_text(value: str, key: str) -> str:
     try:
         longest = max(len(part.encode()) for part in value.split("/"))
     except UnicodeEncodeError:
-        raise ConfigError(f"{key} holds half a surrogate pair, which is no text: {_shown(value)}") from None
+        raise ConfigError(f"{key} holds a lone surrogate, which is not text: {_shown(value)}") from None
     if "\0" in value or longest > _LONGEST_PART or len(value.encode()) > _LONGEST:
         raise ConfigError(
             f"{key} must be text of at most {_LONGEST} bytes, {_LONGEST_PART} between two slashes, and without NUL characters, "

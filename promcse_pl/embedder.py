@@ -117,7 +117,7 @@ class PromCSE:
 
         Raises:
             TextTypeError: Something that is not text (a DataError and a TypeError); it names the position in the list.
-            DataError: Half a surrogate pair.
+            DataError: A sentence holds a lone surrogate.
             NonFiniteError: A vector is not finite.
         """
         if isinstance(sentences, str):
@@ -249,7 +249,7 @@ def list_of_texts(sentences: Iterable[str], caller: str) -> list[str]:
 
     Raises:
         TextTypeError: It is no iterable of texts: None, bytes, a dict, a table, or one with an entry of another type.
-        DataError: A text holds half a surrogate pair.
+        DataError: A text holds a lone surrogate.
     """
     if (
         not isinstance(sentences, Iterable)
@@ -267,7 +267,7 @@ def list_of_texts(sentences: Iterable[str], caller: str) -> list[str]:
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise DataError(f"sentence {position} holds half a surrogate pair, which no tokenizer takes") from None
+            raise DataError(f"sentence {position} holds a lone surrogate, which no tokenizer accepts") from None
     return texts
 
 

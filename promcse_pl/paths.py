@@ -72,7 +72,7 @@ def require_regular_file(path: Path, *, at_most: int | None = None) -> Path:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(found.st_mode):
         kind = "FIFO" if stat.S_ISFIFO(found.st_mode) else "socket" if stat.S_ISSOCK(found.st_mode) else "device"
-        raise NotARegularFileError(errno.EINVAL, f"it is a {kind}, and a regular file is needed", str(path))
+        raise NotARegularFileError(errno.EINVAL, f"it is a {kind}, not a regular file", str(path))
     if at_most is not None and found.st_size > at_most:
         raise OSError(errno.EFBIG, f"{found.st_size:,} bytes, at most {at_most:,} are read", str(path))
     return path

@@ -341,7 +341,7 @@ def test_something_that_is_not_text_is_refused_with_its_place(model, place, valu
 
 
 def test_half_a_surrogate_pair_is_refused_with_its_place(model):
-    with pytest.raises(DataError, match="sentence 1 holds half a surrogate pair"):
+    with pytest.raises(DataError, match="sentence 1 holds a lone surrogate"):
         model.encode(["w7", "\ud83d"])
 
 

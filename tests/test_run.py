@@ -47,7 +47,7 @@ MISTAKES = {
     "loss.margin=abc": "loss.margin must be a number, got 'abc'. Try: python run.py loss.margin=0.2",
     "model=robeta": "model=robeta is not a choice. Did you mean model=roberta-base",
     "data=triplets": "data.train is not set. Try: python run.py data=triplets data.train=FILE",
-    "data.train=missing.csv": "data.train=missing.csv is not there; looked for ",
+    "data.train=missing.csv": "data.train=missing.csv does not exist; searched ",
     "data=nli": "data.dev=stsb and evaluation.tasks=[sts,sick] read data.dir/senteval, but data.dir is not set. Try: ",
     "data=nli data.dir=/nowhere": "the folder data.dir=/nowhere does not exist (current folder: ",
     "resume=": "resume= names no folder. Try: python run.py resume=",
@@ -102,7 +102,7 @@ FILES = {
     ),
     "data=pairs data.train=tabs.csv": (
         "a\tb\nx\ty\n",
-        "tabs.csv: its columns are separated by tabs, unlike those of .csv ",
+        "tabs.csv: columns are separated by tabs, which does not match the suffix .csv",
     ),
     "data=pairs data.train=row.csv": (
         "a,b\nx,y\nx,y,z\n",

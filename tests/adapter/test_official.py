@@ -324,7 +324,7 @@ def test_a_fifo_in_the_place_of_a_file_is_refused_and_not_waited_for(name, check
     os.mkfifo(checkpoint / name)
     with (
         memory_limit(),
-        pytest.raises((AdapterError, EncoderError), match="it is a FIFO, and a regular file is needed"),
+        pytest.raises((AdapterError, EncoderError), match="it is a FIFO, not a regular file"),
     ):
         import_official(str(checkpoint))
 

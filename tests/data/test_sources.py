@@ -19,7 +19,7 @@ def test_an_absolute_path_is_not_said_to_be_put_into_a_folder(tmp_path):
     with pytest.raises(DataError) as caught:
         find_file(f"{tmp_path}/no.csv", config(), "data.train")
     assert str(caught.value).endswith("Try: data.train=FILE")
-    with pytest.raises(DataError, match=r"Try: data\.train=FILE, or data\.dir=FOLDER that has no\.csv in it"):
+    with pytest.raises(DataError, match=r"Try: data\.train=FILE, or data\.dir=FOLDER with no\.csv in it"):
         find_file("no.csv", config(), "data.train")
 
 
