@@ -193,7 +193,7 @@ def test_without_header_the_command_repeats_it(tmp_path, monkeypatch):
     [
         (
             "x,y",
-            r"has 2 columns \(x, y\); scored pairs need 3: sentence1, sentence2, score\. Add the missing columns; their names are sentence1",
+            r"has 2 columns \(x, y\); scored pairs need 3: sentence1, sentence2, score\. Add the missing columns",
         ),
         ("id,x,y,z", r"do not identify the columns .* Rename the columns to read to sentence1, sentence2, score"),
         (

@@ -62,8 +62,8 @@ def test_a_file_that_cannot_be_trained_on_is_refused(tmp_path, content, settings
             "sentence1,sentence2\na,b\n",
             "dev.csv has 2 columns (sentence1, sentence2); scored pairs need 3: sentence1, sen",
         ),
-        ("a,b,score\nx,y,1\nv,w,1\n", "a correlation needs pairs of different scores, and all scores (2 rows) are 1"),
-        ("a,b,score\nx,y,1\n", "a correlation needs pairs of different scores, and all scores (1 rows) are 1"),
+        ("a,b,score\nx,y,1\nv,w,1\n", "all scores (2 rows) are 1"),
+        ("a,b,score\nx,y,1\n", "all scores (1 rows) are 1"),
     ],
 )
 def test_a_dev_file_without_a_correlation_is_refused_before_training(tmp_path, content, message):

@@ -30,7 +30,7 @@ def test_a_report_html_of_something_else_is_not_overwritten(tmp_path, capsys):
     write_sweep(tmp_path / "sweep", seed=[1, 2])
     (tmp_path / "sweep/report.html").write_text("<html>mine</html>")
     assert main(["report", str(tmp_path / "sweep")]) == 2
-    assert "sweep/report.html exists, and is not the report of a sweep" in capsys.readouterr().err
+    assert "sweep/report.html exists and is not a report of promcse report" in capsys.readouterr().err
     assert (tmp_path / "sweep/report.html").read_text() == "<html>mine</html>"
     (tmp_path / "sweep/report.html").unlink()
     for _ in range(2):
@@ -68,8 +68,8 @@ def test_seeds_are_grouped_by_everything_else(tmp_path, capsys):
     out, _ = report(capsys, tmp_path / "s", "--runs")
     assert "±" not in out.split("repeat")[0]
     assert "repeat the best run (2, seed 3)" in out, "the best of the best settings, however the lines are grouped"
-    assert "highest mean over their seeds" in out
-    begin(tmp_path / "s/1", ["seed=2"], "failed", "OutOfMemoryError: the memory is full")
+    assert "the highest mean over seeds" in out
+    begin(tmp_path / "s/1", ["seed=2"], "failed", "OutOfMemoryError: out of memory")
     row = rank(read_sweep(tmp_path / "s").runs, by_seed=True)[0]
     assert (row.dev, row.n, row.states) == (71.0, 2, "2 finished, 1 failed")
 
@@ -137,7 +137,7 @@ def test_scores_on_different_development_sets_are_neither_ranked_nor_is_one_the_
     assert [row.rank for row in rows] == [None, None]
     assert commands(sweep) == []
     out, err = report(capsys, tmp_path / "s")
-    assert "nothing is ranked: the runs were scored on different development sets (STS-B dev, demo dev)" in err
+    assert "the runs are not ranked, since they were evaluated on different dev sets (STS-B dev, demo dev)" in err
     assert "70.00" in out
 
 
@@ -288,7 +288,8 @@ def test_runs_that_were_trained_in_different_precisions_are_reported_unless_the_
         path.write_text(json.dumps(json.loads(path.read_text()) | {"machine": {"precision": precision}}))
     _, err = report(capsys, tmp_path / "s")
     assert (
-        "warning: the runs were trained in different precisions (bfloat16, float32), which moves scores a little" in err
+        "warning: the runs were trained in different precisions (bfloat16, float32), which changes scores slightly"
+        in err
     )
     plan = read_plan(tmp_path / "s")
     for job, precision in zip(plan.jobs, ("float32", "bfloat16"), strict=True):
