@@ -172,16 +172,16 @@ def export_sentence_transformers(model: PromCSE, folder: str | Path) -> None:
 
     Args:
         model: The adapter and its encoder.
-        folder: Absent, empty, or an earlier export, whose adapter and settings are replaced; other files in it stay.
+        folder: Absent, empty, or an earlier export, whose adapter and settings are replaced; other files in it are kept.
 
     Raises:
-        AdapterError: The folder cannot be written, or holds something else; or the model uses another tokenizer than the
-            encoder's own, which the folder cannot hold.
+        AdapterError: The folder cannot be written or has other content, or the model does not use the tokenizer of its
+            encoder.
     """
     folder = Path(folder)
     if model.encoder.backbone.identity.tokenizer != tokenizer_fingerprint(model.tokenizer):
         raise AdapterError(
-            "the model uses another tokenizer than its encoder's own, and an exported folder holds no tokenizer. Try: "
+            "the model does not use the tokenizer of its encoder, and an export cannot store another one. Try: "
             "export_sentence_transformers(PromCSE(model.encoder), folder)"
         )
     if _is_export(folder):

@@ -189,7 +189,7 @@ def test_an_adapter_json_of_another_program_is_not_taken_for_ours(backbone, tmp_
         place.mkdir()
         (place / DESCRIPTION).write_text(text)
         (place / "firmware.bin").write_text("mine")
-        with pytest.raises(AdapterError, match="exists already and is not replaced"):
+        with pytest.raises(AdapterError, match="already exists and is not overwritten"):
             save_adapter(some_encoder(backbone), place)
         assert {path.name: path.read_text() for path in place.iterdir()} == {DESCRIPTION: text, "firmware.bin": "mine"}
 
@@ -206,7 +206,7 @@ def test_a_bundled_encoder_is_replaced_and_removed_but_a_foreign_folder_of_its_n
     assert sorted(path.name for path in folder.iterdir()) == [DESCRIPTION, WEIGHTS]
     (folder / "encoder").mkdir()
     (folder / "encoder/notes.txt").write_text("mine")
-    with pytest.raises(AdapterError, match=r"encoder exists already and is not part of the adapter"):
+    with pytest.raises(AdapterError, match=r"encoder already exists and is not part of the adapter"):
         save_adapter(some_encoder(bundled), folder)
     assert (folder / "encoder/notes.txt").read_text() == "mine"
 
@@ -261,7 +261,7 @@ def test_something_else_in_the_place_is_not_replaced(backbone, tmp_path, kind):
     kept = place if kind == "file" else place / "chapter"
     kept.parent.mkdir(exist_ok=True)
     kept.write_text("years of work")
-    with pytest.raises(AdapterError, match="exists already and is not replaced"):
+    with pytest.raises(AdapterError, match="already exists and is not overwritten"):
         save_adapter(some_encoder(backbone), place)
     assert kept.read_text() == "years of work"
 
@@ -399,7 +399,7 @@ def test_a_copy_of_the_encoder_with_another_tokenizer_is_refused(folder, backbon
     tokenizer = json.loads((copy / "tokenizer.json").read_text())
     tokenizer["normalizer"] = None
     (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
-    assert "has the same weights but would give other embeddings: its tokenizer differs" in refusal(
+    assert "has the same weights but would produce different embeddings: its tokenizer differs" in refusal(
         folder, encoder=str(copy)
     )
 
@@ -479,7 +479,7 @@ def test_a_fifo_or_a_device_in_the_place_of_a_file_is_refused_and_not_waited_for
 
 def test_a_description_of_a_terabyte_is_refused_without_being_read(folder, little_memory):
     os.truncate(folder / DESCRIPTION, 2**40)
-    assert "1,099,511,627,776 bytes, at most 16,777,216 are read" in refusal(folder)
+    assert "it has 1,099,511,627,776 bytes, the maximum is 16,777,216" in refusal(folder)
 
 
 def test_paths_may_be_text(backbone, tmp_path):

@@ -109,9 +109,9 @@ def test_mlm_head_and_pooler_are_dropped_and_each_is_named_with_what_that_means_
 
     imported = import_official(save_official(tmp_path / "x", change=more))
     assert imported.notes[-2:] == (
-        "the MLM head (lm_head) is dropped: no embedding needs it. An export of this adapter has none, so the official code "
-        "would start --do_mlm with a fresh head",
-        "the pooler of the plain encoder (pooler) is dropped: neither this package nor the official code reads it",
+        "the MLM head (lm_head) is dropped: embeddings do not use it. An export of this adapter has no MLM head, so the "
+        "official code would initialise a new one for --do_mlm",
+        "the pooler of the pre-trained encoder (pooler) is dropped: neither this package nor the official code uses it",
     )
     export_official(imported.encoder, tmp_path / "back")
     before, after = (
@@ -287,8 +287,8 @@ def bomb(*shape):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (put("prefix_encoder.embedding.weight", bomb(10**6, 10**6)), "claims more values than the file holds"),
-        (put("bert.pooler.dense.weight", bomb(10**6, 10**6)), "claims more values than the file holds"),
+        (put("prefix_encoder.embedding.weight", bomb(10**6, 10**6)), "declares more values than the file contains"),
+        (put("bert.pooler.dense.weight", bomb(10**6, 10**6)), "declares more values than the file contains"),
         (put("mlp.dense.bias", torch.zeros(D).to_sparse()), "sparse"),
         (put("prefix_encoder.trans.0.weight", torch.zeros(10**7, 1)), "lacks prompt.trans.0.bias|has shape"),
     ],
@@ -308,7 +308,7 @@ def test_a_compressed_checkpoint_is_refused(checkpoint):
             content = whole.read(entry)
             packed.writestr(entry.filename, content + bytes(10**7) if "/data/0" in entry.filename else content)
     (checkpoint / "packed").rename(path)
-    with pytest.raises(AdapterError, match="larger unpacked than the file itself"):
+    with pytest.raises(AdapterError, match=r"it is compressed, unlike files written by torch\.save"):
         import_official(checkpoint)
 
 
@@ -435,9 +435,9 @@ def test_nothing_is_overwritten(checkpoint, tmp_path):
     (tmp_path / "mine/letter.txt").write_text("dear")
     encoder = import_official(checkpoint).encoder
     for write in (save_adapter, export_official):
-        with pytest.raises(AdapterError, match="mine exists already and is not replaced"):
+        with pytest.raises(AdapterError, match="mine already exists and is not overwritten"):
             write(encoder, tmp_path / "mine")
-    with pytest.raises(AdapterError, match="sup-promcse exists already"):
+    with pytest.raises(AdapterError, match="sup-promcse already exists"):
         export_official(encoder, checkpoint)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]
 

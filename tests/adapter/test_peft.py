@@ -229,7 +229,7 @@ def test_a_prefix_that_claims_terabytes_is_refused_before_memory_is_taken(tmp_pa
     (tmp_path / "peft/adapter_model.safetensors").unlink()
     tensor = torch.zeros(1).expand(10**6, 10**6) if kind == "stride 0" else torch.zeros(P, 96).to_sparse()
     torch.save({"prompt_embeddings": tensor}, tmp_path / "peft/adapter_model.bin")
-    with memory_limit(), pytest.raises(AdapterError, match="is sparse, or claims more values than the file holds"):
+    with memory_limit(), pytest.raises(AdapterError, match="is sparse, or declares more values than the file contains"):
         import_peft(str(tmp_path / "peft"))
 
 

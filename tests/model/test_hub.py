@@ -38,12 +38,12 @@ def test_without_network_the_message_says_what_to_download_at_once_and_no_retrie
         locate("someone/some-encoder", None)
     assert time.perf_counter() - started < 5
     message = str(caught.value)
-    assert "the hub did not give it: no network (" in message
+    assert "cannot be downloaded: no network (" in message
     assert str(cache) in message
     assert "set model.path=FOLDER" in message
     assert "HF_HOME=" in message
     assert capfd.readouterr().err == ""
-    command = re.search(r"type: (hf download .*?)\. Then", message)[1]
+    command = re.search(r"run: (hf download .*?)\. Then", message)[1]
     done = subprocess.run(
         [Path(sys.executable).with_name("hf"), *shlex.split(command)[1:], "--dry-run"],
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
