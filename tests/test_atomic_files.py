@@ -189,7 +189,7 @@ def test_a_commit_that_is_a_link_is_not_followed(old_folder, tmp_path):
 def test_a_new_folder_replaces_nothing(make, tmp_path):
     place = tmp_path / "thesis"
     make(place)
-    with pytest.raises(AdapterError, match=r"thesis exists already and is not replaced"):
+    with pytest.raises(AdapterError, match=r"thesis already exists and is not overwritten"):
         new_folder(place, error=AdapterError).__enter__()
     assert [path.name for path in tmp_path.iterdir()] == ["thesis"]
 

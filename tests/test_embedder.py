@@ -145,7 +145,8 @@ def test_what_is_no_iterable_of_texts_is_a_type_error_that_says_what_to_type(mod
         lambda texts: model.similarity("w7", texts),
     ):
         with pytest.raises(
-            TypeError, match=r"takes a text or an iterable of texts, got .*Try: |sentence 0 is list"
+            TypeError,
+            match=r"needs a string or an iterable of strings, got .*Try: |sentence 0 must be a string, got list",
         ) as caught:
             method(value)
         assert isinstance(caught.value, DataError)
@@ -336,7 +337,7 @@ def test_cosines_stay_within_1(model):
 def test_something_that_is_not_text_is_refused_with_its_place(model, place, value):
     sentences = ["w7", "w8", "w9"]
     sentences[place] = value
-    with pytest.raises(DataError, match=rf"sentence {place} is {type(value).__name__} .*, not text"):
+    with pytest.raises(DataError, match=rf"sentence {place} must be a string, got {type(value).__name__} "):
         model.encode(sentences)
 
 

@@ -106,7 +106,7 @@ FILES = {
     ),
     "data=pairs data.train=row.csv": (
         "a,b\nx,y\nx,y,z\n",
-        "row.csv:3: 3 fields, the header has 2 (a text that holds ',' ",
+        "row.csv:3: 3 fields, the header has 2 (a text with ',' ",
     ),
     "data=pairs data.train=file.xlsx": ("PK", "file.xlsx: unknown format '.xlsx'. Allowed: .csv, .tsv, .txt, .jsonl, "),
     "data.dev=dev.csv": (
@@ -115,7 +115,7 @@ FILES = {
     ),
     "data.dev=same.csv": (
         "anchor,positive,score\nx,y,1\nv,w,1\n",
-        "same.csv: a correlation needs pairs of different scores, and all scores (2 rows) are 1. ",
+        "same.csv: all scores (2 rows) are 1, so ",
     ),
 }
 
@@ -177,7 +177,7 @@ def test_a_run_is_not_started_in_a_folder_that_holds_something_else(name, here):
     for arguments in (["hydra.run.dir=."], ["hydra.run.dir=../work"]):
         done = start(here / "work", *arguments)
         assert (done.returncode, done.stdout) == (2, "")
-        assert f"a run needs a new or empty folder, but ~/work holds {name.split('/')[0]}. Try: " in done.stderr
+        assert f"a run needs a new or empty folder, but ~/work contains {name.split('/')[0]}. Try: " in done.stderr
         assert "hydra.run.dir=NEW_FOLDER" in done.stderr
         assert [path.read_text() for path in here.rglob("*") if path.is_file()] == ["mine"], "nothing is added or lost"
 
