@@ -96,7 +96,7 @@ def old_folder(tmp_path):
 
 @pytest.mark.parametrize("how", ["kill", "fail"])
 @pytest.mark.parametrize("existing", [True, False], ids=["update", "first"])
-def test_a_folder_is_the_old_or_the_new_one_whatever_step_of_an_update_fails(how, existing, tmp_path):
+def test_a_folder_is_the_old_or_new_version_if_any_step_of_an_update_fails(how, existing, tmp_path):
     outcomes = []
     for step in range(1, 200):
         folder = tmp_path / str(step)
@@ -129,7 +129,7 @@ def test_a_folder_is_the_old_or_the_new_one_whatever_step_of_an_update_fails(how
 
 
 @pytest.mark.parametrize("how", ["kill", "fail"])
-def test_a_file_is_the_old_or_the_new_one_whatever_step_of_its_writing_fails(how, tmp_path):
+def test_a_file_is_the_old_or_new_version_if_any_step_of_a_write_fails(how, tmp_path):
     path = tmp_path / "status.json"
     for step in range(1, 50):
         path.write_text("old")
@@ -194,7 +194,7 @@ def test_a_new_folder_replaces_nothing(make, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis"]
 
 
-def test_leftovers_are_told_from_everything_else_by_name_and_age(tmp_path):
+def test_leftovers_are_identified_by_name_and_age(tmp_path):
     kept = [".promcse_pl-mine", ".promcse_pl-0123456789abcdef0", ".git", ".env", "x.tmp", ".status.json.tmp"]
     for name in kept:
         (tmp_path / name).write_text("")
@@ -217,7 +217,7 @@ def test_a_leftover_link_is_removed_and_not_followed(tmp_path):
     assert (tmp_path / "thesis/chapter").read_text() == "years of work"
 
 
-def test_publish_replaces_only_when_it_is_told_to(tmp_path):
+def test_publish_replaces_only_on_request(tmp_path):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache/old").write_text("")
     for replace in (False, True):
@@ -258,7 +258,7 @@ def test_readers_never_see_a_mixture_while_others_write(old_folder):
     assert len({version for found in seen for version in found}) >= 4, "the writers must have been at work"
 
 
-def test_a_missing_entry_is_an_error_and_not_waited_for(old_folder):
+def test_a_missing_entry_is_an_error_without_waiting(old_folder):
     (old_folder / "weights.bin").unlink()
     with pytest.raises(FileNotFoundError):
         read_unchanged(old_folder, "about.json", lambda: versions(old_folder))

@@ -113,7 +113,7 @@ class Series:
 @pytest.mark.parametrize(
     "kind", [iter, Series, lambda rows: (row for row in rows), lambda rows: dict.fromkeys(rows).keys()]
 )
-def test_any_iterable_of_texts_is_taken(model, kind):
+def test_any_iterable_of_texts_is_accepted(model, kind):
     rows = [*dict.fromkeys(MIXED)]
     expected = model.encode(rows)
     assert np.array_equal(model.encode(kind(rows)), expected)
@@ -135,7 +135,7 @@ class DataFrame(Series):
     [None, 3, 2.5, b"w7", {"w7": "w8"}, np.array("w7"), np.array([["w7", "w8"]]), DataFrame(["w7"]), [["w7"]]],
     ids=repr,
 )
-def test_what_is_no_iterable_of_texts_is_a_type_error_that_says_what_to_type(model, value):
+def test_other_arguments_raise_a_type_error_with_an_example(model, value):
     model.build_index(["w7"])
     for method in (
         model.encode,

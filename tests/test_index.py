@@ -356,7 +356,7 @@ def test_a_faiss_file_that_claims_more_than_it_holds_is_refused(model, tmp_path,
 
 
 @pytest.mark.parametrize("name", ["index.json", "sentences.json", "vectors.npy"])
-def test_a_fifo_in_the_place_of_a_file_is_refused_and_not_waited_for(model, tmp_path, name):
+def test_a_fifo_instead_of_a_file_is_rejected_without_blocking(model, tmp_path, name):
     model.build_index(CORPUS)
     model.save_index(str(tmp_path / "index"))
     (tmp_path / "index" / name).unlink()

@@ -121,7 +121,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("arguments", FILES)
-def test_a_mistake_in_a_data_file_is_found_before_torch_and_the_folder(arguments, here):
+def test_an_error_in_a_data_file_is_reported_before_torch_is_imported_and_a_folder_created(arguments, here):
     content, message = FILES[arguments]
     (here / arguments.rpartition("=")[2]).write_text(content)
     before = sorted(here.iterdir())
@@ -135,7 +135,7 @@ def test_a_mistake_in_a_data_file_is_found_before_torch_and_the_folder(arguments
     assert sorted(here.iterdir()) == before
 
 
-def test_a_mistake_in_a_data_file_stops_a_sweep_before_its_first_job(here):
+def test_an_error_in_a_data_file_stops_a_sweep_before_its_first_job(here):
     (here / "good.csv").write_text("a,b\n" + "x,y\n" * 3)
     (here / "bad.csv").write_text("a,b\nx\n")
     done = start(here, "-m", "data=pairs", "data.train=good.csv,bad.csv")
@@ -171,7 +171,7 @@ def test_a_mistake_leaves_the_folders_of_others_alone(here):
 
 
 @pytest.mark.parametrize("name", [".env", "notes.txt", "adapter/chapter.txt"])
-def test_a_run_is_not_started_in_a_folder_that_holds_something_else(name, here):
+def test_a_run_does_not_start_in_a_folder_with_other_content(name, here):
     (here / "work" / name).parent.mkdir(parents=True)
     (here / "work" / name).write_text("mine")
     for arguments in (["hydra.run.dir=."], ["hydra.run.dir=../work"]):

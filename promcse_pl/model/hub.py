@@ -49,7 +49,7 @@ def cached_without_network(name: str, revision: str | None, weights: Sequence[st
         chosen = [part for pattern in patterns for part in ("--include", pattern)]
         chosen += ["--revision", revision] if revision else []
         raise EncoderError(
-            f"the encoder {name} cannot be downloaded: {why}. It is neither a local folder nor an installed weight wheel, and not in "
+            f"the encoder {name} cannot be downloaded: {why}. It is neither a local folder nor an installed weight wheel, nor in "
             f"the cache {hide_home(constants.HF_HUB_CACHE)}. On a machine with network access run: "
             f"{shlex.join(['hf', 'download', name, *chosen, '--local-dir', 'FOLDER'])}. Then copy FOLDER here and set "
             "model.path=FOLDER (or HF_HOME=FOLDER if another cache has it)"

@@ -103,7 +103,7 @@ def test_an_average_is_possible_and_drops_the_mlp(checkpoint):
     assert imported.notes[1] == "pooling avg_top2: the MLP is dropped"
 
 
-def test_mlm_head_and_pooler_are_dropped_and_each_is_named_with_what_that_means_for_an_export(tmp_path):
+def test_dropped_mlm_head_and_pooler_are_reported_with_the_effect_on_an_export(tmp_path):
     def more(state):
         state |= {"lm_head.bias": torch.zeros(97), "bert.pooler.dense.bias": torch.zeros(D)}
 
@@ -319,7 +319,7 @@ def test_an_absurd_config_is_refused_before_memory_is_taken(config, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["config.json", "pytorch_model.bin", "vocab.txt", "model.safetensors"])
-def test_a_fifo_in_the_place_of_a_file_is_refused_and_not_waited_for(name, checkpoint):
+def test_a_fifo_instead_of_a_file_is_rejected_without_blocking(name, checkpoint):
     (checkpoint / name).unlink(missing_ok=True)
     os.mkfifo(checkpoint / name)
     with (

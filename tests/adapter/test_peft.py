@@ -243,7 +243,7 @@ def test_a_prompt_length_that_the_tensor_does_not_have_is_refused_before_memory_
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
-def test_a_fifo_in_the_place_of_a_file_is_refused_and_not_waited_for(tmp_path, name):
+def test_a_fifo_instead_of_a_file_is_rejected_without_blocking(tmp_path, name):
     export_peft(prompt_encoder(tmp_path / "encoder"), tmp_path / "peft")
     if name.endswith(".bin"):
         (tmp_path / "peft/adapter_model.safetensors").unlink()

@@ -46,7 +46,7 @@ def save_dict(folder: Path, *splits: str) -> Path:
     return folder
 
 
-def test_a_saved_dataset_is_read_as_its_rows_by_the_rules_of_all_files(tmp_path):
+def test_a_saved_dataset_is_read_like_other_files(tmp_path):
     notes: list[str] = []
     folder = save_pairs(tmp_path / "saved", shards=2)
     assert list(read_rows(folder, width=2, notes=notes)) == [(query, answer) for answer, query, _ in ROWS]
@@ -76,7 +76,7 @@ def test_what_the_datasets_library_writes_is_read(tmp_path):
     assert shuffled[0] != ("query 0", "answer 0")
 
 
-def test_of_a_dict_the_training_takes_train_and_all_others_name_a_split(tmp_path):
+def test_training_uses_the_train_split_of_a_dict_and_other_readers_require_a_split(tmp_path):
     folder = save_dict(tmp_path / "both", "train", "validation")
     config = DataConfig(kind="pairs", train=str(folder))
     check_training_file(config, 0)
@@ -116,7 +116,7 @@ def test_the_hash_of_a_saved_dataset_covers_its_rows(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../secret.arrow", "/etc/passwd", "", ".", "..", "a\\b", "a\0b", 5, None])
-def test_names_in_a_description_are_never_paths(tmp_path, name):
+def test_file_names_in_metadata_are_never_paths(tmp_path, name):
     folder = save_pairs(tmp_path / "saved")
     save_pairs(tmp_path / "other").joinpath("data-00000-of-00001.arrow").rename(tmp_path / "secret.arrow")
     (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
@@ -132,7 +132,7 @@ def test_names_in_a_description_are_never_paths(tmp_path, name):
     "content", ["", "{", "[]", "5", "{}", '{"_data_files": []}', '{"_data_files": 5}', "[" * 200_000]
 )
 @pytest.mark.parametrize("name", ["state.json", "dataset_dict.json"])
-def test_a_damaged_description_is_one_error(tmp_path, name, content):
+def test_damaged_metadata_is_one_error(tmp_path, name, content):
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=name):
         list(read_rows(tmp_path, width=2))

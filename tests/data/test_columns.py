@@ -117,7 +117,7 @@ def test_scored_pairs_find_their_two_texts_and_the_score(tmp_path, suffix, heade
     assert value == 0.5
 
 
-def test_what_is_read_and_what_is_not_is_said(tmp_path):
+def test_read_and_unread_columns_are_reported(tmp_path):
     path = write(tmp_path / "my.csv", "id,answer,query,wrong,note", [["1", "b", "a", "c", "x"]])
     notes: list[str] = []
     assert list(read_rows(path, width=3, notes=notes)) == [("a", "b", "c")]
@@ -145,7 +145,7 @@ def test_what_is_read_and_what_is_not_is_said(tmp_path):
         ("x,y", 1, "their names do not identify the columns that sentences need: sentence"),
     ],
 )
-def test_columns_that_no_rule_decides_are_refused_with_a_command_that_works(
+def test_ambiguous_columns_are_rejected_with_a_command_that_works(
     tmp_path, monkeypatch, suffix, header, width, message
 ):
     monkeypatch.chdir(tmp_path)
@@ -248,7 +248,7 @@ def test_a_key_that_a_later_object_lacks_makes_a_bad_row(tmp_path):
 
 
 @pytest.mark.parametrize("delimiter", [";", "|"])
-def test_another_delimiter_of_a_csv_file_is_found_and_said(tmp_path, delimiter):
+def test_the_delimiter_of_a_csv_file_is_detected_and_reported(tmp_path, delimiter):
     path = tmp_path / "my.csv"
     rows = [["negative", "anchor", "positive"], ["a, b", f"c {delimiter} d", "e"]]
     with path.open("w", newline="") as file:

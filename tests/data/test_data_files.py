@@ -33,7 +33,7 @@ READERS = {
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_a_pipe_is_refused_and_not_waited_for(reader, tmp_path):
+def test_a_pipe_is_rejected_without_blocking(reader, tmp_path):
     name, read = READERS[reader]
     path = tmp_path / name
     path.parent.mkdir(parents=True, exist_ok=True)

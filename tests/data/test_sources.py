@@ -15,7 +15,7 @@ def config(train="my.csv", **settings) -> DataConfig:
     return DataConfig(**{"kind": "triplets", "train": str(train), **settings})
 
 
-def test_an_absolute_path_is_not_said_to_be_put_into_a_folder(tmp_path):
+def test_no_data_dir_is_suggested_for_an_absolute_path(tmp_path):
     with pytest.raises(DataError) as caught:
         find_file(f"{tmp_path}/no.csv", config(), "data.train")
     assert str(caught.value).endswith("Try: data.train=FILE")

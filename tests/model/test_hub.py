@@ -32,7 +32,7 @@ def cache(tmp_path, monkeypatch) -> Path:
     return tmp_path / "cache"
 
 
-def test_without_network_the_message_says_what_to_download_at_once_and_no_retries_are_shown(cache, capfd):
+def test_without_network_the_error_has_the_download_command_at_once_and_no_retries_are_shown(cache, capfd):
     started = time.perf_counter()
     with pytest.raises(EncoderError) as caught:
         locate("someone/some-encoder", None)
@@ -55,7 +55,7 @@ def test_without_network_the_message_says_what_to_download_at_once_and_no_retrie
     assert "Usage" not in done.stderr
 
 
-def test_without_network_an_encoder_in_the_cache_is_taken_at_once(cache, tmp_path):
+def test_without_network_a_cached_encoder_is_loaded_at_once(cache, tmp_path):
     repository = cache / "models--someone--some-encoder"
     save_small_encoder(repository / "snapshots" / COMMIT)
     (repository / "refs").mkdir()

@@ -252,7 +252,7 @@ def test_a_job_folder_that_is_a_link_is_read_but_never_written_to(sweep, tmp_pat
     assert list(victim.iterdir()) == []
 
 
-def test_a_new_sweep_writes_into_no_folder_that_holds_something_else(tmp_path):
+def test_a_new_sweep_does_not_write_into_a_folder_with_other_content(tmp_path):
     (tmp_path / "0").mkdir()
     check_new(tmp_path, JOBS)
     (tmp_path / "0/start.yaml").touch()
@@ -273,7 +273,7 @@ def test_the_wandb_id_of_a_status_is_never_a_path(tmp_path):
 SETTLED = Settled(parallel=2, threads=3, share=3, precision={"cpu": "bfloat16"})
 
 
-def test_what_was_settled_survives_the_file_and_a_resume_keeps_the_number_of_jobs(sweep):
+def test_settled_values_are_saved_and_a_resume_keeps_the_number_of_jobs(sweep):
     write_plan(sweep, Plan(["seed=1,2"], JOBS, SETTLED))
     assert read_plan(sweep).settled == SETTLED
     assert "sweep.parallel=2" in resumed_arguments([f"sweep.resume={sweep}"])
@@ -297,7 +297,7 @@ def test_what_was_settled_survives_the_file_and_a_resume_keeps_the_number_of_job
         [],
     ],
 )
-def test_what_was_settled_is_checked_when_it_is_read(settled, sweep):
+def test_settled_values_are_validated_when_they_are_read(settled, sweep):
     raw = json.loads((sweep / PLAN).read_text())
     whole = dataclasses.asdict(SETTLED)
     raw["settled"] = {**whole, **settled} if settled and isinstance(settled, dict) else settled
@@ -306,7 +306,7 @@ def test_what_was_settled_is_checked_when_it_is_read(settled, sweep):
         read_plan(sweep)
 
 
-def test_the_settled_precision_is_that_of_jobs_that_left_it_open(tmp_path):
+def test_the_settled_precision_applies_to_jobs_with_precision_auto(tmp_path):
     files(tmp_path)
     for given, device, becomes in (
         ("auto", "cpu", "bfloat16"),

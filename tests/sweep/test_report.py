@@ -275,7 +275,7 @@ def test_the_report_does_not_wait_for_torch(tmp_path):
     assert Path(tmp_path / "s/report.html").stat().st_size > 4_000_000
 
 
-def test_runs_without_a_plan_that_differ_by_what_is_not_trained_are_of_the_same_settings(tmp_path):
+def test_runs_without_a_plan_are_grouped_by_training_settings(tmp_path):
     for seed, every in ((1, 10), (2, 50)):
         finish(tmp_path / str(seed), [f"seed={seed}", f"trainer.save_every={every}"], 70.0 + seed)
     assert [len(row.runs) for row in rank(read_sweep(tmp_path).runs, by_seed=True)] == [2]

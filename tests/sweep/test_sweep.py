@@ -138,7 +138,7 @@ def test_sweep_parallel_is_not_silently_ignored_by_another_launcher(tmp_path):
     assert errors.startswith("error: sweep.parallel is of the local launcher. Try: hydra.launcher.n_jobs (joblib)")
 
 
-def test_a_sweep_json_that_names_another_folder_is_refused_and_that_folder_stays_as_it_is(tmp_path):
+def test_a_sweep_json_with_a_folder_outside_the_sweep_is_rejected_and_the_folder_untouched(tmp_path):
     files(tmp_path)
     victim = tmp_path / "victim"
     (victim / ".git").mkdir(parents=True)

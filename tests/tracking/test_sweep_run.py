@@ -115,7 +115,7 @@ def seeds(trained_run: Run, sweep, tmp_path) -> tuple[Path, Plan]:
     return folder, plan
 
 
-def test_terminal_report_page_and_wandb_call_the_same_run_best(seeds, capsys):
+def test_terminal_report_html_and_wandb_name_the_same_best_run(seeds, capsys):
     folder, plan = seeds
     assert summary(folder, plan, None) == 0
     assert (
@@ -133,7 +133,7 @@ def test_terminal_report_page_and_wandb_call_the_same_run_best(seeds, capsys):
     assert (sent["best/dev/mean"], sent["best/seeds"]) == (71.0, 3)
 
 
-def test_with_two_dev_sets_nothing_is_called_best_and_everything_says_why(seeds, capsys):
+def test_with_two_dev_sets_no_run_is_best_and_every_output_gives_the_reason(seeds, capsys):
     folder, plan = seeds
     path = folder / "4/results.json"
     path.write_text(path.read_text().replace("my dev", "other dev"))

@@ -105,7 +105,7 @@ resource.setrlimit(resource.RLIMIT_AS, (used + {room}, resource.RLIM_INFINITY))
     ],
     ids=["whole batch", "kept", "recomputed"],
 )
-def test_too_little_memory_is_told_with_the_command_that_resumes_the_run_with_less(trainer, advice, tmp_path):
+def test_out_of_memory_prints_the_command_that_resumes_with_less_memory(trainer, advice, tmp_path):
     save_small_encoder(tmp_path / "encoder", hidden_size=256, intermediate_size=1024, num_attention_heads=4)
     (tmp_path / "train.csv").write_text("a,b,c\n" + "\n".join(word_rows(4000)) + "\n")
     config = config_file(tmp_path, data={"batch_size": 4000}, trainer=trainer)
@@ -128,7 +128,7 @@ def test_too_little_memory_is_told_with_the_command_that_resumes_the_run_with_le
         assert f"{setting} (was " in (tmp_path / "run/run.log").read_text()
 
 
-def test_memory_that_only_another_training_would_save_is_told_as_a_new_run(tmp_path):
+def test_out_of_memory_at_minimal_settings_suggests_a_new_run(tmp_path):
     config = small_config(tmp_path, data={"batch_size": 8}, trainer={"chunk_tokens": 16, "recompute": "always"})
     message = r"Try: a new run with data\.batch_size=4; it affects training"
     with pytest.raises(OutOfMemoryError, match=message), plain_errors(config, Ranks(), tmp_path):

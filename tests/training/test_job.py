@@ -68,7 +68,7 @@ def run_small(folder: Path, name: str = "run", **sections: dict) -> tuple[dict, 
     return run_job(small_config(folder, **sections), folder / name, Console(file=printed)), printed.getvalue()
 
 
-def test_a_saved_config_is_not_run_into_a_folder_that_holds_something_else(tmp_path):
+def test_a_saved_config_does_not_run_in_a_folder_with_other_content(tmp_path):
     config = write_config(small_config(tmp_path), tmp_path / "start.yaml")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ConfigError, match=r"a run needs a new or empty folder, but .* contains encoder, train.csv"):
@@ -389,7 +389,7 @@ def scored_by_the_encoder(folder: Path, sign: int) -> Path:
     return path
 
 
-def test_a_frozen_encoder_below_zero_is_a_warning_with_its_score(tmp_path):
+def test_a_frozen_encoder_score_below_zero_is_a_warning(tmp_path):
     run_small(tmp_path, "right", data={"dev": str(scored_by_the_encoder(tmp_path, 1))})
     run_small(tmp_path, "reversed", data={"dev": str(scored_by_the_encoder(tmp_path, -1))})
     right, reverse = ((tmp_path / name / "run.log").read_text() for name in ("right", "reversed"))

@@ -261,7 +261,7 @@ def test_a_resumed_run_leaves_files_that_it_did_not_write(stopped_run, long_run)
     assert outcome(stopped_run) | {"left": left(stopped_run) - kept} == outcome(straight)
 
 
-def test_a_foreign_folder_in_the_place_of_the_adapter_is_refused_before_training(stopped_run):
+def test_an_unrelated_adapter_folder_is_rejected_before_training(stopped_run):
     shutil.rmtree(stopped_run / "adapter")
     (stopped_run / "adapter").mkdir()
     (stopped_run / "adapter/chapter.txt").write_text("mine")
@@ -344,7 +344,7 @@ def test_another_config_or_tokenizer_of_the_encoder_is_refused_by_name(stopped_r
         path.write_text(before)
 
 
-def test_a_run_of_an_earlier_version_which_recorded_weights_alone_is_resumed(stopped_run):
+def test_a_run_of_an_earlier_version_that_recorded_only_weights_is_resumed(stopped_run):
     path = stopped_run / "inputs.json"
     inputs = json.loads(path.read_text())
     del inputs["model.path"]["config"], inputs["model.path"]["tokenizer"], inputs["evaluation.tasks"]
@@ -418,7 +418,7 @@ def test_a_status_survives_its_file(tmp_path, long_run):
 EXACT = ["trainer.recompute=always", "trainer.save_every=3", "tracking.tags=[late]", "data.cache_dir=null"]
 
 
-def test_a_resume_may_move_memory_saves_and_logs_and_ends_in_the_same_bytes(
+def test_execution_settings_can_be_changed_on_resume_with_a_bit_identical_result(
     stopped_run, long_run, monkeypatch, tmp_path
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
@@ -436,7 +436,7 @@ def test_a_resume_may_move_memory_saves_and_logs_and_ends_in_the_same_bytes(
     assert "bit for bit" not in log
 
 
-def test_other_chunks_are_taken_recorded_and_said_to_change_the_dropout(stopped_run, long_run):
+def test_changed_chunk_tokens_are_recorded_and_reported_to_change_the_dropout(stopped_run, long_run):
     resume_job(stopped_run, overrides=["trainer.chunk_tokens=12"])
     assert read_config(stopped_run / "config.yaml").trainer.chunk_tokens == 12
     assert json.loads((stopped_run / "inputs.json").read_text())["config"]["trainer.chunk_tokens"] == 12
@@ -462,7 +462,7 @@ def test_other_chunks_are_taken_recorded_and_said_to_change_the_dropout(stopped_
         ("trainer.chunk_tokens=[", r"the value of trainer\.chunk_tokens cannot be read: '\['"),
     ],
 )
-def test_a_resume_takes_no_setting_that_decides_the_result(override, message, stopped_run):
+def test_settings_that_affect_the_result_are_rejected_on_resume(override, message, stopped_run):
     before = (stopped_run / "config.yaml").read_bytes()
     with pytest.raises(ConfigError, match=message):
         resume_job(stopped_run, overrides=[override])
