@@ -81,12 +81,14 @@ def _remove_empty(folder: Path) -> None:
 
 
 def _resume(arguments: list[str]) -> int:
-    """Resume a run; nothing is composed: its folder has all settings, and a few may be given anew."""
+    """Resume a run with the settings in its folder and overrides of execution settings; no config is composed."""
     if arguments[0] == "resume=":
         raise ConfigError("resume= names no folder. Try: python run.py resume=outputs/DATE/TIME-NAME")
     folder, *overrides = arguments
     if flags := [argument for argument in overrides if argument.startswith("-") or "=" not in argument]:
-        raise ConfigError(f"{flags[0]} cannot be combined with resume=. Try: python run.py {shlex.quote(folder)}")
+        raise ConfigError(
+            f"resume= takes only KEY=VALUE settings, got {flags[0]}. Try: python run.py {shlex.quote(folder)}"
+        )
     return cli(["train", "--resume", folder.partition("=")[2], *overrides])
 
 

@@ -49,10 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports a mistake on the command line in one line, with the nearest command or option."""
+    """Argument parser that reports errors in one line and suggests the closest command or option."""
 
     def error(self, message: str) -> NoReturn:
-        """Write the message and end with exit code 2."""
+        """Print the message and exit with code 2."""
         wrong = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)|unrecognized arguments: (\S+)", message)
         typed = (wrong[1] or wrong[3] or "") if wrong else ""
         known = re.findall(r"[\w-]+", wrong[2]) if wrong and wrong[2] else [*self._options()]
@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         "config",
         metavar="CONFIG",
         nargs="*",
-        help="config.yaml of a run; with --resume instead KEY=VALUE of settings that move memory or speed and not the result",
+        help="config.yaml of a run; with --resume: KEY=VALUE of execution settings (memory, speed, saves, logs)",
     )
     train.add_argument("--out", type=expand, help="folder of the new run; with a config")
     train.add_argument("--resume", metavar="FOLDER", type=expand, help="resume the run in this folder")
@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         "query", help="a sentence: prints score, tab, sentence; - reads queries, prints a JSON object each"
     )
     search.add_argument("--top-k", type=int, default=5, help="most hits of a query (default 5)")
-    search.add_argument("--threshold", type=float, help="least cosine of a hit, in [-1, 1] (default: no limit)")
+    search.add_argument("--threshold", type=float, help="minimum cosine of a hit, in [-1, 1] (default: no minimum)")
     search.set_defaults(run=_search)
 
     similarity = commands.add_parser("similarity", help="cosine of two sentences, or of two files line by line")
@@ -274,10 +274,10 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _check_results(folder: Path) -> None:
-    """Refuse a folder whose results would be overwritten, unless an earlier evaluation wrote them.
+    """Check that existing results in a folder come from an evaluation and may be overwritten.
 
     Raises:
-        ConfigError: It has a results file of something else, such as a run.
+        ConfigError: The folder has a results file that no evaluation wrote, for example that of a run.
     """
     from promcse_pl.folder import RESULTS, read_json
 
@@ -288,7 +288,7 @@ def _check_results(folder: Path) -> None:
         return
     for path in (folder / RESULTS, folder / "results.md", folder / "results.tex"):
         if path.exists():
-            raise ConfigError(f"{path} exists, and no evaluation wrote it. Try: another folder for --out")
+            raise ConfigError(f"{path} exists and was not written by promcse evaluate. Try: --out with another folder")
 
 
 def _encode(options: argparse.Namespace) -> int:
@@ -328,7 +328,7 @@ def _search(options: argparse.Namespace) -> int:
     from promcse_pl.terminal import progress_bar
 
     check_search(options.top_k, options.threshold)  # before the corpus is encoded
-    _require_one_pipe(options.corpus, options.query)
+    _require_single_stdin(options.corpus, options.query)
     corpus = _sentences(options.corpus)
     queries = _sentences("-") if options.query == "-" else [options.query]
     model = _load(options.adapter)
@@ -340,16 +340,16 @@ def _search(options: argparse.Namespace) -> int:
             named = [{"sentence": sentence, "score": score} for sentence, score in hits]
             sys.stdout.write(json.dumps({"query": query, "hits": named}, ensure_ascii=False) + "\n")
     else:
-        shown = visible if sys.stdout.isatty() else str  # in a pipe the sentences stay as they are
+        shown = visible if sys.stdout.isatty() else str  # unchanged in a pipe
         sys.stdout.write("".join(f"{score:.4f}\t{shown(sentence)}\n" for sentence, score in found[0]))
         if not found[0]:
-            sys.stderr.write(f"no sentence has a cosine of {options.threshold} or more. Try: without --threshold\n")
+            sys.stderr.write(f"no sentence has a cosine >= {options.threshold}. Try: leave --threshold out\n")
     return 0
 
 
 def _similarity(options: argparse.Namespace) -> int:
     given = (options.first, options.second)
-    _require_one_pipe(*given)
+    _require_single_stdin(*given)
     files = [_names_file(text) for text in given]
     if files[0] != files[1]:
         raise DataError(f"similarity takes two sentences or two files, got one file: {given[files.index(True)]}")
@@ -389,9 +389,9 @@ def _names_file(text: str) -> bool:
     return text == "-" or exists or (" " not in text and file_suffix(Path(text)) in SUFFIXES)
 
 
-def _require_one_pipe(*files: str) -> None:
+def _require_single_stdin(*files: str) -> None:
     if files.count("-") > 1:
-        raise DataError("standard input can be read once, so only one - is allowed. Try: a file for the other one")
+        raise DataError("standard input can be read only once, got two arguments -. Try: a file for one of them")
 
 
 def _sentences(file: str) -> list[str]:
@@ -409,7 +409,7 @@ def _sentences(file: str) -> list[str]:
         raise DataError(f"standard input is not UTF-8: {error}") from None
     lines = [line.removesuffix("\r") for line in text.rstrip("\r\n").split("\n")]
     if lines == [""]:
-        raise DataError("standard input holds no sentence. Try: cat FILE | promcse ..., or a file instead of -")
+        raise DataError("standard input is empty. Try: cat FILE | promcse ..., or a file instead of -")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             raise DataError(f"standard input:{number}: the line is empty")

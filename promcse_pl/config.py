@@ -32,8 +32,8 @@ SUITES = (*DATA_SUITES, "demo")
 
 
 Decides = Literal["training", "scores", "execution"]
-"""What a setting decides: the trained adapter (unless marked otherwise), the scores measured of it, or only how the run is
-executed: its memory, speed, saves and logs. `decides` returns it."""
+"""What a setting affects: the trained adapter (default), its evaluation scores, or only the execution of the run (memory,
+speed, saves, logs). See `decides`."""
 SCORES: dict[str, Decides] = {"decides": "scores"}
 EXECUTION: dict[str, Decides] = {"decides": "execution"}
 
@@ -90,16 +90,16 @@ class DataConfig:
     kind: Kind
     """Texts in a row: one sentence (seen twice), anchor and positive, or anchor, positive and hard negative."""
     train: str
-    """`demo`, a .csv, .tsv, .txt, .jsonl or .parquet file (.gz too), or a folder that the datasets library wrote with
-    `save_to_disk` (of a DatasetDict the split `train`); a relative path is looked for in data.dir, then here."""
+    """`demo`, a .csv, .tsv, .txt, .jsonl or .parquet file (.gz too), or a folder written by `save_to_disk` of the datasets
+    library (split `train` of a DatasetDict); a relative path is searched in data.dir, then in the current folder."""
     dev: str | None = None
     """`demo`, `stsb` (needs data.dir), `holdout` (a part of the training triplets is kept back), a file of two texts and a
     score, or None: no selection, the last step is kept."""
     dir: str | None = None
     """Folder of data sets: nli/, wiki/, senteval/."""
     columns: list[str | int] | None = None
-    """Columns of the texts, by name or by position from 0; None: found by known names (promcse_pl/data/columns.py), and a file
-    with no other columns is read in their order."""
+    """Columns of the texts, by name or 0-based position; None: matched by known names (promcse_pl/data/columns.py), or by
+    position if the file has no other columns."""
     header: bool | None = None
     """Whether a csv or tsv file begins with column names; None: yes, but a first row that looks like data stops the run."""
     on_bad_row: Literal["stop", "skip"] = "stop"
@@ -138,7 +138,7 @@ class LossConfig:
     """NT-Xent + hinge_weight x energy hinge + mlm_weight x MLM (paper, eq. 12)."""
 
     temperature: float = 0.05
-    """Divides the cosines in NT-Xent, in [0.001, 10] (paper, section 4.1). Below, float32 logits overflow or saturate."""
+    """Divides the cosines in NT-Xent, in [0.001, 10] (paper, section 4.1). Smaller values overflow or saturate float32 logits."""
     margin: float = 0.2
     """Cosine gap between the positive and the hardest negative, in [0, 2] (paper, section 4.2)."""
     hinge_weight: float = 10.0
@@ -248,7 +248,7 @@ class TrainerConfig:
     always float32, and so is the final evaluation."""
     chunk_tokens: int | Literal["auto"] | None = field(default="auto", metadata=EXECUTION)
     """Tokens (padding included) that pass the encoder at once, >= 1; auto takes what suits the device; None: the whole
-    batch. It moves speed and memory, not the loss; dropout masks are drawn per chunk, so another size draws others."""
+    batch. It affects speed and memory, not the loss; dropout masks are sampled per chunk, so they change with the size."""
     recompute: Literal["auto", "always", "never"] = field(default="auto", metadata=EXECUTION)
     """Run each chunk again in the backward pass instead of keeping its tensors: memory of a chunk, not of a batch, for half as
     much computation more. auto: if the tensors of a batch would take more than half of the free memory."""
@@ -432,7 +432,7 @@ def check_tasks(tasks: Sequence[str], command: str) -> None:
             (near,) = difflib.get_close_matches(task[:60], SUITES, n=1, cutoff=0) or SUITES[:1]
             raise ConfigError(
                 f"a task must be a suite ({', '.join(SUITES)}) or a file of two texts and a score ({', '.join(SUFFIXES)}, "
-                f"or the folder of a saved dataset, with a / in its path), got {_shown(task)}. Try: {command.format(near)}"
+                f"or the folder of a saved dataset with a / in its path), got {_shown(task)}. Try: {command.format(near)}"
             )
 
 
@@ -456,7 +456,7 @@ def flat_settings(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def decides(key: str) -> Decides:
-    """Return what a dotted key of a job's config decides; a key that the schema does not have counts as training."""
+    """Return what a dotted key of a job's config affects; keys that are not in the schema count as training."""
     schema: Any = Config
     for name in key.split("."):
         item = next((item for item in dataclasses.fields(schema) if item.name == name), None)
@@ -472,14 +472,14 @@ def decides(key: str) -> Decides:
 
 
 def resumed_with(config: Config, overrides: Sequence[str]) -> Config:
-    """Return the config of a run that is resumed with other values of settings that decide only its execution.
+    """Return the config of a resumed run with overrides of its execution settings.
 
     Args:
-        config: Of the run.
+        config: Config of the run.
         overrides: `key=value`, the value as YAML.
 
     Raises:
-        ConfigError: An unknown key, a key that decides what is trained or scored, or a value that is not valid.
+        ConfigError: An unknown key, a key that affects training or scores, or an invalid value.
     """
     tree, parts = config.to_dict(), setting_keys()
     keys = [key for part in parts.values() for key in part]
@@ -488,10 +488,10 @@ def resumed_with(config: Config, overrides: Sequence[str]) -> Config:
         if key not in keys and key not in parts and not key.startswith(("sweep.", "hydra")):
             raise unknown_key(key)
         if not equals or key not in keys or decides(key) != "execution":
-            allowed = ", ".join(one for one in keys if decides(one) == "execution")
+            allowed = ", ".join(name for name in keys if decides(name) == "execution")
             raise ConfigError(
-                f"a resumed run keeps what decides its training and its scores: {override[:200]} cannot be given. Allowed with a "
-                f"resume: {allowed}. Try: leave {key} out, or start a new run"
+                f"{override[:200]} cannot be changed when resuming, since it may affect training or scores. Allowed: {allowed}. "
+                f"Try: leave {key} out, or start a new run"
             )
         try:
             value = yaml.safe_load(text) if text.strip() else ""
@@ -527,21 +527,21 @@ _OTHER_NAMES = {
     "trainer.save_every": ("save_steps",),
     "trainer.log_every": ("logging_steps", "log_every_n_steps"),
 }
-"""Names that other trainers, and the official code, have for a setting."""
+"""Names of a setting in other trainers and in the official code."""
 _ABSENT = {
     "weight_decay": "AdamW has no weight decay here, as in the official code",
     "warmup_steps": "the learning rate has no warm-up, as in the official code",
     "warmup_ratio": "the learning rate has no warm-up, as in the official code",
-    "gradient_accumulation_steps": "data.batch_size is what a step sees, and trainer.chunk_tokens bounds its memory",
+    "gradient_accumulation_steps": "data.batch_size is the full batch of a step; trainer.chunk_tokens limits its memory",
 }
 
 
 def _nearest_keys(key: str, keys: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return the settings that an unknown key may mean, by their name without the part, then by the whole key."""
+    """Return the settings closest to an unknown key: first by name without the config group, then by the whole key."""
     part, _, name = key.rpartition(".")
     every = [known for group in keys.values() for known in group]
     names = {known: known.rpartition(".")[2] for known in every}
-    if same := [known for known in every if names[known] == name]:  # typed without its part, or with another
+    if same := [known for known in every if names[known] == name]:  # without its config group, or with another one
         return same[:3]
     if other := [known for known, others in _OTHER_NAMES.items() if name.lower().replace("-", "_") in others]:
         return other
@@ -669,7 +669,7 @@ def _checked_text(value: str, key: str) -> str:
     try:
         longest = max(len(part.encode()) for part in value.split("/"))
     except UnicodeEncodeError:
-        raise ConfigError(f"{key} holds half a surrogate pair, which is no text: {_shown(value)}") from None
+        raise ConfigError(f"{key} holds a lone surrogate, which is not text: {_shown(value)}") from None
     if "\0" in value or longest > _LONGEST_PART or len(value.encode()) > _LONGEST:
         raise ConfigError(
             f"{key} must be text of at most {_LONGEST} bytes, {_LONGEST_PART} between two slashes, and without NUL characters, "

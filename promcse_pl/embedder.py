@@ -116,8 +116,8 @@ class PromCSE:
             (N, D) float32; (D,) for a single sentence; (0, D) for an empty list.
 
         Raises:
-            TextTypeError: Something that is not text (a DataError and a TypeError); it names the position in the list.
-            DataError: Half a surrogate pair.
+            TextTypeError: An entry is not a string (a DataError and a TypeError); the message names its position.
+            DataError: A sentence holds a lone surrogate.
             NonFiniteError: A vector is not finite.
         """
         if isinstance(sentences, str):
@@ -133,16 +133,16 @@ class PromCSE:
         return vectors_ND
 
     def similarity(self, a: str | Iterable[str], b: str | Iterable[str]) -> NDArray[np.float32]:
-        """Return the cosine of every sentence of `a` with every one of `b`.
+        """Return the cosine similarity of every sentence in `a` with every sentence in `b`.
 
         Returns:
-            (A, B) float32 in [-1, 1]; a single sentence has no axis.
+            (A, B) float32 in [-1, 1]; the axis of a single sentence is dropped.
         """
         cosines: NDArray[np.float32] = np.clip(self.encode(a) @ self.encode(b).T, -1, 1)
         return cosines
 
     def adapter_hash(self) -> str:
-        """Return the hex sha256 of what decides the embeddings, the tokenizer in use included."""
+        """Return the hex sha256 of everything that affects the embeddings, including the tokenizer in use."""
         return files.adapter_hash(self.encoder, self.tokenizer)
 
     def build_index(
@@ -193,7 +193,7 @@ class PromCSE:
         Args:
             queries: One sentence or many.
             top_k: Most hits of each query, at least 1; all if the index holds fewer.
-            threshold: Least cosine of a hit, in [-1, 1]; None: every hit counts, however low.
+            threshold: Minimum cosine of a hit, in [-1, 1]; None: no minimum.
 
         Returns:
             A list of (sentence, cosine) for one query; for many a list of such lists, empty where nothing reaches the threshold.
@@ -207,10 +207,10 @@ class PromCSE:
         return self._built_index().search(self.encode(queries), top_k=top_k, threshold=threshold)
 
     def save_index(self, folder: str | Path) -> None:
-        """Write the index as a folder of its own; an index that is already there is replaced.
+        """Write the index to a folder; the files of an index that is already there are replaced, other files are kept.
 
         Raises:
-            AdapterError: The place holds something else, or cannot be written.
+            AdapterError: The folder holds something else, or cannot be written.
             DataError: There is no index yet.
         """
         self._built_index().save(folder, adapter=self.adapter_hash())
@@ -245,11 +245,11 @@ class PromCSE:
 
 
 def list_of_texts(sentences: Iterable[str], caller: str) -> list[str]:
-    """Return the texts of an iterable, which is read once.
+    """Return the strings of an iterable as a list; the iterable is consumed once.
 
     Raises:
-        TextTypeError: It is no iterable of texts: None, bytes, a dict, a table, or one with an entry of another type.
-        DataError: A text holds half a surrogate pair.
+        TextTypeError: Not an iterable of strings: None, bytes, a dict, a DataFrame, or an entry of another type.
+        DataError: A text holds a lone surrogate.
     """
     if (
         not isinstance(sentences, Iterable)
@@ -257,17 +257,17 @@ def list_of_texts(sentences: Iterable[str], caller: str) -> list[str]:
         or getattr(sentences, "ndim", 1) != 1  # iterating over a DataFrame gives its column names
     ):
         raise TextTypeError(
-            f"{caller} takes a text or an iterable of texts, got {type(sentences).__name__} ({repr(sentences)[:80]}). "
+            f"{caller} needs a string or an iterable of strings, got {type(sentences).__name__} ({repr(sentences)[:80]}). "
             f'Try: {caller}(["A woman reads."])'
         )
     texts = list(sentences)
     for position, text in enumerate(texts):
         if not isinstance(text, str):
-            raise TextTypeError(f"sentence {position} is {type(text).__name__} ({repr(text)[:200]}), not text")
+            raise TextTypeError(f"sentence {position} must be a string, got {type(text).__name__} ({repr(text)[:200]})")
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise DataError(f"sentence {position} holds half a surrogate pair, which no tokenizer takes") from None
+            raise DataError(f"sentence {position} holds a lone surrogate, which no tokenizer accepts") from None
     return texts
 
 

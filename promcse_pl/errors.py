@@ -21,7 +21,7 @@ class DataError(PromcseError, ValueError):
 
 
 class TextTypeError(DataError, TypeError):
-    """Something that must be text, or an iterable of texts, is of another type."""
+    """An argument is not a string or an iterable of strings."""
 
 
 class EncoderError(PromcseError, ValueError):
@@ -51,6 +51,6 @@ def of_the_system(error: OSError) -> PromcseError:
 
 
 def write_error(error: PromcseError) -> None:
-    """Write an error to stderr as the one line that a user sees: home folder hidden, control characters escaped, cut at 3,000."""
+    """Print an error to stderr in one line: home folder as ~, control characters escaped, at most 3,000 characters."""
     message = visible(hide_home(str(error)))
     sys.stderr.write(f"error: {message if len(message) < 3000 else message[:3000] + '…'}\n")

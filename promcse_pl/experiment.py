@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("promcse_pl")
 
 EXCERPT = 80
-"""Characters of a text of the first row that are logged."""
+"""Maximum number of characters that are logged of each text of the first row."""
 TRUNCATED_SHARE = 0.05
-"""Share of truncated sentences above which a warning is logged."""
-LEAST_FROZEN_SCORE = 0.05
+"""Fraction of truncated sentences above which a warning is logged."""
+MIN_FROZEN_SCORE = 0.05
 """Dev Spearman of the frozen encoder below which a warning is logged."""
 
 
@@ -220,7 +220,7 @@ def _report_rows(data: Any, folder: Path, ranks: Ranks) -> None:  # noqa: ANN401
 
 
 def _excerpt(text: str) -> str:
-    """Return the beginning of a text in quotes, control characters escaped."""
+    """Return the start of a text in quotes, control characters escaped."""
     return repr(text if len(text) <= EXCERPT else f"{text[: EXCERPT - 1]}…")
 
 
@@ -234,15 +234,15 @@ def _report_truncation(data: Any) -> None:  # noqa: ANN401  (PromcseDataModule)
     if share <= TRUNCATED_SHARE:
         log.info("%s", message)
     elif longer > length:
-        log.warning("%s. To keep more of them: data.max_length=%d", message, longer)
+        log.warning("%s. To truncate fewer: data.max_length=%d", message, longer)
     else:
-        log.warning("%s, the most that data.max_length may be here", message)
+        log.warning("%s, the maximum of data.max_length for this encoder", message)
 
 
 def _score_frozen(config: Config, encoder: Any, data: Any, device: Any, console: Console) -> None:  # noqa: ANN401
-    """Log the frozen encoder's score on the dev set, as a warning where it speaks for wrong columns or a reversed scale.
+    """Log the frozen encoder's dev score, as a warning if it suggests wrong columns or a reversed score scale.
 
-    Its vectors are cached: the final evaluation, if it computes in the same precision, and later runs encode nothing.
+    The embeddings are cached for later runs, and for the final evaluation if it uses the same precision.
     """
     from promcse_pl.data.sources import cache_dir
     from promcse_pl.embedder import PromCSE
@@ -263,12 +263,12 @@ def _score_frozen(config: Config, encoder: Any, data: Any, device: Any, console:
     finally:
         for module, training in modes:
             module.training = training
-    if score >= LEAST_FROZEN_SCORE:
+    if score >= MIN_FROZEN_SCORE:
         log.info("frozen encoder: dev Spearman %.2f", 100 * score)
         return
     log.warning(
-        "frozen encoder: dev Spearman %.2f, where an encoder that was never trained on this data scores well above 0. Check the "
-        "columns of data.dev=%s and of data.train, and that a higher score means more similar",
+        "frozen encoder: dev Spearman %.2f, but a pre-trained encoder usually scores well above 0. Check the columns of "
+        "data.dev=%s and data.train, and that higher scores mean more similar",
         100 * score,
         config.data.dev,
     )

@@ -1,7 +1,7 @@
-"""Atomic writes: after any failure a file or folder is the old one or the new one, never a mixture and never lost.
+"""Atomic writes: after any failure, a file or folder is either the old or the new version.
 
-One policy for the whole package: content is synced before it gets its final name, and the folder that holds the name is synced
-afterwards. Temporary names are unique and have one form, so that leftovers of a killed process can be told from everything else.
+All writes in this package work the same way: the content is synced before it is renamed to its final name, and the parent folder
+is synced afterwards. Temporary names are unique and match one pattern, so that leftovers of a killed process can be identified.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from promcse_pl.errors import DataError, PromcseError
 T = TypeVar("T")
 
 COMMIT = ".promcse_pl-commit"
-"""Folder with the files of a committed save that have not been moved to their final names yet (`update_folder`)."""
+"""Folder with committed files that have not been moved to their final names yet (`update_folder`)."""
 _ATTEMPTS = 5
 _LEFTOVER = re.compile(r"\.promcse_pl-[0-9a-f]{16}(\.\w+)?")
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to the disk."""
+    """Flush a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -45,11 +45,11 @@ def _temporary(folder: Path, suffix: str = "") -> Path:
 
 
 def remove_leftovers(folder: Path, *, older_than: float = 0.0) -> None:
-    """Remove what killed processes left in a folder under the temporary names of this module, and nothing else.
+    """Remove the temporary files and folders of killed processes from a folder.
 
     Args:
-        folder: Where to look; subfolders are not searched.
-        older_than: Seconds since the last change of a leftover; younger ones may belong to a living process.
+        folder: Folder to clean up; subfolders are not searched.
+        older_than: Minimum age in seconds since the last change; newer entries may belong to a running process.
     """
     with suppress(OSError):
         for path in folder.iterdir():
@@ -67,7 +67,7 @@ def _last_change(path: Path) -> float:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file, link or folder of ours."""
+    """Remove a file, symbolic link or folder."""
     with suppress(OSError):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -77,11 +77,11 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def atomic_file(path: Path, *, error: type[PromcseError] = DataError) -> Iterator[Path]:
-    """Give a temporary path, with the same suffix, that becomes `path` when the block ends without an error.
+    """Yield a temporary path with the same suffix that is renamed to `path` if the block succeeds.
 
     Args:
-        path: The file to write; its folder is made if absent, an existing file is replaced.
-        error: Class of the error when it cannot be written.
+        path: The file to write; its folder is created if needed, an existing file is replaced.
+        error: Class of the error that is raised if it cannot be written.
     """
     temporary = _temporary(path.parent, path.suffix)
     try:
@@ -109,7 +109,7 @@ def write_text(path: Path, text: str, *, error: type[PromcseError] = DataError) 
 
 @contextmanager
 def staging_folder(parent: Path) -> Iterator[Path]:
-    """Give an empty folder in `parent` for `publish`; it is removed at the end unless it was published."""
+    """Yield an empty folder in `parent` for `publish`; remove it at the end unless it was published."""
     parent.mkdir(parents=True, exist_ok=True)
     staged = _temporary(parent)
     staged.mkdir()
@@ -123,9 +123,9 @@ def publish(staged: Path, folder: Path, *, replace: bool = False) -> None:
     """Sync a staged folder and rename it to its final name.
 
     Args:
-        staged: From `staging_folder`, in the parent of `folder`.
-        folder: Absent or empty.
-        replace: Remove an existing folder first. Only for folders that belong to this package as a whole and can be rebuilt.
+        staged: Folder from `staging_folder`, in the parent of `folder`.
+        folder: Final path; absent or empty.
+        replace: Remove an existing folder first. Only for folders that contain nothing else and can be rebuilt.
 
     Raises:
         OSError: It cannot be written, or `folder` is not empty.
@@ -146,13 +146,17 @@ def _sync_tree(folder: Path) -> None:
 
 @contextmanager
 def new_folder(folder: Path, *, error: type[PromcseError] = DataError) -> Iterator[Path]:
-    """Give a staging folder that becomes `folder` when the block ends without an error.
+    """Yield a staging folder that is renamed to `folder` if the block succeeds.
 
     Args:
-        folder: Must be absent or empty.
-        error: Class of the error when it is not, or cannot be written.
+        folder: Final path; absent or empty.
+        error: Class of the error that is raised if the folder is not empty or cannot be written.
     """
     refuse_taken(folder, error=error)
+    if folder.is_dir():  # an empty folder is filled in place: it may be a mount point, a link or the current folder
+        with update_folder(folder, (), error=error) as staged:
+            yield staged
+        return
     with _write_errors(folder, error), staging_folder(folder.parent) as staged:
         yield staged
         publish(staged, folder)
@@ -160,18 +164,18 @@ def new_folder(folder: Path, *, error: type[PromcseError] = DataError) -> Iterat
 
 @contextmanager
 def update_folder(folder: Path, own: Sequence[str], *, error: type[PromcseError] = DataError) -> Iterator[Path]:
-    """Give a staging folder whose entries replace those of the same names in `folder`, all of them or none.
+    """Yield a staging folder whose entries atomically replace the entries with the same names in `folder`.
 
-    Everything else in the folder stays. The staged entries are committed by one rename, to the folder `COMMIT`, and then moved to
-    their final names one by one. A process that is killed in between has lost nothing: `current` finds the committed entries,
-    and the next update moves them first.
+    Other entries of the folder are kept. The staged entries are committed by one rename to the folder `COMMIT` and then moved to
+    their final names. If the process is killed in between, `current` returns the committed entries and the next update moves
+    them first.
 
     Args:
-        folder: Where to; made if absent.
-        own: Names of the entries that belong to the caller. Those of them that are not staged are removed at the end.
-        error: Class of the error when it cannot be written.
+        folder: Folder to update; created if needed.
+        own: Names of the entries that belong to the caller. Those that are not staged are removed at the end.
+        error: Class of the error that is raised if the folder cannot be written.
     """
-    if not folder.is_dir():  # an empty folder is kept: it may be a mount point, a link or the current folder
+    if not folder.is_dir():
         with new_folder(folder, error=error) as staged:
             yield staged
         return
@@ -181,6 +185,13 @@ def update_folder(folder: Path, own: Sequence[str], *, error: type[PromcseError]
         with staging_folder(folder) as staged:
             yield staged
             names = [path.name for path in staged.iterdir()]
+            for name in names:
+                if (staged / name).is_file() and (
+                    folder / name
+                ).is_dir():  # before the commit: nothing can move it later
+                    raise error(
+                        f"{folder / name} is a folder, and a file of that name is to be written. Move it elsewhere"
+                    )
             _sync_tree(staged)
             staged.rename(folder / COMMIT)
         sync(folder)
@@ -199,7 +210,7 @@ def _move_committed(folder: Path, names: Iterable[str]) -> None:
         if not os.path.lexists(path):
             continue
         if path.is_dir() and final.exists():
-            # a folder cannot be replaced in one step; `current` finds the new one meanwhile
+            # a folder cannot be replaced by one rename; until then `current` returns the new one
             old = _temporary(folder)
             final.rename(old)
             path.rename(final)
@@ -212,18 +223,18 @@ def _move_committed(folder: Path, names: Iterable[str]) -> None:
 
 
 def current(folder: Path, name: str) -> Path:
-    """Return where an entry of a folder that `update_folder` writes is now: in the folder, or still in its `COMMIT`."""
+    """Return the path of the newest version of an entry written by `update_folder`: in the folder, or still in `COMMIT`."""
     committed = folder / COMMIT / name
     return committed if os.path.lexists(committed) else folder / name
 
 
 def read_unchanged(folder: Path, name: str, read: Callable[[], T]) -> T:
-    """Return what `read` returns; call it again if a save replaced the entry `name` of the folder while it read.
+    """Return the result of `read`, and retry if a concurrent save replaced the entry `name` in the meantime.
 
     Args:
-        folder: That `update_folder` writes.
-        name: An entry that every save writes.
-        read: Reads from the folder through `current`.
+        folder: Folder written by `update_folder`.
+        name: Entry that every save writes.
+        read: Function that reads from the folder through `current`.
     """
 
     def version() -> tuple[int, int] | None:
@@ -242,7 +253,9 @@ def read_unchanged(folder: Path, name: str, read: Callable[[], T]) -> T:
         else:
             if version() == before:
                 return result
-    raise DataError(f"{folder} is being written again and again. Try: wait until that is done")
+    raise DataError(
+        f"{folder} was overwritten during each of {_ATTEMPTS} reads. Try again when no process writes to it"
+    )
 
 
 def refuse_taken(folder: Path, *, error: type[PromcseError] = DataError) -> None:
@@ -250,7 +263,7 @@ def refuse_taken(folder: Path, *, error: type[PromcseError] = DataError) -> None
     with _write_errors(folder, error):
         is_free = folder.is_dir() and all(_LEFTOVER.fullmatch(path.name) for path in folder.iterdir())
         if os.path.lexists(folder) and not is_free:
-            raise error(f"{folder} exists already and is not replaced. Give another name, or delete it first")
+            raise error(f"{folder} already exists and is not overwritten. Give another name, or delete it first")
 
 
 @contextmanager
@@ -263,7 +276,7 @@ def _write_errors(folder: Path, error: type[PromcseError]) -> Iterator[None]:
 
 @contextmanager
 def _exclusive(folder: Path) -> Iterator[None]:
-    """Let one process at a time update a folder; file systems without locks do without."""
+    """Hold an exclusive lock on a folder; do nothing on file systems without locks."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):

@@ -37,7 +37,7 @@ CONFIG, RESULTS, HISTORY, LOG, BAD_ROWS, ADAPTER, STATUS, LOCK, CHECKPOINTS, INP
     "run-rank{}.log",
 )
 START, OUTPUT = "start.yaml", "output.log"
-"""What a sweep puts into the folder of a job before it starts (and status.json, if that fails): its config and its output."""
+"""Files that a sweep writes into a job folder before the job starts: its config and its output."""
 _BEFORE_START = {START, OUTPUT, STATUS, LOCK, LOG, ".hydra"}
 _NEW_FOLDER = "python run.py hydra.run.dir=NEW_FOLDER, or promcse train CONFIG --out NEW_FOLDER"
 State = Literal["running", "finished", "failed", "stopped", "pruned"]
@@ -101,8 +101,8 @@ def read_status(folder: Path) -> Status | None:
         value = getattr(status, name)
         if name != "state" and not (is_number(value) if hint is float else isinstance(value, hint)):
             raise DataError(f"{path}: {name} cannot be {str(value)[:80]!r}")
-    if status.wandb_id is not None and not is_plain_name(status.wandb_id):  # W&B names a folder by it
-        raise DataError(f"{path}: wandb_id must be a plain name, got {status.wandb_id[:80]!r}")
+    if status.wandb_id is not None and not is_plain_name(status.wandb_id):  # W&B uses it as a folder name
+        raise DataError(f"{path}: wandb_id must be a name without / and .., got {status.wandb_id[:80]!r}")
     return status
 
 
@@ -134,40 +134,40 @@ def is_running(folder: Path) -> bool:
 
 
 def check_run_folder(folder: Path, *, advice: str = _NEW_FOLDER) -> None:
-    """Refuse to start a run in a folder that holds a run or anything else.
+    """Check that a new run can start in a folder: it is absent, empty, or prepared by a sweep.
 
     Args:
-        folder: Of the new run.
-        advice: What to type for another folder.
+        folder: Folder of the new run.
+        advice: Command that uses another folder, for the message.
 
     Raises:
-        ConfigError: The folder is not empty, or not a folder.
+        ConfigError: The folder has other content, or is not a folder.
     """
     try:
         names = sorted(path.name for path in folder.iterdir())
     except FileNotFoundError:
         return
     except OSError as error:
-        raise ConfigError(f"cannot make the run's folder {folder}: {error.strerror}") from error
+        raise ConfigError(f"cannot create the run folder {folder}: {error.strerror}") from error
     if CONFIG in names and STATUS in names:
         raise ConfigError(
-            f"{folder} already holds a run. Try: {run_command(f'resume={folder}')} to resume it, or another folder"
+            f"{folder} already contains a run. Try: {run_command(f'resume={folder}')} to resume it, or another folder"
         )
     foreign = [name for name in names if name not in _BEFORE_START]
     if foreign:
         shown = ", ".join(foreign[:5]) + (", ..." if len(foreign) > 5 else "")
-        raise ConfigError(f"a run needs a new or empty folder, but {folder.absolute()} holds {shown}. Try: {advice}")
+        raise ConfigError(f"a run needs a new or empty folder, but {folder.absolute()} contains {shown}. Try: {advice}")
 
 
 def checkpoint_folders(run: Path) -> list[Path]:
-    """Return the checkpoints of a run by step; other entries beside them do not belong to this package."""
+    """Return the checkpoint folders of a run, sorted by step; other entries are ignored."""
     folder = run / CHECKPOINTS
     steps = [path for path in folder.glob("step-*") if re.fullmatch(r"step-[0-9]{1,18}", path.name)]
     return sorted(steps, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def remove_checkpoints(run: Path) -> None:
-    """Remove the checkpoints of a finished run, and their folder if nothing else is in it."""
+    """Remove the checkpoints of a finished run, and the checkpoints folder if it is then empty."""
     for path in checkpoint_folders(run):
         shutil.rmtree(path, ignore_errors=True)
     remove_leftovers(run / CHECKPOINTS)
@@ -188,7 +188,7 @@ def locked(folder: Path) -> Iterator[int]:
         folder.mkdir(parents=True, exist_ok=True)
         stream = (folder / LOCK).open("ab")
     except OSError as error:
-        raise ConfigError(f"cannot make the run's folder {folder}: {error.strerror}") from error
+        raise ConfigError(f"cannot create the run folder {folder}: {error.strerror}") from error
     with stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

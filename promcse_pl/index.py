@@ -27,7 +27,7 @@ Hit = tuple[str, float]
 """A sentence and its cosine with the query."""
 
 FORMAT = 2
-"""Grows when an older version could misread a newer folder, or when what `adapter` stands for changes."""
+"""Incremented when older versions could misread a newer folder, or when the definition of the adapter hash changes."""
 DESCRIPTION_BYTES = 2**24
 DESCRIPTION, SENTENCES = "index.json", "sentences.json"
 VECTORS = {"exact": "vectors.npy", "flat": "vectors.faiss", "ivf": "vectors.faiss"}
@@ -99,7 +99,7 @@ class SentenceIndex:
         Args:
             queries_QD: Unit vectors, a row a query.
             top_k: Most hits of a query, at least 1.
-            threshold: Least cosine of a hit, in [-1, 1]; None: no limit.
+            threshold: Minimum cosine of a hit, in [-1, 1]; None: no minimum.
 
         Returns:
             For each query a list of (sentence, cosine), cosines in [-1, 1].
@@ -143,14 +143,14 @@ class SentenceIndex:
         return found
 
     def save(self, folder: str | Path, *, adapter: str) -> None:
-        """Write the index as a folder; the files of an index that is already there are replaced, all of them or none.
+        """Write the index to a folder; an index that is already there is replaced atomically.
 
         Args:
-            folder: Absent, empty, or the folder of an index; other files in it stay as they are.
+            folder: Absent, empty, or the folder of an index; other files in it are kept.
             adapter: Hash of the adapter that made the vectors; `load` asks for the same.
 
         Raises:
-            AdapterError: The folder cannot be written, or holds something else.
+            AdapterError: The folder cannot be written, or contains something other than an index.
             DataError: The index is empty.
         """
         folder = Path(folder)
@@ -181,8 +181,8 @@ class SentenceIndex:
 
         Raises:
             AdapterError: Another adapter made the vectors.
-            DataError: The folder is not an index, is of another format, or a file is missing, cut short, changed or does not
-                fit the others.
+            DataError: The folder is not an index, has another format, or a file is missing, truncated, modified or
+                inconsistent with the others.
             ConfigError: It needs FAISS, which is not installed.
         """
         folder = Path(folder)
@@ -204,8 +204,8 @@ class SentenceIndex:
             if about["adapter"] != adapter:
                 raise AdapterError(
                     f"the vectors of {folder} were made by another adapter ({str(about['adapter'])[:12]}…, this one is "
-                    f"{adapter[:12]}…), encoder or tokenizer, so cosines would mean nothing. Load that adapter, or build the "
-                    "index again"
+                    f"{adapter[:12]}…), encoder or tokenizer, so the cosines would be meaningless. Load that adapter, or build "
+                    "the index again"
                 )
             sentences, vectors = current(folder, SENTENCES), current(folder, VECTORS[index.kind])
             for path in (sentences, vectors):
@@ -213,7 +213,7 @@ class SentenceIndex:
                     raise DataError(f"{path} is cut short or was changed: build the index again")
             index.sentences = json.loads(sentences.read_text(encoding="utf-8"))
             if not isinstance(index.sentences, list) or not all(isinstance(text, str) for text in index.sentences):
-                raise DataError(f"{sentences} must hold a list of texts: build the index again")
+                raise DataError(f"{sentences} must contain a list of strings. Build the index again")
             shape = len(index.sentences), width
             index._vectors = _read_npy(vectors, shape) if index.kind == "exact" else _read_faiss(vectors, shape)
         except FileNotFoundError as error:
@@ -237,7 +237,7 @@ class SentenceIndex:
 
 
 def _is_index(folder: Path) -> bool:
-    """Return whether a folder holds an index of ours, and not an index.json of another program."""
+    """Return whether a folder contains an index written by this package, not an index.json of another program."""
     try:
         about = json.loads(require_regular_file(current(folder, DESCRIPTION)).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -246,33 +246,33 @@ def _is_index(folder: Path) -> bool:
 
 
 def _read_npy(path: Path, shape: tuple[int, int]) -> NDArray[np.float32]:
-    """Read vectors; numpy compares the header's shape with the file's size before it allocates, since the file is mapped."""
+    """Read vectors; the file is memory-mapped, so that numpy checks its size before it allocates memory."""
     mapped = np.load(path, mmap_mode="r", allow_pickle=False)
     if mapped.shape != shape or mapped.dtype != np.float32:
-        raise ValueError(f"{path} holds {mapped.dtype} of shape {mapped.shape}, expected float32 of shape {shape}")
+        raise ValueError(f"{path} contains {mapped.dtype} of shape {mapped.shape}, expected float32 of shape {shape}")
     vectors_ND: NDArray[np.float32] = np.array(mapped)
     if not np.isfinite(vectors_ND).all():
-        raise ValueError(f"{path} holds values that are not finite")
+        raise ValueError(f"{path} contains non-finite values")
     return vectors_ND
 
 
 def _read_faiss(path: Path, shape: tuple[int, int]) -> Any:  # noqa: ANN401
-    """Read a FAISS index; its header holds a kind (4 bytes), the width (int32) and the number of vectors (int64)."""
+    """Read a FAISS index; its header consists of the kind (4 bytes), the width (int32) and the number of vectors (int64)."""
     with path.open("rb") as file:
         header = file.read(16)
     width, rows = (int.from_bytes(part, "little", signed=True) for part in (header[4:8], header[8:16]))
     if (rows, width) != shape or 4 * rows * width > path.stat().st_size:
-        raise ValueError(f"{path} says that it holds {rows} vectors of width {width}, expected {shape}")
+        raise ValueError(f"{path} declares {rows} vectors of width {width}, expected {shape}")
     index = _faiss().read_index(str(path))
     if (index.ntotal, index.d) != shape:
-        raise ValueError(f"{path} holds {index.ntotal} vectors of width {index.d}, expected {shape}")
+        raise ValueError(f"{path} contains {index.ntotal} vectors of width {index.d}, expected {shape}")
     return index
 
 
 def check_search(top_k: int, threshold: float | None) -> None:
     """Refuse what no search can have: `ConfigError`."""
     if not isinstance(top_k, int | np.integer) or top_k < 1:
-        raise ConfigError(f"top_k must be a whole number of hits, at least 1, got {top_k!r}")
+        raise ConfigError(f"top_k must be an integer >= 1, got {top_k!r}")
     if threshold is not None and not -1 <= threshold <= 1:
         raise ConfigError(f"threshold must lie in [-1, 1] (a cosine), got {threshold!r}")
 
@@ -309,7 +309,7 @@ def _new_faiss_index(vectors_ND: NDArray[np.float32], kind: Kind) -> Any:  # noq
 def _write_faiss(index: Any, path: Path) -> None:  # noqa: ANN401
     try:
         _faiss().write_index(index, str(path))
-    except RuntimeError as error:  # what FAISS makes of a full disk
+    except RuntimeError as error:  # raised by FAISS if the disk is full
         raise OSError(str(error)) from error
 
 

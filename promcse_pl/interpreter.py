@@ -1,8 +1,8 @@
-"""Python subprocesses of this package, which import nothing from the current folder.
+"""Start Python subprocesses that do not import modules from the current folder.
 
-`python -m` and `python -c` put the current folder first on the module search path, so a user's `json.py` or `wandb.py` there
-would replace the library of that name. This file is run as a script with `-P` instead, loads the package from its own location
-(it need not be installed) and calls one function.
+`python -m` and `python -c` put the current folder first on the module search path, so that a `json.py` or `wandb.py` in it
+shadows the library of that name. Instead this file is run as a script with `-P`, loads the package from its own location
+(without installation) and calls one function.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 def python_command(target: str, *arguments: str) -> list[str]:
-    """Return the command of a subprocess that exits with what `target` returns.
+    """Return the command of a subprocess that calls `target` and exits with its return value.
 
     Args:
         target: "module:function"; the function takes the list of arguments and returns an exit code.
@@ -25,7 +25,7 @@ def python_command(target: str, *arguments: str) -> list[str]:
 
 
 def _load_package() -> None:
-    """Make `promcse_pl` importable, and nothing else that lies beside it."""
+    """Make `promcse_pl` importable without adding its parent folder to the module search path."""
     package = Path(__file__).parent
     spec = importlib.util.spec_from_file_location(
         package.name, package / "__init__.py", submodule_search_locations=[str(package)]
@@ -41,7 +41,7 @@ def _load_package() -> None:
 
 
 def main() -> int:
-    """Load the package and call the function that the command line names."""
+    """Load the package and call the function given on the command line."""
     target, *arguments = sys.argv[1:]
     _load_package()
     module, _, function = target.partition(":")

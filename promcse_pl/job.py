@@ -89,20 +89,20 @@ def run_job(config: Config, folder: str | Path, console: Console | None = None) 
 def resume_job(folder: str | Path, console: Console | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Go on with a run that was killed, stopped or failed, from its newest whole checkpoint; without one it starts over.
 
-    On the same machine and number of threads the result is bit for bit that of the uninterrupted run, unless
-    `trainer.chunk_tokens` is changed: dropout masks are drawn per chunk.
+    On the same machine with the same number of threads, the result is bit-identical to that of an uninterrupted run, unless
+    `trainer.chunk_tokens` is changed: dropout masks are sampled per chunk.
 
     Args:
         folder: Of the run.
         console: Where to print.
-        overrides: `key=value` of settings that decide only how the run is executed (`promcse_pl.config.decides`). They replace
-            those in config.yaml and hold for later resumes.
+        overrides: `key=value` of execution settings (`promcse_pl.config.decides`). They are saved to config.yaml and apply to
+            later resumes.
 
     Returns:
         What results.json holds; a finished run is left as it is.
 
     Raises:
-        ConfigError: The folder holds no run, another process is at work in it, or an override would change the result.
+        ConfigError: The folder contains no run, another process runs in it, or an override may change the result.
         DataError: The data, the encoder or a setting have changed since the run began.
         PromcseError, Stopped: As for `run_job`.
     """
@@ -120,7 +120,7 @@ def resume_job(folder: str | Path, console: Console | None = None, overrides: Se
         before = read_status(folder)
         if before is not None and before.state == "finished":
             remove_checkpoints(folder)  # the run may have been killed before it did so itself
-            console.print(plain(f"the run in {folder} is finished; nothing is left to do"), soft_wrap=True)
+            console.print(plain(f"the run in {folder} is already finished"), soft_wrap=True)
             return read_results(folder)
         check_inputs(config)
         check_target(folder / ADAPTER)
@@ -137,7 +137,7 @@ def take_part(folder: Path, console: Console | None = None, overrides: Sequence[
     Args:
         folder: Of the run.
         console: Where to print, for rank 0.
-        overrides: Those of `resume_job`, for a rank that may read config.yaml before rank 0 has written them into it.
+        overrides: Overrides of `resume_job`, for a rank that may read config.yaml before rank 0 has saved them.
 
     Returns:
         What results.json holds on rank 0, {} on the others.
@@ -203,7 +203,7 @@ def _session(
                 results = run_experiment(config, folder, console, status, resume, stop, ranks)
         except Stopped:
             _leave(folder, "stopped")
-            log.info("stopped; to go on: %s", run_command(f"resume={folder}"))
+            log.info("stopped; to resume: %s", run_command(f"resume={folder}"))
             raise
         except BaseException as error:
             _leave(folder, "failed", f"{type(error).__name__}: {error}")
@@ -214,12 +214,12 @@ def _session(
 
 
 def check_inputs(config: Config) -> None:
-    """Check the files, folders and modes that a config names: in a second or two, before torch and any model.
+    """Check the files, folders and modes in a config, before torch is imported and a model is loaded (a second or two).
 
-    Of the training file the first rows are read; the dev set and the files to evaluate on are read whole.
+    Only the first rows of the training file are read, but all of the dev set and the evaluation files.
 
     Raises:
-        ConfigError, DataError, EncoderError: Something is missing or cannot be used.
+        ConfigError, DataError, EncoderError: A file, folder or mode is missing or invalid.
     """
     from promcse_pl.data.sources import check_training_file, data_dir, dev_pairs, senteval_dir
     from promcse_pl.evaluation.tasks import load_tasks

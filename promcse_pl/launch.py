@@ -208,7 +208,7 @@ def end_with(starter: int, signum: int) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run one rank of the run in the folder that the only argument names; return its exit code."""
+    """Run one rank of the run in the given folder; return its exit code."""
     end_with(int(os.environ[_STARTER]), signal.SIGKILL)
     from promcse_pl.job import take_part
 

@@ -51,7 +51,7 @@ def logging_to(path: Path | None, console: Console) -> Iterator[None]:
 
 
 def _make_printable(record: logging.LogRecord) -> bool:
-    """Write a line's message out, with ~ for the home folder and escapes for control characters."""
+    """Format the message, with ~ for the home folder and control characters escaped."""
     record.msg, record.args = visible(hide_home(record.getMessage())), None
     return True
 

@@ -12,7 +12,7 @@ from typing import TypeGuard, TypeVar
 
 Tree = TypeVar("Tree")
 LONGEST_NAME = 255
-"""Bytes of a file's name: no file system takes longer ones."""
+"""Maximum length of a file name in bytes on common file systems."""
 
 
 def expand(name: str | Path) -> Path:
@@ -31,7 +31,7 @@ def is_folder(path: Path) -> bool:
 
 
 def run_command(*arguments: str) -> str:
-    """Return `python run.py ARGUMENTS` as it is typed into a shell, whatever the names of folders hold."""
+    """Return the command `python run.py ARGUMENTS`, quoted for a shell."""
     typed = ["python", "run.py"]
     for argument in arguments:
         key, equals, value = argument.partition("=")
@@ -40,10 +40,10 @@ def run_command(*arguments: str) -> str:
 
 
 def is_plain_name(value: object) -> TypeGuard[str]:
-    """Return whether a value is the name of one file or folder, and no path.
+    """Return whether a value is the name of a file or folder without a path.
 
-    Everything that is read from a file and becomes part of a path must pass: such a file may come from anybody, and `../x` or
-    `/x` would lead out of the folder that it describes.
+    Names that are read from a file and become part of a path must pass this check: the file may be untrusted, and `../x` or `/x`
+    would point outside its folder.
     """
     return (
         isinstance(value, str)
@@ -54,27 +54,27 @@ def is_plain_name(value: object) -> TypeGuard[str]:
 
 
 class NotARegularFileError(OSError):
-    """A FIFO, socket or device is where a regular file is needed."""
+    """A path is a FIFO, socket or device instead of a regular file."""
 
 
 def require_regular_file(path: Path, *, at_most: int | None = None) -> Path:
-    """Return the path of a regular file, so that nothing waits for a FIFO or reads a device without end.
+    """Return the path if it is a regular file: reading a FIFO could block, reading a device might never end.
 
     Args:
-        path: The file; a symbolic link is followed.
-        at_most: Most bytes that such a file has; None for no limit.
+        path: The file; symbolic links are followed.
+        at_most: Maximum size in bytes; None: no limit.
 
     Raises:
-        OSError: There is no file, it is a folder, FIFO, socket or device, or it is larger.
+        OSError: The file does not exist, is a folder, FIFO, socket or device, or is larger.
     """
     found = os.stat(path)  # noqa: PTH116  (Path.stat, for a name of any length)
     if stat.S_ISDIR(found.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(found.st_mode):
         kind = "FIFO" if stat.S_ISFIFO(found.st_mode) else "socket" if stat.S_ISSOCK(found.st_mode) else "device"
-        raise NotARegularFileError(errno.EINVAL, f"it is a {kind}, and a regular file is needed", str(path))
+        raise NotARegularFileError(errno.EINVAL, f"it is a {kind}, not a regular file", str(path))
     if at_most is not None and found.st_size > at_most:
-        raise OSError(errno.EFBIG, f"{found.st_size:,} bytes, at most {at_most:,} are read", str(path))
+        raise OSError(errno.EFBIG, f"it has {found.st_size:,} bytes, the maximum is {at_most:,}", str(path))
     return path
 
 

@@ -9,13 +9,13 @@ import sys
 from contextlib import suppress
 
 _UNSAFE = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Control characters but the tab, line and paragraph separators, what changes the direction of text, and lone surrogates."""
+"""Control characters except the tab, line and paragraph separators, bidirectional controls, and lone surrogates."""
 
 
 def visible(text: str) -> str:
-    """Return a line with escapes for what would move the cursor, colour or reorder it, or end it: names may come from anybody.
+    """Return a line of text with control characters escaped, since names and messages may come from untrusted files.
 
-    For terminals and log files; results (vectors, sentences, JSON) are written as they are.
+    For terminals and log files; results (embeddings, sentences, JSON) are written unescaped.
     """
     return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 

@@ -34,7 +34,7 @@ def output_console() -> Console:
 
 
 def plain(text: str) -> str:
-    """Return text that rich prints as it is: no markup such as `[bold]`, control characters as escapes."""
+    """Return text that rich prints literally: markup such as `[bold]` and control characters are escaped."""
     return escape(visible(text))
 
 

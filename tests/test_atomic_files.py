@@ -97,7 +97,7 @@ def old_folder(tmp_path):
 
 @pytest.mark.parametrize("how", ["kill", "fail"])
 @pytest.mark.parametrize("existing", [True, False], ids=["update", "first"])
-def test_a_folder_is_the_old_or_the_new_one_whatever_step_of_an_update_fails(how, existing, tmp_path):
+def test_a_folder_is_the_old_or_new_version_if_any_step_of_an_update_fails(how, existing, tmp_path):
     outcomes = []
     for step in range(1, 200):
         folder = tmp_path / str(step)
@@ -130,7 +130,7 @@ def test_a_folder_is_the_old_or_the_new_one_whatever_step_of_an_update_fails(how
 
 
 @pytest.mark.parametrize("how", ["kill", "fail"])
-def test_a_file_is_the_old_or_the_new_one_whatever_step_of_its_writing_fails(how, tmp_path):
+def test_a_file_is_the_old_or_new_version_if_any_step_of_a_write_fails(how, tmp_path):
     path = tmp_path / "status.json"
     for step in range(1, 50):
         path.write_text("old")
@@ -231,12 +231,36 @@ def test_a_commit_that_is_a_link_is_not_followed(old_folder, tmp_path):
 def test_a_new_folder_replaces_nothing(make, tmp_path):
     place = tmp_path / "thesis"
     make(place)
-    with pytest.raises(AdapterError, match=r"thesis exists already and is not replaced"):
+    with pytest.raises(AdapterError, match=r"thesis already exists and is not overwritten"):
         new_folder(place, error=AdapterError).__enter__()
     assert [path.name for path in tmp_path.iterdir()] == ["thesis"]
 
 
-def test_leftovers_are_told_from_everything_else_by_name_and_age(tmp_path):
+def test_a_folder_in_the_place_of_an_own_file_is_refused_before_the_commit(old_folder):
+    (old_folder / "weights.bin").unlink()
+    (old_folder / "weights.bin").mkdir()
+    (old_folder / "weights.bin/notes.txt").write_text("mine")
+    with pytest.raises(DataError, match=r"weights\.bin is a folder, and a file of that name is to be written"):
+        update(old_folder, "new")
+    assert (old_folder / "about.json").read_text() == "old"
+    assert (old_folder / "weights.bin/notes.txt").read_text() == "mine"
+    assert not (old_folder / COMMIT).exists()
+
+
+def test_an_empty_folder_that_cannot_be_renamed_is_filled_in_place(tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with new_folder(tmp_path / "link") as staged:
+        (staged / "model.bin").write_text("new")
+    assert (tmp_path / "real/model.bin").read_text() == "new"
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with new_folder(Path()) as staged:
+        (staged / "model.bin").write_text("new")
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["model.bin"]
+
+
+def test_leftovers_are_identified_by_name_and_age(tmp_path):
     kept = [".promcse_pl-mine", ".promcse_pl-0123456789abcdef0", ".git", ".env", "x.tmp", ".status.json.tmp"]
     for name in kept:
         (tmp_path / name).write_text("")
@@ -259,7 +283,7 @@ def test_a_leftover_link_is_removed_and_not_followed(tmp_path):
     assert (tmp_path / "thesis/chapter").read_text() == "years of work"
 
 
-def test_publish_replaces_only_when_it_is_told_to(tmp_path):
+def test_publish_replaces_only_on_request(tmp_path):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache/old").write_text("")
     for replace in (False, True):
@@ -300,7 +324,7 @@ def test_readers_never_see_a_mixture_while_others_write(old_folder):
     assert len({version for found in seen for version in found}) >= 4, "the writers must have been at work"
 
 
-def test_a_missing_entry_is_an_error_and_not_waited_for(old_folder):
+def test_a_missing_entry_is_an_error_without_waiting(old_folder):
     (old_folder / "weights.bin").unlink()
     with pytest.raises(FileNotFoundError):
         read_unchanged(old_folder, "about.json", lambda: versions(old_folder))

@@ -123,7 +123,10 @@ def test_results_of_something_else_are_not_overwritten(trained_run, mine, tmp_pa
     before = (trained_run.folder / "results.json").read_bytes()
     command = ["evaluate", MINILM, "--tasks", str(mine), "--device", "cpu", "--format", "markdown", "--out"]
     assert main([*command, str(trained_run.folder)]) == 2
-    assert "run/results.json exists, and no evaluation wrote it. Try: another folder" in capsys.readouterr().err
+    assert (
+        "run/results.json exists and was not written by promcse evaluate. Try: --out with another"
+        in capsys.readouterr().err
+    )
     assert (trained_run.folder / "results.json").read_bytes() == before
     (tmp_path / "paper").mkdir()
     (tmp_path / "paper/results.md").write_text("mine")

@@ -111,7 +111,7 @@ def test_search_reads_the_corpus_from_a_pipe_and_says_when_nothing_is_near(promc
     assert (code, out.splitlines()[0]) == (0, "1.0000\tw7")
     code, out, err = promcse("search", "-", "w77", "--threshold", "1", stdin=stdin)
     assert (code, out) == (0, "")
-    assert err == "no sentence has a cosine of 1.0 or more. Try: without --threshold\n"
+    assert err == "no sentence has a cosine >= 1.0. Try: leave --threshold out\n"
 
 
 def test_similarity_of_two_sentences_is_one_number(promcse, model):
@@ -136,14 +136,14 @@ def test_errors_say_what_was_given_and_exit_with_2(promcse, corpus, tmp_path):
         (("encode", corpus, "--out", "v.txt"), "--out must end in .npy, or be - for standard output, got v.txt"),
         (("encode", corpus, "--out", tmp_path / "no" / "v.npy"), "does not exist"),
         (("encode", tmp_path / "no.txt", "--out", "-"), "no.txt does not exist"),
-        (("encode", "-", "--out", "-"), "standard input holds no sentence"),
-        (("search", corpus, "w7", "--top-k", "0"), "top_k must be a whole number of hits, at least 1, got 0"),
+        (("encode", "-", "--out", "-"), "standard input is empty"),
+        (("search", corpus, "w7", "--top-k", "0"), "top_k must be an integer >= 1, got 0"),
         (("search", corpus, "w7", "--threshold", "2"), "threshold must lie in [-1, 1] (a cosine), got 2.0"),
         (
             ("search", "-", "-"),
-            "standard input can be read once, so only one - is allowed. Try: a file for the other one",
+            "standard input can be read only once, got two arguments -. Try: a file for one of them",
         ),
-        (("similarity", "-", "-"), "standard input can be read once, so only one - is allowed"),
+        (("similarity", "-", "-"), "standard input can be read only once"),
         (("similarity", corpus, short), f"got 5 in {corpus} and 1 in {short}"),
         (("similarity", corpus, "w7 w8"), f"got one file: {corpus}"),
         (("similarity", "w7 w8", "typo.txt"), "got one file: typo.txt"),

@@ -553,7 +553,7 @@ def test_what_a_setting_decides_is_marked_on_its_field():
     }
 
 
-def test_every_other_name_of_a_setting_leads_to_one_that_exists():
+def test_every_alias_refers_to_an_existing_setting():
     every = {key for part in setting_keys().values() for key in part}
     assert set(schema._OTHER_NAMES) <= every
     names = [name for others in schema._OTHER_NAMES.values() for name in others]
@@ -564,12 +564,12 @@ def test_every_other_name_of_a_setting_leads_to_one_that_exists():
 @pytest.mark.parametrize(
     "key", ["weight_decay", "optim.weight_decay", "optim.warmup_steps", "gradient_accumulation_steps"]
 )
-def test_what_is_deliberately_absent_is_said_to_be(key):
+def test_settings_that_are_absent_on_purpose_have_their_own_error(key):
     with pytest.raises(ConfigError, match=rf"{key} is not a setting: .*\. Try: leave it out"):
         check_overrides([f"{key}=1"], {})
 
 
-def test_the_remedy_for_a_sweep_setting_is_one_that_a_sweep_takes():
+def test_errors_of_sweep_settings_suggest_a_sweep_command():
     for raw in ({"parallel": 0}, {"parallel": "two"}, {"trials": 0}, {"seed": -1}):
         with pytest.raises(ConfigError) as caught:
             SweepConfig.from_dict(raw)

@@ -113,7 +113,7 @@ class Series:
 @pytest.mark.parametrize(
     "kind", [iter, Series, lambda rows: (row for row in rows), lambda rows: dict.fromkeys(rows).keys()]
 )
-def test_any_iterable_of_texts_is_taken(model, kind):
+def test_any_iterable_of_texts_is_accepted(model, kind):
     rows = [*dict.fromkeys(MIXED)]
     expected = model.encode(rows)
     assert np.array_equal(model.encode(kind(rows)), expected)
@@ -135,7 +135,7 @@ class DataFrame(Series):
     [None, 3, 2.5, b"w7", {"w7": "w8"}, np.array("w7"), np.array([["w7", "w8"]]), DataFrame(["w7"]), [["w7"]]],
     ids=lambda value: type(value).__name__,
 )
-def test_what_is_no_iterable_of_texts_is_a_type_error_that_says_what_to_type(model, value):
+def test_other_arguments_raise_a_type_error_with_an_example(model, value):
     model.build_index(["w7"])
     for method in (
         model.encode,
@@ -145,7 +145,8 @@ def test_what_is_no_iterable_of_texts_is_a_type_error_that_says_what_to_type(mod
         lambda texts: model.similarity("w7", texts),
     ):
         with pytest.raises(
-            TypeError, match=r"takes a text or an iterable of texts, got .*Try: |sentence 0 is list"
+            TypeError,
+            match=r"needs a string or an iterable of strings, got .*Try: |sentence 0 must be a string, got list",
         ) as caught:
             method(value)
         assert isinstance(caught.value, DataError)
@@ -336,12 +337,12 @@ def test_cosines_stay_within_1(model):
 def test_something_that_is_not_text_is_refused_with_its_place(model, place, value):
     sentences = ["w7", "w8", "w9"]
     sentences[place] = value
-    with pytest.raises(DataError, match=rf"sentence {place} is {type(value).__name__} .*, not text"):
+    with pytest.raises(DataError, match=rf"sentence {place} must be a string, got {type(value).__name__} "):
         model.encode(sentences)
 
 
 def test_half_a_surrogate_pair_is_refused_with_its_place(model):
-    with pytest.raises(DataError, match="sentence 1 holds half a surrogate pair"):
+    with pytest.raises(DataError, match="sentence 1 holds a lone surrogate"):
         model.encode(["w7", "\ud83d"])
 
 

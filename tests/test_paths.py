@@ -65,7 +65,7 @@ NO_NAMES = [
 
 
 @pytest.mark.parametrize("value", NO_NAMES)
-def test_what_leads_out_of_a_folder_is_no_plain_name(value):
+def test_a_path_is_not_a_plain_name(value):
     assert not is_plain_name(value)
 
 
@@ -74,7 +74,7 @@ def test_a_name_of_a_file_is_a_plain_name(value):
     assert is_plain_name(value)
 
 
-def test_a_command_is_typed_as_it_is_printed_whatever_a_folder_is_called():
+def test_printed_commands_are_quoted_for_any_folder_name():
     folder = "a 'b\" $c"
     assert shlex.split(run_command("-m", f"sweep.resume={folder}")) == [
         "python",

@@ -21,7 +21,7 @@ EVIL = "\x1b[2J\x1b]0;owned\x07\r\u202eevil\x9b\x7f\n[bold]x[/y]\u2066\ud800"
 SHOWN = r"\x1b[2J\x1b]0;owned\x07\r\u202eevil\x9b\x7f\n[bold]x[/y]\u2066\ud800"
 
 
-def test_what_would_move_colour_reorder_or_end_a_line_is_escaped_and_everything_else_stays():
+def test_control_characters_are_escaped_and_other_text_is_unchanged():
     assert visible(EVIL) == SHOWN
     for text in ("ä ß 漢字 \t|", "שלום", "مرحبا", "a\u200db", "\U0001f469\u200d\U0001f52c", "\\x1b"):
         assert visible(text) == text
@@ -40,7 +40,7 @@ def test_log_lines_on_the_terminal_and_in_the_file_hold_no_control_characters(tm
     assert (tmp_path / "run.log").read_text().endswith(f" WARNING read {SHOWN}\n")
 
 
-def test_the_config_tree_takes_no_value_for_markup():
+def test_the_config_tree_prints_markup_literally():
     printed = io.StringIO()
     Console(file=printed, width=300).print(
         config_tree({"tracking": {"name": EVIL, "tags": ["[/red]", "[bold]"]}, "seed": EVIL})

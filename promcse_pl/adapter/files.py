@@ -1,7 +1,7 @@
 """An adapter on disk: adapter.safetensors (the trained tensors) and adapter.json (all that is needed to use them).
 
 The frozen encoder is referred to by name; where no name gives it, it lies in the adapter's own folder encoder/. No code is
-stored and none is run. A save replaces all of these files or none (`promcse_pl.files.update_folder`).
+stored and none is run. Saves are atomic (`promcse_pl.files.update_folder`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from promcse_pl.paths import require_regular_file
 from promcse_pl.version import __version__
 
 FORMAT = 2
-"""Grows when an older version could misread a newer folder. Format 1 knew the encoder by its weights alone; it is still read."""
+"""Incremented when older versions could misread a newer folder. Format 1 identified the encoder by its weights only."""
 DESCRIPTION_BYTES = 2**24
 
 
@@ -69,9 +69,9 @@ def describe(encoder: PromptEncoder) -> dict[str, Any]:
 
 
 def save_adapter(encoder: PromptEncoder, folder: str | Path, *, training: dict[str, Any] | None = None) -> None:
-    """Write an adapter folder; the files of an adapter that is already there are replaced, all of them or none.
+    """Write an adapter to a folder; an adapter that is already there is replaced atomically.
 
-    Other files in the folder of an adapter (README.md, .git) stay as they are.
+    Other files in the folder (README.md, .git) are kept.
 
     Args:
         encoder: The prompt encoder.
@@ -79,7 +79,7 @@ def save_adapter(encoder: PromptEncoder, folder: str | Path, *, training: dict[s
         training: Summary of the run, plain values.
 
     Raises:
-        AdapterError: The folder cannot be written, or holds something else.
+        AdapterError: The folder cannot be written, or contains something other than an adapter.
     """
     folder = Path(folder)
     check_target(folder)
@@ -92,7 +92,9 @@ def save_adapter(encoder: PromptEncoder, folder: str | Path, *, training: dict[s
         own.append(BUNDLED_NAME)
     bundles = encoder.backbone.identity.name == BUNDLED
     if bundles and BUNDLED_NAME not in own and os.path.lexists(folder / BUNDLED_NAME):
-        raise AdapterError(f"{folder / BUNDLED_NAME} exists already and is not part of the adapter. Move it elsewhere")
+        raise AdapterError(
+            f"{folder / BUNDLED_NAME} already exists and is not part of the adapter. Move it to another folder"
+        )
     with update_folder(folder, own, error=AdapterError) as new:
         if bundles:
             description["encoder"]["sha256"] = encoder.backbone.save(new / BUNDLED)
@@ -112,15 +114,15 @@ def _checksum(description: dict[str, Any], weights: bytes, bundled: Path) -> str
 
 
 def adapter_hash(encoder: PromptEncoder, tokenizer: Any | None = None) -> str:  # noqa: ANN401  (a transformers tokenizer)
-    """Return the hex sha256 of what decides the embeddings, and of nothing else.
+    """Return the hex sha256 of everything that affects the embeddings, and of nothing else.
 
-    That is: the trained tensors (names, shapes, float32 values), the frozen weights, the encoder's config and tokenizer (see
-    `promcse_pl.model.identity`), pooling, head and positions; not the encoder's name, the prompt's dropout, versions or the
-    summary of the training.
+    It covers the trained tensors (names, shapes, float32 values), the frozen weights, the encoder's config and tokenizer (see
+    `promcse_pl.model.identity`), pooling, head and positions. It does not cover the encoder's name, the prompt's dropout,
+    versions and the training summary.
 
     Args:
         encoder: The prompt encoder.
-        tokenizer: The one in use; None: the encoder's own.
+        tokenizer: The tokenizer in use; None: that of the encoder.
     """
     identity = encoder.backbone.identity
     fingerprint = identity.tokenizer if tokenizer is None else tokenizer_fingerprint(tokenizer)
@@ -157,7 +159,7 @@ def load_adapter(
 
     Raises:
         AdapterError: Not an adapter, a newer format, missing or unknown keys, wrong shapes, a truncated file, not finite, or
-            made for an encoder with other weights, another config or another tokenizer.
+            trained on an encoder with different weights, config or tokenizer.
     """
     found = find_adapter(Path(folder)) or Path(folder)
     where = None if encoder is None else str(encoder)
@@ -185,7 +187,7 @@ def _load(folder: Path, encoder: str | None, dtype: torch.dtype) -> PromptEncode
             f"{folder / DESCRIPTION}: position_offset {about['position_offset']} leaves no room for a sentence in "
             f"{backbone.identity.name}"
         )
-    with torch.device("meta"):  # shapes alone: what adapter.json asks for may be larger than any memory
+    with torch.device("meta"):  # shapes only: adapter.json may declare sizes that do not fit into memory
         wanted = PromptEncoder(backbone, **options).state_dict()
     stored = _read_tensors(wanted, about, folder)
     model = PromptEncoder(backbone, **options)
@@ -194,8 +196,8 @@ def _load(folder: Path, encoder: str | None, dtype: torch.dtype) -> PromptEncode
 
 
 def _check_encoder(stored: dict[str, Any], backbone: FrozenBackbone, folder: Path) -> None:
-    """Refuse an encoder that would give other embeddings than the one that the adapter was trained on."""
-    config = stored.get("config", {"model_type": stored["family"]})  # format 1 has no more
+    """Reject an encoder whose embeddings differ from those of the encoder that the adapter was trained on."""
+    config = stored.get("config", {"model_type": stored["family"]})  # format 1 stores only the family
     expected = EncoderId(stored["name"], stored["revision"], stored["sha256"], config, stored.get("tokenizer"))
     actual = backbone.identity
     if actual.sha256 != expected.sha256:
@@ -206,8 +208,8 @@ def _check_encoder(stored: dict[str, Any], backbone: FrozenBackbone, folder: Pat
     found = differences(expected, actual, owner="the adapter was trained with")
     if found:
         raise AdapterError(
-            f"{folder} was trained on {expected.name}, and {actual.name} has the same weights but would give other "
-            f"embeddings: {'; '.join(found)}. Give an unchanged copy of the encoder: PromCSE.load({str(folder)!r}, "
+            f"{folder} was trained on {expected.name}, and {actual.name} has the same weights but would produce different "
+            f"embeddings: {'; '.join(found)}. Use an unmodified copy of the encoder: PromCSE.load({str(folder)!r}, "
             "encoder=FOLDER)"
         )
 
@@ -282,7 +284,7 @@ def _checked(about: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _read_tensors(wanted: dict[str, Tensor], about: dict[str, Any], folder: Path) -> dict[str, Tensor]:
-    """Return the stored tensors after checking names, shapes and types in the header, then values and the checksum."""
+    """Check names, shapes and types in the header, then values and checksum; return the stored tensors."""
     path = current(folder, WEIGHTS)
     try:
         header = read_header(path)

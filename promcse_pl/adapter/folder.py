@@ -1,4 +1,4 @@
-"""Which folder is an adapter, and whose files are in it: without torch, so that commands can check early."""
+"""Find and identify adapter folders, without importing torch so that commands can check early."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BUNDLED = f"./{BUNDLED_NAME}"
 
 
 def find_adapter(folder: Path) -> Path | None:
-    """Return the adapter folder that is meant by a folder: the `adapter` folder of a run, or the folder itself; None: neither."""
+    """Return the adapter folder of a run (`adapter`), or the folder itself if it is an adapter; otherwise None."""
     for path in (folder / "adapter", folder):
         if os.path.exists(current(path, DESCRIPTION)):  # noqa: PTH110  (Path.exists raises for a name that is too long)
             return path
@@ -26,7 +26,7 @@ def find_adapter(folder: Path) -> Path | None:
 
 
 def written_description(folder: Path) -> dict[str, Any] | None:
-    """Return the description of an adapter that this package wrote; None if there is none, or a file of another program."""
+    """Return the description of an adapter written by this package; None if absent or written by another program."""
     try:
         about = json.loads(require_regular_file(current(folder, DESCRIPTION)).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -36,10 +36,10 @@ def written_description(folder: Path) -> dict[str, Any] | None:
 
 
 def check_target(folder: Path) -> None:
-    """Refuse a folder that an adapter must not be written to: it has entries, and they are not those of an adapter of ours.
+    """Check that an adapter may be written to a folder: it is absent, empty, or an adapter of this package.
 
     Raises:
-        AdapterError: The folder holds something else, or cannot be read.
+        AdapterError: The folder has other content, or cannot be read.
     """
     if written_description(folder) is None:
         refuse_taken(folder, error=AdapterError)

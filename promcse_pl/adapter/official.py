@@ -117,7 +117,7 @@ def import_official(source: str | Path, *, pooling: str | None = None, encoder: 
         "pooling": chosen,
         "head": head,
     }
-    with torch.device("meta"):  # shapes alone: one tensor must not decide how much memory the others take
+    with torch.device("meta"):  # shapes only: one tensor must not determine how much memory is allocated for the others
         wanted = PromptEncoder(backbone, **options).state_dict()
     _fit(trained, wanted, path)
     model = PromptEncoder(backbone, **options)
@@ -128,12 +128,12 @@ def import_official(source: str | Path, *, pooling: str | None = None, encoder: 
     notes = [f"{prompt}: seen in the tensors", pooling_note, encoder_note]
     if "lm_head" in left_out:
         notes.append(
-            "the MLM head (lm_head) is dropped: no embedding needs it. An export of this adapter has none, so the official code "
-            "would start --do_mlm with a fresh head"
+            "the MLM head (lm_head) is dropped: embeddings do not use it. An export of this adapter has no MLM head, so the "
+            "official code would initialise a new one for --do_mlm"
         )
     if "pooler" in left_out:
         notes.append(
-            "the pooler of the plain encoder (pooler) is dropped: neither this package nor the official code reads it"
+            "the pooler of the pre-trained encoder (pooler) is dropped: neither this package nor the official code uses it"
         )
     return Imported(model.eval(), tuple(notes))
 
@@ -265,7 +265,9 @@ def _build_backbone(folder: Path, frozen: dict[str, Tensor], path: Path) -> Froz
     options = {"add_pooling_layer": False, "dtype": torch.float32}
     try:
         if config.num_hidden_layers > len(frozen):
-            raise ValueError(f"{config.num_hidden_layers} layers, and there are {len(frozen)} tensors")
+            raise ValueError(
+                f"num_hidden_layers is {config.num_hidden_layers}, but there are only {len(frozen)} tensors"
+            )
         wanted = model_on_meta(config, **options).state_dict()
     except Exception as error:
         raise AdapterError(f"{folder / 'config.json'} describes no encoder: {first_line(error)}") from error
@@ -274,7 +276,7 @@ def _build_backbone(folder: Path, frozen: dict[str, Tensor], path: Path) -> Froz
         model = AutoModel.from_config(config, **options)
     model.load_state_dict(frozen, strict=True)
     backbone = FrozenBackbone(model, EncoderId(str(folder), None, file_sha256(path)), folder)
-    fingerprint = tokenizer_fingerprint(backbone.tokenizer)  # without a tokenizer nobody can use a checkpoint
+    fingerprint = tokenizer_fingerprint(backbone.tokenizer)  # raises without a tokenizer: the checkpoint is unusable
     backbone.identity = dataclasses.replace(backbone.identity, tokenizer=fingerprint)
     return backbone
 
@@ -303,7 +305,7 @@ def _choose_backbone(asked: str | None, stored: object, own: FrozenBackbone) -> 
 
 
 def _difference(own: FrozenBackbone, named: FrozenBackbone) -> str:
-    """Return what makes two encoders give different embeddings; "" if nothing does."""
+    """Describe the differences that affect the embeddings of two encoders; "" if there are none."""
     ours, theirs = own.model.state_dict(), named.model.state_dict()
     other = [name for name, tensor in ours.items() if name not in theirs or not torch.equal(tensor, theirs[name])]
     if other or len(ours) != len(theirs):

@@ -21,6 +21,7 @@ from promcse_pl.files import new_folder, staging_folder, write_bytes
 from promcse_pl.model.chunks import CHUNK_TOKENS
 from promcse_pl.model.encoder import PromptEncoder, Tokens
 from promcse_pl.model.identity import tokenizer_fingerprint
+from promcse_pl.paths import require_regular_file
 
 try:
     from sentence_transformers import SentenceTransformer
@@ -172,16 +173,16 @@ def export_sentence_transformers(model: PromCSE, folder: str | Path) -> None:
 
     Args:
         model: The adapter and its encoder.
-        folder: Absent, empty, or an earlier export, whose adapter and settings are replaced; other files in it stay.
+        folder: Absent, empty, or an earlier export, whose adapter and settings are replaced; other files in it are kept.
 
     Raises:
-        AdapterError: The folder cannot be written, or holds something else; or the model uses another tokenizer than the
-            encoder's own, which the folder cannot hold.
+        AdapterError: The folder cannot be written or has other content, or the model does not use the tokenizer of its
+            encoder.
     """
     folder = Path(folder)
     if model.encoder.backbone.identity.tokenizer != tokenizer_fingerprint(model.tokenizer):
         raise AdapterError(
-            "the model uses another tokenizer than its encoder's own, and an exported folder holds no tokenizer. Try: "
+            "the model does not use the tokenizer of its encoder, and an export cannot store another one. Try: "
             "export_sentence_transformers(PromCSE(model.encoder), folder)"
         )
     if _is_export(folder):
@@ -200,6 +201,6 @@ def export_sentence_transformers(model: PromCSE, folder: str | Path) -> None:
 
 def _is_export(folder: Path) -> bool:
     try:
-        return PromptTransformer.__name__ in (folder / "modules.json").read_text(encoding="utf-8")
+        return PromptTransformer.__name__ in require_regular_file(folder / "modules.json").read_text("utf-8")
     except (OSError, ValueError):
         return False

@@ -1,4 +1,4 @@
-"""Reads the columns of parquet files, and of folders that the datasets library wrote with `save_to_disk`."""
+"""Read columns of parquet files and of folders written by `save_to_disk` of the datasets library."""
 
 # The datasets library itself is not needed: such a folder is a list of Arrow IPC streams.
 
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from promcse_pl.data.columns import ColumnRequest, listed, short_name
 from promcse_pl.data.files import open_file
 from promcse_pl.errors import DataError
+from promcse_pl.paths import is_plain_name
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -22,7 +23,7 @@ STATE, SPLITS = "state.json", "dataset_dict.json"
 _BATCH = 4096
 
 Cells = Iterator[tuple[int, list[tuple[str, Any]]]]
-"""Number of a row from 1, and (label, value) of its columns."""
+"""1-based row number, and (label, value) of each column."""
 
 
 def is_saved_dataset(path: Path) -> bool:
@@ -31,7 +32,7 @@ def is_saved_dataset(path: Path) -> bool:
 
 
 def train_split(path: Path) -> Path:
-    """Return the folder of the split `train` of a saved DatasetDict; any other path as it is."""
+    """Return the folder of the split `train` of a saved DatasetDict; return any other path unchanged."""
     return path / "train" if (path / SPLITS).is_file() and "train" in _splits(path) else path
 
 
@@ -39,28 +40,30 @@ def dataset_files(folder: Path) -> list[Path]:
     """Return the Arrow files of a saved dataset, in order.
 
     Raises:
-        DataError: It is a DatasetDict (the message lists its splits), an index mapping was saved with it, or a description is
-            damaged.
+        DataError: It is a DatasetDict (the message lists its splits), it has an indices mapping, or its metadata is damaged.
     """
     if (folder / SPLITS).is_file():
         splits = _splits(folder)
-        raise DataError(f"{folder} holds the splits {listed(splits)}. Name one of them: {folder / splits[0]}")
+        raise DataError(
+            f"{folder} is a DatasetDict with the splits {listed(splits)}, one split is needed. Try: {folder / splits[0]}"
+        )
     state = _read_json(folder / STATE)
     if not isinstance(state, dict) or not isinstance(entries := state.get("_data_files"), list) or not entries:
         raise DataError(f"{folder / STATE} lists no data files. Save the dataset again")
     if any(state.get(key) for key in ("_indices_files", "_indices_data_files")):
         raise DataError(
-            f"{folder} holds a selection of rows. Save it with dataset.flatten_indices().save_to_disk(FOLDER)"
+            f"{folder} was saved with an indices mapping (a selection or another order of rows), which is not supported. "
+            "Try: dataset.flatten_indices().save_to_disk(FOLDER)"
         )
     names = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries]
     return [folder / _plain_name(name, folder / STATE) for name in names]
 
 
 def content_sha256(path: Path) -> str:
-    """Return the hex sha256 of a file's bytes; of a saved dataset the sha256 of those of its Arrow files.
+    """Return the hex sha256 of a file; of a saved dataset, the sha256 of the hashes of its Arrow files.
 
     Raises:
-        DataError: As `open_file` and `dataset_files`.
+        DataError: See `open_file` and `dataset_files`.
     """
     if is_saved_dataset(path):
         digests = [content_sha256(file) for file in dataset_files(path)]
@@ -84,25 +87,25 @@ def dataset_cells(folder: Path, request: ColumnRequest, textual: Sequence[bool],
                     schema = reader.schema
                     positions = _positions(schema, request, textual, notes)
                 elif reader.schema.names != schema.names or reader.schema.types != schema.types:
-                    raise DataError(f"{path} has other columns than {files[0]}")
+                    raise DataError(f"{path} and {files[0]} have different columns")
                 for batch in reader:
                     columns = [batch.column(position) for position in positions]
                     for column in columns:
-                        column.validate(full=True)  # Arrow trusts the offsets of a stream otherwise
+                        column.validate(full=True)  # Arrow does not check the offsets of a stream by default
                     for start in range(0, batch.num_rows, _BATCH):
                         values = (column.slice(start, _BATCH).to_pylist() for column in columns)
                         for cells in zip(*values, strict=True):
                             row += 1
                             yield row, [(schema.names[i], cell) for i, cell in zip(positions, cells, strict=True)]
             except (pa.ArrowException, OSError, UnicodeDecodeError, MemoryError, OverflowError) as error:
-                raise DataError(f"{path} is not a whole Arrow stream in UTF-8: {error} (after row {row})") from error
+                raise DataError(f"{path} is not a complete UTF-8 Arrow stream: {error} (after row {row})") from error
 
 
 def parquet_cells(
     path: Path, stream: io.BufferedIOBase, request: ColumnRequest, textual: Sequence[bool], notes: list[str]
 ) -> Cells:
     """Stream the wanted columns of a parquet file."""
-    import pyarrow as pa  # here and not above: 0.3 s that most files do not need
+    import pyarrow as pa  # takes 0.3 s, and most files do not need it
     import pyarrow.parquet as pq
 
     source = io.BytesIO(stream.read()) if path.suffix.lower() == ".gz" else stream
@@ -120,7 +123,7 @@ def parquet_cells(
                 row += 1
                 yield row, list(zip(labels, cells, strict=True))
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not a whole parquet file in UTF-8: {error} (after row {row})") from error
+        raise DataError(f"{path} is not a complete UTF-8 parquet file: {error} (after row {row})") from error
 
 
 def _positions(schema: pa.Schema, request: ColumnRequest, textual: Sequence[bool], notes: list[str]) -> list[int]:
@@ -134,7 +137,7 @@ def _positions(schema: pa.Schema, request: ColumnRequest, textual: Sequence[bool
             pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
         ):
             raise DataError(
-                f"{request.path}: column {short_name(schema.names[position])} must hold strings, it holds {kind}"
+                f"{request.path}: column {short_name(schema.names[position])} must hold strings, got {kind}"
             )
     notes.append(request.describe(schema.names, positions, len(schema.names)))
     return positions
@@ -149,9 +152,9 @@ def _splits(folder: Path) -> list[str]:
 
 
 def _plain_name(name: object, source: Path) -> str:
-    """Return a name of a file in the same folder; a description may not lead anywhere else."""
-    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):
-        raise DataError(f"{source} names {str(name)[:100]!r}, which is not the name of a file in its folder")
+    """Return the name if it is a plain file name: metadata must not refer to files outside its folder."""
+    if not is_plain_name(name):
+        raise DataError(f"{source} refers to {str(name)[:100]!r}; only names of files in its folder are allowed")
     return name
 
 
@@ -160,5 +163,5 @@ def _read_json(path: Path) -> object:
         try:
             described: object = json.loads(stream.read())
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path} is not JSON: {error}") from error
+            raise DataError(f"{path} is not valid JSON: {error}") from error
     return described

@@ -1,4 +1,4 @@
-"""Which columns of a file hold the texts of a row: by their names in any order, else in the order of the file."""
+"""Match the columns of a data file to roles (anchor, positive, negative, score), by name in any order or else by position."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ ROLE_OF_NAME = {
     ),
     **dict.fromkeys(("sentence", "text"), "text"),
 }
-"""Role of a column by its name, in lower case with _ for spaces, hyphens and camelCase; a number behind the name changes nothing.
+"""Role of each column name, in lower case with _ for spaces, hyphens and camelCase; a trailing number is ignored.
 
-`text` is a text without a role of its own. Other names of labels and scores have the role `label`, names of ids `id`. Numbered
-names (sent0, sent1, sent2; sentence1, sentence2; sentence_A, sentence_B; a, b) have the roles of their order, see `roles_of`.
+`text` is a text column without a specific role. Other names of labels and scores have the role `label`, names of ids `id`.
+Numbered names (sent0, sent1, sent2; sentence1, sentence2; sentence_A, sentence_B; a, b) get their roles by rank, see `roles_of`.
 """
 _NUMBERED = re.compile(r"(?:(sent|sentence|text|question|query|title|caption|phrase)_?([0-3a-c])|()([a-c]))")
 _LABEL = re.compile(r"is_.*|same|class|verdict|quality|(?:.*_)?(?:labels?|scores?|ratings?|relevance|judge?ments?)")
@@ -39,12 +39,12 @@ _PLAIN_NAME = re.compile(r"(?!(?:null|true|false|nan|inf)$)[A-Za-z_][A-Za-z0-9_-
 
 @dataclass(frozen=True, slots=True)
 class RowKind:
-    """What a row holds.
+    """Roles of the values in a row.
 
     Attributes:
-        name: In messages; of training rows, also the choice of `data=`.
-        roles: Of its values, in their order, as in `ROLE_OF_NAME`.
-        titles: What the roles are called in messages, each also a known column name.
+        name: Name in messages; for training rows, also the value of `data=`.
+        roles: Role of each value, in order; see `ROLE_OF_NAME`.
+        titles: Name of each role in messages; each is also a known column name.
     """
 
     name: str
@@ -63,15 +63,14 @@ SCORED_PAIRS = RowKind("scored pairs", ("anchor", "positive", "score"), ("senten
 
 @dataclass(frozen=True, slots=True)
 class ColumnRequest:
-    """The columns that a reader needs of one file.
+    """Columns that a reader requests from a file.
 
     Attributes:
-        path: The file, for messages.
-        kind: Of the rows.
-        chosen: Names or positions from 0, one for each role; None: found by `find`.
-        header: Setting of `data.header`, repeated in the commands of messages.
-        configurable: Whether messages may say what to type: data.columns, data.header and so on are settings of the training
-            file alone.
+        path: Path of the file, for messages.
+        kind: Kind of the rows.
+        chosen: Names or 0-based positions, one per role; None: matched by `find`.
+        header: Value of `data.header`, repeated in the commands of messages.
+        configurable: Whether messages may suggest data.columns, data.header and so on, which apply only to the training file.
     """
 
     path: Path
@@ -84,11 +83,11 @@ class ColumnRequest:
         """Return the position of each role's column.
 
         Args:
-            names: Of all columns; None if the file has no names.
-            count: Columns of the file.
+            names: Names of all columns; None if the file has no names.
+            count: Number of columns.
 
         Raises:
-            DataError: The chosen columns are not there, or no rule decides which columns are meant.
+            DataError: A chosen column does not exist, or the match is ambiguous.
         """
         if self.chosen is not None:
             return self._chosen_positions(names, count)
@@ -100,16 +99,14 @@ class ColumnRequest:
         if labels and is_unused.get(kind.name):
             label = short_name(labels[0])
             raise DataError(
-                f"{self.path} has a column {label} (its columns: {shown}), which training on {kind.name} does not use: every "
-                f"row would count as a positive pair, whatever its {label}. Keep the rows that are positive pairs. "
+                f"{self.path} has a column {label} (columns: {shown}), which training on {kind.name} cannot use: every row would "
+                f"be a positive pair, whatever its {label}. Keep only the rows that are positive pairs. "
                 f"{self._advice(names, count)}"
             )
         if names and (matched := match_names(names, kind)):
             return matched
-        if several := self._several(names or ()):
-            raise DataError(
-                f"{self.path}: {several} (its columns: {shown}). {self._advice(names, count, several=True)}"
-            )
+        if several := self._duplicate_role(names or ()):
+            raise DataError(f"{self.path}: {several} (columns: {shown}). {self._advice(names, count, several=True)}")
         if count < needed:
             raise DataError(
                 f"{self.path} has {count} column{'s' * (count > 1)} ({shown}); {kind.name} need {needed}: "
@@ -117,19 +114,19 @@ class ColumnRequest:
             )
         if count > needed:
             raise DataError(
-                f"{self.path} has {count} columns ({shown}), and their names do not say which of them to read: "
-                f"{kind.name} need {', '.join(kind.titles)}. {self._advice(names, count)}"
+                f"{self.path} has {count} columns ({shown}), and their names do not identify the columns that {kind.name} "
+                f"need: {', '.join(kind.titles)}. {self._advice(names, count)}"
             )
         for name, role, wanted, title in zip(names or (), roles, kind.roles, kind.titles, strict=False):
             if role is not None and not _fits(role, wanted):
                 raise DataError(
-                    f"{self.path}: column {short_name(name)} stands where the {title} is read, and its name means another role "
-                    f"(its columns: {shown}). {self._advice(names, count)}"
+                    f"{self.path}: column {short_name(name)} would be read as the {title}, but its name means another role "
+                    f"(columns: {shown}). {self._advice(names, count)}"
                 )
         return list(range(needed))
 
     def describe(self, names: Sequence[str] | None, positions: Sequence[int], count: int) -> str:
-        """Return one line that says which column is read as what, and which are not read."""
+        """Return one line with the column of each role and the columns that are not read."""
         labels = [short_name(name) for name in names] if names else [f"column {position}" for position in range(count)]
         used = ", ".join(
             f"{title}={labels[position]}" for title, position in zip(self.kind.titles, positions, strict=True)
@@ -137,30 +134,30 @@ class ColumnRequest:
         rest = [label for position, label in enumerate(labels) if position not in positions]
         return f"{self.path}: {used}" + (f"; not read: {listed(rest)}" if rest else "")
 
-    def _several(self, names: Sequence[str]) -> str | None:
+    def _duplicate_role(self, names: Sequence[str]) -> str | None:
         found = _candidates(names, self.kind)
         for role, title in zip(self.kind.roles, self.kind.titles, strict=True):
             if len(found[role]) > 1:
                 columns = listed([names[position] for position in found[role]])
-                return f"{len(found[role])} columns could be the {title}: {columns}"
+                return f"{len(found[role])} columns match the {title}: {columns}"
         return None
 
     def _advice(self, names: Sequence[str] | None, count: int, *, several: bool = False) -> str:
-        """Say what to type, with the most plausible columns, or what to rename."""
+        """Return the command with the most plausible columns, or the columns to rename."""
         if not self.configurable and several:
-            return "Rename or remove all of them but one"
+            return "Rename or remove all but one of them"
         if not self.configurable:
             plural = "s" * (len(self.kind.titles) > 1)
-            return f"Give what is to be read the column name{plural} {', '.join(self.kind.titles)}"
+            return f"Rename the column{plural} to read to {', '.join(self.kind.titles)}"
         positions = _guess(names, count, self.kind)
         kind = TRAINING_ROWS[len(positions)].name
         without = "" if kind == self.kind.name else f" (no column is left for {self.kind.name})"
         columns = [_typed_column(names, position) for position in positions]
-        return f"Name the columns to read{without}: {self.command(kind, columns)}"
+        return f"Select the columns to read{without}: {self.command(kind, columns)}"
 
     def _too_few(self, count: int) -> str:
         if not self.configurable:
-            return f"Add what is missing, under the names {', '.join(self.kind.titles)}"
+            return f"Add the missing columns; their names are {', '.join(self.kind.titles)}"
         other = TRAINING_ROWS[count].name
         without = "hard negatives" if count == 2 else "pairs (each sentence is its own positive)"
         return f"To train without {without}: {self.command(other)}"
@@ -190,17 +187,17 @@ class ColumnRequest:
             if len(found) != 1:
                 raise DataError(
                     f"{self.path} has {'several columns' if found else 'no column'} {column!r}; {known}. "
-                    f"{needed} are needed, such as data.columns=[{','.join(example)}]"
+                    f"{needed} are needed, for example data.columns=[{','.join(example)}]"
                 )
             positions += found
         return positions
 
 
 def roles_of(names: Sequence[str]) -> list[str | None]:
-    """Return the role that each column's name says, None for a name without one.
+    """Return the role of each column name, None for unknown names.
 
-    Numbered names have the role of their rank: sent0, sent1, sent2 and sentence1, sentence2, sentence3 are anchor, positive and
-    negative. They are counted from 0 if there is a 0, else from 1.
+    Numbered names get their roles by rank: sent0, sent1, sent2 and sentence1, sentence2, sentence3 are anchor, positive and
+    negative. Ranks start at 0 if one of the numbers is 0, else at 1.
     """
     plain = [re.sub(r"[\s-]+|(?<=[a-z])(?=[A-Z])", "_", name.strip()).lower() for name in names]
     letters = {"a", "b"} <= set(plain)  # a alone is no first of several: q, a
@@ -246,7 +243,7 @@ def _fits(role: str, wanted: str) -> bool:
 
 
 def _guess(names: Sequence[str] | None, count: int, kind: RowKind) -> list[int]:
-    """Return the columns that are most likely meant, for the example of a message."""
+    """Return the most plausible columns, for the command in a message."""
     if names is None:
         return list(range(len(kind.roles)))
     found = _candidates(names, kind)
@@ -266,13 +263,13 @@ def _guess(names: Sequence[str] | None, count: int, kind: RowKind) -> list[int]:
 
 
 def _typed_column(names: Sequence[str] | None, position: int) -> str:
-    """Return a column as an entry of data.columns: by name where Hydra takes the name without quotes, else by position."""
+    """Return a column as an entry of data.columns: its name if Hydra accepts it without quotes, else its position."""
     plain = names is not None and _PLAIN_NAME.fullmatch(names[position]) and list(names).count(names[position]) == 1
     return names[position] if names is not None and plain else str(position)
 
 
 def typed_setting(key: str, value: str) -> str:
-    """Return key=value as it is typed for Hydra in a shell."""
+    """Return key=value, quoted for Hydra and a shell."""
     if re.fullmatch(r"[A-Za-z0-9_./~-]+", value):
         return f"{key}={value}"
     quoted = value.replace("\\", "\\\\").replace("'", "\\'") if "'" in value or value.endswith("\\") else value
@@ -284,12 +281,12 @@ def _for_shell(text: str) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Return the names of columns with commas, the first 20 of them."""
+    """Return column names separated by commas, at most 20 of them."""
     shown = ", ".join(map(short_name, names[:20]))
     return shown if len(names) <= 20 else f"{shown}, ... ({len(names)} in all)"
 
 
 def short_name(name: str) -> str:
-    """Return the name of a column as it is shown: cut, and without control characters."""
+    """Return the name of a column for messages: truncated, control characters escaped."""
     shown = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in name[:40])
     return (shown if len(name) <= 40 else shown[:37] + "...") or "''"

@@ -1,4 +1,4 @@
-"""Opens data files: regular files alone, with one error for whatever goes wrong."""
+"""Open data files: regular files only, and every failure is a `DataError`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from promcse_pl.paths import NotARegularFileError, require_regular_file
 
 @contextmanager
 def open_file(path: Path) -> Iterator[io.BufferedReader]:
-    """Open a data file as bytes; whatever goes wrong with the file while it is open becomes one DataError."""
+    """Open a data file as bytes; every file error inside the block is raised as a DataError."""
     try:
         require_regular_file(path)
         with path.open("rb") as stream:
@@ -25,7 +25,7 @@ def open_file(path: Path) -> Iterator[io.BufferedReader]:
             yield stream
     except NotARegularFileError as error:
         raise DataError(
-            f"{path} cannot be read: {error.strerror}, because it is read more than once. Write its content to a file first "
+            f"{path} cannot be read: {error.strerror}, and data files are read more than once. Write its content to a file first "
             "(promcse encode, search and similarity read a pipe given as -)"
         ) from error
     except FileNotFoundError as error:
@@ -33,11 +33,11 @@ def open_file(path: Path) -> Iterator[io.BufferedReader]:
         raise DataError(f"{path} does not exist{where}") from error
     except IsADirectoryError as error:
         raise DataError(
-            f"{path} is a folder; a file is needed, or a folder that save_to_disk of the datasets library wrote"
+            f"{path} is a folder, but not one written by save_to_disk of the datasets library. Give a file or such a folder"
         ) from error
     except PermissionError as error:
-        raise DataError(f"{path} may not be read: permission denied. Try: chmod u+r {path}") from error
+        raise DataError(f"{path} cannot be read: permission denied. Try: chmod u+r {path}") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path} is not a whole gzip file ({error}). Copy or compress it again") from error
+        raise DataError(f"{path} is not a complete gzip file ({error}). Copy or compress it again") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}") from error

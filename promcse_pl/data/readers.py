@@ -26,6 +26,7 @@ from promcse_pl.data.columns import (
     ColumnRequest,
     listed,
     match_names,
+    roles_of,
     short_name,
 )
 from promcse_pl.data.files import open_file
@@ -65,18 +66,18 @@ def read_rows(
 
     Args:
         path: a .csv (RFC 4180 quoting), .tsv (no quoting), .txt (a sentence per line), .jsonl (an object or a list
-            per line) or .parquet file in UTF-8, each also gzipped with a further .gz, or a folder that `save_to_disk` of the
-            datasets library wrote.
+            per line) or .parquet file in UTF-8, each also gzipped with a further .gz, or a folder written by `save_to_disk` of
+            the datasets library.
         width: texts per row: 1 sentences, 2 pairs, 3 triplets.
-        columns: `width` names or 0-based positions; None finds the columns by known names in any order, and reads a file
-            of exactly `width` columns in their order. The first object of a jsonl file names its columns.
+        columns: `width` names or 0-based positions; None matches columns by known names, in any order, and otherwise reads
+            a file of exactly `width` columns by position. The keys of the first object of a jsonl file are its columns.
         header: whether a csv or tsv file starts with column names; None expects them, and asks where the first row
             looks like data.
         on_bad_row: "stop" raises at the first bad row, "skip" goes on without it.
         bad_rows: "skip" appends the bad rows here. Their line counts from 1 and is the one where the row starts; in
             a parquet file or a saved dataset it is the row number.
-        notes: lines that say how the file is read (columns, delimiter) are appended here.
-        configurable: whether messages may advise the settings of the training file (data.columns and so on).
+        notes: lines that describe how the file is read (columns, delimiter) are appended here.
+        configurable: whether messages may suggest settings of the training file (data.columns and so on).
 
     Raises:
         DataError: while iterating, for a file, setting or row that cannot be used, or when no row is good.
@@ -93,9 +94,9 @@ def read_scored_pairs(
     on_bad_row: OnBadRow = "stop",
     bad_rows: list[BadRow] | None = None,
 ) -> list[tuple[str, str, float]]:
-    """Read rows of text, text and a finite score, and log which columns they are; arguments and errors as of `read_rows`.
+    """Read rows of two texts and a finite score, and log their columns; arguments and errors as in `read_rows`.
 
-    With header None, a csv or tsv file of three columns starts with column names if its first score is not a number.
+    With header None, the first row of a csv or tsv file of three columns is a header if its score is not a number.
     """
     request = ColumnRequest(path, SCORED_PAIRS, columns, header, configurable=False)
     notes: list[str] = []
@@ -151,7 +152,7 @@ def _read(
 
 
 def _cells(request: ColumnRequest, textual: Sequence[bool], notes: list[str]) -> _Cells:
-    """The wanted columns of every row; `textual` says which of them must hold strings."""
+    """Yield the requested columns of every row; `textual` marks those that must hold strings."""
     path, width = request.path, len(request.kind.roles)
     is_folder = is_saved_dataset(path)
     suffix = "folder" if is_folder else file_suffix(path)
@@ -188,7 +189,7 @@ def _txt_refusal(request: ColumnRequest) -> str:
     else:
         advice = "Try: data.columns=null"
     return (
-        f"{request.path}: a .txt file is one sentence a line, got {len(request.kind.roles)} texts a row and "
+        f"{request.path}: a .txt file has one sentence per line, got {len(request.kind.roles)} texts per row and "
         f"data.columns={request.chosen}. {advice}"
     )
 
@@ -288,10 +289,10 @@ def _interior_blanks(lines: _Lines) -> _Lines:
 
 
 def _delimiter(stream: io.BufferedReader[Any], suffix: str, request: ColumnRequest, notes: list[str]) -> str:
-    """The delimiter of a csv or tsv file, from its first line.
+    """Return the delimiter of a csv or tsv file, detected in its first line.
 
-    A csv file whose first line is a single field by commas is read with ; or | if they give enough fields; tabs have no quoting,
-    so that the file needs another name.
+    A csv file without a comma in its first line is read with ; or | if one of them gives enough fields. A tab-separated file
+    must be named .tsv, since tsv files have no quoting.
     """
     line = stream.peek(1 << 16).removeprefix(codecs.BOM_UTF8).partition(b"\n")[0].decode(errors="replace").rstrip("\r")
     own = "," if suffix == ".csv" else "\t"
@@ -301,14 +302,14 @@ def _delimiter(stream: io.BufferedReader[Any], suffix: str, request: ColumnReque
     if other == own:
         return own
     if suffix == ".csv" and other != "\t":
-        notes.append(f"{request.path}: its columns are separated by {other}")
+        notes.append(f"{request.path}: columns are separated by {other}")
         return other
     name = re.sub(
         r"\.[ct]sv(?=(\.gz)?$)", ".csv" if suffix == ".tsv" else ".tsv", request.path.name, flags=re.IGNORECASE
     )
     shown = "tabs" if other == "\t" else repr(other)
     raise DataError(
-        f"{request.path}: its columns are separated by {shown}, unlike those of {suffix} files. Rename it to {name}"
+        f"{request.path}: columns are separated by {shown}, which does not match the suffix {suffix}. Rename it to {name}"
     )
 
 
@@ -320,7 +321,7 @@ def _fields(line: str, delimiter: str) -> list[str]:
 
 
 def _separates(line: str, delimiter: str, request: ColumnRequest) -> bool:
-    """Whether the delimiter cuts a first line into enough columns; a single sentence may hold one, a column name hardly."""
+    """Return whether the delimiter splits a first line into enough columns; a sentence may contain one, a header rarely."""
     fields = _fields(line, delimiter)
     if len(request.kind.roles) > 1:
         return len(fields) >= len(request.kind.roles)
@@ -336,7 +337,7 @@ def _picked(
     for line, cells in lines:
         if isinstance(cells, str):
             if header is not False and not positions:
-                without = ", or data.header=false" if request.configurable else ""
+                without = "; if it has none: data.header=false" if request.configurable else ""
                 raise DataError(f"{path}:{line}: {cells}. The file must start with column names{without}")
             yield line, cells
             continue
@@ -353,7 +354,7 @@ def _picked(
         if isinstance(cells, dict):
             missing = [label for label in labels if label not in cells]
             if missing:
-                yield line, f"column {short_name(missing[0])} is missing, the object has {listed(list(cells))}"
+                yield line, f"column {short_name(missing[0])} is missing, got {listed(list(cells))}"
             else:
                 yield line, [(label, cells[label]) for label in labels]
         elif len(cells) != count:
@@ -363,20 +364,18 @@ def _picked(
 
 
 def _ragged(found: int, wanted: int, of: str, delimiter: str) -> str:
-    """Why a row of another number of fields than the first is bad; one more by position would be another text."""
+    """Return why a row with another number of fields than the first row is bad."""
     reason = f"{found} field{'s' * (found != 1)}, the {of} has {wanted}"
     if found > wanted and delimiter:
-        reason += (
-            " (a tab inside a text?)" if delimiter == "\t" else f" (a text that holds {delimiter!r} needs quotes?)"
-        )
+        reason += " (a tab inside a text?)" if delimiter == "\t" else f" (a text with {delimiter!r} without quotes?)"
     return reason
 
 
 def _is_header(cells: list[Any], request: ColumnRequest, header: bool | None) -> bool:
-    """Whether the first row of a csv or tsv file holds column names.
+    """Return whether the first row of a csv or tsv file holds column names.
 
     Raises:
-        DataError: It looks like data, and no setting says which it is.
+        DataError: It looks like data, and data.header is not set.
     """
     if header is not None:
         return header
@@ -388,11 +387,15 @@ def _is_header(cells: list[Any], request: ColumnRequest, header: bool | None) ->
     used = [cells[position] for position in chosen if isinstance(position, int) and 0 <= position < len(cells)]
     if request.kind is SCORED_PAIRS and len(used) == len(SCORED_PAIRS.roles) and is_number(used[-1]):
         return False
-    if any(len(cell.split()) >= 4 or is_number(cell) for cell in used):
+    words = [len(cell.split()) for cell in used]
+    is_short_text = max(words, default=0) > 1 and not any(
+        roles_of(used)
+    )  # several words, and no known name beside them
+    if is_short_text or max(words, default=0) >= 4 or any(map(is_number, used)):
         advice = (
-            "Say which it is: data.header=true or data.header=false"
+            "Set data.header=true or data.header=false"
             if request.configurable
-            else f"Start the file with a line of column names ({', '.join(request.kind.titles)})"
+            else f"Add a first line with column names ({', '.join(request.kind.titles)})"
         )
         raise DataError(
             f"{request.path}: the first row looks like data, not like column names: {listed(used)}. {advice}"
@@ -406,12 +409,12 @@ def _is_header(cells: list[Any], request: ColumnRequest, header: bool | None) ->
 
 def _text(value: object, label: str) -> str:
     if not isinstance(value, str):
-        raise _UnusableError(f"column {short_name(label)} holds {_shown(value)}, a string is needed")
+        raise _UnusableError(f"column {short_name(label)} must hold a string, got {_shown(value)}")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # only a JSON escape can spell this; tokenizers refuse it
         raise _UnusableError(
-            f"column {short_name(label)} holds half a surrogate pair at character {error.start + 1}"
+            f"column {short_name(label)} holds a lone surrogate at character {error.start + 1}"
         ) from error
     return value
 
@@ -419,7 +422,7 @@ def _text(value: object, label: str) -> str:
 def _score(value: object, label: str) -> float:
     if isinstance(value, str | int | float | Decimal) and not isinstance(value, bool) and is_number(str(value)):
         return float(value)
-    raise _UnusableError(f"column {short_name(label)} holds {_shown(value)}, a finite number is needed")
+    raise _UnusableError(f"column {short_name(label)} must hold a finite number, got {_shown(value)}")
 
 
 def is_number(text: str) -> bool:

@@ -25,7 +25,7 @@ from promcse_pl.paths import expand, is_folder, is_there
 HOLDOUT_SHARE, HOLDOUT_MOST = 0.1, 500
 """Part of the triplets that `data.dev=holdout` keeps back, and the most rows of it."""
 FIRST_ROWS = 100
-"""Rows of the training file that are read before a run starts."""
+"""Number of rows of the training file that are checked before a run starts."""
 
 
 def cache_dir(configured: str | None) -> Path:
@@ -84,8 +84,8 @@ def find_file(name: str, config: DataConfig, key: str) -> Path:
         if is_there(place):
             return place
     looked = " and ".join(str(place.absolute()) for place in places)
-    hint = "" if base or path.is_absolute() else f", or data.dir=FOLDER that has {name} in it"
-    raise DataError(f"{key}={name} is not there; looked for {looked}. Try: {key}=FILE{hint}")
+    hint = "" if base or path.is_absolute() else f", or data.dir=FOLDER with {name} in it"
+    raise DataError(f"{key}={name} does not exist; searched {looked}. Try: {key}=FILE{hint}")
 
 
 def load_sources(config: DataConfig, seed: int) -> tuple[RowSource, ScoredPairs | None]:
@@ -107,10 +107,10 @@ def load_sources(config: DataConfig, seed: int) -> tuple[RowSource, ScoredPairs 
 
 
 def check_training_file(config: DataConfig, seed: int) -> None:
-    """Read the first rows of the training file, so that a mistake in it is found before anything is computed.
+    """Read the first rows of the training file, to report its errors before any computation.
 
     Raises:
-        ConfigError, DataError: The file is missing, its columns are unclear, one of these rows is broken, or it has too few rows.
+        ConfigError, DataError: The file is missing, its columns are ambiguous, a row is bad, or there are too few rows.
     """
     if config.train == "demo":
         return

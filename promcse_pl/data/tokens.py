@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 2  # raise it when the files below, or what the readers keep of a row, change
+_FORMAT = 2  # increase it when the files below, or the rows that the readers return, change
 _BATCH = 10_000  # sentences per call of the tokenizer; memory does not grow with the file
 _STALE_SECONDS = 24 * 3600
 
@@ -62,7 +62,7 @@ def file_source(
 
     content = content_sha256(path)
     example = next(rows([], notes))
-    # The rest of the path is left out: a file that moves is not tokenised again.
+    # The path is not part of the fingerprint: a moved file is not tokenised again.
     options = [file_suffix(path), width, None if columns is None else list(columns), header, on_bad_row]
     return RowSource(str(path), _sha256([content, *options]), rows, width, example, tuple(notes))
 
@@ -79,7 +79,7 @@ def memory_source(name: str, rows: Sequence[tuple[str, ...]]) -> RowSource:
         try:
             digest.update(json.dumps(row, ensure_ascii=False).encode())  # quoted: ("ab", "c") and ("a", "bc") differ
         except UnicodeEncodeError as error:
-            raise DataError(f"{name}: row {number} holds half a surrogate pair, which no tokenizer takes") from error
+            raise DataError(f"{name}: row {number} holds a lone surrogate, which no tokenizer accepts") from error
     return RowSource(name, digest.hexdigest(), lambda _: iter(rows), width, rows[0])
 
 
@@ -182,12 +182,14 @@ def _build(
 ) -> None:
     try:
         with staging_folder(folder.parent) as staged:
-            remove_leftovers(folder.parent, older_than=_STALE_SECONDS)  # a living writer touches its files all the time
+            remove_leftovers(
+                folder.parent, older_than=_STALE_SECONDS
+            )  # a running writer updates its files all the time
             _write(staged, source, tokenizer, max_length, progress)
             try:
                 publish(staged, folder)
             except OSError:
-                if not _is_whole(folder):  # where another process was first, its folder holds the same and stays
+                if not _is_whole(folder):  # else another process has published an identical folder
                     publish(staged, folder, replace=True)
     except OSError as error:
         raise DataError(f"the token cache {folder} cannot be written: {error}. Try: data.cache_dir=FOLDER") from error

@@ -117,13 +117,13 @@ def load_pairs(path: Path) -> ScoredPairs:
     """Read a file of two texts and a score; see `read_scored_pairs`.
 
     Raises:
-        DataError: The file or a row cannot be used, or its scores do not differ, so that no correlation is defined.
+        DataError: The file or a row is invalid, or its scores are constant, so that no correlation is defined.
     """
     rows = read_scored_pairs(path)
     if len({score for _, _, score in rows}) < 2:
         raise DataError(
-            f"{path}: a correlation needs pairs of different scores, and all scores ({len(rows)} rows) are {rows[0][2]:g}. "
-            "Give the column of the scores the name score"
+            f"{path}: all scores ({len(rows)} rows) are {rows[0][2]:g}, so no correlation is defined. Check that the column of "
+            "the scores is named score"
         )
     return ScoredPairs.of(path.name, rows, content_sha256(path))
 

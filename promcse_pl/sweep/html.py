@@ -24,7 +24,7 @@ POINTS, MOST, LEAST = 150_000, 400, 20
 """Points of all training curves together (about 2 MB), and the most and fewest of one."""
 NOT_DRAWN = "dev/best_spearman"  # the highest point of dev/spearman so far
 _MARK, _HEAD = 'aria-labelledby="runs-title"', 100_000
-"""Text of every report, and the characters from the start of the file in which it is."""
+"""Text that identifies a report, and the number of characters at the start of the file that are searched for it."""
 SCRIPTS = ("data.js", "table.js", "charts.js", "page.js")
 
 
@@ -36,12 +36,12 @@ def write_html(sweep: Sweep, *, tests: bool) -> Path:
         tests: Whether the page holds the test scores.
 
     Raises:
-        ConfigError: The folder has a report.html of something else.
+        ConfigError: The folder has a report.html that is not a report of a sweep.
         DataError: It cannot be written.
     """
     path = sweep.folder / REPORT
     if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace")[:_HEAD]:
-        raise ConfigError(f"{path} exists, and is not the report of a sweep. Move it elsewhere")
+        raise ConfigError(f"{path} exists and is not a report of promcse report. Move it to another folder")
     from plotly.offline import get_plotlyjs
 
     page = files("promcse_pl.sweep") / "page"

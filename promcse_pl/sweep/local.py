@@ -114,13 +114,13 @@ def run_local(folder: Path, plan: Plan, jobs: Sequence[SweepJob], pool: Pool) ->
 
 
 def settled_words(plan: Plan, parallel: int) -> str:
-    """Return what holds for every job of a sweep on this machine, for the line that says how many there are."""
+    """Return the settings shared by all jobs of a sweep on this machine, for the first line that is printed."""
     settled = plan.settled
     if settled is None:
         return ""
-    words = f"; {parallel} at a time, {settled.threads} thread{'s' if settled.threads > 1 else ''} a job"
+    words = f"; {parallel} in parallel, {settled.threads} thread{'s' if settled.threads > 1 else ''} per job"
     if parallel != settled.parallel:
-        words += f" as with the sweep.parallel={settled.parallel} of the first start"
+        words += f" (as in the first start with sweep.parallel={settled.parallel})"
     for device, precision in settled.precision.items():
         words += f", precision {precision}{f' with trainer.device={device}' if len(settled.precision) > 1 else ''}"
     return words
@@ -191,13 +191,13 @@ def summary(folder: Path, plan: Plan, stopped: int | None) -> int:
     left = missing_jobs(folder, plan)
     if left:
         resume = run_command("-m", f"sweep.resume={folder}")
-        tell(f"to go on with the {len(left)} that did not finish: {resume}")
+        tell(f"to run the {len(left)} unfinished jobs: {resume}")
     try:
         if upload := publish_sweep(folder):
             tell(f"to upload its offline W&B runs: wandb login && {upload}")
     except PromcseError as error:
-        tell(f"warning: the sweep has no W&B run of its own: {error}")
-    tell(f"to read it: {shlex.join(['promcse', 'report', str(folder)])}")
+        tell(f"warning: the sweep has no W&B summary run: {error}")
+    tell(f"to view the results: {shlex.join(['promcse', 'report', str(folder)])}")
     return (stopped or 1) if left else 0
 
 

@@ -35,13 +35,13 @@ class SweepJob:
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """What the first start of a sweep settled for all of its jobs, so that a resumed sweep trains the same.
+    """Settings shared by all jobs of a sweep, fixed at its first start and reused when it is resumed.
 
     Attributes:
-        parallel: Jobs at a time.
-        threads: Threads of a job that is one process.
-        share: Threads of all ranks of a job together; None: the environment gave each rank its number.
-        precision: What `trainer.precision=auto` means, for each `trainer.device` of the jobs that left it open.
+        parallel: Number of parallel jobs.
+        threads: Threads of a single-process job.
+        share: Threads of all ranks of a job together; None: set per rank by the environment.
+        precision: Precision chosen for `trainer.precision=auto`, for each `trainer.device`.
     """
 
     parallel: int
@@ -50,7 +50,7 @@ class Settled:
     precision: dict[str, str]
 
     def apply(self, config: Config) -> Config:
-        """Return a job's config with the precision of the sweep, unless the job names its own."""
+        """Return a job's config with the precision of the sweep, unless the job sets one."""
         precision = self.precision.get(config.trainer.device)
         if config.trainer.precision != "auto" or precision is None:
             return config
@@ -61,12 +61,12 @@ class Settled:
 
 @dataclass(slots=True)
 class Plan:
-    """What sweep.json holds.
+    """Content of sweep.json.
 
     Attributes:
-        overrides: As typed.
-        jobs: Of a search: those asked for so far.
-        settled: None for a sweep of an older version, and for one whose jobs a launcher of Hydra starts, on any machine.
+        overrides: Overrides as typed.
+        jobs: All jobs; for a search, those suggested so far.
+        settled: Shared settings; None for sweeps of older versions and for sweeps with a Hydra launcher.
     """
 
     overrides: list[str]
@@ -123,8 +123,8 @@ def read_plan(folder: Path) -> Plan:
     for job in jobs:
         if not is_plain_name(job.folder) or job.folder in seen:
             raise DataError(
-                f"{path}: the folder of a job must be a name of its own in the sweep's folder, without / and ..; "
-                f"got {str(job.folder)[:200]!r}. The file was not written by a sweep: nothing is run or written"
+                f"{path}: the folder of a job must be a unique name without / and .., got {str(job.folder)[:200]!r}. "
+                "The file was not written by a sweep; no job was started"
             )
         seen.add(job.folder)
     return Plan(overrides, jobs, settled)
@@ -134,9 +134,9 @@ def _read_settled(raw: dict[str, Any]) -> Settled:
     settled = Settled(**raw)
     numbers = (settled.parallel, settled.threads, 1 if settled.share is None else settled.share)
     if not all(type(number) is int and 1 <= number <= 10_000 for number in numbers):
-        raise TypeError(f"numbers of jobs and threads must be in [1, 10000], got {numbers}")
+        raise TypeError(f"parallel, threads and share must be in [1, 10000], got {numbers}")
     if not isinstance(settled.precision, dict) or not {*settled.precision.values()} <= {"float32", "bfloat16"}:
-        raise TypeError(f"a precision must be float32 or bfloat16, got {settled.precision}")
+        raise TypeError(f"precision must be float32 or bfloat16, got {settled.precision}")
     return settled
 
 
@@ -249,13 +249,13 @@ def missing_jobs(folder: Path, plan: Plan) -> list[SweepJob]:
     """Return the jobs that are neither finished nor pruned.
 
     Raises:
-        DataError: The folder of one is a symbolic link: what runs there would write outside the sweep.
+        DataError: A job folder is a symbolic link, so that the job would write outside the sweep folder.
     """
     for job in plan.jobs:
         if (folder / job.folder).is_symlink():
             raise DataError(
-                f"{folder / job.folder} is a symbolic link; a sweep writes into folders of its own alone. Try: move the folder "
-                "that it points to into its place"
+                f"{folder / job.folder} is a symbolic link, but a job needs a folder inside the sweep folder. Try: replace the "
+                "link by the folder that it points to"
             )
     return [job for job in plan.jobs if _state(folder / job.folder) not in ("finished", "pruned")]
 
@@ -269,20 +269,20 @@ def _state(folder: Path) -> str | None:
 
 
 def check_new(folder: Path, jobs: Iterable[SweepJob]) -> None:
-    """Refuse a folder with a sweep in it, and folders of jobs that are not empty.
+    """Check that a new sweep can start in a folder: it contains no sweep, and its job folders are absent or empty.
 
     Raises:
-        ConfigError: There is one.
+        ConfigError: It contains a sweep, or a job folder is not empty.
     """
     if (folder / PLAN).exists():
         raise ConfigError(
-            f"{folder} already holds a sweep. Try: another folder, or {run_command('-m', f'sweep.resume={folder}')}"
+            f"{folder} already contains a sweep. Try: another folder, or {run_command('-m', f'sweep.resume={folder}')}"
         )
     advice = "python run.py -m hydra.sweep.dir=NEW_FOLDER ..."
     for job in jobs:
         path = folder / job.folder
         if path.is_symlink():
-            raise ConfigError(f"{path} is a symbolic link, and not the folder of a job. Try: {advice}")
+            raise ConfigError(f"{path} is a symbolic link, but a job needs a new or empty folder. Try: {advice}")
         check_run_folder(path, advice=advice)
 
 

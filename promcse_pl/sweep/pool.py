@@ -47,8 +47,8 @@ def shares(parallel: int, settled: Settled | None = None) -> list[dict[str, str]
     One job at a time gets the machine as it is. More jobs than GPUs share them in turn.
 
     Args:
-        parallel: Jobs at a time.
-        settled: Of the sweep's first start, whose threads a job keeps; None: this is the first.
+        parallel: Number of parallel jobs.
+        settled: Settings of the sweep's first start, which fix the threads per job; None: this is the first start.
     """
     if parallel == 1 and settled is None:
         return [{}]
@@ -104,7 +104,7 @@ class Pool:
     Args:
         parallel: Tasks at a time, >= 1.
         tell: Prints a line.
-        settled: Of the first start of a sweep that is resumed.
+        settled: Settings of the first start, if the sweep is resumed.
     """
 
     def __init__(self, parallel: int, tell: Callable[[str], None], settled: Settled | None = None) -> None:

@@ -97,11 +97,11 @@ def dev_sets(runs: Sequence[Run]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Best:
-    """The best of a sweep.
+    """Best settings and best run of a sweep.
 
     Attributes:
-        row: The runs of the same settings with the highest mean dev score over their seeds.
-        run: The one of them with the highest dev score.
+        row: Runs of the settings with the highest mean dev score over seeds.
+        run: Run with the highest dev score among them.
     """
 
     row: Row
@@ -109,12 +109,12 @@ class Best:
 
 
 def find_best(runs: Sequence[Run]) -> Best | None:
-    """Return the best of a sweep: the highest mean dev score over seeds, on one dev set.
+    """Return the settings with the highest mean dev score over seeds, on a single dev set.
 
-    Everything that calls something "best" asks here: the terminal, `promcse report`, report.html and W&B.
+    Terminal, `promcse report`, report.html and W&B all use this definition of "best".
 
     Returns:
-        None: No finished run has a score, or they were scored on different dev sets.
+        The best settings and run; None if no finished run has a score, or if the runs used different dev sets.
     """
     rows = rank(runs, by_seed=True)
     if not rows or rows[0].rank is None:
@@ -124,12 +124,11 @@ def find_best(runs: Sequence[Run]) -> Best | None:
 
 
 def different_dev_sets(runs: Sequence[Run]) -> str | None:
-    """Return why scores of runs are not compared; None if all were scored on the same dev set."""
+    """Return why the scores of runs are not comparable; None if all were scored on the same dev set."""
     sets = dev_sets(runs)
     if len(sets) < 2:
         return None
-    scored = f"the runs were scored on different development sets ({', '.join(sets)})"
-    return f"nothing is ranked: {scored}, so none of them is the best"
+    return f"the runs are not ranked, since they were evaluated on different dev sets ({', '.join(sets)})"
 
 
 def spread(values: Iterable[float | None]) -> tuple[float | None, float | None, int]:
@@ -142,7 +141,7 @@ def spread(values: Iterable[float | None]) -> tuple[float | None, float | None, 
 
 
 def figure(mean: float | None, std: float | None) -> str:
-    """Return a score, with its deviation if there is one."""
+    """Format a score, with its standard deviation if given."""
     if mean is None:
         return ""
     return f"{mean:.2f}" + ("" if std is None else f" ± {std:.2f}")

@@ -94,12 +94,12 @@ def notes(sweep: Sweep, rows: Sequence[Row], *, tests: bool) -> list[str]:
     precisions = sorted({run.precision for run in sweep.runs if run.precision})
     if len(precisions) > 1 and "trainer.precision" not in varied_settings(sweep.runs):
         lines.append(
-            f"warning: the runs were trained in different precisions ({', '.join(precisions)}), which moves scores a little. "
-            "trainer.precision=float32 or bfloat16 holds for all jobs, on any machine"
+            f"warning: the runs were trained in different precisions ({', '.join(precisions)}), which changes scores slightly. "
+            "Try: trainer.precision=float32 or bfloat16 for all jobs"
         )
     best = find_best(sweep.runs)
     if best and len(best.row.runs) > 1 and rows[0].runs != best.row.runs:  # a line for each run
-        lines.append("the best settings are those with the highest mean over their seeds, not those of the first line")
+        lines.append("the best settings have the highest mean over seeds; they may differ from those of the first row")
     if any(len(row.runs) > 1 for row in rows):
         lines.append(
             "runs that differ by the seed alone are together: mean ± standard deviation of n finished runs (--runs: each)"
@@ -121,7 +121,7 @@ def failures(runs: Sequence[Run]) -> list[tuple[Run, list[str]]]:
 
 
 def commands(sweep: Sweep) -> list[tuple[str, str]]:
-    """Return what to type next, each with what it does: repeat the best run, go on with what is missing."""
+    """Return the next commands, each with a description: repeat the best run, run what is not finished."""
     found = []
     if best := find_best(sweep.runs):
         run = best.run

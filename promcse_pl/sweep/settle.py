@@ -1,4 +1,4 @@
-"""What is settled once for all jobs of a sweep: the threads of a job, and what `trainer.precision=auto` means."""
+"""Fix the settings shared by all jobs of a sweep: the threads per job and the precision for `trainer.precision=auto`."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from promcse_pl.sweep.pool import Pool
 
 
 def settle(pool: Pool, configs: Iterable[Config]) -> Settled | None:
-    """Measure in a process of the pool, which has torch and a job's threads: this one imports no torch.
+    """Measure the precision in a worker process with the threads of a job; this process does not import torch.
 
     Args:
-        pool: Runs the jobs later; nothing runs in it yet.
-        configs: Of the jobs.
+        pool: Pool that will run the jobs; no task runs in it yet.
+        configs: Configs of the jobs.
 
     Returns:
-        What was settled; None if a signal came first.
+        The shared settings; None if a signal stopped the measurement.
 
     Raises:
-        ConfigError: A device that a job asks for is not there.
+        ConfigError: A device that a job needs is not available.
     """
     devices = sorted({config.trainer.device for config in configs if config.trainer.precision == "auto"})
     codes: list[int] = []

@@ -117,7 +117,7 @@ def save_dashboard(project: str, entity: str | None) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Save the view of the project and entity in the only argument, a JSON list, and print its address; return 0."""
+    """Save the view of a project and entity (a JSON list as the only argument) and print its URL; return 0."""
     import wandb
 
     project, entity = json.loads(arguments[0])

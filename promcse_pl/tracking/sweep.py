@@ -39,7 +39,7 @@ def publish_sweep(folder: Path) -> str | None:
     """Log a sweep as one W&B run of job type `sweep`: a table of its jobs, and online the best adapter under the alias `best`.
 
     Called again, after more jobs, it goes on with the same run. Without tracking it does nothing; trouble with W&B is a warning.
-    What is best is decided by `promcse_pl.sweep.ranking.find_best`.
+    The best run is determined by `promcse_pl.sweep.ranking.find_best`.
 
     Args:
         folder: Of the sweep; every folder in it with a config.yaml and a status.json is a job.
@@ -48,7 +48,7 @@ def publish_sweep(folder: Path) -> str | None:
         The one command that uploads every offline run of the sweep, this one too; None when there is none.
 
     Raises:
-        PromcseError: The id of the sweep's W&B run cannot be read or written.
+        PromcseError: The id of the sweep's own W&B run cannot be read or written.
     """
     jobs = list(_jobs(folder))
     ids = [job.status.wandb_id for job in jobs if job.status.wandb_id]
@@ -97,7 +97,7 @@ def publish_sweep(folder: Path) -> str | None:
     try:
         if resolve_mode(tracking.wandb) == "disabled":
             return None
-    except ConfigError:  # a wrong WANDB_MODE has stopped the jobs already
+    except ConfigError:  # an invalid WANDB_MODE has already failed the jobs
         return _sync_command(folder)
     about = {"job_type": "sweep", "name": name, "config": {"varying": ", ".join(varying)}}
     if run := open_run(tracking, folder, _run_id(folder, ids[0]), **about):
@@ -140,10 +140,10 @@ def _column(values: Sequence[Any]) -> list[Any]:
 
 
 def _run_id(folder: Path, first: str) -> str:
-    """Return the id of the sweep's own W&B run: drawn from a job's the first time, and then kept.
+    """Return the id of the sweep's own W&B run, which is derived from a job's id once and then stored.
 
     Raises:
-        DataError: What was kept cannot be read, or is no plain name: W&B names a folder by it.
+        DataError: The stored id cannot be read, or contains a path: W&B uses it as a folder name.
     """
     kept = folder / "wandb" / "sweep-id"
     if not kept.exists():
@@ -153,5 +153,7 @@ def _run_id(folder: Path, first: str) -> str:
     except (OSError, ValueError) as error:
         raise DataError(f"{kept} cannot be read: {error}") from error
     if not is_plain_name(found):
-        raise DataError(f"{kept} must hold a plain name, got {found[:80]!r}. Try: rm {shlex.quote(str(kept))}")
+        raise DataError(
+            f"{kept} must contain a name without / and .., got {found[:80]!r}. Try: rm {shlex.quote(str(kept))}"
+        )
     return found

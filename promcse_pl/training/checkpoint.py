@@ -1,7 +1,7 @@
 """Where a run stands, on disk: enough to go on as if nothing had happened, without pickle, whole or absent.
 
 A checkpoint is a folder checkpoints/step-N with tensors.safetensors and state.json. It is written atomically
-(`promcse_pl.files.publish`); a checksum tells a damaged one. The frozen encoder is not in it.
+(`promcse_pl.files.publish`); a checksum detects damage. The frozen encoder is not in it.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class RunCheckpoints(CheckpointIO):
             with staging_folder(folder.parent) as staged:
                 (staged / TENSORS).write_bytes(content)
                 (staged / STATE).write_bytes(json.dumps(stored).encode())
-                publish(staged, folder, replace=True)  # of the same step: a damaged one, which was passed over
+                publish(staged, folder, replace=True)  # an existing checkpoint of this step is damaged
         except OSError as error:
             raise DataError(f"cannot save the run to {folder}: {error.strerror or error}") from error
         for path in checkpoint_folders(self.run)[:-KEPT]:

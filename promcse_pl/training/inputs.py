@@ -21,17 +21,15 @@ from promcse_pl.paths import hide_home
 
 log = logging.getLogger("promcse_pl")
 
-_NOT_OF_THE_ENCODER = ("_name_or_path", "architectures", "dtype", "transformers_version")
-"""Fields of an encoder's config that say where it came from, or how it was read."""
+_IGNORED_FIELDS = ("_name_or_path", "architectures", "dtype", "transformers_version")
+"""Fields of an encoder's config that describe its origin, or how it was loaded."""
 
 
 def describe_inputs(config: Config, encoder: PromptEncoder, data: PromcseDataModule) -> dict[str, Any]:
-    """Return checksums of data, encoder and own test files, the settings, and the machine's part."""
+    """Return checksums of data, encoder and evaluation files, the settings, and properties of the machine."""
     backbone = encoder.backbone
-    encoder_config: Any = (
-        backbone.model.config
-    )  # all of it: dropout rates decide the training, though not the embeddings
-    fields = {name: value for name, value in encoder_config.to_dict().items() if name not in _NOT_OF_THE_ENCODER}
+    encoder_config: Any = backbone.model.config  # all fields: dropout rates affect training, though not the embeddings
+    fields = {name: value for name, value in encoder_config.to_dict().items() if name not in _IGNORED_FIELDS}
     return {
         "data.train": {"name": config.data.train, "sha256": data.token_rows.fingerprint},
         "data.dev": {"name": config.data.dev, "sha256": data.dev.sha256 if data.dev else None},
@@ -48,14 +46,14 @@ def describe_inputs(config: Config, encoder: PromptEncoder, data: PromcseDataMod
 
 
 def own_files(config: Config) -> dict[str, str]:
-    """Return the sha256 of every file in `evaluation.tasks`, by the name that was typed; suites are not files."""
+    """Return the sha256 of every file in `evaluation.tasks`, by its name as typed; suites are left out."""
     names = [name for name in dict.fromkeys(config.evaluation.tasks) if name not in SUITES]
     tasks = load_tasks(names, data_dir(config.data))
     return {name: task.files[0]["sha256"] for name, task in zip(names, tasks, strict=True)}
 
 
 def record_inputs(folder: Path, inputs: dict[str, Any]) -> None:
-    """Write inputs.json; where it is there already, compare, and note settings of the execution that a resume has changed.
+    """Write inputs.json, or compare with it if it exists, and record execution settings that a resume has changed.
 
     Raises:
         DataError: A file or a setting is not what the run was begun with; the message names it.
@@ -76,8 +74,8 @@ def record_inputs(folder: Path, inputs: dict[str, Any]) -> None:
         for name, sha256 in before.get("evaluation.tasks", {}).items():  # absent: written by an earlier version
             if inputs["evaluation.tasks"].get(name, sha256) != sha256:
                 raise DataError(
-                    f"{name} of evaluation.tasks has changed since the run in {folder} started: its scores could not be compared "
-                    "with those of other runs on the old file. Put the old file back, or start a new run"
+                    f"{name} in evaluation.tasks has changed since the run in {folder} started, so its scores would not be "
+                    "comparable with earlier ones. Restore the old file, or start a new run"
                 )
         settings, stored = inputs["config"], before["config"]
         changed = [key for key, value in settings.items() if decides(key) == "training" and stored[key] != value]
@@ -95,7 +93,7 @@ def record_inputs(folder: Path, inputs: dict[str, Any]) -> None:
         )
     if moved:
         shown = ", ".join(f"{key}={settings[key]} (was {stored[key]})" for key in moved)
-        exact = "the dropout masks are drawn anew, so the result will not be bit for bit that of the uninterrupted run"
+        exact = "the dropout masks change, so the result will not be bit-identical to that of an uninterrupted run"
         log.info("resumed with %s%s", shown, f"; {exact}" if "trainer.chunk_tokens" in moved else "")
         write_text(path, json.dumps({**before, "config": {**stored, **settings}}, indent=2) + "\n")
     if machine != inputs["machine"]:
@@ -110,17 +108,17 @@ def record_inputs(folder: Path, inputs: dict[str, Any]) -> None:
 
 
 def _compare_encoder(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
-    """Refuse an encoder whose config or tokenizer is not that of the start; runs of earlier versions recorded neither."""
+    """Reject an encoder whose config or tokenizer has changed since the start; runs of earlier versions recorded neither."""
     config: dict[str, Any] = before.get("config", {})
     changed = [
-        f"{name} in its config.json was {str(value)[:80]}, now it is {str(now['config'][name])[:80]}"
+        f"{name} in its config.json was {str(value)[:80]} and is now {str(now['config'][name])[:80]}"
         for name, value in config.items()
         if name in now.get("config", {}) and now["config"][name] != value  # another transformers may drop or add fields
     ]
     if before.get("tokenizer", now.get("tokenizer")) != now.get("tokenizer"):
-        changed.append("its tokenizer is another one")
+        changed.append("its tokenizer differs")
     if changed:
         raise DataError(
-            f"model.path={now['name']} has changed since the run in {folder} started: {'; '.join(changed)}. Put the old files "
-            "back, or start a new run"
+            f"model.path={now['name']} has changed since the run in {folder} started: {'; '.join(changed)}. Restore the old "
+            "files, or start a new run"
         )

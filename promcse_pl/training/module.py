@@ -134,9 +134,12 @@ class PromcseModule(pl.LightningModule):
     def _remedy(self) -> str:
         if self.global_step == 0 and self.encoder.backbone.dtype != torch.float32:
             return (
-                "Nothing was trained yet: the frozen encoder gives it. Try: trainer.precision=float32, or another model=, in a "
-                "new run"
+                "It occurred before the first update, so it comes from the frozen encoder. Try: trainer.precision=float32, or "
+                "another model=, in a new run"
             )
         if self.global_step == 0:
-            return "Nothing was trained yet: the frozen encoder gives it in float32. Try: another model= in a new run"
-        return f"The prompt is as the last step left it. Try: optim.lr={self.optim.lr / 3:.2g} in a new run"
+            return (
+                "It occurred before the first update, so it comes from the frozen encoder in float32. Try: another model= in a "
+                "new run"
+            )
+        return f"The prompt is that of the last step. Try: optim.lr={self.optim.lr / 3:.2g} in a new run"

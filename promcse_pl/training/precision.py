@@ -46,10 +46,10 @@ def choose_dtype(setting: str, device: torch.device) -> tuple[torch.dtype, str]:
 
 
 def measure(arguments: Sequence[str]) -> int:
-    """Write a JSON file with the threads of this process and what `auto` means on devices; return an exit code.
+    """Write the number of threads and the precision that `auto` selects per device to a JSON file; return an exit code.
 
     Args:
-        arguments: The file, then values of `trainer.device`.
+        arguments: The path of the file, then values of `trainer.device`.
     """
     result, *devices = arguments
     try:

@@ -16,7 +16,7 @@ from promcse_pl.training.ranks import LOST, Ranks, is_lost
 
 @contextmanager
 def plain_errors(config: Config, ranks: Ranks, folder: Path) -> Iterator[None]:
-    """Turn exhausted memory or disk, and a lost rank, into errors that say what to do with the run in a folder."""
+    """Convert out-of-memory, disk-full and lost-rank errors into errors with a command for the run in a folder."""
     try:
         yield
     except PromcseError:
@@ -28,7 +28,7 @@ def plain_errors(config: Config, ranks: Ranks, folder: Path) -> Iterator[None]:
                     f"rank {ranks.rank} of {ranks.size} {LOST} ({str(error).partition(chr(10))[0]})"
                 ) from error
             raise
-        raise OutOfMemoryError(f"the memory is full. Try: {_less_memory(config, folder)}") from error
+        raise OutOfMemoryError(f"out of memory. Try: {_less_memory(config, folder)}") from error
     except OSError as error:
         if error.errno not in _DISK:
             raise
@@ -40,7 +40,7 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 
 def _less_memory(config: Config, folder: Path) -> str:
-    """Return what to type next: settings that take less memory, the result unchanged as long as that goes."""
+    """Return a command that needs less memory, preferring settings that do not change the result."""
     tokens = config.trainer.chunk_tokens
     resume = run_command(f"resume={folder}")
     if not isinstance(tokens, int):
@@ -50,6 +50,6 @@ def _less_memory(config: Config, folder: Path) -> str:
     if tokens > config.data.max_length:
         return f"{resume} trainer.chunk_tokens={max(config.data.max_length, tokens // 2)}"
     return (
-        f"a new run with data.batch_size={max(2, config.data.batch_size // 2)}; it changes what is trained, so this run cannot "
-        "be resumed with it"
+        f"a new run with data.batch_size={max(2, config.data.batch_size // 2)}; it affects training, so this run cannot be "
+        "resumed with it"
     )

@@ -183,13 +183,13 @@ def test_a_new_adapter_replaces_the_old_one_and_nothing_else_in_the_folder(backb
     assert {name: found[name].read_text() for name in others} == others
 
 
-def test_an_adapter_json_of_another_program_is_not_taken_for_ours(backbone, tmp_path):
+def test_an_adapter_json_of_another_program_is_not_an_adapter(backbone, tmp_path):
     for number, text in enumerate(('{"name": "usb", "format": 1}', "{", "[]", "")):
         place = tmp_path / str(number)
         place.mkdir()
         (place / DESCRIPTION).write_text(text)
         (place / "firmware.bin").write_text("mine")
-        with pytest.raises(AdapterError, match="exists already and is not replaced"):
+        with pytest.raises(AdapterError, match="already exists and is not overwritten"):
             save_adapter(some_encoder(backbone), place)
         assert {path.name: path.read_text() for path in place.iterdir()} == {DESCRIPTION: text, "firmware.bin": "mine"}
 
@@ -206,7 +206,7 @@ def test_a_bundled_encoder_is_replaced_and_removed_but_a_foreign_folder_of_its_n
     assert sorted(path.name for path in folder.iterdir()) == [DESCRIPTION, WEIGHTS]
     (folder / "encoder").mkdir()
     (folder / "encoder/notes.txt").write_text("mine")
-    with pytest.raises(AdapterError, match=r"encoder exists already and is not part of the adapter"):
+    with pytest.raises(AdapterError, match=r"encoder already exists and is not part of the adapter"):
         save_adapter(some_encoder(bundled), folder)
     assert (folder / "encoder/notes.txt").read_text() == "mine"
 
@@ -261,7 +261,7 @@ def test_something_else_in_the_place_is_not_replaced(backbone, tmp_path, kind):
     kept = place if kind == "file" else place / "chapter"
     kept.parent.mkdir(exist_ok=True)
     kept.write_text("years of work")
-    with pytest.raises(AdapterError, match="exists already and is not replaced"):
+    with pytest.raises(AdapterError, match="already exists and is not overwritten"):
         save_adapter(some_encoder(backbone), place)
     assert kept.read_text() == "years of work"
 
@@ -384,7 +384,7 @@ def edit_json(path: Path, **changes: object) -> None:
         ("model_type", "roberta", "model_type is roberta, the adapter was trained with bert"),
     ],
 )
-def test_a_copy_of_the_encoder_with_another_config_is_refused_by_the_field(
+def test_a_copy_of_the_encoder_with_another_config_is_rejected_with_the_field(
     folder, backbone, tmp_path, key, value, said
 ):
     copy = shutil.copytree(backbone.identity.name, tmp_path / "copy")
@@ -399,7 +399,7 @@ def test_a_copy_of_the_encoder_with_another_tokenizer_is_refused(folder, backbon
     tokenizer = json.loads((copy / "tokenizer.json").read_text())
     tokenizer["normalizer"] = None
     (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
-    assert "has the same weights but would give other embeddings: its tokenizer differs" in refusal(
+    assert "has the same weights but would produce different embeddings: its tokenizer differs" in refusal(
         folder, encoder=str(copy)
     )
 
@@ -413,7 +413,7 @@ def test_a_config_field_that_changes_no_embedding_does_not_refuse_a_copy(folder,
     assert torch.equal(vectors_of(load_adapter(folder, encoder=str(copy))), vectors_of(load_adapter(folder)))
 
 
-def test_an_adapter_of_format_1_knows_weights_and_family_of_its_encoder_alone(folder, backbone, tmp_path):
+def test_an_adapter_of_format_1_identifies_its_encoder_by_weights_and_family(folder, backbone, tmp_path):
     about = json.loads((folder / DESCRIPTION).read_text())
     about["format"] = 1
     del about["encoder"]["config"], about["encoder"]["tokenizer"], about["checksum"]
@@ -470,16 +470,16 @@ def test_an_absurd_config_of_a_carried_encoder_is_refused_before_memory_is_taken
     "name", [DESCRIPTION, WEIGHTS, "encoder/config.json", "encoder/model.safetensors", "encoder/tokenizer.json"]
 )
 @pytest.mark.parametrize("kind", ["fifo", "device"])
-def test_a_fifo_or_a_device_in_the_place_of_a_file_is_refused_and_not_waited_for(carrying, little_memory, name, kind):
+def test_a_fifo_or_device_instead_of_a_file_is_rejected_without_blocking(carrying, little_memory, name, kind):
     (carrying / name).unlink()
     os.mkfifo(carrying / name) if kind == "fifo" else (carrying / name).symlink_to("/dev/zero")
-    with pytest.raises((AdapterError, EncoderError), match=r"it is a (FIFO|device), and a regular file is needed"):
+    with pytest.raises((AdapterError, EncoderError), match=r"it is a (FIFO|device), not a regular file"):
         load_adapter(carrying)
 
 
 def test_a_description_of_a_terabyte_is_refused_without_being_read(folder, little_memory):
     os.truncate(folder / DESCRIPTION, 2**40)
-    assert "1,099,511,627,776 bytes, at most 16,777,216 are read" in refusal(folder)
+    assert "it has 1,099,511,627,776 bytes, the maximum is 16,777,216" in refusal(folder)
 
 
 def test_paths_may_be_text(backbone, tmp_path):

@@ -103,15 +103,15 @@ def test_an_average_is_possible_and_drops_the_mlp(checkpoint):
     assert imported.notes[1] == "pooling avg_top2: the MLP is dropped"
 
 
-def test_mlm_head_and_pooler_are_dropped_and_each_is_named_with_what_that_means_for_an_export(tmp_path):
+def test_dropped_mlm_head_and_pooler_are_reported_with_the_effect_on_an_export(tmp_path):
     def more(state):
         state |= {"lm_head.bias": torch.zeros(97), "bert.pooler.dense.bias": torch.zeros(D)}
 
     imported = import_official(save_official(tmp_path / "x", change=more))
     assert imported.notes[-2:] == (
-        "the MLM head (lm_head) is dropped: no embedding needs it. An export of this adapter has none, so the official code "
-        "would start --do_mlm with a fresh head",
-        "the pooler of the plain encoder (pooler) is dropped: neither this package nor the official code reads it",
+        "the MLM head (lm_head) is dropped: embeddings do not use it. An export of this adapter has no MLM head, so the "
+        "official code would initialise a new one for --do_mlm",
+        "the pooler of the pre-trained encoder (pooler) is dropped: neither this package nor the official code uses it",
     )
     export_official(imported.encoder, tmp_path / "back")
     before, after = (
@@ -287,8 +287,8 @@ def bomb(*shape):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (put("prefix_encoder.embedding.weight", bomb(10**6, 10**6)), "claims more values than the file holds"),
-        (put("bert.pooler.dense.weight", bomb(10**6, 10**6)), "claims more values than the file holds"),
+        (put("prefix_encoder.embedding.weight", bomb(10**6, 10**6)), "declares more values than the file contains"),
+        (put("bert.pooler.dense.weight", bomb(10**6, 10**6)), "declares more values than the file contains"),
         (put("mlp.dense.bias", torch.zeros(D).to_sparse()), "sparse"),
         (put("prefix_encoder.trans.0.weight", torch.zeros(10**7, 1)), "lacks prompt.trans.0.bias|has shape"),
     ],
@@ -308,7 +308,7 @@ def test_a_compressed_checkpoint_is_refused(checkpoint):
             content = whole.read(entry)
             packed.writestr(entry.filename, content + bytes(10**7) if "/data/0" in entry.filename else content)
     (checkpoint / "packed").rename(path)
-    with pytest.raises(AdapterError, match="larger unpacked than the file itself"):
+    with pytest.raises(AdapterError, match=r"it is compressed, unlike files written by torch\.save"):
         import_official(checkpoint)
 
 
@@ -319,12 +319,12 @@ def test_an_absurd_config_is_refused_before_memory_is_taken(config, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["config.json", "pytorch_model.bin", "vocab.txt", "model.safetensors"])
-def test_a_fifo_in_the_place_of_a_file_is_refused_and_not_waited_for(name, checkpoint):
+def test_a_fifo_instead_of_a_file_is_rejected_without_blocking(name, checkpoint):
     (checkpoint / name).unlink(missing_ok=True)
     os.mkfifo(checkpoint / name)
     with (
         memory_limit(),
-        pytest.raises((AdapterError, EncoderError), match="it is a FIFO, and a regular file is needed"),
+        pytest.raises((AdapterError, EncoderError), match="it is a FIFO, not a regular file"),
     ):
         import_official(str(checkpoint))
 
@@ -435,9 +435,9 @@ def test_nothing_is_overwritten(checkpoint, tmp_path):
     (tmp_path / "mine/letter.txt").write_text("dear")
     encoder = import_official(checkpoint).encoder
     for write in (save_adapter, export_official):
-        with pytest.raises(AdapterError, match="mine exists already and is not replaced"):
+        with pytest.raises(AdapterError, match="mine already exists and is not overwritten"):
             write(encoder, tmp_path / "mine")
-    with pytest.raises(AdapterError, match="sup-promcse exists already"):
+    with pytest.raises(AdapterError, match="sup-promcse already exists"):
         export_official(encoder, checkpoint)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]
 

@@ -46,7 +46,7 @@ def save_dict(folder: Path, *splits: str) -> Path:
     return folder
 
 
-def test_a_saved_dataset_is_read_as_its_rows_by_the_rules_of_all_files(tmp_path):
+def test_a_saved_dataset_is_read_like_other_files(tmp_path):
     notes: list[str] = []
     folder = save_pairs(tmp_path / "saved", shards=2)
     assert list(read_rows(folder, width=2, notes=notes)) == [(query, answer) for answer, query, _ in ROWS]
@@ -54,7 +54,7 @@ def test_a_saved_dataset_is_read_as_its_rows_by_the_rules_of_all_files(tmp_path)
     assert next(read_rows(folder, width=2, columns=["answer", 1])) == ("answer 0", "query 0")
     with pytest.raises(DataError, match=r"no column 'x'; its 3 columns are: answer, query, id"):
         list(read_rows(folder, width=1, columns=["x"]))
-    with pytest.raises(DataError, match="column id must hold strings, it holds int64"):
+    with pytest.raises(DataError, match="column id must hold strings, got int64"):
         list(read_rows(folder, width=1, columns=["id"]))
 
 
@@ -76,7 +76,7 @@ def test_what_the_datasets_library_writes_is_read(tmp_path):
     assert shuffled[0] != ("query 0", "answer 0")
 
 
-def test_of_a_dict_the_training_takes_train_and_all_others_name_a_split(tmp_path):
+def test_training_uses_the_train_split_of_a_dict_and_other_readers_require_a_split(tmp_path):
     folder = save_dict(tmp_path / "both", "train", "validation")
     config = DataConfig(kind="pairs", train=str(folder))
     check_training_file(config, 0)
@@ -85,10 +85,14 @@ def test_of_a_dict_the_training_takes_train_and_all_others_name_a_split(tmp_path
     assert source.example == ("query 0", "answer 0")
     with pytest.raises(DataError) as caught:
         list(read_rows(folder, width=2))
-    assert str(caught.value) == f"{folder} holds the splits train, validation. Name one of them: {folder}/train"
+    assert str(caught.value) == (
+        f"{folder} is a DatasetDict with the splits train, validation, one split is needed. Try: {folder}/train"
+    )
     check_training_file(DataConfig(kind="pairs", train=f"{folder}/validation"), 0)
     other = save_dict(tmp_path / "other", "validation", "test")
-    with pytest.raises(DataError, match=f"holds the splits validation, test. Name one of them: {other}/validation"):
+    with pytest.raises(
+        DataError, match=f"with the splits validation, test, one split is needed. Try: {other}/validation"
+    ):
         check_training_file(DataConfig(kind="pairs", train=str(other)), 0)
 
 
@@ -112,15 +116,15 @@ def test_the_hash_of_a_saved_dataset_covers_its_rows(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../secret.arrow", "/etc/passwd", "", ".", "..", "a\\b", "a\0b", 5, None])
-def test_names_in_a_description_are_never_paths(tmp_path, name):
+def test_file_names_in_metadata_are_never_paths(tmp_path, name):
     folder = save_pairs(tmp_path / "saved")
     save_pairs(tmp_path / "other").joinpath("data-00000-of-00001.arrow").rename(tmp_path / "secret.arrow")
     (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
-    with pytest.raises(DataError, match=r"state\.json names .* which is not the name of a file in its folder"):
+    with pytest.raises(DataError, match=r"state\.json refers to .*; only names of files in its folder"):
         list(read_rows(folder, width=2))
     (tmp_path / "dict").mkdir()
     (tmp_path / "dict/dataset_dict.json").write_text(json.dumps({"splits": ["train", name]}))
-    with pytest.raises(DataError, match=r"dataset_dict\.json names "):
+    with pytest.raises(DataError, match=r"dataset_dict\.json refers to "):
         train_split(tmp_path / "dict")
 
 
@@ -128,7 +132,7 @@ def test_names_in_a_description_are_never_paths(tmp_path, name):
     "content", ["", "{", "[]", "5", "{}", '{"_data_files": []}', '{"_data_files": 5}', "[" * 200_000]
 )
 @pytest.mark.parametrize("name", ["state.json", "dataset_dict.json"])
-def test_a_damaged_description_is_one_error(tmp_path, name, content):
+def test_damaged_metadata_is_one_error(tmp_path, name, content):
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=name):
         list(read_rows(tmp_path, width=2))
@@ -138,7 +142,7 @@ def test_a_selection_of_rows_is_refused_and_not_read_as_all_rows(tmp_path):
     folder = save_pairs(tmp_path / "saved")
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps({**state, "_indices_data_files": [{"filename": "indices.arrow"}]}))
-    with pytest.raises(DataError, match=r"holds a selection of rows. Save it with dataset\.flatten_indices\(\)"):
+    with pytest.raises(DataError, match=r"was saved with an indices mapping .* Try: dataset\.flatten_indices\(\)"):
         list(read_rows(folder, width=2))
 
 
@@ -147,7 +151,7 @@ def test_shards_of_different_columns_are_refused(tmp_path):
     save(tmp_path / "other", {"query": ["x"], "answer": ["y"], "id": [1]}).joinpath(
         "data-00000-of-00001.arrow"
     ).replace(folder / "data-00001-of-00002.arrow")
-    with pytest.raises(DataError, match=r"00001-of-00002\.arrow has other columns than .*00000-of-00002\.arrow"):
+    with pytest.raises(DataError, match=r"00001-of-00002\.arrow and .*00000-of-00002\.arrow have different columns"):
         list(read_rows(folder, width=2))
 
 
@@ -175,7 +179,7 @@ def test_a_large_saved_dataset_streams(tmp_path):
 
 
 def test_a_folder_that_is_no_dataset_says_what_is_needed(tmp_path):
-    with pytest.raises(DataError, match="is a folder; a file is needed, or a folder that save_to_disk of the datasets"):
+    with pytest.raises(DataError, match="is a folder, but not one written by save_to_disk of the datasets"):
         list(read_rows(tmp_path, width=1))
 
 
@@ -188,7 +192,7 @@ def test_parquet_columns_of_one_name_are_read_by_the_positions_that_the_message_
     assert list(read_rows(path, width=2, columns=[1, 0])) == [("y", "x")]
     assert list(read_rows(path, width=2, columns=["text", 1])) == [("z", "y")]
     pq.write_table(pa.Table.from_arrays([pa.array(["x"]), pa.array(["y"])], names=["query", "query"]), path)
-    with pytest.raises(DataError, match=r"2 columns could be the anchor: query, query .*data.columns=\[0,1\]"):
+    with pytest.raises(DataError, match=r"2 columns match the anchor: query, query .*data.columns=\[0,1\]"):
         list(read_rows(path, width=2))
     assert list(read_rows(path, width=2, columns=[0, 1])) == [("x", "y")]
 
@@ -210,4 +214,4 @@ def test_promcse_encode_reads_a_saved_dataset(tmp_path, capsys):
     assert capsys.readouterr()[0] == "1.0000\n1.0000\n"
     twice = save(tmp_path / "twice", {"x": ["w5"], "y": ["w6"]})
     assert main(["encode", str(tmp_path / "adapter"), str(twice), "--out", "-"]) == 2
-    assert "Give what is to be read the column name sentence" in capsys.readouterr()[1]
+    assert "Rename the column to read to sentence" in capsys.readouterr()[1]

@@ -33,7 +33,7 @@ READERS = {
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_a_pipe_is_refused_and_not_waited_for(reader, tmp_path):
+def test_a_pipe_is_rejected_without_blocking(reader, tmp_path):
     name, read = READERS[reader]
     path = tmp_path / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,17 +51,17 @@ def test_a_pipe_is_refused_and_not_waited_for(reader, tmp_path):
     thread.join(20)
     assert not thread.is_alive(), "it waits for a writer"
     assert str(path) in str(raised[0])
-    assert "it is a FIFO, and a regular file is needed" in str(raised[0])
+    assert "it is a FIFO, not a regular file" in str(raised[0])
 
 
 def test_a_device_and_a_socket_are_refused(tmp_path, monkeypatch):
     (tmp_path / "zero.csv").symlink_to("/dev/zero")
-    with pytest.raises(DataError, match=r"zero\.csv cannot be read: it is a device, and a regular file is needed"):
+    with pytest.raises(DataError, match=r"zero\.csv cannot be read: it is a device, not a regular file"):
         list(read_rows(tmp_path / "zero.csv", width=1))
     monkeypatch.chdir(tmp_path)  # the path of a socket may have some 100 bytes
     server = socket.socket(socket.AF_UNIX)
     server.bind("s.csv")
-    with pytest.raises(DataError, match=r"s\.csv cannot be read: it is a socket, and a regular file is needed"):
+    with pytest.raises(DataError, match=r"s\.csv cannot be read: it is a socket, not a regular file"):
         list(read_rows(Path("s.csv"), width=1))
     server.close()
 

@@ -124,7 +124,7 @@ def test_columns_that_are_not_wanted_are_fine_but_rows_have_as_many_fields_as_th
     path = write("data.csv", "a,b,c\n1,2,3\n4,5,6,7\n")
     assert skipped(path, 2) == (
         [("1", "2")],
-        [(3, "4 fields, the header has 3 (a text that holds ',' needs quotes?)")],
+        [(3, "4 fields, the header has 3 (a text with ',' without quotes?)")],
     )
 
 
@@ -168,15 +168,15 @@ BAD = {
     "broken jsonl byte": ("d.jsonl", b'["\xff"]', 1, 1, "byte 0xff at position 3 of line 1 is not UTF-8"),
     "utf-16": ("d.txt", "hello".encode("utf-16"), 1, 1, "byte 0xff at position 1 of line 1 is not UTF-8"),
     "json null": ("d.jsonl", '{"a": null}', 1, 1, "column a is empty"),
-    "json without key": ("d.jsonl", '{"a": "x"}\n{"b": "x"}', 1, 2, "column a is missing, the object has b"),
-    "json number": ("d.jsonl", '{"a": 5}', 1, 1, "column a holds int 5, a string is needed"),
-    "json long list": ("d.jsonl", json.dumps([["x" * 99]]), 1, 1, "column 0 holds list ['xxxx"),
+    "json without key": ("d.jsonl", '{"a": "x"}\n{"b": "x"}', 1, 2, "column a is missing, got b"),
+    "json number": ("d.jsonl", '{"a": 5}', 1, 1, "column a must hold a string, got int 5"),
+    "json long list": ("d.jsonl", json.dumps([["x" * 99]]), 1, 1, "column 0 must hold a string, got list ['xxxx"),
     "json short list": ("d.jsonl", '["a", "b"]\n["a"]', 2, 2, "1 field, the first row has 2"),
     "json scalar": ("d.jsonl", '"a"', 1, 1, "an object or a list with columns is needed, got str 'a'"),
     "no json": ("d.jsonl", '["a"]\n{"a": ', 1, 2, "not JSON: Expecting value: line 1 column 7"),
     "deep json": ("d.jsonl", "[" * 200_000, 1, 1, "not JSON: "),
     "mixed json": ("d.jsonl", '["a"]\n{"a": "x"}', 1, 2, "the file mixes objects and lists"),
-    "half a surrogate pair": ("d.jsonl", '["ab\\ud83d"]', 1, 1, "column 0 holds half a surrogate pair at character 3"),
+    "a lone surrogate": ("d.jsonl", '["ab\\ud83d"]', 1, 1, "column 0 holds a lone surrogate at character 3"),
     "parquet null": ("d.parquet", parquet_bytes({"a": ["x", "y", None]}), 1, 3, "column a is empty"),
     "parquet blank": ("d.parquet.gz", parquet_bytes({"a": ["x", " "]}), 1, 2, "column a is empty"),
 }
@@ -237,7 +237,7 @@ def test_an_unknown_column_lists_those_of_the_file(write, suffix):
     path = write("data" + suffix, written(suffix, TRIPLETS))
     with pytest.raises(DataError, match=r"no column 'anchor'; its 3 columns are: sent0, sent1, hard_neg. 2 are needed"):
         read(path, 2, columns=["anchor", "sent1"])
-    with pytest.raises(DataError, match=r"no column 3.*such as data.columns=\[sent0,sent1\]"):
+    with pytest.raises(DataError, match=r"no column 3.*for example data.columns=\[sent0,sent1\]"):
         read(path, 2, columns=[0, 3])
 
 
@@ -285,7 +285,7 @@ def test_a_header_setting_without_effect_is_refused(write, name, content):
 
 def test_txt_takes_neither_pairs_nor_columns(write):
     path = write("d.txt", "x\n")
-    with pytest.raises(DataError, match="one sentence a line, got 2 texts a row"):
+    with pytest.raises(DataError, match="one sentence per line, got 2 texts per row"):
         read(path, 2)
     with pytest.raises(DataError, match=r"data.columns=\[0\]"):
         read(path, columns=[0])
@@ -295,9 +295,9 @@ def test_parquet_texts_must_be_strings(write):
     path = write(
         "d.parquet", parquet_bytes({"a": [1, 2], "b": [b"x", b"y"], "c": pa.array(["x", "y"]).dictionary_encode()})
     )
-    with pytest.raises(DataError, match="column a must hold strings, it holds int64"):
+    with pytest.raises(DataError, match="column a must hold strings, got int64"):
         read(path, columns=["a"])
-    with pytest.raises(DataError, match="column b must hold strings, it holds binary"):
+    with pytest.raises(DataError, match="column b must hold strings, got binary"):
         read(path, columns=["b"])
     assert read(path, columns=["c"]) == [("x",), ("y",)]
 
@@ -322,7 +322,7 @@ def test_scored_pairs_of_every_format(write, name, content):
 @pytest.mark.parametrize("score", ["nan", "inf", "high", "3,5", "1e999"])
 def test_a_score_that_is_no_finite_number_is_a_bad_row(write, score):
     path = write("d.tsv", f"s1\ts2\tscore\na\tb\t1\na\tb\t{score}\n")
-    with pytest.raises(DataError, match=rf"d.tsv:3: column score holds str '{score}', a finite number is needed"):
+    with pytest.raises(DataError, match=rf"d.tsv:3: column score must hold a finite number, got str '{score}'"):
         read_scored_pairs(path)
     bad: list[BadRow] = []
     assert read_scored_pairs(path, on_bad_row="skip", bad_rows=bad) == [("a", "b", 1.0)]
@@ -331,7 +331,7 @@ def test_a_score_that_is_no_finite_number_is_a_bad_row(write, score):
 
 @pytest.mark.parametrize("score", ["true", "NaN", "[1]", "1" * 400])
 def test_a_json_score_that_is_no_finite_number_is_a_bad_row(write, score):
-    with pytest.raises(DataError, match="a finite number is needed"):
+    with pytest.raises(DataError, match="must hold a finite number"):
         read_scored_pairs(write("d.jsonl", f'["a", "b", {score}]'))
 
 
@@ -404,7 +404,7 @@ def test_a_corrupt_gzip_file_is_one_error(tmp_path, name, damage, on_bad_row):
     data[len(data) // 2] ^= 0xFF if damage == "flipped" else 0
     path = tmp_path / name
     path.write_bytes(b"plain text" if damage == "plain" else data[:-100] if damage == "cut" else data)
-    with pytest.raises(DataError, match="is not a whole gzip file"):
+    with pytest.raises(DataError, match="is not a complete gzip file"):
         read(path, on_bad_row=on_bad_row)
 
 
@@ -414,7 +414,7 @@ def test_a_corrupt_parquet_file_is_one_error(tmp_path):
     broken[20:4000] = b"\xff" * 3980
     for content in [data[:-50], b"not parquet at all", bytes(broken)]:
         (tmp_path / "d.parquet").write_bytes(content)
-        with pytest.raises(DataError, match=r"d.parquet is not a whole parquet file"):
+        with pytest.raises(DataError, match=r"d.parquet is not a complete UTF-8 parquet file"):
             read(tmp_path / "d.parquet")
 
 

@@ -188,7 +188,7 @@ def test_memory_rows_are_told_apart_by_their_borders():
         ([("a", "b"), ("a",)], "row 1 must hold 2 texts"),
         ([("a",), (" ",)], "row 1 must hold 1 texts that are not blank"),
         ([("a",), (None,)], "row 1 must hold"),
-        ([("a \ud83d",)], "row 0 holds half a surrogate pair"),
+        ([("a \ud83d",)], "row 0 holds a lone surrogate"),
     ],
 )
 def test_memory_rows_that_cannot_be_used_are_named(rows, message):

@@ -115,7 +115,7 @@ def test_the_frozen_encoder_of_an_adapter_keeps_its_pooling_and_loses_prompt_and
     assert abs(frozen.encode(SENTENCES) - expected).max() < 1e-6
 
 
-def test_runs_that_differ_by_what_is_not_trained_are_seeds_of_one_target(tmp_path, bert):
+def test_runs_with_equal_training_settings_are_seeds_of_one_target(tmp_path, bert):
     for seed in (1, 2):
         save_run(tmp_path / f"seed{seed}", bert, seed)
         config = tmp_path / f"seed{seed}/config.yaml"

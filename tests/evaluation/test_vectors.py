@@ -129,7 +129,7 @@ def test_a_folder_that_cannot_be_written_costs_the_cache_and_not_the_scores(mode
     (tmp_path / "file").write_text("")
     found = VectorCache(tmp_path / "file" / "below").vectors(model, SENTENCES)
     assert len(found) == len(set(SENTENCES))
-    assert "the vectors are not cached: cannot write" in caplog.text
+    assert "the embeddings are not cached: cannot write" in caplog.text
 
 
 def test_vectors_that_are_all_the_same_up_to_rounding_are_an_error():

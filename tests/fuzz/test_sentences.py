@@ -70,7 +70,7 @@ def models(adapter) -> list[PromCSE]:
 
 
 def halves(text: str) -> bool:
-    """Whether text holds half a surrogate pair."""
+    """Whether text holds a lone surrogate."""
     return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 

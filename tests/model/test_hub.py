@@ -32,18 +32,18 @@ def cache(tmp_path, monkeypatch) -> Path:
     return tmp_path / "cache"
 
 
-def test_without_network_the_message_says_what_to_download_at_once_and_no_retries_are_shown(cache, capfd):
+def test_without_network_the_error_has_the_download_command_at_once_and_no_retries_are_shown(cache, capfd):
     started = time.perf_counter()
     with pytest.raises(EncoderError) as caught:
         locate("someone/some-encoder", None)
     assert time.perf_counter() - started < 5
     message = str(caught.value)
-    assert "the hub did not give it: no network (" in message
+    assert "cannot be downloaded: no network (" in message
     assert str(cache) in message
     assert "set model.path=FOLDER" in message
     assert "HF_HOME=" in message
     assert capfd.readouterr().err == ""
-    command = re.search(r"type: (hf download .*?)\. Then", message)[1]
+    command = re.search(r"run: (hf download .*?)\. Then", message)[1]
     done = subprocess.run(
         [Path(sys.executable).with_name("hf"), *shlex.split(command)[1:], "--dry-run"],
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
@@ -55,7 +55,7 @@ def test_without_network_the_message_says_what_to_download_at_once_and_no_retrie
     assert "Usage" not in done.stderr
 
 
-def test_without_network_an_encoder_in_the_cache_is_taken_at_once(cache, tmp_path):
+def test_without_network_a_cached_encoder_is_loaded_at_once(cache, tmp_path):
     repository = cache / "models--someone--some-encoder"
     save_small_encoder(repository / "snapshots" / COMMIT)
     (repository / "refs").mkdir()

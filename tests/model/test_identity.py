@@ -138,7 +138,7 @@ def test_another_tokenizer_has_another_fingerprint():
     assert len({tokenizer_fingerprint(each) for each in (small_tokenizer(), small_tokenizer(1), changed)}) == 3
 
 
-def test_what_one_side_does_not_know_is_not_compared():
+def test_unknown_values_are_not_compared():
     known = EncoderId("a", None, "0", {"hidden_act": "gelu", "of_a_later_version": 1}, "f" * 64)
     assert differences(EncoderId("a", None, "0"), known, owner="here") == []
     assert differences(known, EncoderId("b", None, "0", {"hidden_act": "relu"}, None), owner="here") == [

@@ -30,7 +30,7 @@ def test_a_report_html_of_something_else_is_not_overwritten(tmp_path, capsys):
     write_sweep(tmp_path / "sweep", seed=[1, 2])
     (tmp_path / "sweep/report.html").write_text("<html>mine</html>")
     assert main(["report", str(tmp_path / "sweep")]) == 2
-    assert "sweep/report.html exists, and is not the report of a sweep" in capsys.readouterr().err
+    assert "sweep/report.html exists and is not a report of promcse report" in capsys.readouterr().err
     assert (tmp_path / "sweep/report.html").read_text() == "<html>mine</html>"
     (tmp_path / "sweep/report.html").unlink()
     for _ in range(2):
@@ -68,8 +68,8 @@ def test_seeds_are_grouped_by_everything_else(tmp_path, capsys):
     out, _ = report(capsys, tmp_path / "s", "--runs")
     assert "±" not in out.split("repeat")[0]
     assert "repeat the best run (2, seed 3)" in out, "the best of the best settings, however the lines are grouped"
-    assert "highest mean over their seeds" in out
-    begin(tmp_path / "s/1", ["seed=2"], "failed", "OutOfMemoryError: the memory is full")
+    assert "the highest mean over seeds" in out
+    begin(tmp_path / "s/1", ["seed=2"], "failed", "OutOfMemoryError: out of memory")
     row = rank(read_sweep(tmp_path / "s").runs, by_seed=True)[0]
     assert (row.dev, row.n, row.states) == (71.0, 2, "2 finished, 1 failed")
 
@@ -137,7 +137,7 @@ def test_scores_on_different_development_sets_are_neither_ranked_nor_is_one_the_
     assert [row.rank for row in rows] == [None, None]
     assert commands(sweep) == []
     out, err = report(capsys, tmp_path / "s")
-    assert "nothing is ranked: the runs were scored on different development sets (STS-B dev, demo dev)" in err
+    assert "the runs are not ranked, since they were evaluated on different dev sets (STS-B dev, demo dev)" in err
     assert "70.00" in out
 
 
@@ -153,7 +153,7 @@ def test_development_sets_of_one_name_and_different_content_are_not_compared(tmp
     with_dev_content(tmp_path / "s/1", "b" * 64)
     assert find_best(read_sweep(tmp_path / "s").runs) is None
     _, err = report(capsys, tmp_path / "s")
-    assert f"different development sets (demo dev {'a' * 12}, demo dev {'b' * 12})" in err
+    assert f"different dev sets (demo dev {'a' * 12}, demo dev {'b' * 12})" in err
 
 
 def test_rows_held_out_by_seed_are_compared_as_long_as_they_are_the_same_for_each_seed(tmp_path):
@@ -300,7 +300,7 @@ def test_the_report_does_not_wait_for_torch(tmp_path):
     assert Path(tmp_path / "s/report.html").stat().st_size > 4_000_000
 
 
-def test_runs_without_a_plan_that_differ_by_what_is_not_trained_are_of_the_same_settings(tmp_path):
+def test_runs_without_a_plan_are_grouped_by_training_settings(tmp_path):
     for seed, every in ((1, 10), (2, 50)):
         finish(tmp_path / str(seed), [f"seed={seed}", f"trainer.save_every={every}"], 70.0 + seed)
     assert [len(row.runs) for row in rank(read_sweep(tmp_path).runs, by_seed=True)] == [2]
@@ -313,7 +313,8 @@ def test_runs_that_were_trained_in_different_precisions_are_reported_unless_the_
         path.write_text(json.dumps(json.loads(path.read_text()) | {"machine": {"precision": precision}}))
     _, err = report(capsys, tmp_path / "s")
     assert (
-        "warning: the runs were trained in different precisions (bfloat16, float32), which moves scores a little" in err
+        "warning: the runs were trained in different precisions (bfloat16, float32), which changes scores slightly"
+        in err
     )
     plan = read_plan(tmp_path / "s")
     for job, precision in zip(plan.jobs, ("float32", "bfloat16"), strict=True):

@@ -97,8 +97,8 @@ def test_a_failure_is_recorded_a_kill_of_the_parent_is_survived_and_a_resume_run
     os.killpg(resumed.pid, signal.SIGINT)
     printed, errors = resumed.communicate(timeout=60)
     assert resumed.returncode == 130, errors
-    assert "to go on with the 2 that did not finish: python run.py -m sweep.resume=sweep" in printed
-    assert "to read it: promcse report sweep" in printed
+    assert "to run the 2 unfinished jobs: python run.py -m sweep.resume=sweep" in printed
+    assert "to view the results: promcse report sweep" in printed
     assert [job.folder for job in missing_jobs(sweep, read_plan(sweep))] == ["0", "1"]
     assert read_status(sweep / "1").state == "stopped"
 
@@ -138,7 +138,7 @@ def test_sweep_parallel_is_not_silently_ignored_by_another_launcher(tmp_path):
     assert errors.startswith("error: sweep.parallel is of the local launcher. Try: hydra.launcher.n_jobs (joblib)")
 
 
-def test_a_sweep_json_that_names_another_folder_is_refused_and_that_folder_stays_as_it_is(tmp_path):
+def test_a_sweep_json_with_a_folder_outside_the_sweep_is_rejected_and_the_folder_untouched(tmp_path):
     files(tmp_path)
     victim = tmp_path / "victim"
     (victim / ".git").mkdir(parents=True)
@@ -149,7 +149,7 @@ def test_a_sweep_json_that_names_another_folder_is_refused_and_that_folder_stays
     (sweep / "sweep.json").write_text(json.dumps({"format": 1, "overrides": SETTINGS, "jobs": jobs}))
     code, printed, errors = run(tmp_path, "-m", "sweep.resume=sweep")
     assert (code, printed) == (2, "")
-    assert errors.startswith("error: sweep/sweep.json: the folder of a job must be a name of its own")
+    assert errors.startswith("error: sweep/sweep.json: the folder of a job must be a unique name without")
     assert "../victim" in errors
     assert sorted(path.name for path in victim.iterdir()) == [".git", "thesis.tex"]
 
@@ -164,8 +164,8 @@ def test_a_resumed_sweep_keeps_threads_and_precision_of_its_first_start(tmp_path
     share = max(1, len(os.sched_getaffinity(0)) // 2)
     precision = plan["settled"]["precision"]["cpu"]
     assert plan["settled"] == {"parallel": 2, "threads": share, "share": share, "precision": {"cpu": precision}}
-    threads = f"{share} thread{'s' if share > 1 else ''} a job"
-    assert f"sweep sweep: 2 jobs, 2 to run; 2 at a time, {threads}, precision {precision}\n" in printed
+    threads = f"{share} thread{'s' if share > 1 else ''} per job"
+    assert f"sweep sweep: 2 jobs, 2 to run; 2 in parallel, {threads}, precision {precision}\n" in printed
     assert [read_config(tmp_path / f"sweep/{job}/start.yaml").trainer.precision for job in (0, 1)] == [
         precision,
         "bfloat16",
@@ -184,7 +184,7 @@ def test_a_resumed_sweep_keeps_threads_and_precision_of_its_first_start(tmp_path
     code, printed, errors = run(tmp_path, "-m", "sweep.resume=sweep", "sweep.parallel=1")
     assert code == 0, errors
     assert (
-        f"sweep sweep: 2 jobs, 2 to run; 1 at a time, {threads} as with the sweep.parallel=2 of the first start, precision "
+        f"sweep sweep: 2 jobs, 2 to run; 1 in parallel, {threads} (as in the first start with sweep.parallel=2), precision "
         in printed
     )
     machine = json.loads((tmp_path / "sweep/0/results.json").read_text())["machine"]

@@ -115,7 +115,7 @@ def seeds(trained_run: Run, sweep, tmp_path) -> tuple[Path, Plan]:
     return folder, plan
 
 
-def test_terminal_report_page_and_wandb_call_the_same_run_best(seeds, capsys):
+def test_terminal_report_html_and_wandb_name_the_same_best_run(seeds, capsys):
     folder, plan = seeds
     assert summary(folder, plan, None) == 0
     assert (
@@ -133,11 +133,11 @@ def test_terminal_report_page_and_wandb_call_the_same_run_best(seeds, capsys):
     assert (sent["best/dev/mean"], sent["best/seeds"]) == (71.0, 3)
 
 
-def test_with_two_dev_sets_nothing_is_called_best_and_everything_says_why(seeds, capsys):
+def test_with_two_dev_sets_no_run_is_best_and_every_output_gives_the_reason(seeds, capsys):
     folder, plan = seeds
     path = folder / "4/results.json"
     path.write_text(path.read_text().replace("my dev", "other dev"))
-    why = "nothing is ranked: the runs were scored on different development sets (my dev, other dev), so none of them is the best"
+    why = "the runs are not ranked, since they were evaluated on different dev sets (my dev, other dev)"
     assert summary(folder, plan, None) == 0
     printed = capsys.readouterr().out
     assert f"warning: {why}\n" in printed
@@ -157,5 +157,5 @@ def test_a_sweep_id_that_is_a_path_is_refused_and_ends_nothing(seeds, capsys):
     (folder / "wandb").mkdir()
     (folder / "wandb/sweep-id").write_text("../../x")
     assert summary(folder, plan, None) == 0
-    assert "warning: the sweep has no W&B run of its own: " in (printed := capsys.readouterr().out)
-    assert "sweep-id must hold a plain name, got '../../x'. Try: rm " in printed
+    assert "warning: the sweep has no W&B summary run: " in (printed := capsys.readouterr().out)
+    assert "sweep-id must contain a name without / and .., got '../../x'. Try: rm " in printed

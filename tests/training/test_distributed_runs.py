@@ -324,10 +324,10 @@ def test_every_job_of_a_multirun_trains_one_run_on_both_ranks_in_one_folder(tmp_
         ("NonFiniteError: the loss of step 3", "error: the loss of step 3\n", [2, 2], NonFiniteError, "^the loss of step 3$"),
         (
             "RankError: rank 0 of 2 lost the connection to another process of the run (closed)",
-            "INFO\nerror: the memory is full. Try: less\n",
+            "INFO\nerror: out of memory. Try: less\n",
             [2, 2],
             RankError,
-            r"^rank 1 of 2 ended with exit code 2: the memory is full\. Try: less \(its output: .*run-rank1\.log\)\. To resume",
+            r"^rank 1 of 2 ended with exit code 2: out of memory\. Try: less \(its output: .*run-rank1\.log\)\. To resume",
         ),
         ("RankError: rank 0 of 2 lost the connection to another process of the run", "", [2, -11], RankError, "by SIGSEGV"),
         ("DataError: the disk", "Traceback\nRuntimeError: nothing known\n", [2, -9], RankError, "^rank 1 of 2 was killed"),

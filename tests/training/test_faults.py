@@ -78,13 +78,13 @@ def test_a_folder_that_cannot_be_written_is_told_in_one_line(tmp_path):
     config, run = config_file(tmp_path), tmp_path / "disk/run"
     with small_disk(tmp_path / "disk", "size=100k,ro"):
         done = promcse(tmp_path / "log", "train", config, "--out", run)
-    one_line(done, f"cannot make the run's folder {run}: Read-only file system")
+    one_line(done, f"cannot create the run folder {run}: Read-only file system")
 
 
 def test_a_place_that_is_a_file_is_told_in_one_line(tmp_path):
     config = config_file(tmp_path)
     (tmp_path / "taken").write_text("mine")
-    one_line(promcse(tmp_path / "log", "train", config, "--out", tmp_path / "taken"), "cannot make the run's folder")
+    one_line(promcse(tmp_path / "log", "train", config, "--out", tmp_path / "taken"), "cannot create the run folder")
     assert (tmp_path / "taken").read_text() == "mine"
 
 
@@ -105,15 +105,15 @@ resource.setrlimit(resource.RLIMIT_AS, (used + {room}, resource.RLIM_INFINITY))
     ],
     ids=["whole batch", "kept", "recomputed"],
 )
-def test_too_little_memory_is_told_with_the_command_that_resumes_the_run_with_less(trainer, advice, tmp_path):
+def test_out_of_memory_prints_the_command_that_resumes_with_less_memory(trainer, advice, tmp_path):
     save_small_encoder(tmp_path / "encoder", hidden_size=256, intermediate_size=1024, num_attention_heads=4)
     (tmp_path / "train.csv").write_text("a,b,c\n" + "\n".join(word_rows(4000)) + "\n")
     config = config_file(tmp_path, data={"batch_size": 4000}, trainer=trainer)
     done = promcse(tmp_path / "log", "train", config, "--out", tmp_path / "run", before=LIMIT.format(room=400 * 2**20))
-    one_line(done, f"the memory is full. Try: python run.py resume={tmp_path}/run {advice}\n")
+    one_line(done, f"out of memory. Try: python run.py resume={tmp_path}/run {advice}\n")
     status = read_status(tmp_path / "run")
     assert status.state == "failed"
-    assert status.error.startswith("OutOfMemoryError: the memory is full")
+    assert status.error.startswith("OutOfMemoryError: out of memory")
     command = status.error.partition("Try: python ")[2]  # the advice, as it is typed
     again = subprocess.run(
         [sys.executable, ROOT / command.split()[0], *command.split()[1:]],
@@ -128,9 +128,9 @@ def test_too_little_memory_is_told_with_the_command_that_resumes_the_run_with_le
         assert f"{setting} (was " in (tmp_path / "run/run.log").read_text()
 
 
-def test_memory_that_only_another_training_would_save_is_told_as_a_new_run(tmp_path):
+def test_out_of_memory_at_minimal_settings_suggests_a_new_run(tmp_path):
     config = small_config(tmp_path, data={"batch_size": 8}, trainer={"chunk_tokens": 16, "recompute": "always"})
-    message = r"Try: a new run with data\.batch_size=4; it changes what is trained"
+    message = r"Try: a new run with data\.batch_size=4; it affects training"
     with pytest.raises(OutOfMemoryError, match=message), plain_errors(config, Ranks(), tmp_path):
         raise MemoryError
 

@@ -68,10 +68,10 @@ def run_small(folder: Path, name: str = "run", **sections: dict) -> tuple[dict, 
     return run_job(small_config(folder, **sections), folder / name, Console(file=printed)), printed.getvalue()
 
 
-def test_a_saved_config_is_not_run_into_a_folder_that_holds_something_else(tmp_path):
+def test_a_saved_config_does_not_run_in_a_folder_with_other_content(tmp_path):
     config = write_config(small_config(tmp_path), tmp_path / "start.yaml")
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(ConfigError, match=r"a run needs a new or empty folder, but .* holds encoder, train.csv"):
+    with pytest.raises(ConfigError, match=r"a run needs a new or empty folder, but .* contains encoder, train.csv"):
         run_job(read_config(config), tmp_path)
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -206,7 +206,7 @@ def test_the_output_tells_of_data_progress_scores_and_where_the_adapter_lies(tra
 
 def test_a_folder_that_holds_a_run_is_not_written_into(trained_run):
     before = {path: path.stat().st_mtime_ns for path in trained_run.folder.rglob("*")}
-    with pytest.raises(ConfigError, match="already holds a run"):
+    with pytest.raises(ConfigError, match="already contains a run"):
         run_job(trained_run.config, trained_run.folder, Console(file=io.StringIO()))
     assert {path: path.stat().st_mtime_ns for path in trained_run.folder.rglob("*")} == before
 
@@ -214,8 +214,8 @@ def test_a_folder_that_holds_a_run_is_not_written_into(trained_run):
 @pytest.mark.parametrize(
     ("sections", "kind", "message"),
     [
-        ({"data": {"train": "missing.csv"}}, DataError, r"data\.train=missing\.csv is not there"),
-        ({"data": {"dev": "missing.csv"}}, DataError, r"data\.dev=missing\.csv is not there"),
+        ({"data": {"train": "missing.csv"}}, DataError, r"data\.train=missing\.csv does not exist"),
+        ({"data": {"dev": "missing.csv"}}, DataError, r"data\.dev=missing\.csv does not exist"),
         ({"model": {"path": "./missing"}}, EncoderError, r"the encoder folder \./missing does not exist"),
         ({"data": {"dev": "stsb", "dir": "."}}, ConfigError, r"data\.dir=\. has no senteval/ folder"),
         (
@@ -325,7 +325,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_code_2_and_names_step_rows_
     assert error.startswith("error: the loss of step 1 ")
     assert "is not finite" in error
     assert "training rows [" in error
-    assert "Nothing was trained yet" in error
+    assert "It occurred before the first update" in error
     assert "Try: " in error
     assert "Traceback" not in error
     assert not (tmp_path / "run/adapter").exists()
@@ -356,8 +356,7 @@ def test_truncation_above_five_percent_is_a_warning_with_a_length_that_works(tmp
     run_small(tmp_path, "cut", data={"max_length": 3})
     log = (tmp_path / "cut/run.log").read_text()
     assert (
-        "WARNING 100.0 % of the sentences (30) are truncated to 3 tokens. To keep more of them: data.max_length=6"
-        in log
+        "WARNING 100.0 % of the sentences (30) are truncated to 3 tokens. To truncate fewer: data.max_length=6" in log
     )
     run_small(tmp_path, "advised", data={"max_length": 6})
     assert "truncated" not in (tmp_path / "advised/run.log").read_text()
@@ -374,7 +373,7 @@ def test_truncation_at_the_longest_input_advises_no_other_length(tmp_path):
     run_small(tmp_path, "all", data={"max_length": longest})
     log = (tmp_path / "all/run.log").read_text()
     assert (
-        f"WARNING 33.3 % of the sentences (9) are truncated to {longest} tokens, the most that data.max_length may be"
+        f"WARNING 33.3 % of the sentences (9) are truncated to {longest} tokens, the maximum of data.max_length for this"
         in log
     )
 
@@ -390,14 +389,14 @@ def scored_by_the_encoder(folder: Path, sign: int) -> Path:
     return path
 
 
-def test_a_frozen_encoder_below_zero_is_a_warning_with_its_score(tmp_path):
+def test_a_frozen_encoder_score_below_zero_is_a_warning(tmp_path):
     run_small(tmp_path, "right", data={"dev": str(scored_by_the_encoder(tmp_path, 1))})
     run_small(tmp_path, "reversed", data={"dev": str(scored_by_the_encoder(tmp_path, -1))})
     right, reverse = ((tmp_path / name / "run.log").read_text() for name in ("right", "reversed"))
     assert "INFO frozen encoder: dev Spearman 100.00" in right
-    assert "WARNING frozen encoder: dev Spearman -100.00, where an encoder" in reverse
+    assert "WARNING frozen encoder: dev Spearman -100.00, but a pre-trained" in reverse
     assert (
-        f"Check the columns of data.dev={tmp_path}/dev-1.csv and of data.train, and that a higher score means"
+        f"Check the columns of data.dev={tmp_path}/dev-1.csv and data.train, and that higher scores mean more similar"
         in reverse
     )
     assert right.index("frozen encoder: dev Spearman") < right.index("step 1: dev Spearman")

@@ -161,7 +161,9 @@ def test_a_signal_saves_ends_with_its_code_and_costs_no_step(signum, code, long_
     status = read_status(folder)
     assert status.state == "stopped"
     assert newest_checkpoint(folder).step == status.step > 0
-    assert (folder / "run.log").read_text().endswith(f"to go on: python run.py resume={folder}\n")  # no ERROR behind it
+    assert (
+        (folder / "run.log").read_text().endswith(f"to resume: python run.py resume={folder}\n")
+    )  # no ERROR behind it
     assert end(start(config, folder)) == 0
     assert outcome(folder) == outcome(straight)
 
@@ -259,12 +261,12 @@ def test_a_resumed_run_leaves_files_that_it_did_not_write(stopped_run, long_run)
     assert outcome(stopped_run) | {"left": left(stopped_run) - kept} == outcome(straight)
 
 
-def test_a_foreign_folder_in_the_place_of_the_adapter_is_refused_before_training(stopped_run):
+def test_an_unrelated_adapter_folder_is_rejected_before_training(stopped_run):
     shutil.rmtree(stopped_run / "adapter")
     (stopped_run / "adapter").mkdir()
     (stopped_run / "adapter/chapter.txt").write_text("mine")
     history = (stopped_run / "metrics.jsonl").read_bytes()
-    with pytest.raises(AdapterError, match="adapter exists already and is not replaced"):
+    with pytest.raises(AdapterError, match="adapter already exists and is not overwritten"):
         resume_job(stopped_run)
     assert (stopped_run / "adapter/chapter.txt").read_text() == "mine"
     assert (stopped_run / "metrics.jsonl").read_bytes() == history
@@ -326,9 +328,9 @@ def test_another_encoder_in_its_place_is_refused_by_name(stopped_run, long_run):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("config.json", {"hidden_act": "relu"}, "hidden_act in its config.json was gelu, now it is relu"),
-        ("config.json", {"hidden_dropout_prob": 0.3}, "hidden_dropout_prob in its config.json was 0.1, now it is 0.3"),
-        ("tokenizer.json", {"normalizer": None}, "its tokenizer is another one"),
+        ("config.json", {"hidden_act": "relu"}, "hidden_act in its config.json was gelu and is now relu"),
+        ("config.json", {"hidden_dropout_prob": 0.3}, "hidden_dropout_prob in its config.json was 0.1 and is now 0.3"),
+        ("tokenizer.json", {"normalizer": None}, "its tokenizer differs"),
     ],
 )
 def test_another_config_or_tokenizer_of_the_encoder_is_refused_by_name(stopped_run, long_run, name, change, message):
@@ -342,7 +344,7 @@ def test_another_config_or_tokenizer_of_the_encoder_is_refused_by_name(stopped_r
         path.write_text(before)
 
 
-def test_a_run_of_an_earlier_version_which_recorded_weights_alone_is_resumed(stopped_run):
+def test_a_run_of_an_earlier_version_that_recorded_only_weights_is_resumed(stopped_run):
     path = stopped_run / "inputs.json"
     inputs = json.loads(path.read_text())
     del inputs["model.path"]["config"], inputs["model.path"]["tokenizer"], inputs["evaluation.tasks"]
@@ -360,7 +362,7 @@ def test_a_test_file_that_changed_is_refused_by_name(tmp_path):
     before = test_file.read_text()
     test_file.write_text(before.replace("w7", "w9"))
     with pytest.raises(
-        DataError, match=rf"{re.escape(str(test_file))} of evaluation\.tasks has changed since the run in"
+        DataError, match=rf"{re.escape(str(test_file))} in evaluation\.tasks has changed since the run in"
     ):
         resume_job(tmp_path / "run")
     test_file.write_text(before)
@@ -400,7 +402,7 @@ def test_a_folder_without_a_run_is_refused_and_a_damaged_status_too(tmp_path, st
 
 def test_an_unfinished_run_is_not_begun_again_in_its_place(stopped_run, long_run):
     with pytest.raises(
-        ConfigError, match=r"already holds a run. Try: python run.py resume=.* to resume it, or another folder"
+        ConfigError, match=r"already contains a run. Try: python run.py resume=.* to resume it, or another folder"
     ):
         run_job(read_config(long_run[0]), stopped_run)
 
@@ -416,7 +418,7 @@ def test_a_status_survives_its_file(tmp_path, long_run):
 EXACT = ["trainer.recompute=always", "trainer.save_every=3", "tracking.tags=[late]", "data.cache_dir=null"]
 
 
-def test_a_resume_may_move_memory_saves_and_logs_and_ends_in_the_same_bytes(
+def test_execution_settings_can_be_changed_on_resume_with_a_bit_identical_result(
     stopped_run, long_run, monkeypatch, tmp_path
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
@@ -434,14 +436,14 @@ def test_a_resume_may_move_memory_saves_and_logs_and_ends_in_the_same_bytes(
     assert "bit for bit" not in log
 
 
-def test_other_chunks_are_taken_recorded_and_said_to_change_the_dropout(stopped_run, long_run):
+def test_changed_chunk_tokens_are_recorded_and_reported_to_change_the_dropout(stopped_run, long_run):
     resume_job(stopped_run, overrides=["trainer.chunk_tokens=12"])
     assert read_config(stopped_run / "config.yaml").trainer.chunk_tokens == 12
     assert json.loads((stopped_run / "inputs.json").read_text())["config"]["trainer.chunk_tokens"] == 12
     said = re.search(r"INFO resumed with (.*)", (stopped_run / "run.log").read_text())[1]
     assert said.startswith("trainer.chunk_tokens=12 (was ")
     assert said.endswith(
-        "; the dropout masks are drawn anew, so the result will not be bit for bit that of the uninterrupted run"
+        "; the dropout masks change, so the result will not be bit-identical to that of an uninterrupted run"
     )
     assert outcome(stopped_run)["metrics.jsonl"] != outcome(long_run[1])["metrics.jsonl"]
 
@@ -449,19 +451,19 @@ def test_other_chunks_are_taken_recorded_and_said_to_change_the_dropout(stopped_
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optim.lr=0.1", r"optim\.lr=0\.1 cannot be given. Allowed with a resume: data\.cache_dir, "),
-        ("trainer.precision=float32", r"trainer\.precision=float32 cannot be given"),
-        ("evaluation.tasks=[demo]", r"evaluation\.tasks=\[demo\] cannot be given"),
-        ("trainer=cpu", r"trainer=cpu cannot be given"),
-        ("sweep.parallel=2", r"sweep\.parallel=2 cannot be given"),
-        ("trainer.recompute", r"trainer\.recompute cannot be given"),
+        ("optim.lr=0.1", r"optim\.lr=0\.1 cannot be changed when resuming, .* Allowed: data\.cache_dir, "),
+        ("trainer.precision=float32", r"trainer\.precision=float32 cannot be changed when resuming"),
+        ("evaluation.tasks=[demo]", r"evaluation\.tasks=\[demo\] cannot be changed when resuming"),
+        ("trainer=cpu", r"trainer=cpu cannot be changed when resuming"),
+        ("sweep.parallel=2", r"sweep\.parallel=2 cannot be changed when resuming"),
+        ("trainer.recompute", r"trainer\.recompute cannot be changed when resuming"),
         ("trainer.chunk_token=8", r"trainer\.chunk_token is not a setting\. Did you mean trainer\.chunk_tokens"),
         ("trainer.chunk_tokens=0", r"trainer\.chunk_tokens must be at least 1, auto, or null, got 0"),
         ("trainer.chunk_tokens=", r"trainer\.chunk_tokens must be an integer or one of auto or null, got ''"),
         ("trainer.chunk_tokens=[", r"the value of trainer\.chunk_tokens cannot be read: '\['"),
     ],
 )
-def test_a_resume_takes_no_setting_that_decides_the_result(override, message, stopped_run):
+def test_settings_that_affect_the_result_are_rejected_on_resume(override, message, stopped_run):
     before = (stopped_run / "config.yaml").read_bytes()
     with pytest.raises(ConfigError, match=message):
         resume_job(stopped_run, overrides=[override])
