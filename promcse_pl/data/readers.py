@@ -388,9 +388,7 @@ def _is_header(cells: list[Any], request: ColumnRequest, header: bool | None) ->
     if request.kind is SCORED_PAIRS and len(used) == len(SCORED_PAIRS.roles) and is_number(used[-1]):
         return False
     words = [len(cell.split()) for cell in used]
-    is_short_text = max(words, default=0) > 1 and not any(
-        roles_of(used)
-    )  # several words, and no known name beside them
+    is_short_text = max(words, default=0) > 1 and not any(roles_of(cells))  # no name that is known in the whole row
     if is_short_text or max(words, default=0) >= 4 or any(map(is_number, used)):
         advice = (
             "Set data.header=true or data.header=false"
