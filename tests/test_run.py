@@ -264,7 +264,7 @@ def test_a_run_killed_and_resumed_as_it_is_typed_ends_as_the_straight_one(here):
     save_small_encoder(here / "encoder")
     (here / "train.csv").write_text("a,b,c\n" + "".join(f"w{row} w7,w{row} w8,w{row + 40}\n" for row in range(5, 45)))
     settings = (
-        "data=triplets data.train=train.csv data.max_length=16 data.batch_size=4 data.dev=holdout trainer.epochs=40 "
+        "data=triplets data.train=train.csv data.max_length=16 data.batch_size=4 data.dev=holdout trainer.epochs=15 "
         "trainer.save_every=5 trainer.precision=float32 model.path=encoder evaluation.tasks=[] tracking.wandb=disabled"
     )
     clean = {
