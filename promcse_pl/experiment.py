@@ -99,7 +99,7 @@ def run_experiment(
         write_config(config, folder / CONFIG)  # again: what `auto` left open is settled now
     compare({name: inputs[name]["sha256"] for name in ("data.train", "data.dev", "model.path")})
     if resume:
-        log.info("going on after step %d", resume.step)
+        log.info("resuming after step %d", resume.step)
     elif ranks.rank == 0 and data.dev is not None:
         _score_frozen(config, encoder, data, device, console)
 

@@ -238,13 +238,13 @@ def read_unchanged(folder: Path, name: str, read: Callable[[], T]) -> T:
     """
 
     def version() -> tuple[int, int] | None:
-        with suppress(OSError):
+        with suppress(OSError, ValueError):  # also for a name that no file can have
             found = current(folder, name).stat()
             return found.st_ino, found.st_mtime_ns
         return None
 
     for attempt in range(_ATTEMPTS):
-        before, is_moving = version(), (folder / COMMIT).exists()
+        before, is_moving = version(), os.path.isdir(folder / COMMIT)  # noqa: PTH112  (Path.is_dir raises for a long name)
         try:
             result = read()
         except (PromcseError, OSError):

@@ -275,7 +275,15 @@ class FrozenBackbone(nn.Module):
             )
         # an adapter must find a folder from anywhere
         stored = hide_home(str(expand(name).absolute())) if is_folder(expand(name)) else name
-        backbone = cls(model, EncoderId(stored, commit, sha256), source)
+        try:
+            backbone = cls(model, EncoderId(stored, commit, sha256), source)
+        except EncoderError:
+            raise
+        except Exception as error:  # a config.json with values that transformers accepts and cannot run
+            raise EncoderError(
+                f"the encoder {name} does not run with its config.json: {type(error).__name__}: {first_line(error)}. Restore the "
+                "published file"
+            ) from error
         with suppress(EncoderError):  # an encoder without a tokenizer can be used with another tokenizer
             fingerprint = tokenizer_fingerprint(backbone.tokenizer)
             backbone.identity = dataclasses.replace(backbone.identity, tokenizer=fingerprint)

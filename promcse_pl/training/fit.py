@@ -254,7 +254,7 @@ def fit(
         every = config.trainer.eval_every
         if 2 * every > steps:
             every = max(1, steps // LOOKS)
-            log.info("a run of %d steps looks at the development set every %d", steps, every)
+            log.info("evaluating on the dev set every %d of %d steps", every, steps)
         best = BestByDev(data.dev, data.tokenizer, every=every, save_to=folder / ADAPTER)
     progress = ProgressBar(console) if console.is_terminal else ProgressLines(saver.total_training_seconds)
     watchers = [history, best, progress, saver]

@@ -269,6 +269,12 @@ def test_something_else_in_the_place_is_not_replaced(backbone, tmp_path, kind):
 # --- refused
 
 
+@pytest.mark.parametrize("name", ["a\0b", "x" * 5000, "x/" * 3000], ids=["NUL", "long name", "long path"])
+def test_a_name_that_no_folder_can_have_is_refused(name):
+    with pytest.raises(AdapterError, match="adapter.json cannot be read"):
+        load_adapter(name)
+
+
 def test_a_folder_that_is_not_an_adapter_is_refused(tmp_path):
     assert f"is not an adapter: it has no {DESCRIPTION}" in refusal(tmp_path)
     assert "is not an adapter" in refusal(tmp_path / "absent")

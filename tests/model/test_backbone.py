@@ -130,6 +130,13 @@ def test_an_unsupported_family_is_refused_by_name_before_weights_are_read(tmp_pa
     assert f"Supported: {', '.join(SUPPORTED)}" in message
 
 
+def test_a_config_that_transformers_reads_and_cannot_run_is_refused(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "return_dict": False}))
+    with pytest.raises(EncoderError, match="does not run with its config.json: AttributeError"):
+        FrozenBackbone.load(str(folder))
+
+
 def test_a_folder_without_config_is_refused(folder):
     (folder / "config.json").unlink()
     assert "without config.json" in refusal(folder)

@@ -226,7 +226,7 @@ def test_a_job_that_is_killed_and_resumed_is_one_whole_run_at_the_server(server,
     killed.wait()
     resumed = subprocess.run([*train, "--resume", str(run)], capture_output=True, text=True, check=False, timeout=120)
     assert resumed.returncode == 0, resumed.stderr
-    assert "going on after step" in resumed.stdout
+    assert "resuming after step" in resumed.stdout
     assert list(server.runs) == [read_status(run).wandb_id]
     there = server.runs[read_status(run).wandb_id]
     sent = [entry["step"] for _, entry in sorted(there["history"].items())]

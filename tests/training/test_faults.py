@@ -66,7 +66,7 @@ def test_a_disk_that_fills_up_costs_the_steps_since_the_last_save_and_the_run_go
         subprocess.run(["mount", "-o", "remount,size=4m", str(tmp_path / "disk")], check=True)
         again = promcse(tmp_path / "log", "train", "--resume", run)
         assert again.code == 0, again.stderr
-        assert f"going on after step {saved.step}" in again.stdout
+        assert f"resuming after step {saved.step}" in again.stdout
         assert read_status(run).state == "finished"
         whole = promcse(tmp_path / "log", "train", config, "--out", tmp_path / "whole")
         assert whole.code == 0, whole.stderr
