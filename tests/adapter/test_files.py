@@ -271,7 +271,7 @@ def test_something_else_in_the_place_is_not_replaced(backbone, tmp_path, kind):
 
 @pytest.mark.parametrize("name", ["a\0b", "x" * 5000, "x/" * 3000], ids=["NUL", "long name", "long path"])
 def test_a_name_that_no_folder_can_have_is_refused(name):
-    with pytest.raises(AdapterError, match="adapter.json cannot be read"):
+    with pytest.raises(AdapterError, match=r"adapter.json cannot be read"):
         load_adapter(name)
 
 

@@ -133,7 +133,7 @@ def test_an_unsupported_family_is_refused_by_name_before_weights_are_read(tmp_pa
 def test_a_config_that_transformers_reads_and_cannot_run_is_refused(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "return_dict": False}))
-    with pytest.raises(EncoderError, match="does not run with its config.json: AttributeError"):
+    with pytest.raises(EncoderError, match=r"does not run with its config.json: AttributeError"):
         FrozenBackbone.load(str(folder))
 
 
