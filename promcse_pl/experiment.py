@@ -204,7 +204,8 @@ def _report_rows(data: Any, folder: Path, ranks: Ranks) -> None:  # noqa: ANN401
     )
     if len(rows) < data.config.batch_size:
         log.info(
-            "they are fewer than data.batch_size=%d: an epoch is a single step. For more of them: data.batch_size=%d, say",
+            "%d rows are fewer than data.batch_size=%d: each epoch is one step. For about 10 steps per epoch: data.batch_size=%d",
+            len(rows),
             data.config.batch_size,
             max(2, len(rows) // 10),
         )
@@ -234,7 +235,8 @@ def _report_truncation(data: Any) -> None:  # noqa: ANN401  (PromcseDataModule)
     if share <= TRUNCATED_SHARE:
         log.info("%s", message)
     elif longer > length:
-        log.warning("%s. To truncate fewer: data.max_length=%d", message, longer)
+        most = min(data.longest_input, 512)
+        log.warning("%s. To truncate fewer: data.max_length=%d (the maximum here is %d)", message, longer, most)
     else:
         log.warning("%s, the maximum of data.max_length for this encoder", message)
 
@@ -244,8 +246,11 @@ def _score_frozen(config: Config, encoder: Any, data: Any, device: Any, console:
 
     The embeddings are cached for later runs, and for the final evaluation if it uses the same precision.
     """
+    import numpy as np
+
     from promcse_pl.data.sources import cache_dir
     from promcse_pl.embedder import PromCSE
+    from promcse_pl.evaluation.correlation import spearman
     from promcse_pl.evaluation.sts import score_task
     from promcse_pl.evaluation.targets import frozen_target
     from promcse_pl.evaluation.vectors import VectorCache
@@ -257,12 +262,20 @@ def _score_frozen(config: Config, encoder: Any, data: Any, device: Any, console:
         with progress_bar(console, "scoring the frozen encoder on the dev set", len(set(sentences))) as progress:
             vectors = VectorCache(cache_dir(config.data.cache_dir) / "vectors").vectors(model, sentences, progress)
         score = score_task([data.dev], vectors).all.spearman
+        highest = spearman(np.argsort(np.argsort(data.dev.gold, kind="stable")), data.dev.gold)
     except DataError as error:
         log.warning("the frozen encoder cannot be scored on the dev set: %s", error)
         return
     finally:
         for module, training in modes:
             module.training = training
+    if score >= highest - 1e-9:
+        log.warning(
+            "frozen encoder: dev Spearman %.2f, the highest possible on this dev set: it cannot rank training steps. Set "
+            "data.dev=FILE with more or harder pairs",
+            100 * score,
+        )
+        return
     if score >= MIN_FROZEN_SCORE:
         log.info("frozen encoder: dev Spearman %.2f", 100 * score)
         return

@@ -39,7 +39,7 @@ CONFIG, RESULTS, HISTORY, LOG, BAD_ROWS, ADAPTER, STATUS, LOCK, CHECKPOINTS, INP
 START, OUTPUT = "start.yaml", "output.log"
 """Files that a sweep writes into a job folder before the job starts: its config and its output."""
 _BEFORE_START = {START, OUTPUT, STATUS, LOCK, LOG, ".hydra"}
-_NEW_FOLDER = "python run.py hydra.run.dir=NEW_FOLDER, or promcse train CONFIG --out NEW_FOLDER"
+_NEW_FOLDER = "the same command with hydra.run.dir=NEW_FOLDER (promcse train: --out NEW_FOLDER)"
 State = Literal["running", "finished", "failed", "stopped", "pruned"]
 
 

@@ -178,7 +178,7 @@ def test_a_run_does_not_start_in_a_folder_with_other_content(name, here):
         done = start(here / "work", *arguments)
         assert (done.returncode, done.stdout) == (2, "")
         assert f"a run needs a new or empty folder, but ~/work contains {name.split('/')[0]}. Try: " in done.stderr
-        assert "hydra.run.dir=NEW_FOLDER" in done.stderr
+        assert "Try: the same command with hydra.run.dir=NEW_FOLDER" in done.stderr
         assert [path.read_text() for path in here.rglob("*") if path.is_file()] == ["mine"], "nothing is added or lost"
 
 

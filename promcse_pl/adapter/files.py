@@ -219,8 +219,9 @@ def _read_description(folder: Path) -> dict[str, Any]:
     try:
         about = json.loads(require_regular_file(path, at_most=DESCRIPTION_BYTES).read_text(encoding="utf-8"))
     except FileNotFoundError:
+        reason = f"it has no {DESCRIPTION}" if folder.is_dir() else "there is no such folder"
         raise AdapterError(
-            f"{folder} is not an adapter: it has no {DESCRIPTION}. Give the `adapter` folder of a run, or the run's folder"
+            f"{folder} is not an adapter: {reason}. Give the `adapter` folder of a run, or the run's folder"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path} cannot be read: {error}") from error

@@ -369,7 +369,10 @@ def _no_export(encoder: PromptEncoder) -> str:
     if backbone.family not in CLASSES:
         return f"its encoder is {backbone.family}, allowed: {', '.join(CLASSES)}"
     if encoder.pooling not in ("cls", "cls_before_pooler"):
-        return f"pooling {encoder.pooling} crashes there, allowed: cls, cls_before_pooler"
+        return (
+            f"it has no working pooling {encoder.pooling}, only cls and cls_before_pooler (export to sentence-transformers "
+            "instead)"
+        )
     if encoder.position_offset != prompt.length:
         return f"it shifts positions by the prompt length {prompt.length}, this adapter by {encoder.position_offset}"
     if backbone.dtype != torch.float32:

@@ -68,8 +68,9 @@ def export_peft(encoder: PromptEncoder, folder: str | Path) -> None:
         )
     if length == 0 or encoder.position_offset != length:
         raise AdapterError(
-            f"PEFT shifts positions by the prompt length, which is at least 1: got length {length} and position_offset "
-            f"{encoder.position_offset}"
+            f"PEFT shifts all positions by the prompt length, so it needs position_offset = prompt length >= 1; this adapter "
+            f"has position_offset {encoder.position_offset} and prompt length {length}. Train with prompt.position_offset=null, "
+            "or export to sentence-transformers"
         )
     with torch.no_grad():
         prompt_PLXNH = encoder.prompt().squeeze(2).permute(3, 0, 1, 2, 4)  # X: key or value

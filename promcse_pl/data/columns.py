@@ -31,8 +31,8 @@ ROLE_OF_NAME = {
 Numbered names (sent0, sent1, sent2; sentence1, sentence2; sentence_A, sentence_B; a, b) get their roles by rank, see `roles_of`.
 """
 _NUMBERED = re.compile(r"(?:(sent|sentence|text|question|query|title|caption|phrase)_?([0-3a-c])|()([a-c]))")
-_LABEL = re.compile(r"is_.*|same|class|verdict|quality|(?:.*_)?(?:labels?|scores?|ratings?|relevance|judge?ments?)")
-_ID = re.compile(r"(?:unnamed:)?|(?:.*_)?(?:id|idx|index)|(?:q|p|doc|corpus|gu|uu)id")
+_LABEL = re.compile(r"is_.*|class|verdict|(?:.*_)?(?:labels?|scores?|ratings?|relevance|judge?ments?)")
+_ID = re.compile(r"(?:unnamed:)?|(?:.*_)?(?:id|idx|index)|(?:q|p|doc|corpus|gu|uu)id|nr|no|num|number|row|key")
 _NO_TEXT = {"note", "source", "split"}
 _PLAIN_NAME = re.compile(r"(?!(?:null|true|false|nan|inf)$)[A-Za-z_][A-Za-z0-9_-]*", re.IGNORECASE)
 
@@ -153,7 +153,10 @@ class ColumnRequest:
         kind = TRAINING_ROWS[len(positions)].name
         without = "" if kind == self.kind.name else f" (no column is left for {self.kind.name})"
         columns = [_typed_column(names, position) for position in positions]
-        return f"Select the columns to read{without}: {self.command(kind, columns)}"
+        shown = ", ".join(short_name(names[position]) if names else str(position) for position in positions)
+        titles = ", ".join(TRAINING_ROWS[len(positions)].titles)
+        condition = f"If {shown} are {titles} in this order" if len(positions) > 1 else f"If {shown} is the {titles}"
+        return f"{condition}{without}: {self.command(kind, columns)}"
 
     def _too_few(self, count: int) -> str:
         if not self.configurable:

@@ -391,7 +391,7 @@ def _is_header(cells: list[Any], request: ColumnRequest, header: bool | None) ->
     is_short_text = max(words, default=0) > 1 and not any(roles_of(cells))  # no name that is known in the whole row
     if is_short_text or max(words, default=0) >= 4 or any(map(is_number, used)):
         advice = (
-            "Set data.header=true or data.header=false"
+            "Set data.header=false if it is data, data.header=true if it holds column names"
             if request.configurable
             else f"Add a first line with column names ({', '.join(request.kind.titles)})"
         )

@@ -83,8 +83,10 @@ def find_file(name: str, config: DataConfig, key: str) -> Path:
     for place in places:
         if is_there(place):
             return place
+    if path.is_absolute():
+        raise DataError(f"{key}={name} does not exist. Check the path")
     looked = " and ".join(str(place.absolute()) for place in places)
-    hint = "" if base or path.is_absolute() else f", or data.dir=FOLDER with {name} in it"
+    hint = "" if base else f", or data.dir=FOLDER with {name} in it"
     raise DataError(f"{key}={name} does not exist; searched {looked}. Try: {key}=FILE{hint}")
 
 

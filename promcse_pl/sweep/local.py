@@ -183,7 +183,7 @@ def summary(folder: Path, plan: Plan, stopped: int | None) -> int:
     if best := find_best(runs):
         score = f"{best.run.dev:.2f}"
         if best.row.n > 1:
-            score = f"{figure(best.row.dev, best.row.std)} (mean of {best.row.n} seeds), highest {score}"
+            score = f"{figure(best.row.dev, best.row.std)} (mean of {best.row.n} seeds), its best seed {score}"
         job = next(job for job in plan.jobs if job.folder == best.run.name)
         tell(f"best on dev: {score}, job {job.folder}{_own(plan, job)}")
     elif why := different_dev_sets(runs):

@@ -278,7 +278,7 @@ def check_new(folder: Path, jobs: Iterable[SweepJob]) -> None:
         raise ConfigError(
             f"{folder} already contains a sweep. Try: another folder, or {run_command('-m', f'sweep.resume={folder}')}"
         )
-    advice = "python run.py -m hydra.sweep.dir=NEW_FOLDER ..."
+    advice = "the same command with hydra.sweep.dir=NEW_FOLDER"
     for job in jobs:
         path = folder / job.folder
         if path.is_symlink():

@@ -13,7 +13,8 @@ from pathlib import Path
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from promcse_pl.folder import CONFIG
+from promcse_pl.errors import DataError
+from promcse_pl.folder import CONFIG, read_status
 from promcse_pl.paths import hide_home, run_command
 from promcse_pl.streams import visible
 from promcse_pl.sweep.collect import Run, Sweep
@@ -60,7 +61,7 @@ def ranked_table(sweep: Sweep, rows: Sequence[Row], *, by_seed: bool, tests: boo
     table.add_column("#", justify="right")
     table.add_column("run", overflow="fold")
     for name in ["unlike most runs"] if usual else names:
-        table.add_column(plain(name.replace(".", ".\n")), justify="left" if usual else "right", overflow="fold")
+        table.add_column(plain(name).replace(".", ".\n"), justify="left" if usual else "right", overflow="fold")
     for title in ("dev", *(["n"] if several else []), *map(plain, tasks), "time"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("status")
@@ -120,6 +121,15 @@ def failures(runs: Sequence[Run]) -> list[tuple[Run, list[str]]]:
     return [(run, messages) for run, messages in told if messages]
 
 
+def _has_finished(run: Run) -> bool:
+    """Return whether a run finished by its status, even if its results are damaged: a resume would not run it again."""
+    try:
+        status = read_status(run.folder)
+    except DataError:
+        return False
+    return status is not None and status.state == "finished"
+
+
 def commands(sweep: Sweep) -> list[tuple[str, str]]:
     """Return the next commands, each with a description: repeat the best run, run what is not finished."""
     found = []
@@ -130,7 +140,7 @@ def commands(sweep: Sweep) -> list[tuple[str, str]]:
         arguments = ["promcse", "train", str(run.folder / CONFIG), "--out", again]
         seed = f", seed {run.settings['seed']}" if len(best.row.runs) > 1 and "seed" in run.settings else ""
         found.append((f"repeat the best run ({run.name}{seed})", shlex.join(arguments)))
-    unfinished = [run for run in sweep.runs if run.state in UNFINISHED]
+    unfinished = [run for run in sweep.runs if run.state in UNFINISHED and not _has_finished(run)]
     if unfinished and sweep.planned:
         resume = run_command("-m", f"sweep.resume={sweep.folder}")
         found.append((f"run what is not finished ({_runs(len(unfinished))})", resume))

@@ -143,9 +143,11 @@ def test_the_encoder_may_lie_elsewhere_now(tmp_path):
 def test_what_peft_cannot_hold_is_refused(tmp_path):
     with pytest.raises(AdapterError, match="head cannot be stored by PEFT"):
         export_peft(prompt_encoder(tmp_path / "encoder", head="mlp"), tmp_path / "peft")
-    with pytest.raises(AdapterError, match="shifts positions by the prompt length"):
+    with pytest.raises(
+        AdapterError, match="needs position_offset = prompt length >= 1; this adapter has position_offset 0"
+    ):
         export_peft(prompt_encoder(tmp_path / "encoder", position_offset=0), tmp_path / "peft")
-    with pytest.raises(AdapterError, match="got length 0"):
+    with pytest.raises(AdapterError, match="and prompt length 0"):
         export_peft(PromptEncoder(small_backbone(), length=0), tmp_path / "peft")
     with pytest.raises(AdapterError, match="does not run on modernbert"):
         export_peft(PromptEncoder(small_backbone("modernbert"), length=P), tmp_path / "peft")

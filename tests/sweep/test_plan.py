@@ -259,7 +259,7 @@ def test_a_new_sweep_does_not_write_into_a_folder_with_other_content(tmp_path):
     check_new(tmp_path, JOBS)
     (tmp_path / "0/thesis.tex").touch()
     with pytest.raises(
-        ConfigError, match=r"/0 contains thesis\.tex\. Try: python run\.py -m hydra\.sweep\.dir=NEW_FOLDER"
+        ConfigError, match=r"/0 contains thesis\.tex\. Try: the same command with hydra\.sweep\.dir=NEW_FOLDER"
     ):
         check_new(tmp_path, JOBS)
 

@@ -393,13 +393,24 @@ def test_a_frozen_encoder_score_below_zero_is_a_warning(tmp_path):
     run_small(tmp_path, "right", data={"dev": str(scored_by_the_encoder(tmp_path, 1))})
     run_small(tmp_path, "reversed", data={"dev": str(scored_by_the_encoder(tmp_path, -1))})
     right, reverse = ((tmp_path / name / "run.log").read_text() for name in ("right", "reversed"))
-    assert "INFO frozen encoder: dev Spearman 100.00" in right
+    assert "WARNING frozen encoder: dev Spearman 100.00, the highest possible on this dev set: it cannot rank" in right
     assert "WARNING frozen encoder: dev Spearman -100.00, but a pre-trained" in reverse
     assert (
         f"Check the columns of data.dev={tmp_path}/dev-1.csv and data.train, and that higher scores mean more similar"
         in reverse
     )
     assert right.index("frozen encoder: dev Spearman") < right.index("step 1: dev Spearman")
+
+
+def test_a_usual_frozen_encoder_score_is_logged_before_training(tmp_path):
+    path = scored_by_the_encoder(tmp_path, 1)
+    header, *rows = path.read_text().splitlines()
+    texts, scores = zip(*(row.rsplit(",", 1) for row in rows), strict=True)
+    mixed = [scores[1], scores[0], *scores[2:]]
+    path.write_text("\n".join([header, *(f"{text},{score}" for text, score in zip(texts, mixed, strict=True))]) + "\n")
+    run_small(tmp_path, data={"dev": str(path)})
+    log = (tmp_path / "run/run.log").read_text()
+    assert re.search(r"INFO frozen encoder: dev Spearman 9\d\.\d\d$", log, re.MULTILINE)
 
 
 def test_scoring_the_frozen_encoder_changes_no_generator_and_no_mode_and_encodes_once(tmp_path, monkeypatch):
