@@ -113,12 +113,13 @@ def load_task(senteval: str | Path, task: str) -> list[ScoredPairs]:
     return [_load_year_subset(folder, subset) for subset in YEARS[task]]
 
 
-def load_pairs(path: Path) -> ScoredPairs:
+def load_pairs(path: str | Path) -> ScoredPairs:
     """Read a file of two texts and a score; see `read_scored_pairs`.
 
     Raises:
         DataError: The file or a row is invalid, or its scores are constant, so that no correlation is defined.
     """
+    path = Path(path)
     rows = read_scored_pairs(path)
     if len({score for _, _, score in rows}) < 2:
         raise DataError(

@@ -79,12 +79,13 @@ class Sweep:
     warnings: list[str]
 
 
-def read_sweep(folder: Path) -> Sweep:
+def read_sweep(folder: str | Path) -> Sweep:
     """Read a sweep's folder, or any folder with runs somewhere below it.
 
     Raises:
         DataError: There is no such folder, or no run in it.
     """
+    folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder. Try: promcse report multirun/DATE/TIME")
     warnings: list[str] = []

@@ -41,7 +41,7 @@ def test_runs_are_ranked_by_dev_and_show_what_varies(tmp_path, capsys):
     write_sweep(tmp_path / "s", loss__temperature=[0.03, 0.05], loss__margin=[0.1, 0.2])
     for name, score in zip("0123", (70.0, 72.5, math.nan, 71.0), strict=True):
         finish(tmp_path / "s" / name, [], score)
-    sweep = read_sweep(tmp_path / "s")
+    sweep = read_sweep(str(tmp_path / "s"))
     assert varied_settings(sweep.runs) == ["loss.temperature", "loss.margin"]
     rows = rank(sweep.runs, by_seed=False)
     assert [(row.runs[0].name, row.rank) for row in rows] == [("1", 1), ("3", 2), ("0", 3), ("2", None)]
