@@ -65,8 +65,8 @@ def test_similarity_prints_the_cosine(trained_run, capsys):
         (["encode", "RUN", "corpus.txt", "--out", "nowhere/v.npy"], "the folder of --out nowhere/v.npy does not exist"),
         (["encode", "RUN", "missing.txt", "--out", "v.npy"], "missing.txt does not exist; the current folder is "),
         (["encode", "RUN", "corpus.pdf", "--out", "v.npy"], "corpus.pdf"),
-        (["encode", "missing", "corpus.txt", "--out", "v.npy"], "missing is not an adapter: it has no adapter.json"),
-        (["similarity", "missing", "a", "b"], "missing is not an adapter: it has no adapter.json"),
+        (["encode", "missing", "corpus.txt", "--out", "v.npy"], "missing is not an adapter: there is no such folder"),
+        (["similarity", "missing", "a", "b"], "missing is not an adapter: there is no such folder"),
         (["train", "missing.yaml", "--out", "run"], "cannot read the config missing.yaml: "),
     ],
 )

@@ -119,7 +119,7 @@ def test_terminal_report_html_and_wandb_name_the_same_best_run(seeds, capsys):
     folder, plan = seeds
     assert summary(folder, plan, None) == 0
     assert (
-        "best on dev: 71.00 ± 1.00 (mean of 3 seeds), highest 72.00, job 2 (loss.margin=0.1 seed=3)"
+        "best on dev: 71.00 ± 1.00 (mean of 3 seeds), its best seed 72.00, job 2 (loss.margin=0.1 seed=3)"
         in capsys.readouterr().out
     )
     for arguments in ([], ["--runs"]):
