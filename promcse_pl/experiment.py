@@ -228,15 +228,15 @@ def _excerpt(text: str) -> str:
 def _report_truncation(data: Any) -> None:  # noqa: ANN401  (PromcseDataModule)
     rows, length = data.token_rows, data.config.max_length
     share = rows.truncated / (len(rows) * rows.width)
-    longer = min(2 * length, data.longest_input, 512)
+    most = min(data.longest_input, 512)
     if not rows.truncated:
         return
     message = f"{100 * share:.1f} % of the sentences ({rows.truncated:,}) are truncated to {length} tokens"
     if share <= TRUNCATED_SHARE:
         log.info("%s", message)
-    elif longer > length:
-        most = min(data.longest_input, 512)
-        log.warning("%s. To truncate fewer: data.max_length=%d (the maximum here is %d)", message, longer, most)
+    elif most > length:
+        advised = min(2 * length, most)
+        log.warning("%s. To truncate fewer: data.max_length=%d (the maximum here is %d)", message, advised, most)
     else:
         log.warning("%s, the maximum of data.max_length for this encoder", message)
 

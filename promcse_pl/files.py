@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from promcse_pl.errors import DataError, PromcseError
+from promcse_pl.paths import require_regular_file
 
 T = TypeVar("T")
 
@@ -185,10 +187,8 @@ def update_folder(folder: Path, own: Sequence[str], *, error: type[PromcseError]
         with staging_folder(folder) as staged:
             yield staged
             names = [path.name for path in staged.iterdir()]
-            for name in names:
-                if (staged / name).is_file() and (
-                    folder / name
-                ).is_dir():  # before the commit: nothing can move it later
+            for name in names:  # before the commit, which could not be completed
+                if (staged / name).is_file() and (folder / name).is_dir():
                     raise error(
                         f"{folder / name} is a folder, and a file of that name is to be written. Move it elsewhere"
                     )
@@ -226,6 +226,15 @@ def current(folder: Path, name: str) -> Path:
     """Return the path of the newest version of an entry written by `update_folder`: in the folder, or still in `COMMIT`."""
     committed = folder / COMMIT / name
     return committed if os.path.lexists(committed) else folder / name
+
+
+def own_description(folder: Path, name: str, keys: Set[str]) -> dict[str, Any] | None:
+    """Return the JSON object in a file of a folder if it has all keys; None if it is absent or another program wrote it."""
+    try:
+        about = json.loads(require_regular_file(current(folder, name)).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return about if isinstance(about, dict) and keys <= set(about) else None
 
 
 def read_unchanged(folder: Path, name: str, read: Callable[[], T]) -> T:

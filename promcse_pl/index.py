@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from promcse_pl.errors import AdapterError, ConfigError, DataError, PromcseError
-from promcse_pl.files import current, read_unchanged, refuse_taken, update_folder
+from promcse_pl.files import current, own_description, read_unchanged, refuse_taken, update_folder
 from promcse_pl.model.weights import file_sha256
 from promcse_pl.paths import require_regular_file
 from promcse_pl.version import __version__
@@ -156,7 +156,7 @@ class SentenceIndex:
         folder = Path(folder)
         if self._vectors is None:
             raise DataError("the index is empty: add sentences before you save it")
-        if not _is_index(folder):
+        if own_description(folder, DESCRIPTION, {"format", "promcse_pl", "adapter", "sha256"}) is None:
             refuse_taken(folder, error=AdapterError)
         own = (SENTENCES, *VECTORS.values(), DESCRIPTION)
         with self._lock, update_folder(folder, own, error=AdapterError) as new:
@@ -234,15 +234,6 @@ class SentenceIndex:
         ) as error:
             raise DataError(f"{folder} is not an index, or is damaged: {type(error).__name__}: {error}") from error
         return index
-
-
-def _is_index(folder: Path) -> bool:
-    """Return whether a folder contains an index written by this package, not an index.json of another program."""
-    try:
-        about = json.loads(require_regular_file(current(folder, DESCRIPTION)).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(about, dict) and {"format", "promcse_pl", "adapter", "sha256"} <= set(about)
 
 
 def _read_npy(path: Path, shape: tuple[int, int]) -> NDArray[np.float32]:

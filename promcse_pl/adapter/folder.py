@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from promcse_pl.errors import AdapterError
-from promcse_pl.files import current, refuse_taken
-from promcse_pl.paths import require_regular_file
+from promcse_pl.files import current, own_description, refuse_taken
 
 WEIGHTS, DESCRIPTION = "adapter.safetensors", "adapter.json"
 BUNDLED_NAME = "encoder"
@@ -27,12 +25,8 @@ def find_adapter(folder: Path) -> Path | None:
 
 def written_description(folder: Path) -> dict[str, Any] | None:
     """Return the description of an adapter written by this package; None if absent or written by another program."""
-    try:
-        about = json.loads(require_regular_file(current(folder, DESCRIPTION)).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    ours = isinstance(about, dict) and {"format", "promcse_pl", "encoder"} <= set(about)
-    return about if ours and isinstance(about["encoder"], dict) else None
+    about = own_description(folder, DESCRIPTION, {"format", "promcse_pl", "encoder"})
+    return about if about and isinstance(about["encoder"], dict) else None
 
 
 def check_target(folder: Path) -> None:

@@ -252,15 +252,14 @@ def _guess(names: Sequence[str] | None, count: int, kind: RowKind) -> list[int]:
     found = _candidates(names, kind)
     chosen = {role: positions[0] for role, positions in found.items() if positions}
     roles = roles_of(names)
-    no_texts = ("id",) if kind is SCORED_PAIRS else ("id", "score", "label")
     rest = [
         position
         for position in range(count)
         if position not in chosen.values()
-        and roles[position] not in no_texts
+        and roles[position] not in ("id", "score", "label")
         and names[position].strip().lower() not in _NO_TEXT
     ]
-    rest.sort(key=lambda position: (roles[position] in ("score", "label"), roles[position] in TEXT_ROLES))
+    rest.sort(key=lambda position: roles[position] in TEXT_ROLES)
     guess = [chosen[role] if role in chosen else rest.pop(0) for role in kind.roles if role in chosen or rest]
     return guess or list(range(len(kind.roles)))
 

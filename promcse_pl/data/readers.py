@@ -424,7 +424,7 @@ def _score(value: object, label: str) -> float:
 
 
 def is_number(text: str) -> bool:
-    """Tell whether a text is a finite number."""
+    """Return whether a text is a finite number."""
     try:
         return math.isfinite(float(text))
     except ValueError:

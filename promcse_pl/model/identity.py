@@ -8,37 +8,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-_BERT_FIELDS = (
+_COMMON_FIELDS = (
     "model_type",
     "vocab_size",
     "hidden_size",
     "num_hidden_layers",
     "num_attention_heads",
     "intermediate_size",
-    "hidden_act",
     "max_position_embeddings",
-    "type_vocab_size",
-    "layer_norm_eps",
     "pad_token_id",
-    "is_decoder",
 )
+_BERT_FIELDS = (*_COMMON_FIELDS, "hidden_act", "type_vocab_size", "layer_norm_eps", "is_decoder")
 CONFIG_FIELDS: dict[str, tuple[str, ...]] = {
     "bert": _BERT_FIELDS,
     "roberta": _BERT_FIELDS,
     "xlm-roberta": _BERT_FIELDS,
     "electra": (*_BERT_FIELDS, "embedding_size"),
     "modernbert": (
-        "model_type",
-        "vocab_size",
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "intermediate_size",
+        *_COMMON_FIELDS,
         "hidden_activation",
-        "max_position_embeddings",
         "norm_eps",
         "norm_bias",
-        "pad_token_id",
         "attention_bias",
         "mlp_bias",
         "layer_types",
