@@ -279,12 +279,10 @@ def _check_results(folder: Path) -> None:
     Raises:
         ConfigError: The folder has a results file that no evaluation wrote, for example that of a run.
     """
-    from promcse_pl.folder import RESULTS, read_json
+    from promcse_pl.files import own_description
+    from promcse_pl.folder import RESULTS
 
-    tree = None
-    with suppress(DataError):
-        tree = read_json(folder / RESULTS)
-    if isinstance(tree, dict) and {"targets", "tasks", "comparisons"} <= set(tree):
+    if own_description(folder, RESULTS, {"targets", "tasks", "comparisons"}) is not None:
         return
     for path in (folder / RESULTS, folder / "results.md", folder / "results.tex"):
         if path.exists():
