@@ -7,11 +7,11 @@ from sentence_transformers import SentenceTransformerTrainer, SentenceTransforme
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 from promcse_pl import PromCSE
-from promcse_pl.adapter.files import save_adapter
-from promcse_pl.adapter.sentence_transformers import as_sentence_transformer
+from promcse_pl.adapter import save_adapter
 from promcse_pl.data.demo import demo_triplets
-from promcse_pl.model.backbone import FrozenBackbone
-from promcse_pl.model.encoder import PromptEncoder
+from promcse_pl.interop.sentence_transformers import as_sentence_transformer
+from promcse_pl.models.backbone import FrozenBackbone
+from promcse_pl.models.encoder import PromptEncoder
 
 backbone = FrozenBackbone.load("sentence-transformers/all-MiniLM-L6-v2")
 model = as_sentence_transformer(PromCSE(PromptEncoder(backbone, length=10, pooling="avg")))

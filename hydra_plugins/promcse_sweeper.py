@@ -1,4 +1,4 @@
-"""Hydra's side of a sweep: overrides in, composed configs out. Hydra looks for plugins in the package hydra_plugins."""
+"""Hydra's side of a sweep: overrides in, composed configs out. Hydra accepts plugins only from the package hydra_plugins."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from promcse_pl.cli.compose import config_of
 from promcse_pl.config import Config, SweepConfig
-from promcse_pl.errors import ConfigError, PromcseError, write_error
-from promcse_pl.sweep.compose import config_of
-from promcse_pl.sweep.plan import SweepJob
-from promcse_pl.sweep.run import run_sweep
-from promcse_pl.sweep.search import Interval, run_search
-from promcse_pl.training.ranks import refuse_sweep
+from promcse_pl.sweeps.plan import SweepJob
+from promcse_pl.sweeps.run import run_sweep
+from promcse_pl.sweeps.search import Interval, run_search
+from promcse_pl.training.distributed import refuse_sweep
+from promcse_pl.utils.errors import ConfigError, PromcseError, write_error
 
 # plain values: workers of other launchers unpickle them without importing this module
 NODE = {"_target_": "hydra_plugins.promcse_sweeper.PromcseSweeper", "params": None}
@@ -32,11 +32,14 @@ ConfigStore.instance().store(group="hydra/sweeper", name="promcse", node=NODE, p
 
 
 class PromcseSweeper(Sweeper):
-    """Hands the jobs of a command line to `promcse_pl.sweep`, which plans, starts and records them.
+    """Hands the jobs of a command line to `promcse_pl.sweeps`, which plans, starts and records them.
 
     Args:
         params: The sweep's overrides of a file in conf/sweep; the command line wins over them.
     """
+
+    hydra_context: HydraContext
+    config: DictConfig
 
     def __init__(self, params: dict[str, Any] | None = None) -> None:
         self.params = dict(params or {})

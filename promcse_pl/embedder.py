@@ -15,11 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from promcse_pl.adapter import files
-from promcse_pl.errors import ConfigError, DataError, NonFiniteError, TextTypeError
+from promcse_pl import adapter as adapter_files
+from promcse_pl.data.batch import Tokens
 from promcse_pl.index import Hit, Kind, SentenceIndex
-from promcse_pl.model.chunks import CHUNK_TOKENS
-from promcse_pl.model.encoder import PromptEncoder, Tokens
+from promcse_pl.models.cpu.chunks import CHUNK_TOKENS
+from promcse_pl.models.encoder import PromptEncoder
+from promcse_pl.utils.errors import ConfigError, DataError, NonFiniteError, TextTypeError
 
 Vectors = NDArray[np.float32]
 BLOCK_SENTENCES = 4096
@@ -77,7 +78,7 @@ class PromCSE:
         if dtype not in ("float32", "bfloat16", "float16", "int8"):
             raise ConfigError(f"dtype must be float32, bfloat16, float16 or int8, got {dtype!r}")
         kept = torch.float32 if dtype == "int8" else getattr(torch, dtype)
-        model = files.load_adapter(folder, encoder=encoder, dtype=kept).to(pick_device(device))
+        model = adapter_files.load_adapter(folder, encoder=encoder, dtype=kept).to(pick_device(device))
         if dtype == "int8":
             model.backbone.quantize()
         return cls(model)
@@ -143,7 +144,7 @@ class PromCSE:
 
     def adapter_hash(self) -> str:
         """Return the hex sha256 of everything that affects the embeddings, including the tokenizer in use."""
-        return files.adapter_hash(self.encoder, self.tokenizer)
+        return adapter_files.adapter_hash(self.encoder, self.tokenizer)
 
     def build_index(
         self, sentences: Iterable[str], *, kind: Kind = "exact", progress: Callable[[int], None] | None = None

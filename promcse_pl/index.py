@@ -15,10 +15,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from promcse_pl.errors import AdapterError, ConfigError, DataError, PromcseError
-from promcse_pl.files import current, own_description, read_unchanged, refuse_taken, update_folder
-from promcse_pl.model.weights import file_sha256
-from promcse_pl.paths import require_regular_file
+from promcse_pl.models.weights import file_sha256
+from promcse_pl.utils.errors import AdapterError, ConfigError, DataError, PromcseError
+from promcse_pl.utils.files import current, own_description, read_unchanged, refuse_taken, update_folder
+from promcse_pl.utils.paths import require_regular_file
 from promcse_pl.version import __version__
 
 Kind = Literal["exact", "flat", "ivf"]

@@ -15,11 +15,11 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 from promcse_pl.config import Config
+from promcse_pl.data.batch import Tokens
 from promcse_pl.data.demo import demo_pairs
-from promcse_pl.job import run_job
-from promcse_pl.model.backbone import FrozenBackbone
-from promcse_pl.model.encoder import Tokens
-from promcse_pl.model.identity import EncoderId
+from promcse_pl.models.backbone import FrozenBackbone
+from promcse_pl.models.identity import EncoderId
+from promcse_pl.runs.lifecycle import run_job
 
 ROOT = Path(__file__).resolve().parents[1]
 WHOLE_GOLDEN, SOME_GOLDEN = ROOT / "../shared/golden", ROOT / "tests/golden/numbers"

@@ -11,11 +11,11 @@ from torch.nn import functional as F
 from transformers import AutoModel
 
 from promcse_pl import embedder as module
-from promcse_pl.adapter.files import save_adapter
+from promcse_pl.adapter import save_adapter
 from promcse_pl.embedder import PromCSE, pick_device
-from promcse_pl.errors import ConfigError, DataError, EncoderError, NonFiniteError
-from promcse_pl.model.backbone import FrozenBackbone
-from promcse_pl.model.encoder import PromptEncoder
+from promcse_pl.models.backbone import FrozenBackbone
+from promcse_pl.models.encoder import PromptEncoder
+from promcse_pl.utils.errors import ConfigError, DataError, EncoderError, NonFiniteError
 
 MIXED = ["w7", "w8 w9 w10 w11 w12 w13 w14 w15", "w8 w9", "w90 w91 w92 w93 w94", "w7 w8", ""] * 7
 ENGLISH = [

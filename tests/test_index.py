@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from promcse_pl.adapter.files import save_adapter
+from promcse_pl.adapter import save_adapter
 from promcse_pl.embedder import PromCSE
-from promcse_pl.errors import AdapterError, ConfigError, DataError
 from promcse_pl.index import FORMAT, SentenceIndex
-from promcse_pl.model.backbone import FrozenBackbone
-from promcse_pl.model.encoder import PromptEncoder
+from promcse_pl.models.backbone import FrozenBackbone
+from promcse_pl.models.encoder import PromptEncoder
+from promcse_pl.utils.errors import AdapterError, ConfigError, DataError
 
 CORPUS = ["w5 w6", "w7", "w8 w9 w10", "w5 w6", "w11 w12 w13 w14", "w40", "w41 w42", "w90 w91 w92"]
 

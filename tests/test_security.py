@@ -6,7 +6,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from promcse_pl.sweep import collect
+from promcse_pl.sweeps import collect
 
 SOURCES = [*sorted((ROOT / "promcse_pl").rglob("*.py")), ROOT / "run.py"]
 

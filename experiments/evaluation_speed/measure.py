@@ -15,13 +15,14 @@ from pathlib import Path
 
 import torch
 
+from promcse_pl.data.batch import Tokens
+from promcse_pl.data.pairs import TASKS, ScoredPairs, load_task
 from promcse_pl.embedder import PromCSE
-from promcse_pl.evaluation.sts import TASKS, ScoredPairs, load_task, score_task
+from promcse_pl.evaluation.sts import score_task
 from promcse_pl.evaluation.suite import evaluate
 from promcse_pl.evaluation.targets import Member, Target, find_targets
 from promcse_pl.evaluation.tasks import load_tasks
 from promcse_pl.evaluation.vectors import VectorCache
-from promcse_pl.model.encoder import Tokens
 from promcse_pl.version import __version__
 
 HERE = Path(__file__).resolve().parent

@@ -17,10 +17,11 @@ import torch
 from machine import describe, seconds
 from shapes import LENGTH, SEED, random_batch, random_encoder
 
-from promcse_pl.loss.hybrid import hybrid_loss
-from promcse_pl.model import encoder as module
-from promcse_pl.model.chunks import CHUNK_TOKENS
-from promcse_pl.model.encoder import PromptEncoder, Tokens
+from promcse_pl.data.batch import Tokens
+from promcse_pl.losses.hybrid import hybrid_loss
+from promcse_pl.models import encoder as module
+from promcse_pl.models.cpu.chunks import CHUNK_TOKENS
+from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.training.precision import choose_dtype
 
 HERE = Path(__file__).resolve().parent

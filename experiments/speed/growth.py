@@ -22,9 +22,9 @@ from transformers import AutoConfig, AutoModel
 from promcse_pl.data.readers import read_rows
 from promcse_pl.data.tokens import file_source, load_tokens
 from promcse_pl.embedder import PromCSE
-from promcse_pl.model.backbone import FrozenBackbone
-from promcse_pl.model.encoder import PromptEncoder
-from promcse_pl.model.identity import EncoderId
+from promcse_pl.models.backbone import FrozenBackbone
+from promcse_pl.models.encoder import PromptEncoder
+from promcse_pl.models.identity import EncoderId
 
 HERE = Path(__file__).resolve().parent
 SIZES = (1_000, 10_000, 100_000, 400_000)

@@ -35,8 +35,8 @@ from rows import (
     training_step,
 )
 
-from promcse_pl.evaluation.sts import TASKS, load_task
-from promcse_pl.model.backbone import FrozenBackbone
+from promcse_pl.data.pairs import TASKS, load_task
+from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.training.precision import choose_dtype
 
 HERE = Path(__file__).resolve().parent

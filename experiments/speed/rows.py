@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from promcse_pl.data.module import EpochBatches, TrainBatch, TrainBatches
+from promcse_pl.data.batch import TrainBatch
+from promcse_pl.data.module import EpochBatches, TrainBatches
 from promcse_pl.data.readers import read_rows
 from promcse_pl.data.tokens import file_source, load_tokens
 from promcse_pl.embedder import PromCSE
-from promcse_pl.loss.hybrid import hybrid_loss
-from promcse_pl.model import attention, backbone, chunks, dropout, layers, prompt
-from promcse_pl.model.backbone import FrozenBackbone, locate
-from promcse_pl.model.encoder import PromptEncoder
+from promcse_pl.losses.hybrid import hybrid_loss
+from promcse_pl.models import attention, backbone, prompt
+from promcse_pl.models.backbone import FrozenBackbone, locate
+from promcse_pl.models.cpu import chunks, dropout, layers
+from promcse_pl.models.encoder import PromptEncoder
 
 NAME = "sentence-transformers/all-MiniLM-L6-v2"
 LENGTH, TRIPLETS, MAX_LENGTH, SEED = 10, 128, 32, 1
@@ -73,7 +75,7 @@ def without_sorting() -> Iterator[None]:
     def plan(lengths_N: Tensor, budget: int) -> list[Tensor]:
         return list(torch.arange(len(lengths_N)).split(max(1, budget // int(lengths_N.max()))))
 
-    with patch("promcse_pl.model.encoder.plan_chunks", plan):
+    with patch("promcse_pl.models.encoder.plan_chunks", plan):
         yield
 
 

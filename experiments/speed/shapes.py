@@ -15,12 +15,13 @@ import torch
 from machine import describe, in_own_process, matrix_rate, peak_bytes, seconds
 from transformers import AutoConfig, AutoModel
 
-from promcse_pl.loss.hybrid import hybrid_loss
-from promcse_pl.model.backbone import FrozenBackbone
-from promcse_pl.model.chunks import CHUNK_TOKENS
-from promcse_pl.model.encoder import PromptEncoder, Tokens
-from promcse_pl.model.identity import EncoderId
-from promcse_pl.model.pooling import Pooling
+from promcse_pl.data.batch import Tokens
+from promcse_pl.losses.hybrid import hybrid_loss
+from promcse_pl.models.backbone import FrozenBackbone
+from promcse_pl.models.cpu.chunks import CHUNK_TOKENS
+from promcse_pl.models.encoder import PromptEncoder
+from promcse_pl.models.identity import EncoderId
+from promcse_pl.models.pooling import Pooling
 
 HERE = Path(__file__).resolve().parent
 SHAPES = {

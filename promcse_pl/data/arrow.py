@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from promcse_pl.data.columns import ColumnRequest, listed, short_name
 from promcse_pl.data.files import open_file
-from promcse_pl.errors import DataError
-from promcse_pl.paths import is_plain_name
+from promcse_pl.utils.errors import DataError
+from promcse_pl.utils.paths import is_plain_name
 
 if TYPE_CHECKING:
     import pyarrow as pa

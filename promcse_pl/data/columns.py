@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from promcse_pl.errors import DataError
+from promcse_pl.utils.errors import DataError
 
 TEXT_ROLES = ("anchor", "positive", "negative")
 ROLE_OF_NAME = {

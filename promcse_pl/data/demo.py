@@ -27,7 +27,7 @@ from random import Random
 from typing import Literal
 
 from promcse_pl.data.demo_words import Action, Noun, Place, Scene, Verb, grammar, plural, with_article
-from promcse_pl.errors import DataError
+from promcse_pl.utils.errors import DataError
 
 MAX_TRIPLETS = 50_000
 PAIR_COUNTS = {"dev": 500, "test": 1000}

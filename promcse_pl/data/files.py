@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from promcse_pl.errors import DataError
-from promcse_pl.paths import NotARegularFileError, require_regular_file
+from promcse_pl.utils.errors import DataError
+from promcse_pl.utils.paths import NotARegularFileError, require_regular_file
 
 
 @contextmanager

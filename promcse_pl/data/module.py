@@ -12,47 +12,15 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from promcse_pl.config import DataConfig
+from promcse_pl.data.batch import Tokens, TrainBatch
+from promcse_pl.data.masking import mask_tokens
+from promcse_pl.data.pairs import ScoredPairs
 from promcse_pl.data.sources import cache_dir, load_sources
 from promcse_pl.data.tokens import TokenRows, load_tokens
-from promcse_pl.errors import ConfigError
-from promcse_pl.evaluation.sts import ScoredPairs
-from promcse_pl.model.encoder import Tokens
-from promcse_pl.model.mlm import mask_tokens
-
-
-@dataclass(slots=True)
-class TrainBatch:
-    """Rows of a step.
-
-    Attributes:
-        tokens: Their sentences, view-major: all anchors, then all positives, then all hard negatives.
-        views: 2 or 3.
-        rows_B: Row numbers in the training data.
-    """
-
-    tokens: Tokens
-    views: int
-    rows_B: Tensor
-
-    def share(self, rank: int, ranks: int) -> TrainBatch:
-        """Return the part of one of several processes.
-
-        The parts follow each other in the order of the ranks and differ by at most a row; of a batch with fewer rows than
-        ranks the last ranks get none.
-        """
-        places = torch.tensor_split(torch.arange(len(self.rows_B)), ranks)[rank]
-        sentences = torch.cat([places + view * len(self.rows_B) for view in range(self.views)])
-        lengths = self.tokens.mask_NT[sentences].sum(1)
-        longest = int(lengths.max()) if len(lengths) else self.tokens.mask_NT.shape[1]
-        return TrainBatch(self.tokens.select(sentences, longest), self.views, self.rows_B[places])
-
-    def pin_memory(self) -> TrainBatch:
-        """Return the batch in memory that a GPU fetches by itself; the loader calls it."""
-        return TrainBatch(self.tokens.pin_memory(), self.views, self.rows_B)
+from promcse_pl.utils.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,13 +30,12 @@ from promcse_pl.data.columns import (
     short_name,
 )
 from promcse_pl.data.files import open_file
-from promcse_pl.errors import DataError
+from promcse_pl.utils.errors import DataError
+from promcse_pl.utils.paths import SUFFIXES, file_suffix
 
 log = logging.getLogger(__name__)
 
 OnBadRow = Literal["stop", "skip"]
-
-SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson", ".parquet")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +103,6 @@ def read_scored_pairs(
     for line in notes:
         log.info("%s", line)
     return rows
-
-
-def file_suffix(path: Path) -> str:
-    """The suffix that picks the format: data.CSV.gz gives .csv."""
-    return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 class _UnusableError(ValueError):

@@ -15,12 +15,12 @@ from promcse_pl.config import WIDTH, DataConfig
 from promcse_pl.data.arrow import train_split
 from promcse_pl.data.columns import TRAINING_ROWS
 from promcse_pl.data.demo import demo_pairs, demo_triplets
+from promcse_pl.data.pairs import ScoredPairs, load_pairs, load_stsb
 from promcse_pl.data.readers import BadRow, is_number, read_rows
+from promcse_pl.data.test_sets import refuse_test_set
 from promcse_pl.data.tokens import RowSource, file_source, memory_source
-from promcse_pl.errors import ConfigError, DataError
-from promcse_pl.evaluation.selection import refuse_test_set
-from promcse_pl.evaluation.sts import ScoredPairs, load_pairs, load_stsb
-from promcse_pl.paths import expand, is_folder, is_there
+from promcse_pl.utils.errors import ConfigError, DataError
+from promcse_pl.utils.paths import expand, is_folder, is_there
 
 HOLDOUT_SHARE, HOLDOUT_MOST = 0.1, 500
 """Part of the triplets that `data.dev=holdout` keeps back, and the most rows of it."""

@@ -18,11 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from promcse_pl.data.arrow import content_sha256
-from promcse_pl.data.readers import BadRow, OnBadRow, file_suffix, read_rows
-from promcse_pl.errors import DataError
-from promcse_pl.files import publish, remove_leftovers, staging_folder
-from promcse_pl.model.identity import tokenizer_fingerprint
-from promcse_pl.paths import hide_home
+from promcse_pl.data.readers import BadRow, OnBadRow, read_rows
+from promcse_pl.data.tokenizer import tokenizer_fingerprint
+from promcse_pl.utils.errors import DataError
+from promcse_pl.utils.files import publish, remove_leftovers, staging_folder
+from promcse_pl.utils.paths import file_suffix, hide_home
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,7 +8,7 @@ import numpy as np
 import scipy
 from numpy.typing import ArrayLike, NDArray
 
-from promcse_pl.errors import DataError, NonFiniteError
+from promcse_pl.utils.errors import DataError, NonFiniteError
 
 
 def checked(predicted: ArrayLike, gold: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

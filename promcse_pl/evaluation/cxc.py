@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from promcse_pl.errors import DataError
+from promcse_pl.data.pairs import ScoredPairs
 from promcse_pl.evaluation.statistics import CountedSpearman
-from promcse_pl.evaluation.sts import ScoredPairs
-from promcse_pl.paths import require_regular_file
+from promcse_pl.utils.errors import DataError
+from promcse_pl.utils.paths import require_regular_file
 
 PAIRS, IMAGES = "cxc-sts-test.csv", "dataset_coco_with_cxc.json"
 COLUMNS = ("caption1", "caption2", "agg_score", "sampling_method", "sent1", "sent2")

@@ -8,7 +8,7 @@ import numpy as np
 import scipy
 from numpy.typing import ArrayLike, NDArray
 
-from promcse_pl.errors import DataError
+from promcse_pl.utils.errors import DataError
 
 Vectors = NDArray[np.floating]
 POSITIVE = 4.0

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from promcse_pl.errors import ConfigError
-from promcse_pl.files import atomic_file
+from promcse_pl.utils.errors import ConfigError
+from promcse_pl.utils.files import atomic_file
 
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 """Okabe and Ito (2008): told apart with every kind of colour blindness."""

@@ -9,7 +9,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from promcse_pl.terminal import plain
+from promcse_pl.utils.terminal import plain
 
 Tree = dict[str, Any]
 FORMATS = ("markdown", "latex")

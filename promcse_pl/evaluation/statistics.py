@@ -12,8 +12,8 @@ import numpy as np
 import scipy
 from numpy.typing import ArrayLike, NDArray
 
-from promcse_pl.errors import DataError
 from promcse_pl.evaluation.correlation import checked
+from promcse_pl.utils.errors import DataError
 
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from promcse_pl.data.pairs import TASKS
 from promcse_pl.evaluation.statistics import (
     LEVEL,
     RESAMPLES,
@@ -20,7 +21,6 @@ from promcse_pl.evaluation.statistics import (
     paired_difference,
     seed_difference,
 )
-from promcse_pl.evaluation.sts import TASKS
 from promcse_pl.evaluation.targets import Target
 from promcse_pl.evaluation.tasks import Score, Task
 from promcse_pl.evaluation.vectors import VectorCache

@@ -12,16 +12,16 @@ from typing import Any
 
 import yaml
 
-from promcse_pl.adapter.folder import DESCRIPTION, find_adapter
-from promcse_pl.adapter.official import CLASSES, import_official
+from promcse_pl.adapter_folder import DESCRIPTION, find_adapter
 from promcse_pl.config import decides, flat_settings
 from promcse_pl.embedder import PromCSE, pick_device
-from promcse_pl.errors import AdapterError, ConfigError, DataError
-from promcse_pl.files import current
-from promcse_pl.model.backbone import FrozenBackbone, locate, read_config
-from promcse_pl.model.encoder import PromptEncoder
-from promcse_pl.model.pooling import POOLINGS, Pooling
-from promcse_pl.paths import expand
+from promcse_pl.interop.official import CLASSES, import_official
+from promcse_pl.models.backbone import FrozenBackbone, locate, read_config
+from promcse_pl.models.encoder import PromptEncoder
+from promcse_pl.models.pooling import POOLINGS, Pooling
+from promcse_pl.utils.errors import AdapterError, ConfigError, DataError
+from promcse_pl.utils.files import current
+from promcse_pl.utils.paths import expand
 
 FROZEN_POOLING: Pooling = "avg"
 """Of a frozen encoder unless asked otherwise: the mean of all tokens, the common baseline."""

@@ -14,24 +14,16 @@ import numpy as np
 
 from promcse_pl.config import DATA_SUITES
 from promcse_pl.data.demo import demo_pairs
-from promcse_pl.errors import ConfigError
+from promcse_pl.data.pairs import TASKS, ScoredPairs, load_pairs, load_stsb, load_task
 from promcse_pl.evaluation.cxc import RESAMPLES as CXC_RESAMPLES
 from promcse_pl.evaluation.cxc import SEED as CXC_SEED
 from promcse_pl.evaluation.cxc import CxcData, cxc_bootstrap, load_cxc
 from promcse_pl.evaluation.geometry import POSITIVE, alignment, cosine_density, effective_rank, mean_cosine, uniformity
 from promcse_pl.evaluation.statistics import RESAMPLES, SEED, Floats, bootstrap_spearman, interval, resample_counts
-from promcse_pl.evaluation.sts import (
-    TASKS,
-    ScoredPairs,
-    VectorOf,
-    cosines,
-    load_pairs,
-    load_stsb,
-    load_task,
-    score_task,
-)
+from promcse_pl.evaluation.sts import VectorOf, cosines, score_task
 from promcse_pl.evaluation.transfer_data import TRANSFER_TASKS, TransferData, load_transfer
-from promcse_pl.paths import expand, is_there
+from promcse_pl.utils.errors import ConfigError
+from promcse_pl.utils.paths import expand, is_there
 
 PUBLISHED_PAIRS = {
     "STS12": 3108,
@@ -71,7 +63,7 @@ class Task:
 
     Attributes:
         name: In tables.
-        suite: One of `promcse_pl.config.SUITES`, `own` or `dev`.
+        suite: One of `promcse_pl.config.schema.SUITES`, `own` or `dev`.
         unit: Of the score.
         protocol: How it is measured, in a sentence or two.
         files: The data behind it: name, rows and sha256.
@@ -99,7 +91,7 @@ def load_tasks(names: Sequence[str], data: str | Path | None) -> list[Task]:
     """Read the data of suites and files.
 
     Args:
-        names: Suites of `promcse_pl.config.SUITES`, or files of two texts and a score, in any format of `read_rows`.
+        names: Suites of `promcse_pl.config.schema.SUITES`, or files of two texts and a score, in any format of `read_rows`.
         data: Folder with senteval/ (and cxc/ for `cxc`) in it; files are looked for in it first, then here.
 
     Returns:

@@ -23,10 +23,10 @@ from sklearn.metrics import f1_score
 from sklearn.model_selection import StratifiedKFold
 from threadpoolctl import threadpool_limits
 
-from promcse_pl.errors import DataError
 from promcse_pl.evaluation.sts import VectorOf
 from promcse_pl.evaluation.transfer_data import TRANSFER_TASKS, Row, TransferData, load_transfer
 from promcse_pl.evaluation.vectors import check_vectors
+from promcse_pl.utils.errors import DataError
 
 __all__ = ["TRANSFER_TASKS", "TransferData", "TransferScore", "load_transfer", "score_transfer"]
 

@@ -6,8 +6,8 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from promcse_pl.errors import DataError
-from promcse_pl.paths import require_regular_file
+from promcse_pl.utils.errors import DataError
+from promcse_pl.utils.paths import require_regular_file
 
 # the file of the ones first: SentEval's order, on which its folds depend
 TWO_FILES = {

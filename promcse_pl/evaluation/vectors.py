@@ -21,9 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from promcse_pl.embedder import PromCSE
-from promcse_pl.errors import DataError, NonFiniteError
 from promcse_pl.evaluation.sts import VectorOf
-from promcse_pl.files import atomic_file
+from promcse_pl.utils.errors import DataError, NonFiniteError
+from promcse_pl.utils.files import atomic_file
 
 log = logging.getLogger(__name__)
 

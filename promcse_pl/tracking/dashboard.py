@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from promcse_pl.errors import ConfigError
-from promcse_pl.interpreter import python_command
 from promcse_pl.tracking.wandb import has_key
+from promcse_pl.utils.errors import ConfigError
+from promcse_pl.utils.interpreter import python_command
 
 SAVE_SECONDS = 60
 """A server that has not taken the view by then is given up."""

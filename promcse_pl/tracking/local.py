@@ -10,7 +10,7 @@ from typing import Any
 from lightning_utilities.core.rank_zero import rank_zero_only
 from pytorch_lightning.loggers.logger import Logger
 
-from promcse_pl.errors import DataError
+from promcse_pl.utils.errors import DataError
 
 
 class JsonlLogger(Logger):

@@ -27,10 +27,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from promcse_pl.config import Config, TrackingConfig
-from promcse_pl.errors import ConfigError
-from promcse_pl.folder import HISTORY
-from promcse_pl.interpreter import python_command
+from promcse_pl.run_folder import HISTORY
 from promcse_pl.tracking.wandb_process import kill_service
+from promcse_pl.utils.errors import ConfigError
+from promcse_pl.utils.interpreter import python_command
 
 log = logging.getLogger("promcse_pl")
 

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from promcse_pl.paths import hide_home
+from promcse_pl.utils.paths import hide_home
 
 Message = dict[str, Any]
 

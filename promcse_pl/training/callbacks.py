@@ -14,13 +14,15 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from promcse_pl.adapter.files import save_adapter
-from promcse_pl.data.module import TrainBatch
+from promcse_pl.adapter import save_adapter
+from promcse_pl.data.batch import TrainBatch
+from promcse_pl.data.pairs import ScoredPairs
 from promcse_pl.embedder import PromCSE
-from promcse_pl.evaluation.sts import ScoredPairs, score_pairs
-from promcse_pl.loss.gather import sum_over_ranks
-from promcse_pl.terminal import stages
+from promcse_pl.evaluation.sts import score_pairs
+from promcse_pl.losses.gather import sum_over_ranks
+from promcse_pl.models.cpu.chunks import padded_tokens
 from promcse_pl.training.module import PromcseModule
+from promcse_pl.utils.terminal import stages
 
 log = logging.getLogger("promcse_pl")
 
@@ -130,11 +132,11 @@ class History(pl.Callback):
         seconds = time.perf_counter() - self._start
         self._seconds += seconds
         tokens = batch.tokens
-        own = [len(batch.rows_B), int(tokens.mask_NT.sum()), tokens.padded_tokens(self.chunk_tokens)]
-        rows, real_tokens, padded_tokens = sum_over_ranks(torch.tensor(own)).tolist()
+        own = [len(batch.rows_B), int(tokens.mask_NT.sum()), padded_tokens(tokens.mask_NT, self.chunk_tokens)]
+        rows, real_tokens, padded = sum_over_ranks(torch.tensor(own)).tolist()
         self.total_rows, self.total_seconds = self.total_rows + rows, self.total_seconds + seconds
         self.rows, self.real_tokens = self.rows + rows, self.real_tokens + real_tokens
-        self.padded_tokens += padded_tokens
+        self.padded_tokens += padded
         if trainer.global_step % self.every:
             return
         metrics = {

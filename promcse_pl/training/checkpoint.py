@@ -1,7 +1,7 @@
 """Where a run stands, on disk: enough to go on as if nothing had happened, without pickle, whole or absent.
 
 A checkpoint is a folder checkpoints/step-N with tensors.safetensors and state.json. It is written atomically
-(`promcse_pl.files.publish`); a checksum detects damage. The frozen encoder is not in it.
+(`promcse_pl.utils.files.publish`); a checksum detects damage. The frozen encoder is not in it.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from promcse_pl.data.module import TrainBatch
-from promcse_pl.errors import DataError, NonFiniteError
-from promcse_pl.files import publish, staging_folder, sync, write_bytes
-from promcse_pl.folder import CHECKPOINTS, HISTORY, NON_FINITE, Status, checkpoint_folders, write_status
-from promcse_pl.loss.gather import sum_over_ranks
-from promcse_pl.paths import require_regular_file
+from promcse_pl.data.batch import TrainBatch
+from promcse_pl.losses.gather import sum_over_ranks
+from promcse_pl.run_folder import CHECKPOINTS, HISTORY, NON_FINITE, Status, checkpoint_folders, write_status
+from promcse_pl.training.distributed import of_every_rank
 from promcse_pl.training.module import PromcseModule
-from promcse_pl.training.ranks import of_every_rank
-from promcse_pl.training.stop import Stopped, StopSignals
+from promcse_pl.utils.errors import DataError, NonFiniteError
+from promcse_pl.utils.files import publish, staging_folder, sync, write_bytes
+from promcse_pl.utils.paths import require_regular_file
+from promcse_pl.utils.signals import Stopped, StopSignals
 
 log = logging.getLogger("promcse_pl")
 

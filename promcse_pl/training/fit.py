@@ -21,19 +21,19 @@ from rich.console import Console
 from promcse_pl.config import Config
 from promcse_pl.data.module import PromcseDataModule
 from promcse_pl.embedder import pick_device
-from promcse_pl.errors import ConfigError
-from promcse_pl.folder import ADAPTER, Status
-from promcse_pl.model.backbone import FrozenBackbone
-from promcse_pl.model.chunks import CHUNK_TOKENS
-from promcse_pl.model.encoder import PromptEncoder
-from promcse_pl.model.mlm import MlmHead
+from promcse_pl.models.backbone import FrozenBackbone
+from promcse_pl.models.cpu.chunks import CHUNK_TOKENS
+from promcse_pl.models.encoder import PromptEncoder
+from promcse_pl.models.mlm import MlmHead
+from promcse_pl.run_folder import ADAPTER, Status
 from promcse_pl.training.callbacks import BestByDev, History, ProgressBar, ProgressLines
 from promcse_pl.training.checkpoint import Checkpoint, RunCheckpoints, Saver
+from promcse_pl.training.distributed import Ranks, of_rank_zero
 from promcse_pl.training.memory import SHARE, free_bytes, kept_bytes
 from promcse_pl.training.module import PromcseModule
 from promcse_pl.training.precision import choose_dtype
-from promcse_pl.training.ranks import Ranks, of_rank_zero
-from promcse_pl.training.stop import Stopped, StopSignals
+from promcse_pl.utils.errors import ConfigError
+from promcse_pl.utils.signals import Stopped, StopSignals
 
 log = logging.getLogger("promcse_pl")
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from promcse_pl.model.encoder import PromptEncoder, Tokens
+from promcse_pl.data.batch import Tokens
+from promcse_pl.models.encoder import PromptEncoder
 
 SHARE = 0.5
 """Part of the free memory that the kept tensors may take; the rest is for the work on a chunk and for others."""

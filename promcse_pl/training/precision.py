@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from promcse_pl.embedder import pick_device
-from promcse_pl.errors import PromcseError, write_error
+from promcse_pl.utils.errors import PromcseError, write_error
 
 GAIN = 1.3
 """bfloat16 is chosen when its matrix product is at least so many times faster than float32's."""

@@ -14,8 +14,8 @@ from promcse_pl.config import DataConfig
 from promcse_pl.data.arrow import content_sha256, train_split
 from promcse_pl.data.readers import read_rows, read_scored_pairs
 from promcse_pl.data.sources import check_training_file, dev_pairs, load_sources
-from promcse_pl.errors import DataError
 from promcse_pl.evaluation.tasks import load_tasks
+from promcse_pl.utils.errors import DataError
 
 ROWS = [(f"answer {row}", f"query {row}", row) for row in range(2500)]
 
@@ -198,10 +198,10 @@ def test_parquet_columns_of_one_name_are_read_by_the_positions_that_the_message_
 
 
 def test_promcse_encode_reads_a_saved_dataset(tmp_path, capsys):
-    from promcse_pl.adapter.files import save_adapter
-    from promcse_pl.cli import main
-    from promcse_pl.model.backbone import FrozenBackbone
-    from promcse_pl.model.encoder import PromptEncoder
+    from promcse_pl.adapter import save_adapter
+    from promcse_pl.cli.main import main
+    from promcse_pl.models.backbone import FrozenBackbone
+    from promcse_pl.models.encoder import PromptEncoder
 
     backbone = FrozenBackbone.load(str(save_small_encoder(tmp_path / "encoder")))
     save_adapter(PromptEncoder(backbone, length=3, pooling="avg"), tmp_path / "adapter")

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from promcse_pl.config import DataConfig
-from promcse_pl.data.module import EpochBatches, PromcseDataModule, TrainBatch, epoch_order
-from promcse_pl.errors import ConfigError
-from promcse_pl.model.mlm import IGNORED
+from promcse_pl.data.batch import TrainBatch
+from promcse_pl.data.masking import IGNORED
+from promcse_pl.data.module import EpochBatches, PromcseDataModule, epoch_order
+from promcse_pl.utils.errors import ConfigError
 
 
 def data_module(folder: Path, width: int = 3, rows: int = 11, *, seed: int = 0, mlm: bool = False) -> PromcseDataModule:

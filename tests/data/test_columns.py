@@ -12,12 +12,12 @@ import pytest
 from conftest import ROOT
 from hydra import compose, initialize_config_dir
 
+from promcse_pl.cli.compose import config_of
 from promcse_pl.config import DataConfig
 from promcse_pl.data.readers import read_rows, read_scored_pairs
 from promcse_pl.data.sources import check_training_file, load_sources
-from promcse_pl.errors import DataError
-from promcse_pl.job import check_inputs
-from promcse_pl.sweep.compose import config_of
+from promcse_pl.runs.lifecycle import check_inputs
+from promcse_pl.utils.errors import DataError
 
 FORMATS = [".csv", ".tsv", ".jsonl", ".parquet"]
 

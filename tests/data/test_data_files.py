@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from promcse_pl.cli import main
+from promcse_pl.cli.main import main
 from promcse_pl.config import DataConfig
+from promcse_pl.data.pairs import STSB_FILES, load_stsb
 from promcse_pl.data.readers import read_rows, read_scored_pairs
 from promcse_pl.data.sources import check_training_file, dev_pairs
-from promcse_pl.errors import DataError
 from promcse_pl.evaluation.cxc import PAIRS, load_cxc
-from promcse_pl.evaluation.sts import STSB_FILES, load_stsb
 from promcse_pl.evaluation.tasks import load_tasks
 from promcse_pl.evaluation.transfer_data import load_transfer
+from promcse_pl.utils.errors import DataError
 
 READERS = {
     "training rows": ("my.csv", lambda path: list(read_rows(path, width=2))),

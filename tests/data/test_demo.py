@@ -24,7 +24,7 @@ from promcse_pl.data.demo import (
     similarity,
 )
 from promcse_pl.data.demo_words import SHARED_NOUNS, grammar, plural, with_article
-from promcse_pl.errors import DataError
+from promcse_pl.utils.errors import DataError
 
 SPLITS = ("train", "dev", "test")
 PLAIN = Style("active", 0, 0, True, True, False, False, False)

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from promcse_pl.data.readers import BadRow, read_rows, read_scored_pairs
-from promcse_pl.errors import DataError
+from promcse_pl.utils.errors import DataError
 
 TRIPLETS = [("a man", "a person", "a dog"), ("NA", "None", "null"), ("x", " y ", "z")]
 NAMES = ["sent0", "sent1", "hard_neg"]

@@ -8,7 +8,7 @@ import pytest
 from promcse_pl.config import DataConfig
 from promcse_pl.data import sources
 from promcse_pl.data.sources import FIRST_ROWS, check_training_file, dev_pairs, find_file
-from promcse_pl.errors import ConfigError, DataError
+from promcse_pl.utils.errors import ConfigError, DataError
 
 
 def config(train="my.csv", **settings) -> DataConfig:

@@ -19,9 +19,9 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from promcse_pl.data import tokens as module
 from promcse_pl.data.readers import BadRow
+from promcse_pl.data.tokenizer import tokenizer_fingerprint
 from promcse_pl.data.tokens import RowSource, file_source, load_tokens, memory_source
-from promcse_pl.errors import DataError
-from promcse_pl.model.identity import tokenizer_fingerprint
+from promcse_pl.utils.errors import DataError
 
 WORDS = ["the", "a", "man", "woman", "dog", "cat", "sings", "runs", "sleeps", "in", "on", "garden", "street", "red"]
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from promcse_pl.errors import DataError
 from promcse_pl.evaluation.cxc import COLUMNS, IMAGES, PAIRS, cxc_bootstrap, load_cxc
+from promcse_pl.utils.errors import DataError
 
 TEST_IMAGES = 30
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from promcse_pl.errors import DataError
 from promcse_pl.evaluation import geometry
 from promcse_pl.evaluation.geometry import alignment, effective_rank, mean_cosine, uniformity
+from promcse_pl.utils.errors import DataError
 
 
 def random_units(rows: int, width: int, seed: int = 0) -> np.ndarray:

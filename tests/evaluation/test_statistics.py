@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from promcse_pl.errors import DataError, NonFiniteError
 from promcse_pl.evaluation import statistics
 from promcse_pl.evaluation.statistics import (
     CountedSpearman,
@@ -16,6 +15,7 @@ from promcse_pl.evaluation.statistics import (
     resample_counts,
     seed_difference,
 )
+from promcse_pl.utils.errors import DataError, NonFiniteError
 
 
 def correlated(rng: np.random.Generator, pairs: int, rho: float) -> tuple[np.ndarray, np.ndarray]:

@@ -11,19 +11,11 @@ from conftest import DATA
 from scipy import stats
 
 from promcse_pl import PromCSE
-from promcse_pl.errors import DataError
-from promcse_pl.evaluation.sts import (
-    TASKS,
-    YEARS,
-    ScoredPairs,
-    evaluate_sts,
-    load_sick,
-    load_stsb,
-    load_task,
-    score_pairs,
-)
-from promcse_pl.model.backbone import FrozenBackbone
-from promcse_pl.model.encoder import PromptEncoder
+from promcse_pl.data.pairs import TASKS, YEARS, ScoredPairs, load_sick, load_stsb, load_task
+from promcse_pl.evaluation.sts import evaluate_sts, score_pairs
+from promcse_pl.models.backbone import FrozenBackbone
+from promcse_pl.models.encoder import PromptEncoder
+from promcse_pl.utils.errors import DataError
 
 
 def angle_of(sentence: str) -> float:

@@ -11,19 +11,20 @@ from rich.console import Console
 from scipy import stats
 
 from promcse_pl import PromCSE
-from promcse_pl.errors import ConfigError, DataError
+from promcse_pl.data.pairs import TASKS, YEARS, ScoredPairs
 from promcse_pl.evaluation.geometry import effective_rank, mean_cosine, uniformity
 from promcse_pl.evaluation.plots import draw
 from promcse_pl.evaluation.report import headline, render, tables
 from promcse_pl.evaluation.statistics import bootstrap_spearman, interval, mean_over_seeds
-from promcse_pl.evaluation.sts import TASKS, YEARS, ScoredPairs, score_pairs
+from promcse_pl.evaluation.sts import score_pairs
 from promcse_pl.evaluation.suite import evaluate
 from promcse_pl.evaluation.targets import Member, Target
 from promcse_pl.evaluation.tasks import load_tasks, pair_task, transfer_task
 from promcse_pl.evaluation.transfer_data import Row, TransferData
 from promcse_pl.evaluation.vectors import VectorCache
-from promcse_pl.model.backbone import FrozenBackbone
-from promcse_pl.model.encoder import PromptEncoder
+from promcse_pl.models.backbone import FrozenBackbone
+from promcse_pl.models.encoder import PromptEncoder
+from promcse_pl.utils.errors import ConfigError, DataError
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,11 @@ import pytest
 import torch
 from conftest import GOLDEN, save_small_encoder
 
-from promcse_pl.adapter.files import save_adapter
-from promcse_pl.errors import AdapterError, ConfigError, DataError
+from promcse_pl.adapter import save_adapter
 from promcse_pl.evaluation.targets import find_targets, frozen_target
-from promcse_pl.model.backbone import FrozenBackbone
-from promcse_pl.model.encoder import PromptEncoder
+from promcse_pl.models.backbone import FrozenBackbone
+from promcse_pl.models.encoder import PromptEncoder
+from promcse_pl.utils.errors import AdapterError, ConfigError, DataError
 
 SENTENCES = ["w5 w6 w7", "w8"]
 

@@ -9,9 +9,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 from sklearn.model_selection import StratifiedKFold
 
-from promcse_pl.errors import DataError, NonFiniteError
 from promcse_pl.evaluation.transfer import GRID, GRID_TRAIN_TEST, TRANSFER_TASKS, load_transfer, score_transfer
 from promcse_pl.evaluation.transfer_data import SPLIT_FILES, TREC_CLASSES, TWO_FILES
+from promcse_pl.utils.errors import DataError, NonFiniteError
 
 WIDTH = 12
 

@@ -10,10 +10,10 @@ import torch
 from conftest import save_small_encoder
 
 from promcse_pl import PromCSE
-from promcse_pl.errors import DataError, NonFiniteError
 from promcse_pl.evaluation.vectors import VectorCache, check_vectors, model_hash
-from promcse_pl.model.backbone import FrozenBackbone
-from promcse_pl.model.encoder import PromptEncoder
+from promcse_pl.models.backbone import FrozenBackbone
+from promcse_pl.models.encoder import PromptEncoder
+from promcse_pl.utils.errors import DataError, NonFiniteError
 
 SENTENCES = [f"w{5 + place % 60} w{7 + place // 3}" for place in range(40)]
 

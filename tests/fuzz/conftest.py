@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
-from promcse_pl.errors import PromcseError
+from promcse_pl.utils.errors import PromcseError
 
 FULL = os.environ.get("PROMCSE_FUZZ") == "full"
 SHARE = 1.0 if FULL else 0.04

@@ -15,22 +15,22 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from fuzz.conftest import examples, only_our_errors
-from promcse_pl.adapter.files import BUNDLED, describe, load_adapter, save_adapter
-from promcse_pl.adapter.official import import_official
-from promcse_pl.adapter.peft import export_peft, import_peft
+from promcse_pl.adapter import BUNDLED, describe, load_adapter, save_adapter
 from promcse_pl.data.tokens import load_tokens, memory_source
 from promcse_pl.embedder import PromCSE
-from promcse_pl.errors import AdapterError, DataError
-from promcse_pl.folder import Status, read_results, read_status, write_status
-from promcse_pl.model.backbone import FrozenBackbone
-from promcse_pl.model.encoder import PromptEncoder
-from promcse_pl.sweep.collect import read_sweep
-from promcse_pl.sweep.html import page_data
-from promcse_pl.sweep.ranking import rank
-from promcse_pl.sweep.report import print_report
+from promcse_pl.interop.official import import_official
+from promcse_pl.interop.peft import export_peft, import_peft
+from promcse_pl.models.backbone import FrozenBackbone
+from promcse_pl.models.encoder import PromptEncoder
+from promcse_pl.run_folder import Status, read_results, read_status, write_status
+from promcse_pl.runs.inputs import record_inputs
+from promcse_pl.sweeps.collect import read_sweep
+from promcse_pl.sweeps.html import page_data
+from promcse_pl.sweeps.ranking import rank
+from promcse_pl.sweeps.report import print_report
 from promcse_pl.tracking.local import read_history
 from promcse_pl.training.checkpoint import RunCheckpoints, read_checkpoint
-from promcse_pl.training.inputs import record_inputs
+from promcse_pl.utils.errors import AdapterError, DataError
 
 INDEXED = [f"w{i} w{i + 1}" for i in range(5, 20)]
 ROWS = [(f"w{i} w{i + 1}", f"w{i + 2}") for i in range(5, 60)]

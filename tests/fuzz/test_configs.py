@@ -15,8 +15,8 @@ from test_config import leaves, put, valid
 
 from fuzz.conftest import examples, only_our_errors
 from promcse_pl.config import Config, check_overrides
-from promcse_pl.folder import read_config, write_config
-from promcse_pl.job import check_inputs
+from promcse_pl.run_folder import read_config, write_config
+from promcse_pl.runs.lifecycle import check_inputs
 
 KEYS = sorted(leaves())
 TRICKS = [

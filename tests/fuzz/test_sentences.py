@@ -14,12 +14,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fuzz.conftest import examples, only_our_errors
-from promcse_pl.adapter.files import save_adapter
-from promcse_pl.cli import main
+from promcse_pl.adapter import save_adapter
+from promcse_pl.cli.main import main
 from promcse_pl.embedder import PromCSE
-from promcse_pl.errors import DataError
-from promcse_pl.model.backbone import FrozenBackbone
-from promcse_pl.model.encoder import PromptEncoder
+from promcse_pl.models.backbone import FrozenBackbone
+from promcse_pl.models.encoder import PromptEncoder
+from promcse_pl.utils.errors import DataError
 
 HARD = [
     *(

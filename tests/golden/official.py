@@ -8,10 +8,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
-from promcse_pl.model.backbone import FrozenBackbone
-from promcse_pl.model.encoder import PromptEncoder, Tokens
-from promcse_pl.model.identity import EncoderId
-from promcse_pl.model.mlm import MlmHead
+from promcse_pl.data.batch import Tokens
+from promcse_pl.models.backbone import FrozenBackbone
+from promcse_pl.models.encoder import PromptEncoder
+from promcse_pl.models.identity import EncoderId
+from promcse_pl.models.mlm import MlmHead
 
 LM_NAMES = {"lm_head.bias": "decoder.bias", "lm_head.decoder.weight": "decoder.weight"}
 LM_PARTS = {"transform.dense": "dense", "transform.LayerNorm": "layer_norm"}

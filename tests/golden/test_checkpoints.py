@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from golden.official import read_json
-from promcse_pl.adapter.files import load_adapter, save_adapter
-from promcse_pl.adapter.official import export_official, import_official
+from promcse_pl.adapter import load_adapter, save_adapter
+from promcse_pl.data.batch import Tokens
 from promcse_pl.embedder import PromCSE
 from promcse_pl.index import SentenceIndex
-from promcse_pl.model.encoder import Tokens
+from promcse_pl.interop.official import export_official, import_official
 
 pytestmark = pytest.mark.golden
 CHECKPOINTS = sorted(path.parents[1] for path in GOLDEN.glob("checkpoint_*/expected/expected.json"))

@@ -11,13 +11,14 @@ from torch.nn import functional as F
 
 from golden.official import read_json
 from promcse_pl.config import Config, LossConfig, OptimConfig
-from promcse_pl.data.module import TrainBatch
+from promcse_pl.data.batch import Tokens, TrainBatch
+from promcse_pl.data.masking import IGNORED
 from promcse_pl.data.readers import read_rows
 from promcse_pl.embedder import PromCSE, tokenize
-from promcse_pl.errors import ConfigError, DataError
-from promcse_pl.model.encoder import PromptEncoder, Tokens
-from promcse_pl.model.mlm import IGNORED, MlmHead
+from promcse_pl.models.encoder import PromptEncoder
+from promcse_pl.models.mlm import MlmHead
 from promcse_pl.training.module import PromcseModule
+from promcse_pl.utils.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.golden
 CRASHES = GOLDEN / "crashes.json"

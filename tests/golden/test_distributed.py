@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from golden.official import build_encoder, build_mlm_head, official_state, read_json, tokens_of, worst
 from promcse_pl.config import LossConfig, OptimConfig
-from promcse_pl.data.module import TrainBatch
-from promcse_pl.model.encoder import Tokens
+from promcse_pl.data.batch import Tokens, TrainBatch
 from promcse_pl.training.module import PromcseModule
 
 pytestmark = pytest.mark.golden

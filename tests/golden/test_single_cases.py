@@ -16,9 +16,9 @@ from golden.official import (
     views_of,
     worst,
 )
-from promcse_pl.loss.contrastive import ntxent_logits
-from promcse_pl.loss.hybrid import hybrid_loss, mlm_loss
-from promcse_pl.model.mlm import IGNORED
+from promcse_pl.data.masking import IGNORED
+from promcse_pl.losses.contrastive import ntxent_logits
+from promcse_pl.losses.hybrid import hybrid_loss, mlm_loss
 
 pytestmark = pytest.mark.golden
 CASES = sorted(path.parent for path in GOLDEN.glob("[0-9]*_*/outputs.safetensors"))

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from test_wandb import items, records
 
-from promcse_pl.cli import main
+from promcse_pl.cli.main import main
 from promcse_pl.tracking import dashboard
 from promcse_pl.tracking.dashboard import build_workspace
 

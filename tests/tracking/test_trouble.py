@@ -19,7 +19,7 @@ from server import Server, serving
 from test_wandb import items, records, small_config
 
 from promcse_pl.config import TrackingConfig
-from promcse_pl.folder import read_status, write_config
+from promcse_pl.run_folder import read_status, write_config
 from promcse_pl.tracking import wandb as tracking
 from promcse_pl.tracking.local import read_history
 from promcse_pl.tracking.wandb import WandbRun, open_run
@@ -207,7 +207,7 @@ def test_a_resumed_run_goes_on_with_its_run_and_every_entry_is_there_once(server
 
 SLOWLY = """
 import sys, time
-from promcse_pl.cli import main
+from promcse_pl.cli.main import main
 from promcse_pl.training.module import PromcseModule
 step = PromcseModule.training_step
 PromcseModule.training_step = lambda *arguments: (time.sleep(0.3), step(*arguments))[1]
@@ -259,5 +259,5 @@ def test_the_printed_command_uploads_an_offline_run(server, tmp_path, caplog):
 
 
 def test_tracking_imports_no_wandb():
-    code = "import sys, promcse_pl.tracking.wandb, promcse_pl.tracking.sweep; sys.exit('wandb' in sys.modules)"
+    code = "import sys, promcse_pl.tracking.wandb, promcse_pl.sweeps.wandb_summary; sys.exit('wandb' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

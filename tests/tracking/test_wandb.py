@@ -15,11 +15,11 @@ from rich.console import Console
 from wandb.proto.wandb_internal_pb2 import Record
 
 from promcse_pl.config import Config
-from promcse_pl.errors import ConfigError, NonFiniteError
-from promcse_pl.folder import write_config
-from promcse_pl.job import run_job
+from promcse_pl.run_folder import write_config
+from promcse_pl.runs.lifecycle import run_job
 from promcse_pl.tracking.wandb import SUMMARY, resolve_mode
 from promcse_pl.training.module import PromcseModule
+from promcse_pl.utils.errors import ConfigError, NonFiniteError
 
 
 def records(folder: Path) -> list[Record]:
@@ -279,7 +279,7 @@ def test_a_server_that_cannot_be_reached_makes_the_run_an_offline_one_after_half
     clean.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
     clean.setenv("WANDB_API_KEY", "0" * 40)
     path = write_config(small_config(tmp_path, "online"), tmp_path / "config.yaml")
-    command = [sys.executable, "-m", "promcse_pl.cli", "train", str(path), "--out", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "promcse_pl.cli.main", "train", str(path), "--out", str(tmp_path / "run")]
     begin = time.perf_counter()  # a process of its own: W&B reads the address once
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert time.perf_counter() - begin < 60

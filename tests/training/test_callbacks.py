@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 
 from promcse_pl.config import DataConfig, LossConfig, OptimConfig
 from promcse_pl.data.module import PromcseDataModule
-from promcse_pl.evaluation.sts import PairScores, ScoredPairs
-from promcse_pl.model.encoder import PromptEncoder
+from promcse_pl.data.pairs import ScoredPairs
+from promcse_pl.evaluation.sts import PairScores
+from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.training import callbacks
 from promcse_pl.training.callbacks import BestByDev, History
 from promcse_pl.training.module import PromcseModule

@@ -7,8 +7,8 @@ import torch
 from conftest import save_small_encoder, small_backbone, small_tokens
 
 from promcse_pl.config import Config
-from promcse_pl.job import run_job
-from promcse_pl.model.encoder import PromptEncoder
+from promcse_pl.models.encoder import PromptEncoder
+from promcse_pl.runs.lifecycle import run_job
 from promcse_pl.training.memory import free_bytes, kept_bytes
 
 

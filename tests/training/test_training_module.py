@@ -7,11 +7,11 @@ from conftest import save_small_encoder, small_backbone, small_tokenizer
 
 from promcse_pl.config import DataConfig, LossConfig, OptimConfig
 from promcse_pl.data.module import PromcseDataModule
-from promcse_pl.errors import NonFiniteError
-from promcse_pl.model.backbone import FrozenBackbone
-from promcse_pl.model.encoder import PromptEncoder
-from promcse_pl.model.mlm import MlmHead
+from promcse_pl.models.backbone import FrozenBackbone
+from promcse_pl.models.encoder import PromptEncoder
+from promcse_pl.models.mlm import MlmHead
 from promcse_pl.training.module import PromcseModule
+from promcse_pl.utils.errors import NonFiniteError
 
 LR = 0.01
 

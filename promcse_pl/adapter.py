@@ -1,0 +1,316 @@
+"""An adapter on disk: adapter.safetensors (the trained tensors) and adapter.json (all that is needed to use them).
+
+The frozen encoder is referred to by name; where no name gives it, it lies in the adapter's own folder encoder/. No code is
+stored and none is run. Saves are atomic (`promcse_pl.utils.files.update_folder`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from promcse_pl.adapter_folder import (
+    BUNDLED,
+    BUNDLED_NAME,
+    DESCRIPTION,
+    WEIGHTS,
+    check_target,
+    find_adapter,
+    written_description,
+)
+from promcse_pl.data.tokenizer import tokenizer_fingerprint
+from promcse_pl.models.backbone import FrozenBackbone
+from promcse_pl.models.encoder import HEADS, PromptEncoder
+from promcse_pl.models.identity import EncoderId, differences
+from promcse_pl.models.pooling import POOLINGS
+from promcse_pl.models.weights import read_header
+from promcse_pl.utils.errors import AdapterError
+from promcse_pl.utils.files import current, read_unchanged, update_folder
+from promcse_pl.utils.paths import require_regular_file
+from promcse_pl.version import __version__
+
+FORMAT = 2
+"""Incremented when older versions could misread a newer folder. Format 1 identified the encoder by its weights only."""
+DESCRIPTION_BYTES = 2**24
+
+
+def describe(encoder: PromptEncoder) -> dict[str, Any]:
+    """Return everything about a prompt encoder but its tensors, as plain values."""
+    backbone, prompt = encoder.backbone, encoder.prompt
+    return {
+        "format": FORMAT,
+        "promcse_pl": __version__,
+        "encoder": {
+            "name": backbone.identity.name,
+            "revision": backbone.identity.revision,
+            "family": backbone.family,
+            "sha256": backbone.identity.sha256,
+            "config": dict(backbone.identity.config),
+            "tokenizer": backbone.identity.tokenizer,
+        },
+        "prompt": {
+            "length": prompt.length,
+            "projection_size": None if prompt.trans is None else prompt.trans[0].out_features,
+            "dropout": prompt.dropout,
+        },
+        "pooling": encoder.pooling,
+        "head": encoder.head_mode,
+        "position_offset": encoder.position_offset,
+        "dtype": "float32",
+    }
+
+
+def save_adapter(encoder: PromptEncoder, folder: str | Path, *, training: dict[str, Any] | None = None) -> None:
+    """Write an adapter to a folder; an adapter that is already there is replaced atomically.
+
+    Other files in the folder (README.md, .git) are kept.
+
+    Args:
+        encoder: The prompt encoder.
+        folder: Absent, empty, or the folder of an adapter.
+        training: Summary of the run, plain values.
+
+    Raises:
+        AdapterError: The folder cannot be written, or contains something other than an adapter.
+    """
+    folder = Path(folder)
+    check_target(folder)
+    state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
+    description: dict[str, Any] = {**describe(encoder), "training": training or {}}
+    weights = save(state)  # safetensors' own save_file makes a file that only its owner can read
+    replaced = written_description(folder)
+    own = [WEIGHTS, DESCRIPTION]
+    if replaced and replaced["encoder"].get("name") == BUNDLED:
+        own.append(BUNDLED_NAME)
+    bundles = encoder.backbone.identity.name == BUNDLED
+    if bundles and BUNDLED_NAME not in own and os.path.lexists(folder / BUNDLED_NAME):
+        raise AdapterError(
+            f"{folder / BUNDLED_NAME} already exists and is not part of the adapter. Move it to another folder"
+        )
+    with update_folder(folder, own, error=AdapterError) as new:
+        if bundles:
+            description["encoder"]["sha256"] = encoder.backbone.save(new / BUNDLED)
+        (new / WEIGHTS).write_bytes(weights)
+        description["checksum"] = _checksum(description, weights, new / BUNDLED)
+        (new / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+def _checksum(description: dict[str, Any], weights: bytes, bundled: Path) -> str:
+    """Return the hex sha256 of a description, the tensors and the small files of an encoder that lies beside them."""
+    described = {key: value for key, value in description.items() if key != "checksum"}
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode() + weights)
+    if description["encoder"]["name"] == BUNDLED:  # its weights have a checksum of their own
+        for path in sorted(bundled.glob("*.json")):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def adapter_hash(encoder: PromptEncoder, tokenizer: Any | None = None) -> str:  # noqa: ANN401  (a transformers tokenizer)
+    """Return the hex sha256 of everything that affects the embeddings, and of nothing else.
+
+    It covers the trained tensors (names, shapes, float32 values), the frozen weights, the encoder's config and tokenizer (see
+    `promcse_pl.models.identity`), pooling, head and positions. It does not cover the encoder's name, the prompt's dropout,
+    versions and the training summary.
+
+    Args:
+        encoder: The prompt encoder.
+        tokenizer: The tokenizer in use; None: that of the encoder.
+    """
+    identity = encoder.backbone.identity
+    fingerprint = identity.tokenizer if tokenizer is None else tokenizer_fingerprint(tokenizer)
+    head_is_used = encoder.head_mode == "mlp"
+    settings = [
+        identity.sha256,
+        dict(identity.config),
+        fingerprint,
+        encoder.pooling,
+        head_is_used,
+        encoder.position_offset,
+    ]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name, tensor in sorted(encoder.state_dict().items()):
+        if name.startswith("head.") and not head_is_used:
+            continue
+        digest.update(json.dumps([name, list(tensor.shape)]).encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load_adapter(
+    folder: str | Path, *, encoder: str | Path | None = None, dtype: torch.dtype = torch.float32
+) -> PromptEncoder:
+    """Read an adapter and its frozen encoder.
+
+    Args:
+        folder: The adapter's folder, or that of the run it lies in.
+        encoder: Where the frozen encoder lies now; None: where the adapter says.
+        dtype: Type of the frozen weights.
+
+    Returns:
+        The prompt encoder in eval mode, on the CPU.
+
+    Raises:
+        AdapterError: Not an adapter, a newer format, missing or unknown keys, wrong shapes, a truncated file, not finite, or
+            trained on an encoder with different weights, config or tokenizer.
+    """
+    found = find_adapter(Path(folder)) or Path(folder)
+    where = None if encoder is None else str(encoder)
+    return read_unchanged(found, DESCRIPTION, lambda: _load(found, where, dtype))
+
+
+def _load(folder: Path, encoder: str | None, dtype: torch.dtype) -> PromptEncoder:
+    about = _read_description(folder)
+    bundled = encoder is None and about["encoder"]["name"] == BUNDLED
+    name = str(current(folder, BUNDLED_NAME).absolute()) if bundled else encoder or about["encoder"]["name"]
+    backbone = FrozenBackbone.load(name, revision=None if encoder else about["encoder"]["revision"], dtype=dtype)
+    _check_encoder(about["encoder"], backbone, folder)
+    if bundled:
+        backbone.identity = dataclasses.replace(backbone.identity, name=BUNDLED)  # saved again, it stays so
+    options: dict[str, Any] = {
+        "length": about["prompt"]["length"],
+        "projection_size": about["prompt"]["projection_size"],
+        "pooling": about["pooling"],
+        "head": about["head"],
+        "dropout": about["prompt"]["dropout"],
+        "position_offset": about["position_offset"],
+    }
+    if backbone.longest_input(about["position_offset"]) < 3:
+        raise AdapterError(
+            f"{folder / DESCRIPTION}: position_offset {about['position_offset']} leaves no room for a sentence in "
+            f"{backbone.identity.name}"
+        )
+    with torch.device("meta"):  # shapes only: adapter.json may declare sizes that do not fit into memory
+        wanted = PromptEncoder(backbone, **options).state_dict()
+    stored = _read_tensors(wanted, about, folder)
+    model = PromptEncoder(backbone, **options)
+    model.load_state_dict(stored, strict=True)
+    return model.eval()
+
+
+def _check_encoder(stored: dict[str, Any], backbone: FrozenBackbone, folder: Path) -> None:
+    """Reject an encoder whose embeddings differ from those of the encoder that the adapter was trained on."""
+    config = stored.get("config", {"model_type": stored["family"]})  # format 1 stores only the family
+    expected = EncoderId(stored["name"], stored["revision"], stored["sha256"], config, stored.get("tokenizer"))
+    actual = backbone.identity
+    if actual.sha256 != expected.sha256:
+        raise AdapterError(
+            f"{folder} was trained on {expected.name} with weights {expected.sha256[:12]}…, but "
+            f"{actual.name} has {actual.sha256[:12]}…. Try: PromCSE.load(..., encoder=FOLDER)"
+        )
+    found = differences(expected, actual, owner="the adapter was trained with")
+    if found:
+        raise AdapterError(
+            f"{folder} was trained on {expected.name}, and {actual.name} has the same weights but would produce different "
+            f"embeddings: {'; '.join(found)}. Use an unmodified copy of the encoder: PromCSE.load({str(folder)!r}, "
+            "encoder=FOLDER)"
+        )
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    path = current(folder, DESCRIPTION)
+    try:
+        about = json.loads(require_regular_file(path, at_most=DESCRIPTION_BYTES).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        reason = f"it has no {DESCRIPTION}" if folder.is_dir() else "there is no such folder"
+        raise AdapterError(
+            f"{folder} is not an adapter: {reason}. Give the `adapter` folder of a run, or the run's folder"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(f"{path} cannot be read: {error}") from error
+    if not isinstance(about, dict) or type(about.get("format")) is not int or about["format"] < 1:
+        raise AdapterError(f"{path} is not an adapter's description: it has no format number")
+    if about["format"] > FORMAT:
+        raise AdapterError(
+            f"{path} has format {about['format']} (written by promcse_pl {about.get('promcse_pl')}); this version "
+            f"({__version__}) reads up to {FORMAT}. Try: pip install --upgrade promcse_pl"
+        )
+    return _checked(about, path)
+
+
+def _checked(about: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Check every field of a description; an unknown key may mean something that matters, so it is refused too."""
+    template: dict[str, Any] = {
+        "format": int,
+        "promcse_pl": str,
+        "encoder": {"name": str, "revision": str | None, "family": str, "sha256": str},
+        "prompt": {"length": int, "projection_size": int | None, "dropout": float | int},
+        "pooling": str,
+        "head": str,
+        "position_offset": int,
+        "dtype": str,
+        "training": dict,
+    }
+
+    def check(value: Any, wanted: Any, key: str) -> None:  # noqa: ANN401
+        if isinstance(wanted, dict):
+            if not isinstance(value, dict) or set(value) != set(wanted):
+                given = sorted(value) if isinstance(value, dict) else value
+                raise AdapterError(f"{path}: {key or 'the file'} must have the keys {sorted(wanted)}, got {given}")
+            for name, inner in wanted.items():
+                check(value[name], inner, f"{key}.{name}" if key else name)
+        elif not isinstance(value, wanted) or isinstance(value, bool):
+            raise AdapterError(f"{path}: {key} has the wrong type: {value!r}")
+
+    if about["format"] > 1:
+        template["encoder"] |= {"config": dict, "tokenizer": str | None}
+    if "checksum" in about:  # older adapters have none
+        template["checksum"] = str
+    check(about, template, "")
+    for key, value, allowed in (
+        ("pooling", about["pooling"], POOLINGS),
+        ("head", about["head"], HEADS),
+        ("dtype", about["dtype"], ("float32",)),
+    ):
+        if value not in allowed:
+            raise AdapterError(f"{path}: {key} is {value!r}; allowed: {', '.join(allowed)}")
+    prompt = about["prompt"]
+    ranges = (
+        ("prompt.length", prompt["length"], 0, 4096),
+        ("prompt.projection_size", prompt["projection_size"] or 1, 1, 2**20),
+        ("prompt.dropout", prompt["dropout"], 0, 1),
+        ("position_offset", about["position_offset"], 0, 2**20),
+    )
+    for key, value, low, high in ranges:
+        if not low <= value <= high:
+            raise AdapterError(f"{path}: {key} is {value}; allowed: {low} to {high}")
+    return about
+
+
+def _read_tensors(wanted: dict[str, Tensor], about: dict[str, Any], folder: Path) -> dict[str, Tensor]:
+    """Check names, shapes and types in the header, then values and checksum; return the stored tensors."""
+    path = current(folder, WEIGHTS)
+    try:
+        header = read_header(path)
+    except FileNotFoundError:
+        raise AdapterError(f"{path} is missing: the adapter is incomplete") from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise AdapterError(f"{path} is damaged or cut short: {error}") from error
+    if set(header) != set(wanted):
+        raise AdapterError(f"{path} must hold the tensors {sorted(wanted)}, got {sorted(header)}")
+    for name, spec in header.items():
+        if spec.shape != tuple(wanted[name].shape):
+            raise AdapterError(f"{path}: {name} has shape {spec.shape}, the encoder needs {tuple(wanted[name].shape)}")
+        if spec.dtype != torch.float32:
+            raise AdapterError(f"{path}: {name} is {spec.dtype}, expected torch.float32")
+    try:
+        content = path.read_bytes()
+        stored = load(content)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterError(f"{path} is damaged or cut short: {error}") from error
+    for name, tensor in stored.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise AdapterError(f"{path}: {name} holds values that are not finite")
+    if "checksum" in about and about["checksum"] != _checksum(about, content, current(folder, BUNDLED_NAME)):
+        raise AdapterError(
+            f"{folder} is damaged or was changed by hand: its checksum is wrong. Take the adapter from its source"
+        )
+    return stored

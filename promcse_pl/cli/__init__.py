@@ -1,0 +1,1 @@
+"""Entry points: Hydra (run.py, promcse train) and argparse (promcse)."""

@@ -1,0 +1,76 @@
+"""Batches: token ids and attention masks of sentences, and the rows of a training step."""
+
+# N = views x B sentences, B rows, T tokens
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class Tokens:
+    """A batch of tokenised sentences.
+
+    Attributes:
+        ids_NT: Token numbers, int64.
+        mask_NT: 1 for real tokens, 0 for padding at the end.
+        types_NT: Token types, or None for zeros.
+        mlm_ids_NT, mlm_labels_NT: The ids with hidden tokens, and what was hidden; None without the MLM task.
+    """
+
+    ids_NT: Tensor
+    mask_NT: Tensor
+    types_NT: Tensor | None = None
+    mlm_ids_NT: Tensor | None = None
+    mlm_labels_NT: Tensor | None = None
+
+    def select(self, rows: Tensor, length: int) -> Tokens:
+        """Return some sentences, cut to their longest."""
+        return self._each(lambda part: part[rows, :length])
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Tokens:
+        """Return the batch on a device."""
+        return self._each(lambda part: part.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Tokens:
+        """Return the batch in memory that a GPU fetches by itself."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> Tokens:
+        parts = (self.ids_NT, self.mask_NT, self.types_NT, self.mlm_ids_NT, self.mlm_labels_NT)
+        return Tokens(*(None if part is None else function(part) for part in parts))  # type: ignore[arg-type]
+
+
+@dataclass(slots=True)
+class TrainBatch:
+    """Rows of a step.
+
+    Attributes:
+        tokens: Their sentences, view-major: all anchors, then all positives, then all hard negatives.
+        views: 2 or 3.
+        rows_B: Row numbers in the training data.
+    """
+
+    tokens: Tokens
+    views: int
+    rows_B: Tensor
+
+    def share(self, rank: int, ranks: int) -> TrainBatch:
+        """Return the part of one of several processes.
+
+        The parts follow each other in the order of the ranks and differ by at most a row; of a batch with fewer rows than
+        ranks the last ranks get none.
+        """
+        places = torch.tensor_split(torch.arange(len(self.rows_B)), ranks)[rank]
+        sentences = torch.cat([places + view * len(self.rows_B) for view in range(self.views)])
+        lengths = self.tokens.mask_NT[sentences].sum(1)
+        longest = int(lengths.max()) if len(lengths) else self.tokens.mask_NT.shape[1]
+        return TrainBatch(self.tokens.select(sentences, longest), self.views, self.rows_B[places])
+
+    def pin_memory(self) -> TrainBatch:
+        """Return the batch in memory that a GPU fetches by itself; the loader calls it."""
+        return TrainBatch(self.tokens.pin_memory(), self.views, self.rows_B)

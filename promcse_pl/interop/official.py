@@ -1,0 +1,407 @@
+"""Checkpoints of the official PromCSE code, in and out.
+
+A published folder holds the whole encoder, the prompt and the MLP in one file, but neither the prompt length, nor the projection
+flag, nor the pooler. The first two are read from the names and shapes of the tensors. Whether the MLP is kept at test time is
+not to be seen: it is asked for, or guessed from the folder's name.
+"""
+
+# P prompt length, L layers, D width
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from promcse_pl.adapter_folder import BUNDLED, find_adapter
+from promcse_pl.data.tokenizer import tokenizer_fingerprint
+from promcse_pl.models.backbone import (
+    FrozenBackbone,
+    first_line,
+    locate,
+    model_on_meta,
+    quiet_transformers,
+    read_config,
+    refuse_special_files,
+)
+from promcse_pl.models.encoder import Head, PromptEncoder
+from promcse_pl.models.identity import EncoderId, differences
+from promcse_pl.models.pooling import POOLINGS, Pooling
+from promcse_pl.models.weights import file_sha256, read_pickle
+from promcse_pl.utils.errors import AdapterError, EncoderError
+from promcse_pl.utils.files import new_folder
+from promcse_pl.utils.paths import expand, is_folder, is_there, require_regular_file
+
+CLASSES = {"bert": "BertForCL", "roberta": "RobertaForCL"}
+"""Encoder families of the official code -> its class in config.json."""
+SAFE, PICKLE = "model.safetensors", "pytorch_model.bin"
+README = "README.md"
+
+_TRAINED = {"prefix_encoder.": "prompt.", "mlp.": "head."}
+_BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
+_CONFIG_KEYS = (
+    "attention_probs_dropout_prob",
+    "bos_token_id",
+    "eos_token_id",
+    "hidden_act",
+    "hidden_dropout_prob",
+    "hidden_size",
+    "initializer_range",
+    "intermediate_size",
+    "layer_norm_eps",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "pad_token_id",
+    "type_vocab_size",
+    "vocab_size",
+)
+_MLM_HEAD = "lm_head."
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """An official checkpoint as a prompt encoder.
+
+    Attributes:
+        encoder: In eval mode; `save_adapter` keeps the frozen encoder inside the adapter unless a name gives it.
+        notes: What was found, guessed and left out, a sentence each.
+    """
+
+    encoder: PromptEncoder
+    notes: tuple[str, ...]
+
+
+def import_official(source: str | Path, *, pooling: str | None = None, encoder: str | Path | None = None) -> Imported:
+    """Read a checkpoint of the official code; no code in it is run.
+
+    Args:
+        source: Published folder, or hub id.
+        pooling: `cls`: the MLP is kept at test time (supervised); `cls_before_pooler`: it is left out (unsupervised); or one of
+            the avg poolings, which crash in the official code. None: `cls_before_pooler` without an MLP or with "unsup" in the
+            folder's name, else `cls`.
+        encoder: Name of the frozen encoder; None: what config.json calls it. The adapter refers to it if it holds the same
+            tensors bit for bit, and keeps the checkpoint's own otherwise.
+
+    Raises:
+        AdapterError: Not an official checkpoint, damaged, a pickle with code in it, shapes that do not fit config.json, values
+            that are not finite, or a pooling that it cannot have.
+        EncoderError: Another encoder family, or an encoder that was asked for and cannot be read.
+    """
+    folder = _find(str(source))
+    raw = _read_json(folder / "config.json")
+    family = raw.get("model_type")
+    if family not in CLASSES:
+        raise EncoderError(f"{source} has model_type {family!r}; the official code knows {' and '.join(CLASSES)}")
+    path = next((folder / name for name in (SAFE, PICKLE) if is_there(folder / name)), folder / PICKLE)
+    frozen, trained, left_out = _split(_read_tensors(path), family, path)
+
+    chosen, head, pooling_note = _choose_pooling(
+        pooling, str(source), has_mlp=any(name.startswith("head.") for name in trained)
+    )
+    if head == "none":
+        trained = {name: tensor for name, tensor in trained.items() if not name.startswith("head.")}
+    own = _build_backbone(folder, frozen, path)
+    backbone, encoder_note = _choose_backbone(None if encoder is None else str(encoder), raw.get("_name_or_path"), own)
+    projection = trained.get("prompt.trans.0.weight")
+    options: dict[str, Any] = {
+        "length": len(trained["prompt.embedding.weight"]),
+        "projection_size": None if projection is None else len(projection),
+        "pooling": chosen,
+        "head": head,
+    }
+    with torch.device("meta"):  # shapes only: one tensor must not determine how much memory is allocated for the others
+        wanted = PromptEncoder(backbone, **options).state_dict()
+    _fit(trained, wanted, path)
+    model = PromptEncoder(backbone, **options)
+    model.load_state_dict(trained, strict=True)
+    prompt = f"prompt length {model.prompt.length}, " + (
+        "no projection" if projection is None else f"projection of size {len(projection)}"
+    )
+    notes = [f"{prompt}: seen in the tensors", pooling_note, encoder_note]
+    if "lm_head" in left_out:
+        notes.append(
+            "the MLM head (lm_head) is dropped: embeddings do not use it. An export of this adapter has no MLM head, so the "
+            "official code would initialise a new one for --do_mlm"
+        )
+    if "pooler" in left_out:
+        notes.append(
+            "the pooler of the pre-trained encoder (pooler) is dropped: neither this package nor the official code uses it"
+        )
+    return Imported(model.eval(), tuple(notes))
+
+
+def _find(source: str) -> Path:
+    """Return the folder of a checkpoint, from here or from the hub, after looking what it is."""
+    folder = expand(source)
+    if not is_folder(folder):
+        if source.startswith((".", "/", "~")) or source.count("/") != 1:
+            raise AdapterError(f"{source} is no folder here (current folder: {Path.cwd()}) and no hub id (OWNER/NAME)")
+        return locate(source, None, weights=(SAFE, PICKLE))[0]
+    if find_adapter(folder):
+        raise AdapterError(
+            f"{source} is an adapter of this package already. Use it as it is: promcse encode {source} ..."
+        )
+    refuse_special_files(folder)
+    if not (folder / "config.json").is_file():
+        raise AdapterError(
+            f"{source} is not a checkpoint of the official code: it has no config.json. Give the folder with {PICKLE} in it"
+        )
+    return folder
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(require_regular_file(path, at_most=2**24).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise AdapterError(f"{path} must hold an object, got {type(value).__name__}")
+    return value
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a state dict without running anything that is in the file."""
+    try:
+        state = load_file(require_regular_file(path)) if path.name == SAFE else read_pickle(path)
+    except FileNotFoundError:
+        raise AdapterError(f"{path.parent} has neither {SAFE} nor {PICKLE}: it is no checkpoint") from None
+    except pickle.UnpicklingError as error:
+        reason = next((line for line in str(error).splitlines() if "nsupported" in line), first_line(error))
+        raise AdapterError(
+            f"{path} is refused: it holds more than tensors, and reading that could run code. Nothing in it was run. ({reason})"
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError) as error:
+        raise AdapterError(f"{path} is damaged or cut short: {first_line(error) or type(error).__name__}") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise AdapterError(f"{path} is not a state dict (a dictionary of tensors)")
+    return state
+
+
+def _split(state: dict[str, Tensor], family: str, path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
+    """Sort the tensors into the frozen encoder's, the trained ones under our names, and what is left out."""
+    if "prefix_encoder.embedding.weight" not in state:
+        kind = "a SimCSE model" if "mlp.dense.weight" in state else "a plain encoder or a SimCSE model"
+        raise AdapterError(
+            f"{path} has no prompt (prefix_encoder.embedding.weight); it looks like {kind}. An encoder is trained on, not "
+            f"imported: python run.py model.path={path.parent}"
+        )
+    frozen: dict[str, Tensor] = {}
+    trained: dict[str, Tensor] = {}
+    left_out: dict[str, None] = {}
+    for name, tensor in state.items():
+        official = next((prefix for prefix in _TRAINED if name.startswith(prefix)), None)
+        if official is not None:
+            trained[_TRAINED[official] + name.removeprefix(official)] = tensor.float()
+        elif name.startswith((_MLM_HEAD, f"{family}.pooler.")):
+            left_out[name.removeprefix(f"{family}.").partition(".")[0]] = None
+        elif name.startswith(f"{family}."):
+            if not name.endswith(_BUFFERS):
+                frozen[name.removeprefix(f"{family}.")] = tensor.float()
+        else:
+            raise AdapterError(f"{path} holds {name}, which no {CLASSES[family]} has: it is not of the official code")
+    for name, tensor in (frozen | trained).items():
+        if tensor.dim() == 0:
+            raise AdapterError(f"{path}: {name} is a single number")
+        if not bool(torch.isfinite(tensor).all()):
+            raise AdapterError(f"{path}: {name} holds values that are not finite")
+    return frozen, trained, list(left_out)
+
+
+def _fit(tensors: dict[str, Tensor], wanted: dict[str, Tensor], path: Path) -> None:
+    """Refuse tensors that are not those which config.json and the prompt ask for."""
+    for what, names in (("lacks", set(wanted) - set(tensors)), ("holds the unknown", set(tensors) - set(wanted))):
+        if names:
+            raise AdapterError(
+                f"{path} {what} {min(names)} ({len(names)} such tensors): it does not fit the config.json beside it"
+            )
+    for name, tensor in tensors.items():
+        if tensor.shape != wanted[name].shape:
+            raise AdapterError(
+                f"{path}: {name} has shape {tuple(tensor.shape)}, the config.json beside it asks for {tuple(wanted[name].shape)}"
+            )
+
+
+def _choose_pooling(pooling: str | None, source: str, *, has_mlp: bool) -> tuple[Pooling, Head, str]:
+    """Return pooling and head in our terms, and what to say about them."""
+    if pooling is not None and pooling not in POOLINGS:
+        raise AdapterError(f"--pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+    name = expand(source).resolve().name
+    guess: Pooling = "cls_before_pooler" if not has_mlp or "unsup" in name.lower() else "cls"
+    chosen = guess if pooling is None else pooling
+    if not has_mlp:
+        if chosen == "cls":
+            raise AdapterError(
+                "--pooling cls needs the MLP, and the checkpoint has none. Try: --pooling cls_before_pooler"
+            )
+        return chosen, "none", f"pooling {chosen}: there is no MLP"
+    fates: dict[str, tuple[Head, str]] = {
+        "cls": ("mlp", "kept"),
+        "cls_before_pooler": ("mlp_train_only", "for training alone"),
+    }
+    head, fate = fates.get(chosen, ("none", "dropped"))
+    note = f"pooling {chosen}: the MLP is {fate}"
+    if pooling is None:
+        other = "cls" if chosen == "cls_before_pooler" else "cls_before_pooler"
+        note += (
+            f". This is a guess from the name {name}, the files do not say it. For the other: "
+            f"promcse import {source} --pooling {other} -o ADAPTER"
+        )
+    return "cls" if chosen == "cls_before_pooler" else chosen, head, note
+
+
+def _build_backbone(folder: Path, frozen: dict[str, Tensor], path: Path) -> FrozenBackbone:
+    """Build the encoder from the checkpoint's own tensors."""
+    from transformers import AutoModel
+
+    config = read_config(folder, str(folder))
+    options = {"add_pooling_layer": False, "dtype": torch.float32}
+    try:
+        if config.num_hidden_layers > len(frozen):
+            raise ValueError(
+                f"num_hidden_layers is {config.num_hidden_layers}, but there are only {len(frozen)} tensors"
+            )
+        wanted = model_on_meta(config, **options).state_dict()
+    except Exception as error:
+        raise AdapterError(f"{folder / 'config.json'} describes no encoder: {first_line(error)}") from error
+    _fit(frozen, wanted, path)
+    with quiet_transformers():
+        model = AutoModel.from_config(config, **options)
+    model.load_state_dict(frozen, strict=True)
+    backbone = FrozenBackbone(model, EncoderId(str(folder), None, file_sha256(path)), folder)
+    fingerprint = tokenizer_fingerprint(backbone.tokenizer)  # raises without a tokenizer: the checkpoint is unusable
+    backbone.identity = dataclasses.replace(backbone.identity, tokenizer=fingerprint)
+    return backbone
+
+
+def _choose_backbone(asked: str | None, stored: object, own: FrozenBackbone) -> tuple[FrozenBackbone, str]:
+    """Return the encoder that a name gives if it is the checkpoint's own to the bit, else the own one, and what to say."""
+    name = asked or (stored if isinstance(stored, str) else "")
+    why = "config.json names no other; to refer to one: --encoder NAME"
+    if name:
+        try:
+            named = FrozenBackbone.load(name)
+            difference = _difference(own, named)
+        except EncoderError as error:
+            if asked:
+                raise
+            why = f"config.json names {name}, which cannot be read here ({error})"
+        else:
+            if not difference:
+                return (
+                    named,
+                    f"encoder {name}: equal to the checkpoint's bit for bit, so the adapter refers to it by name",
+                )
+            why = f"{name} is another one: {difference}"
+    own.identity = dataclasses.replace(own.identity, name=BUNDLED)
+    return own, f"encoder kept inside the adapter: {why}"
+
+
+def _difference(own: FrozenBackbone, named: FrozenBackbone) -> str:
+    """Describe the differences that affect the embeddings of two encoders; "" if there are none."""
+    ours, theirs = own.model.state_dict(), named.model.state_dict()
+    other = [name for name, tensor in ours.items() if name not in theirs or not torch.equal(tensor, theirs[name])]
+    if other or len(ours) != len(theirs):
+        return f"{len(other)} of {len(ours)} tensors differ"
+    return "; ".join(differences(own.identity, named.identity, owner="here"))
+
+
+def export_official(encoder: PromptEncoder, folder: str | Path) -> str:
+    """Write a folder that the official code (transformers 4.2.1) loads.
+
+    Args:
+        encoder: The prompt encoder; its backbone is BERT or RoBERTa in float32.
+        folder: Where to; it must not exist, or be empty.
+
+    Returns:
+        How to use it there, as README.md in the folder says too: the format does not hold the official options.
+
+    Raises:
+        AdapterError: Something that the official code cannot do, or a place that cannot be written.
+    """
+    folder, backbone = Path(folder), encoder.backbone
+    family, config = backbone.family, backbone.model.config
+    reason = _no_export(encoder)
+    if reason:
+        raise AdapterError(f"the official code cannot use this adapter: {reason}")
+    state = {f"{family}.{name}": tensor for name, tensor in backbone.model.state_dict().items()}
+    positions = torch.arange(config.max_position_embeddings).unsqueeze(0)  # type: ignore[union-attr, arg-type]
+    state[f"{family}.embeddings.position_ids"] = positions
+    for name, tensor in encoder.state_dict().items():
+        official, ours = next((o, u) for o, u in _TRAINED.items() if name.startswith(u))
+        state[official + name.removeprefix(ours)] = tensor
+    known = {key: getattr(config, key, None) for key in _CONFIG_KEYS}
+    described = {
+        "architectures": [CLASSES[family]],
+        "model_type": family,
+        **{key: value for key, value in known.items() if value is not None},
+        "position_embedding_type": "absolute",
+        "transformers_version": "4.2.1",
+    }
+    pooler = "cls" if encoder.head_mode == "mlp" else "cls_before_pooler"
+    options = f"--pooler_type {pooler} --pre_seq_len {encoder.prompt.length}"
+    if encoder.prompt.trans is not None:
+        options += f" --prefix_projection --prefix_hidden_size {encoder.prompt.trans[0].out_features}"
+    usage = (
+        "A checkpoint for the official PromCSE code. Its files do not hold these options, type them:\n\n"
+        f"    python evaluation.py --model_name_or_path {folder} {options}\n\n"
+        f"The path must have `{family}` in it{' and not `roberta`' if family == 'bert' else ''}: the official code picks its "
+        "class by the path.\n"
+    )
+    with new_folder(folder, error=AdapterError) as new:
+        torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, new / PICKLE)
+        _write_json(new / "config.json", described)
+        _write_tokenizer(backbone.tokenizer, new)
+        (new / README).write_text(usage, encoding="utf-8")
+    return usage
+
+
+def _no_export(encoder: PromptEncoder) -> str:
+    """Say why the official code cannot use an adapter; "" if it can."""
+    backbone, prompt = encoder.backbone, encoder.prompt
+    if backbone.family not in CLASSES:
+        return f"its encoder is {backbone.family}, allowed: {', '.join(CLASSES)}"
+    if encoder.pooling not in ("cls", "cls_before_pooler"):
+        return (
+            f"it has no working pooling {encoder.pooling}, only cls and cls_before_pooler (export to sentence-transformers "
+            "instead)"
+        )
+    if encoder.position_offset != prompt.length:
+        return f"it shifts positions by the prompt length {prompt.length}, this adapter by {encoder.position_offset}"
+    if backbone.dtype != torch.float32:
+        return f"the encoder was read as {backbone.dtype}; load it as float32"
+    kind = type(backbone.tokenizer.backend_tokenizer.model).__name__
+    wanted = {"bert": "WordPiece", "roberta": "BPE"}[backbone.family]
+    return "" if kind == wanted else f"its tokenizer is {kind}, transformers 4.2.1 needs {wanted}"
+
+
+def _write_tokenizer(tokenizer: Any, folder: Path) -> None:  # noqa: ANN401  (a transformers tokenizer)
+    """Write a tokenizer as transformers 4.2.1 reads it: word lists and what the normaliser does."""
+    backend = tokenizer.backend_tokenizer
+    parts = json.loads(backend.to_str())
+    backend.model.save(str(folder))
+    special = dict(tokenizer.special_tokens_map)
+    settings = {"model_max_length": tokenizer.model_max_length}
+    normalizer, splitter = parts["normalizer"] or {}, parts["pre_tokenizer"] or {}
+    if normalizer.get("type") == "BertNormalizer":
+        settings |= {
+            "do_lower_case": normalizer["lowercase"],
+            "strip_accents": normalizer["strip_accents"],
+            "tokenize_chinese_chars": normalizer["handle_chinese_chars"],
+        }
+    if splitter.get("type") == "ByteLevel":
+        settings["add_prefix_space"] = splitter["add_prefix_space"]
+    _write_json(folder / "tokenizer_config.json", settings | special)
+    _write_json(folder / "special_tokens_map.json", special)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

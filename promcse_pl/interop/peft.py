@@ -1,0 +1,172 @@
+"""Prompts to and from PEFT (Hugging Face): its prefix tuning is the same prompt, in the same layout.
+
+PEFT stores one tensor `prompt_embeddings`, (P, L * 2 * D), and views it as (P, 2L, N, H) with K0, V0, K1, V1, ... along 2L:
+the order of `DeepPrompt` and of the official PromCSE code. It hands the keys and values to the encoder as a cache of P past
+tokens, so transformers counts every token's position from P, for BERT and RoBERTa alike: `position_offset` is P and PEFT has
+no other. Measured with PEFT 0.21.2 and transformers 5.23: hidden states equal to the last bit.
+"""
+
+# P prompt length, L layers, N heads, H head size, D = N * H
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from promcse_pl.adapter_folder import BUNDLED
+from promcse_pl.models.backbone import FrozenBackbone
+from promcse_pl.models.encoder import PromptEncoder
+from promcse_pl.models.pooling import POOLINGS, Pooling
+from promcse_pl.models.weights import read_pickle
+from promcse_pl.utils.errors import AdapterError, ConfigError
+from promcse_pl.utils.files import new_folder
+from promcse_pl.utils.paths import is_there, require_regular_file
+
+FAMILIES = ("bert", "roberta", "xlm-roberta", "electra")
+"""Encoders that take a cache of past tokens, as PEFT needs; each has a test."""
+CONFIG, WEIGHTS, PICKLED, TENSOR = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "prompt_embeddings",
+)
+
+
+def export_peft(encoder: PromptEncoder, folder: str | Path) -> None:
+    """Write a prompt as a folder that `peft.PeftModel.from_pretrained(base_model, folder)` reads.
+
+    PEFT has no place for the pooling, which whoever uses the folder must know, nor for the prompt's dropout. A projected
+    prompt becomes the tensor that the projection makes. A head that is left out of the vectors (`mlp_train_only`) is left out
+    here. An encoder that lies in the adapter's own folder is not copied and has no name in the config.
+
+    Args:
+        encoder: The prompt encoder.
+        folder: Absent or empty.
+
+    Raises:
+        AdapterError: The head belongs to the vectors, the positions are not shifted by P, there is no prompt, PEFT does not
+            serve the family, or the place cannot be written.
+
+    Example:
+        >>> from promcse_pl.adapter import load_adapter
+        >>> export_peft(load_adapter(Path("outputs/.../adapter")), Path("peft_adapter"))  # doctest: +SKIP
+    """
+    folder = Path(folder)
+    backbone, length = encoder.backbone, encoder.prompt.length
+    _check_family(backbone)
+    if encoder.head_mode == "mlp":
+        raise AdapterError(
+            "the MLP head cannot be stored by PEFT, and the vectors need it. Train with model.head=none, or export to "
+            "sentence-transformers"
+        )
+    if length == 0 or encoder.position_offset != length:
+        raise AdapterError(
+            f"PEFT shifts all positions by the prompt length, so it needs position_offset = prompt length >= 1; this adapter "
+            f"has position_offset {encoder.position_offset} and prompt length {length}. Train with prompt.position_offset=null, "
+            "or export to sentence-transformers"
+        )
+    with torch.no_grad():
+        prompt_PLXNH = encoder.prompt().squeeze(2).permute(3, 0, 1, 2, 4)  # X: key or value
+    config = {
+        "peft_type": "PREFIX_TUNING",
+        "task_type": "FEATURE_EXTRACTION",
+        "inference_mode": True,
+        "base_model_name_or_path": None if backbone.identity.name == BUNDLED else backbone.identity.name,
+        "revision": backbone.identity.revision,
+        "num_virtual_tokens": length,
+        "num_transformer_submodules": 1,
+        "prefix_projection": False,
+        "encoder_hidden_size": backbone.width,
+        **_shape_of(backbone),
+    }
+    with new_folder(folder, error=AdapterError) as new:
+        (new / WEIGHTS).write_bytes(save({TENSOR: prompt_PLXNH.reshape(length, -1).float().cpu().contiguous()}))
+        (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def import_peft(folder: str | Path, *, pooling: Pooling = "avg", encoder: str | Path | None = None) -> PromptEncoder:
+    """Read a prefix-tuning adapter of PEFT and the encoder it names.
+
+    PEFT stores neither pooling nor a hash of the encoder: both are the caller's word.
+
+    Args:
+        folder: With adapter_config.json and adapter_model.safetensors (or .bin, of which only tensors are read).
+        pooling: How the vectors were made; see `promcse_pl.models.pooling`.
+        encoder: Folder or hub id, if not the one in the config.
+
+    Returns:
+        The prompt encoder in eval mode, without head and prompt dropout, its positions shifted by P as PEFT does.
+
+    Raises:
+        ConfigError: An unknown pooling.
+        AdapterError: Not a prefix of PEFT, damaged, with more tensors than the prefix, or not of the encoder's shape.
+        EncoderError: The encoder is not to be found.
+    """
+    if pooling not in POOLINGS:
+        raise ConfigError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+    folder = Path(folder)
+    config, prompt = _read_config(folder / CONFIG), _read_prompt(folder)
+    name = encoder or config.get("base_model_name_or_path")
+    if not name:
+        raise AdapterError(f"{folder / CONFIG} names no encoder. Try: import_peft(folder, encoder=FOLDER_OR_HUB_ID)")
+    backbone = FrozenBackbone.load(name, revision=None if encoder else config.get("revision"))
+    _check_family(backbone)
+    for key, value in _shape_of(backbone).items():
+        if config.get(key) != value:
+            raise AdapterError(f"{folder} was made for an encoder with {key} {config.get(key)}; {name} has {value}")
+    length, wanted = config.get("num_virtual_tokens"), backbone.layers * 2 * backbone.width
+    if tuple(prompt.shape) != (length, wanted):
+        raise AdapterError(f"{folder}: {TENSOR} has shape {tuple(prompt.shape)}, expected {(length, wanted)}")
+    model = PromptEncoder(backbone, length=len(prompt), pooling=pooling, dropout=0.0)
+    model.prompt.embedding.weight.data.copy_(prompt)
+    return model.eval()
+
+
+def _shape_of(backbone: FrozenBackbone) -> dict[str, int]:
+    return {"num_layers": backbone.layers, "num_attention_heads": backbone.heads, "token_dim": backbone.width}
+
+
+def _check_family(backbone: FrozenBackbone) -> None:
+    if backbone.family not in FAMILIES:
+        raise AdapterError(
+            f"PEFT's prefix tuning does not run on {backbone.family} encoders. It does on: {', '.join(FAMILIES)}"
+        )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(require_regular_file(path, at_most=2**24).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AdapterError(f"{path.parent} is not a PEFT adapter: it has no {CONFIG}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(f"{path} cannot be read: {error}") from error
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind != "PREFIX_TUNING":
+        raise AdapterError(f"{path} describes a PEFT adapter of the type {kind}; only PREFIX_TUNING is a deep prompt")
+    if config.get("num_transformer_submodules") not in (None, 1):
+        raise AdapterError(f"{path} describes a prefix of an encoder-decoder model; only an encoder alone can be read")
+    return dict(config)
+
+
+def _read_prompt(folder: Path) -> Tensor:
+    path = folder / WEIGHTS if is_there(folder / WEIGHTS) else folder / PICKLED
+    try:
+        stored = load_file(require_regular_file(path)) if path.name == WEIGHTS else read_pickle(path)
+    except FileNotFoundError:
+        raise AdapterError(f"{folder} has neither {WEIGHTS} nor {PICKLED}: the adapter is incomplete") from None
+    except (SafetensorError, pickle.UnpicklingError, OSError, ValueError, RuntimeError, EOFError) as error:
+        raise AdapterError(f"{path} is damaged, or holds more than tensors: {error}") from error
+    if not isinstance(stored, dict) or set(stored) != {TENSOR}:
+        names = sorted(map(str, stored)) if isinstance(stored, dict) else type(stored).__name__
+        raise AdapterError(f"{path} must hold {TENSOR} alone, got {names}: other trained parts cannot be kept")
+    prompt = stored[TENSOR]
+    if not isinstance(prompt, Tensor) or not bool(torch.isfinite(prompt).all()):
+        raise AdapterError(f"{path}: {TENSOR} must be a tensor of finite values")
+    return prompt

@@ -1,0 +1,207 @@
+"""An adapter as a sentence-transformers model: to encode, evaluate and train with that library's tools.
+
+The folder of such a model is also a folder of ours: it holds the adapter in `adapter/`, so that `PromCSE.load` reads it.
+"""
+
+# N sentences, T tokens, D width
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from promcse_pl.adapter import load_adapter, save_adapter
+from promcse_pl.data.batch import Tokens
+from promcse_pl.data.tokenizer import tokenizer_fingerprint
+from promcse_pl.embedder import PromCSE, tokenize
+from promcse_pl.models.cpu.chunks import CHUNK_TOKENS
+from promcse_pl.models.encoder import PromptEncoder
+from promcse_pl.utils.errors import AdapterError, ConfigError, DataError
+from promcse_pl.utils.files import new_folder, staging_folder, write_bytes
+from promcse_pl.utils.paths import require_regular_file
+
+try:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import InputModule, Normalize
+except ImportError as error:
+    raise ConfigError("this needs sentence-transformers 6 or newer. Try: pip install 'promcse_pl[st]'") from error
+
+_SHORTEST_INPUT = 3  # the two special tokens and a word
+
+_CARD = """---
+library_name: sentence-transformers
+pipeline_tag: sentence-similarity
+tags: [sentence-transformers, sentence-similarity, promcse_pl]
+---
+Sentence vectors from a soft prompt on the frozen encoder {encoder}. Needs the package promcse_pl, whose class it names:
+
+    SentenceTransformer(THIS_FOLDER, trust_remote_code=True)
+"""
+
+
+class PromptTransformer(InputModule):  # type: ignore[misc]
+    """The first module of a sentence-transformers model: frozen encoder, deep prompt, pooling and head in one.
+
+    In eval mode it gives the test-time vector, in train mode the one that the loss is to see (they differ with the head
+    `mlp_train_only`). Vectors are not normalised; `as_sentence_transformer` puts a Normalize module behind. Only the prompt
+    and the head take gradients.
+
+    Args:
+        encoder: The prompt encoder; it is shared, not copied.
+        tokenizer: A transformers tokenizer; None takes the encoder's own. It is not saved.
+        max_seq_length: See the property; None: as long as the encoder allows.
+    """
+
+    config_file_name = "sentence_bert_config.json"
+    config_keys = ["max_seq_length"]  # noqa: RUF012  (the base class declares a plain list)
+
+    def __init__(
+        self,
+        encoder: PromptEncoder,
+        tokenizer: Any | None = None,  # noqa: ANN401
+        max_seq_length: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.tokenizer = encoder.backbone.tokenizer if tokenizer is None else tokenizer
+        self.max_seq_length = encoder.longest_input if max_seq_length is None else max_seq_length
+
+    @property
+    def max_seq_length(self) -> int:
+        """Tokens, special ones included, that a longer text is cut to; it can be set."""
+        return self._max_seq_length
+
+    @max_seq_length.setter
+    def max_seq_length(self, value: int) -> None:
+        if not isinstance(value, int) or not _SHORTEST_INPUT <= value <= self.encoder.longest_input:
+            raise ConfigError(
+                f"max_seq_length must lie in [{_SHORTEST_INPUT}, {self.encoder.longest_input}] (what this encoder has positions "
+                f"for behind the prompt), got {value!r}"
+            )
+        self._max_seq_length = value
+
+    def get_embedding_dimension(self) -> int:
+        """Return D."""
+        return self.encoder.backbone.width
+
+    def preprocess(self, inputs: Sequence[str], prompt: str | None = None, **_: object) -> dict[str, Tensor]:
+        """Turn texts into token numbers.
+
+        Args:
+            inputs: N texts.
+            prompt: Text to put in front of each.
+
+        Returns:
+            `input_ids` and `attention_mask`, (N, T).
+
+        Raises:
+            DataError: Something that is not text, such as a pair.
+        """
+        for text in inputs:
+            if not isinstance(text, str):
+                raise DataError(f"this model encodes single texts, got {type(text).__name__} ({text!r})")
+        tokens = tokenize(self.tokenizer, [(prompt or "") + text for text in inputs], self.max_seq_length)
+        return {"input_ids": tokens.ids_NT, "attention_mask": tokens.mask_NT}
+
+    def forward(self, features: dict[str, Tensor], **_: object) -> dict[str, Tensor]:
+        """Add `sentence_embedding`, (N, D), to the features that `preprocess` made."""
+        tokens = Tokens(features["input_ids"], features["attention_mask"])
+        budget = CHUNK_TOKENS[tokens.ids_NT.device.type]  # one long text does not pad a whole batch
+        features["sentence_embedding"], _hidden = self.encoder(tokens, train_head=self.training, chunk_tokens=budget)
+        return features
+
+    def save(self, output_path: str, *_: object, **_options: object) -> None:
+        """Write the adapter (safetensors and json, as always) and `max_seq_length`."""
+        save_adapter(self.encoder, Path(output_path) / "adapter")
+        self.save_config(output_path)
+
+    @classmethod
+    def load(
+        cls,
+        model_name_or_path: str,
+        subfolder: str = "",
+        *,
+        model_kwargs: dict[str, Any] | None = None,
+        processor_kwargs: dict[str, Any] | None = None,
+        config_kwargs: dict[str, Any] | None = None,
+        backend: str = "torch",
+        trust_remote_code: bool = False,  # noqa: ARG003  (sentence-transformers has asked before it imports this class)
+        **where: Any,  # noqa: ANN401  (its options of a download: token, cache_folder, revision, local_files_only)
+    ) -> PromptTransformer:
+        """Read what `save` wrote; sentence-transformers calls this.
+
+        Args:
+            model_name_or_path, subfolder, where: Where the folder lies; a hub id is downloaded.
+            model_kwargs: `encoder`: where the frozen encoder lies now; `dtype`: the type it computes in, a torch.dtype.
+            processor_kwargs, config_kwargs, backend: Refused unless empty, empty and "torch".
+
+        Raises:
+            AdapterError: See `load_adapter`; or an option that would have no effect.
+        """
+        given = model_kwargs or {}
+        if set(given) - {"encoder", "dtype"} or processor_kwargs or config_kwargs or backend != "torch":
+            raise AdapterError(
+                "a promcse_pl model takes model_kwargs={'encoder': FOLDER, 'dtype': torch.bfloat16}, one or both, and no other "
+                "model, processor or config options, on the torch backend"
+            )
+        if not isinstance(given.get("dtype", torch.float32), torch.dtype):
+            raise AdapterError(
+                f"model_kwargs['dtype'] must be a torch.dtype such as torch.bfloat16, got {given['dtype']!r}"
+            )
+        folder = cls.load_dir_path(model_name_or_path, subfolder, **where)
+        config = cls.load_config(model_name_or_path, subfolder, **where)
+        return cls(load_adapter(Path(folder or model_name_or_path), **given), **config)
+
+
+def as_sentence_transformer(model: PromCSE) -> SentenceTransformer:
+    """Return a sentence-transformers model with the same vectors; it shares the prompt, which can be trained through it.
+
+    What it has learnt is in `model.encoder` at once, and `save_adapter(model.encoder, folder)` writes it as an adapter.
+    """
+    modules = [PromptTransformer(model.encoder, model.tokenizer), Normalize()]
+    return SentenceTransformer(modules=modules, device=str(model.encoder.backbone.device))
+
+
+def export_sentence_transformers(model: PromCSE, folder: str | Path) -> None:
+    """Write a folder for `SentenceTransformer(folder, trust_remote_code=True)`.
+
+    It holds no code and no frozen weights but those that the adapter itself holds: promcse_pl must be installed where it is
+    read, and the encoder is found by its name, as for any adapter.
+
+    Args:
+        model: The adapter and its encoder.
+        folder: Absent, empty, or an earlier export, whose adapter and settings are replaced; other files in it are kept.
+
+    Raises:
+        AdapterError: The folder cannot be written or has other content, or the model does not use the tokenizer of its
+            encoder.
+    """
+    folder = Path(folder)
+    if model.encoder.backbone.identity.tokenizer != tokenizer_fingerprint(model.tokenizer):
+        raise AdapterError(
+            "the model does not use the tokenizer of its encoder, and an export cannot store another one. Try: "
+            "export_sentence_transformers(PromCSE(model.encoder), folder)"
+        )
+    if _is_export(folder):
+        save_adapter(model.encoder, folder / "adapter")
+        with staging_folder(folder) as staged:
+            as_sentence_transformer(model).save_pretrained(str(staged), create_model_card=False)
+            for path in (path for path in staged.rglob("*") if path.is_file()):
+                name = path.relative_to(staged)
+                if name.parts[0] != "adapter":
+                    write_bytes(folder / name, path.read_bytes(), error=AdapterError)
+        return
+    with new_folder(folder, error=AdapterError) as new:
+        as_sentence_transformer(model).save_pretrained(str(new), create_model_card=False)
+        (new / "README.md").write_text(_CARD.format(encoder=model.encoder.backbone.identity.name), encoding="utf-8")
+
+
+def _is_export(folder: Path) -> bool:
+    try:
+        return PromptTransformer.__name__ in require_regular_file(folder / "modules.json").read_text("utf-8")
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,91 @@
+"""The training loss: NT-Xent + hinge weight x energy hinge + MLM weight x masked-language-model loss."""
+
+# B anchors, D width, M hidden tokens, V vocabulary
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from promcse_pl.losses.contrastive import ntxent, ntxent_logits
+from promcse_pl.losses.hinge import energy_hinge
+
+MLM_DECAY, MLM_DECAY_STEPS = 0.95, 100
+"""The MLM weight falls by this factor every so many steps (official code)."""
+
+
+@dataclass(frozen=True, slots=True)
+class LossParts:
+    """The total and its parts, each already weighted as it enters the total; None for a part that is off."""
+
+    total: Tensor
+    contrastive: Tensor
+    hinge: Tensor | None = None
+    mlm: Tensor | None = None
+
+    def named(self) -> dict[str, Tensor]:
+        """Return the parts that are on, by name."""
+        parts = {"loss": self.total, "contrastive": self.contrastive, "hinge": self.hinge, "mlm": self.mlm}
+        return {name: part for name, part in parts.items() if part is not None}
+
+
+def mlm_loss(scores_MV: Tensor, labels_M: Tensor) -> Tensor:
+    """Cross-entropy of the hidden tokens, mean over them; 0 (with a zero gradient) when nothing was hidden."""
+    if len(labels_M) == 0:
+        return scores_MV.sum()
+    return F.cross_entropy(scores_MV, labels_M)
+
+
+def mlm_weight_at(step: int, weight: float) -> float:
+    """Return the weight of the MLM term at an optimiser step, counted from 0."""
+    return float(weight * MLM_DECAY ** (step / MLM_DECAY_STEPS))
+
+
+def hybrid_loss(
+    anchor_BD: Tensor,
+    positive_BD: Tensor,
+    negative_BD: Tensor | None,
+    *,
+    temperature: float,
+    margin: float,
+    hinge_weight: float,
+    hard_negative_logit: float = 0.0,
+    mlm: Tensor | None = None,
+    mlm_weight: float = 0.0,
+) -> LossParts:
+    """Combine the terms (Jiang et al. 2022, eq. 12, and the official code's MLM term).
+
+    Args:
+        anchor_BD, positive_BD, negative_BD: Sentence vectors of any length; they are normalised here. None for pairs.
+        temperature: Of NT-Xent, > 0.
+        margin: Of the hinge, in [0, 2].
+        hinge_weight: Lambda; 0 switches the hinge off. Must be 0 without hard negatives.
+        hard_negative_logit: See `ntxent_logits`; the hinge does not see it.
+        mlm: The unweighted MLM loss, or None.
+        mlm_weight: Its weight at this step.
+
+    Returns:
+        The total and its weighted parts.
+
+    Raises:
+        ValueError: A hinge without hard negatives.
+    """
+    if negative_BD is None and hinge_weight:
+        raise ValueError("the energy hinge needs hard negatives (triplets); set hinge_weight to 0 for pairs")
+    anchor_BD, positive_BD = F.normalize(anchor_BD, dim=1), F.normalize(positive_BD, dim=1)
+    negative_BD = None if negative_BD is None else F.normalize(negative_BD, dim=1)
+    contrastive = ntxent(
+        ntxent_logits(
+            anchor_BD, positive_BD, negative_BD, temperature=temperature, hard_negative_logit=hard_negative_logit
+        )
+    )
+    total, hinge = contrastive, None
+    if negative_BD is not None and hinge_weight:
+        hinge = hinge_weight * energy_hinge(anchor_BD, positive_BD, negative_BD, margin=margin)
+        total = total + hinge
+    weighted_mlm = None if mlm is None else mlm_weight * mlm
+    if weighted_mlm is not None:
+        total = total + weighted_mlm
+    return LossParts(total, contrastive, hinge, weighted_mlm)

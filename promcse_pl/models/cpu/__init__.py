@@ -1,0 +1,1 @@
+"""Fast frozen-encoder computation on CPUs: chunks, dropout, fused layers."""

@@ -1,0 +1,188 @@
+"""The prompt encoder: frozen backbone, deep prompt, pooling and head, from token numbers to sentence vectors."""
+
+# N sentences, T tokens, D width, M masked tokens
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from promcse_pl.data.batch import Tokens
+from promcse_pl.data.masking import IGNORED
+from promcse_pl.models.backbone import FrozenBackbone
+from promcse_pl.models.cpu.chunks import plan_chunks, run_chunks
+from promcse_pl.models.pooling import Pooling, needs_all_layers, needs_first_token, pool
+from promcse_pl.models.prompt import INIT_STD, DeepPrompt
+
+Head = Literal["none", "mlp", "mlp_train_only"]
+HEADS: tuple[Head, ...] = get_args(Head)
+
+STATE_PREFIX = "backbone."
+
+
+class MlpHead(nn.Module):
+    """Linear(D, D) and tanh on the pooled vector (Jiang et al. 2022); fresh, not taken from BERT's own pooler."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+        nn.init.normal_(self.dense.weight, std=INIT_STD)
+        nn.init.zeros_(self.dense.bias)
+
+    def forward(self, pooled_ND: Tensor) -> Tensor:
+        """Return (N, D) vectors in (-1, 1)."""
+        return torch.tanh(self.dense(pooled_ND))
+
+
+class PromptEncoder(nn.Module):
+    """Sentence vectors from a frozen encoder with a trained prompt.
+
+    Its state dict holds the trained part alone; the backbone never enters a checkpoint.
+
+    Args:
+        backbone: The frozen encoder.
+        length: Prompt length P >= 0.
+        projection_size: Hidden width of the prompt's re-parametrisation, or None.
+        pooling: See `promcse_pl.models.pooling`.
+        head: `none`; `mlp`: trained and kept; `mlp_train_only`: used while training, left out of the test-time vector.
+        dropout: Prompt dropout; None takes the encoder's hidden dropout, as the official code does.
+        position_offset: Shift of all positions; None takes P, as the official code does.
+    """
+
+    def __init__(
+        self,
+        backbone: FrozenBackbone,
+        *,
+        length: int,
+        projection_size: int | None = None,
+        pooling: Pooling = "cls",
+        head: Head = "none",
+        dropout: float | None = None,
+        position_offset: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.prompt = DeepPrompt(
+            length,
+            layers=backbone.layers,
+            heads=backbone.heads,
+            head_size=backbone.head_size,
+            projection_size=projection_size,
+            dropout=backbone.hidden_dropout if dropout is None else dropout,
+        )
+        self.pooling: Pooling = pooling
+        self.head_mode: Head = head
+        self.head = None if head == "none" else MlpHead(backbone.width)
+        self.position_offset = length if position_offset is None else position_offset
+        self.register_state_dict_post_hook(_drop_backbone)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_expect_no_backbone)  # type: ignore[no-untyped-call]
+
+    @property
+    def longest_input(self) -> int:
+        """How many tokens, special ones included, a sentence may have."""
+        return self.backbone.longest_input(self.position_offset)
+
+    def forward(
+        self,
+        tokens: Tokens,
+        *,
+        train_head: bool = False,
+        chunk_tokens: int | None = None,
+        recompute: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Encode sentences, in chunks of similar length.
+
+        The chunks change the order of the work, never the result: vectors come back in the order of the rows.
+
+        Args:
+            tokens: N sentences.
+            train_head: True for the vector that the loss sees, False for the test-time one (they differ with
+                `mlp_train_only`).
+            chunk_tokens: See `plan_chunks`.
+            recompute: See `run_chunks`.
+
+        Returns:
+            Vectors (N, D), float32 or wider and not normalised; and, if the batch has an MLM task, the hidden vectors of its
+            hidden tokens (M, D), in the row-major order of the labels.
+        """
+        lengths_N = tokens.mask_NT.sum(1).cpu()
+        chunks = plan_chunks(lengths_N, chunk_tokens)
+        whole = tokens.mask_NT.shape[1]
+
+        def run(rows: Tensor, prompt_kv: Tensor) -> tuple[Tensor, ...]:
+            return self.encode_chunk(
+                tokens.select(rows, int(lengths_N[rows].max()) if chunk_tokens else whole), prompt_kv
+            )
+
+        found = run_chunks(run, self.prompt(), chunks, dropout=self.training, recompute=recompute)
+        pooled, hidden = [outputs[0] for outputs in found], [outputs[1] for outputs in found if len(outputs) > 1]
+        order = torch.cat(chunks)
+        vectors = _float(torch.cat(pooled))[torch.argsort(order).to(pooled[0].device)]
+        if self.head is not None and (train_head or self.head_mode == "mlp"):
+            vectors = self.head(vectors)
+        return vectors, self._in_row_order(hidden, tokens, chunks) if hidden else None
+
+    def encode_chunk(self, chunk: Tokens, prompt_kv: Tensor) -> tuple[Tensor, ...]:
+        """Return the pooled vectors of some sentences before the head, and with an MLM task the hidden vectors of its tokens."""
+        # the MLM pass sees the same prompt with the same dropout mask
+        dropped_kv = self.prompt.drop(prompt_kv.to(self.backbone.dtype), len(chunk.ids_NT))
+        pooled = self._pool(chunk, dropped_kv)
+        if chunk.mlm_ids_NT is None or chunk.mlm_labels_NT is None:
+            return (pooled,)
+        (states,) = self._states(chunk, chunk.mlm_ids_NT, dropped_kv)
+        return pooled, states[chunk.mlm_labels_NT != IGNORED]
+
+    def _states(
+        self,
+        tokens: Tokens,
+        ids_NT: Tensor,
+        prompt_kv: Tensor,
+        *,
+        all_layers: bool = False,
+        first_token: bool = False,
+    ) -> tuple[Tensor, ...]:
+        states: tuple[Tensor, ...] = self.backbone(
+            ids_NT,
+            tokens.mask_NT,
+            prompt_kv,
+            position_offset=self.position_offset,
+            types_BT=tokens.types_NT,
+            all_layers=all_layers,
+            first_token=first_token,
+        )
+        return states
+
+    def _pool(self, tokens: Tokens, prompt_kv: Tensor) -> Tensor:
+        states = self._states(
+            tokens,
+            tokens.ids_NT,
+            prompt_kv,
+            all_layers=needs_all_layers(self.pooling),
+            first_token=needs_first_token(self.pooling),
+        )
+        return pool([_float(state) for state in states], tokens.mask_NT, self.pooling)
+
+    @staticmethod
+    def _in_row_order(hidden: list[Tensor], tokens: Tokens, chunks: list[Tensor]) -> Tensor:
+        """Put the hidden vectors of all chunks into the row-major order of the batch's labels."""
+        assert tokens.mlm_labels_NT is not None
+        counts = (tokens.mlm_labels_NT != IGNORED).sum(1).cpu()
+        row_of_hidden = torch.cat([torch.repeat_interleave(rows, counts[rows]) for rows in chunks])
+        return _float(torch.cat(hidden))[torch.argsort(row_of_hidden, stable=True).to(hidden[0].device)]
+
+
+def _float(tensor: Tensor) -> Tensor:
+    """Widen bfloat16 and float16 to float32; leave float32 and float64."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def _drop_backbone(_module: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: object) -> None:
+    for key in [key for key in state if key.startswith(prefix + STATE_PREFIX)]:
+        del state[key]
+
+
+def _expect_no_backbone(_module: nn.Module, incompatible: object) -> None:
+    missing: list[str] = incompatible.missing_keys  # type: ignore[attr-defined]
+    missing[:] = [key for key in missing if f".{STATE_PREFIX}" not in f".{key}"]

@@ -1,0 +1,87 @@
+"""Identity of a frozen encoder: everything that affects its embeddings (weights, config fields, tokenizer)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+_COMMON_FIELDS = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "pad_token_id",
+)
+_BERT_FIELDS = (*_COMMON_FIELDS, "hidden_act", "type_vocab_size", "layer_norm_eps", "is_decoder")
+CONFIG_FIELDS: dict[str, tuple[str, ...]] = {
+    "bert": _BERT_FIELDS,
+    "roberta": _BERT_FIELDS,
+    "xlm-roberta": _BERT_FIELDS,
+    "electra": (*_BERT_FIELDS, "embedding_size"),
+    "modernbert": (
+        *_COMMON_FIELDS,
+        "hidden_activation",
+        "norm_eps",
+        "norm_bias",
+        "attention_bias",
+        "mlp_bias",
+        "layer_types",
+        "local_attention",
+        "rope_parameters",
+    ),
+}
+"""Fields of config.json that affect the output in eval mode, for each supported family (`model_type`).
+
+This is an allow-list, so that a field that a newer transformers adds does not invalidate old adapters.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderId:
+    """Identity of a frozen encoder.
+
+    Attributes:
+        name: Folder or hub id as the user gave it.
+        revision: Commit of the hub repository, or None.
+        sha256: Hash of the weights file, or of the tensors for a model built in memory.
+        config: Values of `CONFIG_FIELDS`; empty if unknown (adapters of format 1).
+        tokenizer: `tokenizer_fingerprint` of the encoder's tokenizer; None if it has none or it is unknown.
+    """
+
+    name: str
+    revision: str | None
+    sha256: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: str | None = None
+
+
+def output_config(config: Any) -> dict[str, Any]:  # noqa: ANN401  (a transformers config)
+    """Return the fields of a config that affect the output in eval mode, as JSON values; None for absent fields."""
+    fields = {name: getattr(config, name, None) for name in CONFIG_FIELDS[config.model_type]}
+    plain: dict[str, Any] = json.loads(json.dumps(fields, default=str))
+    return plain
+
+
+def differences(expected: EncoderId, actual: EncoderId, *, owner: str) -> list[str]:
+    """Return the differences between two encoders with equal weights that affect their embeddings.
+
+    Unknown values (an empty config, no tokenizer) and fields that only one encoder has are not compared.
+
+    Args:
+        expected: The encoder that was used before.
+        actual: The encoder in use now.
+        owner: Introduces the expected value in messages, as in "hidden_act is relu, OWNER gelu".
+    """
+    found = [
+        f"{name} is {str(actual.config[name])[:80]}, {owner} {str(value)[:80]}"
+        for name, value in expected.config.items()
+        if name in actual.config and actual.config[name] != value
+    ]
+    if None not in (expected.tokenizer, actual.tokenizer) and expected.tokenizer != actual.tokenizer:
+        found.append("its tokenizer differs")
+    return found

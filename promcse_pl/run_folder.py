@@ -1,0 +1,233 @@
+"""A run's folder: the names in it, its config, state and results, and the lock that keeps a second process out."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeGuard, get_args, get_type_hints
+
+import yaml
+
+from promcse_pl.config import Config
+from promcse_pl.utils.errors import ConfigError, DataError
+from promcse_pl.utils.files import remove_leftovers, write_text
+from promcse_pl.utils.paths import hide_home, is_plain_name, require_regular_file, run_command
+
+CONFIG, RESULTS, HISTORY, LOG, BAD_ROWS, ADAPTER, STATUS, LOCK, CHECKPOINTS, INPUTS, NON_FINITE, RANK_LOG = (
+    "config.yaml",
+    "results.json",
+    "metrics.jsonl",
+    "run.log",
+    "bad_rows.txt",
+    "adapter",
+    "status.json",
+    ".lock",
+    "checkpoints",
+    "inputs.json",
+    "non_finite.safetensors",
+    "run-rank{}.log",
+)
+START, OUTPUT = "start.yaml", "output.log"
+"""Files that a sweep writes into a job folder before the job starts: its config and its output."""
+_BEFORE_START = {START, OUTPUT, STATUS, LOCK, LOG, ".hydra"}
+_NEW_FOLDER = "the same command with hydra.run.dir=NEW_FOLDER (promcse train: --out NEW_FOLDER)"
+State = Literal["running", "finished", "failed", "stopped", "pruned"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """What status.json holds: where a run stands.
+
+    Attributes:
+        state: `running`, `finished`, `failed` (an error; the message is kept), `stopped` (by a signal, after a save) or `pruned`
+            (stopped by a search, as not promising).
+        step, steps: Optimiser steps done when this was written, and of the whole run; None: not known yet.
+        error: Kind and message of what ended a failed run.
+        wandb_id: Id of the W&B run, fixed before training starts; None without tracking.
+        started, updated: Seconds since 1970; a resumed run's start is moved by the time that it stood still.
+        pid: Process that wrote this.
+    """
+
+    state: State
+    step: int = 0
+    steps: int | None = None
+    error: str | None = None
+    wandb_id: str | None = None
+    started: float = dataclasses.field(default_factory=time.time)
+    updated: float = dataclasses.field(default_factory=time.time)
+    pid: int = dataclasses.field(default_factory=os.getpid)
+
+    def at(self, step: int, steps: int) -> Status:
+        """Return the same at another step."""
+        return dataclasses.replace(self, step=step, steps=steps)
+
+    def resumed(self) -> Status:
+        """Return the same for a run that goes on now, as if it had not stood still."""
+        started = time.time() - max(0.0, self.updated - self.started)
+        return dataclasses.replace(self, state="running", error=None, started=started)
+
+
+def write_status(folder: Path, status: Status) -> None:
+    """Put status.json into a folder, whole or not at all."""
+    now = dataclasses.replace(status, updated=time.time(), pid=os.getpid())
+    write_text(folder / STATUS, json.dumps(hide_home(dataclasses.asdict(now)), indent=2) + "\n")
+
+
+def read_status(folder: Path) -> Status | None:
+    """Return where a run stands; None for a folder without status.json (no run, or one of an older version).
+
+    Raises:
+        DataError: The file is not a status.
+    """
+    path = folder / STATUS
+    if not path.exists():
+        return None
+    try:
+        status = Status(**read_json(path))
+    except TypeError as error:
+        raise DataError(f"{path} cannot be read as the status of a run: {error}") from error
+    if status.state not in get_args(State):
+        raise DataError(f"{path}: state must be one of {', '.join(get_args(State))}, got {status.state!r}")
+    for name, hint in get_type_hints(Status).items():
+        value = getattr(status, name)
+        if name != "state" and not (is_number(value) if hint is float else isinstance(value, hint)):
+            raise DataError(f"{path}: {name} cannot be {str(value)[:80]!r}")
+    if status.wandb_id is not None and not is_plain_name(status.wandb_id):  # W&B uses it as a folder name
+        raise DataError(f"{path}: wandb_id must be a name without / and .., got {status.wandb_id[:80]!r}")
+    return status
+
+
+def read_json(path: Path) -> Any:  # noqa: ANN401
+    """Return what a JSON file holds.
+
+    Raises:
+        DataError: It cannot be read, or holds something else.
+    """
+    try:
+        return json.loads(require_regular_file(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Tell whether a value of a JSON file is a number of a size that can be calculated with; NaN and infinity are."""
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
+
+
+def is_running(folder: Path) -> bool:
+    """Tell whether a living process holds the folder's lock; a run whose status says otherwise was killed."""
+    with suppress(OSError), (folder / LOCK).open("rb") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def check_run_folder(folder: Path, *, advice: str = _NEW_FOLDER) -> None:
+    """Check that a new run can start in a folder: it is absent, empty, or prepared by a sweep.
+
+    Args:
+        folder: Folder of the new run.
+        advice: Command that uses another folder, for the message.
+
+    Raises:
+        ConfigError: The folder has other content, or is not a folder.
+    """
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise ConfigError(f"cannot create the run folder {folder}: {error.strerror}") from error
+    if CONFIG in names and STATUS in names:
+        raise ConfigError(
+            f"{folder} already contains a run. Try: {run_command(f'resume={folder}')} to resume it, or another folder"
+        )
+    foreign = [name for name in names if name not in _BEFORE_START]
+    if foreign:
+        shown = ", ".join(foreign[:5]) + (", ..." if len(foreign) > 5 else "")
+        raise ConfigError(f"a run needs a new or empty folder, but {folder.absolute()} contains {shown}. Try: {advice}")
+
+
+def checkpoint_folders(run: Path) -> list[Path]:
+    """Return the checkpoint folders of a run, sorted by step; other entries are ignored."""
+    folder = run / CHECKPOINTS
+    steps = [path for path in folder.glob("step-*") if re.fullmatch(r"step-[0-9]{1,18}", path.name)]
+    return sorted(steps, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def remove_checkpoints(run: Path) -> None:
+    """Remove the checkpoints of a finished run, and the checkpoints folder if it is then empty."""
+    for path in checkpoint_folders(run):
+        shutil.rmtree(path, ignore_errors=True)
+    remove_leftovers(run / CHECKPOINTS)
+    with suppress(OSError):
+        (run / CHECKPOINTS).rmdir()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[int]:
+    """Hold a run's folder for this process; the lock ends with the process, however that ends.
+
+    Gives the lock's file descriptor: it is held as long as this process or a child that inherited it lives.
+
+    Raises:
+        ConfigError: Another process holds it, or the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        stream = (folder / LOCK).open("ab")
+    except OSError as error:
+        raise ConfigError(f"cannot create the run folder {folder}: {error.strerror}") from error
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"another process is at work in {folder}. Try: another folder, or wait for it") from None
+        yield stream.fileno()
+
+
+def read_config(path: str | Path) -> Config:
+    """Read a saved config.yaml.
+
+    Raises:
+        ConfigError: The file cannot be read, is not YAML, or does not fit the schema.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(require_regular_file(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        why = getattr(error, "strerror", None) or str(error)[:1000]
+        raise ConfigError(f"cannot read the config {path}: {why}") from error
+    try:
+        return Config.from_dict(raw)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def write_config(config: Config, path: str | Path) -> Path:
+    """Save a config so that `read_config` gives it back, with ~ for the home folder; return the path."""
+    path = Path(path)
+    text = yaml.safe_dump(hide_home(config.to_dict()), sort_keys=False, allow_unicode=True)
+    write_text(path, f"# promcse train THIS_FILE --out NEW_FOLDER repeats the run\n{text}")
+    return path
+
+
+def read_results(folder: str | Path) -> dict[str, Any]:
+    """Return the results of a finished run.
+
+    Raises:
+        DataError: There are none, or the file is damaged.
+    """
+    results: dict[str, Any] = read_json(Path(folder) / RESULTS)
+    return results

@@ -1,0 +1,1 @@
+"""One run: lifecycle, pipeline, worker processes."""

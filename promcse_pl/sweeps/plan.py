@@ -1,0 +1,305 @@
+"""What a sweep is, as its folder holds it: sweep.json (the jobs and their overrides) and a start.yaml for each job."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from promcse_pl.config import Config
+from promcse_pl.run_folder import START, check_run_folder, read_json, read_status, write_config
+from promcse_pl.tracking.wandb import LONGEST_TAG, short
+from promcse_pl.utils.errors import ConfigError, DataError, PromcseError
+from promcse_pl.utils.files import write_text
+from promcse_pl.utils.paths import expand, hide_home, is_plain_name, run_command
+
+PLAN = "sweep.json"
+FORMAT = 1
+
+Compose = Callable[[Sequence[str]], Config]
+"""Overrides of a job in, its valid config out."""
+
+
+@dataclass(frozen=True, slots=True)
+class SweepJob:
+    """A job: its folder's name in the sweep's folder, and all its overrides (`python run.py OVERRIDES` repeats it)."""
+
+    folder: str
+    overrides: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """Settings shared by all jobs of a sweep, fixed at its first start and reused when it is resumed.
+
+    Attributes:
+        parallel: Number of parallel jobs.
+        threads: Threads of a single-process job.
+        share: Threads of all ranks of a job together; None: set per rank by the environment.
+        precision: Precision chosen for `trainer.precision=auto`, for each `trainer.device`.
+    """
+
+    parallel: int
+    threads: int
+    share: int | None
+    precision: dict[str, str]
+
+    def apply(self, config: Config) -> Config:
+        """Return a job's config with the precision of the sweep, unless the job sets one."""
+        precision = self.precision.get(config.trainer.device)
+        if config.trainer.precision != "auto" or precision is None:
+            return config
+        raw = config.to_dict()
+        raw["trainer"]["precision"] = precision
+        return Config.from_dict(raw)
+
+
+@dataclass(slots=True)
+class Plan:
+    """Content of sweep.json.
+
+    Attributes:
+        overrides: Overrides as typed.
+        jobs: All jobs; for a search, those suggested so far.
+        settled: Shared settings; None for sweeps of older versions and for sweeps with a Hydra launcher.
+    """
+
+    overrides: list[str]
+    jobs: list[SweepJob] = field(default_factory=list)
+    settled: Settled | None = None
+
+    def varying(self, job: SweepJob) -> list[str]:
+        """Return the overrides of a job that not all jobs share."""
+        return [entry for entry in job.overrides if any(entry not in other.overrides for other in self.jobs)]
+
+
+def write_plan(folder: Path, plan: Plan) -> None:
+    """Write sweep.json, whole or not at all."""
+    entries = {name: value for name, value in dataclasses.asdict(plan).items() if value is not None}
+    write_text(folder / PLAN, json.dumps({"format": FORMAT, **entries}, indent=2) + "\n")
+
+
+def without_home(entry: str) -> str:
+    """Return an override with ~ for the home folder, in the quotes that Hydra wants around it.
+
+    The command line is rewritten before Hydra reads it, so that a sweep and its resumption see the same text.
+    """
+    key, equals, value = entry.partition("=")
+    if key.startswith(("hydra.", "-")) or "\\" in value:
+        return entry
+    if re.fullmatch(r"'[^']*'|\"[^\"]*\"", value):
+        return key + equals + hide_home(value)
+    if "'" in value or '"' in value:
+        return entry
+    parts = [(part, hide_home(part)) for part in re.split(r"([,\[\]()])", value)]
+    return key + equals + "".join(part if part == hidden else f"'{hidden}'" for part, hidden in parts)
+
+
+def read_plan(folder: Path) -> Plan:
+    """Read sweep.json.
+
+    Raises:
+        ConfigError: The folder holds no sweep.
+        DataError: The file is damaged, or of a newer version.
+    """
+    path = folder / PLAN
+    try:
+        if not path.exists():
+            raise ConfigError(f"{folder} holds no sweep: it has no {PLAN}. Try: the folder of a sweep")
+        raw = read_json(path)
+        if raw["format"] != FORMAT:
+            raise DataError(f"{path} has format {raw['format']}; this version reads {FORMAT}. Try: a newer promcse_pl")
+        jobs = [SweepJob(job["folder"], [str(entry) for entry in job["overrides"]]) for job in raw["jobs"]]
+        overrides = [str(entry) for entry in raw["overrides"]]
+        settled = _read_settled(raw["settled"]) if "settled" in raw else None
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+    seen: set[str] = set()
+    for job in jobs:
+        if not is_plain_name(job.folder) or job.folder in seen:
+            raise DataError(
+                f"{path}: the folder of a job must be a unique name without / and .., got {str(job.folder)[:200]!r}. "
+                "The file was not written by a sweep; no job was started"
+            )
+        seen.add(job.folder)
+    return Plan(overrides, jobs, settled)
+
+
+def _read_settled(raw: dict[str, Any]) -> Settled:
+    settled = Settled(**raw)
+    numbers = (settled.parallel, settled.threads, 1 if settled.share is None else settled.share)
+    if not all(type(number) is int and 1 <= number <= 10_000 for number in numbers):
+        raise TypeError(f"parallel, threads and share must be in [1, 10000], got {numbers}")
+    if not isinstance(settled.precision, dict) or not {*settled.precision.values()} <= {"float32", "bfloat16"}:
+        raise TypeError(f"precision must be float32 or bfloat16, got {settled.precision}")
+    return settled
+
+
+def resumed_arguments(arguments: Sequence[str]) -> list[str]:
+    """Return the command line of a sweep that goes on: what sweep.json holds, with the launching of the new command.
+
+    Args:
+        arguments: With `sweep.resume=FOLDER`; settings may be repeated or left out, but must not differ.
+
+    Raises:
+        ConfigError: There is no sweep in the folder, or it was begun with other overrides.
+    """
+    name = next(entry for entry in arguments if entry.startswith("sweep.resume=")).partition("=")[2].strip("'\"")
+    if not name:
+        raise ConfigError("sweep.resume= names no folder. Try: python run.py -m sweep.resume=multirun/DATE/TIME")
+    folder = expand(name)
+    plan = read_plan(folder)
+    given = [entry for entry in arguments if not entry.startswith("-") and not _is_launching(entry)]
+    begun = [entry for entry in plan.overrides if not _is_launching(entry)]
+    if given and sorted(given) != sorted(begun):
+        new = [entry for entry in given if entry not in begun]
+        gone = [entry for entry in begun if entry not in given]
+        told = [f"{' '.join(new)} is new"] if new else []
+        told += [f"{' '.join(gone)} is missing"] if gone else []
+        raise ConfigError(
+            f"the sweep in {folder} was begun with other overrides: {'; '.join(told)}. "
+            f"Try: {run_command('-m', f'sweep.resume={folder}')}"
+        )
+    settled = ("hydra.sweep.", "hydra/sweeper", "sweep.resume=")
+    launching = [entry for entry in arguments if _is_launching(entry) and not entry.startswith(settled)]
+    is_local = not any(entry.startswith("hydra/launcher=") for entry in [*plan.overrides, *launching])
+    if plan.settled and is_local and not any(entry.startswith("sweep.parallel=") for entry in launching):
+        launching.append(f"sweep.parallel={plan.settled.parallel}")
+    quoted = str(folder).replace("'", r"\'")
+    return ["-m", *plan.overrides, *launching, f"sweep.resume='{quoted}'", f"hydra.sweep.dir='{quoted}'"]
+
+
+def kept_overrides(overrides: Sequence[str]) -> list[str]:
+    """Return what sweep.json keeps of a command line."""
+    here = ("sweep.parallel=", "sweep.resume=", "hydra.sweep.dir=", "hydra.run.dir=")
+    return [entry for entry in overrides if not entry.startswith(here)]
+
+
+def _is_launching(entry: str) -> bool:
+    """Tell what decides how jobs are started, not what they train."""
+    return entry.startswith(("sweep.", "hydra.", "hydra/"))
+
+
+def plan_jobs(jobs: Iterable[Sequence[str]], compose: Compose) -> list[tuple[SweepJob, Config]]:
+    """Compose and check every job of a sweep, and look whether what they read is there.
+
+    Raises:
+        PromcseError: Of the first job that is not valid; the message names its overrides.
+    """
+    seen: set[str] = set()
+    planned = []
+    for number, overrides in enumerate(jobs):
+        config = checked(overrides, compose, seen)
+        planned.append((SweepJob(str(number), list(overrides)), config))
+    if not planned:
+        raise ConfigError("the sweep has no jobs. Try: python run.py -m loss.temperature=0.03,0.05")
+    return planned
+
+
+def checked(overrides: Sequence[str], compose: Compose, seen: set[str]) -> Config:
+    """Return the config of a job after all checks.
+
+    Args:
+        overrides: Of the job.
+        compose: Makes the config.
+        seen: Grows by what was looked at: files that many jobs share are looked for once.
+
+    Raises:
+        PromcseError: As `plan_jobs`.
+    """
+    from promcse_pl.runs.lifecycle import check_inputs
+
+    try:
+        config = compose(overrides)
+        inputs = repr((config.model, config.data, config.trainer, config.tracking, config.evaluation))
+        if inputs not in seen:
+            check_inputs(config)
+            seen.add(inputs)
+    except PromcseError as error:
+        raise type(error)(f"no job was started; of the job {' '.join(overrides)}: {error}") from error
+    return config
+
+
+def write_start(folder: Path, plan: Plan, job: SweepJob, config: Config, names: Sequence[str] | None = None) -> None:
+    """Write the one file that a job reads; W&B sees the sweep as group, what varies as name and tags.
+
+    Args:
+        folder: Of the sweep.
+        plan: Of the sweep.
+        job: One of its jobs.
+        config: Of the job.
+        names: The overrides that vary; None: those that the plan shows to vary.
+    """
+    varying, tracking = plan.varying(job) if names is None else names, config.tracking
+    tracking = dataclasses.replace(
+        tracking,
+        group=tracking.group or folder.resolve().name,
+        name=tracking.name or short(",".join(varying), 2 * LONGEST_TAG) or job.folder,
+        tags=list(dict.fromkeys([*tracking.tags, *(short(entry, LONGEST_TAG) for entry in varying)])),
+    )
+    write_config(dataclasses.replace(config, tracking=tracking), folder / job.folder / START)
+
+
+def missing_jobs(folder: Path, plan: Plan) -> list[SweepJob]:
+    """Return the jobs that are neither finished nor pruned.
+
+    Raises:
+        DataError: A job folder is a symbolic link, so that the job would write outside the sweep folder.
+    """
+    for job in plan.jobs:
+        if (folder / job.folder).is_symlink():
+            raise DataError(
+                f"{folder / job.folder} is a symbolic link, but a job needs a folder inside the sweep folder. Try: replace the "
+                "link by the folder that it points to"
+            )
+    return [job for job in plan.jobs if _state(folder / job.folder) not in ("finished", "pruned")]
+
+
+def _state(folder: Path) -> str | None:
+    try:
+        status = read_status(folder)
+    except DataError:
+        return None
+    return status.state if status else None
+
+
+def check_new(folder: Path, jobs: Iterable[SweepJob]) -> None:
+    """Check that a new sweep can start in a folder: it contains no sweep, and its job folders are absent or empty.
+
+    Raises:
+        ConfigError: It contains a sweep, or a job folder is not empty.
+    """
+    if (folder / PLAN).exists():
+        raise ConfigError(
+            f"{folder} already contains a sweep. Try: another folder, or {run_command('-m', f'sweep.resume={folder}')}"
+        )
+    advice = "the same command with hydra.sweep.dir=NEW_FOLDER"
+    for job in jobs:
+        path = folder / job.folder
+        if path.is_symlink():
+            raise ConfigError(f"{path} is a symbolic link, but a job needs a new or empty folder. Try: {advice}")
+        check_run_folder(path, advice=advice)
+
+
+def add_job(folder: Path, job: SweepJob, config: Config) -> None:
+    """Write down a job of a sweep that another sweeper composes: one after another, from any process.
+
+    Args:
+        folder: Of the sweep.
+        job: The new job.
+        config: Of the job.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f".{PLAN}.lock").open("ab") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        plan = read_plan(folder) if (folder / PLAN).exists() else Plan([])
+        plan.jobs = sorted(
+            [*(one for one in plan.jobs if one.folder != job.folder), job], key=lambda one: one.folder.zfill(9)
+        )
+        write_start(folder, plan, job, config)
+        write_plan(folder, plan)

@@ -1,0 +1,92 @@
+"""What a person sees: the config as a tree, scores as a table, progress on a terminal."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.tree import Tree
+
+from promcse_pl.utils.streams import drop_output, visible
+
+NO_TERMINAL_WIDTH = 120
+"""Columns of tables in a pipe or file, where rich would assume 80 and cut numbers."""
+
+
+class OutputConsole(Console):
+    """Prints on standard output as long as anyone reads it; a reader that goes away costs nothing but the lines."""
+
+    def on_broken_pipe(self) -> None:
+        """Print nothing more, where rich would end the process."""
+        self.quiet = True
+        drop_output()
+
+
+def output_console() -> Console:
+    """Return the console of standard output."""
+    return OutputConsole(width=None if sys.stdout.isatty() else NO_TERMINAL_WIDTH)
+
+
+def plain(text: str) -> str:
+    """Return text that rich prints literally: markup such as `[bold]` and control characters are escaped."""
+    return escape(visible(text))
+
+
+class ConsoleHandler(logging.Handler):
+    """Prints log lines unbroken, however long: a command or path in them can be copied."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a line; from a warning on with its level before it."""
+        level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        self.console.print(f"{level}{self.format(record)}", soft_wrap=True, markup=False)
+
+
+def config_tree(config: Mapping[str, Any]) -> Tree:
+    """Return nested settings as a tree, one line a setting."""
+    tree = Tree("config")
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            branch = tree.add(plain(name))
+            for key, entry in value.items():
+                branch.add(plain(f"{key}: {_shown(entry)}"), highlight=True)
+        else:
+            tree.add(plain(f"{name}: {_shown(value)}"), highlight=True)
+    return tree
+
+
+def _shown(value: object) -> str:
+    return "null" if value is None else str(value)
+
+
+@contextmanager
+def stages(console: Console) -> Iterator[Callable[[str, int, int | None], None]]:
+    """Show one bar for work of one or many parts, on a terminal and from the first report on.
+
+    Gives the function that takes the part, the steps done and the steps of all (None: not known).
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bars: list[TaskID] = []
+
+        def report(part: str, done: int, total: int | None) -> None:
+            bars[:] = bars or [progress.add_task(plain(part), total=total)]
+            progress.update(bars[0], description=plain(part), completed=done, total=total)
+
+        yield report
+
+
+@contextmanager
+def progress_bar(console: Console, label: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """Show the bar for one part; gives the function that takes the number done so far."""
+    with stages(console) as report:
+        yield lambda done: report(label, done, total)

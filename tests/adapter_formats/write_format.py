@@ -1,0 +1,33 @@
+"""Write tests/adapter/formatN, N the current format: an adapter with its small encoder inside, and its vectors.
+
+Run it once when the format grows, before the release. A folder stays as the first version of its format wrote it.
+PYTHONPATH=tests python tests/adapter/write_format.py
+"""
+
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from conftest import save_small_encoder
+
+from promcse_pl.adapter import BUNDLED, FORMAT, save_adapter
+from promcse_pl.embedder import PromCSE
+from promcse_pl.models.backbone import FrozenBackbone
+from promcse_pl.models.encoder import PromptEncoder
+
+HERE = Path(__file__).resolve().parent / f"format{FORMAT}"
+SENTENCES = ["a man reads", "two dogs run in the park", "a"]
+
+if __name__ == "__main__":
+    HERE.mkdir()  # fails if it is there already
+    with tempfile.TemporaryDirectory() as folder:
+        backbone = FrozenBackbone.load(str(save_small_encoder(Path(folder))))
+        backbone.identity = dataclasses.replace(backbone.identity, name=BUNDLED)
+        torch.manual_seed(0)
+        encoder = PromptEncoder(backbone, length=3, projection_size=5, pooling="avg_first_last", head="mlp")
+        torch.nn.init.normal_(encoder.prompt.embedding.weight)
+        save_adapter(encoder, HERE / "adapter", training={"steps": 0})
+    vectors = PromCSE.load(HERE / "adapter", device="cpu").encode(SENTENCES)
+    (HERE / "vectors.json").write_text(json.dumps({"sentences": SENTENCES, "vectors": vectors.tolist()}) + "\n")

@@ -1,0 +1,294 @@
+"""What a person meets who types `python run.py`: real processes, in an empty folder."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, save_small_encoder
+from safetensors.torch import load_file
+
+from promcse_pl.sweeps.plan import read_plan
+
+RUN = str(ROOT / "run.py")
+
+
+def start(cwd: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    own = {"XDG_CACHE_HOME": str(cwd.parent / "cache"), "HF_HUB_OFFLINE": "1", "HOME": str(cwd.parent)}
+    return subprocess.run(
+        [sys.executable, "-X", "importtime", RUN, *arguments]
+        if environment.pop("IMPORTS", "")
+        else [sys.executable, RUN, *arguments],
+        cwd=cwd,
+        env={**clean, **own, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+@pytest.fixture
+def here(tmp_path) -> Path:
+    folder = tmp_path / "here"
+    folder.mkdir()
+    return folder
+
+
+MISTAKES = {
+    "loss.margn=0.3": "loss.margn is not a setting. Did you mean loss.margin? Allowed under loss: loss.temperature, ",
+    "loss.margin=-1": "loss.margin must be in [0, 2] (a difference of cosines), got -1.0. Try: python run.py loss.margin=0.2",
+    "loss.margin=abc": "loss.margin must be a number, got 'abc'. Try: python run.py loss.margin=0.2",
+    "model=robeta": "model=robeta is not a choice. Did you mean model=roberta-base",
+    "data=triplets": "data.train is not set. Try: python run.py data=triplets data.train=FILE",
+    "data.train=missing.csv": "data.train=missing.csv does not exist; searched ",
+    "data=nli": "data.dev=stsb and evaluation.tasks=[sts,sick] read data.dir/senteval, but data.dir is not set. Try: ",
+    "data=nli data.dir=/nowhere": "the folder data.dir=/nowhere does not exist (current folder: ",
+    "resume=": "resume= names no folder. Try: python run.py resume=",
+    "-m sweep.resume=": "sweep.resume= names no folder. Try: python run.py -m sweep.resume=",
+    "resume=nowhere": "nowhere holds no run to go on with: there is no such folder. Try: ",
+    "data=nli data.dir=.": "data.dir=. has no senteval/ folder in it (SentEval's data: STS/, SICK/). Try: data.dir=FOLDER",
+    "model.path=/nowhere": "the encoder folder /nowhere does not exist ",
+    "tracking.wandb=onlin": "tracking.wandb must be one of auto, online, offline, disabled, got 'onlin'. Try: ",
+    "seed=-1": "seed must be in [0, 2**32), got -1. Try: python run.py seed=42",
+    "data.train=": "data.train must be `demo` or a file, got ''. Try: ",
+    "seed": "Error parsing override 'seed' missing EQUAL",
+    "seed=[1": "no viable alternative at input '[1'. Try: python run.py --help",
+    "seed=${x}": "seed: Interpolation key 'x' not found. Try: a value in place of ${...}",
+    "loss.margin=0.1,0.2": "loss.margin=0.1,0.2 has several values. Try: python run.py -m loss.margin=0.1,0.2 (a job for each)",
+    "model=minilm,bert-base": "model=minilm,bert-base has several values. Try: python run.py -m model=minilm,bert-base ",
+    "seed=range(1,3)": "seed=range(1,3) has several values. Try: python run.py -m 'seed=range(1,3)' (a job for each), or ",
+    "~model": "Error resolving interpolation '${mode}/${model}', possible interpolation keys: ",
+    "data.train=/ä.csv": "the value of data.train holds a character that Hydra takes in quotes alone. Try: ",
+    "hydra.nope=1": "Could not override 'hydra.nope'. To append to your config use +hydra.nope=1. Try: ",
+    "-cn nope": "Cannot find primary config 'nope'. Check that it's in your config search path. Try: ",
+    "-m --cfg job": "Only one of --run, --multirun, --cfg, --info and --shell_completion can be specified. Try: ",
+    "--resolve": "The --resolve flag can only be used in conjunction with --cfg or --help. Try: ",
+    "sweep.parallel=2": "sweep.parallel=2 has no effect on a single run. Try: python run.py -m sweep.parallel=2",
+    "hydra.sweep.dir=x": "hydra.sweep.dir=x has no effect on a single run. Try: python run.py -m hydra.sweep.dir=x",
+    "-m seed=${x}": "no job was started; of the job seed=$\\{x\\}: seed: Interpolation key 'x' not found. Try: ",
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES.items(), ids=MISTAKES)
+def test_a_mistake_ends_at_once_with_one_line_and_leaves_nothing(arguments, message, here):
+    done = start(here, *arguments.split(), IMPORTS="yes")
+    lines = done.stderr.splitlines()
+    imports = [line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")]
+    printed = [line for line in lines if not line.startswith("import time:")]
+    assert done.returncode == 2, done.stderr
+    assert len(printed) == 1, printed
+    assert printed[0].startswith(f"error: {message}")
+    assert done.stdout == ""
+    assert "hydra" in imports
+    assert not {"torch", "transformers", "pytorch_lightning"} & set(imports), "a mistake must not wait for torch"
+    assert list(here.iterdir()) == []
+
+
+FILES = {
+    "data=triplets data.train=bad.csv": (
+        "my,four,unknown,columns\n1,2,3,4\n",
+        "bad.csv has 4 columns (my, four, unknown, ",
+    ),
+    "data=triplets data.train=two.csv": (
+        "a,b\n1,2\n",
+        "two.csv has 2 columns (a, b); triplets need 3: anchor, positive, ",
+    ),
+    "data=pairs data.train=tabs.csv": (
+        "a\tb\nx\ty\n",
+        "tabs.csv: columns are separated by tabs, which does not match the suffix .csv",
+    ),
+    "data=pairs data.train=row.csv": (
+        "a,b\nx,y\nx,y,z\n",
+        "row.csv:3: 3 fields, the header has 2 (a text with ',' ",
+    ),
+    "data=pairs data.train=file.xlsx": ("PK", "file.xlsx: unknown format '.xlsx'. Allowed: .csv, .tsv, .txt, .jsonl, "),
+    "data.dev=dev.csv": (
+        "a,b\nx,y\n",
+        "dev.csv has 2 columns (a, b); scored pairs need 3: sentence1, sentence2, score. ",
+    ),
+    "data.dev=same.csv": (
+        "anchor,positive,score\nx,y,1\nv,w,1\n",
+        "same.csv: all scores (2 rows) are 1, so ",
+    ),
+}
+
+
+@pytest.mark.parametrize("arguments", FILES)
+def test_an_error_in_a_data_file_is_reported_before_torch_is_imported_and_a_folder_created(arguments, here):
+    content, message = FILES[arguments]
+    (here / arguments.rpartition("=")[2]).write_text(content)
+    before = sorted(here.iterdir())
+    done = start(here, *arguments.split(), IMPORTS="yes")
+    lines = done.stderr.splitlines()
+    imports = [line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")]
+    (printed,) = (line for line in lines if not line.startswith("import time:"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert printed.startswith(f"error: {message}")
+    assert not {"torch", "transformers", "pytorch_lightning", "datasets"} & set(imports)
+    assert sorted(here.iterdir()) == before
+
+
+def test_an_error_in_a_data_file_stops_a_sweep_before_its_first_job(here):
+    (here / "good.csv").write_text("a,b\n" + "x,y\n" * 3)
+    (here / "bad.csv").write_text("a,b\nx\n")
+    done = start(here, "-m", "data=pairs", "data.train=good.csv,bad.csv")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "no job was started" in done.stderr
+    assert "bad.csv:2: 1 field, the header has 2" in done.stderr
+    assert sorted(path.name for path in here.iterdir()) == ["bad.csv", "good.csv"]
+
+
+@pytest.mark.parametrize("folder", ["file", "file/run", "/proc/run", "x" * 300])
+def test_a_folder_that_cannot_be_made_is_told_in_one_line(folder, here):
+    (here / "file").touch()
+    done = start(here, f"hydra.run.dir={folder}")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: cannot read or write {folder[:200]}")
+    assert done.stderr.count("\n") == 1
+    assert [path.name for path in here.iterdir()] == ["file"]
+
+
+def test_a_wrong_wandb_mode_of_the_environment_is_such_a_mistake(here):
+    done = start(here, WANDB_MODE="nonsense")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(
+        "error: WANDB_MODE must be one of online, offline, disabled, got 'nonsense'. Try: unset WANDB_MODE"
+    )
+    assert list(here.iterdir()) == []
+
+
+def test_a_mistake_leaves_the_folders_of_others_alone(here):
+    (here / "outputs/earlier").mkdir(parents=True)
+    assert start(here, "seed=-1").returncode == 2
+    assert [path.relative_to(here).as_posix() for path in here.rglob("*")] == ["outputs", "outputs/earlier"]
+
+
+@pytest.mark.parametrize("name", [".env", "notes.txt", "adapter/chapter.txt"])
+def test_a_run_does_not_start_in_a_folder_with_other_content(name, here):
+    (here / "work" / name).parent.mkdir(parents=True)
+    (here / "work" / name).write_text("mine")
+    for arguments in (["hydra.run.dir=."], ["hydra.run.dir=../work"]):
+        done = start(here / "work", *arguments)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert f"a run needs a new or empty folder, but ~/work contains {name.split('/')[0]}. Try: " in done.stderr
+        assert "Try: the same command with hydra.run.dir=NEW_FOLDER" in done.stderr
+        assert [path.read_text() for path in here.rglob("*") if path.is_file()] == ["mine"], "nothing is added or lost"
+
+
+@pytest.mark.parametrize("module", ["omegaconf.errors", "hydra.types", "promcse_pl.config.schema"])
+def test_ctrl_c_in_the_imports_ends_without_a_traceback(module, here):
+    command = [sys.executable, "-X", "importtime", RUN, "-m", "seed=1,2"]
+    process = subprocess.Popen(command, cwd=here, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if line.split()[-1] == module:
+            process.send_signal(signal.SIGINT)
+            break
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode in (130, -signal.SIGINT), printed
+    assert "Traceback" not in printed
+    assert list(here.iterdir()) == []
+
+
+def test_cfg_job_shows_the_recipe_with_the_one_value_that_was_changed(here):
+    done = start(here, "model=roberta-large", "loss.margin=0.2", "--cfg", "job")
+    assert done.returncode == 0, done.stderr
+    shown = yaml.safe_load(done.stdout)
+    assert (shown["optim"]["lr"], shown["data"]["batch_size"], shown["prompt"]["length"]) == (0.005, 512, 10)
+    assert (shown["loss"]["margin"], shown["loss"]["hinge_weight"], shown["loss"]["temperature"]) == (0.2, 10.0, 0.05)
+    assert (shown["trainer"]["epochs"], shown["data"]["kind"], shown["data"]["train"]) == (
+        10,
+        "triplets",
+        "nli/nli_train.csv",
+    )
+    assert shown["model"]["path"] == "FacebookAI/roberta-large"
+    assert list(here.iterdir()) == []
+
+
+def test_help_lists_the_groups_and_is_quick(here):
+    begin = time.perf_counter()
+    done = start(here, "--help")
+    assert done.returncode == 0
+    for group in ("model: bert-base", "data: ", "loss: default", "sweep: "):
+        assert group in done.stdout
+    assert time.perf_counter() - begin < 10  # half a second; torch alone takes several
+
+
+def test_a_multirun_makes_a_complete_folder_and_an_adapter_of_its_own_for_every_job(here):
+    save_small_encoder(here / "encoder")
+    (here / "train.csv").write_text("a,b,c\n" + "".join(f"w{row} w7,w{row} w8,w{row + 40}\n" for row in range(5, 25)))
+    done = start(
+        here,
+        "-m",
+        "optim.lr=0.01,0.02",
+        "debug=fast",
+        "data=triplets",
+        "data.train=train.csv",
+        "data.max_length=16",
+        "data.dev=null",
+        "model.path=encoder",
+        "trainer.precision=float32",
+        "hydra.sweep.dir=sweep",
+        "sweep.parallel=2",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 finished" in done.stdout
+    assert "Traceback" not in done.stderr
+    adapters = []
+    for job, lr in enumerate((0.01, 0.02)):
+        folder = here / "sweep" / str(job)
+        names = {path.name for path in folder.iterdir()}
+        assert {
+            "adapter",
+            "results.json",
+            "metrics.jsonl",
+            "config.yaml",
+            "run.log",
+            "start.yaml",
+            "output.log",
+        } <= names
+        assert read_plan(here / "sweep").jobs[job].overrides[0] == f"optim.lr={lr}"
+        assert yaml.safe_load((folder / "config.yaml").read_text())["optim"]["lr"] == lr
+        adapters.append(load_file(folder / "adapter/adapter.safetensors"))
+    assert set(adapters[0]) == set(adapters[1])
+    assert not torch.equal(adapters[0]["prompt.embedding.weight"], adapters[1]["prompt.embedding.weight"])
+
+
+def test_a_run_killed_and_resumed_as_it_is_typed_ends_as_the_straight_one(here):
+    save_small_encoder(here / "encoder")
+    (here / "train.csv").write_text("a,b,c\n" + "".join(f"w{row} w7,w{row} w8,w{row + 40}\n" for row in range(5, 45)))
+    settings = (
+        "data=triplets data.train=train.csv data.max_length=16 data.batch_size=4 data.dev=holdout trainer.epochs=15 "
+        "trainer.save_every=5 trainer.precision=float32 model.path=encoder evaluation.tasks=[] tracking.wandb=disabled"
+    )
+    clean = {
+        **os.environ,
+        "XDG_CACHE_HOME": str(here.parent / "cache"),
+        "HF_HUB_OFFLINE": "1",
+        "HOME": str(here.parent),
+    }
+    command = [sys.executable, RUN, *settings.split(), "hydra.run.dir=killed"]
+    with subprocess.Popen(command, cwd=here, env=clean, stdout=subprocess.DEVNULL) as process:
+        while not (here / "killed/checkpoints/step-10").exists():
+            assert process.poll() is None
+            time.sleep(0.002)
+        process.kill()
+    assert not (here / "killed/results.json").exists()
+    assert start(here, "resume=killed").returncode == 0
+    assert start(here, *settings.split(), "hydra.run.dir=straight").returncode == 0
+    for name in ("adapter.safetensors", "adapter.json"):
+        assert (here / "killed/adapter" / name).read_bytes() == (here / "straight/adapter" / name).read_bytes()
+
+
+def test_an_encoder_that_is_not_there_stops_a_multirun_before_its_first_job(here):
+    done = start(here, "-m", "seed=1,2", "model.path=./missing", "hydra.sweep.dir=sweep")
+    assert (done.returncode, done.stdout) == (2, "")
+    job = "no job was started; of the job seed=1 model.path=./missing"
+    assert done.stderr.startswith(f"error: {job}: the encoder folder ./missing does not exist")
+    assert list(here.iterdir()) == []

@@ -1,0 +1,120 @@
+"""Our adapters as models of MTEB, offline, on a task made in memory."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+pytest.importorskip("mteb", reason="needs the extra: pip install -e '.[mteb]'")
+
+import mteb
+from conftest import save_small_encoder
+from datasets import Dataset, DatasetDict
+from mteb.abstasks import AbsTaskRetrieval, AbsTaskSTS
+from mteb.abstasks.task_metadata import TaskMetadata
+from mteb.cache import ResultCache
+
+from promcse_pl import PromCSE
+from promcse_pl.adapter import adapter_hash, load_adapter, save_adapter
+from promcse_pl.interop.mteb import MtebModel
+from promcse_pl.models.backbone import FrozenBackbone
+from promcse_pl.models.encoder import PromptEncoder
+
+FIRST = [f"w{i} w{i + 1} w{i + 2}" for i in range(5, 85, 4)]
+SECOND = [f"w{i} w{90 - i // 2} w{i * 7 % 80 + 5}" for i in range(5, 85, 4)]
+SCORES = [float(i * 13 % 20) for i in range(20)]
+
+
+def about(name: str, kind: str, score: str) -> TaskMetadata:
+    return TaskMetadata(
+        name=name,
+        type=kind,
+        main_score=score,
+        description="made in memory",
+        dataset={"path": "memory", "revision": "1"},
+        eval_langs=["eng-Latn"],
+        eval_splits=["test"],
+    )
+
+
+class SmallSTS(AbsTaskSTS):
+    metadata = about("SmallSTS", "STS", "cosine_spearman")
+    min_score, max_score = 0, 20
+
+    def load_data(self, **_):
+        rows = {"sentence1": FIRST, "sentence2": SECOND, "score": SCORES}
+        self.dataset, self.data_loaded = DatasetDict(test=Dataset.from_dict(rows)), True
+
+
+class SmallRetrieval(AbsTaskRetrieval):
+    metadata = about("SmallRetrieval", "Retrieval", "ndcg_at_10")
+
+    def load_data(self, **_):
+        ids = [str(i) for i in range(len(FIRST))]
+        split = {
+            "corpus": Dataset.from_dict({"id": ids, "title": [""] * len(ids), "text": FIRST}),
+            "queries": Dataset.from_dict({"id": ids, "text": SECOND}),
+            "relevant_docs": {i: {i: 1} for i in ids},
+            "top_ranked": None,
+        }
+        self.dataset, self.data_loaded = {"default": {"test": split}}, True
+
+
+def small_prompt_encoder(folder: Path, seed: int = 3, **settings: object) -> PromptEncoder:
+    if not folder.exists():
+        save_small_encoder(folder)
+    torch.manual_seed(seed)
+    encoder = PromptEncoder(
+        FrozenBackbone.load(str(folder)), **{"length": 4, "pooling": "avg", "head": "mlp", **settings}
+    )
+    torch.nn.init.normal_(encoder.prompt.embedding.weight, std=0.5)
+    return encoder.eval()
+
+
+def test_mteb_gives_the_spearman_of_our_cosines_and_keeps_adapters_apart(tmp_path):
+    cache = ResultCache(tmp_path / "results")
+    for seed in (3, 4):
+        model = PromCSE(small_prompt_encoder(tmp_path / "encoder", seed))
+        result = mteb.evaluate(MtebModel(model), SmallSTS(), cache=cache, show_progress_bar=False)
+        cosines = (model.encode(FIRST) * model.encode(SECOND)).sum(1)
+        scores = result.task_results[0].scores["test"][0]
+        assert scores["main_score"] == pytest.approx(spearmanr(cosines, SCORES).statistic, abs=1e-6)
+        assert (result.model_name, result.model_revision) == ("promcse_pl/encoder", adapter_hash(model.encoder))
+    assert len(list((tmp_path / "results").rglob("SmallSTS.json"))) == 2
+
+
+def test_mteb_runs_a_retrieval_task(tmp_path):
+    model = PromCSE(small_prompt_encoder(tmp_path / "encoder"))
+    result = mteb.evaluate(MtebModel(model), SmallRetrieval(), cache=None, show_progress_bar=False)
+    ranks = model.similarity(SECOND, FIRST).argsort(1)[:, ::-1]
+    expected = sum(float(i in ranks[i, :10]) for i in range(len(FIRST))) / len(FIRST)
+    assert result.task_results[0].scores["test"][0]["recall_at_10"] == pytest.approx(expected)
+
+
+def test_the_model_keeps_mtebs_protocol_and_describes_itself(tmp_path):
+    model = MtebModel(PromCSE(small_prompt_encoder(tmp_path / "encoder")))
+    assert isinstance(model, mteb.EncoderProtocol)
+    meta = model.mteb_model_meta
+    assert (meta.embed_dim, meta.max_tokens, meta.similarity_fn_name) == (16, 36, "cosine")
+    assert meta.n_embedding_parameters == 97 * 16
+
+
+def test_the_hash_follows_what_decides_the_vectors_and_nothing_else(tmp_path):
+    folder = tmp_path / "encoder"
+    encoder = small_prompt_encoder(folder)
+    save_adapter(encoder, tmp_path / "adapter", training={"best": 0.5})
+    same = [load_adapter(tmp_path / "adapter"), small_prompt_encoder(folder, dropout=0.3)]
+    same.append(load_adapter(tmp_path / "adapter", encoder=str(folder.rename(tmp_path / "moved"))))
+    assert {adapter_hash(other) for other in same} == {adapter_hash(encoder)}
+    changes = (
+        {"pooling": "cls"},
+        {"head": "mlp_train_only"},
+        {"position_offset": 0},
+        {"projection_size": 5},
+        {"seed": 4},
+    )
+    changed = [small_prompt_encoder(tmp_path / "moved", **change) for change in changes]
+    changed[-1].prompt.load_state_dict(encoder.prompt.state_dict())  # the last one differs in its head alone
+    hashes = {adapter_hash(other) for other in [encoder, *changed]}
+    assert len(hashes) == 1 + len(changes)

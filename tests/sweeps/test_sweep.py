@@ -1,0 +1,215 @@
+"""Whole sweeps as a person types them: `python run.py -m`, with real jobs, failures and kills."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from small import ROWS, SETTINGS, files
+
+from promcse_pl.run_folder import is_running, locked, read_config, read_status
+from promcse_pl.sweeps.plan import missing_jobs, read_plan
+
+
+def begin(here: Path, *arguments: str) -> subprocess.Popen[str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    own = {"XDG_CACHE_HOME": str(here / "cache"), "HF_HUB_OFFLINE": "1", "HOME": str(here), "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "run.py"), *arguments],
+        cwd=here,
+        env={**clean, **own},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run(here: Path, *arguments: str) -> tuple[int, str, str]:
+    process = begin(here, *arguments)
+    printed, errors = process.communicate(timeout=200)
+    return process.returncode, printed, errors
+
+
+def test_a_bad_value_anywhere_stops_before_the_first_job_and_leaves_nothing(tmp_path):
+    files(tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    code, printed, errors = run(tmp_path, "-m", "optim.lr=0.01,5", *SETTINGS)
+    assert (code, printed) == (2, "")
+    assert errors.startswith("error: no job was started; of the job optim.lr=5 ")
+    assert errors.endswith(": optim.lr must be in (0, 1], got 5.0. Try: python run.py optim.lr=0.01\n")
+    assert errors.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_two_sweeps_never_write_into_one_folder(tmp_path):
+    files(tmp_path)
+    with locked(tmp_path / "sweep"):
+        code, printed, errors = run(tmp_path, "-m", "seed=1,2", *SETTINGS, "hydra.sweep.dir=sweep")
+    assert (code, printed) == (2, "")
+    assert errors.startswith("error: another process is at work in sweep. Try: another folder")
+    assert not (tmp_path / "sweep/0").exists()
+
+
+def test_a_failure_is_recorded_a_kill_of_the_parent_is_survived_and_a_resume_runs_only_what_is_missing(tmp_path):
+    files(tmp_path)
+    rows = [*ROWS, *ROWS, *ROWS[:20], "w5,only two"]  # the bad one behind those that are read before the first job
+    (tmp_path / "bad.csv").write_text("\n".join(["a,b,c", *rows]) + "\n")
+    long = [entry for entry in SETTINGS if not entry.startswith(("data.train=", "trainer.max_steps="))]
+    sweep = tmp_path / "sweep"
+    arguments = ["-m", "data.train=bad.csv,train.csv", *long, "trainer.max_steps=2000", "trainer.save_every=5"]
+    parent = begin(tmp_path, *arguments, "hydra.sweep.dir=sweep")
+    end = time.monotonic() + 100
+    while not list(sweep.glob("1/checkpoints/step-*")):
+        assert parent.poll() is None, parent.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    failed = read_status(sweep / "0")
+    assert (failed.state, failed.error.partition(":")[0]) == ("failed", "DataError")
+    assert "bad.csv" in failed.error
+    parent.kill()
+    printed = parent.communicate()[0]
+    assert "job 0 failed, " in printed
+    while is_running(sweep / "1"):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    stopped = read_status(sweep / "1")
+    assert stopped.state == "stopped"
+    assert stopped.step > 0
+
+    (tmp_path / "bad.csv").write_text("\n".join(["a,b,c", *ROWS[:20]]) + "\n")
+    code, _, errors = run(tmp_path, *arguments[:-1], "trainer.save_every=6", "sweep.resume=sweep")
+    assert code == 2
+    assert "begun with other overrides: trainer.save_every=6 is new; trainer.save_every=5 is missing" in errors
+    resumed = begin(tmp_path, "-m", "sweep.resume=sweep", "sweep.parallel=2")
+    while read_status(sweep / "1").state != "running" or read_status(sweep / "0").state != "running":
+        assert resumed.poll() is None, resumed.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    os.killpg(resumed.pid, signal.SIGINT)
+    time.sleep(0.3)
+    os.killpg(resumed.pid, signal.SIGINT)
+    printed, errors = resumed.communicate(timeout=60)
+    assert resumed.returncode == 130, errors
+    assert "to run the 2 unfinished jobs: python run.py -m sweep.resume=sweep" in printed
+    assert "to view the results: promcse report sweep" in printed
+    assert [job.folder for job in missing_jobs(sweep, read_plan(sweep))] == ["0", "1"]
+    assert read_status(sweep / "1").state == "stopped"
+
+
+def test_a_killed_sweep_is_resumed_to_its_very_end(tmp_path):
+    files(tmp_path)
+    parent = begin(tmp_path, "-m", "seed=1,2", *SETTINGS, "hydra.sweep.dir=sweep")
+    assert [parent.stdout.readline().split(",")[0] for _ in range(3)][2] == "job 0 finished"
+    parent.kill()
+    parent.communicate()
+    first = (tmp_path / "sweep/0/results.json").stat().st_mtime_ns
+    code, printed, errors = run(tmp_path, "-m", "sweep.resume=sweep")
+    assert code == 0, errors
+    assert "sweep sweep: 2 jobs, 1 to run" in printed
+    assert "2 finished" in printed
+    assert (tmp_path / "sweep/0/results.json").stat().st_mtime_ns == first
+    code, printed, _ = run(tmp_path, "-m", "sweep.resume=sweep")
+    assert code == 0
+    assert "sweep sweep: 2 jobs, 0 to run" in printed
+    assert "job 1 starts" not in printed
+
+
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_the_launchers_of_hydra_keep_working(launcher, tmp_path):
+    files(tmp_path)
+    code, printed, errors = run(tmp_path, "-m", f"hydra/launcher={launcher}", *SETTINGS, "hydra.sweep.dir=sweep")
+    assert code == 0, errors
+    assert read_status(tmp_path / "sweep/0").state == "finished"
+    assert "1 finished" in printed
+    assert json.loads((tmp_path / "sweep/0/results.json").read_text())["dev_spearman"] is not None
+
+
+def test_sweep_parallel_is_not_silently_ignored_by_another_launcher(tmp_path):
+    files(tmp_path)
+    code, _, errors = run(tmp_path, "-m", "hydra/launcher=joblib", "sweep.parallel=2", *SETTINGS)
+    assert code == 2
+    assert errors.startswith("error: sweep.parallel is of the local launcher. Try: hydra.launcher.n_jobs (joblib)")
+
+
+def test_a_sweep_json_with_a_folder_outside_the_sweep_is_rejected_and_the_folder_untouched(tmp_path):
+    files(tmp_path)
+    victim = tmp_path / "victim"
+    (victim / ".git").mkdir(parents=True)
+    (victim / "thesis.tex").write_text("years of work")
+    sweep = tmp_path / "sweep"
+    sweep.mkdir()
+    jobs = [{"folder": "../victim", "overrides": SETTINGS}]
+    (sweep / "sweep.json").write_text(json.dumps({"format": 1, "overrides": SETTINGS, "jobs": jobs}))
+    code, printed, errors = run(tmp_path, "-m", "sweep.resume=sweep")
+    assert (code, printed) == (2, "")
+    assert errors.startswith("error: sweep/sweep.json: the folder of a job must be a unique name without")
+    assert "../victim" in errors
+    assert sorted(path.name for path in victim.iterdir()) == [".git", "thesis.tex"]
+
+
+def test_a_resumed_sweep_keeps_threads_and_precision_of_its_first_start(tmp_path):
+    files(tmp_path)
+    settings = [entry for entry in SETTINGS if not entry.startswith("trainer.precision=")]
+    arguments = ["-m", "trainer.precision=auto,bfloat16", *settings, "hydra.sweep.dir=sweep"]
+    code, printed, errors = run(tmp_path, *arguments, "sweep.parallel=2")
+    assert code == 0, errors
+    plan = json.loads((tmp_path / "sweep/sweep.json").read_text())
+    share = max(1, len(os.sched_getaffinity(0)) // 2)
+    precision = plan["settled"]["precision"]["cpu"]
+    assert plan["settled"] == {"parallel": 2, "threads": share, "share": share, "precision": {"cpu": precision}}
+    threads = f"{share} thread{'s' if share > 1 else ''} per job"
+    assert f"sweep sweep: 2 jobs, 2 to run; 2 in parallel, {threads}, precision {precision}\n" in printed
+    assert [read_config(tmp_path / f"sweep/{job}/start.yaml").trainer.precision for job in (0, 1)] == [
+        precision,
+        "bfloat16",
+    ]
+
+    # as if it had been settled on another machine, and both jobs were still to run
+    other = {"float32": "bfloat16", "bfloat16": "float32"}[precision]
+    plan["settled"]["precision"] = {"cpu": other}
+    (tmp_path / "sweep/sweep.json").write_text(json.dumps(plan))
+    for job in (0, 1):
+        start = tmp_path / f"sweep/{job}/start.yaml"
+        start.rename(tmp_path / "start.yaml")
+        shutil.rmtree(start.parent)
+        start.parent.mkdir()
+        (tmp_path / "start.yaml").rename(start)
+    code, printed, errors = run(tmp_path, "-m", "sweep.resume=sweep", "sweep.parallel=1")
+    assert code == 0, errors
+    assert (
+        f"sweep sweep: 2 jobs, 2 to run; 1 in parallel, {threads} (as in the first start with sweep.parallel=2), precision "
+        in printed
+    )
+    machine = json.loads((tmp_path / "sweep/0/results.json").read_text())["machine"]
+    assert (machine["threads"], machine["precision"]) == (share, precision), "start.yaml holds the precision"
+
+
+def test_a_sweep_of_an_older_version_is_resumed_as_it_was(tmp_path):
+    files(tmp_path)
+    code, _, errors = run(tmp_path, "-m", *SETTINGS, "hydra.sweep.dir=sweep")
+    assert code == 0, errors
+    plan = json.loads((tmp_path / "sweep/sweep.json").read_text())
+    del plan["settled"]
+    (tmp_path / "sweep/sweep.json").write_text(json.dumps(plan))
+    (tmp_path / "sweep/0/status.json").unlink()
+    (tmp_path / "sweep/0/results.json").unlink()
+    code, printed, errors = run(tmp_path, "-m", "sweep.resume=sweep")
+    assert code == 0, errors
+    assert "1 finished" in printed
+    assert "at a time" not in printed
+
+
+def test_a_device_that_is_not_there_stops_a_sweep_before_its_first_job(tmp_path):
+    files(tmp_path)
+    settings = [entry for entry in SETTINGS if not entry.startswith(("trainer.precision=", "trainer.device="))]
+    code, printed, errors = run(tmp_path, "-m", *settings, "trainer.device=mps", "hydra.sweep.dir=sweep")
+    assert (code, printed) == (2, "")
+    assert errors.startswith("error: trainer.precision=auto cannot be measured: there is no mps device on this machine")
+    assert not (tmp_path / "sweep/sweep.json").exists()
