@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import memory_limit, save_small_encoder, small_tokens
 from safetensors.torch import load_file, save_file
+from support.encoders import save_small_encoder, small_tokens
+from support.limits import memory_limit
 
 from promcse_pl.adapter import FORMAT, describe, load_adapter, save_adapter
 from promcse_pl.adapter_folder import BUNDLED, DESCRIPTION, WEIGHTS

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import save_small_encoder
+from support.encoders import save_small_encoder
 from torch.nn import functional as F
 from transformers import AutoModel
 

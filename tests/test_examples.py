@@ -4,7 +4,7 @@ import doctest
 import re
 
 import pytest
-from conftest import ROOT
+from support.folders import ROOT
 
 import promcse_pl.embedder
 import promcse_pl.index

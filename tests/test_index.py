@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import memory_limit, save_small_encoder, small_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from support.encoders import save_small_encoder, small_tokenizer
+from support.limits import memory_limit
 
 from promcse_pl.adapter import save_adapter
 from promcse_pl.embedder import PromCSE

@@ -4,7 +4,7 @@ import ast
 
 import pytest
 import yaml
-from conftest import ROOT
+from support.folders import ROOT
 
 from promcse_pl.sweeps import collect
 

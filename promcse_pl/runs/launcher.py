@@ -16,9 +16,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
-from promcse_pl import errors
 from promcse_pl.run_folder import RANK_LOG, read_status
 from promcse_pl.training.distributed import LOST, STORE
+from promcse_pl.utils import errors
 from promcse_pl.utils.errors import PromcseError, RankError
 from promcse_pl.utils.interpreter import python_command
 from promcse_pl.utils.paths import run_command

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from conftest import save_small_encoder
+from support.encoders import save_small_encoder
 
 from promcse_pl.adapter import BUNDLED, FORMAT, save_adapter
 from promcse_pl.embedder import PromCSE

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, save_small_encoder
+from support.encoders import save_small_encoder
+from support.folders import ROOT
 
 from promcse_pl.adapter import save_adapter
 from promcse_pl.cli.main import main

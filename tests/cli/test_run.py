@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT, save_small_encoder
 from safetensors.torch import load_file
+from support.encoders import save_small_encoder
+from support.folders import ROOT
 
 from promcse_pl.sweeps.plan import read_plan
 

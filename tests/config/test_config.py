@@ -1,41 +1,26 @@
 """The schema, and the choices of conf/ against it."""
 
 import ast
-import copy
 import dataclasses
 import re
 import typing
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
+from support.configs import CONF, composed, leaves, put, valid
 
-from promcse_pl import config as schema
+from promcse_pl.config import schema
 from promcse_pl.config import Config, SweepConfig, check_overrides, decides, setting_keys
 from promcse_pl.run_folder import read_config, write_config
 from promcse_pl.utils.errors import ConfigError
 
-CONF = ROOT / "conf"
 MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
 DATA_CHOICES = sorted(path.stem for path in (CONF / "data").glob("*.yaml") if path.stem[0] != "_")
-
-
-@cache
-def composed_once(*overrides: str) -> dict[str, Any]:
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        raw = OmegaConf.to_container(compose("config", overrides=list(overrides)), resolve=True)
-    SweepConfig.from_dict(raw.pop("sweep"))
-    return raw
-
-
-def composed(*overrides: str) -> dict[str, Any]:
-    return copy.deepcopy(composed_once(*overrides))
 
 
 def config_of(*overrides: str) -> Config:
@@ -206,27 +191,6 @@ def test_an_unknown_key_does_not_compose():
 
 
 # --- the schema's errors ---------------------------------------------------------------------------------------------
-
-
-def valid() -> dict[str, Any]:
-    return composed()
-
-
-def leaves() -> dict[str, Any]:
-    """Dotted key -> type of every setting."""
-    found: dict[str, Any] = {}
-    for section, hint in typing.get_type_hints(Config).items():
-        if dataclasses.is_dataclass(hint):
-            found |= {f"{section}.{name}": inner for name, inner in typing.get_type_hints(hint).items()}
-        else:
-            found[section] = hint
-    return found
-
-
-def put(raw: dict[str, Any], key: str, value: object) -> dict[str, Any]:
-    section, _, name = key.rpartition(".")
-    (raw[section] if section else raw)[name] = value
-    return raw
 
 
 WRONG = {

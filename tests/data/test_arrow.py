@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import save_small_encoder
+from support.encoders import save_small_encoder
 
 from promcse_pl.config import DataConfig
 from promcse_pl.data.arrow import content_sha256, train_split

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import small_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from support.encoders import small_tokenizer
 
 from promcse_pl.config import DataConfig
 from promcse_pl.data.batch import TrainBatch

@@ -9,8 +9,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT
 from hydra import compose, initialize_config_dir
+from support.folders import ROOT
 
 from promcse_pl.cli.compose import config_of
 from promcse_pl.config import DataConfig

@@ -11,9 +11,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import DATA
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.folders import DATA
 
 from promcse_pl.data.readers import BadRow, read_rows, read_scored_pairs
 from promcse_pl.utils.errors import DataError

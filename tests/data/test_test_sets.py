@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from conftest import DATA
+from support.folders import DATA
 
 from promcse_pl.data.pairs import ScoredPairs, load_sick, load_stsb, load_task
 from promcse_pl.data.test_sets import refuse_test_set

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import DATA
 from scipy import stats
+from support.folders import DATA
 
 from promcse_pl import PromCSE
 from promcse_pl.data.pairs import TASKS, YEARS, ScoredPairs, load_sick, load_stsb, load_task

@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import save_small_encoder
 from rich.console import Console
 from scipy import stats
+from support.encoders import save_small_encoder
 
 from promcse_pl import PromCSE
 from promcse_pl.data.pairs import TASKS, YEARS, ScoredPairs

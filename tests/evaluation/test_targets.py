@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN, save_small_encoder
+from support.encoders import save_small_encoder
+from support.folders import GOLDEN
 
 from promcse_pl.adapter import save_adapter
 from promcse_pl.evaluation.targets import find_targets, frozen_target

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import DATA
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 from sklearn.model_selection import StratifiedKFold
+from support.folders import DATA
 
 from promcse_pl.evaluation.transfer import GRID, GRID_TRAIN_TEST, TRANSFER_TASKS, load_transfer, score_transfer
 from promcse_pl.evaluation.transfer_data import SPLIT_FILES, TREC_CLASSES, TWO_FILES

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import save_small_encoder
+from support.encoders import save_small_encoder
 
 from promcse_pl import PromCSE
 from promcse_pl.evaluation.vectors import VectorCache, check_vectors, model_hash

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import save_small_encoder, small_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from support.encoders import save_small_encoder, small_tokenizer
+from support.fuzzing import examples, only_our_errors
 
-from fuzz.conftest import examples, only_our_errors
 from promcse_pl.adapter import BUNDLED, describe, load_adapter, save_adapter
 from promcse_pl.data.tokens import load_tokens, memory_source
 from promcse_pl.embedder import PromCSE

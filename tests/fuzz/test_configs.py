@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from hypothesis import example, given
 from hypothesis import strategies as st
-from test_config import leaves, put, valid
+from support.configs import leaves, put, valid
+from support.folders import ROOT
+from support.fuzzing import examples, only_our_errors
 
-from fuzz.conftest import examples, only_our_errors
 from promcse_pl.config import Config, check_overrides
 from promcse_pl.run_folder import read_config, write_config
 from promcse_pl.runs.lifecycle import check_inputs

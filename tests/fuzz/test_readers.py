@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from support.fuzzing import FULL, examples, only_our_errors
 
-from fuzz.conftest import FULL, examples, only_our_errors
 from promcse_pl.data.readers import BadRow, read_rows, read_scored_pairs
 
 NAMES = ["a.csv", "a.tsv", "a.txt", "a.jsonl", "a.parquet"]

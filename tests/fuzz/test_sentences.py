@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import save_small_encoder
 from hypothesis import example, given
 from hypothesis import strategies as st
+from support.encoders import save_small_encoder
+from support.fuzzing import examples, only_our_errors
 
-from fuzz.conftest import examples, only_our_errors
 from promcse_pl.adapter import save_adapter
 from promcse_pl.cli.main import main
 from promcse_pl.embedder import PromCSE

@@ -7,11 +7,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN
 from safetensors.torch import load_file
+from support.folders import GOLDEN
+from support.official import read_json
 from torch.nn import functional as F
 
-from golden.official import read_json
 from promcse_pl.adapter import load_adapter, save_adapter
 from promcse_pl.data.batch import Tokens
 from promcse_pl.embedder import PromCSE

@@ -6,10 +6,11 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, NO_DROPOUT, SMALL, small_backbone, small_tokenizer, small_tokens
+from support.encoders import NO_DROPOUT, SMALL, small_backbone, small_tokenizer, small_tokens
+from support.folders import GOLDEN
+from support.official import read_json
 from torch.nn import functional as F
 
-from golden.official import read_json
 from promcse_pl.config import Config, LossConfig, OptimConfig
 from promcse_pl.data.batch import Tokens, TrainBatch
 from promcse_pl.data.masking import IGNORED

@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import GOLDEN
 from safetensors.torch import load_file, save_file
+from support.folders import GOLDEN
+from support.official import build_encoder, build_mlm_head, official_state, read_json, tokens_of, worst
 
-from golden.official import build_encoder, build_mlm_head, official_state, read_json, tokens_of, worst
 from promcse_pl.config import LossConfig, OptimConfig
 from promcse_pl.data.batch import Tokens, TrainBatch
 from promcse_pl.training.module import PromcseModule

@@ -7,9 +7,9 @@ tying or reordering cosines that are nearer than 1e-6 can do.
 
 import numpy as np
 import pytest
-from conftest import DATA, GOLDEN
+from support.folders import DATA, GOLDEN
+from support.official import read_json
 
-from golden.official import read_json
 from promcse_pl.data.pairs import SICK_FILES, STSB_FILES, YEARS, load_sick, load_stsb, load_task
 from promcse_pl.embedder import PromCSE
 from promcse_pl.evaluation.correlation import spearman

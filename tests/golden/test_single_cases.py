@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from conftest import GOLDEN
 from safetensors.torch import load_file
-from torch.nn import functional as F
-
-from golden.official import (
+from support.folders import GOLDEN
+from support.official import (
     build_encoder,
     build_mlm_head,
     lm_name,
@@ -16,6 +14,8 @@ from golden.official import (
     views_of,
     worst,
 )
+from torch.nn import functional as F
+
 from promcse_pl.data.masking import IGNORED
 from promcse_pl.losses.contrastive import ntxent_logits
 from promcse_pl.losses.hybrid import hybrid_loss, mlm_loss

@@ -9,10 +9,10 @@ import shutil
 
 import pytest
 import torch
-from conftest import GOLDEN
 from safetensors.torch import load_file, save_file
+from support.folders import GOLDEN
+from support.official import build_encoder, build_mlm_head, official_state, read_json, tokens_of, worst
 
-from golden.official import build_encoder, build_mlm_head, official_state, read_json, tokens_of, worst
 from promcse_pl.config import LossConfig, OptimConfig
 from promcse_pl.data.batch import TrainBatch
 from promcse_pl.training.module import PromcseModule

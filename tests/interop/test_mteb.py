@@ -9,11 +9,11 @@ from scipy.stats import spearmanr
 pytest.importorskip("mteb", reason="needs the extra: pip install -e '.[mteb]'")
 
 import mteb
-from conftest import save_small_encoder
 from datasets import Dataset, DatasetDict
 from mteb.abstasks import AbsTaskRetrieval, AbsTaskSTS
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.cache import ResultCache
+from support.encoders import save_small_encoder
 
 from promcse_pl import PromCSE
 from promcse_pl.adapter import adapter_hash, load_adapter, save_adapter

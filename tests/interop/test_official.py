@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import memory_limit, small_backbone, small_encoder
 from safetensors.torch import load_file, save_file
+from support.encoders import small_backbone, small_encoder
+from support.limits import memory_limit
 
 from promcse_pl.adapter import load_adapter, save_adapter
 from promcse_pl.cli.main import main

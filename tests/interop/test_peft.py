@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import memory_limit, save_small_encoder, small_backbone, small_tokens
 from safetensors.torch import load_file, save_file
+from support.encoders import save_small_encoder, small_backbone, small_tokens
+from support.limits import memory_limit
 from transformers import AutoModel
 
 from promcse_pl.adapter import load_adapter, save_adapter

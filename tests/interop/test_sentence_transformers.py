@@ -14,11 +14,12 @@ import torch
 pytest.importorskip("sentence_transformers", reason="needs the extra: pip install -e '.[st]'", exc_type=ImportError)
 pytest.importorskip("accelerate", reason="needs the extra: pip install -e '.[st]'")
 
-from conftest import ROOT, save_small_encoder, small_tokenizer
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator, SentenceEvaluator
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from support.encoders import save_small_encoder, small_tokenizer
+from support.folders import ROOT
 
 from promcse_pl import PromCSE
 from promcse_pl.adapter import BUNDLED, save_adapter

@@ -9,8 +9,8 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
-from conftest import save_small_encoder, small_backbone, small_encoder, small_tokenizer
 from safetensors.torch import load_file, save_file
+from support.encoders import save_small_encoder, small_backbone, small_encoder, small_tokenizer
 from transformers import AutoConfig, BertForMaskedLM
 
 from promcse_pl.data.tokenizer import tokenizer_fingerprint

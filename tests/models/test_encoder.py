@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import FAMILIES, NO_DROPOUT, SMALL, small_backbone, small_encoder, small_tokens
+from support.encoders import FAMILIES, NO_DROPOUT, SMALL, small_backbone, small_encoder, small_tokens
 from torch.nn import functional as F
 from transformers import AutoModel
 

@@ -4,7 +4,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import FAMILIES, small_backbone, small_tokens
+from support.encoders import FAMILIES, small_backbone, small_tokens
 
 from promcse_pl.data.masking import IGNORED
 from promcse_pl.models import backbone

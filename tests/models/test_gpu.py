@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import FAMILIES, small_backbone, small_tokens
+from support.encoders import FAMILIES, small_backbone, small_tokens
 
 from promcse_pl.data.batch import TrainBatch
 from promcse_pl.embedder import PromCSE

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from conftest import save_small_encoder
+from support.encoders import save_small_encoder
 
 from promcse_pl.models.backbone import FrozenBackbone, locate
 from promcse_pl.utils.errors import EncoderError

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, GOLDEN, SMALL, save_small_encoder, small_encoder, small_tokenizer, small_tokens
+from support.encoders import FAMILIES, SMALL, save_small_encoder, small_encoder, small_tokenizer, small_tokens
+from support.folders import GOLDEN
 from tokenizers import normalizers
 from transformers import AutoConfig, AutoModel, AutoTokenizer, ByT5Tokenizer
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import save_small_encoder, small_backbone, small_encoder, small_tokens
+from support.encoders import save_small_encoder, small_backbone, small_encoder, small_tokens
 from torch.nn import functional as F
 from transformers import AutoModelForMaskedLM
 

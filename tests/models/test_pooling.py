@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import small_backbone, small_tokens
+from support.encoders import small_backbone, small_tokens
 
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.pooling import POOLINGS, needs_all_layers, pool

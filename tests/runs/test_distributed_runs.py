@@ -13,10 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import NO_DROPOUT, ROOT, save_small_encoder
-from processes import begin, end, promcse
-from test_job import small_config, word_rows
-from test_resume import outcome
+from support.encoders import NO_DROPOUT, save_small_encoder
+from support.folders import ROOT
+from support.processes import begin, end, promcse
+from support.runs import outcome, small_config, word_rows
 
 from promcse_pl.config import Config
 from promcse_pl.run_folder import Status, is_running, read_config, read_status, write_config, write_status

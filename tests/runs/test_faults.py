@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, save_small_encoder
-from processes import Ended, promcse
 from safetensors.torch import load_file, save_file
-from test_job import small_config, word_rows
+from support.encoders import save_small_encoder
+from support.folders import ROOT
+from support.processes import Ended, promcse
+from support.runs import KILL_AT_STEP, small_config, word_rows
 
 from promcse_pl.run_folder import read_status, write_config
 from promcse_pl.runs.failures import plain_errors
@@ -164,18 +165,6 @@ def test_a_cache_that_vanishes_between_start_and_resume_is_built_again(tmp_path)
     assert "tokenised now" in again.stdout
     name = "adapter/adapter.safetensors"
     assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
-
-
-KILL_AT_STEP = """
-import os, signal
-from promcse_pl.training.module import PromcseModule
-step = PromcseModule.training_step
-def at_step(module, *arguments):
-    if module.global_step == {step}:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return step(module, *arguments)
-PromcseModule.training_step = at_step
-"""
 
 
 def test_handlers_are_put_back_and_a_second_signal_does_not_wait(monkeypatch):

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DEV_PAIRS, save_small_encoder
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from support.encoders import save_small_encoder
+from support.runs import DEV_PAIRS, run_small, small_config, word_rows
 
 from promcse_pl import PromCSE
 from promcse_pl.cli.main import main
@@ -31,42 +32,6 @@ from promcse_pl.runs.pipeline import _score_frozen
 from promcse_pl.tracking.local import read_history
 from promcse_pl.training.fit import build_data, build_encoder
 from promcse_pl.utils.errors import ConfigError, DataError, EncoderError, NonFiniteError
-
-
-def word_rows(rows: int, width: int = 3) -> list[str]:
-    """Sentences of the small tokenizer, each row different."""
-    return [
-        ",".join(f"w{5 + (7 * row + 3 * place) % 80} w{6 + row % 70} w{10 + place}" for place in range(width))
-        for row in range(rows)
-    ]
-
-
-def small_config(folder: Path, **sections: dict) -> Config:
-    """A run of a second: a small encoder made in memory, a file of triplets, no tracking."""
-    if not (folder / "encoder").is_dir():
-        save_small_encoder(folder / "encoder")
-    train = folder / "train.csv"
-    if not train.exists():
-        train.write_text("sent0,sent1,hard_neg\n" + "\n".join(word_rows(10)) + "\n")
-    raw: dict[str, dict] = {
-        "model": {"path": str(folder / "encoder"), "pooling": "cls", "head": "mlp"},
-        "data": {
-            "kind": "triplets",
-            "train": str(train),
-            "max_length": 16,
-            "batch_size": 4,
-            "cache_dir": str(folder / "cache"),
-        },
-        "prompt": {"length": 4},
-        "trainer": {"epochs": 1, "eval_every": 2, "log_every": 1, "precision": "float32", "device": "cpu"},
-        "tracking": {"wandb": "disabled"},
-    }
-    return Config.from_dict({name: {**raw.get(name, {}), **sections.get(name, {})} for name in {**raw, **sections}})
-
-
-def run_small(folder: Path, name: str = "run", **sections: dict) -> tuple[dict, str]:
-    printed = io.StringIO()
-    return run_job(small_config(folder, **sections), folder / name, Console(file=printed)), printed.getvalue()
 
 
 def test_a_saved_config_does_not_run_in_a_folder_with_other_content(tmp_path):

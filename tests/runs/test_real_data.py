@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DATA, ROOT
 from hydra import compose, initialize_config_dir
 from rich.console import Console
+from support.folders import DATA, ROOT
 from transformers import AutoTokenizer, RobertaConfig, RobertaModel
 
 from promcse_pl import PromCSE

@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import PROCESSES, end
 from safetensors.torch import load_file, save_file
-from test_job import small_config, word_rows
+from support.processes import PROCESSES, end
+from support.runs import left, outcome, small_config, word_rows
 
 from promcse_pl.config import Config
 from promcse_pl.run_folder import is_running, locked, read_config, read_status, write_config, write_status
@@ -26,7 +26,6 @@ from promcse_pl.utils.errors import AdapterError, ConfigError, DataError, Promcs
 from promcse_pl.utils.signals import Stopped
 
 KILLS = 20
-TIMES = re.compile(r'"(speed/(rows|tokens)_per_second|seconds|training_seconds|rows_per_second)": [\d.e+-]+')
 
 
 def go(config: Path, folder: Path, die_at: int | None = None, die_in: str | None = None) -> None:
@@ -59,17 +58,6 @@ def start(*arguments: object) -> mp.Process:
     process = PROCESSES.Process(target=go, args=arguments)
     process.start()
     return process
-
-
-def outcome(folder: Path) -> dict[str, object]:
-    """What must be equal: adapter and history and results to the byte, without times."""
-    files = {name: (folder / "adapter" / name).read_bytes() for name in ("adapter.safetensors", "adapter.json")}
-    texts = {name: TIMES.sub("", (folder / name).read_text()) for name in ("metrics.jsonl", "results.json")}
-    return {**files, **texts, "config.yaml": (folder / "config.yaml").read_bytes(), "left": left(folder)}
-
-
-def left(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
 
 
 @pytest.fixture(scope="module")

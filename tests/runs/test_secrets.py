@@ -9,16 +9,15 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from processes import Ended, promcse
-from test_faults import KILL_AT_STEP
-from test_job import small_config
+from support.folders import ROOT
+from support.processes import Ended, promcse
+from support.runs import KILL_AT_STEP, small_config
 
 from promcse_pl.adapter import load_adapter
 from promcse_pl.run_folder import read_config, read_status, write_config
 
 sys.path.append(str(ROOT / "tests/tracking"))
-from test_wandb import parse
+from support.wandb_files import parse
 
 USER = "erika-mustermann-äö"
 SECRETS = {

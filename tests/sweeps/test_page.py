@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from browser import chromium, console_messages, needs_chromium, open_page, view, wait
-from folders import begin, write_sweep
+from support.browser import chromium, console_messages, needs_chromium, open_page, view, wait
+from support.sweep_folders import begin, write_sweep
 
 from promcse_pl.cli.main import main
 from promcse_pl.run_folder import STATUS

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from small import files, small_config
+from support.sweep_jobs import files, small_config
 
 from promcse_pl.config import SweepConfig, check_overrides
 from promcse_pl.run_folder import Status, locked, read_config, read_status, write_status

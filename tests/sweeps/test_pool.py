@@ -10,8 +10,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT
-from small import files, small_config
+from support.folders import ROOT
+from support.sweep_jobs import files, small_config
 
 from promcse_pl.run_folder import write_config
 from promcse_pl.sweeps.pool import check_fits, shares, visible_devices

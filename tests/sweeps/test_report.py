@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from folders import begin, finish, write_sweep
+from support.sweep_folders import begin, finish, write_sweep
 
 from promcse_pl.cli.main import main
 from promcse_pl.run_folder import CONFIG, HISTORY, RESULTS, STATUS, Status, locked, write_status

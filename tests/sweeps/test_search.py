@@ -6,9 +6,8 @@ from pathlib import Path
 
 import optuna
 import pytest
-from conftest import ROOT
-from small import SETTINGS, files, small_config
-from test_sweep import run
+from support.folders import ROOT
+from support.sweep_jobs import SETTINGS, files, run, small_config
 
 from promcse_pl.config import SweepConfig
 from promcse_pl.run_folder import Status, read_config, read_status, write_status

@@ -4,37 +4,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from small import ROWS, SETTINGS, files
+from support.sweep_jobs import ROWS, SETTINGS, begin, files, run
 
 from promcse_pl.run_folder import is_running, locked, read_config, read_status
 from promcse_pl.sweeps.plan import missing_jobs, read_plan
-
-
-def begin(here: Path, *arguments: str) -> subprocess.Popen[str]:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
-    own = {"XDG_CACHE_HOME": str(here / "cache"), "HF_HUB_OFFLINE": "1", "HOME": str(here), "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "run.py"), *arguments],
-        cwd=here,
-        env={**clean, **own},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def run(here: Path, *arguments: str) -> tuple[int, str, str]:
-    process = begin(here, *arguments)
-    printed, errors = process.communicate(timeout=200)
-    return process.returncode, printed, errors
 
 
 def test_a_bad_value_anywhere_stops_before_the_first_job_and_leaves_nothing(tmp_path):

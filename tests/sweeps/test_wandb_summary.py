@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Run
-from server import serving
-from test_wandb import items, records
+from support.runs import Run
+from support.wandb_files import items, records
+from support.wandb_server import serving
 
 from promcse_pl.cli.main import main
 from promcse_pl.run_folder import Status, write_config, write_status

@@ -6,7 +6,7 @@ import socket
 from types import SimpleNamespace
 
 import pytest
-from test_wandb import items, records
+from support.wandb_files import items, records
 
 from promcse_pl.cli.main import main
 from promcse_pl.tracking import dashboard

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from server import Server, serving
-from test_wandb import items, records, small_config
+from support.wandb_files import items, records
+from support.wandb_files import tracked_config as small_config
+from support.wandb_server import Server, serving
 
 from promcse_pl.config import TrackingConfig
 from promcse_pl.run_folder import read_status, write_config

@@ -3,18 +3,17 @@
 import io
 import json
 import socket
-import struct
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import SECRETS, save_small_encoder
 from rich.console import Console
+from support.runs import SECRETS
+from support.wandb_files import items, records, tracked_config
 from wandb.proto.wandb_internal_pb2 import Record
 
-from promcse_pl.config import Config
 from promcse_pl.run_folder import write_config
 from promcse_pl.runs.lifecycle import run_job
 from promcse_pl.tracking.wandb import SUMMARY, resolve_mode
@@ -22,68 +21,14 @@ from promcse_pl.training.module import PromcseModule
 from promcse_pl.utils.errors import ConfigError, NonFiniteError
 
 
-def records(folder: Path) -> list[Record]:
-    """Read the .wandb file of a closed run; W&B's own process writes the end a moment after `finish` has returned."""
-    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    patience = time.monotonic() + 20
-    while True:
-        found = parse(path.read_bytes())
-        if any(record.HasField("exit") for record in found) or time.monotonic() > patience:
-            return found
-        time.sleep(0.1)
-
-
-def parse(content: bytes) -> list[Record]:
-    """Read a 7-byte head, then LevelDB's log: blocks of 32 KiB of chunks (crc 4, length 2, type 1, data)."""
-    assert content.startswith(b":W&B")
-    found, parts, place = [], b"", 7
-    while place + 7 <= len(content):
-        if (left := 32768 - place % 32768) < 7:
-            place += left
-            continue
-        length, kind = struct.unpack_from("<HB", content, place + 4)
-        parts += content[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4) and place <= len(content):  # whole, or the last chunk
-            found.append(Record.FromString(parts))
-            parts = b""
-    return found
-
-
-def items(part) -> dict:
-    """Key -> value of a list of updates."""
-    return {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in part}
-
-
 @pytest.fixture(scope="module")
 def tracked(trained_run) -> list[Record]:
     return records(trained_run.folder)
 
 
-def small_config(folder: Path, wandb_mode: str) -> Config:
-    save_small_encoder(folder / "encoder")
-    train = folder / "train.csv"
-    train.write_text("a,b,c\n" + "".join(f"w{row} w7,w{row} w8,w{row + 40}\n" for row in range(5, 15)))
-    data = {
-        "kind": "triplets",
-        "train": str(train),
-        "batch_size": 4,
-        "max_length": 16,
-        "cache_dir": str(folder / "cache"),
-    }
-    return Config.from_dict(
-        {
-            "model": {"path": str(folder / "encoder")},
-            "data": data,
-            "trainer": {"epochs": 1, "precision": "float32", "device": "cpu"},
-            "tracking": {"wandb": wandb_mode},
-        }
-    )
-
-
 def small_run(folder: Path, wandb_mode: str) -> tuple[dict, str]:
     printed = io.StringIO()
-    return run_job(small_config(folder, wandb_mode), folder / "run", Console(file=printed)), printed.getvalue()
+    return run_job(tracked_config(folder, wandb_mode), folder / "run", Console(file=printed)), printed.getvalue()
 
 
 @pytest.fixture
@@ -278,7 +223,7 @@ def test_a_server_that_cannot_be_reached_makes_the_run_an_offline_one_after_half
         port = free.getsockname()[1]
     clean.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
     clean.setenv("WANDB_API_KEY", "0" * 40)
-    path = write_config(small_config(tmp_path, "online"), tmp_path / "config.yaml")
+    path = write_config(tracked_config(tmp_path, "online"), tmp_path / "config.yaml")
     command = [sys.executable, "-m", "promcse_pl.cli.main", "train", str(path), "--out", str(tmp_path / "run")]
     begin = time.perf_counter()  # a process of its own: W&B reads the address once
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -5,8 +5,8 @@ import json
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import small_backbone, small_tokenizer
 from safetensors.torch import load_file
+from support.encoders import small_backbone, small_tokenizer
 
 from promcse_pl.config import DataConfig, LossConfig, OptimConfig
 from promcse_pl.data.module import PromcseDataModule

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import NO_DROPOUT, small_backbone, small_tokenizer
-from processes import PROCESSES, end
-from test_job import small_config
+from support.encoders import NO_DROPOUT, small_backbone, small_tokenizer
+from support.processes import PROCESSES, end
+from support.runs import small_config
 
 from promcse_pl.config import DataConfig, LossConfig, OptimConfig, TrainerConfig
 from promcse_pl.data.batch import TrainBatch

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import save_small_encoder, small_backbone, small_tokens
+from support.encoders import save_small_encoder, small_backbone, small_tokens
 
 from promcse_pl.config import Config
 from promcse_pl.models.encoder import PromptEncoder

@@ -3,7 +3,7 @@
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import save_small_encoder, small_backbone, small_tokenizer
+from support.encoders import save_small_encoder, small_backbone, small_tokenizer
 
 from promcse_pl.config import DataConfig, LossConfig, OptimConfig
 from promcse_pl.data.module import PromcseDataModule

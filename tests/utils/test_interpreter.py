@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, save_small_encoder
+from support.encoders import save_small_encoder
+from support.folders import ROOT
 
 from promcse_pl.utils.interpreter import python_command
 

@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import FAMILIES, small_backbone, small_tokens
+from support.encoders import FAMILIES, small_backbone, small_tokens
 
 from promcse_pl.data.batch import Tokens
 from promcse_pl.losses.hybrid import hybrid_loss

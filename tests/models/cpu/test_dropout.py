@@ -6,8 +6,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from conftest import NO_DROPOUT, small_backbone, small_encoder, small_tokens
 from scipy.stats import chisquare
+from support.encoders import NO_DROPOUT, small_backbone, small_encoder, small_tokens
 from torch import nn
 from torch.nn import functional as F
 

@@ -6,7 +6,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import NO_DROPOUT, small_backbone, small_tokens
+from support.encoders import NO_DROPOUT, small_backbone, small_tokens
 
 from promcse_pl.models import backbone
 from promcse_pl.models.cpu.dropout import seeded_dropout

@@ -1,10 +1,13 @@
 """Jobs of seconds for sweeps: a small encoder made in memory and a file of triplets."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
-from conftest import save_small_encoder
-
 from promcse_pl.config import Config
+from support.encoders import save_small_encoder
+from support.folders import ROOT
 
 ROWS = [f"w{row} w7,w{row} w8,w{row + 40}" for row in range(5, 45)]
 
@@ -41,3 +44,23 @@ def small_config(folder: Path, **sections: dict) -> Config:
         "tracking": {"wandb": "disabled"},
     }
     return Config.from_dict({name: {**raw.get(name, {}), **sections.get(name, {})} for name in {**raw, **sections}})
+
+
+def begin(here: Path, *arguments: str) -> subprocess.Popen[str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    own = {"XDG_CACHE_HOME": str(here / "cache"), "HF_HUB_OFFLINE": "1", "HOME": str(here), "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "run.py"), *arguments],
+        cwd=here,
+        env={**clean, **own},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run(here: Path, *arguments: str) -> tuple[int, str, str]:
+    process = begin(here, *arguments)
+    printed, errors = process.communicate(timeout=200)
+    return process.returncode, printed, errors

@@ -1,0 +1,1 @@
+"""Helpers that several test modules share. Test modules import nothing from each other."""

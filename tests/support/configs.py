@@ -1,0 +1,49 @@
+"""Valid settings to change in tests."""
+
+import copy
+import dataclasses
+import typing
+from functools import cache
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from promcse_pl.config import Config, SweepConfig
+from support.folders import ROOT
+
+
+def valid() -> dict[str, Any]:
+    return composed()
+
+
+def leaves() -> dict[str, Any]:
+    """Dotted key -> type of every setting."""
+    found: dict[str, Any] = {}
+    for section, hint in typing.get_type_hints(Config).items():
+        if dataclasses.is_dataclass(hint):
+            found |= {f"{section}.{name}": inner for name, inner in typing.get_type_hints(hint).items()}
+        else:
+            found[section] = hint
+    return found
+
+
+def put(raw: dict[str, Any], key: str, value: object) -> dict[str, Any]:
+    section, _, name = key.rpartition(".")
+    (raw[section] if section else raw)[name] = value
+    return raw
+
+
+def composed(*overrides: str) -> dict[str, Any]:
+    return copy.deepcopy(composed_once(*overrides))
+
+
+CONF = ROOT / "conf"
+
+
+@cache
+def composed_once(*overrides: str) -> dict[str, Any]:
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        raw = OmegaConf.to_container(compose("config", overrides=list(overrides)), resolve=True)
+    SweepConfig.from_dict(raw.pop("sweep"))
+    return raw

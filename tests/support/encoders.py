@@ -1,0 +1,78 @@
+"""Small encoders and tokenizers made in memory."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
+
+from promcse_pl.data.batch import Tokens
+from promcse_pl.models.backbone import FrozenBackbone
+from promcse_pl.models.identity import EncoderId
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 3,
+    "intermediate_size": 24,
+    "max_position_embeddings": 40,
+    "pad_token_id": 0,
+    "initializer_range": 0.2,  # with the usual 0.02 so small an encoder hardly attends to anything
+}
+
+
+FAMILIES: dict[str, dict[str, object]] = {
+    "bert": {},
+    "roberta": {"pad_token_id": 1},
+    "xlm-roberta": {"pad_token_id": 1},
+    "electra": {"embedding_size": 12},
+    # a window narrower than a sentence; the default special tokens lie outside so small a vocabulary
+    "modernbert": {
+        "local_attention": 6,
+        **dict.fromkeys(("bos_token_id", "cls_token_id", "eos_token_id", "sep_token_id"), 2),
+    },
+}
+"""What each supported family needs beside SMALL."""
+
+
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def small_encoder(family: str, **changes: object) -> torch.nn.Module:
+    torch.manual_seed(1)
+    return AutoModel.from_config(AutoConfig.for_model(family, **{**SMALL, **FAMILIES.get(family, {}), **changes}))
+
+
+def small_backbone(family: str = "bert", **changes: object) -> FrozenBackbone:
+    return FrozenBackbone(small_encoder(family, **changes), EncoderId(f"small-{family}", None, "0" * 64))
+
+
+def small_tokens(lengths: list[int], pad_id: int = 0) -> Tokens:
+    """Random sentences of the given lengths, padded to the longest."""
+    lengths_N = torch.tensor(lengths)
+    mask_NT = (torch.arange(max(lengths)) < lengths_N.unsqueeze(1)).long()
+    ids_NT = torch.randint(5, SMALL["vocab_size"], mask_NT.shape, generator=torch.Generator().manual_seed(2))
+    return Tokens(torch.where(mask_NT.bool(), ids_NT, pad_id), mask_NT)
+
+
+def small_tokenizer(pad_id: int = 0) -> PreTrainedTokenizerFast:
+    """Words w5, w6, ... by their number; [CLS] and [SEP] around them."""
+    words = ["[PAD]", "[UNK]"] if pad_id == 0 else ["[UNK]", "[PAD]"]
+    words += ["[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(5, SMALL["vocab_size"]))]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(
+        "[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
+def save_small_encoder(folder: Path, family: str = "bert", **changes: object) -> Path:
+    """Write a small encoder and its tokenizer as transformers does; returns the folder."""
+    model = small_encoder(family, **changes)
+    model.save_pretrained(folder)
+    small_tokenizer(model.config.pad_token_id).save_pretrained(folder)
+    return folder
