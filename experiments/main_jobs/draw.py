@@ -1,6 +1,6 @@
-"""Draw the README's tables from the results.json of the two main jobs.
+"""Generate the tables in README.md from the results.json of the two main runs.
 
-python run.py                            -> its results.json is kept here as demo.json
+python run.py                            -> its results.json is stored as demo.json
 python run.py data=nli data.dir=DATA     -> nli.json
 python experiments/main_jobs/draw.py
 """

@@ -1,9 +1,9 @@
-"""What fewer bits cost: development scores of runs by precision, and STS scores of one adapter by the type that encodes.
+"""Measure the effect of precision: dev scores of runs, and STS scores of one adapter by the type of the encoder.
 
     python experiments/speed/quality.py --data FOLDER RUN...
 
-RUN: finished runs that differ by seed and trainer.precision alone; the first one's adapter is scored. Writes quality.json, which
-`measure.py --draw` puts into README.md.
+RUN: finished runs that differ only by seed and trainer.precision; the adapter of the first is evaluated. Writes quality.json,
+which `measure.py --draw` puts into README.md.
 """
 
 from __future__ import annotations
