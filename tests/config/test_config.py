@@ -1,10 +1,9 @@
 """The schema, and the choices of conf/ against it."""
 
-import ast
 import dataclasses
+import importlib.util
 import re
 import typing
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +12,10 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 from support.configs import CONF, composed, leaves, put, valid
+from support.folders import ROOT
 
-from promcse_pl.config import Config, SweepConfig, check_overrides, decides, schema, setting_keys
+from promcse_pl.config import Config, SweepConfig, check_overrides, decides, flat_settings, parsing
+from promcse_pl.config.fields import settings
 from promcse_pl.run_folder import read_config, write_config
 from promcse_pl.utils.errors import ConfigError
 
@@ -82,7 +83,7 @@ def test_every_sweep_names_settings_and_its_values_are_valid():
     swept = [whole["hydra"]["sweeper"]["params"] for whole in files if "hydra" in whole]
     assert len(swept) == 2
     for key, values in (pair for params in swept for pair in params.items()):
-        assert key in [known for part in setting_keys().values() for known in part]
+        assert key in settings(Config)
         values = re.sub(r"(tag|interval|choice|log)\b|[()]", "", values)
         for value in filter(None, values.split(",")):
             config_of(f"{key}={value}")
@@ -168,13 +169,50 @@ def test_the_defaults_of_a_sweep_are_those_of_conf():
         assert OmegaConf.to_container(compose("config").sweep) == dataclasses.asdict(SweepConfig())
 
 
-def test_the_defaults_of_the_schema_are_those_of_conf_where_both_have_one():
-    raw = composed("model=bert-base", "data=nli")
-    for part in (schema.LossConfig, schema.PromptConfig, schema.OptimConfig, schema.TrackingConfig):
-        section = next(field.name for field in dataclasses.fields(Config) if field.type == part.__name__)
-        for field in dataclasses.fields(part):
-            if field.default is not dataclasses.MISSING and field.name not in ("length",):  # the recipe sets it
-                assert raw[section][field.name] == field.default, f"{section}.{field.name}"
+BASE_CHOICES = {
+    "data": "_base",
+    "loss": "default",
+    "prompt": "deep",
+    "optim": "adamw",
+    "trainer": "auto",
+    "tracking": "wandb",
+    "evaluation": "none",
+}
+
+
+@pytest.mark.parametrize(("group", "choice"), BASE_CHOICES.items())
+def test_the_base_choice_of_a_group_holds_the_defaults_of_the_schema(group, choice):
+    values = yaml.safe_load((CONF / group / f"{choice}.yaml").read_text())
+    if group == "loss":
+        values |= yaml.safe_load((CONF / "mode/supervised.yaml").read_text())["loss"]
+    required = ("data.kind", "data.train", "data.dev")  # every choice of data sets them
+    expected = {key: setting.default for key, setting in settings(Config).items() if key.startswith(f"{group}.")}
+    assert flat_settings({group: values}) == {key: value for key, value in expected.items() if key not in required}
+
+
+def test_the_default_command_differs_from_the_schema_by_its_model_data_and_recipe_alone():
+    files = ("model/minilm", "data/demo", "evaluation/demo", "recipe/supervised/minilm")
+    chosen = set()
+    for name in files:
+        tree = yaml.safe_load((CONF / f"{name}.yaml").read_text())
+        chosen |= set(flat_settings({"evaluation": tree} if "tasks" in tree else tree))
+    composed_settings = flat_settings(composed())
+    differing = {key for key, setting in settings(Config).items() if composed_settings[key] != setting.default}
+    assert differing <= chosen
+    assert {"model.path", "data.train", "optim.lr"} <= differing
+
+
+def test_a_partial_config_gets_the_defaults_of_the_schema():
+    raw = {"model": {"path": "encoder"}, "data": {"kind": "triplets", "train": "my.csv"}, "loss": {"margin": 0.1}}
+    config = Config.from_dict(raw)
+    given = flat_settings(raw)
+    expected = {key: given.get(key, setting.default) for key, setting in settings(Config).items()}
+    assert flat_settings(config.to_dict()) == expected
+
+
+def test_only_the_encoder_and_the_training_data_are_required():
+    required = {key for key, setting in settings(Config).items() if setting.default is dataclasses.MISSING}
+    assert required == {"model.path", "data.kind", "data.train"}
 
 
 def test_conf_holds_values_and_no_code_paths():
@@ -403,11 +441,9 @@ def test_an_unknown_key_names_the_nearest_and_what_is_allowed(key, meant):
     assert message.startswith(f"{key} is not a setting.")
     assert meant is None or f"Did you mean {meant}" in message
     section = key.rpartition(".")[0]
+    siblings = [known for known in settings(Config) if section and known.startswith(f"{section}.")]
     allowed = message.partition("Allowed")[2]
-    if section in setting_keys() and section:
-        assert all(known in allowed for known in setting_keys()[section])
-    else:
-        assert all(part in allowed for part in (*setting_keys(), "seed"))
+    assert all(name in allowed for name in siblings or [known.partition(".")[0] for known in settings(Config)])
 
 
 def test_an_unknown_key_in_a_saved_config_is_refused():
@@ -437,15 +473,22 @@ def test_an_unknown_choice_of_a_group_names_the_nearest_and_all(argument):
     assert str(caught.value) == "model=minlm is not a choice. Did you mean model=minilm? Allowed: bert-base, minilm"
 
 
-@pytest.mark.parametrize("key", ["model", "data.kind", "data.train", "model.path"])
-def test_a_missing_setting_is_named(key):
+@pytest.mark.parametrize(
+    ("left_out", "missing"),
+    [
+        ("model", "model.path"),
+        ("data", "data.kind"),
+        *((key, key) for key in ("data.kind", "data.train", "model.path")),
+    ],
+)
+def test_a_missing_setting_is_named(left_out, missing):
     raw = valid()
-    section, _, name = key.rpartition(".")
+    section, _, name = left_out.rpartition(".")
     del (raw[section] if section else raw)[name]
     with pytest.raises(ConfigError) as caught:
         Config.from_dict(raw)
-    assert str(caught.value).startswith(f"{key} is not set. It must be ")
-    assert "Config" not in str(caught.value).removeprefix(key)
+    assert str(caught.value).startswith(f"{missing} is not set. It must be ")
+    assert "Config" not in str(caught.value)
 
 
 @pytest.mark.parametrize("raw", [None, [], "text", 3])
@@ -489,21 +532,46 @@ def test_an_empty_config_file_is_refused(tmp_path):
         read_config(tmp_path / "config.yaml")
 
 
-def test_every_setting_is_documented_beneath_it():
-    tree = ast.parse(Path(schema.__file__).read_text(encoding="utf-8"))
-    documented = set()
-    for section in (node for node in tree.body if isinstance(node, ast.ClassDef)):
-        for node, after in zip(section.body, section.body[1:], strict=False):
-            text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and after.value.value
-            if isinstance(node, ast.AnnAssign) and isinstance(text, str) and text.strip():
-                documented.add((section.name, node.target.id))
-    sections = {name: hint for name, hint in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(hint)}
-    wanted = {(hint.__name__, field.name) for hint in sections.values() for field in dataclasses.fields(hint)}
-    assert wanted | {("Config", "seed")} <= documented
+@pytest.fixture(scope="module")
+def generator():
+    """The module tools/write_configuration.py."""
+    spec = importlib.util.spec_from_file_location("write_configuration", ROOT / "tools/write_configuration.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_reference_page_is_up_to_date(generator, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["write_configuration.py", "--check"])
+    assert generator.main() == 0, capsys.readouterr().err
+
+
+def test_the_reference_page_describes_every_setting(generator):
+    page = generator.PAGE.read_text(encoding="utf-8").replace("\n  ", " ")
+    for key in (*settings(Config), *settings(SweepConfig)):
+        (text,) = re.findall(rf"^- \*\*`{key}`\*\* \(.*?\) — (\S.*)", page, re.M)
+        assert len(text) > 15, key
+
+
+@pytest.mark.parametrize("content", [None, "old"])
+def test_an_outdated_reference_page_is_reported_with_the_command_that_writes_it(
+    generator, content, monkeypatch, capsys, tmp_path
+):
+    page, current = tmp_path / "configuration.md", generator.PAGE.read_text(encoding="utf-8")
+    if content:
+        page.write_text(content)
+    monkeypatch.setattr(generator, "PAGE", page)
+    monkeypatch.setattr("sys.argv", ["write_configuration.py", "--check"])
+    assert generator.main() == 1
+    error = capsys.readouterr().err
+    assert error == "docs/configuration.md is not up to date. Run: python tools/write_configuration.py\n"
+    monkeypatch.setattr("sys.argv", ["write_configuration.py"])
+    assert generator.main() == 0
+    assert page.read_text(encoding="utf-8") == current
 
 
 def test_what_a_setting_decides_is_marked_on_its_field():
-    keys = [key for part in setting_keys().values() for key in part]
+    keys = list(settings(Config))
     execution = {key for key in keys if decides(key) == "execution" and not key.startswith("tracking.")}
     assert execution == {
         "data.cache_dir",
@@ -517,11 +585,11 @@ def test_what_a_setting_decides_is_marked_on_its_field():
 
 
 def test_every_alias_refers_to_an_existing_setting():
-    every = {key for part in setting_keys().values() for key in part}
-    assert set(schema._OTHER_NAMES) <= every
-    names = [name for others in schema._OTHER_NAMES.values() for name in others]
+    every = set(settings(Config))
+    assert set(parsing.OTHER_NAMES) <= every
+    names = [name for others in parsing.OTHER_NAMES.values() for name in others]
     assert len(names) == len(set(names))
-    assert not {*names, *schema._ABSENT} & {key.rpartition(".")[2] for key in every}
+    assert not {*names, *parsing.ABSENT} & {key.rpartition(".")[2] for key in every}
 
 
 @pytest.mark.parametrize(
