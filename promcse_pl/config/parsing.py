@@ -106,7 +106,7 @@ def _build(schema: Any, raw: object, known: Mapping[str, Setting] | None = None)
             except TypeError:
                 raise _refused(setting, raw[name], describe(kind)) from None
         elif setting.default is dataclasses.MISSING:
-            raise ConfigError(f"{setting.key} is not set. It must be {describe(kind)}")
+            raise ConfigError(f"{setting.key} is not set. It must be {describe(kind)}. Try: {_command(setting, None)}")
     return schema(**values)
 
 
@@ -164,8 +164,12 @@ def describe_range(setting: Setting) -> str:
     return ", ".join([str(setting.range), *choices, *null])
 
 
-def _refused(setting: Setting, value: object, what: str) -> ConfigError:
-    """Return the error for a value, with the command that sets a valid one, as close to it as possible."""
+def _refused(setting: Setting, value: object, allowed: str) -> ConfigError:
+    return ConfigError(f"{setting.key} must be {allowed}, got {shown(value)}. Try: {_command(setting, value)}")
+
+
+def _command(setting: Setting, value: object) -> str:
+    """Return the command that sets a valid value, as close as possible to a refused one."""
     key, kind = setting.key, setting.kind
     if get_origin(kind) in (Union, types.UnionType):
         kind = get_args(kind)[0]
@@ -180,8 +184,7 @@ def _refused(setting: Setting, value: object, what: str) -> ConfigError:
         example = setting.range.example if setting.range else None
         example = setting.default if example is None else example
         typed = f"{key}={example:g}" if type(example) in (int, float) else f"{key}={str(example or True).lower()}"
-    command = "python run.py -m" if key.startswith("sweep.") else "python run.py"
-    return ConfigError(f"{key} must be {what}, got {shown(value)}. Try: {command} {typed}")
+    return f"python run.py {'-m ' if key.startswith('sweep.') else ''}{typed}"
 
 
 def _near(kind: Any, value: object) -> str:  # noqa: ANN401
