@@ -88,7 +88,7 @@ def shown(value: object) -> str:
 
 
 def _build(schema: Any, raw: object, known: Mapping[str, Setting] | None = None) -> Any:  # noqa: ANN401
-    """Return an instance of a dataclass of settings; `known` are the settings of the dataclass that contains it."""
+    """Return an instance of a dataclass of settings; `known` are the settings of the outermost one."""
     section, known = section_name(schema), known or settings(schema)
     if not isinstance(raw, dict):
         raise ConfigError(f"{section or 'the config'} must hold settings, got {shown(raw)}")
@@ -205,6 +205,8 @@ def unknown_key(key: str, known: Collection[str]) -> ConfigError:
     """
     key = key[:100]
     section, _, name = key.rpartition(".")
+    if key in known:  # in a file or dictionary: on the command line it is a setting
+        return ConfigError(f"{key} must be written as a section. Try: {section}: {{{name}: VALUE}}")
     if name in ABSENT:
         return ConfigError(f"{key} is not a setting: {ABSENT[name]}. Try: leave it out")
     siblings = [other for other in known if section and other.rpartition(".")[0] == section]

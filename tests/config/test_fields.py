@@ -7,7 +7,7 @@ import typing
 import pytest
 
 from promcse_pl.config import Config, LossConfig, SweepConfig, TrainerConfig
-from promcse_pl.config.fields import Range, settings
+from promcse_pl.config.fields import Range, section_name, settings
 from promcse_pl.utils.errors import ConfigError
 
 RANGED = {
@@ -50,6 +50,13 @@ def test_a_range_also_holds_for_an_instance_that_is_created_or_replaced_in_pytho
         LossConfig(margin=3)
     with pytest.raises(ConfigError, match=r"^trainer\.epochs must be at least 1, got 0\. Try: "):
         dataclasses.replace(TrainerConfig(), epochs=0)
+
+
+def test_the_name_of_a_dataclass_is_its_section_in_the_config():
+    kinds = {name: kind for name, kind in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(kind)}
+    assert len(kinds) == 8
+    assert {name: section_name(kind) for name, kind in kinds.items()} == {name: name for name in kinds}
+    assert (section_name(Config), section_name(SweepConfig)) == ("", "sweep")
 
 
 def _options(kind):

@@ -50,6 +50,8 @@ def test_an_unknown_key_in_a_saved_config_is_refused():
         Config.from_dict(raw)
     with pytest.raises(ConfigError, match=r"extra is not a setting\."):
         Config.from_dict({**valid(), "extra": 1})
+    with pytest.raises(ConfigError, match=r"^loss\.margin must be written as a section\. Try: loss: {margin: VALUE}$"):
+        Config.from_dict({**valid(), "loss.margin": 0.1})
 
 
 @pytest.mark.parametrize(
