@@ -140,7 +140,7 @@ def spread(values: Iterable[float | None]) -> tuple[float | None, float | None, 
     return (statistics.fmean(there) if there else None), std, len(there)
 
 
-def figure(mean: float | None, std: float | None) -> str:
+def format_score(mean: float | None, std: float | None) -> str:
     """Format a score, with its standard deviation if given."""
     if mean is None:
         return ""

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from promcse_pl.run_folder import CONFIG, read_status
 from promcse_pl.sweeps.collect import Run, Sweep
-from promcse_pl.sweeps.ranking import Row, dev_sets, different_dev_sets, figure, find_best, varied_settings
+from promcse_pl.sweeps.ranking import Row, dev_sets, different_dev_sets, format_score, find_best, varied_settings
 from promcse_pl.utils.errors import DataError
 from promcse_pl.utils.paths import hide_home, run_command
 from promcse_pl.utils.streams import visible
@@ -73,7 +73,7 @@ def ranked_table(sweep: Sweep, rows: Sequence[Row], *, by_seed: bool, tests: boo
             *(plain(text) for text in _settings(first, names, usual)),
             _dev(row),
             *([str(row.n)] if several else []),
-            *(figure(*row.test(task)) for task in tasks),
+            *(format_score(*row.test(task)) for task in tasks),
             duration(row.seconds),
             row.states,
         )
@@ -182,7 +182,7 @@ def _settings(run: Run, names: Sequence[str], usual: Mapping[str, str] | None) -
 
 def _dev(row: Row) -> str:
     if row.dev is not None:
-        return figure(row.dev, row.std)
+        return format_score(row.dev, row.std)
     so_far = [run.dev for run in row.runs if run.dev is not None]
     return f"({max(so_far):.2f})" if so_far else ""
 
