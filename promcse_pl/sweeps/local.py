@@ -16,7 +16,7 @@ from promcse_pl.sweeps.collect import read_sweep
 from promcse_pl.sweeps.forkserver import Task
 from promcse_pl.sweeps.plan import Plan, SweepJob, missing_jobs
 from promcse_pl.sweeps.pool import GRACE, Pool, Running
-from promcse_pl.sweeps.ranking import different_dev_sets, format_score, find_best
+from promcse_pl.sweeps.ranking import different_dev_sets, find_best, format_score
 from promcse_pl.sweeps.wandb_summary import publish_sweep
 from promcse_pl.utils.errors import ConfigError, DataError, PromcseError
 from promcse_pl.utils.paths import run_command
