@@ -55,6 +55,7 @@ class Run:
         frozen: Scores x 100 of the frozen encoder by task, with `dev`.
         precision: Dtype of the frozen encoder in training; None: unknown.
         versions: Versions of promcse_pl, torch and Python.
+        wandb_id: Id of its W&B run; None: no tracking.
         history: Entries of metrics.jsonl.
     """
 
@@ -75,6 +76,7 @@ class Run:
     frozen: dict[str, float] = field(default_factory=dict)
     precision: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    wandb_id: str | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -214,7 +216,7 @@ def _read_state(run: Run) -> None:
         run.problems.append(str(error))
         return
     if status is not None:
-        run.state, run.error, run.started = status.state, status.error, status.started
+        run.state, run.error, run.started, run.wandb_id = status.state, status.error, status.started, status.wandb_id
         run.seconds = max(0.0, status.updated - status.started)
     elif (run.folder / CONFIG).exists():  # a run of an older version
         run.state = "finished" if (run.folder / RESULTS).exists() else "running"
