@@ -18,7 +18,7 @@ SEED = "seed"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One run, or all runs of the same settings with different seeds.
+    """One run, or all runs that differ by the seed alone.
 
     Attributes:
         runs: Runs in the order of the sweep; at least one.
@@ -116,7 +116,7 @@ def find_best(runs: Sequence[Run]) -> Best | None:
 def dev_sets(runs: Sequence[Run]) -> list[str]:
     """Return the names of the dev sets of the runs. Scores on different dev sets are not comparable.
 
-    Dev sets of the same name but different content are returned with the start of their sha256. They may differ between seeds:
+    If dev sets share a name but differ in content, the start of their sha256 is appended. They may differ between seeds:
     `data.dev=holdout` selects the rows by the seed.
     """
     names = {run.dev_name for run in runs if run.dev_name}

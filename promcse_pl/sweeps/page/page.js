@@ -136,7 +136,7 @@ function drawParallel(shown) {
   });
   plot(document.querySelector("#parallel .plot"), [...shown].sort((a, b) => a.dev - b.dev).map((run) => {
     const share = height(run.dev, low, high);
-    return {mode: "lines", opacity: 0.2 + 0.8 * share, line: {color: color("--accent"), width: 1 + 2 * share ** 3},
+    return {mode: "lines", opacity: 0.3 + 0.7 * share, line: {color: color("--accent"), width: 1 + 2 * share ** 3},
       x: [...axes.keys(), end], y: [...axes.map((names, n) => height(names.indexOf(run.values[n]), 0, names.length - 1)), share],
       hovertemplate: `run ${escaped(run.name)}: ${run.dev.toFixed(2)}<extra></extra>`};
   }), {
