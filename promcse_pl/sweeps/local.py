@@ -16,7 +16,7 @@ from promcse_pl.sweeps.collect import read_sweep
 from promcse_pl.sweeps.forkserver import Task
 from promcse_pl.sweeps.plan import Plan, SweepJob, missing_jobs
 from promcse_pl.sweeps.pool import GRACE, Pool, Running
-from promcse_pl.sweeps.ranking import different_dev_sets, figure, find_best
+from promcse_pl.sweeps.ranking import different_dev_sets, find_best, format_score
 from promcse_pl.sweeps.wandb_summary import publish_sweep
 from promcse_pl.utils.errors import ConfigError, DataError, PromcseError
 from promcse_pl.utils.paths import run_command
@@ -183,7 +183,7 @@ def summary(folder: Path, plan: Plan, stopped: int | None) -> int:
     if best := find_best(runs):
         score = f"{best.run.dev:.2f}"
         if best.row.n > 1:
-            score = f"{figure(best.row.dev, best.row.std)} (mean of {best.row.n} seeds), its best seed {score}"
+            score = f"{format_score(best.row.dev, best.row.std)} (mean of {best.row.n} seeds), its best seed {score}"
         job = next(job for job in plan.jobs if job.folder == best.run.name)
         tell(f"best on dev: {score}, job {job.folder}{_own(plan, job)}")
     elif why := different_dev_sets(runs):

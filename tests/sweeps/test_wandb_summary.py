@@ -70,7 +70,7 @@ def test_an_offline_sweep_has_a_run_with_the_table_of_its_jobs_and_one_command_u
     assert "run-sweep-id0.wandb" in done.stderr + done.stdout
 
 
-def test_an_online_sweep_uploads_its_best_adapter_under_an_alias_and_goes_on_with_its_run(sweep, monkeypatch, caplog):
+def test_an_online_sweep_uploads_its_best_adapter_under_an_alias_and_resumes_its_run(sweep, monkeypatch, caplog):
     with serving() as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
@@ -152,7 +152,7 @@ def test_with_two_dev_sets_no_run_is_best_and_every_output_gives_the_reason(seed
     assert sent["best/none"] == why
 
 
-def test_a_sweep_id_that_is_a_path_is_refused_and_ends_nothing(seeds, capsys):
+def test_a_sweep_id_that_is_a_path_is_refused_and_the_sweep_still_succeeds(seeds, capsys):
     folder, plan = seeds
     (folder / "wandb").mkdir()
     (folder / "wandb/sweep-id").write_text("../../x")
