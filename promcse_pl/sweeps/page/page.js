@@ -117,7 +117,7 @@ function drawEffect(panel, setting, shown) {
     return [...bySeed.values()].map((group) => mean(group.map((run) => run.dev)));
   });
   plot(panel, [
-    {mode: "markers", marker: {color: color("--faint"), size: 5}, x: shown.map((run) => names.indexOf(run.values[setting])),
+    {mode: "markers", marker: {color: color("--faint"), size: 5, opacity: 0.6}, x: shown.map((run) => names.indexOf(run.values[setting])),
       y: shown.map((run) => run.dev), text: shown.map((run) => escaped(run.name)), hovertemplate: "run %{text}: %{y:.2f}<extra></extra>"},
     {mode: "lines+markers", line: {color: color("--accent")}, marker: {size: 8}, x: [...names.keys()], y: seedMeans.map(mean),
       error_y: {array: seedMeans.map(deviation), thickness: 1.5}, hovertemplate: "mean %{y:.2f}<extra></extra>"},
@@ -136,7 +136,7 @@ function drawParallel(shown) {
   });
   plot(document.querySelector("#parallel .plot"), [...shown].sort((a, b) => a.dev - b.dev).map((run) => {
     const share = height(run.dev, low, high);
-    return {mode: "lines", opacity: 0.3 + 0.7 * share, line: {color: color("--accent"), width: 1 + 2 * share ** 3},
+    return {mode: "lines", opacity: 0.25 + 0.75 * share ** 3, line: {color: color("--accent"), width: 1 + 2 * share ** 3},
       x: [...axes.keys(), end], y: [...axes.map((names, n) => height(names.indexOf(run.values[n]), 0, names.length - 1)), share],
       hovertemplate: `run ${escaped(run.name)}: ${run.dev.toFixed(2)}<extra></extra>`};
   }), {
