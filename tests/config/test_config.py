@@ -14,8 +14,7 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 from support.configs import CONF, composed, leaves, put, valid
 
-from promcse_pl.config import schema
-from promcse_pl.config import Config, SweepConfig, check_overrides, decides, setting_keys
+from promcse_pl.config import Config, SweepConfig, check_overrides, decides, schema, setting_keys
 from promcse_pl.run_folder import read_config, write_config
 from promcse_pl.utils.errors import ConfigError
 
