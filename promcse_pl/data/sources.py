@@ -13,10 +13,10 @@ import numpy as np
 
 from promcse_pl.config import WIDTH, DataConfig
 from promcse_pl.data.arrow import train_split
-from promcse_pl.data.columns import TRAINING_ROWS
+from promcse_pl.data.columns import TRAINING_ROWS, is_number
 from promcse_pl.data.demo import demo_pairs, demo_triplets
 from promcse_pl.data.pairs import ScoredPairs, load_pairs, load_stsb
-from promcse_pl.data.readers import BadRow, is_number, read_rows
+from promcse_pl.data.readers import BadRow, read_rows
 from promcse_pl.data.test_sets import refuse_test_set
 from promcse_pl.data.tokens import RowSource, file_source, memory_source
 from promcse_pl.utils.errors import ConfigError, DataError
