@@ -9,7 +9,6 @@ pairs. The score is the mean of the resamples' Spearman correlations; their stan
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,10 +17,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from promcse_pl.data.columns import is_number
+from promcse_pl.data.files import read_text, single_spaced
 from promcse_pl.data.pairs import ScoredPairs
 from promcse_pl.evaluation.statistics import CountedSpearman
 from promcse_pl.utils.errors import DataError
-from promcse_pl.utils.paths import require_regular_file
 
 PAIRS, IMAGES = "cxc-sts-test.csv", "dataset_coco_with_cxc.json"
 COLUMNS = ("caption1", "caption2", "agg_score", "sampling_method", "sent1", "sent2")
@@ -68,19 +68,8 @@ def load_cxc(folder: str | Path) -> CxcData:
     return CxcData(pairs, tuple(places[key] for key in keys), images, files)
 
 
-def _read(path: Path) -> tuple[str, str]:
-    try:
-        require_regular_file(path)
-        content = path.read_bytes()
-        return content.decode("utf-8-sig"), hashlib.sha256(content).hexdigest()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}. {WHERE}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 (byte {error.start}). {WHERE}") from error
-
-
 def _read_pairs(path: Path) -> tuple[ScoredPairs, tuple[tuple[str, str], ...]]:
-    text, digest = _read(path)
+    text, digest = read_text(path, WHERE, "utf-8-sig")
     reader = csv.reader(text.splitlines(keepends=True))
     header = next(reader, [])
     if tuple(header) != COLUMNS:
@@ -91,16 +80,15 @@ def _read_pairs(path: Path) -> tuple[ScoredPairs, tuple[tuple[str, str], ...]]:
         if len(cells) != len(COLUMNS):
             raise DataError(f"{place}: expected {len(COLUMNS)} columns, got {len(cells)}")
         caption1, caption2, score, _, sent1, sent2 = cells
-        try:
-            rows.append((" ".join(sent1.split()), " ".join(sent2.split()), float(score)))
-        except ValueError:
-            raise DataError(f"{place}: agg_score {score!r} is not a number") from None
+        if not is_number(score):
+            raise DataError(f"{place}: agg_score {score!r} is not a finite number")
+        rows.append((single_spaced(sent1), single_spaced(sent2), float(score)))
         keys.append((caption1, caption2))
     return ScoredPairs.of("CxC-STS", rows, digest), tuple(keys)
 
 
 def _read_images(path: Path, places: dict[tuple[str, str], int]) -> tuple[tuple[tuple[int, ...], ...], str]:
-    text, digest = _read(path)
+    text, digest = read_text(path, WHERE, "utf-8-sig")
     try:
         rated = [image["cxc_scores"] for image in json.loads(text)["images"] if image["split"] == "test"]
         named = [[(str(first), str(second)) for first, second, *_ in image] for image in rated]

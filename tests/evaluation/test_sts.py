@@ -190,7 +190,7 @@ def test_unequal_numbers_of_lines_are_refused(senteval):
 @pytest.mark.parametrize(
     ("name", "line", "content", "message"),
     [
-        ("STS/STS15-en-test/STS.gs.images.txt", 2, "high", "the score 'high' is not a number"),
+        ("STS/STS15-en-test/STS.gs.images.txt", 2, "high", "the score 'high' is not a finite number"),
         ("STS/STS15-en-test/STS.gs.images.txt", 2, "nan", "the score 'nan' is not a finite number"),
         (
             "STS/STS15-en-test/STS.input.images.txt",
@@ -198,7 +198,7 @@ def test_unequal_numbers_of_lines_are_refused(senteval):
             "only one sentence",
             "expected two sentences with a tab between them",
         ),
-        ("STS/STSBenchmark/sts-test.csv", 4, "g\tf\ty\t1\t?\ta\tb", "the score '?' is not a number"),
+        ("STS/STSBenchmark/sts-test.csv", 4, "g\tf\ty\t1\t?\ta\tb", "the score '?' is not a finite number"),
         ("STS/STSBenchmark/sts-test.csv", 4, "g\tf\ty\t1\tinf\ta\tb", "the score 'inf' is not a finite number"),
         ("STS/STSBenchmark/sts-test.csv", 1, "g\tf", "expected 7 columns, got 2"),
         ("SICK/SICK_test_annotated.txt", 2, "1\ta\tb", "expected 4 columns, got 3"),
