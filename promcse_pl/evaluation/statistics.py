@@ -12,7 +12,7 @@ import numpy as np
 import scipy
 from numpy.typing import ArrayLike, NDArray
 
-from promcse_pl.evaluation.correlation import checked
+from promcse_pl.evaluation.sts import checked
 from promcse_pl.utils.errors import DataError
 
 Floats = NDArray[np.float64]
@@ -75,7 +75,7 @@ class CountedSpearman:
         predicted, gold: (n,) similarities and human scores.
 
     Raises:
-        DataError, NonFiniteError: As `promcse_pl.evaluation.correlation.spearman`.
+        DataError, NonFiniteError: As `promcse_pl.evaluation.sts.spearman`.
     """
 
     def __init__(self, predicted: ArrayLike, gold: ArrayLike) -> None:

@@ -11,15 +11,48 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
+import scipy
+from numpy.typing import ArrayLike, NDArray
 
 from promcse_pl.data.pairs import TASKS, ScoredPairs, load_task
-from promcse_pl.evaluation.correlation import pearson, spearman
+from promcse_pl.utils.errors import DataError, NonFiniteError
 
 Encode = Callable[[Sequence[str]], NDArray[np.float32]]
 """Unit vectors (N, D) of N sentences."""
-VectorOf = Mapping[str, NDArray[np.float32]]
+Embeddings = Mapping[str, NDArray[np.float32]]
 """The unit vector (D,) of each sentence."""
+
+
+def checked(predicted: ArrayLike, gold: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return both sides as float64 after looking whether a correlation of them is defined; errors as `spearman`."""
+    predicted_n, gold_n = np.asarray(predicted, dtype=np.float64), np.asarray(gold, dtype=np.float64)
+    if len(predicted_n) != len(gold_n) or len(gold_n) < 2:
+        raise DataError(f"a correlation needs two or more pairs, got {len(predicted_n)} and {len(gold_n)} values")
+    if not np.isfinite(predicted_n).all():
+        raise NonFiniteError(
+            f"{int((~np.isfinite(predicted_n)).sum())} of {len(predicted_n)} similarities are not finite"
+        )
+    if not np.isfinite(gold_n).all():
+        raise DataError(f"{int((~np.isfinite(gold_n)).sum())} of {len(gold_n)} gold scores are not finite")
+    for name, values in (("similarities", predicted_n), ("gold scores", gold_n)):
+        if np.ptp(values) == 0:
+            raise DataError(f"all {len(values)} {name} equal {values[0]}: a correlation is not defined")
+    return predicted_n, gold_n
+
+
+def spearman(predicted: ArrayLike, gold: ArrayLike) -> float:
+    """Return Spearman's rank correlation in [-1, 1], ties by mean rank.
+
+    Raises:
+        DataError: Fewer than two pairs, a gold score that is not finite, or all values of one side equal.
+        NonFiniteError: A similarity is NaN or infinite.
+    """
+    return float(scipy.stats.spearmanr(*checked(predicted, gold)).statistic)
+
+
+def pearson(predicted: ArrayLike, gold: ArrayLike) -> float:
+    """Return Pearson's correlation in [-1, 1]; errors as `spearman`."""
+    return float(scipy.stats.pearsonr(*checked(predicted, gold)).statistic)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +88,7 @@ def encode_distinct(encode: Encode, groups: Iterable[ScoredPairs]) -> dict[str, 
     return dict(zip(distinct, encode(distinct), strict=True))
 
 
-def cosines(pairs: ScoredPairs, vectors: VectorOf) -> NDArray[np.float64]:
+def cosines(pairs: ScoredPairs, vectors: Embeddings) -> NDArray[np.float64]:
     """Return the cosine of each pair; exactly 1 for twice the same sentence, so that rounding does not rank such pairs."""
     first = np.stack([vectors[sentence] for sentence in pairs.first]).astype(np.float64)
     second = np.stack([vectors[sentence] for sentence in pairs.second]).astype(np.float64)
@@ -93,7 +126,7 @@ def score_groups(encode: Encode, groups: Mapping[str, Sequence[ScoredPairs]]) ->
     return {task: score_task(subsets, vectors) for task, subsets in groups.items()}
 
 
-def score_task(subsets: Sequence[ScoredPairs], vectors: VectorOf) -> TaskScores:
+def score_task(subsets: Sequence[ScoredPairs], vectors: Embeddings) -> TaskScores:
     """Score a task whose sentences have been encoded."""
     predicted = [cosines(subset, vectors) for subset in subsets]
     gold = [score for subset in subsets for score in subset.gold]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from promcse_pl.data.pairs import TASKS
+from promcse_pl.evaluation.embeddings import EmbeddingCache
 from promcse_pl.evaluation.statistics import (
     LEVEL,
     RESAMPLES,
@@ -23,7 +24,6 @@ from promcse_pl.evaluation.statistics import (
 )
 from promcse_pl.evaluation.targets import Target
 from promcse_pl.evaluation.tasks import Score, Task
-from promcse_pl.evaluation.vectors import VectorCache
 from promcse_pl.version import __version__
 
 Tree = dict[str, Any]
@@ -36,7 +36,7 @@ AVERAGES = {"Avg": TASKS, "Avg transfer": ("MR", "CR", "SUBJ", "MPQA", "SST-2", 
 
 
 def evaluate(
-    targets: Sequence[Target], tasks: Sequence[Task], cache: VectorCache, report: Report = lambda *_: None
+    targets: Sequence[Target], tasks: Sequence[Task], cache: EmbeddingCache, report: Report = lambda *_: None
 ) -> Tree:
     """Score every target on every task and compare each target with the first.
 
@@ -93,13 +93,13 @@ _Scored = list[tuple[Tree, dict[str, Score]]]
 """Of each member of a target what it is, and its scores by task."""
 
 
-def _score_target(target: Target, tasks: Sequence[Task], cache: VectorCache, report: Report) -> _Scored:
+def _score_target(target: Target, tasks: Sequence[Task], cache: EmbeddingCache, report: Report) -> _Scored:
     sentences = {text for task in tasks for text in task.sentences}
     found: _Scored = []
     for number, member in enumerate(target.members, start=1):
         label = f"{target.name} {number}/{len(target.members)}" if len(target.members) > 1 else target.name
         model = member.load()
-        vectors = cache.vectors(
+        vectors = cache.embeddings(
             model,
             sentences,
             lambda done, label=label: report(f"{label}: encoding", done, len(sentences)),  # type: ignore[misc]

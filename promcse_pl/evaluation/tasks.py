@@ -20,7 +20,7 @@ from promcse_pl.evaluation.cxc import SEED as CXC_SEED
 from promcse_pl.evaluation.cxc import CxcData, cxc_bootstrap, load_cxc
 from promcse_pl.evaluation.geometry import POSITIVE, alignment, cosine_density, effective_rank, mean_cosine, uniformity
 from promcse_pl.evaluation.statistics import RESAMPLES, SEED, Floats, bootstrap_spearman, interval, resample_counts
-from promcse_pl.evaluation.sts import VectorOf, cosines, score_task
+from promcse_pl.evaluation.sts import Embeddings, cosines, score_task
 from promcse_pl.evaluation.transfer_data import TRANSFER_TASKS, TransferData, load_transfer
 from promcse_pl.utils.errors import ConfigError
 from promcse_pl.utils.paths import expand, is_there
@@ -79,7 +79,7 @@ class Task:
     files: list[dict[str, Any]]
     expected_rows: int | None
     sentences: tuple[str, ...]
-    score: Callable[[VectorOf, Progress], Score]
+    score: Callable[[Embeddings, Progress], Score]
 
     @property
     def rows(self) -> int:
@@ -163,7 +163,7 @@ def pair_task(name: str, suite: str, subsets: Sequence[ScoredPairs]) -> Task:
     )
 
 
-def _score_pairs(name: str, subsets: Sequence[ScoredPairs], vectors: VectorOf, progress: Progress) -> Score:  # noqa: ARG001
+def _score_pairs(name: str, subsets: Sequence[ScoredPairs], vectors: Embeddings, progress: Progress) -> Score:  # noqa: ARG001
     scores = score_task(subsets, vectors)
     details: dict[str, Any] = {"pearson": 100 * scores.all.pearson}
     if len(subsets) > 1:
@@ -184,13 +184,13 @@ def _score_pairs(name: str, subsets: Sequence[ScoredPairs], vectors: VectorOf, p
     return Score(100 * scores.all.spearman, *interval(resamples_b), details, resamples_b)
 
 
-def _bootstrap_pairs(name: str, subsets: Sequence[ScoredPairs], vectors: VectorOf) -> Floats:
+def _bootstrap_pairs(name: str, subsets: Sequence[ScoredPairs], vectors: Embeddings) -> Floats:
     predicted_n = np.concatenate([cosines(subset, vectors) for subset in subsets])
     return 100 * bootstrap_spearman(predicted_n, [gold for subset in subsets for gold in subset.gold], seed=_seed(name))
 
 
 def _cxc_task(data: CxcData) -> Task:
-    def score(vectors: VectorOf, progress: Progress) -> Score:
+    def score(vectors: Embeddings, progress: Progress) -> Score:
         values_b = 100 * cxc_bootstrap(
             cosines(data.pairs, vectors), data, progress=lambda done: progress(done, CXC_RESAMPLES)
         )
@@ -212,7 +212,7 @@ def _cxc_task(data: CxcData) -> Task:
 def transfer_task(data: TransferData) -> Task:
     """Return the task of classifying sentences by their frozen vectors."""
 
-    def score(vectors: VectorOf, progress: Progress) -> Score:
+    def score(vectors: Embeddings, progress: Progress) -> Score:
         from promcse_pl.evaluation.transfer import score_transfer  # late: scikit-learn takes a second
 
         found = score_transfer(data, vectors, progress=progress)
@@ -240,16 +240,16 @@ def _geometry_tasks(pairs: ScoredPairs) -> list[Task]:
     sentences = _both_sides(pairs)
     positive = [place for place, gold in enumerate(pairs.gold) if gold >= POSITIVE]
 
-    def align(vectors: VectorOf, progress: Progress) -> Score:  # noqa: ARG001
+    def align(vectors: Embeddings, progress: Progress) -> Score:  # noqa: ARG001
         sides = (np.array([vectors[side[place]] for place in positive]) for side in (pairs.first, pairs.second))
         density = cosine_density(cosines(pairs, vectors), pairs.gold)
         return Score(alignment(*sides), details={"positive_pairs": len(positive), "cosine_density": density})
 
-    def spread(measure: Callable[[Floats], float], vectors: VectorOf, progress: Progress) -> Score:  # noqa: ARG001
+    def spread(measure: Callable[[Floats], float], vectors: Embeddings, progress: Progress) -> Score:  # noqa: ARG001
         return Score(measure(np.stack([vectors[text] for text in sorted(set(sentences))]).astype(np.float64)))
 
     every = "of distinct STS-B test sentences"
-    measures: list[tuple[str, str, Callable[[VectorOf, Progress], Score]]] = [
+    measures: list[tuple[str, str, Callable[[Embeddings, Progress], Score]]] = [
         ("alignment", f"E|x - x+|^2 over STS-B test pairs with gold {POSITIVE:g} or more (lower is closer)", align),
         (
             "uniformity",

@@ -23,9 +23,9 @@ from sklearn.metrics import f1_score
 from sklearn.model_selection import StratifiedKFold
 from threadpoolctl import threadpool_limits
 
-from promcse_pl.evaluation.sts import VectorOf
+from promcse_pl.evaluation.embeddings import check_embeddings
+from promcse_pl.evaluation.sts import Embeddings
 from promcse_pl.evaluation.transfer_data import TRANSFER_TASKS, Row, TransferData, load_transfer
-from promcse_pl.evaluation.vectors import check_vectors
 from promcse_pl.utils.errors import DataError
 
 __all__ = ["TRANSFER_TASKS", "TransferData", "TransferScore", "load_transfer", "score_transfer"]
@@ -64,7 +64,7 @@ class TransferScore:
 
 
 def score_transfer(
-    data: TransferData, vectors: VectorOf, *, seed: int = 1111, progress: Progress = lambda *_: None
+    data: TransferData, vectors: Embeddings, *, seed: int = 1111, progress: Progress = lambda *_: None
 ) -> TransferScore:
     """Train and test the classifier of a task.
 
@@ -91,7 +91,7 @@ def score_transfer(
     return _tested(features, labels, seed, progress, with_f1=data.name == "MRPC")
 
 
-def _check(data: TransferData, vectors: VectorOf) -> None:
+def _check(data: TransferData, vectors: Embeddings) -> None:
     for split, rows in data.splits.items():
         counts = Counter(row.label for row in rows)
         if not rows or (split in ("all", "train") and (len(counts) < 2 or min(counts.values()) < FOLDS)):
@@ -102,10 +102,10 @@ def _check(data: TransferData, vectors: VectorOf) -> None:
     missing = next((sentence for sentence in data.sentences() if sentence not in vectors), None)
     if missing is not None:
         raise DataError(f"there is no vector of {missing[:80]!r}; every sentence of data.sentences() needs one")
-    check_vectors({sentence: vectors[sentence] for sentence in data.sentences()})
+    check_embeddings({sentence: vectors[sentence] for sentence in data.sentences()})
 
 
-def _features(rows: Sequence[Row], vectors: VectorOf) -> Features:
+def _features(rows: Sequence[Row], vectors: Embeddings) -> Features:
     sides = [_unit([row.texts[side] for row in rows], vectors) for side in range(len(rows[0].texts))]
     if len(sides) == 1:
         return sides[0]
@@ -113,7 +113,7 @@ def _features(rows: Sequence[Row], vectors: VectorOf) -> Features:
     return np.concatenate([np.abs(u_ND - v_ND), u_ND * v_ND], axis=1)
 
 
-def _unit(sentences: Sequence[str], vectors: VectorOf) -> Features:
+def _unit(sentences: Sequence[str], vectors: Embeddings) -> Features:
     vectors_ND = np.stack([vectors[sentence] for sentence in sentences]).astype(np.float32, copy=False)
     lengths_N = np.linalg.norm(vectors_ND, axis=1)
     if not lengths_N.all():

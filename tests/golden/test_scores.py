@@ -12,8 +12,7 @@ from support.official import read_json
 
 from promcse_pl.data.pairs import SICK_FILES, STSB_FILES, YEARS, load_sick, load_stsb, load_task
 from promcse_pl.embedder import PromCSE
-from promcse_pl.evaluation.correlation import spearman
-from promcse_pl.evaluation.sts import cosines, encode_distinct, score_groups
+from promcse_pl.evaluation.sts import cosines, encode_distinct, score_groups, spearman
 from promcse_pl.interop.official import import_official
 
 pytestmark = [pytest.mark.golden, pytest.mark.realdata, pytest.mark.slow]

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from promcse_pl.embedder import PromCSE
-from promcse_pl.evaluation.sts import VectorOf
+from promcse_pl.evaluation.sts import Embeddings
 from promcse_pl.utils.errors import DataError, NonFiniteError
 from promcse_pl.utils.files import atomic_file
 
@@ -33,7 +33,7 @@ ROUNDING = 1e-6
 
 
 @dataclass(slots=True)
-class VectorCache:
+class EmbeddingCache:
     """Vectors on disk, a file for every model.
 
     Attributes:
@@ -44,7 +44,7 @@ class VectorCache:
     folder: str | Path
     encoded: int = 0
 
-    def vectors(self, model: PromCSE, sentences: Iterable[str], progress: Progress | None = None) -> VectorOf:
+    def embeddings(self, model: PromCSE, sentences: Iterable[str], progress: Progress | None = None) -> Embeddings:
         """Return the vector of every distinct sentence; those that no file holds are encoded in one call.
 
         Args:
@@ -67,11 +67,11 @@ class VectorCache:
             known.update(zip((digest for _, digest in missing), encoded_ND, strict=True))
             _write(path, known)
         found = {text: known[digest] for text, digest in zip(distinct, digests, strict=True)}
-        check_vectors(found)
+        check_embeddings(found)
         return found
 
 
-def check_vectors(vectors: VectorOf) -> None:
+def check_embeddings(vectors: Embeddings) -> None:
     """Refuse vectors that no score can be made from.
 
     Raises:
