@@ -17,7 +17,7 @@ from promcse_pl.evaluation.geometry import effective_rank, mean_cosine, uniformi
 from promcse_pl.evaluation.plots import draw
 from promcse_pl.evaluation.report import headline, render, tables
 from promcse_pl.evaluation.statistics import bootstrap_spearman, interval, mean_over_seeds
-from promcse_pl.evaluation.sts import score_pairs
+from promcse_pl.evaluation.sts import score_pairs, score_task
 from promcse_pl.evaluation.suite import evaluate
 from promcse_pl.evaluation.targets import Member, Target
 from promcse_pl.evaluation.tasks import load_tasks, pair_task, transfer_task
@@ -167,6 +167,20 @@ def test_rows_hashes_protocol_bootstrap_and_versions_stand_in_the_results(tree):
 def test_a_file_with_other_counts_than_the_published_ones_is_reported(tree):
     assert "STS-B has 30 rows, 1379 were published: its score is not comparable" in tree["warnings"]
     assert len(tree["warnings"]) == 7
+
+
+def test_a_reversed_score_scale_of_a_file_of_the_user_is_a_warning(models, tmp_path):
+    pairs = pairs_of("mine.csv", 1)
+    scores = score_task([pairs], EmbeddingCache(tmp_path).embeddings(models[0], [*pairs.first, *pairs.second]))
+    sign = -1 if scores.all.spearman > 0 else 1
+    rows = [(a, b, sign * gold) for a, b, gold in zip(pairs.first, pairs.second, pairs.gold, strict=True)]
+    reversed_pairs = ScoredPairs.of("mine.csv", rows)
+    tree = evaluate(
+        [target("a", models[0])], [pair_task("mine.csv", "own", [reversed_pairs])], EmbeddingCache(tmp_path)
+    )
+    (warning,) = tree["warnings"]
+    assert warning.startswith(f"a on mine.csv: Spearman {tree['targets']['a']['scores']['mine.csv']['value']:.2f}, but")
+    assert warning.endswith("Check the columns of mine.csv, and that higher scores mean more similar")
 
 
 def test_a_collapsed_model_gives_an_error_and_no_score(bert, tasks, tmp_path):
