@@ -55,7 +55,7 @@ def find_targets(names: Sequence[str], *, pooling: str | None = None, device: st
 
     Args:
         names: Adapter or run folders, encoders (folder or hub id), official checkpoints (folder or hub id), folders of runs.
-        pooling: Pooling of frozen encoders (None: `FROZEN_POOLING`) and official checkpoints (None: guessed as in `promcse import`).
+        pooling: Pooling of frozen encoders (None: `FROZEN_POOLING`) and official checkpoints (None: as in `promcse import`).
         device: Device of the models.
 
     Raises:
