@@ -125,7 +125,7 @@ class TokenRows:
             ids_NT, padded on the right to the longest sentence, and lengths_N, with N = width * len(rows).
         """
         if len(rows) == 0 or rows.min() < 0 or rows.max() >= self._rows:
-            raise IndexError(f"row numbers must lie in [0, {self._rows}), got {rows}")
+            raise IndexError(f"row numbers must be in [0, {self._rows}), got {rows}")
         sentences_N = (rows.astype(np.int64) * self.width + np.arange(self.width)[:, None]).ravel()
         starts_N = self._offsets[sentences_N]
         lengths_N = self._offsets[sentences_N + 1] - starts_N

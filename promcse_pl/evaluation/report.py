@@ -134,8 +134,8 @@ def _latex(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     small = re.compile(r" (\[.*\])")
     body = [" & ".join(small.sub(r" {\\scriptsize \1}", _escaped(cell)) for cell in row) + r" \\" for row in rows]
     head = " & ".join(map(_escaped, header)) + r" \\"
-    begin = f"\\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}"
-    return "\n".join([begin, r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"])
+    start = f"\\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}"
+    return "\n".join([start, r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"])
 
 
 def _escaped(text: str) -> str:

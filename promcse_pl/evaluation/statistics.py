@@ -67,7 +67,7 @@ def resample_counts(
 
 
 class CountedSpearman:
-    """Spearman's correlation of many resamples of the same pairs, ties by mean rank, without sorting each anew.
+    """Spearman's correlation of many resamples of a set of pairs, ties by mean rank, without sorting each of them.
 
     The pairs are sorted once; a running sum of the counts in that order gives the mean rank of every value in every resample.
 

@@ -126,7 +126,7 @@ def _with_averages(scores: dict[str, Score]) -> dict[str, Score]:
             # the printed average is that of the printed cells
             value = float(np.mean([round(scores[task].value, 2) for task in tasks]))
             resamples_b = np.mean([scores[task].resamples_b for task in tasks], axis=0)  # type: ignore[arg-type]
-            last = max(place for place, (task, _) in enumerate(items) if task in tasks)
+            last = max(index for index, (task, _) in enumerate(items) if task in tasks)
             items.insert(last + 1, (name, Score.of(value, resamples_b, {})))
     return dict(items)
 

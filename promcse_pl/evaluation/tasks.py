@@ -23,15 +23,7 @@ from promcse_pl.evaluation.transfer_data import TRANSFER_TASKS, TransferData, lo
 from promcse_pl.utils.errors import ConfigError
 from promcse_pl.utils.paths import expand, is_there
 
-PUBLISHED_PAIRS = {
-    "STS12": 3108,
-    "STS13": 1500,
-    "STS14": 3750,
-    "STS15": 3000,
-    "STS16": 1186,
-    "STS-B": 1379,
-    "SICK-R": 4927,
-}
+PUBLISHED_PAIRS = dict(zip(TASKS, (3108, 1500, 3750, 3000, 1186, 1379, 4927), strict=True))
 """Scored test pairs of the tasks as they were published."""
 Progress = Callable[[int, int], None]
 """Called with the steps done so far and of all."""
@@ -238,10 +230,10 @@ def transfer_task(data: TransferData) -> Task:
 
 def _geometry_tasks(pairs: ScoredPairs) -> list[Task]:
     sentences = _both_sides(pairs)
-    positive = [place for place, gold in enumerate(pairs.gold) if gold >= POSITIVE]
+    positive = [index for index, gold in enumerate(pairs.gold) if gold >= POSITIVE]
 
     def align(embeddings: Embeddings, progress: Progress) -> Score:  # noqa: ARG001
-        sides = (np.array([embeddings[side[place]] for place in positive]) for side in (pairs.first, pairs.second))
+        sides = (np.array([embeddings[side[index]] for index in positive]) for side in (pairs.first, pairs.second))
         density = cosine_density(cosines(pairs, embeddings), pairs.gold)
         return Score(alignment(*sides), details={"positive_pairs": len(positive), "cosine_density": density})
 
