@@ -18,11 +18,11 @@ import torch
 from promcse_pl.data.batch import Tokens
 from promcse_pl.data.pairs import TASKS, ScoredPairs, load_task
 from promcse_pl.embedder import PromCSE
+from promcse_pl.evaluation.embeddings import EmbeddingCache
 from promcse_pl.evaluation.sts import score_task
 from promcse_pl.evaluation.suite import evaluate
 from promcse_pl.evaluation.targets import Member, Target, find_targets
 from promcse_pl.evaluation.tasks import load_tasks
-from promcse_pl.evaluation.vectors import VectorCache
 from promcse_pl.version import __version__
 
 HERE = Path(__file__).resolve().parent
@@ -60,7 +60,7 @@ def encode(model: PromCSE, subset: ScoredPairs) -> dict:
 
 def suite(model: PromCSE, data: Path, cache: Path) -> dict[str, float]:
     target = Target("model", "frozen encoder", (Member(lambda: model),))
-    tree = evaluate([target], load_tasks(["sts", "sick"], data), VectorCache(cache))
+    tree = evaluate([target], load_tasks(["sts", "sick"], data), EmbeddingCache(cache))
     return {task: tree["targets"]["model"]["scores"][task]["value"] for task in TASKS}
 
 

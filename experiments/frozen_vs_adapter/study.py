@@ -16,12 +16,12 @@ import sys
 from pathlib import Path
 
 from promcse_pl.config import DATA_SUITES
+from promcse_pl.evaluation.embeddings import EmbeddingCache
 from promcse_pl.evaluation.plots import check_plot, draw
 from promcse_pl.evaluation.report import render
 from promcse_pl.evaluation.suite import evaluate
 from promcse_pl.evaluation.targets import find_targets
 from promcse_pl.evaluation.tasks import load_tasks
-from promcse_pl.evaluation.vectors import VectorCache
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -92,7 +92,7 @@ def main() -> None:
     trained = [train(seed, data, runs / "adapters" / f"seed{seed}") for seed in SEEDS]
     targets = find_targets([ENCODER, str(runs / "adapters")], device="cpu")
     evaluation = evaluate(
-        targets, tasks, VectorCache(runs / "vectors"), lambda what, done, total: print(what, done, total)
+        targets, tasks, EmbeddingCache(runs / "vectors"), lambda what, done, total: print(what, done, total)
     )
     study = {
         "runs": trained,

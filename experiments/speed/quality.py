@@ -17,11 +17,11 @@ from pathlib import Path
 from machine import describe
 
 from promcse_pl.embedder import PromCSE
+from promcse_pl.evaluation.embeddings import EmbeddingCache
 from promcse_pl.evaluation.report import headline
 from promcse_pl.evaluation.suite import evaluate
 from promcse_pl.evaluation.targets import Member, Target
 from promcse_pl.evaluation.tasks import load_tasks
-from promcse_pl.evaluation.vectors import VectorCache
 
 HERE = Path(__file__).resolve().parent
 TYPES = ("float32", "bfloat16", "int8")
@@ -38,7 +38,7 @@ def main() -> None:
         for dtype in TYPES
     ]
     with tempfile.TemporaryDirectory() as folder:
-        tree = evaluate(targets, load_tasks(["sts", "sick"], options.data), VectorCache(Path(folder)))
+        tree = evaluate(targets, load_tasks(["sts", "sick"], options.data), EmbeddingCache(Path(folder)))
     results = {
         "machine": describe(),
         "runs": [

@@ -245,14 +245,14 @@ def _evaluate(options: argparse.Namespace) -> int:
     loaded = load_tasks(tasks, options.data)  # before torch: a missing file shows itself at once
 
     with unwatched_imports():
+        from promcse_pl.evaluation.embeddings import EmbeddingCache
         from promcse_pl.evaluation.suite import evaluate
         from promcse_pl.evaluation.targets import find_targets
-        from promcse_pl.evaluation.vectors import VectorCache
     from promcse_pl.utils.files import write_text
     from promcse_pl.utils.terminal import output_console, stages
 
     targets = find_targets(options.targets, pooling=options.pooling, device=options.device)
-    cache = VectorCache(cache_dir(None) / "vectors")
+    cache = EmbeddingCache(cache_dir(None) / "vectors")
     with stages(Console(stderr=True)) as report:
         tree = hide_home(evaluate(targets, loaded, cache, report))
     for warning in tree["warnings"]:

@@ -171,10 +171,10 @@ def _evaluate(config: Config, adapter: Path, dev: Any, device: str, report: Any)
     """Score the adapter as it lies on disk, beside the frozen encoder if asked, in float32; nothing to score on: {}."""
     from promcse_pl.data.sources import cache_dir, data_dir
     from promcse_pl.embedder import PromCSE
+    from promcse_pl.evaluation.embeddings import EmbeddingCache
     from promcse_pl.evaluation.suite import evaluate
     from promcse_pl.evaluation.targets import Member, Target, frozen_target
     from promcse_pl.evaluation.tasks import load_tasks, pair_task
-    from promcse_pl.evaluation.vectors import VectorCache
 
     tasks = load_tasks(config.evaluation.tasks, data_dir(config.data))
     if dev is not None:
@@ -185,7 +185,7 @@ def _evaluate(config: Config, adapter: Path, dev: Any, device: str, report: Any)
     targets = [Target("adapter", "adapter", (Member(lambda: model, config.seed),))]
     if config.evaluation.frozen:
         targets = [frozen_target(model), *targets]
-    return evaluate(targets, tasks, VectorCache(cache_dir(config.data.cache_dir) / "vectors"), report)
+    return evaluate(targets, tasks, EmbeddingCache(cache_dir(config.data.cache_dir) / "vectors"), report)
 
 
 def _report_rows(data: Any, folder: Path, ranks: Ranks) -> None:  # noqa: ANN401  (PromcseDataModule, imported late)
@@ -250,17 +250,18 @@ def _score_frozen(config: Config, encoder: Any, data: Any, device: Any, console:
 
     from promcse_pl.data.sources import cache_dir
     from promcse_pl.embedder import PromCSE
-    from promcse_pl.evaluation.correlation import spearman
-    from promcse_pl.evaluation.sts import score_task
+    from promcse_pl.evaluation.embeddings import EmbeddingCache
+    from promcse_pl.evaluation.sts import score_task, spearman
     from promcse_pl.evaluation.targets import frozen_target
-    from promcse_pl.evaluation.vectors import VectorCache
 
     modes = [(module, module.training) for module in encoder.modules()]
     model = frozen_target(PromCSE(encoder.to(device), data.tokenizer)).members[0].load()
     sentences = [*data.dev.first, *data.dev.second]
     try:
         with progress_bar(console, "scoring the frozen encoder on the dev set", len(set(sentences))) as progress:
-            vectors = VectorCache(cache_dir(config.data.cache_dir) / "vectors").vectors(model, sentences, progress)
+            vectors = EmbeddingCache(cache_dir(config.data.cache_dir) / "vectors").embeddings(
+                model, sentences, progress
+            )
         score = score_task([data.dev], vectors).all.spearman
         highest = spearman(np.argsort(np.argsort(data.dev.gold, kind="stable")), data.dev.gold)
     except DataError as error:
