@@ -22,7 +22,7 @@ from promcse_pl.losses.hybrid import hybrid_loss
 from promcse_pl.models import encoder as module
 from promcse_pl.models.cpu.chunks import CHUNK_TOKENS
 from promcse_pl.models.encoder import PromptEncoder
-from promcse_pl.training.precision import choose_dtype
+from promcse_pl.training.machine import choose_dtype
 
 HERE = Path(__file__).resolve().parent
 CASES = [("bert-base", 96), ("roberta-large", 48)]

@@ -37,7 +37,7 @@ from rows import (
 
 from promcse_pl.data.pairs import TASKS, load_task
 from promcse_pl.models.backbone import FrozenBackbone
-from promcse_pl.training.precision import choose_dtype
+from promcse_pl.training.machine import choose_dtype
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]

@@ -20,7 +20,7 @@ from rows import LENGTH, Step, batches, our_step, prompt_encoder
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from promcse_pl.training.precision import choose_dtype
+from promcse_pl.training.machine import choose_dtype
 
 STEPS = 5
 OPERATIONS = {

@@ -15,7 +15,7 @@ from promcse_pl.utils.paths import run_command
 
 
 @contextmanager
-def plain_errors(config: Config, ranks: Ranks, folder: Path) -> Iterator[None]:
+def actionable_errors(config: Config, ranks: Ranks, folder: Path) -> Iterator[None]:
     """Convert out-of-memory, disk-full and lost-rank errors into errors with a command for the run in a folder."""
     try:
         yield

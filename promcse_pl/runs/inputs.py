@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from promcse_pl.config import SUITES, Config, decides, flat_settings
-from promcse_pl.data.module import PromcseDataModule
-from promcse_pl.data.sources import data_dir
+from promcse_pl.config import DATA_SUITES, SUITES, Config, decides, flat_settings
+from promcse_pl.data.sources import check_training_file, data_dir, dev_pairs, senteval_dir
 from promcse_pl.evaluation.tasks import load_tasks
-from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.run_folder import INPUTS, read_json
-from promcse_pl.utils.errors import DataError
+from promcse_pl.tracking.wandb import resolve_mode
+from promcse_pl.utils.errors import ConfigError, DataError, EncoderError
 from promcse_pl.utils.files import write_text
-from promcse_pl.utils.paths import hide_home
+from promcse_pl.utils.paths import expand, hide_home, is_folder
+
+if TYPE_CHECKING:  # both import torch, and check_inputs runs without it
+    from promcse_pl.data.module import PromcseDataModule
+    from promcse_pl.models.encoder import PromptEncoder
 
 log = logging.getLogger("promcse_pl")
 
@@ -25,8 +26,37 @@ _IGNORED_FIELDS = ("_name_or_path", "architectures", "dtype", "transformers_vers
 """Fields of an encoder's config that describe its origin, or how it was loaded."""
 
 
+def check_inputs(config: Config) -> None:
+    """Check the files, folders and modes in a config, before torch is imported and a model is loaded (a second or two).
+
+    Only the first rows of the training file are read, but all of the dev set and the evaluation files.
+
+    Raises:
+        ConfigError, DataError, EncoderError: A file, folder or mode is missing or invalid.
+    """
+    resolve_mode(config.tracking.wandb)
+    path = config.model.path
+    if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not is_folder(expand(path)):
+        raise EncoderError(
+            f"the encoder folder {path} does not exist (current folder: {Path.cwd()}). Try: model.path=FOLDER"
+        )
+    if set(config.evaluation.tasks) & set(DATA_SUITES):
+        senteval_dir(config.data)
+    dev = None if config.data.dev == "holdout" else dev_pairs(config.data)
+    # a missing file must not show itself after hours of training
+    for task in load_tasks(config.evaluation.tasks, data_dir(config.data)):
+        if dev is not None and dev.sha256 in {file["sha256"] for file in task.files}:
+            raise ConfigError(
+                f"data.dev={config.data.dev} is also tested on ({task.name}): a model chosen by it has seen the answers. "
+                "Try: data.dev=FILE with other pairs"
+            )
+    check_training_file(config.data, config.seed)
+
+
 def describe_inputs(config: Config, encoder: PromptEncoder, data: PromcseDataModule) -> dict[str, Any]:
     """Return checksums of data, encoder and evaluation files, the settings, and properties of the machine."""
+    import torch
+
     backbone = encoder.backbone
     encoder_config: Any = backbone.model.config  # all fields: dropout rates affect training, though not the embeddings
     fields = {name: value for name, value in encoder_config.to_dict().items() if name not in _IGNORED_FIELDS}

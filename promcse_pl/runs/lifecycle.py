@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from promcse_pl.adapter_folder import check_target
-from promcse_pl.config import DATA_SUITES, Config, resumed_with
+from promcse_pl.config import Config, resumed_with
 from promcse_pl.run_folder import (
     ADAPTER,
     CHECKPOINTS,
@@ -34,14 +34,14 @@ from promcse_pl.run_folder import (
     write_config,
     write_status,
 )
-from promcse_pl.runs.failures import plain_errors
-from promcse_pl.runs.logs import logging_to
+from promcse_pl.runs.failures import actionable_errors
+from promcse_pl.runs.inputs import check_inputs
 from promcse_pl.runs.pipeline import run_experiment
 from promcse_pl.training.distributed import STORE, Ranks, find_ranks
-from promcse_pl.utils.errors import ConfigError, DataError, EncoderError, PromcseError, RankError
+from promcse_pl.utils.errors import ConfigError, DataError, PromcseError, RankError
 from promcse_pl.utils.files import remove_leftovers
-from promcse_pl.utils.paths import expand, is_folder, run_command
-from promcse_pl.utils.terminal import NO_TERMINAL_WIDTH, output_console, plain
+from promcse_pl.utils.paths import run_command
+from promcse_pl.utils.terminal import NO_TERMINAL_WIDTH, logging_to, output_console, plain
 
 if TYPE_CHECKING:
     from promcse_pl.training.checkpoint import Checkpoint
@@ -115,7 +115,7 @@ def resume_job(folder: str | Path, console: Console | None = None, overrides: Se
     ranks = find_ranks(config.trainer)
     before = read_status(folder)
     if ranks and ranks.rank:
-        return {} if before and before.state == "finished" else take_part(folder, overrides=overrides)
+        return {} if before and before.state == "finished" else run_rank(folder, overrides=overrides)
     with locked(folder) as lock:
         before = read_status(folder)
         if before is not None and before.state == "finished":
@@ -128,10 +128,10 @@ def resume_job(folder: str | Path, console: Console | None = None, overrides: Se
         remove_leftovers(folder / CHECKPOINTS)
         if overrides:
             write_config(config, folder / CONFIG)
-        return _launch(config, folder, lock) if ranks is None else take_part(folder, console)
+        return _launch(config, folder, lock) if ranks is None else run_rank(folder, console)
 
 
-def take_part(folder: Path, console: Console | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def run_rank(folder: Path, console: Console | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Go on with a run, or begin it, as one of its processes; the folder must hold its config and be locked for the run.
 
     Args:
@@ -183,7 +183,7 @@ def _follow(config: Config, folder: Path, resume: Checkpoint | None, ranks: Rank
     from promcse_pl.utils.signals import StopSignals
 
     console = Console(stderr=True, width=NO_TERMINAL_WIDTH, quiet=not os.environ.get(STORE))
-    with logging_to(None, console), StopSignals() as stop, plain_errors(config, ranks, folder):
+    with logging_to(None, console), StopSignals() as stop, actionable_errors(config, ranks, folder):
         return run_experiment(config, folder, console, Status(state="running"), resume, stop, ranks)
 
 
@@ -199,7 +199,7 @@ def _session(
     with logging_to(folder / LOG, console), StopSignals() as stop:
         write_status(folder, status)
         try:
-            with plain_errors(config, ranks, folder):
+            with actionable_errors(config, ranks, folder):
                 results = run_experiment(config, folder, console, status, resume, stop, ranks)
         except Stopped:
             _leave(folder, "stopped")
@@ -211,37 +211,6 @@ def _session(
         _leave(folder, "finished")
         remove_checkpoints(folder)
         return results
-
-
-def check_inputs(config: Config) -> None:
-    """Check the files, folders and modes in a config, before torch is imported and a model is loaded (a second or two).
-
-    Only the first rows of the training file are read, but all of the dev set and the evaluation files.
-
-    Raises:
-        ConfigError, DataError, EncoderError: A file, folder or mode is missing or invalid.
-    """
-    from promcse_pl.data.sources import check_training_file, data_dir, dev_pairs, senteval_dir
-    from promcse_pl.evaluation.tasks import load_tasks
-    from promcse_pl.tracking.wandb import resolve_mode
-
-    resolve_mode(config.tracking.wandb)
-    path = config.model.path
-    if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not is_folder(expand(path)):
-        raise EncoderError(
-            f"the encoder folder {path} does not exist (current folder: {Path.cwd()}). Try: model.path=FOLDER"
-        )
-    if set(config.evaluation.tasks) & set(DATA_SUITES):
-        senteval_dir(config.data)
-    dev = None if config.data.dev == "holdout" else dev_pairs(config.data)
-    # a missing file must not show itself after hours of training
-    for task in load_tasks(config.evaluation.tasks, data_dir(config.data)):
-        if dev is not None and dev.sha256 in {file["sha256"] for file in task.files}:
-            raise ConfigError(
-                f"data.dev={config.data.dev} is also tested on ({task.name}): a model chosen by it has seen the answers. "
-                "Try: data.dev=FILE with other pairs"
-            )
-    check_training_file(config.data, config.seed)
 
 
 def _leave(folder: Path, state: State, error: str | None = None) -> None:

@@ -29,9 +29,8 @@ from promcse_pl.run_folder import ADAPTER, Status
 from promcse_pl.training.callbacks import BestByDev, History, ProgressBar, ProgressLines
 from promcse_pl.training.checkpoint import Checkpoint, RunCheckpoints, Saver
 from promcse_pl.training.distributed import Ranks, of_rank_zero
-from promcse_pl.training.memory import SHARE, free_bytes, kept_bytes
+from promcse_pl.training.machine import SHARE, choose_dtype, free_bytes, kept_bytes
 from promcse_pl.training.module import PromcseModule
-from promcse_pl.training.precision import choose_dtype
 from promcse_pl.utils.errors import ConfigError
 from promcse_pl.utils.signals import Stopped, StopSignals
 

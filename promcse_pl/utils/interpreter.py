@@ -26,7 +26,7 @@ def python_command(target: str, *arguments: str) -> list[str]:
 
 def _load_package() -> None:
     """Make `promcse_pl` importable without adding its parent folder to the module search path."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     spec = importlib.util.spec_from_file_location(
         package.name, package / "__init__.py", submodule_search_locations=[str(package)]
     )

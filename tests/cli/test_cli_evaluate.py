@@ -10,7 +10,8 @@ from rich.console import Console
 
 from promcse_pl.cli.main import main
 from promcse_pl.data.demo import demo_pairs
-from promcse_pl.runs.lifecycle import check_inputs, run_job
+from promcse_pl.runs.inputs import check_inputs
+from promcse_pl.runs.lifecycle import run_job
 from promcse_pl.utils.errors import ConfigError
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"

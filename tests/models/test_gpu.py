@@ -9,7 +9,7 @@ from promcse_pl.embedder import PromCSE
 from promcse_pl.losses.hybrid import hybrid_loss
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import PromptEncoder
-from promcse_pl.training.memory import free_bytes, kept_bytes
+from promcse_pl.training.machine import free_bytes, kept_bytes
 
 pytestmark = pytest.mark.gpu
 LENGTHS = [9, 4, 12, 5, 5, 11, 3, 8, 10]

@@ -51,9 +51,17 @@ class Parent:
     def __init__(self, folder: Path, parallel: int, jobs: int, *job: str, preload: str = "json") -> None:
         self.folder = folder
         self.process = subprocess.Popen(
-            [sys.executable, "-c", PARENT, str(folder), str(parallel), str(jobs), *(job or ["scripted:patient"])],
+            [
+                sys.executable,
+                "-c",
+                PARENT,
+                str(folder),
+                str(parallel),
+                str(jobs),
+                *(job or ["support.scripted_jobs:patient"]),
+            ],
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}:{folder}", "PRELOAD": preload},
+            env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests:{folder}", "PRELOAD": preload},
             stdout=subprocess.PIPE,
             stderr=(folder / "parent.err").open("wb"),
             text=True,
@@ -135,7 +143,7 @@ def test_sigterm_is_passed_on_and_waited_for(number, tmp_path):
 
 
 def test_a_task_that_does_not_stop_is_killed_in_the_end(tmp_path):
-    parent = Parent(tmp_path, 1, 1, "scripted:patient", "stubborn")
+    parent = Parent(tmp_path, 1, 1, "support.scripted_jobs:patient", "stubborn")
     parent.began(0)
     parent.process.terminate()
     assert parent.end() == (143, ["ended 0 -9"])
@@ -164,7 +172,7 @@ def test_ctrl_c_in_the_imports_starts_nothing(tmp_path):
 
 def test_what_an_import_prints_is_no_answer_and_a_failed_one_is_said(tmp_path):
     (tmp_path / "chatty.py").write_text("print('a chatty import')\n")
-    parent = Parent(tmp_path, 1, 1, "scripted:broken", preload="chatty")
+    parent = Parent(tmp_path, 1, 1, "support.scripted_jobs:broken", preload="chatty")
     assert parent.end() == (0, ["ended 0 1"])
     parent = Parent(tmp_path, 1, 1, preload="not_there")
     assert parent.end()[0] == 1
@@ -172,7 +180,7 @@ def test_what_an_import_prints_is_no_answer_and_a_failed_one_is_said(tmp_path):
 
 
 def test_a_killed_server_stops_what_it_began_once_and_says_how_to_go_on(tmp_path):
-    parent = Parent(tmp_path, 2, 3, "scripted:patient", "slowly")
+    parent = Parent(tmp_path, 2, 3, "support.scripted_jobs:patient", "slowly")
     jobs = [parent.began(0), parent.began(1)]
     (tmp_path / "1.quick").write_text("")
     os.kill(psutil.Process(jobs[0]).ppid(), signal.SIGKILL)
@@ -206,7 +214,7 @@ def test_no_room_for_another_process_is_said_and_what_runs_is_stopped(tmp_path):
 
 
 def test_an_error_of_ours_in_a_task_is_in_its_output_and_the_next_one_runs(tmp_path):
-    code, printed = Parent(tmp_path, 1, 2, "scripted:broken").end()
+    code, printed = Parent(tmp_path, 1, 2, "support.scripted_jobs:broken").end()
     assert code == 0
     assert printed == ["ended 0 1", "ended 1 1"]
     assert (tmp_path / "1.out").read_text().endswith("LookupError: broken 1\n")

@@ -47,11 +47,11 @@ def scripted(tmp_path, monkeypatch):
     def task(folder: Path, job) -> Task:
         run = folder / job.folder
         good = "poor" if job.folder == "2" else "good"
-        return Task(job.folder, "scripted:quick_run", [str(run), good], run / "output.log")
+        return Task(job.folder, "support.scripted_jobs:quick_run", [str(run), good], run / "output.log")
 
     monkeypatch.setattr(search, "job_task", task)
     monkeypatch.setattr(pool, "PRELOAD", ())
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{Path(__file__).parent}")
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT}/tests")
 
     def go(folder: Path, **settings: object) -> int:
         return run_search(folder, ["sweep=x"], SPACE, SweepConfig(**settings), compose_in(tmp_path), None)

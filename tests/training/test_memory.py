@@ -9,7 +9,7 @@ from support.encoders import save_small_encoder, small_backbone, small_tokens
 from promcse_pl.config import Config
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.runs.lifecycle import run_job
-from promcse_pl.training.memory import free_bytes, kept_bytes
+from promcse_pl.training.machine import free_bytes, kept_bytes
 
 
 def really_kept(encoder, tokens):
@@ -45,7 +45,7 @@ def test_measuring_leaves_mode_and_chance_as_they_were():
 
 def test_the_limit_of_a_container_counts(tmp_path, monkeypatch):
     cpu = torch.device("cpu")
-    monkeypatch.setattr("promcse_pl.training.memory._CGROUP", tmp_path)
+    monkeypatch.setattr("promcse_pl.training.machine._CGROUP", tmp_path)
     free = free_bytes(cpu)
     assert free > 1e8
     (tmp_path / "memory.current").write_text("700\n")
