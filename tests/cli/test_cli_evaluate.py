@@ -142,7 +142,7 @@ def test_a_run_may_not_be_chosen_by_pairs_that_it_is_tested_on(trained_run, mine
     evaluation = dataclasses.replace(trained_run.config.evaluation, tasks=[str(mine)])
     config = dataclasses.replace(trained_run.config, data=data, evaluation=evaluation)
     with pytest.raises(
-        ConfigError, match=r"is also tested on \(mine\.tsv\): a model chosen by it has seen the answers"
+        ConfigError, match=r"is also in evaluation\.tasks \(mine\.tsv\), but the best step is selected on the dev set"
     ):
         check_inputs(config)
     renamed = mine.rename(mine.with_name("sts-test.tsv"))

@@ -223,7 +223,7 @@ def test_another_number_of_processes_than_the_run_began_with_is_refused_by_name(
     (folder / "config.yaml").write_text(text.replace("devices: 2", "devices: 1"))
     refused = promcse(tmp_path / "log", "train", "--resume", folder)
     assert refused.code == 2
-    assert "config.yaml was changed since the run began: trainer.devices. " in refused.stderr
+    assert "config.yaml was changed since the run started: trainer.devices. " in refused.stderr
     assert DataError.__name__ in read_status(folder).error
 
 

@@ -30,7 +30,9 @@ from promcse_pl.run_folder import read_config, write_config
 from promcse_pl.runs.lifecycle import run_job
 from promcse_pl.runs.pipeline import _score_frozen
 from promcse_pl.tracking.local import read_history
-from promcse_pl.training.fit import build_data, build_encoder
+from promcse_pl.training.context import RunContext
+from promcse_pl.training.distributed import Ranks
+from promcse_pl.training.fit import Parts, build_data, build_encoder
 from promcse_pl.utils.errors import ConfigError, DataError, EncoderError, NonFiniteError
 
 
@@ -383,6 +385,7 @@ def test_scoring_the_frozen_encoder_changes_no_generator_and_no_mode_and_encodes
     config = small_config(tmp_path, data={"dev": str(scored_by_the_encoder(tmp_path, 1))})
     encoder = build_encoder(config)
     data = build_data(config, encoder, lambda _: None)
+    run = RunContext(config=config, folder=tmp_path, ranks=Ranks(), console=Console(file=io.StringIO()))
     modes = [module.training for module in encoder.modules()]
     states = (torch.random.get_rng_state(), random.getstate(), repr(np.random.get_state()))  # noqa: NPY002
     encoded: list[int] = []
@@ -394,7 +397,7 @@ def test_scoring_the_frozen_encoder_changes_no_generator_and_no_mode_and_encodes
 
     monkeypatch.setattr(PromCSE, "encode", counted)
     for _ in range(2):
-        _score_frozen(config, encoder, data, torch.device("cpu"), Console(file=io.StringIO()))
+        _score_frozen(run, Parts(torch.device("cpu"), encoder, None, data))
     assert encoded == [60]  # the second time they lie in the cache
     assert [module.training for module in encoder.modules()] == modes
     assert torch.equal(states[0], torch.random.get_rng_state())

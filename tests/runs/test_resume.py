@@ -115,7 +115,7 @@ def test_a_run_killed_at_any_moment_and_resumed_ends_as_the_straight_one(long_ru
 
 
 PARTS = {
-    "a look at the development set": "promcse_pl.training.callbacks:score_pairs",
+    "a dev evaluation": "promcse_pl.training.callbacks:score_pairs",
     "a save, before its files": "promcse_pl.training.checkpoint:save",
     "a save, behind its files": "promcse_pl.training.checkpoint:publish",
     "the saving of the adapter": "promcse_pl.adapter:_checksum",
@@ -360,7 +360,7 @@ def test_a_test_file_that_changed_is_refused_by_name(tmp_path):
 def test_a_setting_that_was_changed_by_hand_is_refused_by_name(stopped_run):
     path = stopped_run / "config.yaml"
     path.write_text(path.read_text().replace("temperature: 0.05", "temperature: 0.1"))
-    with pytest.raises(DataError, match=r"config.yaml was changed since the run began: loss.temperature"):
+    with pytest.raises(DataError, match=r"config.yaml was changed since the run started: loss.temperature"):
         resume_job(stopped_run)
 
 
@@ -381,7 +381,7 @@ def test_a_finished_run_is_left_as_it_is(long_run):
 
 
 def test_a_folder_without_a_run_is_refused_and_a_damaged_status_too(tmp_path, stopped_run):
-    with pytest.raises(ConfigError, match=r"holds no run to go on with: it has no config.yaml"):
+    with pytest.raises(ConfigError, match=r"contains no run to resume: it has no config.yaml"):
         resume_job(tmp_path)
     (stopped_run / "status.json").write_text("{")
     with pytest.raises(DataError, match=r"status.json cannot be read: Expecting property name"):
