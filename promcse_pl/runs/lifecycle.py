@@ -29,6 +29,7 @@ from promcse_pl.run_folder import (
     check_run_folder,
     locked,
     read_config,
+    read_resolved_config,
     read_results,
     read_status,
     remove_checkpoints,
@@ -78,13 +79,13 @@ def run_job(config: Config, folder: str | Path, console: Console | None = None) 
         check_run_folder(folder)
     check_inputs(config)
     if not is_main and ranks is not None:
-        return _run_as_follower(RunContext(config=config, folder=folder, ranks=ranks, console=console))
+        return _run_as_follower(RunContext(config=config, typed=config, folder=folder, ranks=ranks, console=console))
     with locked(folder) as lock:
         check_run_folder(folder)
         write_config(config, folder / CONFIG)
         if ranks is None:
             return _launch(config, folder, lock)
-        return _run_as_main(RunContext(config=config, folder=folder, ranks=ranks, console=console))
+        return _run_as_main(RunContext(config=config, typed=config, folder=folder, ranks=ranks, console=console))
 
 
 def resume_job(folder: str | Path, console: Console | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -111,7 +112,7 @@ def resume_job(folder: str | Path, console: Console | None = None, overrides: Se
     if not (folder / CONFIG).is_file():
         reason = f"it has no {CONFIG}" if folder.is_dir() else "there is no such folder"
         raise ConfigError(f"{folder} contains no run to resume: {reason}. Try: the folder of a run")
-    config = resumed_with(read_config(folder / CONFIG), overrides)
+    typed, config = _saved_configs(folder, overrides)
     ranks = find_ranks(config.trainer)
     status = read_status(folder)
     if ranks and ranks.rank:
@@ -125,7 +126,7 @@ def resume_job(folder: str | Path, console: Console | None = None, overrides: Se
         remove_leftovers(folder)
         remove_leftovers(folder / CHECKPOINTS)
         if overrides:
-            write_config(config, folder / CONFIG)
+            write_config(typed, folder / CONFIG, config)
         return _launch(config, folder, lock) if ranks is None else run_rank(folder, console)
 
 
@@ -142,12 +143,11 @@ def run_rank(folder: Path, console: Console | None = None, overrides: Sequence[s
     """
     from promcse_pl.training.checkpoint import newest_checkpoint  # imports torch
 
-    config = resumed_with(read_config(folder / CONFIG), overrides)
+    typed, config = _saved_configs(folder, overrides)
     ranks, checkpoint = find_ranks(config.trainer), newest_checkpoint(folder)
     assert ranks is not None, "start the ranks through run_job or resume_job"
-    run = RunContext(
-        config=config, folder=folder, ranks=ranks, console=console or output_console(), checkpoint=checkpoint
-    )
+    console = console or output_console()
+    run = RunContext(config=config, typed=typed, folder=folder, ranks=ranks, console=console, checkpoint=checkpoint)
     if not run.is_main:
         return _run_as_follower(run)
     status = (read_status(folder) or run.status).resumed()
@@ -157,6 +157,12 @@ def run_rank(folder: Path, console: Console | None = None, overrides: Sequence[s
     except OSError as error:
         raise DataError(f"{folder / HISTORY} cannot be written: {error.strerror}") from error
     return _run_as_main(dataclasses.replace(run, status=status))
+
+
+def _saved_configs(folder: Path, overrides: Sequence[str]) -> tuple[Config, Config]:
+    """Return a run's settings as typed and as resolved when it started, both with overrides of execution settings."""
+    path = folder / CONFIG
+    return resumed_with(read_config(path), overrides), resumed_with(read_resolved_config(path), overrides)
 
 
 def _run_as_main(run: RunContext) -> dict[str, Any]:

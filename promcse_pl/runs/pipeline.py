@@ -119,7 +119,7 @@ def _record_inputs(run: RunContext, parts: Parts) -> None:
     inputs = describe_inputs(run.config, parts.encoder, parts.data)
     if run.is_main:
         record_inputs(run.folder, inputs)
-        write_config(run.config, run.folder / CONFIG)
+        write_config(run.typed, run.folder / CONFIG, run.config)
     compare({name: inputs[name]["sha256"] for name in ("data.train", "data.dev", "model.path")})
 
 

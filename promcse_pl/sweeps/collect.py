@@ -21,6 +21,7 @@ from promcse_pl.run_folder import (
     is_running,
     read_results,
     read_status,
+    split_resolved,
 )
 from promcse_pl.sweeps.plan import PLAN, read_plan
 from promcse_pl.utils.errors import DataError
@@ -202,14 +203,15 @@ def _read_settings(run: Run) -> None:
         if not path.exists():
             continue
         try:
-            raw = _load_yaml(path.read_text(encoding="utf-8"))
+            raw, resolved = split_resolved(_load_yaml(path.read_text(encoding="utf-8")))
             if not isinstance(raw, dict):
                 raise ValueError(f"it holds {type(raw).__name__}, not settings")
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             run.problems.append(f"{path} cannot be read: {error}")
             continue
         # settings that do not affect training are not compared
-        run.settings = {key: value for key, value in flat_settings(raw).items() if decides(key) == "training"}
+        settings = flat_settings(raw) | resolved
+        run.settings = {key: value for key, value in settings.items() if decides(key) == "training"}
         return
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from promcse_pl.config import Config, flat_settings
-from promcse_pl.run_folder import ADAPTER, CONFIG, START, Status, read_config, read_results, read_status
+from promcse_pl.run_folder import ADAPTER, CONFIG, START, Status, read_resolved_config, read_results, read_status
 from promcse_pl.sweeps.collect import read_sweep
 from promcse_pl.sweeps.ranking import different_dev_sets, find_best
 from promcse_pl.tracking.wandb import open_run, resolve_mode, sent_settings
@@ -120,7 +120,7 @@ def _jobs(folder: Path) -> Iterator[_Job]:
     for job in sorted(found, key=lambda path: (len(path.name), path.name)):
         with suppress(PromcseError):
             # start.yaml, where there is one: what the job was given, not what it settled
-            config = read_config(job / START if (job / START).is_file() else job / CONFIG)
+            config = read_resolved_config(job / START if (job / START).is_file() else job / CONFIG)
             status = read_status(job)
             results = {}
             with suppress(PromcseError):

@@ -37,7 +37,8 @@ class RunContext:
     """A run, as one of its processes sees it.
 
     Attributes:
-        config: Valid settings. The pipeline replaces `auto` by what this machine resolves it to.
+        config: Valid settings; the pipeline replaces `auto` by the values for this machine.
+        typed: The settings as typed, which config.yaml keeps.
         folder: Run folder; only rank 0 writes to it.
         ranks: Rank of this process.
         console: Console for log lines, tables and progress bars.
@@ -48,6 +49,7 @@ class RunContext:
     """
 
     config: Config
+    typed: Config
     folder: Path
     ranks: Ranks
     console: Console

@@ -133,7 +133,7 @@ def test_out_of_memory_prints_the_command_that_resumes_with_less_memory(trainer,
 
 def test_out_of_memory_at_minimal_settings_suggests_a_new_run(tmp_path):
     config = small_config(tmp_path, data={"batch_size": 8}, trainer={"chunk_tokens": 16, "recompute": "always"})
-    run = RunContext(config=config, folder=tmp_path, ranks=Ranks(), console=Console())
+    run = RunContext(config=config, typed=config, folder=tmp_path, ranks=Ranks(), console=Console())
     message = r"Try: a new run with data\.batch_size=4; it affects training"
     with pytest.raises(OutOfMemoryError, match=message), actionable_errors(run):
         raise MemoryError

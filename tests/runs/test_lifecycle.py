@@ -385,7 +385,7 @@ def test_scoring_the_frozen_encoder_changes_no_generator_and_no_mode_and_encodes
     config = small_config(tmp_path, data={"dev": str(scored_by_the_encoder(tmp_path, 1))})
     encoder = build_encoder(config)
     data = build_data(config, encoder, lambda _: None)
-    run = RunContext(config=config, folder=tmp_path, ranks=Ranks(), console=Console(file=io.StringIO()))
+    run = RunContext(config=config, typed=config, folder=tmp_path, ranks=Ranks(), console=Console(file=io.StringIO()))
     modes = [module.training for module in encoder.modules()]
     states = (torch.random.get_rng_state(), random.getstate(), repr(np.random.get_state()))  # noqa: NPY002
     encoded: list[int] = []
