@@ -285,3 +285,34 @@ def read_results(folder: str | Path) -> dict[str, Any]:
     """
     results: dict[str, Any] = read_json(Path(folder) / RESULTS)
     return results
+
+
+def read_history(path: str | Path, problems: list[str] | None = None) -> list[dict[str, Any]]:
+    """Return the entries of a metrics.jsonl, oldest first. A last line without a line break is skipped: its run was killed.
+
+    Args:
+        path: The file.
+        problems: Receives a message for each damaged line, which is skipped; None: a damaged line is an error.
+
+    Raises:
+        DataError: The file cannot be read, or a line is damaged and `problems` is None.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as a history: {error}") from error
+    entries = []
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith("\n"):
+            continue
+        try:
+            entry = json.loads(line)
+            if not isinstance(entry, dict):
+                raise ValueError("not a JSON object")
+            entries.append(entry)
+        except (ValueError, RecursionError) as error:
+            message = f"{path}:{number} cannot be read: {error}"
+            if problems is None:
+                raise DataError(message) from error
+            problems.append(message)
+    return entries

@@ -26,10 +26,9 @@ from promcse_pl.data.sources import load_sources
 from promcse_pl.evaluation.sts import score_pairs
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import PromptEncoder
-from promcse_pl.run_folder import read_config, write_config
+from promcse_pl.run_folder import read_config, read_history, write_config
 from promcse_pl.runs.lifecycle import run_job
 from promcse_pl.runs.pipeline import _score_frozen
-from promcse_pl.tracking.local import read_history
 from promcse_pl.training.context import RunContext
 from promcse_pl.training.distributed import Ranks
 from promcse_pl.training.fit import Parts, build_data, build_encoder
