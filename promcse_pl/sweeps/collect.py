@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from promcse_pl.run_folder import (
     Status,
     is_number,
     is_running,
+    read_history,
     read_results,
     read_status,
     split_resolved,
@@ -176,7 +176,10 @@ def _read_run(sweep: Path, name: str, settings: dict[str, Any] | None) -> Run:
         _take_status(run, status)
     if settings is None:
         _read_settings(run)
-    _read_history(run)
+    try:
+        run.history = read_history(run.folder / HISTORY, run.problems) if (run.folder / HISTORY).exists() else []
+    except DataError as error:
+        run.problems.append(str(error))
     if run.finished:
         _read_results(run)
     if run.dev is None and not run.finished:
@@ -236,23 +239,3 @@ def _read_results(run: Run) -> None:
     run.dev, run.dev_name, run.dev_sha256, run.precision = dev, name, sha256, precision
     run.seconds = seconds if seconds is not None else run.seconds
     run.tests = {task: score for task, score in scores.items() if task != "dev" and score is not None}
-
-
-def _read_history(run: Run) -> None:
-    path = run.folder / HISTORY
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError) as error:
-        run.problems.append(f"{path} cannot be read: {error}")
-        return
-    for number, line in enumerate(lines, start=1):
-        try:
-            entry = json.loads(line)
-            if not isinstance(entry, dict):
-                raise ValueError("no JSON object")
-            run.history.append(entry)
-        except (ValueError, RecursionError) as error:
-            if line.endswith("\n"):  # a last line that was cut short is the mark of a killed run, not of a damage
-                run.problems.append(f"{path}:{number} cannot be read: {error}")
