@@ -17,9 +17,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from promcse_pl.cli.compose import config_of
 from promcse_pl.cli.main import main as cli
 from promcse_pl.config import check_overrides
+from promcse_pl.runs.compose import config_of
 from promcse_pl.sweeps.plan import resumed_arguments, without_home
 from promcse_pl.utils.errors import ConfigError, PromcseError, of_the_system, write_error
 from promcse_pl.utils.signals import Stopped
