@@ -36,12 +36,14 @@ CONFIG, RESULTS, HISTORY, LOG, BAD_ROWS, ADAPTER, STATUS, LOCK, CHECKPOINTS, INP
     "non_finite.safetensors",
     "run-rank{}.log",
 )
+DATA = "data.jsonl"
+"""Training rows that were passed in memory (`promcse_pl.train`)."""
 START, OUTPUT = "start.yaml", "output.log"
 """Files that a sweep writes into a job folder before the job starts: its config and its output."""
 RESOLVED = "resolved"
 """Section of config.yaml with the values that a machine and the hub gave to the settings in `RESOLVED_KEYS`."""
 RESOLVED_KEYS = ("model.revision", "trainer.device", "trainer.precision", "trainer.chunk_tokens")
-_BEFORE_START = {START, OUTPUT, STATUS, LOCK, LOG, ".hydra"}
+_BEFORE_START = {DATA, START, OUTPUT, STATUS, LOCK, LOG, ".hydra"}
 _NEW_FOLDER = "the same command with hydra.run.dir=NEW_FOLDER (promcse train: --out NEW_FOLDER)"
 State = Literal["running", "finished", "failed", "stopped", "pruned"]
 

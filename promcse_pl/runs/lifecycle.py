@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -48,10 +48,21 @@ from promcse_pl.utils.paths import run_command
 from promcse_pl.utils.signals import Stopped
 from promcse_pl.utils.terminal import NO_TERMINAL_WIDTH, logging_to, output_console, plain
 
+if TYPE_CHECKING:
+    from pytorch_lightning.callbacks import Callback
+    from pytorch_lightning.loggers import Logger
+
 log = logging.getLogger("promcse_pl")
 
 
-def run_job(config: Config, folder: str | Path, console: Console | None = None) -> dict[str, Any]:
+def run_job(
+    config: Config,
+    folder: str | Path,
+    console: Console | None = None,
+    *,
+    callbacks: Sequence[Callback] = (),
+    loggers: Sequence[Logger] = (),
+) -> dict[str, Any]:
     """Train an adapter and evaluate it.
 
     The run folder contains config.yaml (repeats the run), run.log, metrics.jsonl, adapter/, results.json, status.json,
@@ -64,6 +75,7 @@ def run_job(config: Config, folder: str | Path, console: Console | None = None) 
         config: Valid settings.
         folder: Run folder; must be absent or empty.
         console: Console for output; None for standard output.
+        callbacks, loggers: Additional ones for the Lightning Trainer; not with `trainer.devices` > 1.
 
     Returns:
         The content of results.json.
@@ -74,18 +86,30 @@ def run_job(config: Config, folder: str | Path, console: Console | None = None) 
     """
     folder, console = Path(folder), console or output_console()
     ranks = find_ranks(config.trainer)
-    is_main = ranks is None or ranks.rank == 0
-    if is_main:
+    if ranks is None and (callbacks or loggers):
+        raise ConfigError(
+            f"callbacks and loggers cannot be sent to the {config.trainer.devices} processes of trainer.devices. Try: "
+            "trainer.devices=1"
+        )
+    if ranks is None or ranks.rank == 0:
         check_run_folder(folder)
     check_inputs(config)
-    if not is_main and ranks is not None:
-        return _run_as_follower(RunContext(config=config, typed=config, folder=folder, ranks=ranks, console=console))
+    if ranks is not None:
+        run = RunContext(
+            config=config,
+            typed=config,
+            folder=folder,
+            ranks=ranks,
+            console=console,
+            callbacks=callbacks,
+            loggers=loggers,
+        )
+        if not run.is_main:
+            return _run_as_follower(run)
     with locked(folder) as lock:
         check_run_folder(folder)
         write_config(config, folder / CONFIG)
-        if ranks is None:
-            return _launch(config, folder, lock)
-        return _run_as_main(RunContext(config=config, typed=config, folder=folder, ranks=ranks, console=console))
+        return _launch(config, folder, lock) if ranks is None else _run_as_main(run)
 
 
 def resume_job(folder: str | Path, console: Console | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def run_pipeline(run: RunContext) -> dict[str, Any]:
     elif run.is_main and parts.data.dev is not None:
         _score_frozen(run, parts)
     with _wandb(run) as wandb_run:
-        fitted = fit(run, parts, [JsonlLogger(run.folder / HISTORY)] if run.is_main else [])
+        fitted = fit(run, parts, [JsonlLogger(run.folder / HISTORY), *run.loggers] if run.is_main else [])
         leave(run.ranks)
         if not run.is_main:
             return {}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -13,6 +14,10 @@ from promcse_pl.config import Config
 from promcse_pl.run_folder import Status
 from promcse_pl.training.distributed import Ranks
 from promcse_pl.utils.signals import StopSignals
+
+if TYPE_CHECKING:
+    from pytorch_lightning.callbacks import Callback
+    from pytorch_lightning.loggers import Logger
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,7 @@ class RunContext:
         status: Status of the run when this process started.
         stop: Handlers of the signals that stop the run after a save.
         started: `time.perf_counter()` when this process started the run.
+        callbacks, loggers: Additional ones for the Lightning Trainer (`promcse_pl.train`).
     """
 
     config: Config
@@ -57,6 +63,8 @@ class RunContext:
     status: Status = field(default_factory=lambda: Status(state="running"))
     stop: StopSignals = field(default_factory=StopSignals)
     started: float = field(default_factory=time.perf_counter)
+    callbacks: Sequence[Callback] = ()
+    loggers: Sequence[Logger] = ()
 
     @property
     def is_main(self) -> bool:

@@ -162,12 +162,8 @@ def fit(run: RunContext, parts: Parts, loggers: Sequence[Logger]) -> Fitted:
     progress = (
         ProgressBar(run.console) if run.console.is_terminal else ProgressLines(log_every, saver.total_training_seconds)
     )
-    callbacks: list[pl.Callback] = [
-        history,
-        *([best] if best else []),
-        progress,
-        saver,
-    ]  # the saver last: it saves the state of the others
+    callbacks: list[pl.Callback] = [history, *([best] if best else []), progress, *run.callbacks]
+    callbacks.append(saver)  # the last: a checkpoint contains the state of the others after the step
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="pytorch_lightning.*|lightning_fabric.*|torch.jit.*")
         trainer = _build_trainer(run, parts.device, steps, callbacks, loggers)
