@@ -237,7 +237,7 @@ class TrainerConfig:
     eval_every: int = 125
     """Steps between two looks at the development set, >= 1 (official: 125)."""
     log_every: int = field(default=10, metadata=EXECUTION)
-    """Steps between two entries of the history, >= 1."""
+    """Steps between two entries of the history, and between two progress lines, >= 1."""
     save_every: int | None = field(default=100, metadata=EXECUTION)
     """Steps between two saves that a killed run goes on from (`python run.py resume=FOLDER`), >= 1; None: only at the last step
     and when a signal stops the run."""
@@ -283,7 +283,7 @@ class TrainerConfig:
 
 @dataclass(kw_only=True, slots=True)
 class TrackingConfig:
-    """Weights & Biases. The local history (metrics.jsonl) is always written."""
+    """Weights & Biases and Lightning's loggers. The local history (metrics.jsonl) is always written."""
 
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """auto: online with a key, offline without one. The environment variable WANDB_MODE wins."""
@@ -297,6 +297,8 @@ class TrackingConfig:
     """W&B run name; None: the name of the run's folder."""
     tags: list[str] = field(default_factory=list)
     """W&B tags."""
+    logger: Literal["none", "tensorboard", "csv", "mlflow"] = "none"
+    """Additional logger of Lightning's, with its files in the run folder. tensorboard and mlflow are extras of the package."""
 
 
 @dataclass(kw_only=True, slots=True)
