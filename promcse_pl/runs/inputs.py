@@ -4,6 +4,7 @@ inputs.json, and compared when it is resumed.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 from pathlib import Path
@@ -37,6 +38,7 @@ def check_inputs(config: Config) -> None:
         ConfigError, DataError, EncoderError: A file, folder or mode is missing or invalid.
     """
     resolve_mode(config.tracking.wandb)
+    _check_logger(config.tracking.logger)
     path = config.model.path
     if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not is_folder(expand(path)):
         raise EncoderError(
@@ -53,6 +55,14 @@ def check_inputs(config: Config) -> None:
                 "set. Try: data.dev=FILE with other pairs"
             )
     check_training_file(config.data, config.seed)
+
+
+def _check_logger(name: str) -> None:
+    """Raise ConfigError if the package of `tracking.logger` is not installed."""
+    if name in ("tensorboard", "mlflow") and importlib.util.find_spec(name) is None:
+        raise ConfigError(
+            f"tracking.logger={name} needs the package {name}. Try: pip install 'promcse_pl[{name}]', or tracking.logger=csv"
+        )
 
 
 def describe_inputs(config: Config, encoder: PromptEncoder, data: PromcseDataModule) -> dict[str, Any]:

@@ -7,13 +7,14 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers import Logger
 
 from promcse_pl.adapter import save_adapter
 from promcse_pl.config import Config
@@ -30,8 +31,9 @@ from promcse_pl.evaluation.tasks import load_tasks, pair_task
 from promcse_pl.evaluation.vectors import VectorCache
 from promcse_pl.run_folder import ADAPTER, BAD_ROWS, CONFIG, HISTORY, RESULTS, write_config
 from promcse_pl.runs.inputs import describe_inputs, record_inputs
+from promcse_pl.tracking.lightning import build_logger
 from promcse_pl.tracking.local import JsonlLogger
-from promcse_pl.tracking.wandb import WandbRun, finish_wandb, start_wandb
+from promcse_pl.tracking.wandb import WandbRun, finish_wandb, score_key, start_wandb
 from promcse_pl.training.context import RunContext
 from promcse_pl.training.distributed import compare, first_rank_first, join, leave, of_rank_zero, told
 from promcse_pl.training.fit import Fitted, Parts, build_data, build_encoder, build_mlm_head, fit
@@ -66,7 +68,8 @@ def run_pipeline(run: RunContext) -> dict[str, Any]:
     elif run.is_main and parts.data.dev is not None:
         _score_frozen(run, parts)
     with _wandb(run) as wandb_run:
-        fitted = fit(run, parts, [JsonlLogger(run.folder / HISTORY), *run.loggers] if run.is_main else [])
+        loggers = _loggers(run)
+        fitted = fit(run, parts, loggers)
         leave(run.ranks)
         if not run.is_main:
             return {}
@@ -74,7 +77,7 @@ def run_pipeline(run: RunContext) -> dict[str, Any]:
         save_adapter(parts.encoder.to("cpu"), run.folder / ADAPTER, training=summary)
         evaluation = _evaluate(run, parts)
     results = _collect_results(run, parts, fitted, summary, evaluation)
-    _record(run, results, wandb_run)
+    _record(run, results, wandb_run, loggers)
     return results
 
 
@@ -235,6 +238,14 @@ def _wandb(run: RunContext) -> Iterator[WandbRun | None]:
         raise
 
 
+def _loggers(run: RunContext) -> list[Logger]:
+    """Return the Lightning loggers of rank 0: the history, that of `tracking.logger` and those given in Python."""
+    if not run.is_main:
+        return []
+    logger = build_logger(run.config, run.folder, run.checkpoint.step if run.checkpoint else 0)
+    return [JsonlLogger(run.folder / HISTORY), *([logger] if logger else []), *run.loggers]
+
+
 def _evaluate(run: RunContext, parts: Parts) -> dict[str, Any]:
     """Evaluate the saved adapter, and the frozen encoder if configured, in float32; return {} if there is no task."""
     config, adapter = run.config, run.folder / ADAPTER
@@ -289,13 +300,17 @@ def _collect_results(
     }
 
 
-def _record(run: RunContext, results: dict[str, Any], wandb_run: WandbRun | None) -> None:
-    """Write results.json, print the score tables and finish the W&B run."""
+def _record(run: RunContext, results: dict[str, Any], wandb_run: WandbRun | None, loggers: Sequence[Logger]) -> None:
+    """Write results.json, print the score tables, log the test scores and finish the W&B run."""
     write_text(run.folder / RESULTS, json.dumps(hide_home(results), indent=2) + "\n")
     for warning in results["evaluation"].get("warnings", ()):
         log.warning("%s", warning)
     for table in tables(results["evaluation"]):
         run.console.print(table)
+    scores = {score_key(task): score for task, score in results["scores"].get("adapter", {}).items() if task != "dev"}
+    for logger in loggers[1:] if scores else ():  # the history, the first one, ends with the training
+        logger.log_metrics(scores, results["steps"])
+        logger.finalize("success")
     if wandb_run:
         finish_wandb(wandb_run, results, run.folder / ADAPTER)
     log.info("adapter: %s (%.0f s in all)", run.folder / ADAPTER, results["seconds"])

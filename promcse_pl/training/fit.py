@@ -175,8 +175,8 @@ def fit(run: RunContext, parts: Parts, loggers: Sequence[Logger]) -> Fitted:
     if run.stop.received:
         raise Stopped(run.stop.received)
     return Fitted(
-        steps=steps,
-        best_step=best.best_step if best and best.best_step is not None else steps,
+        steps=trainer.global_step,  # fewer than planned if a callback has stopped the training
+        best_step=best.best_step if best and best.best_step is not None else trainer.global_step,
         dev_score=best.best_score if best else None,
         seconds=saver.total_training_seconds(),
         earlier_seconds=saver.seconds,
