@@ -43,10 +43,10 @@ def train(
     """Train a prompt for a frozen encoder and return the model; `python run.py` does the same from a shell.
 
     Args:
-        data: Training data: a file (.csv, .tsv, .txt, .jsonl, .parquet), the name of a data set in conf/data (`demo`, `nli`), or
-            rows in memory. A row is a sentence, a tuple of 1 to 3 texts (sentence; anchor, positive; anchor, positive, hard
-            negative), or a dictionary of them (`{"anchor": ..., "positive": ...}`). A file contains triplets, or sentences if it
-            is a .txt file; for other kinds, add `data=pairs` or `data=sentences` to the overrides.
+        data: A file (.csv, .tsv, .txt, .jsonl, .parquet), the name of a data set in conf/data (`demo`, `nli`), or rows in memory:
+            sentences, tuples of 1 to 3 texts (anchor, positive, hard negative), or dictionaries (`{"anchor": ..., "positive":
+            ...}`). A .txt file contains sentences, other files triplets, unless the overrides contain `data=pairs` or
+            `data=sentences`.
         model: Name of a model in conf/model (`minilm`, `bert-base`, `roberta-large`), or the folder or hub id of another encoder,
             which is trained with the settings of `minilm` (mean pooling, no head) unless overridden.
         overrides: Settings as on the command line, for example `["loss.margin=0.3", "trainer.epochs=1"]`.
@@ -73,34 +73,29 @@ def train(
         model = promcse_pl.train(rows, overrides=["trainer.epochs=2", "tracking=local"])
         embeddings = model.encode(["A girl studies a map."])
     """
-    groups = config_groups()
-    values: dict[str, str] = {}
-    choices = {"data": "triplets", "model": "minilm"}
-    rows: list[tuple[str, ...]] = []
-    if not isinstance(data, str | Path):
-        rows = _to_tuples(data)
-        choices["data"] = TRAINING_ROWS[len(rows[0])].name
-    elif data in groups["data"]:
-        choices["data"] = str(data)
-    else:
-        values["data.train"] = str(data)
-        if file_suffix(Path(data)) == ".txt":
-            choices["data"] = "sentences"
-    if model in groups["model"]:
-        choices["model"] = str(model)
-    else:
-        values["model.path"] = str(model)
-    folder = expand(folder) if folder else _new_folder(Path(model).name, choices["data"])
-    if rows:
-        values["data.train"] = str(folder.absolute() / DATA)
+    rows = None if isinstance(data, str | Path) else _to_tuples(data)
+    kind = TRAINING_ROWS[len(rows[0])].name if rows else _data_group(data)
+    is_known_model = model in config_groups()["model"]
+    folder = expand(folder) if folder else _new_folder(Path(model).name, kind)
+    values = {} if is_known_model else {"model.path": str(model)}
+    if rows or data not in config_groups()["data"]:
+        values["data.train"] = str(folder.absolute() / DATA if rows else data)
     typed = {override.partition("=")[0] for override in overrides}
-    defaults = [f"{group}={name}" for group, name in choices.items() if group not in typed]
+    groups = {"data": kind, "model": str(model) if is_known_model else "minilm"}
+    defaults = [f"{group}={choice}" for group, choice in groups.items() if group not in typed]
     config = compose_config([*defaults, *overrides], values)
-    with _saved_rows(rows, folder):
+    with _saved_rows(rows or [], folder):
         _run(config, folder, callbacks, loggers)
     from promcse_pl.embedder import PromCSE
 
     return PromCSE.load(folder)
+
+
+def _data_group(data: object) -> str:
+    """Return the choice of conf/data for a file or the name of a data set."""
+    if data in config_groups()["data"]:
+        return str(data)
+    return "sentences" if file_suffix(Path(str(data))) == ".txt" else "triplets"
 
 
 def _run(config: Config, folder: Path, callbacks: Sequence[Callback], loggers: Sequence[Logger]) -> None:

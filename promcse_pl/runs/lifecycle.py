@@ -22,6 +22,7 @@ from promcse_pl.run_folder import (
     CHECKPOINTS,
     CONFIG,
     HISTORY,
+    INPUTS,
     LOG,
     RESULTS,
     State,
@@ -203,6 +204,9 @@ def _run_as_main(run: RunContext) -> dict[str, Any]:
             raise
         except BaseException as error:
             _record_end(run.folder, "failed", f"{type(error).__name__}: {error}")
+            if isinstance(error, PromcseError) and not (run.folder / INPUTS).exists():
+                retry = run_command(f"resume={run.folder}")
+                log.info("nothing was trained yet. When the cause is fixed, run this folder again: %s", retry)
             raise
         _record_end(run.folder, "finished")
         remove_checkpoints(run.folder)

@@ -47,7 +47,7 @@ def build_logger(config: Config, folder: Path, step: int) -> Logger | None:
 
 
 def _mlflow_logger(config: Config, folder: Path) -> MLFlowLogger:
-    """Return the logger of a new MLflow run or of the one that an earlier process has created.
+    """Return the logger of a new MLflow run, or of the run that an earlier process has created.
 
     The run is created here: Lightning and MLflow's own functions would add the user's name and paths of this machine as tags.
     """

@@ -35,7 +35,7 @@ class PromcseModule(pl.LightningModule):
             code does. By default, loss and gradient equal those of a single process.
     """
 
-    def __init__(
+    def __init__(  # 8 parameters: each is independent, and most have a default
         self,
         encoder: PromptEncoder,
         *,
