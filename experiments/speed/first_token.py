@@ -22,7 +22,7 @@ from promcse_pl.losses.hybrid import hybrid_loss
 from promcse_pl.models import encoder as module
 from promcse_pl.models.cpu.chunks import CHUNK_TOKENS
 from promcse_pl.models.encoder import PromptEncoder
-from promcse_pl.training.precision import choose_dtype
+from promcse_pl.training.machine import choose_precision
 
 HERE = Path(__file__).resolve().parent
 CASES = [("bert-base", 96), ("roberta-large", 48)]
@@ -54,7 +54,7 @@ def interleaved(work: Callable[[], None]) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    dtype, _ = choose_dtype("auto", torch.device("cpu"))
+    dtype = getattr(torch, choose_precision("auto", torch.device("cpu"))[0])
     cases = []
     for shape, sentences in CASES:
         encoder, tokens = random_encoder(shape, dtype, "cls", "cpu"), random_batch(sentences, "cpu")

@@ -37,7 +37,7 @@ from rows import (
 
 from promcse_pl.data.pairs import TASKS, load_task
 from promcse_pl.models.backbone import FrozenBackbone
-from promcse_pl.training.precision import choose_dtype
+from promcse_pl.training.machine import choose_precision
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -158,7 +158,7 @@ def main() -> None:
     options = parser.parse_args()
     if not options.draw and options.data is None:
         parser.error("--data is needed: a folder with nli/, wiki/ and senteval/ in it")
-    default, _ = choose_dtype(options.default, torch.device("cpu"))
+    default = getattr(torch, choose_precision(options.default, torch.device("cpu"))[0])
     if options.memory:
         print(json.dumps(memory(options.memory, options.data.resolve(), options.cache, default)))
         return

@@ -20,7 +20,7 @@ from rows import LENGTH, Step, batches, our_step, prompt_encoder
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from promcse_pl.training.precision import choose_dtype
+from promcse_pl.training.machine import choose_precision
 
 STEPS = 5
 OPERATIONS = {
@@ -81,7 +81,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    dtype, why = choose_dtype(options.dtype, torch.device("cpu"))
+    precision, why = choose_precision(options.dtype, torch.device("cpu"))
+    dtype = getattr(torch, precision)
     work = batches(options.data.resolve(), options.cache, 1)
     step = our_step(work, dtype=dtype)
     step(0)

@@ -17,15 +17,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from promcse_pl.cli.compose import config_of
 from promcse_pl.cli.main import main as cli
 from promcse_pl.config import check_overrides
+from promcse_pl.runs.compose import CONF, config_groups, config_of
 from promcse_pl.sweeps.plan import resumed_arguments, without_home
 from promcse_pl.utils.errors import ConfigError, PromcseError, of_the_system, write_error
 from promcse_pl.utils.signals import Stopped
 from promcse_pl.utils.streams import drop_output, open_streams
-
-CONF = Path(__file__).parents[1] / "conf"
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -87,12 +85,6 @@ def _resume(arguments: list[str]) -> int:
             f"resume= takes only KEY=VALUE settings, got {flags[0]}. Try: python run.py {shlex.quote(folder)}"
         )
     return cli(["train", "--resume", folder.partition("=")[2], *overrides])
-
-
-def _choices() -> dict[str, list[str]]:
-    """Return the groups of conf/ and what each offers; recipe/ is chosen by mode and model."""
-    groups = sorted(path for path in CONF.iterdir() if path.is_dir())
-    return {group.name: sorted(path.stem for path in group.glob("[!_]*.yaml")) for group in groups}
 
 
 def _refused(error: Exception) -> ConfigError:
@@ -158,7 +150,7 @@ def main() -> None:
         sys.argv[1:] = [without_home(argument) for argument in sys.argv[1:]]
         if any(argument.startswith("sweep.resume=") for argument in sys.argv[1:]):
             sys.argv[1:] = resumed_arguments(sys.argv[1:])
-        check_overrides(sys.argv[1:], _choices())
+        check_overrides(sys.argv[1:], config_groups())
         _run_hydra()
     except PromcseError as error:
         _stop(error)

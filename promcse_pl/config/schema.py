@@ -176,7 +176,7 @@ class TrainerConfig(Section):
     """Number of optimiser steps between two dev evaluations (official: 125). A run shorter than two intervals evaluates four
     times."""
     log_every: Annotated[int, Range(ge=1), EXECUTION] = 10
-    """Number of optimiser steps between two entries in `metrics.jsonl`."""
+    """Number of optimiser steps between two entries in `metrics.jsonl`, and between two progress lines."""
     save_every: Annotated[int | None, Range(ge=1), EXECUTION] = 100
     """Number of optimiser steps between two checkpoints, used by `python run.py resume=FOLDER`. `null`: only at the last step and
     when a signal stops the run."""
@@ -212,7 +212,7 @@ class TrainerConfig(Section):
 
 @dataclass(kw_only=True, slots=True)
 class TrackingConfig(Section):
-    """Weights & Biases ([details](wandb.md)). The local history, `metrics.jsonl`, is always written."""
+    """Weights & Biases ([details](wandb.md)) and Lightning loggers. The local history, `metrics.jsonl`, is always written."""
 
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """W&B mode. `auto`: online with an API key, offline without. The environment variable `WANDB_MODE` takes precedence."""
@@ -226,6 +226,8 @@ class TrackingConfig(Section):
     """Name of the W&B run; `null` for the name of the run folder."""
     tags: list[str] = field(default_factory=list)
     """Tags of the W&B run; a sweep adds those of the job."""
+    logger: Literal["none", "tensorboard", "csv", "mlflow"] = "none"
+    """Additional Lightning logger, with its files in the run folder. `tensorboard` and `mlflow` need the extra of that name."""
 
 
 def check_tasks(tasks: Sequence[str], command: str) -> None:

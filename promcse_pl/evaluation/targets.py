@@ -19,6 +19,7 @@ from promcse_pl.interop.official import CLASSES, import_official
 from promcse_pl.models.backbone import FrozenBackbone, locate, read_config
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.pooling import POOLINGS, Pooling
+from promcse_pl.run_folder import split_resolved
 from promcse_pl.utils.errors import AdapterError, ConfigError, DataError
 from promcse_pl.utils.files import current
 from promcse_pl.utils.paths import expand
@@ -150,7 +151,8 @@ def _settings(run: Path) -> dict[str, Any]:
         return {}
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-        settings = flat_settings(raw)
+        typed, resolved = split_resolved(raw)
+        settings = flat_settings(typed) | resolved
     except (OSError, ValueError, RecursionError, AttributeError, yaml.YAMLError) as error:
         raise DataError(f"cannot read {path}: {error}") from error
     return {key: value for key, value in settings.items() if key != "seed" and decides(key) == "training"}

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from promcse_pl.runs.launcher import STARTER
-from promcse_pl.runs.lifecycle import take_part
+from promcse_pl.runs.lifecycle import run_rank
 from promcse_pl.utils import errors
 from promcse_pl.utils.errors import PromcseError
 from promcse_pl.utils.processes import end_with
@@ -19,7 +19,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run one rank of the run in the given folder; return its exit code."""
     end_with(int(os.environ[STARTER]), signal.SIGKILL)
     try:
-        take_part(Path(arguments[0]))
+        run_rank(Path(arguments[0]))
     except PromcseError as error:
         if os.environ["RANK"] != "0":  # rank 0's is in status.json, and the starter tells it
             errors.write_error(error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,8 +18,10 @@ from promcse_pl.run_folder import (
     START,
     is_number,
     is_running,
+    read_history,
     read_results,
     read_status,
+    split_resolved,
 )
 from promcse_pl.sweeps.plan import PLAN, read_plan
 from promcse_pl.utils.errors import DataError
@@ -184,7 +185,10 @@ def _read_run(sweep: Path, name: str, overrides: dict[str, Any] | None) -> Run:
     settings = {key: value for key, value in config.items() if decides(key) == "training"}
     run.settings = settings if overrides is None else overrides
     _read_state(run)
-    _read_history(run)
+    try:
+        run.history = read_history(run.folder / HISTORY, run.problems) if (run.folder / HISTORY).exists() else []
+    except DataError as error:
+        run.problems.append(str(error))
     if run.finished:
         _read_results(run)
     if run.dev is None and not run.finished:
@@ -194,15 +198,15 @@ def _read_run(sweep: Path, name: str, overrides: dict[str, Any] | None) -> Run:
 
 
 def _read_config(run: Run) -> dict[str, Any]:
-    """Return the settings by dotted name, from start.yaml if it exists: in config.yaml `auto` is resolved for the machine."""
+    """Return the settings by dotted name, from start.yaml if it exists, else config.yaml with the resolved values."""
     for path in (run.folder / START, run.folder / CONFIG):
         if not path.exists():
             continue
         try:
-            raw = _load_yaml(path.read_text(encoding="utf-8"))
+            raw, resolved = split_resolved(_load_yaml(path.read_text(encoding="utf-8")))
             if not isinstance(raw, Mapping):
                 raise ValueError(f"it holds {type(raw).__name__}, not settings")
-            return flat_settings(raw)
+            return flat_settings(raw) | resolved
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             run.problems.append(f"{path} cannot be read: {error}")
     return {}
@@ -244,23 +248,3 @@ def _read_results(run: Run) -> None:
     run.seconds = run.seconds if seconds is None else seconds
     run.tests = {task: score for task, score in scores.items() if task != "dev" and score is not None}
     run.frozen = {task: score for task, score in frozen.items() if score is not None}
-
-
-def _read_history(run: Run) -> None:
-    path = run.folder / HISTORY
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError) as error:
-        run.problems.append(f"{path} cannot be read: {error}")
-        return
-    for number, line in enumerate(lines, start=1):
-        try:
-            entry = json.loads(line)
-            if not isinstance(entry, dict):
-                raise ValueError("it is not a JSON object")
-            run.history.append(entry)
-        except (ValueError, RecursionError) as error:
-            if line.endswith("\n"):  # an incomplete last line is normal: the run is being written or was killed
-                run.problems.append(f"{path}:{number} cannot be read: {error}")

@@ -212,7 +212,7 @@ def checked(overrides: Sequence[str], compose: Compose, seen: set[str]) -> Confi
     Raises:
         PromcseError: As `plan_jobs`.
     """
-    from promcse_pl.runs.lifecycle import check_inputs
+    from promcse_pl.runs.inputs import check_inputs
 
     try:
         config = compose(overrides)

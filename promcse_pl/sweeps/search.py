@@ -314,7 +314,7 @@ class Search:
 
 def dev_looks(run: Path) -> list[tuple[int, float]]:
     """Return how far a job was at each look at the development set but the last, in percent, and the score."""
-    from promcse_pl.tracking.local import read_history
+    from promcse_pl.run_folder import read_history
 
     with suppress(DataError):
         status = read_status(run)

@@ -33,7 +33,7 @@ def settle(pool: Pool, configs: Iterable[Config]) -> Settled | None:
     codes: list[int] = []
     with TemporaryDirectory(prefix="promcse-") as place:
         result, output = Path(place, "result.json"), Path(place, "output.log")
-        task = Task("settle", "promcse_pl.training.precision:measure", [str(result), *devices], output)
+        task = Task("settle", "promcse_pl.training.machine:measure", [str(result), *devices], output)
         pool.run(iter([task]), lambda _, code: codes.append(code))
         if pool.exit_code:
             return None

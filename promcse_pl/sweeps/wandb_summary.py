@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from promcse_pl.config import Config, flat_settings
-from promcse_pl.run_folder import ADAPTER, CONFIG, START, read_config
+from promcse_pl.run_folder import ADAPTER, CONFIG, START, read_resolved_config
 from promcse_pl.sweeps.collect import Run, read_sweep
 from promcse_pl.sweeps.ranking import different_dev_sets, find_best
 from promcse_pl.tracking.wandb import open_run, resolve_mode, sent_settings
@@ -92,7 +92,7 @@ def _config(run: Run) -> Config | None:
     """Return the config of a run as it was submitted, before `auto` was resolved; None if it cannot be read."""
     start = run.folder / START
     try:
-        return read_config(start if start.is_file() else run.folder / CONFIG)
+        return read_resolved_config(start if start.is_file() else run.folder / CONFIG)
     except ConfigError:
         return None
 

@@ -16,7 +16,7 @@ from support.fuzzing import examples, only_our_errors
 
 from promcse_pl.config import Config, check_overrides
 from promcse_pl.run_folder import read_config, write_config
-from promcse_pl.runs.lifecycle import check_inputs
+from promcse_pl.runs.inputs import check_inputs
 
 KEYS = sorted(leaves())
 TRICKS = [

@@ -19,10 +19,9 @@ from support.processes import begin, end, promcse
 from support.runs import outcome, small_config, word_rows
 
 from promcse_pl.config import Config
-from promcse_pl.run_folder import Status, is_running, read_config, read_status, write_config, write_status
+from promcse_pl.run_folder import Status, is_running, read_config, read_history, read_status, write_config, write_status
 from promcse_pl.runs.launcher import tell
 from promcse_pl.runs.lifecycle import run_job
-from promcse_pl.tracking.local import read_history
 from promcse_pl.training.checkpoint import newest_checkpoint
 from promcse_pl.utils.errors import DataError, NonFiniteError, RankError
 
@@ -223,7 +222,7 @@ def test_another_number_of_processes_than_the_run_began_with_is_refused_by_name(
     (folder / "config.yaml").write_text(text.replace("devices: 2", "devices: 1"))
     refused = promcse(tmp_path / "log", "train", "--resume", folder)
     assert refused.code == 2
-    assert "config.yaml was changed since the run began: trainer.devices. " in refused.stderr
+    assert "config.yaml was changed since the run started: trainer.devices. " in refused.stderr
     assert DataError.__name__ in read_status(folder).error
 
 

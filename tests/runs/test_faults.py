@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from support.encoders import save_small_encoder
 from support.folders import ROOT
@@ -17,8 +18,9 @@ from support.processes import Ended, promcse
 from support.runs import KILL_AT_STEP, small_config, word_rows
 
 from promcse_pl.run_folder import read_status, write_config
-from promcse_pl.runs.failures import plain_errors
+from promcse_pl.runs.failures import actionable_errors
 from promcse_pl.training.checkpoint import newest_checkpoint
+from promcse_pl.training.context import RunContext
 from promcse_pl.training.distributed import Ranks
 from promcse_pl.utils.errors import OutOfMemoryError
 from promcse_pl.utils.signals import StopSignals
@@ -131,8 +133,9 @@ def test_out_of_memory_prints_the_command_that_resumes_with_less_memory(trainer,
 
 def test_out_of_memory_at_minimal_settings_suggests_a_new_run(tmp_path):
     config = small_config(tmp_path, data={"batch_size": 8}, trainer={"chunk_tokens": 16, "recompute": "always"})
+    run = RunContext(config=config, typed=config, folder=tmp_path, ranks=Ranks(), console=Console())
     message = r"Try: a new run with data\.batch_size=4; it affects training"
-    with pytest.raises(OutOfMemoryError, match=message), plain_errors(config, Ranks(), tmp_path):
+    with pytest.raises(OutOfMemoryError, match=message), actionable_errors(run):
         raise MemoryError
 
 

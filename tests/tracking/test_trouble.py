@@ -20,9 +20,8 @@ from support.wandb_files import tracked_config as small_config
 from support.wandb_server import Server, serving
 
 from promcse_pl.config import TrackingConfig
-from promcse_pl.run_folder import read_status, write_config
+from promcse_pl.run_folder import read_history, read_status, write_config
 from promcse_pl.tracking import wandb as tracking
-from promcse_pl.tracking.local import read_history
 from promcse_pl.tracking.wandb import WandbRun, open_run
 
 KEY = "0123456789" * 4

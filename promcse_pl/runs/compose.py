@@ -1,0 +1,68 @@
+"""Compose the config of a run from conf/ with Hydra; shared by the command line and the Python API."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from promcse_pl.config import Config, check_overrides
+from promcse_pl.utils.errors import ConfigError
+
+CONF = Path(__file__).parents[1] / "conf"
+_NOT_OF_A_RUN = ("hydra", "sweep")
+"""Sections of a composed config that are not settings of a run."""
+
+
+def config_groups() -> dict[str, list[str]]:
+    """Return the groups of conf/ and the choices of each; recipe/ is selected by mode and model."""
+    groups = sorted(path for path in CONF.iterdir() if path.is_dir())
+    return {group.name: sorted(path.stem for path in group.glob("[!_]*.yaml")) for group in groups}
+
+
+def compose_config(overrides: Sequence[str], values: Mapping[str, str]) -> Config:
+    """Compose the config of a run outside of a Hydra application.
+
+    Args:
+        overrides: Overrides as on the command line.
+        values: Values by dotted key, applied after the overrides; they need no quotes.
+
+    Raises:
+        ConfigError: An override or the composed config is not valid.
+    """
+    check_overrides(overrides, config_groups())
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            composed = compose("config", overrides=list(overrides))
+        for key, value in values.items():
+            OmegaConf.update(composed, key, value)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(" ".join(line.strip() for line in str(error).splitlines())) from error
+    return config_of(composed)
+
+
+def config_of(composed: DictConfig) -> Config:
+    """Validate a config that Hydra has composed.
+
+    Raises:
+        ConfigError: It is not valid, a value is missing, or a value refers to a setting that does not exist.
+    """
+    try:
+        job = OmegaConf.masked_copy(composed, [str(key) for key in composed if key not in _NOT_OF_A_RUN])
+        raw: Any = OmegaConf.to_container(job, resolve=True)
+        missing = sorted(str(key) for key in OmegaConf.missing_keys(job))
+    except OmegaConfBaseException as error:
+        why = str(error).partition("\n")[0]
+        raise ConfigError(f"{error.full_key or 'the config'}: {why}. Try: a value in place of ${{...}}") from error
+    if missing:
+        raise ConfigError(
+            f"{missing[0]} is not set. Try: python run.py {shlex.join([*sys.argv[1:], f'{missing[0]}=FILE'])}"
+        )
+    return Config.from_dict(raw)
