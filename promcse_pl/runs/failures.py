@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from promcse_pl.config import Config
-from promcse_pl.training.distributed import LOST, Ranks, is_lost
-from promcse_pl.utils.errors import DataError, OutOfMemoryError, PromcseError, RankError
+from promcse_pl.training.distributed import Ranks
+from promcse_pl.utils.errors import DataError, LostRankError, OutOfMemoryError, PromcseError
 from promcse_pl.utils.paths import run_command
 
 
@@ -19,14 +19,12 @@ def plain_errors(config: Config, ranks: Ranks, folder: Path) -> Iterator[None]:
     """Convert out-of-memory, disk-full and lost-rank errors into errors with a command for the run in a folder."""
     try:
         yield
+    except LostRankError as error:
+        raise LostRankError(f"rank {ranks.rank} of {ranks.size} {error}") from error
     except PromcseError:
         raise
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not _MEMORY.search(str(error)):
-            if is_lost(error, ranks):
-                raise RankError(
-                    f"rank {ranks.rank} of {ranks.size} {LOST} ({str(error).partition(chr(10))[0]})"
-                ) from error
             raise
         raise OutOfMemoryError(f"out of memory. Try: {_less_memory(config, folder)}") from error
     except OSError as error:

@@ -16,7 +16,15 @@ from rich.console import Console
 from promcse_pl.config import Config
 from promcse_pl.data.columns import TRAINING_ROWS
 from promcse_pl.run_folder import ADAPTER, BAD_ROWS, CONFIG, HISTORY, RESULTS, Status, write_config
-from promcse_pl.training.distributed import Ranks, compare, first_rank_first, join, leave, of_rank_zero, told
+from promcse_pl.training.distributed import (
+    Ranks,
+    check_equal_on_ranks,
+    facts_of_rank,
+    gather_values,
+    join_process_group,
+    leave_process_group,
+    rank_zero_first,
+)
 from promcse_pl.utils.errors import DataError
 from promcse_pl.utils.files import write_text
 from promcse_pl.utils.imports import unwatched_imports
@@ -72,9 +80,9 @@ def run_experiment(
         from promcse_pl.tracking.wandb import finish_wandb, start_wandb
         from promcse_pl.training.fit import build_data, build_encoder, build_mlm_head, fit, resolve_machine
 
-    join(ranks, config.trainer)
-    compare(told(config, resume.step if resume else None))
-    folder, own_folder = of_rank_zero(folder), folder
+    join_process_group(ranks, config.trainer)
+    check_equal_on_ranks(facts_of_rank(config, resume.step if resume else None))
+    folder, own_folder = gather_values(folder)[0], folder
     if folder != own_folder:  # torchrun composes a config in every process, and the clock went on
         with suppress(OSError):
             own_folder.rmdir()
@@ -87,7 +95,7 @@ def run_experiment(
         config, model=model
     )  # the commit that was read, so that the saved config repeats the run
     mlm_head = build_mlm_head(config, encoder.backbone)
-    with first_rank_first(ranks), progress_bar(console, "tokenising", None) as progress:
+    with rank_zero_first(ranks), progress_bar(console, "tokenising", None) as progress:
         data = build_data(config, encoder, progress)
     _report_rows(data, folder, ranks)
     trained = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
@@ -97,7 +105,7 @@ def run_experiment(
     if ranks.rank == 0:
         record_inputs(folder, inputs)
         write_config(config, folder / CONFIG)  # again: what `auto` left open is settled now
-    compare({name: inputs[name]["sha256"] for name in ("data.train", "data.dev", "model.path")})
+    check_equal_on_ranks({name: inputs[name]["sha256"] for name in ("data.train", "data.dev", "model.path")})
     if resume:
         log.info("resuming after step %d", resume.step)
     elif ranks.rank == 0 and data.dev is not None:
@@ -120,7 +128,7 @@ def run_experiment(
             resume=resume,
             ranks=ranks,
         )
-        leave(ranks)
+        leave_process_group(ranks)
         if ranks.rank:
             return {}
         summary = {

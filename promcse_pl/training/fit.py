@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -21,6 +21,7 @@ from rich.console import Console
 from promcse_pl.config import Config
 from promcse_pl.data.module import PromcseDataModule
 from promcse_pl.embedder import pick_device
+from promcse_pl.losses.gather import collective
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.cpu.chunks import CHUNK_TOKENS
 from promcse_pl.models.encoder import PromptEncoder
@@ -28,7 +29,7 @@ from promcse_pl.models.mlm import MlmHead
 from promcse_pl.run_folder import ADAPTER, Status
 from promcse_pl.training.callbacks import BestByDev, History, ProgressBar, ProgressLines
 from promcse_pl.training.checkpoint import Checkpoint, RunCheckpoints, Saver
-from promcse_pl.training.distributed import Ranks, of_rank_zero
+from promcse_pl.training.distributed import Ranks, gather_values
 from promcse_pl.training.memory import SHARE, free_bytes, kept_bytes
 from promcse_pl.training.module import PromcseModule
 from promcse_pl.training.precision import choose_dtype
@@ -74,7 +75,7 @@ def resolve_machine(config: Config) -> tuple[Config, torch.device]:
     device = pick_device(config.trainer.device)
     dtype, why = choose_dtype(config.trainer.precision, device)
     precision: Literal["bfloat16", "float32"] = "bfloat16" if dtype == torch.bfloat16 else "float32"
-    precision, why = of_rank_zero((precision, why))
+    precision, why = gather_values((precision, why))[0]
     log.info("device: %s; precision: %s", device.type, why)
     for noisy in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(noisy).setLevel(logging.ERROR)  # its hints on devices and paid services; errors stay
@@ -175,7 +176,20 @@ class _SharedBatches(DDPStrategy):
         assert self.model is not None
         for parameter in self.model.parameters():
             if parameter.requires_grad:
-                dist.broadcast(parameter.data, 0)
+                with collective():
+                    dist.broadcast(parameter.data, 0)
+
+    def barrier(self, *arguments: Any, **options: Any) -> None:  # noqa: ANN401  (Lightning's)
+        with collective():
+            super().barrier(*arguments, **options)
+
+    def broadcast(self, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401  (Lightning's)
+        with collective():
+            return super().broadcast(*arguments, **options)
+
+    def reduce(self, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401  (Lightning's)
+        with collective():
+            return super().reduce(*arguments, **options)
 
 
 class _Place(LightningEnvironment):
