@@ -13,7 +13,7 @@ from typing import Any
 
 from promcse_pl.config import Config
 from promcse_pl.run_folder import START, check_run_folder, read_json, read_status, write_config
-from promcse_pl.tracking.wandb import LONGEST_TAG, short
+from promcse_pl.tracking.wandb import MAX_TAG_LENGTH, short
 from promcse_pl.utils.errors import ConfigError, DataError, PromcseError
 from promcse_pl.utils.files import write_text
 from promcse_pl.utils.paths import expand, hide_home, is_plain_name, run_command
@@ -247,8 +247,8 @@ def write_start(folder: Path, plan: Plan, job: SweepJob, config: Config, names: 
     tracking = dataclasses.replace(
         tracking,
         group=tracking.group or folder.resolve().name,
-        name=tracking.name or short(",".join(varying), 2 * LONGEST_TAG) or job.folder,
-        tags=list(dict.fromkeys([*tracking.tags, *(short(entry, LONGEST_TAG) for entry in varying)])),
+        name=tracking.name or short(",".join(varying), 2 * MAX_TAG_LENGTH) or job.folder,
+        tags=list(dict.fromkeys([*tracking.tags, *(short(entry, MAX_TAG_LENGTH) for entry in varying)])),
     )
     write_config(dataclasses.replace(config, tracking=tracking), folder / job.folder / START)
 

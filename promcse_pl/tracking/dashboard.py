@@ -9,12 +9,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from promcse_pl.tracking.wandb import has_key
 from promcse_pl.utils.errors import ConfigError
 from promcse_pl.utils.interpreter import python_command
 
 SAVE_SECONDS = 60
 """A server that has not taken the view by then is given up."""
+NO_KEY = 3
+"""Exit code of the process that saves the view if W&B finds no key."""
 NAME = "PromCSE"
 
 
@@ -101,8 +102,6 @@ def save_dashboard(project: str, entity: str | None) -> str:
     """
     if importlib.util.find_spec("wandb_workspaces") is None:
         raise ConfigError("promcse dashboard needs wandb-workspaces. Try: pip install 'promcse_pl[dashboard]'")
-    if not has_key():
-        raise ConfigError("promcse dashboard needs a W&B key. Try: wandb login")
     command = python_command("promcse_pl.tracking.dashboard:main", json.dumps([project, entity]))
     try:  # a process of its own: wandb has no time limit for this
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SAVE_SECONDS)
@@ -110,6 +109,8 @@ def save_dashboard(project: str, entity: str | None) -> str:
         raise ConfigError(
             f"the W&B server did not answer in {SAVE_SECONDS} s. Try: again with a network; WANDB_BASE_URL names the server"
         ) from None
+    if done.returncode == NO_KEY:
+        raise ConfigError("promcse dashboard needs a W&B key. Try: wandb login")
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1:] or ["no reason given"]
         raise ConfigError(f"W&B did not take the view: {reason[0]}. Try: wandb login, or another --project, --entity")
@@ -117,11 +118,15 @@ def save_dashboard(project: str, entity: str | None) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Save the view of a project and entity (a JSON list as the only argument) and print its URL; return 0."""
+    """Save the view of a project and entity (a JSON list as the only argument) and print its URL; return 0 or `NO_KEY`."""
     import wandb
 
     project, entity = json.loads(arguments[0])
-    workspace = build_workspace(entity or wandb.Api(timeout=SAVE_SECONDS // 3).default_entity, project)
+    try:
+        api = wandb.Api(timeout=SAVE_SECONDS // 3)
+    except wandb.errors.UsageError:
+        return NO_KEY
+    workspace = build_workspace(entity or api.default_entity, project)
     workspace.save()
     sys.stdout.write(f"{workspace.url}\n")
     return 0

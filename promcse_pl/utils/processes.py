@@ -38,18 +38,26 @@ class ChildProcess:
 
     Attributes:
         pid: Process id, and the id of the process group and session.
-        process: The library's object.
+        stdin, stdout: Pipes to and from the process, if it was started with any.
     """
 
     def __init__(self, process: subprocess.Popen[Any] | BaseProcess) -> None:
         assert process.pid is not None
         self.pid = process.pid
-        self.process = process
+        self.stdin: Any = getattr(process, "stdin", None)
+        self.stdout: Any = getattr(process, "stdout", None)
+        self._process = process
         self._is_terminated = False
 
     def poll(self) -> int | None:
         """Return the exit code, negative for a signal; None while the process runs."""
-        return self.process.poll() if isinstance(self.process, subprocess.Popen) else self.process.exitcode
+        return self._process.poll() if isinstance(self._process, subprocess.Popen) else self._process.exitcode
+
+    def wait(self) -> int:
+        """Wait until the process has ended; return its exit code."""
+        while (code := self.poll()) is None:
+            time.sleep(POLL_SECONDS)
+        return code
 
     def send_signal(self, signum: int) -> None:
         """Send a signal to the process, but not to its group."""
