@@ -6,6 +6,7 @@ when one of them fails, or when the launcher ends in any way.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -138,25 +139,20 @@ def _wait(processes: Sequence[RankProcess]) -> list[int]:
         The ranks that ended without being killed here, in the order of their ends.
     """
     ended: list[int] = []
-    failed_at: float | None = None
-    while len(ended) < len(processes):
-        running = [rank for rank, process in enumerate(processes) if rank not in ended and process.poll() is None]
-        for rank in range(len(processes)):
-            if rank not in ended and rank not in running:
+    deadline = math.inf
+    # not at once: a second signal would interrupt the save of a rank that is stopping
+    while len(ended) < len(processes) and time.monotonic() < deadline:
+        for rank, process in enumerate(processes):
+            if rank not in ended and (code := process.poll()) is not None:
                 ended.append(rank)
-                if processes[rank].poll() and failed_at is None:
-                    failed_at = time.monotonic()
-        waited = 0.0 if failed_at is None else time.monotonic() - failed_at
-        if waited > GRACE_SECONDS:
-            stop_all([processes[rank].child for rank in running], 0)
-            break
-        if (
-            waited > GRACE_SECONDS / 2
-        ):  # not at once: a second signal would interrupt the save of a rank that is stopping
-            for rank in running:
-                processes[rank].child.terminate()
+                if code:
+                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS / 2)
         time.sleep(POLL_SECONDS)
-    return ended
+    stop_all([process.child for process in processes], GRACE_SECONDS / 2)
+    return [
+        *ended,
+        *(rank for rank in range(len(processes)) if rank not in ended and processes[rank].poll() != -signal.SIGKILL),
+    ]
 
 
 def raise_failure(

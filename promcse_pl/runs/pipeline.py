@@ -27,7 +27,7 @@ from promcse_pl.training.distributed import (
 )
 from promcse_pl.utils.errors import DataError
 from promcse_pl.utils.files import write_text
-from promcse_pl.utils.imports import unwatched_imports
+from promcse_pl.utils.imports import without_gc
 from promcse_pl.utils.paths import hide_home
 from promcse_pl.utils.terminal import config_tree, progress_bar, stages
 from promcse_pl.version import __version__
@@ -70,7 +70,7 @@ def run_experiment(
         What results.json holds on rank 0, {} on the others.
     """
     started = time.perf_counter()
-    with console.status("loading torch"), unwatched_imports():  # late: mistakes in a config must not wait for it
+    with console.status("loading torch"), without_gc():  # late: mistakes in a config must not wait for it
         import torch
 
         from promcse_pl.adapter import save_adapter

@@ -17,7 +17,7 @@ from pathlib import Path
 from promcse_pl.config import Config
 from promcse_pl.sweeps.plan import SharedSettings
 from promcse_pl.utils.errors import ConfigError, PromcseError
-from promcse_pl.utils.imports import unwatched_imports
+from promcse_pl.utils.imports import without_gc
 from promcse_pl.utils.interpreter import call, python_command
 from promcse_pl.utils.processes import (
     RANK_THREADS,
@@ -258,7 +258,7 @@ class Pool:
         first = self._environments[0]
         os.environ.update({name: first[name] for name in _THREAD_VARIABLES if name in first})
         try:
-            with StopSignals(), unwatched_imports(), redirect_stdout(sys.stderr):
+            with StopSignals(), without_gc(), redirect_stdout(sys.stderr):
                 for name in PRELOAD:
                     importlib.import_module(name)
         except ImportError as error:

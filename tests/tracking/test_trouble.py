@@ -171,7 +171,7 @@ time.sleep(600)
     process.kill()
     process.wait()
     assert len(processes) == 2
-    patiently(lambda: gone(processes))
+    patiently(lambda: gone(processes), 20)
 
 
 @pytest.mark.parametrize("free", [0, 24])
