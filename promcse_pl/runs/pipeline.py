@@ -34,7 +34,14 @@ from promcse_pl.tracking.lightning import build_logger
 from promcse_pl.tracking.local import JsonlLogger
 from promcse_pl.tracking.wandb import WandbRun, finish_wandb, score_key, start_wandb
 from promcse_pl.training.context import RunContext
-from promcse_pl.training.distributed import compare, first_rank_first, join, leave, of_rank_zero, told
+from promcse_pl.training.distributed import (
+    check_equal_on_ranks,
+    facts_of_rank,
+    gather_values,
+    join_process_group,
+    leave_process_group,
+    rank_zero_first,
+)
 from promcse_pl.training.fit import Fitted, Parts, build_data, build_encoder, build_mlm_head, fit
 from promcse_pl.training.machine import resolve_machine
 from promcse_pl.utils.errors import DataError
@@ -67,7 +74,7 @@ def run_pipeline(run: RunContext) -> dict[str, Any]:
     with _wandb(run) as wandb_run:
         loggers = _loggers(run)
         fitted = fit(run, parts, loggers)
-        leave(run.ranks)
+        leave_process_group(run.ranks)
         if not run.is_main:
             return {}
         summary = _summarize(run.config, parts.data, fitted)
@@ -86,9 +93,9 @@ def _join_ranks(run: RunContext) -> RunContext:
 
     Under torchrun, each process composes its own config, with its own time in the name of the folder.
     """
-    join(run.ranks, run.config.trainer)
-    compare(told(run.config, run.checkpoint.step if run.checkpoint else None))
-    folder = of_rank_zero(run.folder)
+    join_process_group(run.ranks, run.config.trainer)
+    check_equal_on_ranks(facts_of_rank(run.config, run.checkpoint.step if run.checkpoint else None))
+    folder = gather_values(run.folder)[0]
     if folder != run.folder:
         with suppress(OSError):
             run.folder.rmdir()
@@ -105,7 +112,7 @@ def _prepare(run: RunContext) -> tuple[RunContext, Parts]:
     model = dataclasses.replace(config.model, revision=encoder.backbone.identity.revision)  # the commit that was read
     config = dataclasses.replace(config, model=model)
     mlm_head = build_mlm_head(config, encoder.backbone)
-    with first_rank_first(run.ranks), progress_bar(run.console, "tokenising", None) as progress:
+    with rank_zero_first(run.ranks), progress_bar(run.console, "tokenising", None) as progress:
         data = build_data(config, encoder, progress)
     run, parts = dataclasses.replace(run, config=config), Parts(device, encoder, mlm_head, data)
     _report_data(run, data)
@@ -120,7 +127,7 @@ def _record_inputs(run: RunContext, parts: Parts) -> None:
     if run.is_main:
         record_inputs(run.folder, inputs)
         write_config(run.typed, run.folder / CONFIG, run.config)
-    compare({name: inputs[name]["sha256"] for name in ("data.train", "data.dev", "model.path")})
+    check_equal_on_ranks({name: inputs[name]["sha256"] for name in ("data.train", "data.dev", "model.path")})
 
 
 def _count_parameters(parts: Parts) -> tuple[int, int]:

@@ -9,12 +9,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from promcse_pl.tracking.wandb import has_key
 from promcse_pl.utils.errors import ConfigError
 from promcse_pl.utils.interpreter import python_command
 
 SAVE_SECONDS = 60
 """Time limit for saving the view."""
+NO_KEY = 3
+"""Exit code of the process that saves the view if W&B finds no key."""
 NAME = "PromCSE"
 COLORS = (("#440154", 0), ("#21918c", 50), ("#fde725", 100))
 """Viridis from the worst to the best score: readable in greyscale and with colour blindness."""
@@ -100,8 +101,6 @@ def save_dashboard(project: str, entity: str | None) -> str:
     """
     if importlib.util.find_spec("wandb_workspaces") is None:
         raise ConfigError("promcse dashboard needs wandb-workspaces. Try: pip install 'promcse_pl[dashboard]'")
-    if not has_key():
-        raise ConfigError("promcse dashboard needs a W&B key. Try: wandb login")
     command = python_command("promcse_pl.tracking.dashboard:main", json.dumps([project, entity]))
     try:  # in a process, since saving has no time limit in wandb-workspaces
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SAVE_SECONDS)
@@ -109,6 +108,8 @@ def save_dashboard(project: str, entity: str | None) -> str:
         raise ConfigError(
             f"the W&B server did not answer in {SAVE_SECONDS} s. Try: again with a network; WANDB_BASE_URL names the server"
         ) from None
+    if done.returncode == NO_KEY:
+        raise ConfigError("promcse dashboard needs a W&B key. Try: wandb login")
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1:] or ["no reason given"]
         raise ConfigError(f"W&B did not save the view: {reason[0]}. Try: wandb login, or another --project or --entity")
@@ -116,11 +117,15 @@ def save_dashboard(project: str, entity: str | None) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Save the view of a project and entity (a JSON list as the only argument) and print its URL; return 0."""
+    """Save the view of a project and entity (a JSON list as the only argument) and print its URL; return 0 or `NO_KEY`."""
     import wandb
 
     project, entity = json.loads(arguments[0])
-    workspace = build_workspace(entity or wandb.Api(timeout=SAVE_SECONDS // 3).default_entity, project)
+    try:
+        api = wandb.Api(timeout=SAVE_SECONDS // 3)
+    except wandb.errors.UsageError:
+        return NO_KEY
+    workspace = build_workspace(entity or api.default_entity, project)
     workspace.save()
     sys.stdout.write(f"{workspace.url}\n")
     return 0

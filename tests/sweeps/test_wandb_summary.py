@@ -14,7 +14,7 @@ from support.wandb_server import serving
 
 from promcse_pl.cli.main import main
 from promcse_pl.run_folder import Status, write_config, write_status
-from promcse_pl.sweeps.local import summary
+from promcse_pl.sweeps.execute import summarise
 from promcse_pl.sweeps.plan import Plan, SweepJob, write_plan, write_start
 from promcse_pl.sweeps.wandb_summary import publish_sweep
 
@@ -117,7 +117,7 @@ def seeds(trained_run: Run, sweep, tmp_path) -> tuple[Path, Plan]:
 
 def test_terminal_report_html_and_wandb_name_the_same_best_run(seeds, capsys):
     folder, plan = seeds
-    assert summary(folder, plan, None) == 0
+    assert summarise(folder, plan, None) == 0
     assert (
         "best on dev: 71.00 ± 1.00 (mean of 3 seeds), its best seed 72.00, job 2 (loss.margin=0.1 seed=3)"
         in capsys.readouterr().out
@@ -138,7 +138,7 @@ def test_with_two_dev_sets_no_run_is_best_and_every_output_gives_the_reason(seed
     path = folder / "4/results.json"
     path.write_text(path.read_text().replace("my dev", "other dev"))
     why = "the runs are not ranked, since they were evaluated on different dev sets (my dev, other dev)"
-    assert summary(folder, plan, None) == 0
+    assert summarise(folder, plan, None) == 0
     printed = capsys.readouterr().out
     assert f"warning: {why}\n" in printed
     assert "best on dev" not in printed
@@ -156,6 +156,6 @@ def test_a_sweep_id_that_is_a_path_is_refused_and_the_sweep_still_succeeds(seeds
     folder, plan = seeds
     (folder / "wandb").mkdir()
     (folder / "wandb/sweep-id").write_text("../../x")
-    assert summary(folder, plan, None) == 0
+    assert summarise(folder, plan, None) == 0
     assert "warning: the sweep has no W&B summary run: " in (printed := capsys.readouterr().out)
     assert "sweep-id must contain a name without / and .., got '../../x'. Try: rm " in printed

@@ -186,7 +186,7 @@ def test_a_process_that_nobody_started_is_alone_or_has_to_start_the_others():
 
 
 @pytest.mark.parametrize("starter", ["torchrun", "srun"])
-def test_the_place_that_torchrun_or_slurm_give_is_taken(starter, environment):
+def test_the_rank_that_torchrun_or_slurm_set_is_used(starter, environment):
     environment(starter, 6, 8, 2)
     ranks = find_ranks(trainer(4, 2))
     assert (ranks, ranks.local) == (Ranks(6, 8, 4), 2)
@@ -198,9 +198,9 @@ def test_the_place_that_torchrun_or_slurm_give_is_taken(starter, environment):
         refuse_sweep()
 
 
-def test_places_that_are_not_machine_by_machine_are_refused(environment):
+def test_ranks_that_are_not_machine_by_machine_are_refused(environment):
     environment("srun", 6, 8, 3)
-    with pytest.raises(ConfigError, match=r"process 6 of 8 has place 3 on its machine.*--distribution=block"):
+    with pytest.raises(ConfigError, match=r"process 6 of 8 has local rank 3, but .*--distribution=block"):
         find_ranks(trainer(4, 2))
 
 
