@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,12 @@ class PromcseSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         """Run the sweep; exit with its code unless it is 0."""
-        if code := exit_code(lambda: self._sweep(arguments)):
+
+        def sweep() -> int:
+            with _refusals_as_config_errors():
+                return self._sweep(arguments)
+
+        if code := exit_code(sweep):
             sys.exit(code)
 
     def _sweep(self, arguments: list[str]) -> int:
@@ -78,10 +84,8 @@ class PromcseSweeper(Sweeper):
         return run_sweep(folder, arguments, jobs, settings, self._compose, launch)
 
     def _compose(self, overrides: Sequence[str]) -> Config:
-        try:
+        with _refusals_as_config_errors():
             composed = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
-        except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(" ".join(line.strip() for line in str(error).splitlines())) from error
         return config_of(composed)
 
     def _launch(self, jobs: Sequence[SweepJob]) -> None:
@@ -90,6 +94,15 @@ class PromcseSweeper(Sweeper):
             hydra_context=self.hydra_context, task_function=self.task_function, config=self.config
         )
         launcher.launch([[*job.overrides, f"hydra.sweep.subdir={job.folder}"] for job in jobs], initial_job_idx=0)
+
+
+@contextmanager
+def _refusals_as_config_errors() -> Iterator[None]:
+    """Raise what Hydra and OmegaConf refuse as a ConfigError of one line."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(" ".join(line.strip() for line in str(error).splitlines())) from error
 
 
 def _values(override: Override) -> list[str] | Interval:
