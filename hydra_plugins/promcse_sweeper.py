@@ -19,8 +19,8 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from promcse_pl.cli.compose import config_of
 from promcse_pl.config import Config, SweepConfig
+from promcse_pl.runs.compose import config_of
 from promcse_pl.sweeps.plan import SweepJob
 from promcse_pl.sweeps.run import run_sweep
 from promcse_pl.sweeps.search import Interval, run_search

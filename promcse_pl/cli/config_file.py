@@ -61,7 +61,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read the config {path}: {why}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must contain settings such as seed: 1, got {str(tree)[:80]}")
-    return {str(key): value for key, value in tree.items() if value is not None}
+    # a run writes what it resolved beside its settings: a new run resolves them again
+    return {str(key): value for key, value in tree.items() if value is not None and key != "resolved"}
 
 
 def _literal(value: object) -> str:

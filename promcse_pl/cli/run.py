@@ -18,15 +18,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from promcse_pl.cli.compose import TYPED, config_of, typed_command
 from promcse_pl.cli.config_file import file_overrides
 from promcse_pl.config import check_overrides
+from promcse_pl.runs.compose import CONF, TYPED, config_groups, config_of, typed_command
 from promcse_pl.sweeps.plan import resumed_arguments, without_home
 from promcse_pl.utils.errors import ConfigError, PromcseError
 from promcse_pl.utils.exit_codes import exit_code
 from promcse_pl.utils.paths import expand, run_command
-
-CONF = Path(__file__).parents[1] / "conf"
 
 
 def compose_and_run(
@@ -61,7 +59,7 @@ def compose_and_run(
         override.lstrip("+").startswith("hydra.searchpath") for override in given
     )
     if "--shell-completion" not in flags and not searches_elsewhere:
-        check_overrides(given, _choices(folders))
+        check_overrides(given, config_groups(folders))
     _call_hydra([*flags, *given])
 
 
@@ -69,14 +67,6 @@ def _with_file(file: str, overrides: Sequence[str], folders: Sequence[Path], is_
     """Return the overrides with those of a config file before them; the run folder is named after the file."""
     named = [] if is_sweep else [f"hydra.run.dir='outputs/${{now:%Y-%m-%d}}/${{now:%H-%M-%S}}-{Path(file).stem}'"]
     return [*named, *file_overrides(file, overrides, folders), *overrides]
-
-
-def _choices(folders: Sequence[Path]) -> dict[str, list[str]]:
-    """Return the groups of configuration folders and the choices of each; of recipe/ none, which mode and model choose."""
-    choices: dict[str, list[str]] = {}
-    for group in (path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir()) if path.is_dir()):
-        choices.setdefault(group.name, []).extend(sorted(path.stem for path in group.glob("[!_]*.yaml")))
-    return choices
 
 
 def _call_hydra(arguments: list[str]) -> None:

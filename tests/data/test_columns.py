@@ -12,10 +12,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from support.folders import ROOT
 
-from promcse_pl.cli.compose import config_of
 from promcse_pl.config import DataConfig
 from promcse_pl.data.readers import read_rows, read_scored_pairs
 from promcse_pl.data.sources import check_training_file, load_sources
+from promcse_pl.runs.compose import config_of
 from promcse_pl.runs.lifecycle import check_inputs
 from promcse_pl.utils.errors import DataError
 
