@@ -1,9 +1,14 @@
-"""`promcse train --config FILE`: the settings of a YAML file as overrides of conf/."""
+"""`promcse train --config FILE`: the settings of a YAML file as overrides of conf/.
+
+The file may be untrusted: it can set the settings of runs and sweeps, not those of Hydra, and its values are plain text, in which
+nothing is interpolated.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -14,12 +19,13 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from promcse_pl.config import Config, flat_settings
 from promcse_pl.utils.errors import ConfigError
 from promcse_pl.utils.paths import expand, require_regular_file
+from promcse_pl.utils.streams import visible
 
 
 def file_overrides(file: str, typed: Sequence[str], folders: Sequence[Path]) -> list[str]:
     """Return the settings of a YAML file as overrides, without those that the command line overrides.
 
-    A top-level text such as `model: roberta-large` chooses from that group; everything else sets a value. A group chosen on the
+    A top-level name such as `model: roberta-large` chooses from that group; everything else sets a value. A group chosen on the
     command line replaces the section of its name, and all that its file in conf/ sets.
 
     Args:
@@ -31,6 +37,11 @@ def file_overrides(file: str, typed: Sequence[str], folders: Sequence[Path]) -> 
         ConfigError: The file cannot be read, or does not contain settings.
     """
     settings = flat_settings(_read(expand(file)))
+    for key in settings:
+        if not re.fullmatch(r"\w+(\.\w+)*", key) or key.split(".")[0] == "hydra":
+            raise ConfigError(
+                f"{file}: {visible(key[:100])} is not a setting of a run or sweep. Try: it on the command line"
+            )
     for override in typed:
         key, _, value = override.lstrip("+~").partition("=")
         settings.pop(key, None)
@@ -46,11 +57,13 @@ def file_overrides(file: str, typed: Sequence[str], folders: Sequence[Path]) -> 
 
 
 def _is_word(key: str, value: object) -> bool:
-    """Return whether a value is the choice of a group, or text for a setting that takes none: a number such as 1e-3."""
+    """Return whether a value is the choice of a group, or text for a setting that takes none: YAML reads 1e-3 as text."""
+    if not isinstance(value, str) or not re.fullmatch(r"[-+\w.]+", value):
+        return False
     section, _, name = key.partition(".")
     schema = get_type_hints(Config).get(section)
     hint = get_type_hints(schema).get(name) if dataclasses.is_dataclass(schema) else None
-    return isinstance(value, str) and (not name or (hint is not None and "str" not in str(hint)))
+    return not name or (hint is not None and "str" not in str(hint))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -68,7 +81,8 @@ def _read(path: Path) -> dict[str, Any]:
 def _literal(value: object) -> str:
     """Return a value in the syntax of Hydra's overrides."""
     if isinstance(value, str):
-        return QuotedString(value, Quote.single).with_quotes()
+        plain = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # ${ would be an interpolation, of environment variables too
+        return QuotedString(plain, Quote.single).with_quotes()
     if isinstance(value, list):
         return f"[{','.join(map(_literal, value))}]"
     if isinstance(value, Mapping):

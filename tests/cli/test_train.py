@@ -16,6 +16,7 @@ from promcse_pl.sweeps.plan import Plan, kept_overrides, write_plan
 from promcse_pl.utils.paths import run_command
 
 TEXTS = ["null", "1e3", "", "it's", 'a "b"', "back\\slash", "ä, ü [1] {2} (3)", "x=y", "~/folder", " padded "]
+TEXTS += ["${oc.env:HOME}", "\\${x}", "a\\\\${x} \\ ${y}\\"]
 
 
 @pytest.fixture
@@ -91,7 +92,18 @@ def test_a_run_of_a_config_file_gets_the_given_folder_or_one_named_after_the_fil
         ("defaults: [data]", "defaults is not a setting."),
         ("- a", "file.yaml must contain settings such as seed: 1, got ['a']"),
         ("a: b: c", "cannot read the config file.yaml: mapping values are not allowed here"),
-        ("seed: ${x}", "seed: Interpolation key 'x' not found. Try: a value in place of ${...}"),
+        ("seed: ${x}", "seed must be an integer, got '${x}'"),
+        ("model: ../other", "In 'config': Could not find 'model/../other'"),
+        (
+            "hydra: {callbacks: {x: {_target_: os.getcwd}}}",
+            "file.yaml: hydra.callbacks.x._target_ is not a setting of a run or",
+        ),
+        (
+            "hydra/launcher: x",
+            "file.yaml: hydra/launcher is not a setting of a run or sweep. Try: it on the command line",
+        ),
+        ("+seed: 1", "file.yaml: +seed is not a setting of a run or sweep."),
+        ("loss: {'margin=1 x': 1}", "file.yaml: loss.margin=1 x is not a setting of a run or sweep."),
         (None, "cannot read the config file.yaml: No such file or directory"),
     ],
 )
