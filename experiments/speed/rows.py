@@ -19,9 +19,10 @@ from promcse_pl.data.tokens import file_source, load_tokens
 from promcse_pl.embedder import PromCSE
 from promcse_pl.losses.hybrid import hybrid_loss
 from promcse_pl.models import attention, backbone, prompt
-from promcse_pl.models.backbone import FrozenBackbone, locate
+from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.cpu import chunks, dropout, layers
 from promcse_pl.models.encoder import PromptEncoder
+from promcse_pl.models.hub import locate
 
 NAME = "sentence-transformers/all-MiniLM-L6-v2"
 LENGTH, TRIPLETS, MAX_LENGTH, SEED = 10, 128, 32, 1

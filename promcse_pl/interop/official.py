@@ -23,16 +23,10 @@ from torch import Tensor
 
 from promcse_pl.adapter_folder import BUNDLED, find_adapter
 from promcse_pl.data.tokenizer import tokenizer_fingerprint
-from promcse_pl.models.backbone import (
-    FrozenBackbone,
-    first_line,
-    locate,
-    model_on_meta,
-    quiet_transformers,
-    read_config,
-    refuse_special_files,
-)
+from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import Head, PromptEncoder
+from promcse_pl.models.encoder_files import first_line, model_on_meta, quiet_transformers, read_config, without_pooler
+from promcse_pl.models.hub import locate, refuse_special_files
 from promcse_pl.models.identity import EncoderId, differences
 from promcse_pl.models.pooling import POOLINGS, Pooling
 from promcse_pl.models.weights import file_sha256, read_pickle
@@ -263,18 +257,17 @@ def _build_backbone(folder: Path, frozen: dict[str, Tensor], path: Path) -> Froz
     from transformers import AutoModel
 
     config = read_config(folder, str(folder))
-    options = {"add_pooling_layer": False, "dtype": torch.float32}
     try:
         if config.num_hidden_layers > len(frozen):
             raise ValueError(
                 f"num_hidden_layers is {config.num_hidden_layers}, but there are only {len(frozen)} tensors"
             )
-        wanted = model_on_meta(config, **options).state_dict()
+        wanted = model_on_meta(config).state_dict()
     except Exception as error:
         raise AdapterError(f"{folder / 'config.json'} describes no encoder: {first_line(error)}") from error
     _fit(frozen, wanted, path)
     with quiet_transformers():
-        model = AutoModel.from_config(config, **options)
+        model = AutoModel.from_config(config, dtype=torch.float32, **without_pooler(config))
     model.load_state_dict(frozen, strict=True)
     backbone = FrozenBackbone(model, EncoderId(str(folder), None, file_sha256(path)), folder)
     fingerprint = tokenizer_fingerprint(backbone.tokenizer)  # raises without a tokenizer: the checkpoint is unusable
