@@ -147,7 +147,7 @@ def peer_step(work: list[TrainBatch]) -> Step:
 
 @contextmanager
 def with_library_layers() -> Iterator[None]:
-    with patch.object(backbone, "can_be_written_out", lambda _model: False):
+    with patch.object(backbone, "can_fuse", lambda _model: False):
         yield
 
 

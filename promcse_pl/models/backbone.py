@@ -7,7 +7,6 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from contextlib import suppress
-from contextvars import ContextVar
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from promcse_pl.data.tokenizer import tokenizer_fingerprint
 from promcse_pl.models.attention import PROMPT_ATTENTION
 from promcse_pl.models.cpu.dropout import use_cheap_dropout
-from promcse_pl.models.cpu.layers import can_be_written_out, run_layers
+from promcse_pl.models.cpu.layers import can_fuse, run_fused_layers
 from promcse_pl.models.encoder_files import (
     SUPPORTED,
     first_line,
@@ -29,6 +28,7 @@ from promcse_pl.models.encoder_files import (
     read_tokenizer,
     weights_sha256,
 )
+from promcse_pl.models.hooks import first_token_only, has_hooks, register_first_token_hook
 from promcse_pl.models.hub import locate
 from promcse_pl.models.identity import EncoderId, output_config
 from promcse_pl.models.mlm import MlmHead
@@ -60,7 +60,7 @@ class FrozenBackbone(nn.Module):
         use_cheap_dropout(model)
         if config.model_type in _LAYERS_LIKE_BERT and not config.chunk_size_feed_forward:
             last_layer: Any = model.get_submodule(f"encoder.layer.{config.num_hidden_layers - 1}")
-            last_layer.attention.output.register_forward_pre_hook(_keep_first_token)
+            register_first_token_hook(last_layer.attention.output)
         self.model = model.requires_grad_(False)
         self.identity = dataclasses.replace(identity, config=output_config(config))
         self.family: str = config.model_type
@@ -73,6 +73,7 @@ class FrozenBackbone(nn.Module):
         self.pad_id: int = config.pad_token_id or 0
         self._source = source
         self.quantized = False
+        self.use_fused_layers = True
         self._check_prompt_reaches_every_layer()
 
     @classmethod
@@ -241,15 +242,15 @@ class FrozenBackbone(nn.Module):
         if types_BT is not None:
             inputs["token_type_ids"] = types_BT
         prompts = None if prompt_kv is None else prompt_kv.unbind(0)
-        if can_be_written_out(self.model):
+        unobserved = not has_hooks(self.model)
+        if self.use_fused_layers and unobserved and can_fuse(self.model):
             embedded_BTD: Tensor = self.model.embeddings(**inputs)  # type: ignore[operator]
             layers: Any = self.model.get_submodule("encoder.layer")
-            return run_layers(layers, embedded_BTD, mask_BT, prompts, all_layers=all_layers, first_token=first_token)
-        before = _first_token_alone.set(first_token)
-        try:
+            return run_fused_layers(
+                layers, embedded_BTD, mask_BT, prompts, all_layers=all_layers, first_token=first_token
+            )
+        with first_token_only(first_token and unobserved):
             output = self.model(**inputs, attention_mask=mask_BT, output_hidden_states=all_layers, prompt_kv=prompts)
-        finally:
-            _first_token_alone.reset(before)
         return tuple(output.hidden_states) if all_layers else (output.last_hidden_state,)
 
     def _check_prompt_reaches_every_layer(self) -> None:
@@ -274,11 +275,3 @@ class FrozenBackbone(nn.Module):
                 f"{self.identity.name} ({self.family}) ignores the prompt in at least one layer; its outputs would be those of "
                 f"the frozen encoder. Supported: {', '.join(SUPPORTED)}"
             )
-
-
-_first_token_alone: ContextVar[bool] = ContextVar("first_token_alone", default=False)
-
-
-def _keep_first_token(_module: nn.Module, states: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-    """Cut what enters the projection behind the last attention, and the residual beside it, to the first token."""
-    return tuple(state_BTD[:, :1] for state_BTD in states) if _first_token_alone.get() else None
