@@ -246,6 +246,9 @@ class TrainerConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the frozen encoder while training; auto measures which is faster here. Prompt, head, loss and optimiser are
     always float32, and so is the final evaluation."""
+    layers: Literal["auto", "library"] = "auto"
+    """Layers of the frozen encoder in training. auto: fused CPU layers for BERT and RoBERTa on a CPU unless modules have hooks;
+    library: always the modules of transformers. Results differ by rounding and by the dropout masks that are drawn."""
     chunk_tokens: int | Literal["auto"] | None = field(default="auto", metadata=EXECUTION)
     """Tokens (padding included) that pass the encoder at once, >= 1; auto takes what suits the device; None: the whole
     batch. It affects speed and memory, not the loss; dropout masks are sampled per chunk, so they change with the size."""

@@ -103,6 +103,7 @@ def build_encoder(config: Config) -> PromptEncoder:
         dropout=config.prompt.dropout,
         position_offset=config.prompt.position_offset,
     )
+    encoder.backbone.use_fused_layers = config.trainer.layers == "auto"
     if encoder.longest_input < SHORTEST_INPUT:
         raise ConfigError(
             f"prompt.length={config.prompt.length} shifts the positions so far that no sentence fits the encoder. "

@@ -5,16 +5,18 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from support.encoders import NO_DROPOUT, small_backbone, small_encoder, small_tokens
+from support.encoders import NO_DROPOUT, save_small_encoder, small_backbone, small_encoder, small_tokens
 from torch.nn.modules.module import register_module_forward_hook
 from transformers.models.bert.modeling_bert import BertSelfAttention
 
+from promcse_pl.config import Config
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.cpu.dropout import seeded_dropout
 from promcse_pl.models.cpu.layers import can_fuse
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.hooks import has_hooks
 from promcse_pl.models.identity import EncoderId
+from promcse_pl.training.fit import build_encoder
 
 FAMILIES = ["bert", "roberta", "xlm-roberta"]
 LENGTHS = {"padded": [9, 4, 12, 5, 9, 3], "equal": [7, 7, 7, 7], "one": [5], "one token": [1, 1]}
@@ -272,3 +274,11 @@ def test_int8_autocast_and_trained_weights_are_left_to_transformers():
     quantized = small_backbone()
     quantized.quantize()
     assert not can_fuse(quantized.to("cpu").model)
+
+
+@pytest.mark.parametrize(("layers", "fused"), [("auto", True), ("library", False)])
+def test_the_setting_trainer_layers_chooses_the_layers(tmp_path, layers, fused):
+    model = {"path": str(save_small_encoder(tmp_path))}
+    data = {"kind": "pairs", "train": "x.csv"}
+    config = {"model": model, "data": data, "loss": {"hinge_weight": 0.0}, "trainer": {"layers": layers}}
+    assert build_encoder(Config.from_dict(config)).backbone.use_fused_layers == fused
