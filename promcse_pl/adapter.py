@@ -30,17 +30,20 @@ from promcse_pl.adapter_folder import (
 from promcse_pl.data.tokenizer import tokenizer_fingerprint
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import HEADS, PromptEncoder
+from promcse_pl.models.hub import download, is_hub_id
 from promcse_pl.models.identity import EncoderId, differences
 from promcse_pl.models.pooling import POOLINGS
 from promcse_pl.models.weights import read_header
-from promcse_pl.utils.errors import AdapterError
+from promcse_pl.utils.errors import AdapterError, EncoderError
 from promcse_pl.utils.files import current, read_unchanged, update_folder
-from promcse_pl.utils.paths import require_regular_file
+from promcse_pl.utils.paths import expand, is_folder, require_regular_file
 from promcse_pl.version import __version__
 
 FORMAT = 2
 """Incremented when older versions could misread a newer folder. Format 1 identified the encoder by its weights only."""
 DESCRIPTION_BYTES = 2**24
+HUB_FILES = ("adapter*", "encoder/*")
+"""File patterns of an adapter on the hub: at the top of a repository, or in its folder adapter/."""
 
 
 def describe(encoder: PromptEncoder) -> dict[str, Any]:
@@ -143,6 +146,21 @@ def adapter_hash(encoder: PromptEncoder, tokenizer: Any | None = None) -> str:  
         digest.update(json.dumps([name, list(tensor.shape)]).encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def locate_adapter(name: str | Path, revision: str | None = None) -> Path:
+    """Return the local folder of an adapter or run; a hub id OWNER/NAME that is not a local folder is downloaded.
+
+    Raises:
+        AdapterError: The hub id cannot be downloaded and is not in the local cache.
+    """
+    folder = expand(name)
+    if is_folder(folder) or not is_hub_id(str(name)) or "/" not in str(name):
+        return folder
+    try:
+        return download(str(name), revision, HUB_FILES)
+    except EncoderError as error:
+        raise AdapterError(f"there is no folder {name} (current folder: {Path.cwd()}), and {error}") from error
 
 
 def load_adapter(

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from promcse_pl.adapter import load_adapter, save_adapter
 from promcse_pl.data.batch import Tokens
-from promcse_pl.data.tokenizer import tokenizer_fingerprint
-from promcse_pl.embedder import PromCSE, tokenize
+from promcse_pl.embedder import PromCSE
 from promcse_pl.models.cpu.chunks import CHUNK_TOKENS
 from promcse_pl.models.encoder import PromptEncoder
+from promcse_pl.models.texts import tokenize
 from promcse_pl.utils.errors import AdapterError, ConfigError, DataError
 from promcse_pl.utils.files import new_folder, staging_folder, write_bytes
 from promcse_pl.utils.paths import require_regular_file
@@ -181,11 +181,7 @@ def export_sentence_transformers(model: PromCSE, folder: str | Path) -> None:
             encoder.
     """
     folder = Path(folder)
-    if model.encoder.backbone.identity.tokenizer != tokenizer_fingerprint(model.tokenizer):
-        raise AdapterError(
-            "the model does not use the tokenizer of its encoder, and an export cannot store another one. Try: "
-            "export_sentence_transformers(PromCSE(model.encoder), folder)"
-        )
+    model.require_encoder_tokenizer("export_sentence_transformers")
     if _is_export(folder):
         save_adapter(model.encoder, folder / "adapter")
         with staging_folder(folder) as staged:

@@ -90,6 +90,7 @@ class PromptEncoder(nn.Module):
         *,
         train_head: bool = False,
         chunk_tokens: int | None = None,
+        chunk_sentences: int | None = None,
         recompute: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Encode sentences, in chunks of similar length.
@@ -100,7 +101,7 @@ class PromptEncoder(nn.Module):
             tokens: N sentences.
             train_head: True for the vector that the loss sees, False for the test-time one (they differ with
                 `mlp_train_only`).
-            chunk_tokens: See `plan_chunks`.
+            chunk_tokens, chunk_sentences: Maximum tokens and sentences of a chunk; see `plan_chunks`.
             recompute: See `run_chunks`.
 
         Returns:
@@ -108,7 +109,7 @@ class PromptEncoder(nn.Module):
             hidden tokens (M, D), in the row-major order of the labels.
         """
         lengths_N = tokens.mask_NT.sum(1).cpu()
-        chunks = plan_chunks(lengths_N, chunk_tokens)
+        chunks = plan_chunks(lengths_N, chunk_tokens, chunk_sentences)
         whole = tokens.mask_NT.shape[1]
 
         def run(rows: Tensor, prompt_kv: Tensor) -> tuple[Tensor, ...]:

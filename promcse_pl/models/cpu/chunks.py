@@ -30,13 +30,14 @@ CHUNK_TOKENS = {"cpu": 512, "cuda": 16384, "mps": 8192}
 """Tokens that pass the encoder at once, by kind of device: on a CPU what a core's cache likes (the others are not measured)."""
 
 
-def plan_chunks(lengths_N: Tensor, budget: int | None) -> list[Tensor]:
-    """Group sentences of similar length, so that a chunk padded to its own longest wastes little.
+def plan_chunks(lengths_N: Tensor, budget: int | None, most_rows: int | None = None) -> list[Tensor]:
+    """Group sentences of similar length, so that chunks need little padding.
 
     Args:
-        lengths_N: Tokens of each sentence.
-        budget: Upper bound on rows x longest of a chunk (a single longer sentence is a chunk of its own), or None for one chunk
-            in the given order.
+        lengths_N: Number of tokens of each sentence.
+        budget: Maximum of rows x longest of a chunk (a single longer sentence is a chunk of its own); None: one chunk in the
+            given order.
+        most_rows: Maximum number of sentences in a chunk; None: no limit. No effect without a budget.
 
     Returns:
         Row numbers of each chunk, longest sentences first; together a permutation of all rows.
@@ -46,7 +47,7 @@ def plan_chunks(lengths_N: Tensor, budget: int | None) -> list[Tensor]:
     order = torch.argsort(lengths_N, descending=True, stable=True)
     chunks, start = [], 0
     while start < len(order):
-        size = max(1, budget // max(1, int(lengths_N[order[start]])))
+        size = min(max(1, budget // max(1, int(lengths_N[order[start]]))), most_rows or len(order))
         chunks.append(order[start : start + size])
         start += size
     return chunks
