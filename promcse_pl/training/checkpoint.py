@@ -26,9 +26,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from promcse_pl.data.batch import TrainBatch
-from promcse_pl.losses.gather import sum_over_ranks
 from promcse_pl.run_folder import CHECKPOINTS, HISTORY, NON_FINITE, Status, checkpoint_folders, write_status
 from promcse_pl.training.distributed import of_every_rank
+from promcse_pl.training.gather import sum_over_ranks
 from promcse_pl.training.module import PromcseModule
 from promcse_pl.utils.errors import DataError, NonFiniteError
 from promcse_pl.utils.files import publish, staging_folder, sync, write_bytes

@@ -170,7 +170,7 @@ def of_every_rank(value: T) -> list[T]:
     """Return a plain value of every rank, in their order."""
     import torch.distributed as dist
 
-    from promcse_pl.losses.gather import world_size
+    from promcse_pl.training.gather import world_size
 
     if world_size() == 1:
         return [value]
