@@ -92,7 +92,7 @@ def with_torch_dropout() -> Iterator[None]:
         patch.object(layers, "keep_mask", keep_mask),
         patch.object(dropout, "dropout", drop),
         patch.object(prompt, "dropout", drop),
-        patch.object(attention, "cheap_dropout", drop),
+        patch.object(attention, "fast_dropout", drop),
     ):
         yield
 

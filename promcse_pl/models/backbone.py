@@ -1,4 +1,4 @@
-"""The frozen pre-trained encoder: found by name, read without code, never changed."""
+"""The frozen pre-trained encoder with deep prompts as an input."""
 
 # B sentences, T tokens, P prompt length, L layers, N heads, H head size, D width
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from promcse_pl.data.tokenizer import tokenizer_fingerprint
 from promcse_pl.models.attention import PROMPT_ATTENTION
-from promcse_pl.models.cpu.dropout import use_cheap_dropout
+from promcse_pl.models.cpu.dropout import use_fast_dropout
 from promcse_pl.models.cpu.layers import can_fuse, run_fused_layers
 from promcse_pl.models.encoder_files import (
     SUPPORTED,
@@ -45,10 +45,14 @@ class FrozenBackbone(nn.Module):
     Args:
         model: A transformers encoder of a supported family. It is switched to the prompt attention and frozen in place.
         identity: Identity of the encoder, stored in adapters; its `config` is set here.
-        source: Folder of the encoder's files and its tokenizer; None for a model made in memory.
+        source: Folder of the encoder's files and its tokenizer; None for a model built in memory.
+
+    Attributes:
+        use_fused_layers: Whether `forward` may use the fused CPU layers, which it does where they apply and no module of the
+            encoder has hooks; False: always the modules of transformers.
 
     Raises:
-        EncoderError: Another family, or an encoder that ignores the prompt.
+        EncoderError: An unsupported family, or an encoder that ignores the prompt.
     """
 
     def __init__(self, model: nn.Module, identity: EncoderId, source: Path | None = None) -> None:
@@ -57,7 +61,7 @@ class FrozenBackbone(nn.Module):
         if config.model_type not in SUPPORTED:
             raise EncoderError(f"{identity.name} is a {config.model_type} encoder. Supported: {', '.join(SUPPORTED)}")
         config._attn_implementation = PROMPT_ATTENTION
-        use_cheap_dropout(model)
+        use_fast_dropout(model)
         if config.model_type in _LAYERS_LIKE_BERT and not config.chunk_size_feed_forward:
             last_layer: Any = model.get_submodule(f"encoder.layer.{config.num_hidden_layers - 1}")
             register_first_token_hook(last_layer.attention.output)
@@ -85,17 +89,17 @@ class FrozenBackbone(nn.Module):
         Args:
             name: Folder or hub id.
             revision: Commit, tag or branch on the hub.
-            dtype: Type that the frozen weights are kept and computed in.
+            dtype: Type in which the frozen weights are stored and computed.
 
         Raises:
-            EncoderError: Nothing by this name, another family, weights that are not safetensors, or unreadable files.
+            EncoderError: There is no such encoder, its family is unsupported, or its files cannot be read.
         """
         name = str(name)
         source, commit = locate(name, revision)
         config = read_config(source, name)
         sha256 = weights_sha256(source)
         model = read_model(source, config, name, dtype)
-        # an adapter must find a folder from anywhere
+        # absolute, since adapters store the name
         stored = hide_home(str(expand(name).absolute())) if is_folder(expand(name)) else name
         try:
             backbone = cls(model, EncoderId(stored, commit, sha256), source)
@@ -140,7 +144,7 @@ class FrozenBackbone(nn.Module):
         return weights_sha256(folder)
 
     def quantize(self) -> None:
-        """Keep the linear layers in 8-bit integers from now on, a scale a row: for encoding on a CPU alone.
+        """Convert the linear layers to 8-bit integers with one scale per row, for encoding on a CPU.
 
         Raises:
             EncoderError: The weights are not float32 on a CPU, or this torch has no such kernels.
@@ -150,9 +154,9 @@ class FrozenBackbone(nn.Module):
         try:
             from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
         except ImportError as error:
-            raise EncoderError("this torch has no dynamic quantisation any more. Try: dtype=bfloat16") from error
+            raise EncoderError("this version of torch has no dynamic quantisation. Try: dtype=bfloat16") from error
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch says that it wants to move this to another package
+            warnings.simplefilter("ignore")  # a deprecation: torch plans to move it to another package
             self.model = quantize_dynamic(  # type: ignore[no-untyped-call]
                 self.model, {nn.Linear: per_channel_dynamic_qconfig}, dtype=torch.qint8
             )
@@ -160,17 +164,17 @@ class FrozenBackbone(nn.Module):
 
     @property
     def precision(self) -> str:
-        """What the linear layers compute in: `float32`, `bfloat16`, `float16`, `float64` or `int8`."""
+        """Type of the linear layers: `float32`, `bfloat16`, `float16`, `float64` or `int8`."""
         return "int8" if self.quantized else str(self.dtype).removeprefix("torch.")
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return next(self.model.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type the weights are kept in."""
+        """Type of the weights."""
         return next(self.model.parameters()).dtype
 
     @property
@@ -197,16 +201,16 @@ class FrozenBackbone(nn.Module):
         return True
 
     def longest_input(self, position_offset: int) -> int:
-        """Return how many tokens, special ones included, fit behind a position offset."""
+        """Return the maximum number of tokens, special ones included, for a position offset."""
         config: Any = self.model.config
         reserved = self.pad_id + 1 if self.family in _ROBERTA_POSITIONS else 0
         return int(config.max_position_embeddings) - reserved - position_offset
 
     def positions(self, ids_BT: Tensor, offset: int) -> Tensor:
-        """Return the position numbers of the tokens, shifted by `offset`.
+        """Return the position ids of the tokens, shifted by `offset`.
 
-        BERT's first token gets `offset`. RoBERTa counts the tokens that are not the padding token, from `pad_id + 1 + offset`;
-        padding keeps `pad_id`.
+        BERT's first token has position `offset`. RoBERTa counts tokens other than padding from `pad_id + 1 + offset`; padding
+        has position `pad_id`.
         """
         if self.family in _ROBERTA_POSITIONS:
             real_BT = ids_BT.ne(self.pad_id).long()
@@ -227,16 +231,16 @@ class FrozenBackbone(nn.Module):
         """Encode sentences behind a prompt.
 
         Args:
-            ids_BT, mask_BT: Token numbers; 1 for real tokens, 0 for padding.
+            ids_BT, mask_BT: Token ids, and attention mask (1 for real tokens, 0 for padding).
             prompt_kv: (L, 2, B or 1, N, P, H), or None for the plain encoder.
             position_offset: Added to every position.
             types_BT: Token types (BERT, ELECTRA); zeros if None.
             all_layers: Also return the embedding output and every layer.
-            first_token: The caller reads nothing but the last layer's first token, so that layer may leave the others out.
+            first_token: The caller reads only the first token of the last layer, so the others need not be computed.
 
         Returns:
-            Hidden states (B, T, D), the last layer last; that one is (B, 1, D) if the others were left out. Those of padding mean
-            nothing.
+            Hidden states (B, T, D), the last layer last; that one is (B, 1, D) if only the first token was computed. Values at
+            padding are undefined.
         """
         inputs = {"input_ids": ids_BT, "position_ids": self.positions(ids_BT, position_offset)}
         if types_BT is not None:
@@ -254,14 +258,14 @@ class FrozenBackbone(nn.Module):
         return tuple(output.hidden_states) if all_layers else (output.last_hidden_state,)
 
     def _check_prompt_reaches_every_layer(self) -> None:
-        """Refuse an encoder that drops the prompt on its way: every layer's keys and values must move the output."""
+        """Reject an encoder that ignores the prompt: the output must have a gradient with respect to every layer's prompt."""
         with torch.enable_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             shape = (self.layers, 2, 1, self.heads, 1, self.head_size)
             prompt_kv = torch.randn(shape, dtype=self.dtype).to(self.device).requires_grad_()
             ids = torch.full((1, 4), min(5, len(self.word_embeddings) - 1), device=self.device)
             training = self.model.training
-            # transformers' modules in any case: those written out take the prompt in every layer
+            # always transformers' modules: the fused layers use the prompt in every layer
             state = self.model.eval()(
                 input_ids=ids, attention_mask=torch.ones_like(ids), prompt_kv=prompt_kv.unbind(0)
             ).last_hidden_state
