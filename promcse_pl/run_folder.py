@@ -1,4 +1,4 @@
-"""A run's folder: the names in it, its config, state and results, and the lock that keeps a second process out."""
+"""The run folder: file names, config, status, results, and the lock that keeps a second process out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeGuard, get_args, get_type_hints
 
 import yaml
 
-from promcse_pl.config import Config
+from promcse_pl.config import Config, flat_settings
 from promcse_pl.utils.errors import ConfigError, DataError
 from promcse_pl.utils.files import remove_leftovers, write_text
 from promcse_pl.utils.paths import hide_home, is_plain_name, require_regular_file, run_command
@@ -36,25 +36,29 @@ CONFIG, RESULTS, HISTORY, LOG, BAD_ROWS, ADAPTER, STATUS, LOCK, CHECKPOINTS, INP
     "non_finite.safetensors",
     "run-rank{}.log",
 )
+DATA = "data.jsonl"
+"""Training rows that were passed in memory (`promcse_pl.train`)."""
 START, OUTPUT = "start.yaml", "output.log"
 """Files that a sweep writes into a job folder before the job starts: its config and its output."""
-_BEFORE_START = {START, OUTPUT, STATUS, LOCK, LOG, ".hydra"}
+RESOLVED = "resolved"
+"""Section of config.yaml with the values that a machine and the hub gave to the settings in `RESOLVED_KEYS`."""
+RESOLVED_KEYS = ("model.revision", "trainer.device", "trainer.precision", "trainer.chunk_tokens")
+_BEFORE_START = {DATA, START, OUTPUT, STATUS, LOCK, LOG, ".hydra"}
 _NEW_FOLDER = "the same command with hydra.run.dir=NEW_FOLDER (promcse train: --out NEW_FOLDER)"
 State = Literal["running", "finished", "failed", "stopped", "pruned"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """What status.json holds: where a run stands.
+    """Content of status.json.
 
     Attributes:
-        state: `running`, `finished`, `failed` (an error; the message is kept), `stopped` (by a signal, after a save) or `pruned`
-            (stopped by a search, as not promising).
-        step, steps: Optimiser steps done when this was written, and of the whole run; None: not known yet.
-        error: Kind and message of what ended a failed run.
-        wandb_id: Id of the W&B run, fixed before training starts; None without tracking.
-        started, updated: Seconds since 1970; a resumed run's start is moved by the time that it stood still.
-        pid: Process that wrote this.
+        state: `running`, `finished`, `failed` (by an error), `stopped` (by a signal, after a save) or `pruned` (by a search).
+        step, steps: Optimiser steps at the last save, and of the whole run; `steps` is None until they are known.
+        error: Class and message of the error of a failed run.
+        wandb_id: Id of the W&B run, chosen before training starts; None without tracking.
+        started, updated: Seconds since 1970. Resuming moves `started` forward by the time between the two processes.
+        pid: Process that wrote the status.
     """
 
     state: State
@@ -67,26 +71,26 @@ class Status:
     pid: int = dataclasses.field(default_factory=os.getpid)
 
     def at(self, step: int, steps: int) -> Status:
-        """Return the same at another step."""
+        """Return the status at another step."""
         return dataclasses.replace(self, step=step, steps=steps)
 
     def resumed(self) -> Status:
-        """Return the same for a run that goes on now, as if it had not stood still."""
+        """Return the status of the resumed run; the time between the two processes does not count."""
         started = time.time() - max(0.0, self.updated - self.started)
         return dataclasses.replace(self, state="running", error=None, started=started)
 
 
 def write_status(folder: Path, status: Status) -> None:
-    """Put status.json into a folder, whole or not at all."""
+    """Write status.json atomically."""
     now = dataclasses.replace(status, updated=time.time(), pid=os.getpid())
     write_text(folder / STATUS, json.dumps(hide_home(dataclasses.asdict(now)), indent=2) + "\n")
 
 
 def read_status(folder: Path) -> Status | None:
-    """Return where a run stands; None for a folder without status.json (no run, or one of an older version).
+    """Return the status of a run; None for a folder without status.json (no run, or one of an older version).
 
     Raises:
-        DataError: The file is not a status.
+        DataError: The file is damaged.
     """
     path = folder / STATUS
     if not path.exists():
@@ -107,10 +111,10 @@ def read_status(folder: Path) -> Status | None:
 
 
 def read_json(path: Path) -> Any:  # noqa: ANN401
-    """Return what a JSON file holds.
+    """Return the content of a JSON file.
 
     Raises:
-        DataError: It cannot be read, or holds something else.
+        DataError: It cannot be read, or is not JSON.
     """
     try:
         return json.loads(require_regular_file(path).read_text(encoding="utf-8"))
@@ -119,12 +123,12 @@ def read_json(path: Path) -> Any:  # noqa: ANN401
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Tell whether a value of a JSON file is a number of a size that can be calculated with; NaN and infinity are."""
+    """Return whether a value of a JSON file is a float or a 64-bit integer, but not a boolean."""
     return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
 
 
 def is_running(folder: Path) -> bool:
-    """Tell whether a living process holds the folder's lock; a run whose status says otherwise was killed."""
+    """Return whether a process holds the lock of a run folder. A run with status `running` and no lock was killed."""
     with suppress(OSError), (folder / LOCK).open("rb") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -177,12 +181,13 @@ def remove_checkpoints(run: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[int]:
-    """Hold a run's folder for this process; the lock ends with the process, however that ends.
+    """Lock a run folder for this process; the kernel releases the lock when the process ends.
 
-    Gives the lock's file descriptor: it is held as long as this process or a child that inherited it lives.
+    Yields:
+        The file descriptor of the lock. A child process that inherits it keeps the lock.
 
     Raises:
-        ConfigError: Another process holds it, or the folder cannot be written.
+        ConfigError: Another process holds the lock, or the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -198,36 +203,118 @@ def locked(folder: Path) -> Iterator[int]:
 
 
 def read_config(path: str | Path) -> Config:
-    """Read a saved config.yaml.
+    """Read a config.yaml as it was typed: `auto` and a null revision are resolved again in a new run.
 
     Raises:
-        ConfigError: The file cannot be read, is not YAML, or does not fit the schema.
+        ConfigError: The file cannot be read, is not YAML, or does not match the schema.
     """
-    path = Path(path)
+    return _read_configs(Path(path))[0]
+
+
+def read_resolved_config(path: str | Path) -> Config:
+    """Read a config.yaml with the values that were resolved when the run started, as a resumed run needs them.
+
+    Raises:
+        ConfigError: As for `read_config`.
+    """
+    return _read_configs(Path(path))[1]
+
+
+def _read_configs(path: Path) -> tuple[Config, Config]:
     try:
         raw = yaml.safe_load(require_regular_file(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         why = getattr(error, "strerror", None) or str(error)[:1000]
         raise ConfigError(f"cannot read the config {path}: {why}") from error
     try:
-        return Config.from_dict(raw)
+        typed, resolved = split_resolved(raw)
+        config = Config.from_dict(typed)
+        return config, _with_resolved(config, resolved)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def write_config(config: Config, path: str | Path) -> Path:
-    """Save a config so that `read_config` gives it back, with ~ for the home folder; return the path."""
+def split_resolved(raw: Any) -> tuple[Any, dict[str, Any]]:  # noqa: ANN401  (the content of a YAML file)
+    """Split the content of a config.yaml into the typed settings and the section `resolved` (dotted key -> value).
+
+    Raises:
+        ConfigError: The section is not a mapping of the keys in `RESOLVED_KEYS`.
+    """
+    if not isinstance(raw, dict) or RESOLVED not in raw:  # without the section: written by an earlier version
+        return raw, {}
+    resolved = raw[RESOLVED]
+    if not isinstance(resolved, dict) or not resolved.keys() <= set(RESOLVED_KEYS):
+        raise ConfigError(
+            f"the section {RESOLVED} may only contain {', '.join(RESOLVED_KEYS)}, got {str(resolved)[:200]}"
+        )
+    return {key: value for key, value in raw.items() if key != RESOLVED}, resolved
+
+
+def _with_resolved(config: Config, resolved: dict[str, Any]) -> Config:
+    """Return a config with resolved values in place of `auto`, and the commit of the encoder in place of its revision."""
+    tree = config.to_dict()
+    for key, value in resolved.items():
+        part, name = key.split(".")
+        if tree[part][name] == "auto" or key == "model.revision":  # else it was edited, which resuming reports
+            tree[part][name] = value
+    return Config.from_dict(tree)
+
+
+def write_config(config: Config, path: str | Path, resolved: Config | None = None) -> Path:
+    """Write a config.yaml, with ~ for the home folder; return its path.
+
+    Args:
+        config: Settings as typed.
+        path: File to write.
+        resolved: Settings with resolved values; None before they are known.
+    """
     path = Path(path)
-    text = yaml.safe_dump(hide_home(config.to_dict()), sort_keys=False, allow_unicode=True)
+    tree = config.to_dict()
+    if resolved is not None:
+        typed, used = flat_settings(tree), flat_settings(resolved.to_dict())
+        if differing := {key: used[key] for key in RESOLVED_KEYS if used[key] != typed[key]}:
+            tree[RESOLVED] = differing
+    text = yaml.safe_dump(hide_home(tree), sort_keys=False, allow_unicode=True)
     write_text(path, f"# promcse train THIS_FILE --out NEW_FOLDER repeats the run\n{text}")
     return path
 
 
 def read_results(folder: str | Path) -> dict[str, Any]:
-    """Return the results of a finished run.
+    """Return the content of a finished run's results.json.
 
     Raises:
-        DataError: There are none, or the file is damaged.
+        DataError: The file is missing or damaged.
     """
     results: dict[str, Any] = read_json(Path(folder) / RESULTS)
     return results
+
+
+def read_history(path: str | Path, problems: list[str] | None = None) -> list[dict[str, Any]]:
+    """Return the entries of a metrics.jsonl, oldest first. A last line without a line break is skipped: its run was killed.
+
+    Args:
+        path: The file.
+        problems: Receives a message for each damaged line, which is skipped; None: a damaged line is an error.
+
+    Raises:
+        DataError: The file cannot be read, or a line is damaged and `problems` is None.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as a history: {error}") from error
+    entries = []
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith("\n"):
+            continue
+        try:
+            entry = json.loads(line)
+            if not isinstance(entry, dict):
+                raise ValueError("not a JSON object")
+            entries.append(entry)
+        except (ValueError, RecursionError) as error:
+            message = f"{path}:{number} cannot be read: {error}"
+            if problems is None:
+                raise DataError(message) from error
+            problems.append(message)
+    return entries

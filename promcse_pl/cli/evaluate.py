@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from promcse_pl.utils.errors import ConfigError
-from promcse_pl.utils.imports import unwatched_imports
+from promcse_pl.utils.imports import without_gc
 from promcse_pl.utils.paths import hide_home
 from promcse_pl.utils.streams import visible
 
@@ -75,15 +75,15 @@ def run(options: argparse.Namespace) -> None:
 
     loaded = load_tasks(tasks, options.data)  # before torch is imported: a missing file is reported at once
 
-    with unwatched_imports():
+    with without_gc():
+        from promcse_pl.evaluation.embeddings import EmbeddingCache
         from promcse_pl.evaluation.suite import evaluate
         from promcse_pl.evaluation.targets import find_targets
-        from promcse_pl.evaluation.vectors import VectorCache
     from promcse_pl.utils.files import write_text
     from promcse_pl.utils.terminal import output_console, stages
 
     targets = find_targets(options.targets, pooling=options.pooling, device=options.device)
-    cache = VectorCache(cache_dir(None) / "vectors")
+    cache = EmbeddingCache(cache_dir(None) / "vectors")
     with stages(Console(stderr=True)) as report:
         tree = hide_home(evaluate(targets, loaded, cache, report))
     for warning in tree["warnings"]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from promcse_pl.utils.errors import DataError
-from promcse_pl.utils.imports import unwatched_imports
+from promcse_pl.utils.imports import without_gc
 from promcse_pl.utils.paths import SUFFIXES, expand, file_suffix
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def load_model(adapter: Path, **options: Any) -> PromCSE:  # noqa: ANN401
         status = read_status(folder.parent if folder.name == ADAPTER else folder)
         if status is not None and status.state != "finished":
             sys.stderr.write("the run is not finished: this is its best adapter so far\n")
-    with unwatched_imports():
+    with without_gc():
         from promcse_pl.embedder import PromCSE
 
     return PromCSE.load(adapter, **options)

@@ -1,6 +1,6 @@
-"""One run: a valid config and a folder in; adapter, results and logs out. How it begins, goes on and ends.
+"""The lifecycle of a run: start it, resume it, record how it ends. What happens in between is in `promcse_pl.runs.pipeline`.
 
-What it does in between is in `promcse_pl.runs.pipeline`.
+Errors in the config, files and folder are found before torch is imported.
 """
 
 from __future__ import annotations
@@ -16,236 +16,250 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from promcse_pl.adapter_folder import check_target
-from promcse_pl.config import DATA_SUITES, Config, resumed_with
+from promcse_pl.config import Config, resumed_with
 from promcse_pl.run_folder import (
     ADAPTER,
     CHECKPOINTS,
     CONFIG,
     HISTORY,
+    INPUTS,
     LOG,
+    RESULTS,
     State,
     Status,
     check_run_folder,
     locked,
     read_config,
+    read_resolved_config,
     read_results,
     read_status,
     remove_checkpoints,
     write_config,
     write_status,
 )
-from promcse_pl.runs.failures import plain_errors
-from promcse_pl.runs.logs import logging_to
-from promcse_pl.runs.pipeline import run_experiment
-from promcse_pl.training.distributed import STORE, Ranks, find_ranks
-from promcse_pl.utils.errors import ConfigError, DataError, EncoderError, PromcseError, RankError
+from promcse_pl.runs.failures import actionable_errors
+from promcse_pl.runs.inputs import check_inputs
+from promcse_pl.tracking.wandb import new_run_id, resolve_mode
+from promcse_pl.training.context import RunContext
+from promcse_pl.training.distributed import STORE, find_ranks
+from promcse_pl.utils.errors import ConfigError, DataError, PromcseError, RankError
 from promcse_pl.utils.files import remove_leftovers
-from promcse_pl.utils.paths import expand, is_folder, run_command
-from promcse_pl.utils.terminal import NO_TERMINAL_WIDTH, output_console, plain
+from promcse_pl.utils.imports import without_gc
+from promcse_pl.utils.paths import run_command
+from promcse_pl.utils.signals import Stopped
+from promcse_pl.utils.terminal import NO_TERMINAL_WIDTH, logging_to, output_console, plain
 
 if TYPE_CHECKING:
-    from promcse_pl.training.checkpoint import Checkpoint
+    from pytorch_lightning.callbacks import Callback
+    from pytorch_lightning.loggers import Logger
 
 log = logging.getLogger("promcse_pl")
 
 
-def run_job(config: Config, folder: str | Path, console: Console | None = None) -> dict[str, Any]:
-    """Train an adapter, evaluate it, and leave everything in a folder.
+def run_job(
+    config: Config,
+    folder: str | Path,
+    console: Console | None = None,
+    *,
+    callbacks: Sequence[Callback] = (),
+    loggers: Sequence[Logger] = (),
+) -> dict[str, Any]:
+    """Train an adapter and evaluate it.
 
-    The folder gets config.yaml (alone enough to repeat the run), run.log, metrics.jsonl, adapter/, results.json, status.json,
-    inputs.json, bad_rows.txt if rows were skipped, and wandb/ unless tracking is off; while the run goes on also checkpoints/.
+    The run folder contains config.yaml (repeats the run), run.log, metrics.jsonl, adapter/, results.json, status.json,
+    inputs.json, bad_rows.txt if rows were skipped, wandb/ unless tracking is off, and checkpoints/ until the run is finished.
 
-    With `trainer.devices` > 1 it starts as many processes and waits for them, unless torchrun or SLURM have started this one as a
-    rank. Rank 0 alone writes the folder and the console; the others return {}.
+    With `trainer.devices` > 1, it starts as many processes and waits for them, unless torchrun or SLURM have started this process
+    as a rank. Only rank 0 writes to the folder and the console; the other ranks return {}.
 
     Args:
         config: Valid settings.
-        folder: Absent or empty.
-        console: Where to print.
+        folder: Run folder; must be absent or empty.
+        console: Console for output; None for standard output.
+        callbacks, loggers: Additional ones for the Lightning Trainer; not with `trainer.devices` > 1.
 
     Returns:
-        What results.json holds.
+        The content of results.json.
 
     Raises:
-        PromcseError: Whatever the user can mend; the message says how.
-        Stopped: A signal ended the run; `resume_job` goes on with it.
+        PromcseError: An error that the user can correct; the message says how.
+        Stopped: A signal stopped the run; `resume_job` resumes it.
     """
-    folder = Path(folder)
+    folder, console = Path(folder), console or output_console()
     ranks = find_ranks(config.trainer)
-    is_follower = ranks is not None and ranks.rank > 0
-    if not is_follower:
+    if ranks is None and (callbacks or loggers):
+        raise ConfigError(
+            f"callbacks and loggers cannot be sent to the {config.trainer.devices} processes of trainer.devices. Try: "
+            "trainer.devices=1"
+        )
+    if ranks is None or ranks.rank == 0:
         check_run_folder(folder)
     check_inputs(config)
-    if ranks and is_follower:
-        return _follow(config, folder, None, ranks)
+    if ranks is not None:
+        run = RunContext(
+            config=config,
+            typed=config,
+            folder=folder,
+            ranks=ranks,
+            console=console,
+            callbacks=callbacks,
+            loggers=loggers,
+        )
+        if not run.is_main:
+            return _run_as_follower(run)
     with locked(folder) as lock:
         check_run_folder(folder)
         write_config(config, folder / CONFIG)
-        if ranks is None:
-            return _launch(config, folder, lock)
-        return _session(config, folder, console or output_console(), Status(state="running"), None, ranks)
+        return _launch(config, folder, lock) if ranks is None else _run_as_main(run)
 
 
 def resume_job(folder: str | Path, console: Console | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Go on with a run that was killed, stopped or failed, from its newest whole checkpoint; without one it starts over.
+    """Resume a run that was killed, stopped or failed, from its newest valid checkpoint; without one, from step 0.
 
     On the same machine with the same number of threads, the result is bit-identical to that of an uninterrupted run, unless
     `trainer.chunk_tokens` is changed: dropout masks are sampled per chunk.
 
     Args:
-        folder: Of the run.
-        console: Where to print.
+        folder: Run folder.
+        console: Console for output; None for standard output.
         overrides: `key=value` of execution settings (`promcse_pl.config.decides`). They are saved to config.yaml and apply to
             later resumes.
 
     Returns:
-        What results.json holds; a finished run is left as it is.
+        The content of results.json. A finished run is not changed.
 
     Raises:
         ConfigError: The folder contains no run, another process runs in it, or an override may change the result.
-        DataError: The data, the encoder or a setting have changed since the run began.
+        DataError: The data, the encoder or a setting have changed since the run started.
         PromcseError, Stopped: As for `run_job`.
     """
-    folder = Path(folder)
+    folder, console = Path(folder), console or output_console()
     if not (folder / CONFIG).is_file():
-        why = f"it has no {CONFIG}" if folder.is_dir() else "there is no such folder"
-        raise ConfigError(f"{folder} holds no run to go on with: {why}. Try: the folder of a run")
-    console = console or output_console()
-    config = resumed_with(read_config(folder / CONFIG), overrides)
+        reason = f"it has no {CONFIG}" if folder.is_dir() else "there is no such folder"
+        raise ConfigError(f"{folder} contains no run to resume: {reason}. Try: the folder of a run")
+    typed, config = _saved_configs(folder, overrides)
     ranks = find_ranks(config.trainer)
-    before = read_status(folder)
+    status = read_status(folder)
     if ranks and ranks.rank:
-        return {} if before and before.state == "finished" else take_part(folder, overrides=overrides)
+        return {} if status and status.state == "finished" else run_rank(folder, overrides=overrides)
     with locked(folder) as lock:
-        before = read_status(folder)
-        if before is not None and before.state == "finished":
-            remove_checkpoints(folder)  # the run may have been killed before it did so itself
-            console.print(plain(f"the run in {folder} is already finished"), soft_wrap=True)
-            return read_results(folder)
+        status = read_status(folder)
+        if status is not None and status.state == "finished":
+            return _finished_results(folder, console)
         check_inputs(config)
         check_target(folder / ADAPTER)
         remove_leftovers(folder)
         remove_leftovers(folder / CHECKPOINTS)
         if overrides:
-            write_config(config, folder / CONFIG)
-        return _launch(config, folder, lock) if ranks is None else take_part(folder, console)
+            write_config(typed, folder / CONFIG, config)
+        return _launch(config, folder, lock) if ranks is None else run_rank(folder, console)
 
 
-def take_part(folder: Path, console: Console | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Go on with a run, or begin it, as one of its processes; the folder must hold its config and be locked for the run.
+def run_rank(folder: Path, console: Console | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Start or resume a run as one of its ranks; the folder must contain config.yaml and be locked for the run.
 
     Args:
-        folder: Of the run.
-        console: Where to print, for rank 0.
+        folder: Run folder.
+        console: Console for the output of rank 0; None for standard output.
         overrides: Overrides of `resume_job`, for a rank that may read config.yaml before rank 0 has saved them.
 
     Returns:
-        What results.json holds on rank 0, {} on the others.
+        The content of results.json on rank 0; {} on other ranks.
     """
-    from promcse_pl.training.checkpoint import newest_checkpoint
+    from promcse_pl.training.checkpoint import newest_checkpoint  # imports torch
 
-    config = resumed_with(read_config(folder / CONFIG), overrides)
-    ranks, resume = find_ranks(config.trainer), newest_checkpoint(folder)
-    assert ranks is not None, "start it through run_job or resume_job"
-    if ranks.rank:
-        return _follow(config, folder, resume, ranks)
-    status = (read_status(folder) or Status(state="running")).resumed()
-    try:  # what was logged after the save is logged again
+    typed, config = _saved_configs(folder, overrides)
+    ranks, checkpoint = find_ranks(config.trainer), newest_checkpoint(folder)
+    assert ranks is not None, "start the ranks through run_job or resume_job"
+    console = console or output_console()
+    run = RunContext(config=config, typed=typed, folder=folder, ranks=ranks, console=console, checkpoint=checkpoint)
+    if not run.is_main:
+        return _run_as_follower(run)
+    status = (read_status(folder) or run.status).resumed()
+    try:  # entries after the checkpoint are logged again
         with suppress(FileNotFoundError):
-            os.truncate(folder / HISTORY, resume.history_bytes if resume else 0)
+            os.truncate(folder / HISTORY, checkpoint.history_bytes if checkpoint else 0)
     except OSError as error:
         raise DataError(f"{folder / HISTORY} cannot be written: {error.strerror}") from error
-    return _session(config, folder, console or output_console(), status, resume, ranks)
+    return _run_as_main(dataclasses.replace(run, status=status))
+
+
+def _saved_configs(folder: Path, overrides: Sequence[str]) -> tuple[Config, Config]:
+    """Return a run's settings as typed and as resolved when it started, both with overrides of execution settings."""
+    path = folder / CONFIG
+    return resumed_with(read_config(path), overrides), resumed_with(read_resolved_config(path), overrides)
+
+
+def _run_as_main(run: RunContext) -> dict[str, Any]:
+    """Run the pipeline as rank 0 and record in the run folder how it ends."""
+    if run.status.wandb_id is None and resolve_mode(run.config.tracking.wandb) != "disabled":
+        run = dataclasses.replace(run, status=dataclasses.replace(run.status, wandb_id=new_run_id()))
+    with logging_to(run.folder / LOG, run.console), run.stop:
+        write_status(run.folder, run.status)
+        try:
+            results = _run_pipeline(run)
+        except Stopped:
+            _record_end(run.folder, "stopped")
+            log.info("stopped; to resume: %s", run_command(f"resume={run.folder}"))
+            raise
+        except BaseException as error:
+            _record_end(run.folder, "failed", f"{type(error).__name__}: {error}")
+            if isinstance(error, PromcseError) and not (run.folder / INPUTS).exists():
+                retry = run_command(f"resume={run.folder}")
+                log.info("nothing was trained yet. When the cause is fixed, run this folder again: %s", retry)
+            raise
+        _record_end(run.folder, "finished")
+        remove_checkpoints(run.folder)
+        return results
+
+
+def _run_as_follower(run: RunContext) -> dict[str, Any]:
+    """Run the pipeline as another rank than 0: nothing is written to the run folder, log lines go to stderr."""
+    console = Console(stderr=True, width=NO_TERMINAL_WIDTH, quiet=not os.environ.get(STORE))
+    with logging_to(None, console), run.stop:
+        return _run_pipeline(dataclasses.replace(run, console=console))
+
+
+def _run_pipeline(run: RunContext) -> dict[str, Any]:
+    with actionable_errors(run):
+        with run.console.status("loading torch"), without_gc():
+            from promcse_pl.runs.pipeline import run_pipeline
+        return run_pipeline(run)
 
 
 def _launch(config: Config, folder: Path, lock: int) -> dict[str, Any]:
-    """Start the ranks of a run on this machine, wait for them, and leave in the folder how it ended."""
+    """Start the ranks of a run on this machine, wait for them, and record a failure that rank 0 could not record."""
     from promcse_pl.runs.launcher import launch
-    from promcse_pl.utils.signals import Stopped
 
     try:
         launch(folder, config.trainer.devices, lock)
     except (Stopped, RankError) as error:
         status = read_status(folder)
-        if status is not None and status.state == "finished":  # what came later costs nothing
+        if status is not None and status.state == "finished":  # a rank or a signal cannot harm a finished run
             return read_results(folder)
         if isinstance(error, Stopped):
-            _leave(folder, "stopped")
+            _record_end(folder, "stopped")
             raise
-        _leave(folder, "failed", f"RankError: {error}")  # what rank 0 could not know
+        _record_end(folder, "failed", f"RankError: {error}")
         with logging_to(folder / LOG, output_console()):
             raise
     return read_results(folder)
 
 
-def _follow(config: Config, folder: Path, resume: Checkpoint | None, ranks: Ranks) -> dict[str, Any]:
-    """Take part in a run as another rank than the first: it writes nothing into the folder, and its log lines to stderr."""
-    from promcse_pl.utils.signals import StopSignals
-
-    console = Console(stderr=True, width=NO_TERMINAL_WIDTH, quiet=not os.environ.get(STORE))
-    with logging_to(None, console), StopSignals() as stop, plain_errors(config, ranks, folder):
-        return run_experiment(config, folder, console, Status(state="running"), resume, stop, ranks)
-
-
-def _session(
-    config: Config, folder: Path, console: Console, status: Status, resume: Checkpoint | None, ranks: Ranks
-) -> dict[str, Any]:
-    """Run with signals and log in hand, and leave in the folder how it ended."""
-    from promcse_pl.tracking.wandb import new_run_id, resolve_mode
-    from promcse_pl.utils.signals import Stopped, StopSignals
-
-    if status.wandb_id is None and resolve_mode(config.tracking.wandb) != "disabled":
-        status = dataclasses.replace(status, wandb_id=new_run_id())
-    with logging_to(folder / LOG, console), StopSignals() as stop:
-        write_status(folder, status)
-        try:
-            with plain_errors(config, ranks, folder):
-                results = run_experiment(config, folder, console, status, resume, stop, ranks)
-        except Stopped:
-            _leave(folder, "stopped")
-            log.info("stopped; to resume: %s", run_command(f"resume={folder}"))
-            raise
-        except BaseException as error:
-            _leave(folder, "failed", f"{type(error).__name__}: {error}")
-            raise
-        _leave(folder, "finished")
-        remove_checkpoints(folder)
-        return results
-
-
-def check_inputs(config: Config) -> None:
-    """Check the files, folders and modes in a config, before torch is imported and a model is loaded (a second or two).
-
-    Only the first rows of the training file are read, but all of the dev set and the evaluation files.
-
-    Raises:
-        ConfigError, DataError, EncoderError: A file, folder or mode is missing or invalid.
-    """
-    from promcse_pl.data.sources import check_training_file, data_dir, dev_pairs, senteval_dir
-    from promcse_pl.evaluation.tasks import load_tasks
-    from promcse_pl.tracking.wandb import resolve_mode
-
-    resolve_mode(config.tracking.wandb)
-    path = config.model.path
-    if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not is_folder(expand(path)):
-        raise EncoderError(
-            f"the encoder folder {path} does not exist (current folder: {Path.cwd()}). Try: model.path=FOLDER"
+def _finished_results(folder: Path, console: Console) -> dict[str, Any]:
+    """Return the results of a finished run; remove checkpoints that are left if it was killed at its very end."""
+    remove_checkpoints(folder)
+    if not (folder / RESULTS).exists():
+        raise DataError(
+            f"the run in {folder} is finished, but its {RESULTS} is missing. Its adapter is complete. To evaluate it: "
+            f"promcse evaluate {folder}"
         )
-    if set(config.evaluation.tasks) & set(DATA_SUITES):
-        senteval_dir(config.data)
-    dev = None if config.data.dev == "holdout" else dev_pairs(config.data)
-    # a missing file must not show itself after hours of training
-    for task in load_tasks(config.evaluation.tasks, data_dir(config.data)):
-        if dev is not None and dev.sha256 in {file["sha256"] for file in task.files}:
-            raise ConfigError(
-                f"data.dev={config.data.dev} is also tested on ({task.name}): a model chosen by it has seen the answers. "
-                "Try: data.dev=FILE with other pairs"
-            )
-    check_training_file(config.data, config.seed)
+    console.print(plain(f"the run in {folder} is already finished"), soft_wrap=True)
+    return read_results(folder)
 
 
-def _leave(folder: Path, state: State, error: str | None = None) -> None:
-    """Write how the run ended; a full disk must not hide why."""
+def _record_end(folder: Path, state: State, error: str | None = None) -> None:
+    """Write to status.json how the run ended; a failure to write must not hide its error."""
     with suppress(PromcseError):
-        before = read_status(folder) or Status(state=state)
-        write_status(folder, dataclasses.replace(before, state=state, error=error))
+        status = read_status(folder) or Status(state=state)
+        write_status(folder, dataclasses.replace(status, state=state, error=error))

@@ -1,4 +1,4 @@
-"""The work of a run: encoder and data in, training, evaluation, results. The only place that wires all layers."""
+"""The pipeline of a run: prepare encoder and data, train, evaluate, record. Imports torch."""
 
 from __future__ import annotations
 
@@ -7,201 +7,145 @@ import json
 import logging
 import platform
 import time
-from contextlib import suppress
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
 
-from rich.console import Console
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import Logger
 
+from promcse_pl.adapter import save_adapter
 from promcse_pl.config import Config
 from promcse_pl.data.columns import TRAINING_ROWS
-from promcse_pl.run_folder import ADAPTER, BAD_ROWS, CONFIG, HISTORY, RESULTS, Status, write_config
-from promcse_pl.training.distributed import Ranks, compare, first_rank_first, join, leave, of_rank_zero, told
+from promcse_pl.data.module import PromcseDataModule
+from promcse_pl.data.sources import cache_dir, data_dir
+from promcse_pl.embedder import PromCSE
+from promcse_pl.evaluation import suite
+from promcse_pl.evaluation.embeddings import EmbeddingCache
+from promcse_pl.evaluation.report import headline, tables
+from promcse_pl.evaluation.sts import score_task, score_warning, spearman
+from promcse_pl.evaluation.targets import Member, Target, frozen_target
+from promcse_pl.evaluation.tasks import load_tasks, pair_task
+from promcse_pl.run_folder import ADAPTER, BAD_ROWS, CONFIG, HISTORY, RESULTS, write_config
+from promcse_pl.runs.inputs import describe_inputs, record_inputs
+from promcse_pl.tracking.lightning import build_logger
+from promcse_pl.tracking.local import JsonlLogger
+from promcse_pl.tracking.wandb import WandbRun, finish_wandb, score_key, start_wandb
+from promcse_pl.training.context import RunContext
+from promcse_pl.training.distributed import (
+    check_equal_on_ranks,
+    facts_of_rank,
+    gather_values,
+    join_process_group,
+    leave_process_group,
+    rank_zero_first,
+)
+from promcse_pl.training.fit import Fitted, Parts, build_data, build_encoder, build_mlm_head, fit
+from promcse_pl.training.machine import resolve_machine
 from promcse_pl.utils.errors import DataError
 from promcse_pl.utils.files import write_text
-from promcse_pl.utils.imports import unwatched_imports
 from promcse_pl.utils.paths import hide_home
 from promcse_pl.utils.terminal import config_tree, progress_bar, stages
 from promcse_pl.version import __version__
 
-if TYPE_CHECKING:
-    from promcse_pl.training.checkpoint import Checkpoint
-    from promcse_pl.utils.signals import StopSignals
-
 log = logging.getLogger("promcse_pl")
 
-EXCERPT = 80
+EXCERPT_LENGTH = 80
 """Maximum number of characters that are logged of each text of the first row."""
 TRUNCATED_SHARE = 0.05
 """Fraction of truncated sentences above which a warning is logged."""
-MIN_FROZEN_SCORE = 0.05
-"""Dev Spearman of the frozen encoder below which a warning is logged."""
 
 
-def run_experiment(
-    config: Config,
-    folder: Path,
-    console: Console,
-    status: Status,
-    resume: Checkpoint | None,
-    stop: StopSignals,
-    ranks: Ranks,
-) -> dict[str, Any]:
-    """Train and evaluate as one process of a run, and write what it leaves behind.
-
-    Args:
-        config: Valid settings.
-        folder: Of the run, locked; rank 0 writes into it.
-        console: Where to print.
-        status: Where the run stands.
-        resume: Where an earlier process left it; None: begin.
-        stop: The signals, taken in hand.
-        ranks: The place of this process.
+def run_pipeline(run: RunContext) -> dict[str, Any]:
+    """Prepare, train, evaluate and record a run, as one of its ranks.
 
     Returns:
-        What results.json holds on rank 0, {} on the others.
+        The content of results.json on rank 0; an empty dictionary on other ranks.
     """
-    started = time.perf_counter()
-    with console.status("loading torch"), unwatched_imports():  # late: mistakes in a config must not wait for it
-        import torch
-
-        from promcse_pl.adapter import save_adapter
-        from promcse_pl.evaluation.report import headline, tables
-        from promcse_pl.runs.inputs import describe_inputs, record_inputs
-        from promcse_pl.tracking.local import JsonlLogger
-        from promcse_pl.tracking.wandb import finish_wandb, start_wandb
-        from promcse_pl.training.fit import build_data, build_encoder, build_mlm_head, fit, resolve_machine
-
-    join(ranks, config.trainer)
-    compare(told(config, resume.step if resume else None))
-    folder, own_folder = of_rank_zero(folder), folder
-    if folder != own_folder:  # torchrun composes a config in every process, and the clock went on
-        with suppress(OSError):
-            own_folder.rmdir()
-    config, device = resolve_machine(Config.from_dict(hide_home(config.to_dict())))
-    if ranks.rank == 0:
-        console.print(config_tree(config.to_dict()))
-    encoder = build_encoder(config)
-    model = dataclasses.replace(config.model, revision=encoder.backbone.identity.revision)
-    config = dataclasses.replace(
-        config, model=model
-    )  # the commit that was read, so that the saved config repeats the run
-    mlm_head = build_mlm_head(config, encoder.backbone)
-    with first_rank_first(ranks), progress_bar(console, "tokenising", None) as progress:
-        data = build_data(config, encoder, progress)
-    _report_rows(data, folder, ranks)
-    trained = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in encoder.parameters())
-    log.info("trained: %s of %s parameters (%.2f %%)", f"{trained:,}", f"{total:,}", 100 * trained / total)
-    inputs = describe_inputs(config, encoder, data)
-    if ranks.rank == 0:
-        record_inputs(folder, inputs)
-        write_config(config, folder / CONFIG)  # again: what `auto` left open is settled now
-    compare({name: inputs[name]["sha256"] for name in ("data.train", "data.dev", "model.path")})
-    if resume:
-        log.info("resuming after step %d", resume.step)
-    elif ranks.rank == 0 and data.dev is not None:
-        _score_frozen(config, encoder, data, device, console)
-
-    wandb_run = start_wandb(config, folder, status.wandb_id) if ranks.rank == 0 and status.wandb_id else None
-    try:
-        fitted = fit(
-            config,
-            encoder,
-            data,
-            device=device,
-            mlm_head=mlm_head,
-            loggers=[JsonlLogger(folder / HISTORY)] if ranks.rank == 0 else [],
-            folder=folder,
-            console=console,
-            status=status,
-            stop=stop,
-            started=started,
-            resume=resume,
-            ranks=ranks,
-        )
-        leave(ranks)
-        if ranks.rank:
+    run = _join_ranks(run)
+    run, parts = _prepare(run)
+    _record_inputs(run, parts)
+    if run.checkpoint:
+        log.info("resuming after step %d", run.checkpoint.step)
+    elif run.is_main and parts.data.dev is not None:
+        _score_frozen(run, parts)
+    with _wandb(run) as wandb_run:
+        loggers = _loggers(run)
+        fitted = fit(run, parts, loggers)
+        leave_process_group(run.ranks)
+        if not run.is_main:
             return {}
-        summary = {
-            "rows": len(data.token_rows),
-            "steps": fitted.steps,
-            "best_step": fitted.best_step,
-            "dev": data.dev.name if data.dev else None,
-            "dev_spearman": None if fitted.dev_score is None else round(100 * fitted.dev_score, 4),
-            "seed": config.seed,
-        }
-        save_adapter(encoder.to("cpu"), folder / ADAPTER, training=summary)
-        if data.dev or config.evaluation.tasks:
-            log.info(
-                "evaluating %s", "the adapter and the frozen encoder" if config.evaluation.frozen else "the adapter"
-            )
-        with stages(console) as report:
-            evaluation = _evaluate(config, folder / ADAPTER, data.dev, device.type, report)
-    except BaseException:
-        if wandb_run:
-            wandb_run.finish(exit_code=1)
-        raise
-    rows = data.token_rows
-    results = {
-        "scores": headline(evaluation),
-        **summary,
-        "trained_parameters": trained,
-        "trained_share": trained / total,
-        "training_seconds": round(fitted.seconds, 2),
-        "rows_per_second": round(fitted.rows_per_second, 2),
-        "seconds": round(fitted.earlier_seconds + time.perf_counter() - started, 2),
-        "tokens": {"cache": rows.fingerprint, "truncated": rows.truncated, "skipped_rows": len(rows.bad_rows)},
-        "evaluation": evaluation,
-        "versions": {"promcse_pl": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "machine": {"device": device.type, "threads": torch.get_num_threads(), "precision": config.trainer.precision},
-    }
-    write_text(folder / RESULTS, json.dumps(hide_home(results), indent=2) + "\n")
-    for warning in evaluation.get("warnings", ()):
-        log.warning("%s", warning)
-    for table in tables(evaluation):
-        console.print(table)
-    if wandb_run:
-        finish_wandb(wandb_run, results, folder / ADAPTER)
-    log.info("adapter: %s (%.0f s in all)", folder / ADAPTER, results["seconds"])
+        summary = _summarize(run.config, parts.data, fitted)
+        save_adapter(parts.encoder.to("cpu"), run.folder / ADAPTER, training=summary)
+        evaluation = _evaluate(run, parts)
+    results = _collect_results(run, parts, fitted, summary, evaluation)
+    _record(run, results, wandb_run, loggers)
     return results
 
 
-def _evaluate(config: Config, adapter: Path, dev: Any, device: str, report: Any) -> dict[str, Any]:  # noqa: ANN401
-    """Score the adapter as it lies on disk, beside the frozen encoder if asked, in float32; nothing to score on: {}."""
-    from promcse_pl.data.sources import cache_dir, data_dir
-    from promcse_pl.embedder import PromCSE
-    from promcse_pl.evaluation.suite import evaluate
-    from promcse_pl.evaluation.targets import Member, Target, frozen_target
-    from promcse_pl.evaluation.tasks import load_tasks, pair_task
-    from promcse_pl.evaluation.vectors import VectorCache
-
-    tasks = load_tasks(config.evaluation.tasks, data_dir(config.data))
-    if dev is not None:
-        tasks.append(pair_task("dev", "dev", [dev]))
-    if not tasks:
-        return {}
-    model = PromCSE.load(adapter, device=device)
-    targets = [Target("adapter", "adapter", (Member(lambda: model, config.seed),))]
-    if config.evaluation.frozen:
-        targets = [frozen_target(model), *targets]
-    return evaluate(targets, tasks, VectorCache(cache_dir(config.data.cache_dir) / "vectors"), report)
+# --- prepare ----------------------------------------------------------------------------------------------------------
 
 
-def _report_rows(data: Any, folder: Path, ranks: Ranks) -> None:  # noqa: ANN401  (PromcseDataModule, imported late)
+def _join_ranks(run: RunContext) -> RunContext:
+    """Join the other ranks, check that all have the same settings and code, and use the folder of rank 0.
+
+    Under torchrun, each process composes its own config, with its own time in the name of the folder.
+    """
+    join_process_group(run.ranks, run.config.trainer)
+    check_equal_on_ranks(facts_of_rank(run.config, run.checkpoint.step if run.checkpoint else None))
+    folder = gather_values(run.folder)[0]
+    if folder != run.folder:
+        with suppress(OSError):
+            run.folder.rmdir()
+    return dataclasses.replace(run, folder=folder)
+
+
+def _prepare(run: RunContext) -> tuple[RunContext, Parts]:
+    """Resolve the config on this machine, load the encoder and tokenise the data."""
+    config, device = resolve_machine(Config.from_dict(hide_home(run.config.to_dict())))
+    pl.seed_everything(config.seed, verbose=False)
+    if run.is_main:
+        run.console.print(config_tree(config.to_dict()))
+    encoder = build_encoder(config)
+    model = dataclasses.replace(config.model, revision=encoder.backbone.identity.revision)  # the commit that was read
+    config = dataclasses.replace(config, model=model)
+    mlm_head = build_mlm_head(config, encoder.backbone)
+    with rank_zero_first(run.ranks), progress_bar(run.console, "tokenising", None) as progress:
+        data = build_data(config, encoder, progress)
+    run, parts = dataclasses.replace(run, config=config), Parts(device, encoder, mlm_head, data)
+    _report_data(run, data)
+    trained, total = _count_parameters(parts)
+    log.info("trained: %s of %s parameters (%.2f %%)", f"{trained:,}", f"{total:,}", 100 * trained / total)
+    return run, parts
+
+
+def _record_inputs(run: RunContext, parts: Parts) -> None:
+    """Record the inputs of a new run or compare them with those of a resumed one; check that all ranks have the same."""
+    inputs = describe_inputs(run.config, parts.encoder, parts.data)
+    if run.is_main:
+        record_inputs(run.folder, inputs)
+        write_config(run.typed, run.folder / CONFIG, run.config)
+    check_equal_on_ranks({name: inputs[name]["sha256"] for name in ("data.train", "data.dev", "model.path")})
+
+
+def _count_parameters(parts: Parts) -> tuple[int, int]:
+    """Return the number of trained and of all parameters of the encoder."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in parts.encoder.parameters()]
+    return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
+
+
+def _report_data(run: RunContext, data: PromcseDataModule) -> None:
+    """Log how the training file is read, the first row, the size of the data and the dev set; list skipped rows."""
     rows = data.token_rows
     for note in data.notes:
         log.info("%s", note)
     titles = TRAINING_ROWS[rows.width].titles
-    shown = (f"{title} {_excerpt(text)}" for title, text in zip(titles, data.example, strict=True))
-    log.info("first row: %s", ", ".join(shown))
-    log.info(
-        "%s: %s rows, %s tokens (%s)",
-        data.config.train,
-        f"{len(rows):,}",
-        f"{rows.tokens_total:,}",
-        "from the cache" if rows.reused else "tokenised now",
-    )
+    texts = (f"{title} {_excerpt(text)}" for title, text in zip(titles, data.example, strict=True))
+    log.info("first row: %s", ", ".join(texts))
+    origin = "from the cache" if rows.reused else "tokenised now"
+    log.info("%s: %s rows, %s tokens (%s)", data.config.train, f"{len(rows):,}", f"{rows.tokens_total:,}", origin)
     if len(rows) < data.config.batch_size:
         log.info(
             "%d rows are fewer than data.batch_size=%d: each epoch is one step. For about 10 steps per epoch: data.batch_size=%d",
@@ -211,9 +155,9 @@ def _report_rows(data: Any, folder: Path, ranks: Ranks) -> None:  # noqa: ANN401
         )
     _report_truncation(data)
     if rows.bad_rows:
-        if ranks.rank == 0:
-            write_text(folder / BAD_ROWS, "".join(f"{hide_home(str(row))}\n" for row in rows.bad_rows))
-        log.warning("%d bad rows were skipped; they are listed in %s", len(rows.bad_rows), folder / BAD_ROWS)
+        if run.is_main:
+            write_text(run.folder / BAD_ROWS, "".join(f"{hide_home(str(row))}\n" for row in rows.bad_rows))
+        log.warning("%d bad rows were skipped; they are listed in %s", len(rows.bad_rows), run.folder / BAD_ROWS)
     if data.dev is None:
         log.info("no development set: the last step is kept")
     else:
@@ -222,45 +166,42 @@ def _report_rows(data: Any, folder: Path, ranks: Ranks) -> None:  # noqa: ANN401
 
 def _excerpt(text: str) -> str:
     """Return the start of a text in quotes, control characters escaped."""
-    return repr(text if len(text) <= EXCERPT else f"{text[: EXCERPT - 1]}…")
+    return repr(text if len(text) <= EXCERPT_LENGTH else f"{text[: EXCERPT_LENGTH - 1]}…")
 
 
-def _report_truncation(data: Any) -> None:  # noqa: ANN401  (PromcseDataModule)
+def _report_truncation(data: PromcseDataModule) -> None:
+    """Log how many sentences are truncated, as a warning above `TRUNCATED_SHARE`."""
     rows, length = data.token_rows, data.config.max_length
-    share = rows.truncated / (len(rows) * rows.width)
-    most = min(data.longest_input, 512)
     if not rows.truncated:
         return
+    share = rows.truncated / (len(rows) * rows.width)
+    longest = min(data.longest_input, 512)
     message = f"{100 * share:.1f} % of the sentences ({rows.truncated:,}) are truncated to {length} tokens"
     if share <= TRUNCATED_SHARE:
         log.info("%s", message)
-    elif most > length:
-        advised = min(2 * length, most)
-        log.warning("%s. To truncate fewer: data.max_length=%d (the maximum here is %d)", message, advised, most)
+    elif longest > length:
+        advised = min(2 * length, longest)
+        log.warning("%s. To truncate fewer: data.max_length=%d (the maximum here is %d)", message, advised, longest)
     else:
         log.warning("%s, the maximum of data.max_length for this encoder", message)
 
 
-def _score_frozen(config: Config, encoder: Any, data: Any, device: Any, console: Console) -> None:  # noqa: ANN401
+def _score_frozen(run: RunContext, parts: Parts) -> None:
     """Log the frozen encoder's dev score, as a warning if it suggests wrong columns or a reversed score scale.
 
-    The embeddings are cached for later runs, and for the final evaluation if it uses the same precision.
+    The embeddings are cached for later runs, and for the final evaluation if it uses the same precision. Random generators and
+    the mode of the encoder are not changed.
     """
-    import numpy as np
-
-    from promcse_pl.data.sources import cache_dir
-    from promcse_pl.embedder import PromCSE
-    from promcse_pl.evaluation.correlation import spearman
-    from promcse_pl.evaluation.sts import score_task
-    from promcse_pl.evaluation.targets import frozen_target
-    from promcse_pl.evaluation.vectors import VectorCache
-
+    data, encoder = parts.data, parts.encoder
+    assert data.dev is not None
     modes = [(module, module.training) for module in encoder.modules()]
-    model = frozen_target(PromCSE(encoder.to(device), data.tokenizer)).members[0].load()
+    model = frozen_target(PromCSE(encoder.to(parts.device), data.tokenizer)).members[0].load()
     sentences = [*data.dev.first, *data.dev.second]
     try:
-        with progress_bar(console, "scoring the frozen encoder on the dev set", len(set(sentences))) as progress:
-            vectors = VectorCache(cache_dir(config.data.cache_dir) / "vectors").vectors(model, sentences, progress)
+        with progress_bar(run.console, "scoring the frozen encoder on the dev set", len(set(sentences))) as progress:
+            vectors = EmbeddingCache(cache_dir(run.config.data.cache_dir) / "vectors").embeddings(
+                model, sentences, progress
+            )
         score = score_task([data.dev], vectors).all.spearman
         highest = spearman(np.argsort(np.argsort(data.dev.gold, kind="stable")), data.dev.gold)
     except DataError as error:
@@ -275,13 +216,102 @@ def _score_frozen(config: Config, encoder: Any, data: Any, device: Any, console:
             "data.dev=FILE with more or harder pairs",
             100 * score,
         )
-        return
-    if score >= MIN_FROZEN_SCORE:
+    elif warning := score_warning(score, f"data.dev={run.config.data.dev} and data.train"):
+        log.warning("frozen encoder: dev %s", warning)
+    else:
         log.info("frozen encoder: dev Spearman %.2f", 100 * score)
-        return
-    log.warning(
-        "frozen encoder: dev Spearman %.2f, but a pre-trained encoder usually scores well above 0. Check the columns of "
-        "data.dev=%s and data.train, and that higher scores mean more similar",
-        100 * score,
-        config.data.dev,
+
+
+# --- track, evaluate, record ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _wandb(run: RunContext) -> Iterator[WandbRun | None]:
+    """Open the W&B run, and mark it as failed if the block raises; None if W&B is disabled."""
+    wandb_run = (
+        start_wandb(run.config, run.folder, run.status.wandb_id) if run.is_main and run.status.wandb_id else None
     )
+    try:
+        yield wandb_run
+    except BaseException:
+        if wandb_run:
+            wandb_run.finish(exit_code=1)
+        raise
+
+
+def _loggers(run: RunContext) -> list[Logger]:
+    """Return the Lightning loggers of rank 0: the history, that of `tracking.logger` and those given in Python."""
+    if not run.is_main:
+        return []
+    logger = build_logger(run.config, run.folder, run.checkpoint.step if run.checkpoint else 0)
+    return [JsonlLogger(run.folder / HISTORY), *([logger] if logger else []), *run.loggers]
+
+
+def _evaluate(run: RunContext, parts: Parts) -> dict[str, Any]:
+    """Evaluate the saved adapter, and the frozen encoder if configured, in float32; return {} if there is no task."""
+    config, adapter = run.config, run.folder / ADAPTER
+    tasks = load_tasks(config.evaluation.tasks, data_dir(config.data))
+    if parts.data.dev is not None:
+        tasks.append(pair_task("dev", "dev", [parts.data.dev]))
+    if not tasks:
+        return {}
+    log.info("evaluating %s", "the adapter and the frozen encoder" if config.evaluation.frozen else "the adapter")
+    with stages(run.console) as report:
+        model = PromCSE.load(adapter, device=parts.device.type)
+        targets = [Target("adapter", "adapter", (Member(lambda: model, config.seed),))]
+        if config.evaluation.frozen:
+            targets = [frozen_target(model), *targets]
+        return suite.evaluate(targets, tasks, EmbeddingCache(cache_dir(config.data.cache_dir) / "vectors"), report)
+
+
+def _summarize(config: Config, data: PromcseDataModule, fitted: Fitted) -> dict[str, Any]:
+    """Return the description of the training that is saved in results.json and in the adapter."""
+    return {
+        "rows": len(data.token_rows),
+        "steps": fitted.steps,
+        "best_step": fitted.best_step,
+        "dev": data.dev.name if data.dev else None,
+        "dev_spearman": None if fitted.dev_score is None else round(100 * fitted.dev_score, 4),
+        "seed": config.seed,
+    }
+
+
+def _collect_results(
+    run: RunContext, parts: Parts, fitted: Fitted, summary: dict[str, Any], evaluation: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the content of results.json."""
+    trained, total = _count_parameters(parts)
+    rows = parts.data.token_rows
+    return {
+        "scores": headline(evaluation),
+        **summary,
+        "trained_parameters": trained,
+        "trained_share": trained / total,
+        "training_seconds": round(fitted.seconds, 2),
+        "rows_per_second": round(fitted.rows_per_second, 2),
+        "seconds": round(fitted.earlier_seconds + time.perf_counter() - run.started, 2),
+        "tokens": {"cache": rows.fingerprint, "truncated": rows.truncated, "skipped_rows": len(rows.bad_rows)},
+        "evaluation": evaluation,
+        "versions": {"promcse_pl": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "machine": {
+            "device": parts.device.type,
+            "threads": torch.get_num_threads(),
+            "precision": run.config.trainer.precision,
+        },
+    }
+
+
+def _record(run: RunContext, results: dict[str, Any], wandb_run: WandbRun | None, loggers: Sequence[Logger]) -> None:
+    """Write results.json, print the score tables, log the test scores and finish the W&B run."""
+    write_text(run.folder / RESULTS, json.dumps(hide_home(results), indent=2) + "\n")
+    for warning in results["evaluation"].get("warnings", ()):
+        log.warning("%s", warning)
+    for table in tables(results["evaluation"]):
+        run.console.print(table)
+    scores = {score_key(task): score for task, score in results["scores"].get("adapter", {}).items() if task != "dev"}
+    for logger in loggers[1:] if scores else ():  # the history, the first one, ends with the training
+        logger.log_metrics(scores, results["steps"])
+        logger.finalize("success")
+    if wandb_run:
+        finish_wandb(wandb_run, results, run.folder / ADAPTER)
+    log.info("adapter: %s (%.0f s in all)", run.folder / ADAPTER, results["seconds"])

@@ -1,4 +1,4 @@
-"""The local history: one JSON object a line, always written, readable while the run goes on."""
+"""The local history, metrics.jsonl: one JSON object per line, always written, readable while the run is in progress."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from promcse_pl.utils.errors import DataError
 
 
 class JsonlLogger(Logger):
-    """Append every logged set of metrics to a file as {"step": ..., "name": value, ...}.
+    """Lightning logger that appends each set of metrics to a file as {"step": ..., "name": value, ...}.
 
     Args:
-        path: The file; made if absent.
+        path: The file; created if absent.
     """
 
     def __init__(self, path: Path) -> None:
@@ -26,12 +26,12 @@ class JsonlLogger(Logger):
 
     @property
     def name(self) -> str:
-        """The file's name."""
+        """Name of the file."""
         return self._path.name
 
     @property
     def version(self) -> str:
-        """There is one history per run."""
+        """Empty: a run has one history."""
         return ""
 
     @rank_zero_only
@@ -48,18 +48,4 @@ class JsonlLogger(Logger):
             raise DataError(f"cannot write {self._path}: {error.strerror}") from error
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        """Nothing: config.yaml beside the history holds them."""
-
-
-def read_history(path: str | Path) -> list[dict[str, Any]]:
-    """Return the entries of a history file, oldest first; a last line that was cut short is left out.
-
-    Raises:
-        DataError: The file is missing, or holds something else.
-    """
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as a history: {error}") from error
+        """Do nothing: config.yaml contains the settings."""

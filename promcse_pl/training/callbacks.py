@@ -1,4 +1,7 @@
-"""What watches a training run: development score, history, plain progress lines."""
+"""Lightning callbacks of a training run: dev evaluation, history, progress output.
+
+The class names are keys in checkpoints: renaming one breaks the resumption of runs that an earlier version started.
+"""
 
 from __future__ import annotations
 
@@ -28,15 +31,16 @@ log = logging.getLogger("promcse_pl")
 
 
 class BestByDev(pl.Callback):
-    """Score the test-time vector on development pairs every so many steps, keep the strictly better, restore it at the end.
+    """Evaluate the test-time embeddings on the dev set, keep the best step and restore its tensors at the end of training.
 
-    Of several processes the first one does it, and the others wait for it in the next step.
+    Only a strictly better score replaces the best step. Rank 0 evaluates; the other ranks wait for it in their next step.
 
     Args:
-        dev: The pairs.
-        tokenizer: Of the encoder.
-        every: Steps between two looks; the last step is always looked at.
-        save_to: Adapter folder that gets every better one at once, so that a run cut short leaves its best; None: no folder.
+        dev: The dev set.
+        tokenizer: Tokenizer of the encoder.
+        every: Steps between two evaluations; the last step is always evaluated.
+        save_to: Adapter folder that is overwritten at each better score, so that an interrupted run has its best adapter on
+            disk; None to save nothing.
     """
 
     def __init__(self, dev: ScoredPairs, tokenizer: Any, *, every: int, save_to: Path | None = None) -> None:
@@ -46,64 +50,52 @@ class BestByDev(pl.Callback):
         self.history: list[tuple[int, float]] = []
         self._best: dict[str, Tensor] = {}
 
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        *_: Any,
-        **__: Any,
-    ) -> None:
-        """Look at the development set when it is time."""
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any) -> None:
+        """Evaluate every `every` steps and at the last step."""
         assert isinstance(pl_module, PromcseModule)
         step = trainer.global_step
         if trainer.is_global_zero and (step % self.every == 0 or step >= pl_module.total_steps):
-            self._look(trainer, pl_module, step)
+            self._evaluate(trainer, pl_module, step)
 
-    def _look(self, trainer: pl.Trainer, module: PromcseModule, step: int) -> None:
+    def _evaluate(self, trainer: pl.Trainer, module: PromcseModule, step: int) -> None:
         score = score_pairs(PromCSE(module.encoder, self.tokenizer).encode, self.dev).spearman
         self.history.append((step, score))
         if self.best_score is None or score > self.best_score:
             self.best_score, self.best_step = score, step
             self._best = {name: tensor.detach().clone() for name, tensor in module.encoder.state_dict().items()}
             if self.save_to is not None:
-                save_adapter(
-                    module.encoder, self.save_to, training={"best_step": step, "dev_spearman": round(100 * score, 4)}
-                )
+                training = {"best_step": step, "dev_spearman": round(100 * score, 4)}
+                save_adapter(module.encoder, self.save_to, training=training)
+        percent, best = 100 * score, 100 * self.best_score
         for logger in trainer.loggers:
-            logger.log_metrics({"dev/spearman": 100 * score, "dev/best_spearman": 100 * self.best_score}, step=step)
-        module.log("dev", 100 * score, prog_bar=True, logger=False)
-        log.info(
-            "step %d: dev Spearman %.2f (best %.2f at step %d)",
-            step,
-            100 * score,
-            100 * self.best_score,
-            self.best_step,
-        )
+            logger.log_metrics({"dev/spearman": percent, "dev/best_spearman": best}, step=step)
+        module.log("dev", percent, prog_bar=True, logger=False)
+        log.info("step %d: dev Spearman %.2f (best %.2f at step %d)", step, percent, best, self.best_step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs."""
+        """Return the scores so far and the tensors of the best step."""
         return {"score": self.best_score, "step": self.best_step, "history": self.history, "best": self._best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what an earlier process had found."""
+        """Restore the state of `state_dict`."""
         self.best_score, self.best_step = state_dict["score"], state_dict["step"]
         self.history, self._best = list(state_dict["history"]), dict(state_dict["best"])
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Put the best tensors back."""
+        """Restore the tensors of the best step."""
         if self._best:
             assert isinstance(pl_module, PromcseModule)
             pl_module.encoder.load_state_dict(self._best)
 
 
 class History(pl.Callback):
-    """Log what a step was: loss parts, gradient norm, learning rate, and rows/s, tokens/s and padding since the last entry.
+    """Log loss terms, gradient norm, learning rate, and the speed and padding since the last entry.
 
-    The looks at the development set are left out of the times. Of several processes the rows and tokens are added up.
+    Dev evaluation is not part of the measured time. Rows and tokens are summed over all ranks.
 
     Args:
         every: Steps between two entries.
-        chunk_tokens: Of the encoder, for the padding share.
+        chunk_tokens: Chunk size of the encoder, for the padding share.
     """
 
     def __init__(self, every: int, chunk_tokens: int | None) -> None:
@@ -113,30 +105,24 @@ class History(pl.Callback):
         self._seconds, self._start, self._lr = 0.0, 0.0, 0.0
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
-        """Start the clock of a step and note its learning rate."""
+        """Start the clock of a step and record its learning rate."""
         self._lr = trainer.optimizers[0].param_groups[0]["lr"]
         self._start = time.perf_counter()
 
     def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: TrainBatch,
-        batch_idx: int,
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: TrainBatch, batch_idx: int
     ) -> None:
-        """Count the step and log when it is time."""
+        """Add the step to the counts; log an entry every `every` steps."""
         assert isinstance(pl_module, PromcseModule)
         if batch.tokens.ids_NT.is_cuda:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - self._start
-        self._seconds += seconds
-        tokens = batch.tokens
-        own = [len(batch.rows_B), int(tokens.mask_NT.sum()), padded_tokens(tokens.mask_NT, self.chunk_tokens)]
-        rows, real_tokens, padded = sum_over_ranks(torch.tensor(own)).tolist()
+        mask_NT = batch.tokens.mask_NT
+        counts = [len(batch.rows_B), int(mask_NT.sum()), padded_tokens(mask_NT, self.chunk_tokens)]
+        rows, real_tokens, padded = sum_over_ranks(torch.tensor(counts)).tolist()
         self.total_rows, self.total_seconds = self.total_rows + rows, self.total_seconds + seconds
-        self.rows, self.real_tokens = self.rows + rows, self.real_tokens + real_tokens
-        self.padded_tokens += padded
+        self.rows, self._seconds = self.rows + rows, self._seconds + seconds
+        self.real_tokens, self.padded_tokens = self.real_tokens + real_tokens, self.padded_tokens + padded
         if trainer.global_step % self.every:
             return
         metrics = {
@@ -152,42 +138,37 @@ class History(pl.Callback):
         self._seconds = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs: the counts since the last entry and of all."""
+        """Return the counts since the last entry and since the start of the run."""
         names = ("rows", "real_tokens", "padded_tokens", "total_rows", "total_seconds", "_seconds")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over an earlier process's counts."""
+        """Restore the state of `state_dict`."""
         vars(self).update(state_dict)
 
 
 class ProgressLines(pl.Callback):
-    """A line every tenth of the run, for output that is not a terminal.
+    """Log a line with the loss at every history entry and at the last step, for output that is not a terminal.
 
     Args:
-        seconds: Gives the seconds of training so far, those before a resumption included.
+        every: Steps between two lines.
+        seconds: Returns the training time of the run so far, in seconds, earlier processes included.
     """
 
-    def __init__(self, seconds: Callable[[], float]) -> None:
-        self.seconds = seconds
+    def __init__(self, every: int, seconds: Callable[[], float]) -> None:
+        self.every, self.seconds = every, seconds
 
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        *_: Any,
-        **__: Any,
-    ) -> None:
-        """Write a line when another tenth is done."""
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any) -> None:
+        """Log a line every `every` steps and at the last step."""
         assert isinstance(pl_module, PromcseModule)
         step, steps = trainer.global_step, pl_module.total_steps
-        if step * 10 // steps > (step - 1) * 10 // steps:
+        if step % self.every == 0 or step >= steps:
             loss = float(trainer.callback_metrics["loss"])
             log.info("step %d of %d: loss %.3f, %.0f s", step, steps, loss, self.seconds())
 
 
 class ProgressBar(pl.Callback):
-    """A bar over all steps of the run, with loss and development score, for a terminal.
+    """Show one progress bar over all steps of the run, with loss and dev score, on a terminal.
 
     Args:
         console: The terminal.
@@ -203,25 +184,17 @@ class ProgressBar(pl.Callback):
         self.report = self._bar.enter_context(stages(self.console))
         self.report("training", trainer.global_step, pl_module.total_steps)
 
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        *_: Any,
-        **__: Any,
-    ) -> None:
-        """Move it on."""
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any) -> None:
+        """Update the bar."""
         assert isinstance(pl_module, PromcseModule)
-        metrics = trainer.callback_metrics
-        parts = [
-            f"{name} {float(metrics[name]):.{digits}f}" for name, digits in (("loss", 3), ("dev", 2)) if name in metrics
-        ]
+        metrics, digits = trainer.callback_metrics, {"loss": 3, "dev": 2}
+        parts = [f"{name} {float(metrics[name]):.{digits[name]}f}" for name in digits if name in metrics]
         self.report(f"training: {', '.join(parts)}", trainer.global_step, pl_module.total_steps)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take it away."""
+        """Remove the bar."""
         self._bar.close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Take it away."""
+        """Remove the bar."""
         self._bar.close()

@@ -1,7 +1,7 @@
-"""Where a run stands, on disk: enough to go on as if nothing had happened, without pickle, whole or absent.
+"""Checkpoints of a run: written atomically, verified by a checksum, without pickle and without the frozen encoder.
 
-A checkpoint is a folder checkpoints/step-N with tensors.safetensors and state.json. It is written atomically
-(`promcse_pl.utils.files.publish`); a checksum detects damage. The frozen encoder is not in it.
+A checkpoint is a folder checkpoints/step-N with tensors.safetensors and state.json. A run that resumes from one is bit-identical
+to an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import random
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,59 +26,45 @@ from torch import Tensor
 
 from promcse_pl.data.batch import TrainBatch
 from promcse_pl.losses.gather import sum_over_ranks
-from promcse_pl.run_folder import CHECKPOINTS, HISTORY, NON_FINITE, Status, checkpoint_folders, write_status
-from promcse_pl.training.distributed import of_every_rank
+from promcse_pl.run_folder import CHECKPOINTS, HISTORY, NON_FINITE, checkpoint_folders, write_status
+from promcse_pl.training.context import Checkpoint, RunContext
+from promcse_pl.training.distributed import gather_values
 from promcse_pl.training.module import PromcseModule
 from promcse_pl.utils.errors import DataError, NonFiniteError
 from promcse_pl.utils.files import publish, staging_folder, sync, write_bytes
 from promcse_pl.utils.paths import require_regular_file
-from promcse_pl.utils.signals import Stopped, StopSignals
+from promcse_pl.utils.signals import Stopped
 
 log = logging.getLogger("promcse_pl")
 
 FORMAT = 1
 TENSORS, STATE = "tensors.safetensors", "state.json"
-KEPT = 2
-"""Checkpoints that stay: should the newest turn out to be torn, there is another."""
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """A valid checkpoint.
-
-    Attributes:
-        path: Its folder.
-        step: Optimiser steps done.
-        history_bytes: Size of the run's history at that step.
-        state: What Lightning saved.
-    """
-
-    path: Path
-    step: int
-    history_bytes: int
-    state: dict[str, Any]
+KEPT_CHECKPOINTS = 2
+"""If the newest checkpoint is damaged, the one before it is used."""
 
 
 def newest_checkpoint(run: Path) -> Checkpoint | None:
-    """Return the newest checkpoint of a run's folder that is whole; None if there is none."""
+    """Return the newest valid checkpoint of a run folder; None if there is none."""
     history = run / HISTORY
-    there = checkpoint_folders(run)
-    for path in reversed(there):
+    history_bytes = history.stat().st_size if history.is_file() else 0
+    folders = checkpoint_folders(run)
+    for path in reversed(folders):
         try:
-            found = read_checkpoint(path)
-            if (history.stat().st_size if history.is_file() else 0) < found.history_bytes:
-                raise DataError(f"{path} does not fit {HISTORY}, which is shorter than it was at that step")
-            return found
+            checkpoint = read_checkpoint(path)
+            if history_bytes < checkpoint.history_bytes:
+                raise DataError(f"{path} does not match {HISTORY}, which is shorter than at that step")
+            return checkpoint
         except DataError as error:
-            log.warning("%s; %s", error, "the run starts over" if path == there[0] else "an older one is taken")
+            consequence = "the run starts from step 0" if path == folders[0] else "the previous checkpoint is used"
+            log.warning("%s; %s", error, consequence)
     return None
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint's folder.
+    """Read and verify a checkpoint folder.
 
     Raises:
-        DataError: A file is missing, cut short, changed, or of a newer format.
+        DataError: A file is missing, truncated, changed, or of a newer format.
     """
     try:
         stored = json.loads(require_regular_file(path / STATE).read_bytes())
@@ -92,7 +77,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{path} is not a whole checkpoint ({type(error).__name__}: {error})") from error
+        raise DataError(f"{path} is not a valid checkpoint ({type(error).__name__}: {error})") from error
 
 
 def _checksum(stored: dict[str, Any], tensors: bytes) -> str:
@@ -101,20 +86,20 @@ def _checksum(stored: dict[str, Any], tensors: bytes) -> str:
 
 
 class RunCheckpoints(CheckpointIO):
-    """Lightning's door to the folders above.
+    """Lightning plugin that reads and writes checkpoints in this format.
 
     Args:
-        run: The run's folder.
+        run: The run folder.
     """
 
     def __init__(self, run: Path) -> None:
         self.run = run
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write a checkpoint and remove those that are too old.
+        """Write a checkpoint atomically and remove older ones, except the last `KEPT_CHECKPOINTS`.
 
         Raises:
-            DataError: It cannot be written; what was there before is untouched.
+            DataError: It cannot be written; existing checkpoints are unchanged.
         """
         folder, tensors = Path(path), dict[str, Tensor]()
         history = self.run / HISTORY
@@ -134,17 +119,14 @@ class RunCheckpoints(CheckpointIO):
                 (staged / STATE).write_bytes(json.dumps(stored).encode())
                 publish(staged, folder, replace=True)  # an existing checkpoint of this step is damaged
         except OSError as error:
-            raise DataError(f"cannot save the run to {folder}: {error.strerror or error}") from error
-        for path in checkpoint_folders(self.run)[:-KEPT]:
+            raise DataError(f"cannot write the checkpoint {folder}: {error.strerror or error}") from error
+        for path in checkpoint_folders(self.run)[:-KEPT_CHECKPOINTS]:
             shutil.rmtree(path, ignore_errors=True)
 
     def load_checkpoint(
-        self,
-        path: Any,
-        map_location: Any | None = None,
-        weights_only: bool | None = None,
+        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a checkpoint for Lightning."""
+        """Return the state in a checkpoint."""
         return read_checkpoint(Path(path)).state
 
     def remove_checkpoint(self, path: Any) -> None:
@@ -153,7 +135,7 @@ class RunCheckpoints(CheckpointIO):
 
 
 def _to_plain(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """Return JSON for a tree of plain values; its tensors are moved to `tensors` and referred to by name."""
+    """Return a JSON value for a tree of plain values; tensors are added to `tensors` and referenced by name."""
     match value:
         case Tensor():
             tensors[name := str(len(tensors))] = value.detach().cpu().contiguous()
@@ -166,11 +148,11 @@ def _to_plain(value: Any, tensors: dict[str, Tensor]) -> Any:
             return {"tuple": [_to_plain(item, tensors) for item in value]}
         case None | bool() | int() | float() | str():
             return value
-    raise TypeError(f"a checkpoint holds no {type(value).__name__}")
+    raise TypeError(f"a checkpoint can contain plain values and tensors, but not {type(value).__name__}")
 
 
 def _from_plain(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Undo `_to_plain`."""
+    """Invert `_to_plain`."""
     match value:
         case {"tensor": str(name)}:
             return tensors[name]
@@ -182,12 +164,12 @@ def _from_plain(value: Any, tensors: Mapping[str, Tensor]) -> Any:
             return tuple(_from_plain(item, tensors) for item in items)
         case None | bool() | int() | float() | str():
             return value
-    raise DataError(f"a checkpoint holds no {str(value)[:80]}")
+    raise DataError(f"unknown value in a checkpoint: {str(value)[:80]}")
 
 
 def random_state() -> dict[str, Any]:
-    """Return the state of every random generator of this process as plain values and tensors."""
-    state: Any = np.random.get_state()  # the global one: we draw nothing from it, but a library may
+    """Return the state of all random generators of this process as plain values and tensors."""
+    state: Any = np.random.get_state()  # numpy's global generator: this package does not use it, but a library may
     return {
         "python": random.getstate(),
         "numpy": (state[0], torch.from_numpy(state[1].astype(np.int64)), *state[2:]),
@@ -197,15 +179,15 @@ def random_state() -> dict[str, Any]:
 
 
 def seed_rank(seed: int, rank: int) -> None:
-    """Give a rank other than the first random numbers of its own: its dropout masks must not be those of rank 0's rows."""
-    own = int(np.random.SeedSequence([seed, rank]).generate_state(1)[0])
-    random.seed(own)
-    np.random.seed(own)
-    torch.manual_seed(own)
+    """Seed a rank other than 0, so that its dropout masks differ from those of rank 0."""
+    rank_seed = int(np.random.SeedSequence([seed, rank]).generate_state(1)[0])
+    random.seed(rank_seed)
+    np.random.seed(rank_seed)
+    torch.manual_seed(rank_seed)
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put every random generator of this process where it was."""
+    """Restore the state of all random generators of this process."""
     name, keys, *rest = state["numpy"]
     random.setstate(state["python"])
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
@@ -215,66 +197,60 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 class Saver(pl.Callback):
-    """Save the run every so many steps, at the last one, and when a signal asks to stop. It must be the last callback.
+    """Save a checkpoint every `trainer.save_every` steps, at the last step and when a signal stops the run.
 
-    All ranks stop after the same step, whichever of them got the signal.
+    All ranks stop after the same step, whichever of them received the signal. It must be the last callback: a checkpoint contains
+    the state of the others after the step.
 
     Args:
-        run: The run's folder.
-        every: Steps between two saves; None: only at the last step and at a signal.
-        stop: The signals.
-        status: Where the run stands at the start; its step is kept up to date.
-        seed: Of the run.
-        started: When this process began with the run, imports included (`time.perf_counter`).
+        run: The run.
     """
 
-    def __init__(
-        self, run: Path, *, every: int | None, stop: StopSignals, status: Status, seed: int, started: float
-    ) -> None:
-        self.run, self.every, self.stop, self.status, self.seed = run, every, stop, status, seed
+    def __init__(self, run: RunContext) -> None:
+        self.run = run
         self.seconds = self.training_seconds = 0.0
-        """Of the run, and of its training alone, before this process; what was lost after the last save is not in it."""
+        """Duration of the run and of its training in earlier processes, up to the checkpoint that was resumed from."""
         self._random: list[dict[str, Any]] | None = None
-        self._started, self._training_started = started, time.perf_counter()
+        self._training_started = time.perf_counter()
         self._batch: TrainBatch | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the signals over from Lightning, and the random generators to where the save left them; say how long it is."""
+        """Write the number of steps to status.json, replace Lightning's signal handlers and restore or seed the generators."""
         assert isinstance(pl_module, PromcseModule)
         if trainer.is_global_zero:
-            write_status(self.run, self.status.at(trainer.global_step, pl_module.total_steps))
-        self.stop.install()
+            write_status(self.run.folder, self.run.status.at(trainer.global_step, pl_module.total_steps))
+        self.run.stop.install()
         if self._random is not None:
             set_random_state(self._random[trainer.global_rank])
         elif trainer.global_rank:
-            seed_rank(self.seed, trainer.global_rank)
+            seed_rank(self.run.config.seed, trainer.global_rank)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: TrainBatch, batch_idx: int
     ) -> None:
-        """Keep the batch for an inspection, should its loss not be finite."""
+        """Keep the batch, to write it to disk if its loss is not finite."""
         self._batch = batch
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any) -> None:
-        """Save if it is time, and stop if a signal asked for it."""
+        """Save a checkpoint if it is due; stop if a rank has received a signal."""
         assert isinstance(pl_module, PromcseModule)
-        step, steps = trainer.global_step, pl_module.total_steps
-        stopping = max(sum_over_ranks(self._received(trainer)).tolist())
-        if stopping or step >= steps or (self.every and step % self.every == 0):
-            trainer.save_checkpoint(self.run / CHECKPOINTS / f"step-{step}")
+        step, steps, every = trainer.global_step, pl_module.total_steps, self.run.config.trainer.save_every
+        signum = max(sum_over_ranks(self._received(trainer)).tolist())
+        if signum or step >= steps or (every and step % every == 0):
+            trainer.save_checkpoint(self.run.folder / CHECKPOINTS / f"step-{step}")
             if trainer.is_global_zero:
-                write_status(self.run, self.status.at(step, steps))
-        if stopping:
-            raise Stopped(stopping)
+                write_status(self.run.folder, self.run.status.at(step, steps))
+        if signum:
+            raise Stopped(signum)
 
     def _received(self, trainer: pl.Trainer) -> Tensor:
-        """Return the signal that each rank has received, 0 for none; each knows its own."""
+        """Return a vector of one entry per rank, with the signal that this rank has received or 0."""
         received = torch.zeros(trainer.world_size, dtype=torch.int64)
-        received[trainer.global_rank] = self.stop.received or 0
+        received[trainer.global_rank] = self.run.stop.received or 0
         return received
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave the batch and the prompt of a loss that is not finite for inspection."""
+        """Write the batch and the prompt of a non-finite loss to the run folder."""
         if not isinstance(exception, NonFiniteError) or self._batch is None:
             return
         assert isinstance(pl_module, PromcseModule)
@@ -284,7 +260,7 @@ class Saver(pl.Callback):
             "batch.mask": tokens.mask_NT,
             "batch.rows": self._batch.rows_B,
         }
-        path = self.run / NON_FINITE
+        path = self.run.folder / NON_FINITE
         if trainer.global_rank:
             path = path.with_stem(f"{path.stem}-rank{trainer.global_rank}")
         try:
@@ -292,21 +268,21 @@ class Saver(pl.Callback):
         except DataError as error:
             log.warning("%s", error)
         else:
-            log.info("the prompt before that step and its batch are in %s", path)
+            log.info("the batch and the prompt before that step are saved in %s", path)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the random states of all ranks, taken after everything else of the step, and the seconds so far."""
+        """Return the random states of all ranks after the step, and the durations so far."""
         return {
-            "random": of_every_rank(random_state()),
+            "random": gather_values(random_state()),
             "seconds": self.total_training_seconds(),
-            "run_seconds": self.seconds + time.perf_counter() - self._started,
+            "run_seconds": self.seconds + time.perf_counter() - self.run.started,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over an earlier process's state; the generators follow when training starts."""
+        """Restore the durations; the random states follow when training starts."""
         self._random, self.training_seconds = state_dict["random"], state_dict["seconds"]
         self.seconds = state_dict.get("run_seconds", self.training_seconds)  # absent: saved by an earlier version
 
     def total_training_seconds(self) -> float:
-        """Seconds of training, of all processes that took part one after another."""
+        """Return the training time of the run, earlier processes included."""
         return self.training_seconds + time.perf_counter() - self._training_started

@@ -1,4 +1,4 @@
-"""The LightningModule: wiring of encoder, hybrid loss and optimiser, nothing else."""
+"""The LightningModule: connects encoder, hybrid loss and optimiser."""
 
 # B rows, N = views x B sentences, D width
 
@@ -25,17 +25,17 @@ class PromcseModule(pl.LightningModule):
     """Trains the prompt (and heads) of a prompt encoder.
 
     Args:
-        encoder: The model; its backbone takes no gradient and enters no checkpoint.
-        loss: Weights of the terms.
-        optim: Learning rate and clipping.
+        encoder: The model; its backbone has no gradient and is not part of checkpoints.
+        loss: Weights of the loss terms.
+        optim: Learning rate and gradient clipping.
         total_steps: Step at which the learning rate reaches 0.
         chunk_tokens, recompute: See `PromptEncoder.forward`.
-        mlm_head: For the MLM task; trained along, not part of the adapter.
-        official_gradient: With several ranks, leave the gradient at 1 / ranks of the single process's, and each rank's MLM loss
-            a mean of its own, as the official code does. Otherwise loss and gradient are those of a single process.
+        mlm_head: Head of the MLM task; trained with the prompt, but not part of the adapter.
+        official_gradient: With several ranks, scale the gradient by 1 / ranks and average the MLM loss per rank, as the official
+            code does. By default, loss and gradient equal those of a single process.
     """
 
-    def __init__(
+    def __init__(  # 8 parameters: each is independent, and most have a default
         self,
         encoder: PromptEncoder,
         *,
@@ -52,16 +52,16 @@ class PromcseModule(pl.LightningModule):
         self.loss, self.optim, self.total_steps = loss, optim, total_steps
         self.chunk_tokens, self.recompute = chunk_tokens, recompute
         self.entry: dict[str, Tensor] = {}
-        """Loss parts and gradient norm of the last step, for the history."""
+        """Loss terms and gradient norm of the last step, for the history."""
 
     def losses(self, batch: TrainBatch) -> LossParts:
-        """Encode this rank's rows and return the loss of the batch of all ranks, term by term."""
+        """Encode the rows of this rank and return the loss terms of the batch of all ranks."""
         rows = len(batch.rows_B)
         if rows:
             vectors_ND, hidden_MD = self.encoder(
                 batch.tokens, train_head=True, chunk_tokens=self.chunk_tokens, recompute=self.recompute
             )
-        else:  # a last batch of fewer rows than ranks: this one only takes part in the exchange
+        else:  # a last batch with fewer rows than ranks: this rank only joins the collective operations
             vectors_ND = hidden_MD = self._trained()[0].new_zeros(0, self.encoder.backbone.width)
         views = gather_rows(vectors_ND.view(batch.views, rows, vectors_ND.shape[1]))
         parts = hybrid_loss(
@@ -79,7 +79,7 @@ class PromcseModule(pl.LightningModule):
         if not rows:
             total = total + 0 * torch.stack([parameter.sum() for parameter in self._trained()]).sum()  # a gradient of 0
         if not self.official_gradient:
-            total = scaled_gradient(total, world_size())  # the sum of the ranks' gradients is divided by their number
+            total = scaled_gradient(total, world_size())  # gradients are averaged over the ranks, but must be summed
         return dataclasses.replace(parts, total=total)
 
     def _trained(self) -> list[Tensor]:
@@ -89,15 +89,15 @@ class PromcseModule(pl.LightningModule):
         if self.mlm_head is None or hidden_MD is None or labels_NT is None:
             return None
         labels_M = labels_NT[labels_NT != IGNORED]
-        own = mlm_loss(self.mlm_head(hidden_MD), labels_M)
+        loss = mlm_loss(self.mlm_head(hidden_MD), labels_M)
         if self.official_gradient or world_size() == 1:
-            return own
-        share = len(labels_M) / sum_over_ranks(own.new_tensor(float(len(labels_M)))).clamp(min=1)
-        own = own * share
-        return own + (sum_over_ranks(own) - own).detach()  # the value of all ranks, the gradient of this one
+            return loss
+        fraction = len(labels_M) / sum_over_ranks(loss.new_tensor(float(len(labels_M)))).clamp(min=1)
+        loss = loss * fraction
+        return loss + (sum_over_ranks(loss) - loss).detach()  # the value over all ranks, the gradient of this rank
 
     def on_fit_start(self) -> None:
-        """Switch all dropout on: encoders are loaded in eval mode, and Lightning leaves the mode as it finds it."""
+        """Enable dropout: encoders are loaded in eval mode, and Lightning does not change the mode."""
         self.train()
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
@@ -115,17 +115,17 @@ class PromcseModule(pl.LightningModule):
         return parts.total
 
     def on_after_backward(self) -> None:
-        """Average the gradients of all ranks (again, under a strategy that has done so: it changes nothing)."""
+        """Average the gradients over all ranks; a strategy that has done so already is not affected."""
         average_gradients(self._trained())
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401  (Lightning's own union of dictionaries)
-        """AdamW on the trained tensors alone, with linear decay to 0."""
+        """Return AdamW on the trained tensors, with linear decay of the learning rate to 0."""
         optimizer = torch.optim.AdamW(self._trained(), lr=self.optim.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / self.total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: ARG002
-        """Note the joint gradient norm before clipping, and refuse one that is not finite."""
+        """Record the global gradient norm before clipping; raise NonFiniteError if it is not finite."""
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if not bool(torch.isfinite(norm)):

@@ -40,6 +40,10 @@ class RankError(PromcseError, RuntimeError):
     """A process of a distributed run died, or lost another one."""
 
 
+class LostRankError(RankError):
+    """A rank lost its connection to another one: the error of the other one is the cause."""
+
+
 class OutOfMemoryError(PromcseError, MemoryError):
     """The memory of the machine or its GPU does not hold what the settings ask for."""
 

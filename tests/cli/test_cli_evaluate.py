@@ -10,7 +10,8 @@ from rich.console import Console
 
 from promcse_pl.cli.main import main
 from promcse_pl.data.demo import demo_pairs
-from promcse_pl.runs.lifecycle import check_inputs, run_job
+from promcse_pl.runs.inputs import check_inputs
+from promcse_pl.runs.lifecycle import run_job
 from promcse_pl.utils.errors import ConfigError
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -141,7 +142,7 @@ def test_a_run_may_not_be_chosen_by_pairs_that_it_is_tested_on(trained_run, mine
     evaluation = dataclasses.replace(trained_run.config.evaluation, tasks=[str(mine)])
     config = dataclasses.replace(trained_run.config, data=data, evaluation=evaluation)
     with pytest.raises(
-        ConfigError, match=r"is also tested on \(mine\.tsv\): a model chosen by it has seen the answers"
+        ConfigError, match=r"is also in evaluation\.tasks \(mine\.tsv\), but the best step is selected on the dev set"
     ):
         check_inputs(config)
     renamed = mine.rename(mine.with_name("sts-test.tsv"))

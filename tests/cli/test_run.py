@@ -53,7 +53,7 @@ MISTAKES = {
     "data=nli data.dir=/nowhere": "the folder data.dir=/nowhere does not exist (current folder: ",
     "resume=": "resume= names no folder. Try: python run.py resume=",
     "-m sweep.resume=": "sweep.resume= names no folder. Try: python run.py -m sweep.resume=",
-    "resume=nowhere": "nowhere holds no run to go on with: there is no such folder. Try: ",
+    "resume=nowhere": "nowhere contains no run to resume: there is no such folder. Try: ",
     "data=nli data.dir=.": "data.dir=. has no senteval/ folder in it (SentEval's data: STS/, SICK/). Try: data.dir=FOLDER",
     "model.path=/nowhere": "the encoder folder /nowhere does not exist ",
     "tracking.wandb=onlin": "tracking.wandb must be one of auto, online, offline, disabled, got 'onlin'. Try: ",

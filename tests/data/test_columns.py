@@ -16,7 +16,7 @@ from promcse_pl.config import DataConfig
 from promcse_pl.data.readers import read_rows, read_scored_pairs
 from promcse_pl.data.sources import check_training_file, load_sources
 from promcse_pl.runs.compose import config_of
-from promcse_pl.runs.lifecycle import check_inputs
+from promcse_pl.runs.inputs import check_inputs
 from promcse_pl.utils.errors import DataError
 
 FORMATS = [".csv", ".tsv", ".jsonl", ".parquet"]

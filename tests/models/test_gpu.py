@@ -9,7 +9,7 @@ from promcse_pl.embedder import PromCSE
 from promcse_pl.losses.hybrid import hybrid_loss
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import PromptEncoder
-from promcse_pl.training.memory import free_bytes, kept_bytes
+from promcse_pl.training.machine import activation_bytes, free_bytes
 
 pytestmark = pytest.mark.gpu
 LENGTHS = [9, 4, 12, 5, 5, 11, 3, 8, 10]
@@ -67,4 +67,4 @@ def test_a_pinned_batch_is_the_batch():
 
 def test_the_bytes_of_one_sentence_are_told():
     encoder = PromptEncoder(small_backbone(), length=4).to(GPU).train()
-    assert 0 < kept_bytes(encoder, 10) < free_bytes(GPU)
+    assert 0 < activation_bytes(encoder, 10) < free_bytes(GPU)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from support.encoders import save_small_encoder
 from support.folders import ROOT
@@ -17,8 +18,9 @@ from support.processes import Ended, promcse
 from support.runs import KILL_AT_STEP, small_config, word_rows
 
 from promcse_pl.run_folder import read_status, write_config
-from promcse_pl.runs.failures import plain_errors
+from promcse_pl.runs.failures import actionable_errors
 from promcse_pl.training.checkpoint import newest_checkpoint
+from promcse_pl.training.context import RunContext
 from promcse_pl.training.distributed import Ranks
 from promcse_pl.utils.errors import OutOfMemoryError
 from promcse_pl.utils.signals import StopSignals
@@ -131,8 +133,9 @@ def test_out_of_memory_prints_the_command_that_resumes_with_less_memory(trainer,
 
 def test_out_of_memory_at_minimal_settings_suggests_a_new_run(tmp_path):
     config = small_config(tmp_path, data={"batch_size": 8}, trainer={"chunk_tokens": 16, "recompute": "always"})
+    run = RunContext(config=config, typed=config, folder=tmp_path, ranks=Ranks(), console=Console())
     message = r"Try: a new run with data\.batch_size=4; it affects training"
-    with pytest.raises(OutOfMemoryError, match=message), plain_errors(config, Ranks(), tmp_path):
+    with pytest.raises(OutOfMemoryError, match=message), actionable_errors(run):
         raise MemoryError
 
 
@@ -174,7 +177,7 @@ def test_handlers_are_put_back_and_a_second_signal_does_not_wait(monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.received == signal.SIGTERM
         os.kill(os.getpid(), signal.SIGTERM)  # to the whole group, and passed on by the process that started this one
-        monkeypatch.setattr("promcse_pl.utils.signals.SAME", 0)
+        monkeypatch.setattr("promcse_pl.utils.signals.REPEAT_SECONDS", 0)
         with pytest.raises(BaseException, match="stopped by SIGTERM"):
             os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before

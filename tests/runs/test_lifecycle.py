@@ -26,11 +26,12 @@ from promcse_pl.data.sources import load_sources
 from promcse_pl.evaluation.sts import score_pairs
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import PromptEncoder
-from promcse_pl.run_folder import read_config, write_config
+from promcse_pl.run_folder import read_config, read_history, write_config
 from promcse_pl.runs.lifecycle import run_job
 from promcse_pl.runs.pipeline import _score_frozen
-from promcse_pl.tracking.local import read_history
-from promcse_pl.training.fit import build_data, build_encoder
+from promcse_pl.training.context import RunContext
+from promcse_pl.training.distributed import Ranks
+from promcse_pl.training.fit import Parts, build_data, build_encoder
 from promcse_pl.utils.errors import ConfigError, DataError, EncoderError, NonFiniteError
 
 
@@ -45,7 +46,7 @@ def test_a_saved_config_does_not_run_in_a_folder_with_other_content(tmp_path):
 # --- the shared run --------------------------------------------------------------------------------------------------
 
 
-def test_a_run_leaves_adapter_results_history_config_log_and_tracking_and_nothing_else(trained_run):
+def test_a_run_folder_has_adapter_results_history_config_log_and_tracking_and_nothing_else(trained_run):
     names = {path.name for path in trained_run.folder.iterdir()}
     assert names == {
         "adapter",
@@ -112,8 +113,8 @@ def test_the_history_holds_loss_parts_gradient_norm_rate_speed_and_dev_of_every_
     loss = {"train/loss", "train/contrastive", "train/hinge", "train/gradient_norm", "train/lr"}
     speed = {"speed/rows_per_second", "speed/tokens_per_second", "speed/padding_share"}
     for step, entry in steps.items():
-        looked = {"dev/spearman", "dev/best_spearman"} if step in (2, 4, 6, 7) else set()
-        assert set(entry) == loss | speed | looked
+        evaluated = {"dev/spearman", "dev/best_spearman"} if step in (2, 4, 6, 7) else set()
+        assert set(entry) == loss | speed | evaluated
         assert entry["train/loss"] == pytest.approx(entry["train/contrastive"] + entry["train/hinge"], rel=1e-5)
         assert entry["train/gradient_norm"] > 0
         assert entry["speed/tokens_per_second"] > entry["speed/rows_per_second"] > 0
@@ -126,16 +127,16 @@ def test_the_learning_rate_falls_in_a_line_to_zero(trained_run):
     assert rates[0] == 0.1
 
 
-def test_the_adapter_on_disk_scores_what_the_best_look_of_the_history_did(trained_run):
+def test_the_adapter_on_disk_has_the_best_dev_score_of_the_history(trained_run):
     history = read_history(trained_run.folder / "metrics.jsonl")
-    looks = {entry["step"]: entry["dev/spearman"] for entry in history if "dev/spearman" in entry}
-    best = max(looks, key=looks.__getitem__)  # the first of equals
+    scores = {entry["step"]: entry["dev/spearman"] for entry in history if "dev/spearman" in entry}
+    best = max(scores, key=scores.__getitem__)  # the first of equals
     pairs = read_scored_pairs(Path(trained_run.config.data.dev))
     model = PromCSE.load(trained_run.folder, device="cpu")
     assert 100 * score_pairs(model.encode, ScoredPairs.of("dev", pairs)).spearman == pytest.approx(
-        looks[best], abs=1e-9
+        scores[best], abs=1e-9
     )
-    assert trained_run.results["dev_spearman"] == pytest.approx(looks[best], abs=1e-4)
+    assert trained_run.results["dev_spearman"] == pytest.approx(scores[best], abs=1e-4)
     assert trained_run.results["best_step"] == best
 
 
@@ -150,7 +151,7 @@ def test_the_results_name_what_was_trained_on_which_data_and_with_what(trained_r
     assert results["machine"]["precision"] == "float32"
 
 
-def test_the_output_tells_of_data_progress_scores_and_where_the_adapter_lies(trained_run):
+def test_the_output_shows_data_progress_scores_and_the_path_of_the_adapter(trained_run):
     for text in (
         "demo: 30 rows,",
         "(tokenised now)",
@@ -242,6 +243,11 @@ def test_the_speed_of_a_run_shorter_than_a_log_entry_is_still_measured(tmp_path)
     assert [entry["step"] for entry in read_history(tmp_path / "run/metrics.jsonl")] == [3]
 
 
+def test_progress_lines_follow_log_every_and_end_with_the_last_step(tmp_path):
+    _, printed = run_small(tmp_path, trainer={"epochs": 3, "log_every": 4})
+    assert re.findall(r"step (\d+) of 9: loss", printed) == ["4", "8", "9"]
+
+
 @pytest.mark.parametrize(("kind", "hinge_weight"), [("sentences", 0), ("pairs", 0)])
 def test_sentences_and_pairs_train_without_hinge(kind, hinge_weight, tmp_path):
     width = {"sentences": 1, "pairs": 2}[kind]
@@ -300,7 +306,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_code_2_and_names_step_rows_
         run_job(read_config(path), tmp_path / "again", Console(file=io.StringIO()))
 
 
-# --- what a run says at its start ---------------------------------------------------------------------------------------
+# --- log lines at the start of a run ---------------------------------------------------------------------------------------
 
 
 def test_the_first_row_is_logged_as_it_is_read(tmp_path):
@@ -383,6 +389,7 @@ def test_scoring_the_frozen_encoder_changes_no_generator_and_no_mode_and_encodes
     config = small_config(tmp_path, data={"dev": str(scored_by_the_encoder(tmp_path, 1))})
     encoder = build_encoder(config)
     data = build_data(config, encoder, lambda _: None)
+    run = RunContext(config=config, typed=config, folder=tmp_path, ranks=Ranks(), console=Console(file=io.StringIO()))
     modes = [module.training for module in encoder.modules()]
     states = (torch.random.get_rng_state(), random.getstate(), repr(np.random.get_state()))  # noqa: NPY002
     encoded: list[int] = []
@@ -394,7 +401,7 @@ def test_scoring_the_frozen_encoder_changes_no_generator_and_no_mode_and_encodes
 
     monkeypatch.setattr(PromCSE, "encode", counted)
     for _ in range(2):
-        _score_frozen(config, encoder, data, torch.device("cpu"), Console(file=io.StringIO()))
+        _score_frozen(run, Parts(torch.device("cpu"), encoder, None, data))
     assert encoded == [60]  # the second time they lie in the cache
     assert [module.training for module in encoder.modules()] == modes
     assert torch.equal(states[0], torch.random.get_rng_state())

@@ -11,9 +11,9 @@ from support.folders import DATA, ROOT
 from transformers import AutoTokenizer, RobertaConfig, RobertaModel
 
 from promcse_pl import PromCSE
+from promcse_pl.run_folder import read_history
 from promcse_pl.runs.compose import config_of
 from promcse_pl.runs.lifecycle import run_job
-from promcse_pl.tracking.local import read_history
 
 pytestmark = pytest.mark.realdata
 

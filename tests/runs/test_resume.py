@@ -29,7 +29,7 @@ KILLS = 20
 
 
 def go(config: Path, folder: Path, die_at: int | None = None, die_in: str | None = None) -> None:
-    """Begin a run or go on with it, in this process; die at the n-th step on the disk inside the run's folder, or in a part."""
+    """Start or resume a run in this process; die at the n-th file operation in the run folder, or in a part."""
     sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
     if die_at is not None:
         left = [die_at]
@@ -62,7 +62,10 @@ def start(*arguments: object) -> mp.Process:
 
 @pytest.fixture(scope="module")
 def long_run(tmp_path_factory) -> tuple[Path, Path]:
-    """The config of a run of 27 steps in three epochs of 9 with dropout, looks and saves at odd times, and its straight run."""
+    """The config of a run of 27 steps in three epochs of 9 with dropout, and its uninterrupted run.
+
+    Evaluations and saves fall on different steps.
+    """
     base = tmp_path_factory.mktemp("resume")
     (base / "train.csv").write_text("a,b,c\n" + "\n".join(word_rows(18)) + "\n")
     config = small_config(
@@ -115,7 +118,7 @@ def test_a_run_killed_at_any_moment_and_resumed_ends_as_the_straight_one(long_ru
 
 
 PARTS = {
-    "a look at the development set": "promcse_pl.training.callbacks:score_pairs",
+    "a dev evaluation": "promcse_pl.training.callbacks:score_pairs",
     "a save, before its files": "promcse_pl.training.checkpoint:save",
     "a save, behind its files": "promcse_pl.training.checkpoint:publish",
     "the saving of the adapter": "promcse_pl.adapter:_checksum",
@@ -189,9 +192,9 @@ def test_times_are_those_of_all_processes_without_the_time_between_them(stopped_
     assert 5000 < results["training_seconds"] < 6000
     assert 7000 < results["seconds"] < 8000
     lines = (stopped_run / "run.log").read_text().splitlines()
-    told = [int(line.split(", ")[-1].removesuffix(" s")) for line in lines if " of 27: loss" in line]
-    assert told == sorted(told)
-    assert 5000 <= told[-1] < 6000
+    seconds = [int(line.split(", ")[-1].removesuffix(" s")) for line in lines if " of 27: loss" in line]
+    assert seconds == sorted(seconds)
+    assert 5000 <= seconds[-1] < 6000
     after = read_status(stopped_run)
     assert worked < after.updated - after.started < worked + 600
 
@@ -267,7 +270,7 @@ def test_a_history_that_is_a_folder_is_an_error(stopped_run):
         resume_job(stopped_run)
 
 
-def test_what_else_lies_among_the_checkpoints_is_left_there(stopped_run, long_run):
+def test_other_entries_of_the_checkpoints_folder_are_kept(stopped_run, long_run):
     config, straight = long_run
     for name in ("step-old", "step-", "step-٣", "notes"):
         (stopped_run / "checkpoints" / name).mkdir()
@@ -360,7 +363,7 @@ def test_a_test_file_that_changed_is_refused_by_name(tmp_path):
 def test_a_setting_that_was_changed_by_hand_is_refused_by_name(stopped_run):
     path = stopped_run / "config.yaml"
     path.write_text(path.read_text().replace("temperature: 0.05", "temperature: 0.1"))
-    with pytest.raises(DataError, match=r"config.yaml was changed since the run began: loss.temperature"):
+    with pytest.raises(DataError, match=r"config.yaml was changed since the run started: loss.temperature"):
         resume_job(stopped_run)
 
 
@@ -380,15 +383,35 @@ def test_a_finished_run_is_left_as_it_is(long_run):
     assert outcome(straight) == before
 
 
+def test_a_finished_run_without_results_says_how_to_evaluate_its_adapter(long_run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(long_run[1], folder)
+    (folder / "results.json").unlink()
+    with pytest.raises(DataError, match=r"is finished, but its results\.json is missing.*: promcse evaluate .*/run"):
+        resume_job(folder)
+
+
+def test_a_run_that_fails_before_training_can_be_resumed_when_the_cause_is_fixed(tmp_path):
+    config = small_config(tmp_path)
+    weights = tmp_path / "encoder/model.safetensors"
+    weights.rename(tmp_path / "model.safetensors")
+    with pytest.raises(PromcseError):
+        run_job(config, tmp_path / "run")
+    advice = "nothing was trained yet. When the cause is fixed, run this folder again: python run.py resume="
+    assert advice in (tmp_path / "run/run.log").read_text()
+    (tmp_path / "model.safetensors").rename(weights)
+    assert resume_job(tmp_path / "run")["steps"] == 3
+
+
 def test_a_folder_without_a_run_is_refused_and_a_damaged_status_too(tmp_path, stopped_run):
-    with pytest.raises(ConfigError, match=r"holds no run to go on with: it has no config.yaml"):
+    with pytest.raises(ConfigError, match=r"contains no run to resume: it has no config.yaml"):
         resume_job(tmp_path)
     (stopped_run / "status.json").write_text("{")
     with pytest.raises(DataError, match=r"status.json cannot be read: Expecting property name"):
         resume_job(stopped_run)
 
 
-def test_an_unfinished_run_is_not_begun_again_in_its_place(stopped_run, long_run):
+def test_a_new_run_does_not_start_in_the_folder_of_an_unfinished_one(stopped_run, long_run):
     with pytest.raises(
         ConfigError, match=r"already contains a run. Try: python run.py resume=.* to resume it, or another folder"
     ):

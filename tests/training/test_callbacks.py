@@ -48,7 +48,7 @@ def train(tmp_path, steps: int, *watching: pl.Callback, loggers: bool | list = F
     ("scores", "best"),
     [([0.1, 0.4, 0.4, 0.3], 2), ([0.5, 0.4, 0.3, 0.2], 1), ([0.1, 0.2, 0.3, 0.4], 4), ([-0.5, -0.6, -0.4, -0.4], 3)],
 )
-def test_the_strictly_better_step_is_kept_and_put_back_at_the_end(scores, best, tmp_path, monkeypatch):
+def test_the_strictly_better_step_is_kept_and_restored_at_the_end(scores, best, tmp_path, monkeypatch):
     states = []
 
     def scripted(encode, pairs):
@@ -67,20 +67,20 @@ def test_the_strictly_better_step_is_kept_and_put_back_at_the_end(scores, best, 
 
 
 @pytest.mark.parametrize(
-    ("every", "steps", "looks"), [(1, 3, [1, 2, 3]), (2, 5, [2, 4, 5]), (3, 6, [3, 6]), (100, 2, [2])]
+    ("every", "steps", "evaluated"), [(1, 3, [1, 2, 3]), (2, 5, [2, 4, 5]), (3, 6, [3, 6]), (100, 2, [2])]
 )
-def test_the_development_set_is_looked_at_on_time_and_always_at_the_last_step(every, steps, looks, tmp_path):
+def test_the_dev_set_is_evaluated_every_n_steps_and_at_the_last_step(every, steps, evaluated, tmp_path):
     watch = BestByDev(PAIRS, small_tokenizer(), every=every)
     train(tmp_path, steps, watch)
-    assert [step for step, _ in watch.history] == looks
+    assert [step for step, _ in watch.history] == evaluated
 
 
-def test_a_look_leaves_the_random_state_and_the_training_as_they_were(tmp_path):
-    with_looks = train(tmp_path, 3, BestByDev(PAIRS, small_tokenizer(), every=1))
-    chance = torch.random.get_rng_state()
+def test_a_dev_evaluation_changes_no_random_state_and_no_training_mode(tmp_path):
+    evaluated = train(tmp_path, 3, BestByDev(PAIRS, small_tokenizer(), every=1))
+    state = torch.random.get_rng_state()
     without = train(tmp_path, 3)
-    assert torch.equal(chance, torch.random.get_rng_state())
-    assert with_looks.encoder.training == without.encoder.training
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert evaluated.encoder.training == without.encoder.training
 
 
 def test_the_history_counts_rows_and_tokens_and_leaves_the_ragged_batch_in(tmp_path):
@@ -99,7 +99,7 @@ class StopAt(pl.Callback):
             raise RuntimeError("killed on purpose")
 
 
-def test_a_run_cut_short_leaves_its_best_adapter_on_disk(tmp_path, monkeypatch):
+def test_an_interrupted_run_has_its_best_adapter_on_disk(tmp_path, monkeypatch):
     scores = iter([0.1, 0.4, 0.3])
     monkeypatch.setattr(callbacks, "score_pairs", lambda _, pairs: PairScores(len(pairs), next(scores), 0.0))
     watch = BestByDev(PAIRS, small_tokenizer(), every=1, save_to=tmp_path / "adapter")

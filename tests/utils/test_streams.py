@@ -12,10 +12,9 @@ from rich.console import Console
 
 from promcse_pl.cli.main import main
 from promcse_pl.run_folder import Status, write_status, write_text
-from promcse_pl.runs.logs import logging_to
 from promcse_pl.utils.errors import DataError, write_error
 from promcse_pl.utils.streams import visible
-from promcse_pl.utils.terminal import config_tree
+from promcse_pl.utils.terminal import config_tree, logging_to
 
 EVIL = "\x1b[2J\x1b]0;owned\x07\r\u202eevil\x9b\x7f\n[bold]x[/y]\u2066\ud800"
 SHOWN = r"\x1b[2J\x1b]0;owned\x07\r\u202eevil\x9b\x7f\n[bold]x[/y]\u2066\ud800"

@@ -1,0 +1,160 @@
+"""Resolves the settings that depend on the machine: device, precision, chunk size and activation checkpointing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from promcse_pl.config import Config
+from promcse_pl.data.batch import Tokens
+from promcse_pl.data.tokens import TokenRows
+from promcse_pl.embedder import pick_device
+from promcse_pl.models.cpu.chunks import CHUNK_TOKENS
+from promcse_pl.models.encoder import PromptEncoder
+from promcse_pl.training.distributed import gather_values
+from promcse_pl.utils.errors import PromcseError, write_error
+
+log = logging.getLogger("promcse_pl")
+
+MIN_BFLOAT16_GAIN = 1.3
+"""`trainer.precision=auto` selects bfloat16 if its matrix product is at least this many times as fast as float32's."""
+MAX_MEMORY_FRACTION = 0.5
+"""`trainer.recompute=auto` keeps activations that fit into this fraction of the free memory."""
+_ROWS, _WIDTH, _REPEATS = 512, 768, 5
+_CGROUP = Path("/sys/fs/cgroup")
+_PROBE_SENTENCES = 4
+
+
+def resolve_machine(config: Config) -> tuple[Config, torch.device]:
+    """Replace `auto` in device, precision and chunk size by values for this machine; all ranks use rank 0's precision.
+
+    Returns:
+        The resolved config, and the device.
+    """
+    device = pick_device(config.trainer.device)
+    precision, reason = gather_values(choose_precision(config.trainer.precision, device))[0]
+    log.info("device: %s; precision: %s", device.type, reason)
+    resolved: dict[str, Any] = {"device": device.type, "precision": precision}
+    if config.trainer.chunk_tokens == "auto":
+        resolved["chunk_tokens"] = CHUNK_TOKENS[device.type]
+    return dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, **resolved)), device
+
+
+def choose_precision(setting: str, device: torch.device) -> tuple[str, str]:
+    """Return `float32` or `bfloat16` for a `trainer.precision` setting, and the reason for the log."""
+    if setting != "auto":
+        return setting, f"{setting} (set in the config)"
+    gain = measure_bfloat16_gain(device)
+    precision = "bfloat16" if gain >= MIN_BFLOAT16_GAIN else "float32"
+    return precision, f"{precision} (a bfloat16 matrix product is {gain:.1f}x as fast as a float32 one here)"
+
+
+def measure_bfloat16_gain(device: torch.device) -> float:
+    """Return how many times as fast a bfloat16 matrix product is as a float32 one on a device (takes about 50 ms)."""
+    seconds = []
+    for dtype in (torch.float32, torch.bfloat16):
+        rows, weight = (torch.ones(size, _WIDTH, dtype=dtype, device=device) for size in (_ROWS, 4 * _WIDTH))
+        times = []
+        for _ in range(_REPEATS):
+            start = time.perf_counter()
+            result = F.linear(rows, weight)
+            result[0, 0].item()  # waits for a GPU
+            times.append(time.perf_counter() - start)
+        seconds.append(min(times))
+    return seconds[0] / seconds[1]
+
+
+def measure(arguments: Sequence[str]) -> int:
+    """Write the number of threads and the precision that `auto` selects per device to a JSON file; return an exit code.
+
+    Args:
+        arguments: The path of the file, then values of `trainer.device`.
+    """
+    result, *devices = arguments
+    try:
+        precision = {device: choose_precision("auto", pick_device(device))[0] for device in devices}
+    except PromcseError as error:
+        write_error(error)
+        return 2
+    Path(result).write_text(json.dumps({"threads": torch.get_num_threads(), "precision": precision}), encoding="utf-8")
+    return 0
+
+
+def must_recompute(config: Config, encoder: PromptEncoder, rows: TokenRows, device: torch.device) -> bool:
+    """Return whether chunks are computed again in the backward pass: as set, or with `auto` if memory is too small."""
+    if config.trainer.recompute != "auto":
+        return config.trainer.recompute == "always"
+    free = free_bytes(device)
+    if free is None:
+        return False
+    batch_rows = -(-config.data.batch_size // config.trainer.world_size)
+    sentences = batch_rows * max(2, rows.width) * (2 if config.loss.mlm_weight else 1)
+    mean_length = -(-rows.tokens_total // (len(rows) * rows.width))
+    needed = sentences * activation_bytes(encoder, mean_length)
+    if device.type == "cpu":  # the ranks of this machine share its memory
+        free //= config.trainer.devices
+    if needed <= MAX_MEMORY_FRACTION * free:
+        return False
+    log.info(
+        "the activations of a batch would take %.1f GB of %.1f GB free memory: chunks are recomputed in the backward pass "
+        "(trainer.recompute)",
+        needed / 1e9,
+        free / 1e9,
+    )
+    return True
+
+
+def activation_bytes(encoder: PromptEncoder, length: int) -> int:
+    """Measure how many bytes autograd keeps for the backward pass of one sentence in training mode.
+
+    Args:
+        encoder: The model.
+        length: Number of tokens of the sentence, special tokens included.
+    """
+    sizes: dict[int, int] = {}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in encoder.parameters()}
+
+    def record(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    device = encoder.backbone.device
+    token_id = min(5, len(encoder.backbone.word_embeddings) - 1)
+    ids_NT = torch.full((_PROBE_SENTENCES, length), token_id, device=device)
+    training = encoder.training
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(record, record),
+    ):
+        encoder.train()
+        kept = encoder.encode_chunk(Tokens(ids_NT, torch.ones_like(ids_NT)), encoder.prompt())
+    encoder.train(training)
+    del kept
+    return sum(sizes.values()) // _PROBE_SENTENCES
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Return the free memory of a device, for a CPU within the limit of its container; None if it is not known."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type != "cpu":
+        return None
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    except OSError:
+        return free
+    return free if limit == "max" else min(free, int(limit) - int(used))

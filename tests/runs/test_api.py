@@ -1,0 +1,195 @@
+"""`promcse_pl.train`: files and rows in memory, callbacks and loggers, and what is in the run folder."""
+
+import inspect
+import json
+import os
+import re
+import signal
+import textwrap
+
+import pytest
+import pytorch_lightning as pl
+from pytorch_lightning.loggers import CSVLogger
+from support.encoders import save_small_encoder
+from support.runs import word_rows
+
+import promcse_pl
+from promcse_pl.evaluation import suite
+from promcse_pl.run_folder import read_config, read_status
+from promcse_pl.runs import api
+from promcse_pl.runs.lifecycle import resume_job, run_job
+from promcse_pl.utils.errors import ConfigError, DataError
+
+SETTINGS = [
+    "model.pooling=cls",
+    "prompt.length=4",
+    "data.dev=null",
+    "data.batch_size=4",
+    "trainer.epochs=1",
+    "trainer.log_every=1",
+    "trainer.precision=float32",
+    "trainer.device=cpu",
+    "tracking=local",
+]
+ROWS = [tuple(row.split(",")) for row in word_rows(10)]
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    """Return `promcse_pl.train` with a small encoder and settings for a run of 3 steps."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    encoder = save_small_encoder(tmp_path / "encoder")
+
+    def small_train(data, *overrides, **options):
+        options = {"folder": tmp_path / "run", **options}
+        return promcse_pl.train(data, model=encoder, overrides=[*SETTINGS, *overrides], **options)
+
+    return small_train
+
+
+def test_rows_in_memory_train_the_adapter_that_a_file_of_them_does(train, tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("sent0,sent1,hard_neg\n" + "".join(",".join(row) + "\n" for row in ROWS))
+    in_memory, from_file = train(ROWS), train(path, folder=tmp_path / "file")
+    assert in_memory.encode(["w5 w6"]).shape == (1, 16)
+    assert in_memory.adapter_hash() == from_file.adapter_hash()
+
+
+def test_the_config_of_rows_in_memory_repeats_the_run(train, tmp_path):
+    train(ROWS)
+    config = read_config(tmp_path / "run/config.yaml")
+    assert config.data.train == str(tmp_path / "run/data.jsonl")
+    assert json.loads((tmp_path / "run/data.jsonl").read_text().splitlines()[0])["anchor"] == ROWS[0][0]
+    run_job(config, tmp_path / "again")
+    name = "adapter/adapter.safetensors"
+    assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+
+
+def test_a_run_on_rows_in_memory_is_resumed(train, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("on purpose")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(suite, "evaluate", fail)
+        with pytest.raises(RuntimeError, match="on purpose"):
+            train(ROWS, "evaluation.tasks=[demo]")
+    assert resume_job(tmp_path / "run")["rows"] == 10
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind"),
+    [
+        ([row[0] for row in ROWS], "sentences"),
+        ([{"text": row[0]} for row in ROWS], "sentences"),
+        ([row[:2] for row in ROWS], "pairs"),
+        ((list(row) for row in ROWS), "triplets"),
+        ([{"negative": c, "anchor": a, "positive": b} for a, b, c in ROWS], "triplets"),
+    ],
+    ids=["texts", "text dictionaries", "pairs", "generator", "dictionaries"],
+)
+def test_rows_of_one_to_three_texts_are_trained_as_their_kind(rows, kind, train, tmp_path):
+    train(rows, "trainer.max_steps=1")
+    config = read_config(tmp_path / "run/config.yaml")
+    assert config.data.kind == kind
+    first = json.loads((tmp_path / "run/data.jsonl").read_text().splitlines()[0])
+    assert list(first.values()) == list(ROWS[0][: len(first)])
+
+
+def test_the_kind_of_a_file_can_be_overridden_and_a_text_file_has_sentences(train, tmp_path):
+    pairs, sentences = tmp_path / "it's a file, of = pairs.csv", tmp_path / "sentences.txt"
+    pairs.write_text("".join(",".join(row[:2]) + "\n" for row in ["ab", *ROWS]))
+    sentences.write_text("".join(row[0] + "\n" for row in ROWS))
+    train(pairs, "data=pairs", "trainer.max_steps=1")
+    train(str(sentences), "trainer.max_steps=1", folder=tmp_path / "sentences")
+    assert read_config(tmp_path / "run/config.yaml").data.train == str(pairs)
+    assert read_config(tmp_path / "sentences/config.yaml").data.kind == "sentences"
+
+
+class Count(pl.Callback):
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def on_train_batch_end(self, *_):
+        self.steps += 1
+
+    def state_dict(self):
+        return {"steps": self.steps}
+
+
+def test_callbacks_and_loggers_are_passed_to_the_trainer(train, tmp_path):
+    count, logger = Count(), CSVLogger(tmp_path / "csv", name="", version="")
+    train(ROWS, callbacks=[count], loggers=[logger])
+    assert count.steps == 3
+    header, *lines = (tmp_path / "csv/metrics.csv").read_text().splitlines()
+    assert "train/loss" in header
+    assert len(lines) == 3
+    assert (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_ctrl_c_saves_the_run_and_raises_keyboard_interrupt(train, tmp_path):
+    class Interrupt(pl.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(ROWS, callbacks=[Interrupt()])
+    status = read_status(tmp_path / "run")
+    assert (status.state, status.step) == ("stopped", 2)
+
+
+def test_a_run_without_folder_is_put_where_the_command_line_puts_it(train, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train(ROWS, "trainer.max_steps=1", folder=None)
+    (run,) = tmp_path.glob("outputs/*/*")
+    assert re.fullmatch(r"outputs/\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d-encoder-triplets", str(run.relative_to(tmp_path)))
+    assert (run / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "data holds no rows"),
+        ([("a", "b"), ("a",)], "data: row 1 must hold 2 texts that are not blank"),
+        ([("a", " ")], "data: row 0 must hold 2 texts that are not blank"),
+        ([("a", "b", "c", "d")], "data: row 0 must hold 1, 2 or 3 texts"),
+        ([7], "data: row 0 must hold 1, 2 or 3 texts, got 7"),
+        ([{"anchor": "a", "score": "b"}], "the keys of a row must be anchor, positive, got anchor, score in row 0"),
+        ({"anchor": ["a"], "positive": ["b"]}, r"data must be a file or an iterable of rows, got dict"),
+        ("missing.csv", r"data\.train=missing\.csv does not exist"),
+    ],
+)
+def test_data_that_cannot_be_trained_on_is_reported_before_a_folder_is_made(data, message, train, tmp_path):
+    with pytest.raises(DataError, match=message):
+        train(data)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("loss.margn=0.1", r"loss\.margn is not a setting\. Did you mean loss\.margin"),
+        ("loss.margin=7", r"loss\.margin must be in \[0, 2\]"),
+        ("loss.margin=[", r"."),
+        ("evaluation.tasks=[missing.csv]", r"missing\.csv does not exist"),
+    ],
+)
+def test_wrong_overrides_are_reported_before_a_folder_is_left(override, message, train, tmp_path):
+    with pytest.raises((ConfigError, DataError), match=message):
+        train(ROWS, override)
+    assert not (tmp_path / "run").exists()
+
+
+def test_callbacks_are_refused_for_processes_that_they_cannot_reach(train, tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot be sent to the 2 processes of trainer\.devices"):
+        train(ROWS, "trainer.devices=2", callbacks=[Count()])
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_example_of_the_docstring_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    example = inspect.getdoc(api.train).partition("Example:\n")[2]
+    names: dict[str, object] = {}
+    exec(compile(textwrap.dedent(example), "docstring", "exec"), names)
+    assert names["embeddings"].shape == (1, 384)
