@@ -17,6 +17,7 @@ import yaml
 from hydra.core.override_parser.types import Quote, QuotedString
 
 from promcse_pl.config import Config, flat_settings
+from promcse_pl.run_folder import split_resolved
 from promcse_pl.utils.errors import ConfigError
 from promcse_pl.utils.paths import expand, require_regular_file
 from promcse_pl.utils.streams import visible
@@ -74,8 +75,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read the config {path}: {why}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must contain settings such as seed: 1, got {str(tree)[:80]}")
-    # a run writes what it resolved beside its settings: a new run resolves them again
-    return {str(key): value for key, value in tree.items() if value is not None and key != "resolved"}
+    typed, _ = split_resolved(tree)
+    return {str(key): value for key, value in typed.items() if value is not None}
 
 
 def _literal(value: object) -> str:
