@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format constraints hashes audit
+.PHONY: help install demo demodata test lint format constraints hashes audit
 PYTHON ?= .venv/bin/python
 
 help: ## show the targets
@@ -11,6 +11,9 @@ install: ## create .venv with all that development needs
 
 demo: ## train and evaluate the embedded default
 	$(PYTHON) run.py
+
+demodata: ## write promcse_pl/data/demo_data with its generator
+	PYTHONPATH=tools $(PYTHON) -m demo_data
 
 test: ## run the tests
 	$(PYTHON) -m pytest

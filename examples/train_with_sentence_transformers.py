@@ -16,7 +16,7 @@ from promcse_pl.models.encoder import PromptEncoder
 backbone = FrozenBackbone.load("sentence-transformers/all-MiniLM-L6-v2")
 model = as_sentence_transformer(PromCSE(PromptEncoder(backbone, length=10, pooling="avg")))
 
-data = Dataset.from_list([{"anchor": a, "positive": p, "negative": n} for a, p, n in demo_triplets(160)])
+data = Dataset.from_list([{"anchor": a, "positive": p, "negative": n} for a, p, n in demo_triplets()[:160]])
 arguments = SentenceTransformerTrainingArguments(
     "trainer", num_train_epochs=1, per_device_train_batch_size=16, learning_rate=1e-2, logging_steps=1
 )

@@ -20,8 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from promcse_pl.config import Config, SweepConfig
 from promcse_pl.runs.compose import config_of
+from promcse_pl.sweeps.execute import run_sweep
 from promcse_pl.sweeps.plan import SweepJob
-from promcse_pl.sweeps.run import run_sweep
 from promcse_pl.sweeps.search import Interval, run_search
 from promcse_pl.training.distributed import refuse_sweep
 from promcse_pl.utils.errors import ConfigError, PromcseError, write_error

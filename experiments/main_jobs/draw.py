@@ -1,6 +1,6 @@
-"""Draw the README's tables from the results.json of the two main jobs.
+"""Generate the tables in README.md from the results.json of the two main runs.
 
-python run.py                            -> its results.json is kept here as demo.json
+python run.py                            -> its results.json is stored as demo.json
 python run.py data=nli data.dir=DATA     -> nli.json
 python experiments/main_jobs/draw.py
 """
@@ -22,8 +22,8 @@ def table(results: dict) -> str:
     lines += [
         "",
         f"{results['rows']:,} triplets, {results['steps']} steps, {results['trained_parameters']:,} trained parameters "
-        f"({100 * results['trained_share']:.2f} %), best step by {results['dev']}; {results['seconds']:.0f} s in all with "
-        f"{machine['threads']} threads of a {machine['device']}, {machine['precision']} while training; seed {results['seed']}, "
+        f"({100 * results['trained_share']:.2f} %), best step by {results['dev']}; {results['seconds']:.0f} s in total on a "
+        f"{machine['device']} with {machine['threads']} threads, trained in {machine['precision']}; seed {results['seed']}, "
         f"promcse_pl {versions['promcse_pl']}, torch {versions['torch']}.",
     ]
     return "\n".join(lines)

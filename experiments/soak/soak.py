@@ -1,10 +1,9 @@
-"""Train for a long time with saves and evaluations every few steps, and watch the process from outside.
+"""Run a long training with checkpoints and evaluations every few steps, and monitor its memory, files and threads.
 
 python experiments/soak/soak.py [--minutes 30]
 
-A run of `run.py` that would last for days is watched every few seconds (memory, open files, threads, of it and its
-children), stopped by SIGTERM after the time, and its folder and temporary folder are searched for what it left.
-results.json, soak.png and README.md are written here.
+A run that would last for days is sampled every few seconds, together with its child processes, and stopped by SIGTERM.
+Afterwards, its run folder and temporary folder are searched for temporary files. Writes results.json, soak.png and README.md.
 """
 
 import argparse
@@ -38,14 +37,14 @@ SETTINGS = [
 ]
 SECONDS = 5.0
 WARM_UP = 0.2
-"""Share of the time that the slopes leave out: allocator, caches and thread pools fill in it."""
+"""Share of the time that is excluded from the slopes: allocator, caches and thread pools still grow."""
 COLUMNS = ("seconds", "memory_mb", "files", "threads", "children")
 MEMORY_LIMIT, COUNT_LIMIT = 0.1, 1.0
-"""Limits: this share more memory in an hour, and so many files or threads."""
+"""Maximum growth per hour: of the memory as a share, of files and threads as a count."""
 
 
 def sample(process: psutil.Process, started: float) -> dict[str, float]:
-    """Return what a process and its children hold; memory is their own (USS): shared and mapped files are not counted."""
+    """Return memory, open files and threads of a process and its children; memory is USS, without shared and mapped files."""
     processes = [process, *process.children(recursive=True)]
     memory = files = threads = 0
     for each in processes:
@@ -53,14 +52,14 @@ def sample(process: psutil.Process, started: float) -> dict[str, float]:
             memory += each.memory_full_info().uss
             files += each.num_fds()
             threads += each.num_threads()
-        except psutil.NoSuchProcess:  # a child that has just ended
+        except psutil.NoSuchProcess:  # a child that has just exited
             continue
     values = (round(time.monotonic() - started, 1), round(memory / 2**20, 1), files, threads, len(processes) - 1)
     return dict(zip(COLUMNS, values, strict=True))
 
 
 def watch(minutes: float, work: Path) -> dict:
-    """Run, sample, stop; return the samples, how it ended and what is left."""
+    """Run, sample and stop the training; return samples, exit code and remaining files."""
     run, temporary = work / "run", work / "tmp"
     temporary.mkdir()
     command = [sys.executable, str(HERE.parents[1] / "run.py"), *SETTINGS, f"hydra.run.dir={run}"]
@@ -116,17 +115,17 @@ def draw(results: dict) -> str:
         axis.axvspan(0, minutes[int(WARM_UP * len(samples))], color="0.9", lw=0)
         axis.set_ylabel(label)
         axis.set_ylim(bottom=0)
-    axes[-1].set_xlabel("minutes; grey: warm-up, not in the slopes")
+    axes[-1].set_xlabel("minutes; grey: warm-up, excluded from the slopes")
     figure.savefig(HERE / "soak.png", dpi=120)
     counts, slopes = results["counts"], results["slopes_per_hour"]
     lines = [
-        "# Soak",
+        "# Soak test",
         "",
-        f"`python run.py {' '.join(results['settings'])}` for {results['minutes']:g} minutes: {counts['steps']:,} steps, a save "
-        f"every 3 ({counts['steps'] // 3:,}), {counts['looks']:,} looks at the development set, W&B offline; then SIGTERM "
-        f"(exit code {counts['exit_code']}). The process and its children, sampled every {SECONDS:g} s.",
+        f"`python run.py {' '.join(results['settings'])}` for {results['minutes']:g} minutes: {counts['steps']:,} steps, "
+        f"a checkpoint every 3 steps ({counts['steps'] // 3:,}), {counts['looks']:,} dev evaluations, W&B offline; then SIGTERM "
+        f"(exit code {counts['exit_code']}). The process and its children are sampled every {SECONDS:g} s.",
         "",
-        "| after the warm-up | mean | slope per hour [95 %] | |",
+        "| after the warm-up | mean | slope per hour [95 %] | limit |",
         "|---|---:|---:|---|",
     ]
     for column, name in {"memory_mb": "memory, MB", "files": "open files", "threads": "threads"}.items():
@@ -134,21 +133,21 @@ def draw(results: dict) -> str:
         mean = results["means"][column]
         flat = abs(slope) < (MEMORY_LIMIT * mean if column == "memory_mb" else COUNT_LIMIT)
         lines.append(
-            f"| {name} | {mean:,.1f} | {slope:+.2f} [{low:+.2f}, {high:+.2f}] | {'within' if flat else 'NOT WITHIN'} |"
+            f"| {name} | {mean:,.1f} | {slope:+.2f} [{low:+.2f}, {high:+.2f}] | {'met' if flat else 'EXCEEDED'} |"
         )
     lines += [
         "",
-        f"Limits of the slope (Theil-Sen): {100 * MEMORY_LIMIT:.0f} % of the memory, and one file or thread, an hour. Memory "
-        f"grew by {100 * slopes['memory_mb'][0] / results['means']['memory_mb']:.1f} % an hour; it is what belongs to the "
-        "processes alone (USS).",
+        f"Limits of the slope (Theil-Sen), per hour: {100 * MEMORY_LIMIT:.0f} % of the memory, one file, one thread. Memory "
+        f"grew by {100 * slopes['memory_mb'][0] / results['means']['memory_mb']:.1f} % per hour; it is measured as USS, "
+        "without memory shared between processes.",
         "",
-        f"Left in the run's folder or in the temporary folder under a temporary name: {', '.join(counts['left']) or 'nothing'}. "
-        f"Checkpoints kept: {', '.join(counts['checkpoints'])}.",
+        f"Temporary files left in the run folder or the temporary folder: {', '.join(counts['left']) or 'none'}. "
+        f"Checkpoints: {', '.join(counts['checkpoints'])}.",
         "",
         "![memory, open files and threads over time](soak.png)",
         "",
         f"{results['threads']} threads of a CPU, promcse_pl {results['versions']['promcse_pl']}, "
-        f"torch {results['versions']['torch']}. Drawn by `soak.py` from `results.json`.",
+        f"torch {results['versions']['torch']}. Generated by `soak.py` from `results.json`.",
         "",
     ]
     return "\n".join(lines)

@@ -1,8 +1,8 @@
-"""What it brings that the last layer computes the first token alone where no other is pooled.
+"""Measure the effect of computing only the first token in the last layer, with `cls` pooling.
 
     python experiments/speed/first_token.py
 
-Encoders of the paper's shapes with random weights, training and encoding, with the lever off and on in turns. Writes
+Training and encoding with encoders of the paper's shapes and random weights, in interleaved runs. Writes
 first-token.json, which `measure.py --draw` puts into README.md.
 """
 
@@ -42,7 +42,7 @@ def encoding(encoder: PromptEncoder, tokens: Tokens) -> None:
         encoder.eval()(tokens, chunk_tokens=CHUNK_TOKENS["cpu"])
 
 
-def in_turns(work: Callable[[], None]) -> dict[str, list[float]]:
+def interleaved(work: Callable[[], None]) -> dict[str, list[float]]:
     took: dict[str, list[float]] = {name: [] for name in LEVERS}
     for number in range(-1, ROUNDS):
         for name, on in LEVERS.items():
@@ -59,7 +59,7 @@ def main() -> None:
     for shape, sentences in CASES:
         encoder, tokens = random_encoder(shape, dtype, "cls", "cpu"), random_batch(sentences, "cpu")
         for work in (training, encoding):
-            took = in_turns(lambda: work(encoder, tokens))  # noqa: B023
+            took = interleaved(lambda: work(encoder, tokens))  # noqa: B023
             case = {"shape": shape, "work": work.__name__, "sentences": sentences, "seconds": took}
             cases.append(case | {"precision": str(dtype).removeprefix("torch.")})
     results = {"machine": describe(), "seed": SEED, "prompt_length": LENGTH, "cases": cases}

@@ -1,8 +1,8 @@
-"""How time and memory of encoding and of the token cache grow with the number of sentences.
+"""Measure how time and memory of encoding and of the token cache grow with the number of sentences.
 
     python experiments/speed/growth.py --data FOLDER
 
-The encoder is small (2 layers of 64) so that what grows is seen and not the encoder; the sentences are FOLDER's Wikipedia text.
+The encoder is small (2 layers of 64), so that the growth dominates. The sentences are FOLDER's Wikipedia text.
 Writes growth.json, which `measure.py --draw` puts into README.md.
 """
 
@@ -42,7 +42,7 @@ def measure(what: str, sentences: int, data: Path) -> dict[str, object]:
         model.encode(text[:100])
         before = peak_bytes()
         took = seconds(lambda: model.encode(text))
-        result = sentences * model.width * 4  # the vectors themselves
+        result = sentences * model.width * 4  # the embeddings
     else:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "text.txt"

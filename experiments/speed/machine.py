@@ -1,4 +1,4 @@
-"""What the machine gives: the rate of a large matrix product, seconds, and the memory of a process."""
+"""Measure the machine: rate of a large matrix product, time, and memory of a process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 SLOW = 5e9
-"""Operations a second below which a processor has no instructions for a type."""
+"""Operations per second below which a processor has no instructions for a type."""
 PACKAGES = ("promcse_pl", "torch", "transformers", "sentence-transformers", "peft", "numpy")
 
 
@@ -33,7 +33,7 @@ def describe() -> dict[str, Any]:
 
 
 def wait(device: str) -> None:
-    """Let a GPU finish what it was given."""
+    """Synchronise the GPU."""
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -47,7 +47,7 @@ def seconds(work: Callable[[], object], device: str = "cpu") -> float:
 
 
 def matrix_rate(dtype: torch.dtype, device: str = "cpu") -> float:
-    """Return the floating-point operations a second in a large square matrix product, a small one if minutes are at stake."""
+    """Return the floating-point operations per second of a large square matrix product, of a small one if that takes minutes."""
     size = 8192 if device == "cuda" else 2048
     if device == "cpu" and (rate := _product_rate(512, dtype, device, 1)) < SLOW:
         return rate
@@ -61,10 +61,10 @@ def _product_rate(size: int, dtype: torch.dtype, device: str, times: int) -> flo
 
 
 def peak_bytes(device: str = "cpu") -> int:
-    """Return the most memory that this process has held: of the GPU, or (Linux) of the machine."""
+    """Return the peak memory of this process: of the GPU, or (Linux) of the machine."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    # not getrusage: a child's maximum there begins with that of its parent
+    # not getrusage: a child process starts with its parent's maximum
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found
     return int(found[1]) * 1024

@@ -1,9 +1,9 @@
-"""Measure training and encoding against a plain path and against the peers, in one run on one machine.
+"""Measure training and encoding, and compare them with a plain path and with other libraries.
 
     python experiments/speed/measure.py --data FOLDER
 
-Rows are interleaved (A B C B C A ...), so that what else the machine does falls on all of them. Writes results-TYPE.json, by the
-type that `run.py` picks on this machine, and draws README.md from it and from what else was measured; `--draw` draws alone.
+Rows are interleaved (A B C B C A ...), so that other load on the machine affects all of them. Writes results-TYPE.json, where
+TYPE is the precision that `run.py` selects on this machine, and generates README.md from all results; `--draw` only generates it.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 def measure(data: Path, cache: Path, default: torch.dtype) -> dict[str, object]:
     took, rates, tokens = training(data, cache, default)
-    rows = [*took, *(["bfloat16"] if default == torch.float32 else [])]  # memory is the same however slow
+    rows = [*took, *(["bfloat16"] if default == torch.float32 else [])]  # memory does not depend on the speed
     arguments = ("--data", data, "--cache", cache, "--default", name_of(default), "--memory")
     with ThreadPoolExecutor(2) as pool:
         peaks = [pool.submit(partial(in_own_process, __file__, *arguments), row) for row in reversed(rows)]

@@ -1,10 +1,10 @@
-"""Where a training step's time goes, part by part, and the least that each part could take.
+"""Profile a training step and compute a lower bound for each part.
 
     python experiments/speed/parts.py --data FOLDER [--dtype float32]
 
-One thread, one step of the harness's default row. A part's time is its share of the profiled step times a step without the
-profiler. Its floor: operations over the rate of a large matrix product, or bytes read and written over the rate at which a
-tensor of a chunk's size is multiplied by another in place. Only real tokens count in a floor.
+One thread, one step of the default row. The time of a part is its share of the profiled step times the duration of a step
+without the profiler. Its lower bound is the number of operations over the rate of a large matrix product, or the bytes read and
+written over the rate of an in-place product of two tensors of a chunk's size. Only real tokens count.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ REST = "all else: Python, random bits, autograd, allocation"
 
 
 def floors(mask_NT: Tensor, dtype: torch.dtype) -> dict[str, float]:
-    """Return the seconds that each part needs at least; parts that a perfect step would not have are left out.
+    """Return the lower bound of each part in seconds; parts that an ideal step does not have are omitted.
 
     Elements read and written by each token and layer, forward and backward, D wide and N x S attention weights: GELU 5 x 4 D;
     two LayerNorms 2 x 5 D; softmax 5 N S; dropout of two hidden states and the weights 7 each; two residuals 6 D each.

@@ -1,9 +1,9 @@
-"""What fewer bits cost: development scores of runs by precision, and STS scores of one adapter by the type that encodes.
+"""Measure the effect of precision: dev scores of runs, and STS scores of one adapter by the type of the encoder.
 
     python experiments/speed/quality.py --data FOLDER RUN...
 
-RUN: finished runs that differ by seed and trainer.precision alone; the first one's adapter is scored. Writes quality.json, which
-`measure.py --draw` puts into README.md.
+RUN: finished runs that differ only by seed and trainer.precision; the adapter of the first is evaluated. Writes quality.json,
+which `measure.py --draw` puts into README.md.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pathlib import Path
 from machine import describe
 
 from promcse_pl.embedder import PromCSE
+from promcse_pl.evaluation.embeddings import EmbeddingCache
 from promcse_pl.evaluation.report import headline
 from promcse_pl.evaluation.suite import evaluate
 from promcse_pl.evaluation.targets import Member, Target
 from promcse_pl.evaluation.tasks import load_tasks
-from promcse_pl.evaluation.vectors import VectorCache
 
 HERE = Path(__file__).resolve().parent
 TYPES = ("float32", "bfloat16", "int8")
@@ -38,7 +38,7 @@ def main() -> None:
         for dtype in TYPES
     ]
     with tempfile.TemporaryDirectory() as folder:
-        tree = evaluate(targets, load_tasks(["sts", "sick"], options.data), VectorCache(Path(folder)))
+        tree = evaluate(targets, load_tasks(["sts", "sick"], options.data), EmbeddingCache(Path(folder)))
     results = {
         "machine": describe(),
         "runs": [

@@ -1,4 +1,4 @@
-"""What is measured: one training step of ours, with each lever off, of a plain path, and of sentence-transformers + PEFT."""
+"""The measured training steps: ours, ours with each optimisation off, a plain path, and sentence-transformers + PEFT."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ TRAINING = (
 )
 ENCODING = ("ours bfloat16", "ours int8", "ours float32", "sentence-transformers")
 NEEDS_BFLOAT16 = ("float32", "ours bfloat16")
-"""Rows of a machine where bfloat16 is the faster type; elsewhere the first is `ours` and the second takes forever."""
+"""Rows of machines where bfloat16 is faster; on others, the first equals `ours` and the second takes too long."""
 Step = Callable[[int], None]
 
 
@@ -55,7 +55,7 @@ def batches(data: Path, cache: Path, count: int) -> list[TrainBatch]:
 
 
 def texts(data: Path, count: int) -> list[str]:
-    """Half from Wikipedia, half from NLI, of all lengths."""
+    """Return sentences of all lengths, half from Wikipedia, half from NLI."""
     chance = random.Random(SEED)
     wiki = [text for (text,) in read_rows(data / "wiki" / "wiki.txt.gz", width=1)]
     nli = [text for row in read_rows(data / "nli" / "nli_train.csv", width=3) for text in row]
@@ -70,7 +70,7 @@ def without_threads() -> Iterator[None]:
 
 @contextmanager
 def without_sorting() -> Iterator[None]:
-    """Chunks of the same number of sentences, in the order of the file, padded to the longest of the batch."""
+    """Return chunks with equal numbers of sentences in file order, padded to the longest sentence of the batch."""
 
     def plan(lengths_N: Tensor, budget: int) -> list[Tensor]:
         return list(torch.arange(len(lengths_N)).split(max(1, budget // int(lengths_N.max()))))
@@ -118,7 +118,7 @@ def our_step(
 
 
 def peer_step(work: list[TrainBatch]) -> Step:
-    """PEFT's prefix tuning put into a sentence-transformers model by hand, under that library's own loss.
+    """PEFT's prefix tuning inside a sentence-transformers model, with that library's loss.
 
     It gets the same token numbers, ready padded, and no hinge loss, which it does not have.
     """
@@ -152,7 +152,7 @@ def with_library_layers() -> Iterator[None]:
 
 @contextmanager
 def lever_off(row: str) -> Iterator[None]:
-    """What must hold while a row's step runs."""
+    """Switch an optimisation off while the step of a row runs."""
     off = {
         "no threads": [without_threads],
         "no sorting": [without_sorting],
@@ -180,7 +180,7 @@ def training_step(row: str, work: list[TrainBatch], default: torch.dtype) -> Ste
 
 
 def encoder_of(row: str) -> Callable[[list[str]], object]:
-    """Gives unit vectors; the same frozen MiniLM in every row, ours with a fresh prompt in front."""
+    """Return unit-length embeddings; every row uses the same frozen MiniLM, ours with a new prompt."""
     if row == "sentence-transformers":
         from sentence_transformers import SentenceTransformer
 

@@ -1,4 +1,4 @@
-"""Training steps of encoders of several sizes, random weights: tokens a second, share of the machine's limit, peak memory.
+"""Measure training steps of encoders of several sizes with random weights: tokens/s, share of the limit, peak memory.
 
     python experiments/speed/shapes.py [--device cuda]
 
@@ -51,7 +51,7 @@ CASES = {
 
 
 def random_batch(sentences: int, device: str) -> Tokens:
-    """Return sentences of 6 to 32 tokens, evenly spread."""
+    """Return sentences with uniformly distributed lengths of 6 to 32 tokens."""
     generator = torch.Generator().manual_seed(SEED)
     lengths_N = torch.randint(6, LONGEST + 1, (sentences,), generator=generator)
     mask_NT = (torch.arange(LONGEST) < lengths_N.unsqueeze(1)).long()

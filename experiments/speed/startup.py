@@ -1,9 +1,9 @@
-"""Seconds from Enter to the first training step: of a run, and of each job of a sweep, beside the bare imports.
+"""Measure the time to the first training step, of a run and of the jobs of a sweep, and the time of the imports alone.
 
     python experiments/speed/startup.py --data DATA
 
-Writes startup.json, which `measure.py --draw` puts into README.md. Token cache and disk cache are warm: the first round is not
-counted.
+Writes startup.json, which `measure.py --draw` puts into README.md. Token cache and disk cache are warm: the first round is
+excluded.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ REPEATS = 5
 
 
 def first_step(run: Path) -> float:
-    """Return when a run's first step began, in seconds since 1970: its adapter is written as soon as training has ended."""
+    """Return the start time of a run's first step in seconds since 1970, computed from the time of its adapter."""
     trained = json.loads((run / "results.json").read_text())["training_seconds"]
     return min(path.stat().st_mtime for path in (run / "adapter").iterdir()) - trained
 
@@ -40,7 +40,7 @@ def of_a_run(options: list[str], folder: Path) -> float:
 
 
 def of_a_sweep(options: list[str], folder: Path) -> list[float]:
-    """Return the seconds of three jobs: of the first from Enter, of the others from the end of the one before."""
+    """Return the seconds of three jobs: the first from the start of the command, the others from the end of the previous job."""
     entered = time.time()
     command = [sys.executable, "run.py", "-m", "seed=1,2,3", *options, f"hydra.sweep.dir={folder}"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)

@@ -1,10 +1,10 @@
-"""What do temperature, margin and prompt length do to the development score of MiniLM on NLI triplets?
+"""Measure the effect of temperature, margin and prompt length on the dev score of MiniLM with NLI triplets.
 
     python experiments/temperature_margin_length/study.py --data DATA [--runs FOLDER] [--parallel N] [--draw]
 
-Runs the sweep of 27 jobs on a fixed subset of DATA's NLI triplets, and the middle of the grid again with other seeds to know
-the noise; writes results.json beside this file and draws README.md and the pictures from it. Started again it goes on where it
-stopped. --draw draws from results.json alone.
+Runs the sweep of 27 jobs on a fixed subset of DATA's NLI triplets, and the centre of the grid with two more seeds to estimate
+the variance over seeds. Writes results.json and generates README.md and the plots from it. Resumes unfinished sweeps. --draw
+uses the existing results.json.
 """
 
 import argparse
@@ -23,9 +23,9 @@ ROOT = HERE.parents[1]
 KEYS = ("loss.temperature", "loss.margin", "prompt.length")
 GRID = ["loss.temperature=0.03,0.05,0.1", "loss.margin=0.1,0.2,0.3", "prompt.length=6,10,16"]
 SEEDS = ["seed=43,44"]
-"""The middle of the grid again; the grid itself has seed 42."""
+"""Further seeds of the centre of the grid; the grid itself has seed 42."""
 COMMON = ["data=nli", "evaluation.tasks=[]", "evaluation.frozen=false", "tracking=local", "trainer.precision=float32"]
-"""The precision is fixed: measured anew for each run, it could differ between jobs."""
+"""The precision is fixed: `auto` could differ between jobs."""
 TRAINING = "nli/nli_train.csv"
 ROW_SEED = 42
 KEPT = ("dev_spearman", "best_step", "steps", "rows", "training_seconds", "seed")
@@ -43,9 +43,9 @@ def subset(source: Path, rows: int, target: Path) -> str:
 
 
 def sweep(folder: Path, overrides: list[str], parallel: int) -> list[dict]:
-    """Run a sweep, or what is missing of it; return the settings and outcome of each job."""
-    begun = (folder / "sweep.json").is_file()
-    where = [f"sweep.resume={folder}"] if begun else [*overrides, f"hydra.sweep.dir={folder}"]
+    """Run or resume a sweep; return the settings and results of each job."""
+    started = (folder / "sweep.json").is_file()
+    where = [f"sweep.resume={folder}"] if started else [*overrides, f"hydra.sweep.dir={folder}"]
     command = [sys.executable, str(ROOT / "run.py"), "-m", *where, f"sweep.parallel={parallel}"]
     subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
     jobs = []
@@ -113,35 +113,36 @@ def pictures(study: dict) -> None:
 
 
 def finding(study: dict) -> list[str]:
-    """Say what the numbers carry, against the noise of the seed, and no more."""
+    """Compare the scores with the variance over seeds."""
     scores = [job["dev_spearman"] for job in study["grid"]]
     best = max(study["grid"], key=lambda job: job["dev_spearman"])
     lines = [
-        f"The grid spans {min(scores):.2f} to {max(scores):.2f} on dev; the best is "
+        f"Dev scores range from {min(scores):.2f} to {max(scores):.2f}; the best settings are "
         f"{', '.join(f'{key} {best[key]:g}' for key in KEYS)}."
     ]
     noise = [job["dev_spearman"] for job in study["seeds"]]
     if len(noise) < 2:
-        return [*lines, "The noise of the seed was not measured, so no setting is called better than another."]
+        return [*lines, "The variance over seeds was not measured, so the settings are not ranked."]
     deviation = statistics.stdev(noise)
     lines.append(
-        f"The middle of the grid over {len(noise)} seeds has {statistics.mean(noise):.2f} ± {deviation:.2f} (standard deviation)."
+        f"The centre of the grid scores {statistics.mean(noise):.2f} ± {deviation:.2f} (standard deviation) over "
+        f"{len(noise)} seeds."
     )
     for key in KEYS:
         means = {value: score(study, **{key: value}) for value in values_of(study, key)}
         span = max(means.values()) - min(means.values())
-        # a mean over k jobs; the jobs share a seed, so this is a rough yardstick and not a test
+        # a mean over k jobs that share a seed: a rough comparison, not a significance test
         said = "more than" if span > 2 * deviation else "within"
         shown = ", ".join(f"{value:g}: {mean:.2f}" for value, mean in means.items())
         lines.append(
-            f"Means by {key}: {shown}; their span of {span:.2f} is {said} two standard deviations of one run's seed."
+            f"Means by {key}: {shown}. Their range of {span:.2f} is {said} two standard deviations over seeds."
         )
     low, high = best["interval"]
     return [
         *lines,
-        f"The 95 % interval of the best score over other draws of the dev pairs is [{low:.2f}, {high:.2f}]: far wider than the "
-        "whole grid. What stands above are differences on the same pairs.",
-        "One encoder, one data set of this size, the default learning rate, three seeds: nothing is said beyond that.",
+        f"The 95 % confidence interval of the best score over dev pairs is [{low:.2f}, {high:.2f}], wider than the range of the "
+        "grid. The differences above are on the same pairs.",
+        "The results are for one encoder, one data set of this size, the default learning rate and three seeds.",
     ]
 
 
@@ -152,11 +153,11 @@ def page(study: dict) -> str:
     seconds = [job["training_seconds"] for job in rows]
     return "\n".join(
         [
-            "# Temperature, margin, prompt length",
+            "# Temperature, margin and prompt length",
             "",
             f"`python run.py -m {' '.join(GRID)}` with MiniLM on {study['rows']:,} of the NLI triplets (a sample "
             f"with seed {ROW_SEED} of `{TRAINING}`, sha256 of the sample "
-            f"`{study['training_sha256'][:16]}`), scored by STS-B dev; no test set had a say.",
+            f"`{study['training_sha256'][:16]}`), evaluated on STS-B dev. No test set was used.",
             "",
             "![heat maps](heatmaps.png)",
             "",
@@ -173,9 +174,9 @@ def page(study: dict) -> str:
             ),
             "",
             f"Seed {rows[0]['seed']}; `{' '.join(study['common'])}`; {machine['threads']} threads of a {machine['device']}, "
-            f"{machine['precision']}; {sum(seconds) / 60:.0f} minutes of training in all; {versions}.",
+            f"{machine['precision']}; {sum(seconds) / 60:.0f} minutes of training in total; {versions}.",
             "",
-            "Drawn by `study.py` from `results.json`.",
+            "Generated by `study.py` from `results.json`.",
             "",
         ]
     )
@@ -183,16 +184,16 @@ def page(study: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="holds nli/ and senteval/")
+    parser.add_argument("--data", type=Path, help="folder with nli/ and senteval/")
     parser.add_argument("--runs", type=Path, default=ROOT / "outputs" / "temperature_margin_length")
     parser.add_argument("--rows", type=int, default=1536)
     parser.add_argument("--parallel", type=int, default=1)
-    parser.add_argument("--grid", nargs="+", default=GRID, help="to try the script with fewer jobs")
-    parser.add_argument("--draw", action="store_true", help="draw from results.json, run nothing")
+    parser.add_argument("--grid", nargs="+", default=GRID, help="another grid, for a test of the script")
+    parser.add_argument("--draw", action="store_true", help="generate the page from results.json without running jobs")
     options = parser.parse_args()
     if not options.draw:
         if options.data is None:
-            parser.error("--data is needed, or --draw")
+            parser.error("--data or --draw is required")
         data, runs = options.data.resolve(), options.runs.resolve()
         digest = subset(data / TRAINING, options.rows, runs / "train.csv")
         common = [*COMMON, "trainer.eval_every=20"]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from promcse_pl.utils.errors import ConfigError, DataError, PromcseError, of_the_system, write_error
-from promcse_pl.utils.imports import unwatched_imports
+from promcse_pl.utils.imports import without_gc
 from promcse_pl.utils.paths import expand, hide_home
 from promcse_pl.utils.signals import Stopped
 from promcse_pl.utils.streams import drop_output, open_streams, visible
@@ -244,15 +244,15 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     loaded = load_tasks(tasks, options.data)  # before torch: a missing file shows itself at once
 
-    with unwatched_imports():
+    with without_gc():
+        from promcse_pl.evaluation.embeddings import EmbeddingCache
         from promcse_pl.evaluation.suite import evaluate
         from promcse_pl.evaluation.targets import find_targets
-        from promcse_pl.evaluation.vectors import VectorCache
     from promcse_pl.utils.files import write_text
     from promcse_pl.utils.terminal import output_console, stages
 
     targets = find_targets(options.targets, pooling=options.pooling, device=options.device)
-    cache = VectorCache(cache_dir(None) / "vectors")
+    cache = EmbeddingCache(cache_dir(None) / "vectors")
     with stages(Console(stderr=True)) as report:
         tree = hide_home(evaluate(targets, loaded, cache, report))
     for warning in tree["warnings"]:
@@ -371,7 +371,7 @@ def _load(adapter: Path, **options: Any) -> PromCSE:  # noqa: ANN401
         status = read_status(folder.parent if folder.name == ADAPTER else folder)
         if status is not None and status.state != "finished":
             sys.stderr.write("the run is not finished: this is its best adapter so far\n")
-    with unwatched_imports():
+    with without_gc():
         from promcse_pl.embedder import PromCSE
 
     return PromCSE.load(adapter, **options)

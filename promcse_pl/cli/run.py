@@ -47,13 +47,13 @@ def compose_and_run(composed: DictConfig) -> float | None:
 def _run_apart(composed: DictConfig, folder: Path) -> float:
     """Run a job for a launcher or sweeper of Hydra's; our own sweeper has left its start.yaml."""
     from promcse_pl.run_folder import START
-    from promcse_pl.sweeps.local import run_alone
+    from promcse_pl.sweeps.execute import run_single
     from promcse_pl.sweeps.plan import SweepJob, add_job
 
     overrides = list(HydraConfig.get().overrides.task)
     if not (folder / START).is_file():
         add_job(folder.parent, SweepJob(folder.name, overrides), config_of(composed))
-    return run_alone(folder.parent, SweepJob(folder.name, overrides))
+    return run_single(folder.parent, SweepJob(folder.name, overrides))
 
 
 def _check_single() -> None:

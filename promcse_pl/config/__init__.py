@@ -1,27 +1,18 @@
 """The settings of a run and of a sweep: schema, defaults, ranges and messages. May import `utils` only."""
 
+from promcse_pl.config.overrides import check_overrides, decides, flat_settings, is_integer, resumed_with
 from promcse_pl.config.schema import (
     DATA_SUITES,
     SUITES,
     WIDTH,
     Config,
     DataConfig,
-    EvaluationConfig,
-    Kind,
     LossConfig,
-    ModelConfig,
     OptimConfig,
-    PromptConfig,
     SweepConfig,
     TrackingConfig,
     TrainerConfig,
-    check_overrides,
     check_tasks,
-    decides,
-    flat_settings,
-    is_integer,
-    resumed_with,
-    setting_keys,
 )
 
 __all__ = [
@@ -30,12 +21,8 @@ __all__ = [
     "WIDTH",
     "Config",
     "DataConfig",
-    "EvaluationConfig",
-    "Kind",
     "LossConfig",
-    "ModelConfig",
     "OptimConfig",
-    "PromptConfig",
     "SweepConfig",
     "TrackingConfig",
     "TrainerConfig",
@@ -45,5 +32,4 @@ __all__ = [
     "flat_settings",
     "is_integer",
     "resumed_with",
-    "setting_keys",
 ]

@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 STATE, SPLITS = "state.json", "dataset_dict.json"
 _BATCH = 4096
 
-Cells = Iterator[tuple[int, list[tuple[str, Any]]]]
+Records = Iterator[tuple[int, list[tuple[str, Any]]]]
 """1-based row number, and (label, value) of each column."""
 
 
@@ -48,7 +48,8 @@ def dataset_files(folder: Path) -> list[Path]:
             f"{folder} is a DatasetDict with the splits {listed(splits)}, one split is needed. Try: {folder / splits[0]}"
         )
     state = _read_json(folder / STATE)
-    if not isinstance(state, dict) or not isinstance(entries := state.get("_data_files"), list) or not entries:
+    entries = state.get("_data_files")
+    if not isinstance(entries, list) or not entries:
         raise DataError(f"{folder / STATE} lists no data files. Save the dataset again")
     if any(state.get(key) for key in ("_indices_files", "_indices_data_files")):
         raise DataError(
@@ -72,8 +73,8 @@ def content_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def dataset_cells(folder: Path, request: ColumnRequest, textual: Sequence[bool], notes: list[str]) -> Cells:
-    """Stream the wanted columns of a saved dataset."""
+def dataset_records(folder: Path, request: ColumnRequest) -> Records:
+    """Stream the requested columns of a saved dataset."""
     import pyarrow as pa
 
     files = dataset_files(folder)
@@ -85,7 +86,7 @@ def dataset_cells(folder: Path, request: ColumnRequest, textual: Sequence[bool],
                 reader = pa.ipc.open_stream(stream)
                 if schema is None:
                     schema = reader.schema
-                    positions = _positions(schema, request, textual, notes)
+                    positions = _select(schema, request)
                 elif reader.schema.names != schema.names or reader.schema.types != schema.types:
                     raise DataError(f"{path} and {files[0]} have different columns")
                 for batch in reader:
@@ -101,51 +102,46 @@ def dataset_cells(folder: Path, request: ColumnRequest, textual: Sequence[bool],
                 raise DataError(f"{path} is not a complete UTF-8 Arrow stream: {error} (after row {row})") from error
 
 
-def parquet_cells(
-    path: Path, stream: io.BufferedIOBase, request: ColumnRequest, textual: Sequence[bool], notes: list[str]
-) -> Cells:
-    """Stream the wanted columns of a parquet file."""
+def parquet_records(stream: io.BufferedIOBase, request: ColumnRequest) -> Records:
+    """Stream the requested columns of a parquet file."""
     import pyarrow as pa  # takes 0.3 s, and most files do not need it
     import pyarrow.parquet as pq
 
-    source = io.BytesIO(stream.read()) if path.suffix.lower() == ".gz" else stream
+    source = io.BytesIO(stream.read()) if request.path.suffix.lower() == ".gz" else stream
     row = 0
     try:
         file = pq.ParquetFile(source)
-        schema = file.schema_arrow
-        positions = _positions(schema, request, textual, notes)
-        labels = [schema.names[position] for position in positions]
+        names = file.schema_arrow.names
+        positions = _select(file.schema_arrow, request)
+        labels = [names[position] for position in positions]
         # pyarrow selects columns by name alone; where a name is not unique, all are read
-        unique = all(schema.names.count(label) == 1 for label in labels)
+        unique = all(names.count(label) == 1 for label in labels)
         for batch in file.iter_batches(batch_size=_BATCH, columns=labels if unique else None):
             columns = (batch.column(key).to_pylist() for key in (labels if unique else positions))
             for cells in zip(*columns, strict=True):
                 row += 1
                 yield row, list(zip(labels, cells, strict=True))
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not a complete UTF-8 parquet file: {error} (after row {row})") from error
+        raise DataError(f"{request.path} is not a complete UTF-8 parquet file: {error} (after row {row})") from error
 
 
-def _positions(schema: pa.Schema, request: ColumnRequest, textual: Sequence[bool], notes: list[str]) -> list[int]:
-    import pyarrow as pa
+def _select(schema: pa.Schema, request: ColumnRequest) -> list[int]:
+    """Return the positions of the requested columns after checking that texts are strings."""
+    import pyarrow.types as types
 
-    positions = request.find(schema.names, len(schema.names))
-    for position, is_text in zip(positions, textual, strict=True):
+    positions = request.select(schema.names, len(schema.names))
+    for position, role in zip(positions, request.kind.roles, strict=True):
         kind = schema.types[position]
-        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if is_text and not (
-            pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-        ):
+        kind = kind.value_type if types.is_dictionary(kind) else kind
+        if role != "score" and not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):
             raise DataError(
                 f"{request.path}: column {short_name(schema.names[position])} must hold strings, got {kind}"
             )
-    notes.append(request.describe(schema.names, positions, len(schema.names)))
     return positions
 
 
 def _splits(folder: Path) -> list[str]:
-    described = _read_json(folder / SPLITS)
-    splits = described.get("splits") if isinstance(described, dict) else None
+    splits = _read_json(folder / SPLITS).get("splits")
     if not isinstance(splits, list) or not splits:
         raise DataError(f"{folder / SPLITS} lists no splits. Save the dataset again")
     return [_plain_name(split, folder / SPLITS) for split in splits]
@@ -158,10 +154,11 @@ def _plain_name(name: object, source: Path) -> str:
     return name
 
 
-def _read_json(path: Path) -> object:
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a file; empty for any other JSON value."""
     with open_file(path) as stream:
         try:
-            described: object = json.loads(stream.read())
+            described = json.loads(stream.read())
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path} is not valid JSON: {error}") from error
-    return described
+    return described if isinstance(described, dict) else {}

@@ -16,10 +16,10 @@ class Tokens:
     """A batch of tokenised sentences.
 
     Attributes:
-        ids_NT: Token numbers, int64.
+        ids_NT: Token ids, int64.
         mask_NT: 1 for real tokens, 0 for padding at the end.
         types_NT: Token types, or None for zeros.
-        mlm_ids_NT, mlm_labels_NT: The ids with hidden tokens, and what was hidden; None without the MLM task.
+        mlm_ids_NT, mlm_labels_NT: Masked token ids and their labels, see `mask_tokens`; None without the MLM task.
     """
 
     ids_NT: Tensor
@@ -29,7 +29,7 @@ class Tokens:
     mlm_labels_NT: Tensor | None = None
 
     def select(self, rows: Tensor, length: int) -> Tokens:
-        """Return some sentences, cut to their longest."""
+        """Return some sentences, truncated to a length."""
         return self._each(lambda part: part[rows, :length])
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Tokens:
@@ -37,7 +37,7 @@ class Tokens:
         return self._each(lambda part: part.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Tokens:
-        """Return the batch in memory that a GPU fetches by itself."""
+        """Return the batch in page-locked memory."""
         return self._each(Tensor.pin_memory)
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> Tokens:
@@ -47,7 +47,7 @@ class Tokens:
 
 @dataclass(slots=True)
 class TrainBatch:
-    """Rows of a step.
+    """Rows of a training step.
 
     Attributes:
         tokens: Their sentences, view-major: all anchors, then all positives, then all hard negatives.
@@ -59,18 +59,17 @@ class TrainBatch:
     views: int
     rows_B: Tensor
 
-    def share(self, rank: int, ranks: int) -> TrainBatch:
-        """Return the part of one of several processes.
+    def for_rank(self, rank: int, world_size: int) -> TrainBatch:
+        """Return the rows of one rank.
 
-        The parts follow each other in the order of the ranks and differ by at most a row; of a batch with fewer rows than
-        ranks the last ranks get none.
+        The ranks get consecutive parts that differ by at most one row; with fewer rows than ranks the last ones get none.
         """
-        places = torch.tensor_split(torch.arange(len(self.rows_B)), ranks)[rank]
-        sentences = torch.cat([places + view * len(self.rows_B) for view in range(self.views)])
+        rows = torch.tensor_split(torch.arange(len(self.rows_B)), world_size)[rank]
+        sentences = torch.cat([rows + view * len(self.rows_B) for view in range(self.views)])
         lengths = self.tokens.mask_NT[sentences].sum(1)
         longest = int(lengths.max()) if len(lengths) else self.tokens.mask_NT.shape[1]
-        return TrainBatch(self.tokens.select(sentences, longest), self.views, self.rows_B[places])
+        return TrainBatch(self.tokens.select(sentences, longest), self.views, self.rows_B[rows])
 
     def pin_memory(self) -> TrainBatch:
-        """Return the batch in memory that a GPU fetches by itself; the loader calls it."""
+        """Return the batch in page-locked memory; called by the DataLoader."""
         return TrainBatch(self.tokens.pin_memory(), self.views, self.rows_B)

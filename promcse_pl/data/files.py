@@ -1,8 +1,9 @@
-"""Open data files: regular files only, and every failure is a `DataError`."""
+"""Open and read data files: regular files only, and every failure is a `DataError`."""
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import os
 import zlib
@@ -41,3 +42,35 @@ def open_file(path: Path) -> Iterator[io.BufferedReader]:
         raise DataError(f"{path} is not a complete gzip file ({error}). Copy or compress it again") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def read_text(path: Path, hint: str, encoding: str = "utf-8") -> tuple[str, str]:
+    """Return the text of a file of a published data set, and the hex sha256 of its bytes.
+
+    Args:
+        path: The file.
+        hint: Where the file comes from, for the message if it cannot be read.
+        encoding: Encoding of the file.
+
+    Raises:
+        DataError: The file cannot be read or has another encoding.
+    """
+    try:
+        content = require_regular_file(path).read_bytes()
+        return content.decode(encoding), hashlib.sha256(content).hexdigest()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}. {hint}") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}:{line}: not UTF-8 (byte {error.object[error.start]:#04x})") from error
+
+
+def read_senteval(path: Path, encoding: str = "utf-8") -> tuple[list[str], str]:
+    """Return the lines of a file of SentEval, and the hex sha256 of its bytes; errors as `read_text`."""
+    text, sha256 = read_text(path, "SentEval's data folder is data.dir/senteval", encoding)
+    return text.removesuffix("\n").split("\n") if text else [], sha256
+
+
+def single_spaced(sentence: str) -> str:
+    """Return a sentence with single spaces between its words, as SentEval reads it; neither lower-cased nor cut."""
+    return " ".join(sentence.split())

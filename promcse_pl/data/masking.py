@@ -9,8 +9,6 @@ from torch import Tensor
 
 MASKED_SHARE, MASK_SHARE, RANDOM_SHARE = 0.15, 0.8, 0.1
 """15 % of the tokens are predicted; of these 80 % become [MASK], 10 % a random token, 10 % stay (Devlin et al. 2019)."""
-
-
 IGNORED = -100
 """The label of a token that is not predicted."""
 
@@ -18,17 +16,17 @@ IGNORED = -100
 def mask_tokens(
     ids_BT: Tensor, special_BT: Tensor, *, mask_id: int, vocabulary: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Hide 15 % of the ordinary tokens.
+    """Mask 15 % of the ordinary tokens.
 
     Args:
-        ids_BT: Token numbers.
-        special_BT: True for special tokens and padding, which are never hidden.
-        mask_id: Number of the mask token.
+        ids_BT: Token ids.
+        special_BT: True for special tokens and padding, which are never masked.
+        mask_id: Id of the mask token.
         vocabulary: V; random tokens are drawn from [0, V).
-        generator: The source of chance.
+        generator: Random number generator.
 
     Returns:
-        The ids with hidden tokens replaced, and the labels: the true token where one is predicted, `IGNORED` elsewhere.
+        Masked token ids, and labels: the original id where it is predicted, `IGNORED` elsewhere.
     """
     chosen_BT = (torch.rand(ids_BT.shape, generator=generator) < MASKED_SHARE) & ~special_BT
     fate_BT = torch.rand(ids_BT.shape, generator=generator)

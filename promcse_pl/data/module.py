@@ -1,4 +1,4 @@
-"""The LightningDataModule: token rows in, batches out, in an order that is a pure function of (seed, epoch)."""
+"""The LightningDataModule: batches of the tokenised rows, in an order that is a pure function of (seed, epoch)."""
 
 # B rows, N = views x B sentences, T tokens
 
@@ -24,8 +24,8 @@ from promcse_pl.utils.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """Which rows make a batch, and where the batch stands: all that its chance may depend on."""
+class BatchPosition:
+    """Epoch, batch index and row numbers of a batch: the only inputs, with the seed, of its random draws."""
 
     epoch: int
     index: int
@@ -33,18 +33,18 @@ class _Place:
 
 
 def epoch_order(rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Return the order of the rows in an epoch: a permutation that (seed, epoch) alone decides."""
+    """Return the order of the rows in an epoch, a permutation."""
     order: NDArray[np.int64] = np.random.default_rng([seed, epoch]).permutation(rows)
     return order
 
 
-class EpochBatches(Sampler[_Place]):
-    """Batches of an epoch in `epoch_order`; the last one holds what is left. Lightning calls `set_epoch`.
+class EpochBatches(Sampler[BatchPosition]):
+    """Batches of an epoch in `epoch_order`; the last one may be smaller. Lightning calls `set_epoch`.
 
     Args:
         rows, batch_size: Of the training data.
-        seed: Decides the order.
-        start_step: Steps that were done before: the epoch that they ended in begins where they left it.
+        seed: Seed of the order.
+        start_step: Completed steps of a resumed run: its current epoch continues after them.
     """
 
     def __init__(self, rows: int, batch_size: int, seed: int, start_step: int = 0) -> None:
@@ -52,21 +52,21 @@ class EpochBatches(Sampler[_Place]):
         self.start_epoch, self.start_index = divmod(start_step, len(self))
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration goes through, from 0."""
+        """Set the epoch of the next iteration, from 0."""
         self.epoch = epoch
 
     def __len__(self) -> int:
         return -(-self.rows // self.batch_size)
 
-    def __iter__(self) -> Iterator[_Place]:
+    def __iter__(self) -> Iterator[BatchPosition]:
         order = epoch_order(self.rows, self.seed, self.epoch)
         for index in range(self.start_index if self.epoch == self.start_epoch else 0, len(self)):
-            yield _Place(self.epoch, index, order[index * self.batch_size : (index + 1) * self.batch_size])
+            yield BatchPosition(self.epoch, index, order[index * self.batch_size : (index + 1) * self.batch_size])
 
 
 @dataclass(frozen=True, slots=True)
 class Masking:
-    """What the MLM task needs to know of the tokenizer."""
+    """Properties of the tokenizer that the MLM task needs."""
 
     mask_id: int
     vocabulary: int
@@ -74,16 +74,18 @@ class Masking:
 
 
 class TrainBatches(Dataset[TrainBatch]):
-    """A rank's share of whole batches by their place; a single sentence becomes two equal views.
+    """A rank's part of each batch; a single sentence becomes two equal views.
 
-    What is hidden for the MLM task is drawn for the whole batch, so that it does not depend on the number of ranks.
+    Tokens are masked for the whole batch, so that the masks do not depend on the world size.
     """
 
-    def __init__(self, rows: TokenRows, seed: int, masking: Masking | None, *, rank: int = 0, ranks: int = 1) -> None:
-        self.rows, self.seed, self.masking, self.rank, self.ranks = rows, seed, masking, rank, ranks
+    def __init__(
+        self, rows: TokenRows, seed: int, masking: Masking | None, *, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.rows, self.seed, self.masking, self.rank, self.world_size = rows, seed, masking, rank, world_size
 
-    def __getitem__(self, place: _Place) -> TrainBatch:
-        ids, lengths = self.rows.fetch(place.rows_B)
+    def __getitem__(self, position: BatchPosition) -> TrainBatch:
+        ids, lengths = self.rows.fetch(position.rows_B)
         ids_NT = torch.from_numpy(ids)
         mask_NT = (torch.arange(ids_NT.shape[1]) < torch.from_numpy(lengths).unsqueeze(1)).long()
         if self.rows.width == 1:
@@ -91,27 +93,27 @@ class TrainBatches(Dataset[TrainBatch]):
         tokens = Tokens(ids_NT, mask_NT)
         if self.masking is not None:
             special_NT = torch.isin(ids_NT, torch.tensor(self.masking.special_ids)) | (mask_NT == 0)
-            chance = np.random.SeedSequence([self.seed, place.epoch, place.index]).generate_state(1, np.uint64)[0]
+            seed = np.random.SeedSequence([self.seed, position.epoch, position.index]).generate_state(1, np.uint64)[0]
             tokens.mlm_ids_NT, tokens.mlm_labels_NT = mask_tokens(
                 ids_NT,
                 special_NT,
                 mask_id=self.masking.mask_id,
                 vocabulary=self.masking.vocabulary,
-                generator=torch.Generator().manual_seed(int(chance)),
+                generator=torch.Generator().manual_seed(int(seed)),
             )
-        batch = TrainBatch(tokens, max(2, self.rows.width), torch.from_numpy(place.rows_B))
-        return batch if self.ranks == 1 else batch.share(self.rank, self.ranks)
+        batch = TrainBatch(tokens, max(2, self.rows.width), torch.from_numpy(position.rows_B))
+        return batch if self.world_size == 1 else batch.for_rank(self.rank, self.world_size)
 
 
 class PromcseDataModule(pl.LightningDataModule):
-    """Training batches and development pairs of a run.
+    """Training batches and dev pairs of a run.
 
     Args:
         config: The data settings.
-        tokenizer: Of the frozen encoder.
-        longest_input: Tokens that fit the encoder behind its prompt; max_length may not exceed it.
-        seed: Decides order, masks and what is held out.
-        mlm: Whether batches carry the MLM task.
+        tokenizer: Tokenizer of the frozen encoder.
+        longest_input: Most tokens that fit the encoder after its prompt, an upper bound of max_length.
+        seed: Seed of the order, the masks and the held-out rows.
+        mlm: Whether batches include masked tokens.
         progress: Called with the number of sentences tokenised so far.
     """
 
@@ -128,7 +130,7 @@ class PromcseDataModule(pl.LightningDataModule):
         super().__init__()
         if config.max_length > longest_input:
             raise ConfigError(
-                f"data.max_length={config.max_length} exceeds the {longest_input} tokens that fit the encoder behind the prompt. "
+                f"data.max_length={config.max_length} exceeds the {longest_input} tokens that fit the encoder after the prompt. "
                 f"Try: data.max_length={longest_input}"
             )
         if mlm and tokenizer.mask_token_id is None:
@@ -138,7 +140,7 @@ class PromcseDataModule(pl.LightningDataModule):
             Masking(tokenizer.mask_token_id, len(tokenizer), tuple(tokenizer.all_special_ids)) if mlm else None
         )
         self.start_step = 0
-        """Steps done before this process took over; a resumed run sets it."""
+        """Completed steps of a resumed run."""
         self.rows: TokenRows | None = None
         self.example: tuple[str, ...] = ()
         """The first training row."""
@@ -148,7 +150,7 @@ class PromcseDataModule(pl.LightningDataModule):
         self.dev: ScoredPairs | None = None
 
     def setup(self, stage: str | None = None) -> None:  # noqa: ARG002  (Lightning's signature)
-        """Read the development pairs and tokenise the training rows, or find them in the cache."""
+        """Read the dev pairs, and tokenise the training rows or map them from the cache."""
         if self.rows is not None:
             return
         source, self.dev = load_sources(self.config, self.seed)
@@ -168,20 +170,20 @@ class PromcseDataModule(pl.LightningDataModule):
         return self.rows
 
     def train_dataloader(self) -> DataLoader[TrainBatch]:
-        """Return the loader of this process's shares of one epoch's batches."""
+        """Return the loader of this rank's parts of one epoch's batches."""
         rows = self.token_rows
         batches = EpochBatches(len(rows), self.config.batch_size, self.seed, self.start_step)
         trainer = self.trainer
         for_gpu = trainer is not None and trainer.strategy.root_device.type == "cuda"
-        rank, ranks = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
         return DataLoader(
-            TrainBatches(rows, self.seed, self.masking, rank=rank, ranks=ranks),
+            TrainBatches(rows, self.seed, self.masking, rank=rank, world_size=world_size),
             sampler=batches,
             batch_size=None,
             pin_memory=for_gpu,
-            generator=torch.Generator(),  # a loader draws a number at its start; not from the one that decides the run
+            generator=torch.Generator(),  # a DataLoader draws a number at its start: not from the global generator
         )
 
     def transfer_batch_to_device(self, batch: TrainBatch, device: torch.device, dataloader_idx: int) -> TrainBatch:  # noqa: ARG002
-        """Move a batch."""
+        """Return the batch on a device."""
         return TrainBatch(batch.tokens.to(device, non_blocking=True), batch.views, batch.rows_B)

@@ -1,20 +1,17 @@
-"""Sentence pairs with scores: SentEval's STS and SICK files, and files of users.
-
-Sentences of SentEval are split at white space and joined with one space, not lower-cased and not cut.
-"""
+"""Sentence pairs with scores: SentEval's STS and SICK files, and files of users."""
 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from promcse_pl.data.arrow import content_sha256
+from promcse_pl.data.columns import is_number
+from promcse_pl.data.files import read_senteval, single_spaced
 from promcse_pl.data.readers import read_scored_pairs
 from promcse_pl.utils.errors import DataError
-from promcse_pl.utils.paths import require_regular_file
 
 YEARS: dict[str, tuple[str, ...]] = {
     "STS12": ("MSRpar", "MSRvid", "SMTeuroparl", "surprise.OnWN", "surprise.SMTnews"),
@@ -23,14 +20,8 @@ YEARS: dict[str, tuple[str, ...]] = {
     "STS15": ("answers-forums", "answers-students", "belief", "headlines", "images"),
     "STS16": ("answer-answer", "headlines", "plagiarism", "postediting", "question-question"),
 }
-
-
 TASKS = (*YEARS, "STS-B", "SICK-R")
-
-
 STSB_FILES = {"train": "sts-train.csv", "dev": "sts-dev.csv", "test": "sts-test.csv"}
-
-
 SICK_FILES = {"train": "SICK_train.txt", "dev": "SICK_trial.txt", "test": "SICK_test_annotated.txt"}
 
 
@@ -41,8 +32,8 @@ class ScoredPairs:
     Attributes:
         name: Of the subset or file.
         first, second: The two sentences of each pair.
-        gold: Their scores, higher is more alike.
-        sha256: Of the file's bytes, so that a result can name its data; of the pairs when there is no file.
+        gold: Their scores, higher means more similar.
+        sha256: Of the file's bytes, recorded with results; of the pairs if there is no file.
     """
 
     name: str
@@ -100,47 +91,25 @@ def load_pairs(path: str | Path) -> ScoredPairs:
 
 def load_stsb(senteval: str | Path, split: str) -> ScoredPairs:
     """Read STS-B: `train`, `dev` or `test`; tab-separated, score in column 5, sentences in 6 and 7."""
-    senteval = Path(senteval)
-    return _load_table(senteval / "STS" / "STSBenchmark" / STSB_FILES[split], f"STS-B {split}", (5, 6), 4, header=False)
+    return _load_table(
+        Path(senteval) / "STS" / "STSBenchmark" / STSB_FILES[split], f"STS-B {split}", (5, 6), 4, header=False
+    )
 
 
 def load_sick(senteval: str | Path, split: str) -> ScoredPairs:
     """Read SICK relatedness: `train`, `dev` or `test`; sentences in columns 2 and 3, score 1-5 in 4."""
-    senteval = Path(senteval)
-    return _load_table(senteval / "SICK" / SICK_FILES[split], f"SICK-R {split}", (1, 2), 3, header=True)
-
-
-def _lines(path: Path) -> tuple[list[str], str]:
-    try:
-        require_regular_file(path)
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}. SentEval's data folder is data.dir/senteval") from error
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}:{line}: not UTF-8 (byte {content[error.start]:#04x})") from error
-    return text.removesuffix("\n").split("\n"), hashlib.sha256(content).hexdigest()
-
-
-def _clean(sentence: str) -> str:
-    return " ".join(sentence.split())
+    return _load_table(Path(senteval) / "SICK" / SICK_FILES[split], f"SICK-R {split}", (1, 2), 3, header=True)
 
 
 def _score(text: str, path: Path, line: int) -> float:
-    try:
-        score = float(text)
-    except ValueError:
-        raise DataError(f"{path}:{line}: the score {text!r} is not a number") from None
-    if not math.isfinite(score):
+    if not is_number(text):
         raise DataError(f"{path}:{line}: the score {text!r} is not a finite number")
-    return score
+    return float(text)
 
 
 def _load_year_subset(folder: Path, subset: str) -> ScoredPairs:
     texts_path, gold_path = folder / f"STS.input.{subset}.txt", folder / f"STS.gs.{subset}.txt"
-    (texts, texts_sha), (golds, gold_sha) = _lines(texts_path), _lines(gold_path)
+    (texts, texts_sha), (golds, gold_sha) = read_senteval(texts_path), read_senteval(gold_path)
     if len(texts) != len(golds):
         raise DataError(f"{texts_path} has {len(texts)} lines, {gold_path} has {len(golds)}: they must agree")
     rows = []
@@ -150,16 +119,19 @@ def _load_year_subset(folder: Path, subset: str) -> ScoredPairs:
         fields = text.split("\t")
         if len(fields) < 2:
             raise DataError(f"{texts_path}:{line}: expected two sentences with a tab between them")
-        rows.append((_clean(fields[0]), _clean(fields[1]), _score(gold, gold_path, line)))
+        rows.append((single_spaced(fields[0]), single_spaced(fields[1]), _score(gold, gold_path, line)))
     return ScoredPairs.of(subset, rows, hashlib.sha256((texts_sha + gold_sha).encode()).hexdigest())
 
 
 def _load_table(path: Path, name: str, texts: tuple[int, int], score: int, *, header: bool) -> ScoredPairs:
-    lines, sha256 = _lines(path)
+    lines, sha256 = read_senteval(path)
     rows = []
-    for line, text in enumerate(lines[1:] if header else lines, start=2 if header else 1):
+    for line, text in enumerate(lines[header:], start=1 + header):
         fields = text.split("\t")
         if len(fields) <= max(*texts, score):
             raise DataError(f"{path}:{line}: expected {max(*texts, score) + 1} columns, got {len(fields)}")
-        rows.append((_clean(fields[texts[0]]), _clean(fields[texts[1]]), _score(fields[score], path, line)))
+        first, second = (single_spaced(fields[column]) for column in texts)
+        rows.append((first, second, _score(fields[score], path, line)))
+    if not rows:
+        raise DataError(f"{path} has no pairs")
     return ScoredPairs.of(name, rows, sha256)

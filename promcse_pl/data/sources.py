@@ -1,4 +1,4 @@
-"""Which rows a run trains on and which pairs it is chosen by, from the settings."""
+"""Training rows and dev pairs of a run, from its settings."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ import numpy as np
 
 from promcse_pl.config import WIDTH, DataConfig
 from promcse_pl.data.arrow import train_split
-from promcse_pl.data.columns import TRAINING_ROWS
+from promcse_pl.data.columns import TRAINING_ROWS, is_number
 from promcse_pl.data.demo import demo_pairs, demo_triplets
 from promcse_pl.data.pairs import ScoredPairs, load_pairs, load_stsb
-from promcse_pl.data.readers import BadRow, is_number, read_rows
+from promcse_pl.data.readers import BadRow, read_rows
 from promcse_pl.data.test_sets import refuse_test_set
 from promcse_pl.data.tokens import RowSource, file_source, memory_source
 from promcse_pl.utils.errors import ConfigError, DataError
 from promcse_pl.utils.paths import expand, is_folder, is_there
 
 HOLDOUT_SHARE, HOLDOUT_MOST = 0.1, 500
-"""Part of the triplets that `data.dev=holdout` keeps back, and the most rows of it."""
+"""Share of the anchors that `data.dev=holdout` holds out, and the most of them."""
 FIRST_ROWS = 100
 """Number of rows of the training file that are checked before a run starts."""
 
 
 def cache_dir(configured: str | None) -> Path:
-    """Return the folder of the token cache and of the vector cache."""
+    """Return the folder of the token cache and of the embedding cache."""
     if configured is not None:
         return expand(configured)
     base = os.environ.get("XDG_CACHE_HOME")
@@ -40,7 +40,7 @@ def data_dir(config: DataConfig) -> Path | None:
     """Return the folder of data sets, if one is set.
 
     Raises:
-        ConfigError: It is not there.
+        ConfigError: It does not exist.
     """
     if config.dir is None:
         return None
@@ -73,29 +73,29 @@ def senteval_dir(config: DataConfig) -> Path:
 
 
 def find_file(name: str, config: DataConfig, key: str) -> Path:
-    """Return a data file: as it stands, or relative to data.dir first and to the current folder then.
+    """Return the path of a data file; a relative one is searched in data.dir, then in the current folder.
 
     Raises:
-        DataError: It is in none of these places.
+        DataError: It does not exist.
     """
     path, base = expand(name), data_dir(config)
-    places = [path] if path.is_absolute() or base is None else [base / path, path]
-    for place in places:
-        if is_there(place):
-            return place
+    candidates = [path] if path.is_absolute() or base is None else [base / path, path]
+    for candidate in candidates:
+        if is_there(candidate):
+            return candidate
     if path.is_absolute():
         raise DataError(f"{key}={name} does not exist. Check the path")
-    looked = " and ".join(str(place.absolute()) for place in places)
+    searched = " and ".join(str(candidate.absolute()) for candidate in candidates)
     hint = "" if base else f", or data.dir=FOLDER with {name} in it"
-    raise DataError(f"{key}={name} does not exist; searched {looked}. Try: {key}=FILE{hint}")
+    raise DataError(f"{key}={name} does not exist; searched {searched}. Try: {key}=FILE{hint}")
 
 
 def load_sources(config: DataConfig, seed: int) -> tuple[RowSource, ScoredPairs | None]:
-    """Return the training rows and the development pairs of the settings.
+    """Return the training rows and the dev pairs of the settings.
 
     Args:
         config: The data settings.
-        seed: Decides which rows `data.dev=holdout` keeps back.
+        seed: Seed of the rows that `data.dev=holdout` holds out.
 
     Raises:
         ConfigError, DataError: A file or folder is missing, or a row is broken.
@@ -125,7 +125,7 @@ def check_training_file(config: DataConfig, seed: int) -> None:
         raise DataError(f"{path} has {len(first)} row; a batch needs at least 2")
     titles = TRAINING_ROWS[WIDTH[config.kind]].titles
     for title, texts in zip(titles, zip(*first, strict=True), strict=True):
-        # ids or labels that the header has an unknown name for
+        # ids or labels under an unknown column name
         if config.columns is None and all(map(is_number, texts)):
             raise DataError(
                 f"{path}: each {title} of the first {len(first)} rows is a number, such as {texts[0][:40]!r}, not a text. "
@@ -153,7 +153,7 @@ def _first_rows(source: RowSource, most: int) -> RowSource:
 
 
 def dev_pairs(config: DataConfig) -> ScoredPairs | None:
-    """Return the development pairs that do not depend on the training rows; None for none.
+    """Return the dev pairs that do not depend on the training rows; None for none.
 
     Raises:
         ConfigError: The file is a published test set.
@@ -173,23 +173,23 @@ def dev_pairs(config: DataConfig) -> ScoredPairs | None:
 
 
 def _hold_out(source: RowSource, seed: int) -> tuple[RowSource, ScoredPairs]:
-    """Keep back a tenth of the triplets, all rows of an anchor together: its positive counts 1, its hard negative 0."""
+    """Hold out a tenth of the anchors with all their rows as dev pairs: positives score 1, hard negatives 0."""
     bad_rows: list[BadRow] = []
     rows = list(source.rows(bad_rows))
     anchors = list(dict.fromkeys(row[0] for row in rows))
     order = np.random.default_rng(seed).permutation(len(anchors))
     most = min(HOLDOUT_MOST, max(1, int(len(anchors) * HOLDOUT_SHARE)))
-    kept_back = {anchors[place] for place in order[:most]}
-    train = [row for row in rows if row[0] not in kept_back]
+    held_out = {anchors[index] for index in order[:most]}
+    train = [row for row in rows if row[0] not in held_out]
     if len(train) < 2:
         raise DataError(
-            f"{source.name} has too few different anchors ({len(anchors)}) to keep some back. "
+            f"{source.name} has too few different anchors ({len(anchors)}) to hold some out. "
             "Try: data.dev=FILE, or data.dev=null"
         )
     pairs = [
         (anchor, text, score)
         for anchor, positive, negative in rows
-        if anchor in kept_back
+        if anchor in held_out
         for text, score in ((positive, 1.0), (negative, 0.0))
     ]
 

@@ -1,4 +1,4 @@
-"""Tokenises rows once into a memory-mapped folder, and gathers padded batches from it."""
+"""The tokenised dataset cache: rows are tokenised once into a memory-mapped folder, and padded batches gathered from it."""
 
 # N sentences of a batch, T tokens of its longest sentence.
 
@@ -36,12 +36,12 @@ _STALE_SECONDS = 24 * 3600
 
 @dataclass(frozen=True)
 class RowSource:
-    """Rows of `width` texts that can be read again and again, and a fingerprint of all that decides them."""
+    """Rows of `width` texts that can be read repeatedly, and a fingerprint of everything that affects them."""
 
     name: str
     fingerprint: str
     rows: Callable[[list[BadRow]], Iterator[tuple[str, ...]]]
-    """Called with a list that takes the bad rows."""
+    """Called with a list that the bad rows are appended to."""
     width: int
     example: tuple[str, ...] = ()
     """The first row."""
@@ -52,7 +52,7 @@ class RowSource:
 def file_source(
     path: Path, *, width: int, columns: Sequence[str | int] | None, header: bool | None, on_bad_row: OnBadRow
 ) -> RowSource:
-    """The rows of a data file; the arguments and errors are those of `read_rows`."""
+    """Return the rows of a data file; arguments and errors as in `read_rows`."""
     notes: list[str] = []
 
     def rows(bad_rows: list[BadRow], notes: list[str] | None = None) -> Iterator[tuple[str, ...]]:
@@ -68,7 +68,7 @@ def file_source(
 
 
 def memory_source(name: str, rows: Sequence[tuple[str, ...]]) -> RowSource:
-    """Rows that are already in memory; raises DataError for no rows, ragged rows and blank texts."""
+    """Return rows in memory; raises DataError for no rows, ragged rows and blank texts."""
     if not rows:
         raise DataError(f"{name} holds no rows")
     width = len(rows[0])
@@ -87,19 +87,19 @@ class TokenRows:
     """Token ids of all rows, memory-mapped read-only: worker processes share one copy.
 
     Attributes:
-        width: texts per row.
-        bad_rows: rows of the source that were skipped.
-        truncated: sentences that lost tokens to max_length.
-        tokens_total: tokens of all sentences, special tokens included.
-        fingerprint: name of the cache folder; equal rows, tokenizer and max_length give an equal one.
-        reused: whether the cache was there before.
+        width: Texts per row.
+        bad_rows: Rows of the source that were skipped.
+        truncated: Sentences that lost tokens to max_length.
+        tokens_total: Tokens of all sentences, special tokens included.
+        fingerprint: Name of the cache folder: a hash of rows, tokenizer and max_length.
+        reused: Whether the cache existed before.
     """
 
     def __init__(self, folder: Path, name: str, *, reused: bool) -> None:
         meta = _read_meta(folder)
         self._folder, self._name, self._rows, self._pad_id = folder, name, int(meta["rows"]), int(meta["pad_id"])
         self.width = int(meta["width"])
-        # The path of today, not of the run that built the cache.
+        # The current path, not that of the run that built the cache.
         self.bad_rows = [BadRow(name, line, reason) for line, reason in meta["bad_rows"]]
         self.truncated = int(meta["truncated"])
         self.tokens_total = int(meta["tokens"])
@@ -112,20 +112,20 @@ class TokenRows:
         return self._rows
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # numpy pickles a memory map as a copy of its content; a spawned worker maps the files again instead.
+        # numpy pickles a memory map with its content; a spawned worker maps the files again instead.
         return partial(TokenRows, reused=self.reused), (self._folder, self._name)
 
     def fetch(self, rows: npt.NDArray[np.integer[Any]]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Gather rows: all first texts, then all second texts, then all third.
 
         Args:
-            rows: row numbers, each in [0, len(self)); repeats are fine.
+            rows: Row numbers, each in [0, len(self)), repeated or not.
 
         Returns:
             ids_NT, padded on the right to the longest sentence, and lengths_N, with N = width * len(rows).
         """
         if len(rows) == 0 or rows.min() < 0 or rows.max() >= self._rows:
-            raise IndexError(f"row numbers must lie in [0, {self._rows}), got {rows}")
+            raise IndexError(f"row numbers must be in [0, {self._rows}), got {rows}")
         sentences_N = (rows.astype(np.int64) * self.width + np.arange(self.width)[:, None]).ravel()
         starts_N = self._offsets[sentences_N]
         lengths_N = self._offsets[sentences_N + 1] - starts_N
@@ -146,17 +146,17 @@ def load_tokens(
 ) -> TokenRows:
     """Map the token ids of a source, tokenising it first unless cache_dir has them.
 
-    Safe to call from several processes at once: each builds its own folder, the first to finish wins.
+    Safe to call from several processes at once: each builds its own folder, the first to finish publishes it.
 
     Args:
-        source: the rows.
-        tokenizer: its truncation and special tokens are used, and its padding token is kept with the cache.
-        max_length: most tokens of a sentence, special tokens included.
-        cache_dir: folder for caches; made if absent.
-        progress: called with the number of sentences done so far.
+        source: The rows.
+        tokenizer: Its truncation side and special tokens are used, and its padding token is stored with the cache.
+        max_length: Most tokens of a sentence, special tokens included.
+        cache_dir: Folder of caches; created if absent.
+        progress: Called with the number of sentences done so far.
 
     Raises:
-        DataError: a bad row, a sentence or tokenizer that cannot be used, or a cache_dir that cannot be written.
+        DataError: A bad row, a sentence or tokenizer that cannot be used, or a cache_dir that cannot be written.
     """
     special = tokenizer.num_special_tokens_to_add()
     if max_length <= special:
@@ -165,26 +165,14 @@ def load_tokens(
         raise DataError("the tokenizer has no padding token. Try: tokenizer.pad_token = tokenizer.eos_token")
     key = _sha256([_FORMAT, source.fingerprint, source.width, tokenizer_fingerprint(tokenizer), max_length])
     folder = cache_dir / "tokens" / key
-    reused = _is_whole(folder)
-    if not reused:
-        if folder.exists():
-            log.warning("The token cache %s of %s is damaged; it is built again.", folder, source.name)
-        _build(folder, source, tokenizer, max_length, progress)
-    return TokenRows(folder, source.name, reused=reused)
-
-
-def _build(
-    folder: Path,
-    source: RowSource,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    progress: Callable[[int], None] | None,
-) -> None:
+    if _is_whole(folder):
+        return TokenRows(folder, source.name, reused=True)
+    if folder.exists():
+        log.warning("The token cache %s of %s is damaged; it is built again.", folder, source.name)
     try:
         with staging_folder(folder.parent) as staged:
-            remove_leftovers(
-                folder.parent, older_than=_STALE_SECONDS
-            )  # a running writer updates its files all the time
+            # A running writer updates its files all the time.
+            remove_leftovers(folder.parent, older_than=_STALE_SECONDS)
             _write(staged, source, tokenizer, max_length, progress)
             try:
                 publish(staged, folder)
@@ -193,6 +181,7 @@ def _build(
                     publish(staged, folder, replace=True)
     except OSError as error:
         raise DataError(f"the token cache {folder} cannot be written: {error}. Try: data.cache_dir=FOLDER") from error
+    return TokenRows(folder, source.name, reused=False)
 
 
 def _write(
@@ -240,11 +229,11 @@ def _write(
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int) -> tuple[list[list[int]], int]:
-    """Token ids of the texts, and how many of them lost tokens."""
+    """Return the token ids of the texts, and how many of them were truncated."""
     options = {"add_special_tokens": True, "return_attention_mask": False, "return_token_type_ids": False}
     encoded = tokenizer(texts, truncation=True, max_length=max_length, **options)
     ids: list[list[int]] = encoded["input_ids"]
-    # Only a sentence of exactly max_length can have lost tokens.
+    # Only a sentence of exactly max_length tokens can be truncated.
     full = [i for i, sentence in enumerate(ids) if len(sentence) == max_length]
     if tokenizer.is_fast:
         return ids, sum(bool(encoded.encodings[i].overflowing) for i in full)
@@ -254,7 +243,7 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: 
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether the files are those that were written, to the bit: reading them takes no longer than the data file did."""
+    """Return whether the checksums of all files match; this takes about as long as reading the data file."""
     try:
         meta = _read_meta(folder)
         if meta.pop("checksum") != _sha256(meta) or meta["format"] != _FORMAT:

@@ -1,1 +1,4 @@
-"""Scores, as pure functions over an `encode` callable."""
+"""Evaluation: targets, tasks, embedding cache, scores with confidence intervals, comparisons, tables and plots.
+
+`suite.evaluate` runs it. May import interop, embedder, models, data and everything below.
+"""

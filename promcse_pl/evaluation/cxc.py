@@ -1,7 +1,7 @@
 """CxC-STS: semantic similarity of MS-COCO captions (Parekh et al. 2021), with the bootstrap of the PromCSE paper.
 
 Each of 1000 resamples draws half as many MS-COCO test images as there are, with replacement, and of each image one of its rated
-pairs. The score is the mean of the resamples' Spearman correlations; their standard deviation stands beside it.
+pairs. The score is the mean of the resamples' Spearman correlations; their standard deviation is reported too.
 """
 
 # n rated pairs, i images, b resamples
@@ -9,7 +9,6 @@ pairs. The score is the mean of the resamples' Spearman correlations; their stan
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,15 +17,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from promcse_pl.data.columns import is_number
+from promcse_pl.data.files import read_text, single_spaced
 from promcse_pl.data.pairs import ScoredPairs
 from promcse_pl.evaluation.statistics import CountedSpearman
 from promcse_pl.utils.errors import DataError
-from promcse_pl.utils.paths import require_regular_file
 
 PAIRS, IMAGES = "cxc-sts-test.csv", "dataset_coco_with_cxc.json"
 COLUMNS = ("caption1", "caption2", "agg_score", "sampling_method", "sent1", "sent2")
 RESAMPLES, SEED = 1000, 123
-"""Of the published numbers: resamples, and the seed of numpy's legacy generator."""
+"""Resamples and seed (of numpy's legacy generator) of the published numbers."""
 BLOCK = 10
 """Resamples between two reports of progress."""
 WHERE = (
@@ -43,8 +43,8 @@ class CxcData:
 
     Attributes:
         pairs: The rows of the csv.
-        ids: A number for the two captions of each row, from 0; rows of the same captions share it.
-        images: Of each MS-COCO test image the numbers of its rated pairs.
+        ids: Number of each row's caption pair, from 0; rows of the same captions share it.
+        images: Numbers of the rated pairs of each MS-COCO test image.
         files: Rows or images, and sha256, of each file by its name.
     """
 
@@ -62,45 +62,33 @@ def load_cxc(folder: str | Path) -> CxcData:
     """
     folder = Path(folder)
     pairs, keys = _read_pairs(folder / PAIRS)
-    places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
-    images, digest = _read_images(folder / IMAGES, places)
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    images, digest = _read_images(folder / IMAGES, numbers)
     files = {PAIRS: (len(pairs), pairs.sha256), IMAGES: (len(images), digest)}
-    return CxcData(pairs, tuple(places[key] for key in keys), images, files)
-
-
-def _read(path: Path) -> tuple[str, str]:
-    try:
-        require_regular_file(path)
-        content = path.read_bytes()
-        return content.decode("utf-8-sig"), hashlib.sha256(content).hexdigest()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}. {WHERE}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 (byte {error.start}). {WHERE}") from error
+    return CxcData(pairs, tuple(numbers[key] for key in keys), images, files)
 
 
 def _read_pairs(path: Path) -> tuple[ScoredPairs, tuple[tuple[str, str], ...]]:
-    text, digest = _read(path)
+    text, digest = read_text(path, WHERE, "utf-8-sig")
     reader = csv.reader(text.splitlines(keepends=True))
     header = next(reader, [])
     if tuple(header) != COLUMNS:
         raise DataError(f"{path}:1: the header must be {','.join(COLUMNS)}, got {','.join(header)}")
     rows, keys = [], []
     for cells in reader:
-        place = f"{path}:{reader.line_num}"
+        where = f"{path}:{reader.line_num}"
         if len(cells) != len(COLUMNS):
-            raise DataError(f"{place}: expected {len(COLUMNS)} columns, got {len(cells)}")
+            raise DataError(f"{where}: expected {len(COLUMNS)} columns, got {len(cells)}")
         caption1, caption2, score, _, sent1, sent2 = cells
-        try:
-            rows.append((" ".join(sent1.split()), " ".join(sent2.split()), float(score)))
-        except ValueError:
-            raise DataError(f"{place}: agg_score {score!r} is not a number") from None
+        if not is_number(score):
+            raise DataError(f"{where}: agg_score {score!r} is not a finite number")
+        rows.append((single_spaced(sent1), single_spaced(sent2), float(score)))
         keys.append((caption1, caption2))
     return ScoredPairs.of("CxC-STS", rows, digest), tuple(keys)
 
 
-def _read_images(path: Path, places: dict[tuple[str, str], int]) -> tuple[tuple[tuple[int, ...], ...], str]:
-    text, digest = _read(path)
+def _read_images(path: Path, numbers: dict[tuple[str, str], int]) -> tuple[tuple[tuple[int, ...], ...], str]:
+    text, digest = read_text(path, WHERE, "utf-8-sig")
     try:
         rated = [image["cxc_scores"] for image in json.loads(text)["images"] if image["split"] == "test"]
         named = [[(str(first), str(second)) for first, second, *_ in image] for image in rated]
@@ -110,13 +98,13 @@ def _read_images(path: Path, places: dict[tuple[str, str], int]) -> tuple[tuple[
         if not image:
             raise DataError(f"{path}: test image {number} (from 0) has no rated pair")
         for key in image:
-            if key not in places:
+            if key not in numbers:
                 raise DataError(
                     f"{path}: test image {number} (from 0) names the pair {key}, which {PAIRS} does not have"
                 )
     if len(named) < 4:
         raise DataError(f"{path} has {len(named)} test images; half of them must be two or more")
-    return tuple(tuple(places[key] for key in image) for image in named), digest
+    return tuple(tuple(numbers[key] for key in image) for image in named), digest
 
 
 def cxc_bootstrap(
@@ -135,12 +123,12 @@ def cxc_bootstrap(
     Args:
         predicted: Cosine of each row of the csv.
         data: The pairs and images.
-        resamples, seed: Of the bootstrap.
-        progress: Called with the number of resamples done, now and then.
+        resamples, seed: Number of resamples and seed of their draws.
+        progress: Called with the number of resamples done so far.
     """
     score = CountedSpearman(predicted, data.pairs.gold)
     id_of_row_n = np.array(data.ids)
-    rng = np.random.RandomState(seed)  # not default_rng: the published numbers were drawn by this one
+    rng = np.random.RandomState(seed)  # not default_rng: the published numbers come from this one
     pairs_of_image_i = np.array([len(image) for image in data.images])
     first_of_image_i = np.concatenate([[0], np.cumsum(pairs_of_image_i)[:-1]])
     id_of_pair = np.array([pair for image in data.images for pair in image])

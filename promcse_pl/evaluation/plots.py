@@ -1,4 +1,4 @@
-"""Pictures of an evaluation, drawn from its results alone, at the width of a paper's column or page."""
+"""Figures of an evaluation, drawn from its results alone, as wide as a paper's column or page."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from promcse_pl.utils.errors import ConfigError
 from promcse_pl.utils.files import atomic_file
 
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-"""Okabe and Ito (2008): told apart with every kind of colour blindness."""
+"""Okabe and Ito (2008): distinguishable with every kind of colour blindness."""
 COLUMN, PAGE = 3.3, 6.9
-"""Inches."""
+"""Widths in inches."""
 FORMATS = (".pdf", ".png", ".svg")
 STYLE = {
     "font.size": 8,
@@ -29,17 +29,17 @@ STYLE = {
 
 
 def check_plot(path: str | Path) -> None:
-    """Refuse a picture that cannot be drawn, before anything is computed.
+    """Check that a figure can be drawn and written, before anything is computed.
 
     Raises:
-        ConfigError: Its name has another ending, or matplotlib is not installed.
+        ConfigError: Its suffix is not supported, the folder is not writable, or matplotlib is not installed.
     """
     path = Path(path)
     if path.suffix not in FORMATS:
         raise ConfigError(f"a plot must end in {', '.join(FORMATS)}, got {path}")
-    there = next(folder for folder in path.absolute().parents if folder.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ConfigError(f"no plot can be written to {path}: {there} is no folder, or not a writable one")
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ConfigError(f"the plot {path} cannot be written: {parent} is not a writable folder")
     try:
         import matplotlib as mpl
     except ImportError:
@@ -48,14 +48,14 @@ def check_plot(path: str | Path) -> None:
 
 
 def draw(tree: dict[str, Any], path: str | Path) -> list[Path]:
-    """Write the bars of all scores, and the cosine densities beside it if the geometry was measured.
+    """Write a bar chart of all scores, and one of the cosine densities if the geometry was measured.
 
     Args:
-        tree: What `promcse_pl.evaluation.suite.evaluate` returns.
-        path: Of the bars; the densities get `-density` before the ending.
+        tree: Result of `promcse_pl.evaluation.suite.evaluate`.
+        path: File of the bar chart; the densities get `-density` before the suffix.
 
     Returns:
-        The pictures.
+        The files.
     """
     path = Path(path)
     import matplotlib.pyplot as plt
@@ -84,18 +84,18 @@ def _bars(tree: dict[str, Any]) -> Any:  # noqa: ANN401  (a figure)
     bars = len(tasks) * len(names)
     figure, axes = plt.subplots(figsize=(COLUMN if bars <= 20 else PAGE, 2.1), layout="constrained")
     lowest, highest = 100.0, 0.0
-    for place, name in enumerate(names):
+    for number, name in enumerate(names):
         scores = [tree["targets"][name]["scores"][task] for task in tasks]
         values = np.array([score["value"] for score in scores])
         edges = np.array([[score["low"], score["high"]] for score in scores]).T
         lowest, highest = min(lowest, float(edges.min())), max(highest, float(edges.max()))
         axes.bar(
-            np.arange(len(tasks)) + (place - (len(names) - 1) / 2) * width,
+            np.arange(len(tasks)) + (number - (len(names) - 1) / 2) * width,
             values,
             width,
             yerr=np.abs(edges - values),
             label=name,
-            color=COLORS[place % len(COLORS)],
+            color=COLORS[number % len(COLORS)],
             edgecolor="white",
             linewidth=0.4,
             error_kw={"elinewidth": 0.7, "capsize": 1.2, "capthick": 0.7, "ecolor": "#333333"},
@@ -131,13 +131,13 @@ def _densities(tree: dict[str, Any]) -> Any:  # noqa: ANN401  (a figure)
         layout="constrained",
     )
     shades = plt.get_cmap("viridis")(np.linspace(0.9, 0.05, 5))
-    places = np.array(next(iter(curves.values()))["cosine"])
+    grid = np.array(next(iter(curves.values()))["cosine"])
     seen = [np.array(values) for densities in curves.values() for bin_, values in densities.items() if bin_ != "cosine"]
-    inside = places[np.max(seen, axis=0) > 0.01]
+    inside = grid[np.max(seen, axis=0) > 0.01]
     for axes, (name, densities) in zip(rows[:, 0], curves.items(), strict=True):
         for shade, bin_ in zip(shades, (f"{low}-{low + 1}" for low in range(5)), strict=True):
             if bin_ in densities:
-                axes.plot(places, densities[bin_], color=shade, linewidth=1.1, label=bin_)
+                axes.plot(grid, densities[bin_], color=shade, linewidth=1.1, label=bin_)
         axes.set_title(name, fontsize=8, loc="left")
         axes.set_ylabel("density")
     rows[-1, 0].set_xlabel("cosine of the pair")

@@ -1,4 +1,4 @@
-"""The results of an evaluation to read: on the terminal, as Markdown, as LaTeX."""
+"""Tables of the results of an evaluation: for the terminal, Markdown and LaTeX."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FORMATS = ("markdown", "latex")
 
 
 def headline(tree: Tree) -> dict[str, dict[str, float]]:
-    """Return each target's scores by task, rounded to two decimals; of an empty tree nothing."""
+    """Return each target's scores by task, rounded to two decimals; empty for an empty tree."""
     return {
         name: {task: round(score["value"], 2) for task, score in target["scores"].items()}
         for name, target in tree.get("targets", {}).items()
@@ -24,7 +24,7 @@ def headline(tree: Tree) -> dict[str, dict[str, float]]:
 
 
 def tables(tree: Tree) -> list[Table]:
-    """Return the scores of all targets, and the differences to the first, as tables for 80 columns; of an empty tree none."""
+    """Return the scores of all targets, and the differences to the first, as tables of 80 columns; none for an empty tree."""
     if not tree:
         return []
     names = [*tree["targets"]]
@@ -48,8 +48,8 @@ def _differences(tree: Tree, name: str) -> Table:
 
 def _table(title: str, columns: Sequence[str]) -> Table:
     table = Table(title_justify="left", box=SIMPLE_HEAD, pad_edge=False, title=plain(title), min_width=len(title))
-    for place, column in enumerate(columns):
-        table.add_column(plain(column), justify="right" if place else "left", no_wrap=not place, overflow="fold")
+    for number, column in enumerate(columns):
+        table.add_column(plain(column), justify="right" if number else "left", no_wrap=not number, overflow="fold")
     return table
 
 
@@ -72,7 +72,7 @@ def _cell(tree: Tree, name: str, task: str) -> str:
 
 
 def render(tree: Tree, form: str) -> str:
-    """Return the results as `markdown` or `latex`: a table for each kind of score, the verdicts, and what they rest on."""
+    """Return the results as `markdown` or `latex`: a table for each kind of score, the verdicts, and the protocol."""
     latex = form == "latex"
     grid = _latex if latex else _markdown
     names = [*tree["targets"]]
@@ -134,8 +134,8 @@ def _latex(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     small = re.compile(r" (\[.*\])")
     body = [" & ".join(small.sub(r" {\\scriptsize \1}", _escaped(cell)) for cell in row) + r" \\" for row in rows]
     head = " & ".join(map(_escaped, header)) + r" \\"
-    begin = f"\\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}"
-    return "\n".join([begin, r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"])
+    start = f"\\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}"
+    return "\n".join([start, r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"])
 
 
 def _escaped(text: str) -> str:

@@ -1,4 +1,4 @@
-"""How far a score can be trusted: bootstrap over pairs, intervals over seeds, differences with a verdict."""
+"""Uncertainty of scores: bootstrap over pairs, confidence intervals over seeds, differences with a verdict."""
 
 # n pairs, b resamples, g groups of equal values
 
@@ -12,15 +12,15 @@ import numpy as np
 import scipy
 from numpy.typing import ArrayLike, NDArray
 
-from promcse_pl.evaluation.correlation import checked
+from promcse_pl.evaluation.sts import checked
 from promcse_pl.utils.errors import DataError
 
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
 RESAMPLES, SEED, LEVEL = 1000, 0, 0.95
-"""Resamples of a bootstrap, seed of their draws, and the share of the truth that an interval aims to hold."""
+"""Resamples of a bootstrap, seed of their draws, and the confidence level of intervals."""
 BLOCK_ENTRIES = 2**19
-"""Resamples x pairs held at once; it bounds the memory."""
+"""Resamples x pairs in memory at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +29,9 @@ class Difference:
 
     Attributes:
         value: Second minus first.
-        low, high: Interval that holds the true difference in `LEVEL` of all studies; None where nothing says how far it scatters.
-        p: Two-sided p-value of "there is no difference"; None as above.
-        over: What was drawn anew, such as "1000 resamples of 1379 pairs".
+        low, high: Confidence interval; None if all seeds have equal scores.
+        p: Two-sided p-value of no difference; None as above.
+        over: Resamples or seeds behind the interval, such as "1000 resamples".
     """
 
     value: float
@@ -42,10 +42,10 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """A plain sentence, such as "+0.31 [0.05, 0.58] over 5 seeds: better"."""
+        """The difference in words, such as "+0.31 [0.05, 0.58] over 5 seeds: better"."""
         if self.low is None or self.high is None:
             return f"{self.value:+.2f} over {self.over}: no interval, so no verdict"
-        word = "better" if self.low > 0 else "worse" if self.high < 0 else "no difference shown"
+        word = "better" if self.low > 0 else "worse" if self.high < 0 else "not significant"
         return f"{self.value:+.2f} [{self.low:.2f}, {self.high:.2f}] over {self.over}: {word}"
 
 
@@ -67,7 +67,7 @@ def resample_counts(
 
 
 class CountedSpearman:
-    """Spearman's correlation of many resamples of the same pairs, ties by mean rank, without sorting each anew.
+    """Spearman's correlation of many resamples of a set of pairs, ties by mean rank, without sorting each of them.
 
     The pairs are sorted once; a running sum of the counts in that order gives the mean rank of every value in every resample.
 
@@ -75,7 +75,7 @@ class CountedSpearman:
         predicted, gold: (n,) similarities and human scores.
 
     Raises:
-        DataError, NonFiniteError: As `promcse_pl.evaluation.correlation.spearman`.
+        DataError, NonFiniteError: As `promcse_pl.evaluation.sts.spearman`.
     """
 
     def __init__(self, predicted: ArrayLike, gold: ArrayLike) -> None:
@@ -115,7 +115,7 @@ def bootstrap_spearman(
 
     Args:
         predicted, gold: (n,) similarities and human scores.
-        resamples: How many, at least 1.
+        resamples: Number of resamples, at least 1.
         seed: Of the draws, see `resample_counts`.
 
     Returns:
@@ -148,7 +148,7 @@ def paired_difference(value: float, differences_b: Floats, over: str) -> Differe
     Args:
         value: Second minus first, on the data as they are.
         differences_b: The same of every resample; NaN values are left out.
-        over: What was drawn anew.
+        over: Description of the resamples.
     """
     low, high = interval(differences_b)
     kept_b = differences_b[np.isfinite(differences_b)]

@@ -1,4 +1,4 @@
-"""What can be evaluated: an adapter, a run, a frozen encoder, an official checkpoint, or a folder of runs that differ by seed."""
+"""Targets of an evaluation: an adapter, a run, a frozen encoder, an official checkpoint, or runs that differ by their seed."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from promcse_pl.utils.files import current
 from promcse_pl.utils.paths import expand
 
 FROZEN_POOLING: Pooling = "avg"
-"""Of a frozen encoder unless asked otherwise: the mean of all tokens, the common baseline."""
+"""Default pooling of a frozen encoder: the mean of all tokens, the common baseline."""
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One model of a target: how it is read, when its turn comes, and the seed it was trained with if that is known."""
+    """One model of a target: a function that loads it, and the seed of its training if that is known."""
 
     load: Callable[[], PromCSE]
     seed: int | None = None
@@ -38,11 +38,11 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a row of the results is about.
+    """Models that share a row of the results.
 
     Attributes:
-        name: In tables.
-        kind: In plain words.
+        name: Name in tables.
+        kind: Kind of the target in words.
         members: One model, or the runs of several seeds.
     """
 
@@ -52,15 +52,15 @@ class Target:
 
 
 def find_targets(names: Sequence[str], *, pooling: str | None = None, device: str = "auto") -> list[Target]:
-    """Tell what each name means, without reading weights yet.
+    """Resolve names to targets without reading weights.
 
     Args:
         names: Adapter or run folders, encoders (folder or hub id), official checkpoints (folder or hub id), folders of runs.
-        pooling: Of frozen encoders (None: `FROZEN_POOLING`) and official checkpoints (None: guessed as `promcse import` does).
-        device: Where to compute.
+        pooling: Pooling of frozen encoders (None: `FROZEN_POOLING`) and official checkpoints (None: as in `promcse import`).
+        device: Device of the models.
 
     Raises:
-        AdapterError, ConfigError, DataError, EncoderError: A name that means nothing, or runs that differ by more than the seed.
+        AdapterError, ConfigError, DataError, EncoderError: A name that is no target, or runs that differ by more than the seed.
     """
     if pooling is not None and pooling not in POOLINGS:
         raise ConfigError(f"--pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
@@ -83,8 +83,8 @@ def frozen_target(model: PromCSE) -> Target:
 
 def _find(name: str, pooling: str | None, device: str) -> Target:
     folder = expand(name)
-    place = Path(os.path.realpath(folder))  # Path.resolve raises for a link that leads to itself
-    label = place.parent.name if place.name == "adapter" else place.name  # a run's adapter is called by its run
+    real = Path(os.path.realpath(folder))  # Path.resolve raises for a link that leads to itself
+    label = real.parent.name if real.name == "adapter" else real.name  # a run's adapter gets the name of its run
     if find_adapter(folder):
         return Target(label, "adapter", (_adapter_member(folder, device),))
     if folder.is_dir() and not (folder / "config.json").is_file():
@@ -111,13 +111,13 @@ def _find(name: str, pooling: str | None, device: str) -> Target:
 
 
 def _adapter_member(folder: Path, device: str) -> Member:
-    place = find_adapter(folder)
-    assert place is not None
+    adapter = find_adapter(folder)
+    assert adapter is not None
     try:
-        training = json.loads(current(place, DESCRIPTION).read_text(encoding="utf-8"))["training"]
+        training = json.loads(current(adapter, DESCRIPTION).read_text(encoding="utf-8"))["training"]
         seed = training.get("seed")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        seed = None  # what is wrong with the file, its loading says
+        seed = None  # loading the adapter reports what is wrong
     return Member(lambda: PromCSE.load(folder, device=device), seed)
 
 
@@ -132,20 +132,20 @@ def _seed_members(folder: Path, device: str) -> tuple[Member, ...]:
     seeds = [member.seed for member in members]
     for run, seed in zip(runs, seeds, strict=True):
         if seed is None or seeds.count(seed) > 1:
-            raise DataError(f"the runs of {folder} must have seeds of their own, got {seed} for {run.name}")
+            raise DataError(f"the runs of {folder} must have different seeds, got {seed} for {run.name}")
     settings = [_settings(run) for run in runs]
     for run, setting in zip(runs, settings, strict=True):
         if setting != settings[0]:
             keys = sorted(key for key in {*setting, *settings[0]} if setting.get(key) != settings[0].get(key))
             raise DataError(
                 f"the runs of {folder} must differ by the seed alone, but {runs[0].name} and {run.name} differ in "
-                f"{', '.join(keys)}. Give them as targets of their own: {folder}/*"
+                f"{', '.join(keys)}. Give them as separate targets: {folder}/*"
             )
     return tuple(members)
 
 
 def _settings(run: Path) -> dict[str, Any]:
-    """Return the settings of a run that decide its adapter, flat; none for an adapter without its run."""
+    """Return the settings of a run that affect its adapter, flat; empty for an adapter without its run."""
     path = run / "config.yaml"
     if not path.is_file():
         return {}

@@ -1,7 +1,7 @@
-"""Transfer tasks: how well a linear classifier reads the class of a sentence off its frozen vector.
+"""Transfer tasks: accuracy of a linear classifier on frozen sentence embeddings.
 
 Files, order of the rows, test folds, classifier (logistic regression with an L2 penalty) and grid are those of SentEval when it
-runs without torch (Conneau & Kiela 2018). Vectors are scaled to length 1, so that the grid means the same for every encoder.
+runs without torch (Conneau & Kiela 2018). Embeddings are scaled to length 1, so that the grid means the same for every encoder.
 """
 
 # N training rows, M test rows, D width, F features, C values of the grid, K folds
@@ -23,9 +23,9 @@ from sklearn.metrics import f1_score
 from sklearn.model_selection import StratifiedKFold
 from threadpoolctl import threadpool_limits
 
-from promcse_pl.evaluation.sts import VectorOf
+from promcse_pl.evaluation.embeddings import check_embeddings
+from promcse_pl.evaluation.sts import Embeddings
 from promcse_pl.evaluation.transfer_data import TRANSFER_TASKS, Row, TransferData, load_transfer
-from promcse_pl.evaluation.vectors import check_vectors
 from promcse_pl.utils.errors import DataError
 
 __all__ = ["TRANSFER_TASKS", "TransferData", "TransferScore", "load_transfer", "score_transfer"]
@@ -37,7 +37,7 @@ Labels = NDArray[np.int64]
 
 FOLDS = 10
 GRID = tuple(2.0**power for power in range(-2, 4))
-"""Inverse strengths of the penalty that are tried, the strongest penalty first."""
+"""Inverse strengths of the penalty, the strongest penalty first."""
 GRID_TRAIN_TEST = tuple(2.0**power for power in range(-1, 6))
 """The same for TREC and MRPC."""
 
@@ -47,51 +47,52 @@ class TransferScore:
     """The result of a task.
 
     Attributes:
-        accuracy: Share of the test rows whose class was found, in [0, 1].
+        accuracy: Share of the test rows classified correctly, in [0, 1].
         f1: Of the paraphrases, in [0, 1], for MRPC; else None.
         regularisation: The chosen inverse strengths of the penalty: one for each test fold, or one.
-        rows: Test rows.
-        folds: Of the cross-validation; 0 for SST-2, where the development set decides.
-        correct_N: Right or wrong, by test row in the order of `TransferData`: for intervals and paired comparisons.
+        correct_N: Whether each test row is classified correctly, in the order of `TransferData`: for intervals and paired
+            comparisons.
     """
 
     accuracy: float
     f1: float | None
     regularisation: tuple[float, ...]
-    rows: int
-    folds: int
     correct_N: NDArray[np.bool_] = field(compare=False, repr=False)
+
+    @property
+    def rows(self) -> int:
+        """Number of test rows."""
+        return len(self.correct_N)
 
 
 def score_transfer(
-    data: TransferData, vectors: VectorOf, *, seed: int = 1111, progress: Progress = lambda *_: None
+    data: TransferData, embeddings: Embeddings, *, seed: int = 1111, progress: Progress = lambda *_: None
 ) -> TransferScore:
     """Train and test the classifier of a task.
 
     MR, CR, SUBJ and MPQA: 10 stratified folds; the penalty for a test fold is chosen by cross-validation over the nine others.
-    TREC and MRPC: it is chosen by 10 folds of the training rows; SST-2: by the development rows. MRPC's features are |u - v|
-    and u * v.
+    TREC and MRPC: it is chosen by 10 folds of the training rows; SST-2: by the dev rows. MRPC's features are |u - v| and u * v.
 
     Args:
         data: Of `load_transfer`.
-        vectors: One of each sentence of `data`, of any length but 0.
-        seed: Of the folds; SentEval's is 1111.
+        embeddings: One of each sentence of `data`, unnormalised or not.
+        seed: Seed of the folds; SentEval's is 1111.
         progress: Called with the number of regressions fitted so far and of all.
 
     Raises:
-        DataError: A sentence without vector, a vector of zeros, vectors that are all the same, a split without rows, or fewer
-            than 10 training rows of a class.
-        NonFiniteError: A vector is NaN or infinite.
+        DataError: A sentence without embedding, an embedding of zeros, embeddings that are all the same, a split without rows, or
+            fewer than 10 training rows of a class.
+        NonFiniteError: An embedding is NaN or infinite.
     """
-    _check(data, vectors)
-    features = {split: _features(rows, vectors) for split, rows in data.splits.items()}
+    _check(data, embeddings)
+    features = {split: _features(rows, embeddings) for split, rows in data.splits.items()}
     labels = {split: np.array([row.label for row in rows], dtype=np.int64) for split, rows in data.splits.items()}
     if "all" in data.splits:
         return _cross_validated(features["all"], labels["all"], seed, progress)
     return _tested(features, labels, seed, progress, with_f1=data.name == "MRPC")
 
 
-def _check(data: TransferData, vectors: VectorOf) -> None:
+def _check(data: TransferData, embeddings: Embeddings) -> None:
     for split, rows in data.splits.items():
         counts = Counter(row.label for row in rows)
         if not rows or (split in ("all", "train") and (len(counts) < 2 or min(counts.values()) < FOLDS)):
@@ -99,27 +100,22 @@ def _check(data: TransferData, vectors: VectorOf) -> None:
                 f"{data.name} {split}: {FOLDS} folds need two classes or more and {FOLDS} rows of each, got "
                 f"{', '.join(f'{count} of class {label}' for label, count in sorted(counts.items())) or 'no rows'}"
             )
-    missing = next((sentence for sentence in data.sentences() if sentence not in vectors), None)
+    sentences = data.sentences()
+    missing = next((sentence for sentence in sentences if sentence not in embeddings), None)
     if missing is not None:
         raise DataError(f"there is no vector of {missing[:80]!r}; every sentence of data.sentences() needs one")
-    check_vectors({sentence: vectors[sentence] for sentence in data.sentences()})
+    check_embeddings({sentence: embeddings[sentence] for sentence in sentences})
 
 
-def _features(rows: Sequence[Row], vectors: VectorOf) -> Features:
-    sides = [_unit([row.texts[side] for row in rows], vectors) for side in range(len(rows[0].texts))]
-    if len(sides) == 1:
-        return sides[0]
-    u_ND, v_ND = sides
-    return np.concatenate([np.abs(u_ND - v_ND), u_ND * v_ND], axis=1)
-
-
-def _unit(sentences: Sequence[str], vectors: VectorOf) -> Features:
-    vectors_ND = np.stack([vectors[sentence] for sentence in sentences]).astype(np.float32, copy=False)
-    lengths_N = np.linalg.norm(vectors_ND, axis=1)
-    if not lengths_N.all():
-        raise DataError(f"the vector of {sentences[int(np.argmin(lengths_N))][:80]!r} is all zeros")
-    unit_ND: Features = vectors_ND / lengths_N[:, None]
-    return unit_ND
+def _features(rows: Sequence[Row], embeddings: Embeddings) -> Features:
+    sides = []
+    for sentences in zip(*(row.texts for row in rows), strict=True):
+        embeddings_ND = np.stack([embeddings[sentence] for sentence in sentences]).astype(np.float32, copy=False)
+        lengths_N = np.linalg.norm(embeddings_ND, axis=1)
+        if not lengths_N.all():
+            raise DataError(f"the vector of {sentences[int(np.argmin(lengths_N))][:80]!r} is all zeros")
+        sides.append(embeddings_ND / lengths_N[:, None])
+    return sides[0] if len(sides) == 1 else np.concatenate([np.abs(sides[0] - sides[1]), sides[0] * sides[1]], axis=1)
 
 
 def _folds(labels_N: Labels, seed: int) -> list[NDArray[np.int64]]:
@@ -142,7 +138,7 @@ def _predictions(train_NF: Features, labels_N: Labels, test_MF: Features, grid: 
     return np.stack(predicted)
 
 
-def _each(work: Callable[[int], Result], items: int) -> Iterator[Result]:
+def _parallel(work: Callable[[int], Result], items: int) -> Iterator[Result]:
     """Yield `work` of 0, 1, ..., in this order, on all cores, each with one BLAS thread: so small products gain by no more."""
     with threadpool_limits(1, user_api="blas"):
         pool = ThreadPoolExecutor(os.cpu_count())
@@ -155,64 +151,60 @@ def _each(work: Callable[[int], Result], items: int) -> Iterator[Result]:
 def _cross_validated(features_NF: Features, labels_N: Labels, seed: int, progress: Progress) -> TransferScore:
     """Score every fold with the penalty that the nine others choose.
 
-    The regression without folds i and j, tested on j, helps to choose for i, and tested on i, for j: 45 trainings serve where
-    nested folds would take 100.
+    The regression without folds i and j, tested on j, helps to choose for i, and tested on i, for j: 45 trainings instead of the
+    90 of nested folds.
     """
     folds = _folds(labels_N, seed)
     pairs = list(combinations(range(FOLDS), 2))
     total = len(pairs) * len(GRID) + FOLDS
 
-    def right_without(out: Sequence[int], grid: Sequence[float]) -> list[NDArray[np.bool_]]:
-        """Train without some folds; return right or wrong (C, M) for each of them."""
-        train = np.setdiff1d(np.arange(len(labels_N)), np.concatenate([folds[fold] for fold in out]))
-        tests = np.concatenate([folds[fold] for fold in out])
+    def correct_without(held_out: Sequence[int], grid: Sequence[float]) -> list[NDArray[np.bool_]]:
+        """Train without some folds; return for each of them whether its rows are classified correctly (C, M)."""
+        tests = np.concatenate([folds[fold] for fold in held_out])
+        train = np.setdiff1d(np.arange(len(labels_N)), tests)
         predicted_CM = _predictions(features_NF[train], labels_N[train], features_NF[tests], grid)
-        return np.split(predicted_CM == labels_N[tests], np.cumsum([len(folds[fold]) for fold in out])[:-1], axis=1)
+        borders = np.cumsum([len(folds[fold]) for fold in held_out])[:-1]
+        return np.split(predicted_CM == labels_N[tests], borders, axis=1)
 
-    right_KC = np.zeros((FOLDS, len(GRID)), dtype=np.int64)
-    for place, (of_i, of_j) in enumerate(_each(lambda place: right_without(pairs[place], GRID), len(pairs))):
-        i, j = pairs[place]
-        right_KC[i] += of_j.sum(axis=1)
-        right_KC[j] += of_i.sum(axis=1)
-        progress((place + 1) * len(GRID), total)
-    chosen = tuple(GRID[place] for place in right_KC.argmax(axis=1))
+    counts_KC = np.zeros((FOLDS, len(GRID)), dtype=np.int64)
+    for done, (correct_i, correct_j) in enumerate(_parallel(lambda n: correct_without(pairs[n], GRID), len(pairs))):
+        i, j = pairs[done]
+        counts_KC[i] += correct_j.sum(axis=1)
+        counts_KC[j] += correct_i.sum(axis=1)
+        progress((done + 1) * len(GRID), total)
+    chosen = tuple(GRID[best] for best in counts_KC.argmax(axis=1))
     correct_N = np.empty(len(labels_N), dtype=np.bool_)
-    for fold, (of_fold,) in enumerate(_each(lambda fold: right_without([fold], [chosen[fold]]), FOLDS)):
-        correct_N[folds[fold]] = of_fold[0]
+    for fold, (correct_1M,) in enumerate(_parallel(lambda fold: correct_without([fold], [chosen[fold]]), FOLDS)):
+        correct_N[folds[fold]] = correct_1M[0]
         progress(total - FOLDS + fold + 1, total)
-    return TransferScore(float(correct_N.mean()), None, chosen, len(labels_N), FOLDS, correct_N)
+    return TransferScore(float(correct_N.mean()), None, chosen, correct_N)
 
 
 def _tested(
     features: Mapping[str, Features], labels: Mapping[str, Labels], seed: int, progress: Progress, *, with_f1: bool
 ) -> TransferScore:
-    """Score the test rows with the penalty that the development rows choose, or 10 folds of the training rows."""
+    """Score the test rows with the penalty that the dev rows choose, or 10 folds of the training rows."""
     train_NF, labels_N = features["train"], labels["train"]
     every = np.arange(len(labels_N))
     if "dev" in features:
         grid, choices = GRID, [(every, features["dev"], labels["dev"])]
     else:
-        folds = _folds(labels_N, seed)
         grid = GRID_TRAIN_TEST
-        choices = [(np.delete(every, held), train_NF[held], labels_N[held]) for held in folds]
+        choices = [(np.delete(every, fold), train_NF[fold], labels_N[fold]) for fold in _folds(labels_N, seed)]
     total = len(choices) * len(grid) + 1
 
-    def right(place: int) -> NDArray[np.int64]:
-        train, held_MF, held_M = choices[place]
-        right_C: NDArray[np.int64] = (_predictions(train_NF[train], labels_N[train], held_MF, grid) == held_M).sum(
-            axis=1
-        )
-        return right_C
+    def correct_counts(choice: int) -> NDArray[np.int64]:
+        train, held_MF, held_M = choices[choice]
+        predicted_CM = _predictions(train_NF[train], labels_N[train], held_MF, grid)
+        return np.asarray((predicted_CM == held_M).sum(axis=1))
 
-    right_C = np.zeros(len(grid), dtype=np.int64)
-    for place, counts_C in enumerate(_each(right, len(choices))):
-        right_C += counts_C
-        progress((place + 1) * len(grid), total)
-    chosen = grid[int(right_C.argmax())]
-    (predicted_1M,) = _each(lambda _: _predictions(train_NF, labels_N, features["test"], [chosen]), 1)
+    counts_C = np.zeros(len(grid), dtype=np.int64)
+    for done, more_C in enumerate(_parallel(correct_counts, len(choices)), start=1):
+        counts_C += more_C
+        progress(done * len(grid), total)
+    chosen = grid[int(counts_C.argmax())]
+    (predicted_1M,) = _parallel(lambda _: _predictions(train_NF, labels_N, features["test"], [chosen]), 1)
     progress(total, total)
     correct_N = predicted_1M[0] == labels["test"]
     f1 = float(f1_score(labels["test"], predicted_1M[0])) if with_f1 else None
-    return TransferScore(
-        float(correct_N.mean()), f1, (chosen,), len(correct_N), 0 if "dev" in features else FOLDS, correct_N
-    )
+    return TransferScore(float(correct_N.mean()), f1, (chosen,), correct_N)

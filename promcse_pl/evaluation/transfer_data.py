@@ -6,8 +6,8 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from promcse_pl.data.files import read_senteval, single_spaced
 from promcse_pl.utils.errors import DataError
-from promcse_pl.utils.paths import require_regular_file
 
 # the file of the ones first: SentEval's order, on which its folds depend
 TWO_FILES = {
@@ -21,6 +21,8 @@ SPLIT_FILES = {
     "TREC": {"train": "TREC/train_5500.label", "test": "TREC/TREC_10.label"},
     "MRPC": {split: f"MRPC/msr_paraphrase_{split}.txt" for split in ("train", "test")},
 }
+ENCODINGS = {"SST-2": "utf-8", "MRPC": "utf-8-sig"}
+"""Encoding of a task's files if it is not Latin-1."""
 TREC_CLASSES = ("ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM")
 PUBLISHED_ROWS = {"MR": 10662, "CR": 3775, "SUBJ": 10000, "MPQA": 10606, "SST-2": 70042, "TREC": 5952, "MRPC": 5801}
 TRANSFER_TASKS = tuple(PUBLISHED_ROWS)
@@ -77,40 +79,26 @@ def load_transfer(senteval: str | Path, task: str) -> TransferData:
     senteval = Path(senteval)
     if task not in TRANSFER_TASKS:
         raise DataError(f"unknown transfer task {task!r}. Tasks: {', '.join(TRANSFER_TASKS)}")
-    digest = hashlib.sha256()
+    digests: list[str] = []
+
+    def lines(name: str) -> tuple[Path, list[str]]:
+        read, sha256 = read_senteval(senteval / name, ENCODINGS.get(task, "latin-1"))
+        digests.append(sha256)
+        return senteval / name, read
+
     if task in TWO_FILES:
-        rows = []
-        for label, name in zip((1, 0), TWO_FILES[task], strict=True):
-            rows += [Row((_clean(line),), label) for line in _lines(senteval / name, "latin-1", digest)]
-        splits = {"all": rows}
+        positive, negative = TWO_FILES[task]
+        rows = [Row((single_spaced(line),), 1) for line in lines(positive)[1]]
+        splits = {"all": rows + [Row((single_spaced(line),), 0) for line in lines(negative)[1]]}
     else:
-        read = {"SST-2": _read_sst, "TREC": _read_trec, "MRPC": _read_mrpc}[task]
-        splits = {split: read(senteval / name, digest) for split, name in SPLIT_FILES[task].items()}
+        parse = {"SST-2": _sst_rows, "TREC": _trec_rows, "MRPC": _mrpc_rows}[task]
+        splits = {split: parse(*lines(name)) for split, name in SPLIT_FILES[task].items()}
     order = {split: tuple(sorted(rows, key=_length_and_label)) for split, rows in splits.items()}
-    return TransferData(task, order, digest.hexdigest())
+    return TransferData(task, order, hashlib.sha256(bytes.fromhex("".join(digests))).hexdigest())
 
 
 def _length_and_label(row: Row) -> tuple[int, ...]:
     return (*(len(text.split()) for text in row.texts), row.label)
-
-
-def _clean(sentence: str) -> str:
-    return " ".join(sentence.split())
-
-
-def _lines(path: Path, encoding: str, digest: hashlib._Hash) -> list[str]:
-    try:
-        require_regular_file(path)
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}. SentEval's data folder is data.dir/senteval") from error
-    digest.update(hashlib.sha256(content).digest())
-    try:
-        text = content.decode(encoding)
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}:{line}: not UTF-8 (byte {content[error.start]:#04x})") from error
-    return text.removesuffix("\n").split("\n") if text else []
 
 
 def _zero_or_one(label: str, path: Path, line: int) -> int:
@@ -119,30 +107,29 @@ def _zero_or_one(label: str, path: Path, line: int) -> int:
     return int(label)
 
 
-def _read_sst(path: Path, digest: hashlib._Hash) -> list[Row]:
+def _sst_rows(path: Path, lines: list[str]) -> list[Row]:
     rows = []
-    for line, text in enumerate(_lines(path, "utf-8", digest), start=1):
+    for line, text in enumerate(lines, start=1):
         fields = text.split("\t")
         if len(fields) != 2:
             raise DataError(f"{path}:{line}: expected a sentence, a tab and a label, got {len(fields)} columns")
-        rows.append(Row((_clean(fields[0]),), _zero_or_one(fields[1], path, line)))
+        rows.append(Row((single_spaced(fields[0]),), _zero_or_one(fields[1], path, line)))
     return rows
 
 
-def _read_trec(path: Path, digest: hashlib._Hash) -> list[Row]:
+def _trec_rows(path: Path, lines: list[str]) -> list[Row]:
     rows = []
-    for line, text in enumerate(_lines(path, "latin-1", digest), start=1):
+    for line, text in enumerate(lines, start=1):
         classes, _, question = text.partition(" ")
         label = classes.partition(":")[0]
         if label not in TREC_CLASSES or not question.strip():
             allowed = f"a question after CLASS:subclass and a space, CLASS one of {', '.join(TREC_CLASSES)}"
             raise DataError(f"{path}:{line}: expected {allowed}; got {text!r}")
-        rows.append(Row((_clean(question),), TREC_CLASSES.index(label)))
+        rows.append(Row((single_spaced(question),), TREC_CLASSES.index(label)))
     return rows
 
 
-def _read_mrpc(path: Path, digest: hashlib._Hash) -> list[Row]:
-    lines = _lines(path, "utf-8-sig", digest)
+def _mrpc_rows(path: Path, lines: list[str]) -> list[Row]:
     if not lines or not lines[0].startswith("Quality\t"):
         raise DataError(f"{path}:1: expected the header Quality, #1 ID, #2 ID, #1 String, #2 String")
     rows = []
@@ -150,5 +137,5 @@ def _read_mrpc(path: Path, digest: hashlib._Hash) -> list[Row]:
         fields = text.split("\t")
         if len(fields) != 5:
             raise DataError(f"{path}:{line}: expected 5 columns, got {len(fields)}")
-        rows.append(Row((_clean(fields[3]), _clean(fields[4])), _zero_or_one(fields[0], path, line)))
+        rows.append(Row((single_spaced(fields[3]), single_spaced(fields[4])), _zero_or_one(fields[0], path, line)))
     return rows

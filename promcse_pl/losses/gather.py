@@ -4,16 +4,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from promcse_pl.utils.errors import LostRankError
+
 
 def world_size() -> int:
     """Return W, the number of ranks; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+@contextmanager
+def collective() -> Iterator[None]:
+    """Surround a collective call: it fails if another rank is gone, with a plain RuntimeError under gloo.
+
+    Raises:
+        LostRankError: The call failed.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise LostRankError(f"lost the connection to another process of the run ({reason})") from error
 
 
 def gather_rows(local_VBD: Tensor) -> Tensor:
@@ -32,12 +51,14 @@ def gather_rows(local_VBD: Tensor) -> Tensor:
         return local_VBD
     rows = torch.tensor([local_VBD.shape[1]], device=local_VBD.device)
     counts = [torch.empty_like(rows) for _ in range(world_size())]
-    dist.all_gather(counts, rows)
+    with collective():
+        dist.all_gather(counts, rows)
     sizes = [int(count) for count in counts]
     padded = local_VBD.new_zeros(local_VBD.shape[0], max(sizes), local_VBD.shape[2])
     padded[:, : local_VBD.shape[1]] = local_VBD.detach()
     parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded)
+    with collective():
+        dist.all_gather(parts, padded)
     cut = [part[:, :size] for part, size in zip(parts, sizes, strict=True)]
     cut[dist.get_rank()] = local_VBD
     return torch.cat(cut, dim=1)
@@ -47,7 +68,8 @@ def sum_over_ranks(local: Tensor) -> Tensor:
     """Return the sum of a tensor, of the same shape on each, over all ranks; without a gradient."""
     total = local.detach().clone()
     if world_size() > 1:
-        dist.all_reduce(total)
+        with collective():
+            dist.all_reduce(total)
     return total
 
 
@@ -64,7 +86,8 @@ def average_gradients(parameters: Sequence[Tensor]) -> None:
         return
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-    dist.all_reduce(flat)
+    with collective():
+        dist.all_reduce(flat)
     means = torch.split_with_sizes(flat / world_size(), [parameter.numel() for parameter in parameters])
     for parameter, mean in zip(parameters, means, strict=True):
         parameter.grad = mean.view_as(parameter)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from promcse_pl.config import Config
-from promcse_pl.data.columns import TRAINING_ROWS, match_names
+from promcse_pl.data.columns import TRAINING_ROWS, Columns
 from promcse_pl.data.tokens import memory_source
 from promcse_pl.run_folder import CONFIG, DATA, check_run_folder
 from promcse_pl.runs.compose import compose_config, config_groups
@@ -154,7 +154,7 @@ def _to_tuple(number: int, row: Row) -> tuple[str, ...]:
         raise DataError(f"data: row {number} must hold 1, 2 or 3 texts, got {str(row)[:200]}")
     if not isinstance(row, Mapping):
         return texts
-    positions = match_names(list(row), kind)
+    positions = Columns.of(list(row), len(row)).match(kind)
     if positions is None:
         raise DataError(
             f"data: the keys of a row must be {', '.join(kind.titles)}, got {', '.join(row)[:200]} in row {number}"

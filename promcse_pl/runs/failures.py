@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from promcse_pl.training.context import RunContext
-from promcse_pl.training.distributed import LOST, is_lost
-from promcse_pl.utils.errors import DataError, OutOfMemoryError, PromcseError, RankError
+from promcse_pl.utils.errors import DataError, LostRankError, OutOfMemoryError, PromcseError
 from promcse_pl.utils.paths import run_command
 
 _OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
@@ -21,15 +20,14 @@ def actionable_errors(run: RunContext) -> Iterator[None]:
     """Convert out-of-memory, disk and lost-rank errors into a PromcseError whose message has a command to continue with."""
     try:
         yield
+    except LostRankError as error:
+        raise LostRankError(f"rank {run.ranks.rank} of {run.ranks.size} {error}") from error
     except PromcseError:
         raise
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
-            raise OutOfMemoryError(f"out of memory. Try: {_command_with_less_memory(run)}") from error
-        if is_lost(error, run.ranks):
-            reason = str(error).partition("\n")[0]
-            raise RankError(f"rank {run.ranks.rank} of {run.ranks.size} {LOST} ({reason})") from error
-        raise
+        if not isinstance(error, MemoryError) and not _OUT_OF_MEMORY.search(str(error)):
+            raise
+        raise OutOfMemoryError(f"out of memory. Try: {_command_with_less_memory(run)}") from error
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise

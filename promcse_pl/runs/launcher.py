@@ -1,190 +1,182 @@
-"""The processes of a run on this machine: start one a rank, pass signals on, and say which of them failed.
+"""Start the ranks of a run on this machine, forward signals to them, and report which of them failed.
 
-The starter imports no torch. Each rank is a fresh process that reads the job's resolved config from the run's folder. A rank ends
-when the starter does, however that ends, and all ranks end when one fails.
+The launcher does not import torch. Each rank is a new process that reads the resolved config from the run's folder. All ranks end
+when one of them fails, or when the launcher ends in any way.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import signal
-import subprocess
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import NoReturn
 
-from promcse_pl.run_folder import RANK_LOG, read_status
-from promcse_pl.training.distributed import LOST, STORE
-from promcse_pl.utils import errors
-from promcse_pl.utils.errors import PromcseError, RankError
+from promcse_pl.run_folder import RANK_LOG
+from promcse_pl.training.distributed import STORE
+from promcse_pl.utils.errors import LostRankError, PromcseError, RankError
 from promcse_pl.utils.interpreter import python_command
 from promcse_pl.utils.paths import run_command
-from promcse_pl.utils.processes import SHARE, cores
-from promcse_pl.utils.signals import SIGNALS, Stopped
+from promcse_pl.utils.processes import (
+    POLL_SECONDS,
+    RANK_THREADS,
+    available_cores,
+    start_process,
+    stop_all,
+)
+from promcse_pl.utils.signals import STOP_SIGNALS, Stopped, handled_by
 
-GRACE = 30.0
-"""Seconds that the others have to end by themselves after one rank has failed; at half of it they are asked to. W&B takes up to
-ten of them."""
-STARTER = "PROMCSESTARTER"
-_STOPPED = {143, 130, *(-signum for signum in SIGNALS)}
+GRACE_SECONDS = 30.0
+"""Time that the other ranks have to end by themselves after one has failed; at half of it they get SIGTERM. W&B takes up to ten
+seconds of it."""
+ERROR_PIPE = "PROMCSE_ERROR_PIPE"
+"""Environment variable with the file descriptor to which a rank writes the exception that it fails with."""
+_STOPPED = {143, 130, *(-signum for signum in STOP_SIGNALS)}
+
+
+class RankProcess:
+    """The process of a rank.
+
+    Attributes:
+        child: The process.
+        error: The exception that it reported before it ended; None: none.
+        log: File with its output; None for rank 0, which uses this process's stdout and stderr.
+    """
+
+    def __init__(self, folder: Path, rank: int, ranks: int, lock: int, store: Path) -> None:
+        self.error: PromcseError | None = None
+        self.log = folder / RANK_LOG.format(rank) if rank else None
+        if self.log:
+            self.log.unlink(missing_ok=True)
+        self._errors, writer = Pipe(duplex=False)
+        with writer:
+            self.child = start_process(
+                python_command("promcse_pl.runs.worker:main", str(folder)),
+                {
+                    **_threads(ranks),
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(ranks),
+                    STORE: str(store),
+                    ERROR_PIPE: str(writer.fileno()),
+                },
+                output=self.log,
+                parent_signal=signal.SIGKILL,
+                pass_fds=[lock, writer.fileno()],
+            )
+
+    def poll(self) -> int | None:
+        """Return the exit code, negative for a signal; None while the process runs."""
+        code = self.child.poll()
+        with suppress(EOFError):  # it ended without a report
+            if self._errors.poll():
+                self.error = self._errors.recv()
+        return code
 
 
 def launch(folder: Path, ranks: int, lock: int) -> None:
-    """Run the ranks of a run to their end.
+    """Run all ranks of a run and wait until they have ended.
 
-    Rank 0 has this process's standard output and error; another's go to run-rankN.log, which stays only if the run fails.
+    Rank 0 uses this process's stdout and stderr; the output of another goes to run-rankN.log, which is kept if the run fails.
 
     Args:
-        folder: Of the run, with its config.yaml.
-        ranks: Processes to start.
+        folder: Folder of the run, with its config.yaml.
+        ranks: Number of processes to start.
         lock: File descriptor of the folder's lock; the ranks inherit it, so that it is held until the last of them has ended.
 
     Raises:
-        Stopped: By a signal to this process or to a rank; the run is saved if training had begun.
-        RankError: A rank died, or failed in a way that rank 0 cannot know; the message names it and its exit code.
-        PromcseError: What rank 0 has failed with.
+        Stopped: A signal stopped this process or a rank; the run is saved if training had started.
+        RankError: A rank was killed, or failed with an error that rank 0 does not have; the message names it and its exit code.
+        PromcseError: The error of rank 0.
     """
     store = (folder / ".ranks").absolute()
     store.unlink(missing_ok=True)  # of a run that was killed
-    processes: list[subprocess.Popen[bytes]] = []
-    with _passed_on(processes) as received:
+    processes: list[RankProcess] = []
+    received: list[int] = []
+
+    def forward(signum: int) -> None:
+        received.append(signum)
+        for process in processes:
+            process.child.send_signal(signum)
+
+    with handled_by(forward):
         try:
             for rank in range(ranks):
-                processes.append(_start(folder, rank, ranks, lock, store))
+                processes.append(RankProcess(folder, rank, ranks, lock, store))
             ended = _wait(processes)
         finally:
-            for process in processes:
-                process.kill()
-                process.wait()
+            stop_all([process.child for process in processes], 0)
             store.unlink(missing_ok=True)
-    logs = [folder / RANK_LOG.format(rank) for rank in range(1, ranks)]
-    codes = [process.returncode for process in processes]
+    codes = [process.poll() or 0 for process in processes]
     failed = [rank for rank in ended if codes[rank] and codes[rank] not in _STOPPED]
-    stopped = bool(received) or any(code in _STOPPED for code in codes)
-    if stopped:  # the others may have lost a rank that a second signal ended at once
-        failed = [rank for rank in failed if LOST not in _last_words(folder, rank)]
-    for log in logs:
+    is_stopped = bool(received) or any(code in _STOPPED for code in codes)
+    if is_stopped:  # a rank that a second signal stopped at once is a lost peer of the others
+        failed = [rank for rank in failed if not isinstance(processes[rank].error, LostRankError)]
+    for log in (process.log for process in processes if process.log):
         if not failed or log.stat().st_size == 0:
             log.unlink(missing_ok=True)
     if failed:
-        tell(folder, failed, codes)
-    if stopped:
+        raise_failure(folder, failed, codes, [process.error for process in processes])
+    if is_stopped:
         raise Stopped(received[0] if received else signal.SIGINT if 130 in codes else signal.SIGTERM)
 
 
-def _start(folder: Path, rank: int, ranks: int, lock: int, store: Path) -> subprocess.Popen[bytes]:
-    share = os.environ.get(SHARE)
-    threads = {"OMP_NUM_THREADS": str(max(1, int(share or cores()) // ranks))}
-    environment = {
-        **threads,
-        **os.environ,
-        **(threads if share else {}),
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
-        STORE: str(store),
-        STARTER: str(os.getpid()),
-    }
-    command = python_command("promcse_pl.runs.worker:main", str(folder))
-    # a session of its own: Ctrl-C at a terminal reaches the starter, which passes it on once
-    if rank == 0:
-        return subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, pass_fds=[lock], start_new_session=True
-        )
-    with (folder / RANK_LOG.format(rank)).open("wb") as log:
-        return subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            pass_fds=[lock],
-            start_new_session=True,
-        )
+def _threads(ranks: int) -> dict[str, str]:
+    """Return this process's environment with the threads of a rank: its part of the job's or the machine's, unless it is set."""
+    threads_of_job = os.environ.get(RANK_THREADS)
+    threads = {"OMP_NUM_THREADS": str(max(1, int(threads_of_job or available_cores()) // ranks))}
+    return {**os.environ, **threads} if threads_of_job else {**threads, **os.environ}
 
 
-@contextmanager
-def _passed_on(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
-    """Pass the signals that ask to stop on to the processes; gives the list of those that came."""
-    received: list[int] = []
+def _wait(processes: Sequence[RankProcess]) -> list[int]:
+    """Wait until all ranks have ended, and stop the others some time after one failed.
 
-    def pass_on(signum: int, _frame: object) -> None:
-        received.append(signum)
-        for process in processes:
-            process.send_signal(signum)
-
-    if threading.current_thread() is not threading.main_thread():  # where Python allows no handlers
-        yield received
-        return
-    before = {signum: signal.signal(signum, pass_on) for signum in SIGNALS}
-    try:
-        yield received
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-
-def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> list[int]:
-    """Wait for all; end the others soon after one failed or was stopped alone. Return which ended by themselves, in order."""
-    order: list[int] = []
-    killed: list[int] = []
-    failed_at: float | None = None
-    asked = False
-    while len(order) < len(processes):
+    Returns:
+        The ranks that ended without being killed here, in the order of their ends.
+    """
+    ended: list[int] = []
+    deadline = math.inf
+    # not at once: a second signal would interrupt the save of a rank that is stopping
+    while len(ended) < len(processes) and time.monotonic() < deadline:
         for rank, process in enumerate(processes):
-            if rank not in order and process.poll() is not None:
-                order.append(rank)
-                if process.returncode and failed_at is None:
-                    failed_at = time.monotonic()
-        waited = 0.0 if failed_at is None else time.monotonic() - failed_at
-        left = [rank for rank in range(len(processes)) if rank not in order]
-        if (
-            waited > GRACE / 2 and not asked
-        ):  # not at once: the others may be about to end, and a second signal cuts that short
-            asked = True
-            for rank in left:
-                processes[rank].terminate()
-        if waited > GRACE and not killed:
-            killed = left
-            for rank in left:
-                processes[rank].kill()
-        time.sleep(0.05)
-    return [rank for rank in order if rank not in killed]
+            if rank not in ended and (code := process.poll()) is not None:
+                ended.append(rank)
+                if code:
+                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS / 2)
+        time.sleep(POLL_SECONDS)
+    stop_all([process.child for process in processes], GRACE_SECONDS / 2)
+    return [
+        *ended,
+        *(rank for rank in range(len(processes)) if rank not in ended and processes[rank].poll() != -signal.SIGKILL),
+    ]
 
 
-def tell(folder: Path, failed: Sequence[int], codes: Sequence[int]) -> NoReturn:
-    """Raise what the rank died of that failed first by itself."""
-    words = {rank: _last_words(folder, rank) for rank in failed}
-    own = [rank for rank in failed if LOST not in words[rank]] or list(failed)
-    rank = min(own, key=lambda rank: (codes[rank] > 0, rank))  # killed before failed: a failure may follow from a death
-    kind, colon, message = words[rank].partition(": ")
-    known = getattr(errors, kind, None)
-    if rank == 0 and codes[0] == 2 and colon and isinstance(known, type) and issubclass(known, PromcseError):
-        raise known(message)
-    code = codes[rank]
+def raise_failure(
+    folder: Path, failed: Sequence[int], codes: Sequence[int], reported: Sequence[PromcseError | None]
+) -> NoReturn:
+    """Raise the error of the rank that failed first, not of those that lost their connection to it.
+
+    Args:
+        folder: Folder of the run.
+        failed: Ranks that failed, in the order of their ends.
+        codes: Exit code of every rank.
+        reported: Exception that every rank reported; None: none.
+    """
+    causes = [rank for rank in failed if not isinstance(reported[rank], LostRankError)] or list(failed)
+    rank = min(causes, key=lambda rank: (codes[rank] > 0, rank))  # killed before failed: a kill may cause failures
+    code, error = codes[rank], reported[rank]
+    if rank == 0 and code == 2 and error and not isinstance(error, LostRankError):
+        raise error
     how = (
         f"ended with exit code {code}" if code > 0 else f"was killed by {signal.Signals(-code).name} (exit code {code})"
     )
     log = folder / RANK_LOG.format(rank)
-    more = f": {words[rank]}" if words[rank] and code > 0 else ""
-    where = f" (its output: {log})" if rank and log.exists() else ""
+    reason = f": {error}" if error and code > 0 else ""
+    output = f" (its output: {log})" if rank and log.exists() else ""
     raise RankError(
-        f"rank {rank} of {len(codes)} {how}{more}{where}. To resume from the last save: {run_command(f'resume={folder}')}"
+        f"rank {rank} of {len(codes)} {how}{reason}{output}. To resume from the last save: {run_command(f'resume={folder}')}"
     )
-
-
-def _last_words(folder: Path, rank: int) -> str:
-    """Return the error that a rank ended with, as far as it could tell."""
-    if rank == 0:
-        with suppress(PromcseError):
-            status = read_status(folder)
-            return (status.error if status else None) or ""
-        return ""
-    try:
-        lines = (folder / RANK_LOG.format(rank)).read_text(encoding="utf-8", errors="replace").split("\n")
-    except OSError:
-        return ""
-    return next((line.strip().removeprefix("error: ") for line in reversed(lines) if line.strip()), "")

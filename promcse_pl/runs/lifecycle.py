@@ -44,7 +44,7 @@ from promcse_pl.training.context import RunContext
 from promcse_pl.training.distributed import STORE, find_ranks
 from promcse_pl.utils.errors import ConfigError, DataError, PromcseError, RankError
 from promcse_pl.utils.files import remove_leftovers
-from promcse_pl.utils.imports import unwatched_imports
+from promcse_pl.utils.imports import without_gc
 from promcse_pl.utils.paths import run_command
 from promcse_pl.utils.signals import Stopped
 from promcse_pl.utils.terminal import NO_TERMINAL_WIDTH, logging_to, output_console, plain
@@ -222,7 +222,7 @@ def _run_as_follower(run: RunContext) -> dict[str, Any]:
 
 def _run_pipeline(run: RunContext) -> dict[str, Any]:
     with actionable_errors(run):
-        with run.console.status("loading torch"), unwatched_imports():
+        with run.console.status("loading torch"), without_gc():
             from promcse_pl.runs.pipeline import run_pipeline
         return run_pipeline(run)
 

@@ -23,19 +23,25 @@ from promcse_pl.data.module import PromcseDataModule
 from promcse_pl.data.sources import cache_dir, data_dir
 from promcse_pl.embedder import PromCSE
 from promcse_pl.evaluation import suite
-from promcse_pl.evaluation.correlation import spearman
+from promcse_pl.evaluation.embeddings import EmbeddingCache
 from promcse_pl.evaluation.report import headline, tables
-from promcse_pl.evaluation.sts import score_task
+from promcse_pl.evaluation.sts import score_task, score_warning, spearman
 from promcse_pl.evaluation.targets import Member, Target, frozen_target
 from promcse_pl.evaluation.tasks import load_tasks, pair_task
-from promcse_pl.evaluation.vectors import VectorCache
 from promcse_pl.run_folder import ADAPTER, BAD_ROWS, CONFIG, HISTORY, RESULTS, write_config
 from promcse_pl.runs.inputs import describe_inputs, record_inputs
 from promcse_pl.tracking.lightning import build_logger
 from promcse_pl.tracking.local import JsonlLogger
 from promcse_pl.tracking.wandb import WandbRun, finish_wandb, score_key, start_wandb
 from promcse_pl.training.context import RunContext
-from promcse_pl.training.distributed import compare, first_rank_first, join, leave, of_rank_zero, told
+from promcse_pl.training.distributed import (
+    check_equal_on_ranks,
+    facts_of_rank,
+    gather_values,
+    join_process_group,
+    leave_process_group,
+    rank_zero_first,
+)
 from promcse_pl.training.fit import Fitted, Parts, build_data, build_encoder, build_mlm_head, fit
 from promcse_pl.training.machine import resolve_machine
 from promcse_pl.utils.errors import DataError
@@ -50,8 +56,6 @@ EXCERPT_LENGTH = 80
 """Maximum number of characters that are logged of each text of the first row."""
 TRUNCATED_SHARE = 0.05
 """Fraction of truncated sentences above which a warning is logged."""
-MIN_FROZEN_SCORE = 0.05
-"""Dev Spearman of the frozen encoder below which a warning is logged."""
 
 
 def run_pipeline(run: RunContext) -> dict[str, Any]:
@@ -70,7 +74,7 @@ def run_pipeline(run: RunContext) -> dict[str, Any]:
     with _wandb(run) as wandb_run:
         loggers = _loggers(run)
         fitted = fit(run, parts, loggers)
-        leave(run.ranks)
+        leave_process_group(run.ranks)
         if not run.is_main:
             return {}
         summary = _summarize(run.config, parts.data, fitted)
@@ -89,9 +93,9 @@ def _join_ranks(run: RunContext) -> RunContext:
 
     Under torchrun, each process composes its own config, with its own time in the name of the folder.
     """
-    join(run.ranks, run.config.trainer)
-    compare(told(run.config, run.checkpoint.step if run.checkpoint else None))
-    folder = of_rank_zero(run.folder)
+    join_process_group(run.ranks, run.config.trainer)
+    check_equal_on_ranks(facts_of_rank(run.config, run.checkpoint.step if run.checkpoint else None))
+    folder = gather_values(run.folder)[0]
     if folder != run.folder:
         with suppress(OSError):
             run.folder.rmdir()
@@ -108,7 +112,7 @@ def _prepare(run: RunContext) -> tuple[RunContext, Parts]:
     model = dataclasses.replace(config.model, revision=encoder.backbone.identity.revision)  # the commit that was read
     config = dataclasses.replace(config, model=model)
     mlm_head = build_mlm_head(config, encoder.backbone)
-    with first_rank_first(run.ranks), progress_bar(run.console, "tokenising", None) as progress:
+    with rank_zero_first(run.ranks), progress_bar(run.console, "tokenising", None) as progress:
         data = build_data(config, encoder, progress)
     run, parts = dataclasses.replace(run, config=config), Parts(device, encoder, mlm_head, data)
     _report_data(run, data)
@@ -123,7 +127,7 @@ def _record_inputs(run: RunContext, parts: Parts) -> None:
     if run.is_main:
         record_inputs(run.folder, inputs)
         write_config(run.typed, run.folder / CONFIG, run.config)
-    compare({name: inputs[name]["sha256"] for name in ("data.train", "data.dev", "model.path")})
+    check_equal_on_ranks({name: inputs[name]["sha256"] for name in ("data.train", "data.dev", "model.path")})
 
 
 def _count_parameters(parts: Parts) -> tuple[int, int]:
@@ -195,7 +199,9 @@ def _score_frozen(run: RunContext, parts: Parts) -> None:
     sentences = [*data.dev.first, *data.dev.second]
     try:
         with progress_bar(run.console, "scoring the frozen encoder on the dev set", len(set(sentences))) as progress:
-            vectors = VectorCache(cache_dir(run.config.data.cache_dir) / "vectors").vectors(model, sentences, progress)
+            vectors = EmbeddingCache(cache_dir(run.config.data.cache_dir) / "vectors").embeddings(
+                model, sentences, progress
+            )
         score = score_task([data.dev], vectors).all.spearman
         highest = spearman(np.argsort(np.argsort(data.dev.gold, kind="stable")), data.dev.gold)
     except DataError as error:
@@ -210,15 +216,10 @@ def _score_frozen(run: RunContext, parts: Parts) -> None:
             "data.dev=FILE with more or harder pairs",
             100 * score,
         )
-    elif score >= MIN_FROZEN_SCORE:
-        log.info("frozen encoder: dev Spearman %.2f", 100 * score)
+    elif warning := score_warning(score, f"data.dev={run.config.data.dev} and data.train"):
+        log.warning("frozen encoder: dev %s", warning)
     else:
-        log.warning(
-            "frozen encoder: dev Spearman %.2f, but a pre-trained encoder usually scores well above 0. Check the columns of "
-            "data.dev=%s and data.train, and that higher scores mean more similar",
-            100 * score,
-            run.config.data.dev,
-        )
+        log.info("frozen encoder: dev Spearman %.2f", 100 * score)
 
 
 # --- track, evaluate, record ------------------------------------------------------------------------------------------
@@ -260,7 +261,7 @@ def _evaluate(run: RunContext, parts: Parts) -> dict[str, Any]:
         targets = [Target("adapter", "adapter", (Member(lambda: model, config.seed),))]
         if config.evaluation.frozen:
             targets = [frozen_target(model), *targets]
-        return suite.evaluate(targets, tasks, VectorCache(cache_dir(config.data.cache_dir) / "vectors"), report)
+        return suite.evaluate(targets, tasks, EmbeddingCache(cache_dir(config.data.cache_dir) / "vectors"), report)
 
 
 def _summarize(config: Config, data: PromcseDataModule, fitted: Fitted) -> dict[str, Any]:

@@ -1,1 +1,4 @@
-"""Sweeps: every job a process of its own, planned and checked before the first one starts, and resumable."""
+"""Sweeps and searches: plan and check all jobs, execute each in its own process, resume, rank and report.
+
+Imports everything below except the command line; Hydra is not imported here.
+"""

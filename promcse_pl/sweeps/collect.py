@@ -1,8 +1,9 @@
-"""What the folders of a sweep hold, read without torch; a damaged file is a message, never the end of the report."""
+"""Reads the runs of a sweep from their folders, without torch. A damaged file becomes a message of its run."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from promcse_pl.run_folder import (
     HISTORY,
     RESULTS,
     START,
-    Status,
     is_number,
     is_running,
     read_history,
@@ -26,45 +26,58 @@ from promcse_pl.run_folder import (
 from promcse_pl.sweeps.plan import PLAN, read_plan
 from promcse_pl.utils.errors import DataError
 
+FROZEN = "frozen encoder"
+"""Name of the baseline in results.json."""
 _SHORT = 10_000
-"""Characters that YAML's loader in C gets to read: ten times as fast, and what is nested some 30,000 deep ends the process."""
-_DEEPEST = 10
-"""Levels that settings may be nested."""
+"""Maximum length of a YAML text in characters for the C loader. It is ten times as fast, but crashes the process at about 30,000
+levels of nesting."""
+_MAX_DEPTH = 10
+"""Maximum nesting depth of settings."""
 
 
 @dataclass(slots=True)
 class Run:
-    """One job of a sweep, as far as it got.
+    """A run, or a job of a sweep that has not started.
 
     Attributes:
-        folder: Where it lies (or would, had it begun).
-        name: The folder, seen from the sweep's; its own name where it is that folder.
-        settings: Dotted names (and groups of conf/) with their values.
-        state: `finished`, `failed`, `stopped`, `pruned`, `running`; `killed`: it says running but no process holds it;
-            `not started`; `damaged`: status.json or the results of a finished run cannot be read.
-        error: What ended a failed run.
-        problems: What could not be read, and why.
-        precision: Dtype of the frozen encoder in training, from results.json of a finished run.
-        dev_name: The development set.
-        dev_sha256: Of its content; None: not known.
-        dev: Spearman x 100 on it at the best step; of a run that is not finished, the best so far; None: none measured.
-        tests: Final scores of the adapter by task, Spearman or accuracy x 100.
-        seconds: From its start to its end, or to the last sign of life; None: not known.
-        history: The entries of metrics.jsonl.
+        folder: Run folder; it may not exist yet.
+        name: Path relative to the sweep's folder; the folder's name if the run is the only one.
+        settings: Settings by dotted name. Of a planned sweep its overrides, else all settings that affect training.
+        encoder, data: `model.path` and `data.train`; None: unknown.
+        state: `finished`, `failed`, `stopped`, `pruned`, `running`; `not started`; `killed`: running by its status,
+            but no process holds its lock; `damaged`: its status, or the results of a finished run, cannot be read.
+        error: Error message of a failed run.
+        problems: Messages on files that cannot be read.
+        started: Start time in seconds since 1970; None: unknown.
+        seconds: Duration up to now or the last status; None: unknown.
+        dev: Spearman x 100 on the dev set at the best step; for unfinished runs the best so far; None: none measured.
+        dev_name, dev_sha256: Name and content of the dev set; None: unknown.
+        tests: Final test scores x 100 of the adapter by task.
+        frozen: Scores x 100 of the frozen encoder by task, with `dev`.
+        precision: Dtype of the frozen encoder in training; None: unknown.
+        versions: Versions of promcse_pl, torch and Python.
+        wandb_id: Id of its W&B run; None: no tracking.
+        history: Entries of metrics.jsonl.
     """
 
     folder: Path
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
+    encoder: str | None = None
+    data: str | None = None
     state: str = "not started"
     error: str | None = None
     problems: list[str] = field(default_factory=list)
-    precision: str | None = None
+    started: float | None = None
+    seconds: float | None = None
+    dev: float | None = None
     dev_name: str | None = None
     dev_sha256: str | None = None
-    dev: float | None = None
     tests: dict[str, float] = field(default_factory=dict)
-    seconds: float | None = None
+    frozen: dict[str, float] = field(default_factory=dict)
+    precision: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    wandb_id: str | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -75,13 +88,13 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """A sweep's folder.
+    """Runs of a folder.
 
     Attributes:
-        folder: As it was given.
-        runs: In the sweep's order.
-        planned: Whether a sweep.json binds the runs together, so that the sweep can be resumed.
-        warnings: What is wrong with the folder itself.
+        folder: Folder as given.
+        runs: Runs in the order of the sweep.
+        planned: Whether the folder has a sweep.json, so that the sweep can be resumed.
+        warnings: Problems with the folder itself.
     """
 
     folder: Path
@@ -91,23 +104,21 @@ class Sweep:
 
 
 def read_sweep(folder: str | Path) -> Sweep:
-    """Read a sweep's folder, or any folder with runs somewhere below it.
+    """Read the folder of a sweep, or any folder with runs below it.
 
     Raises:
-        DataError: There is no such folder, or no run in it.
+        DataError: The folder does not exist or contains no run.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder. Try: promcse report multirun/DATE/TIME")
-    warnings: list[str] = []
-    plan = None
-    runs: list[Run] = []
-    try:
-        if (folder / PLAN).exists():
+    plan, warnings = None, []
+    if (folder / PLAN).exists():
+        try:
             plan = read_plan(folder)
-            runs = [_read_run(folder, job.folder, parse_overrides(job.overrides)) for job in plan.jobs]
-    except DataError as error:
-        warnings.append(f"{error}; the runs below the folder are shown instead")
+        except DataError as error:
+            warnings.append(f"{error}; the runs below the folder are shown instead")
+    runs = [_read_run(folder, job.folder, parse_overrides(job.overrides)) for job in plan.jobs] if plan else []
     if not runs:
         runs = [_read_run(folder, name, None) for name in _find_runs(folder)]
     if not runs:
@@ -117,31 +128,18 @@ def read_sweep(folder: str | Path) -> Sweep:
     return Sweep(folder, runs, plan is not None, warnings)
 
 
-def _find_runs(folder: Path) -> list[str]:
-    """Return the runs below a folder by name; numbers in order of size."""
-    found = []
-    for place, inner, files in os.walk(folder):
-        if CONFIG in files or START in files:
-            found.append(os.path.relpath(place, folder))
-            inner.clear()  # what lies inside a run (wandb/, adapter/) is no other run
-        inner[:] = [name for name in inner if not name.startswith(".")]
-    return sorted(
-        found, key=lambda name: [(len(part), part) if part.isdigit() else (99, part) for part in name.split("/")]
-    )
-
-
 def parse_overrides(overrides: list[str]) -> dict[str, Any]:
-    """Return the settings that Hydra's `key=value` arguments set, numbers as numbers."""
+    """Return the settings of Hydra overrides of the form `key=value`; numbers are converted."""
     settings = {}
     for override in overrides:
         key, equals, value = override.partition("=")
         if equals:
-            settings[key.lstrip("+~")] = _value(value)
+            settings[key.lstrip("+~")] = _parse_value(value)
     return settings
 
 
-def _value(text: str) -> Any:  # noqa: ANN401
-    for kind in (int, float):  # before YAML, for which 1e-3 is a text
+def _parse_value(text: str) -> Any:  # noqa: ANN401
+    for kind in (int, float):  # before YAML, which reads 1e-3 as a string
         try:
             return kind(text)
         except ValueError:
@@ -155,27 +153,38 @@ def _value(text: str) -> Any:  # noqa: ANN401
 def _load_yaml(text: str) -> Any:  # noqa: ANN401
     loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader) if len(text) < _SHORT else yaml.SafeLoader
     value = yaml.load(text, Loader=loader)
-    if _is_deeper(value, _DEEPEST):
-        raise ValueError(f"it is nested more than {_DEEPEST} levels deep")
+    if _is_deeper(value, _MAX_DEPTH):
+        raise ValueError(f"it is nested more than {_MAX_DEPTH} levels deep")
     return value
 
 
-def _is_deeper(value: object, most: int) -> bool:
+def _is_deeper(value: object, levels: int) -> bool:
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return bool(parts) and (most == 0 or any(_is_deeper(part, most - 1) for part in parts))
+    return bool(parts) and (levels == 0 or any(_is_deeper(part, levels - 1) for part in parts))
 
 
-def _read_run(sweep: Path, name: str, settings: dict[str, Any] | None) -> Run:
-    run = Run(sweep / name, sweep.resolve().name if name == "." else name, settings or {})
-    try:
-        status = read_status(run.folder)
-    except DataError as error:
-        run.state = "damaged"
-        run.problems.append(str(error))
-    else:
-        _take_status(run, status)
-    if settings is None:
-        _read_settings(run)
+def _find_runs(folder: Path) -> list[str]:
+    """Return the relative paths of the runs below a folder; numeric names are sorted by value."""
+    found = []
+    for parent, subfolders, files in os.walk(folder):
+        if CONFIG in files or START in files:
+            found.append(os.path.relpath(parent, folder))
+            subfolders.clear()  # folders inside a run (wandb/, adapter/) are not runs
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+    return sorted(
+        found, key=lambda name: [(len(part), part) if part.isdigit() else (99, part) for part in name.split("/")]
+    )
+
+
+def _read_run(sweep: Path, name: str, overrides: dict[str, Any] | None) -> Run:
+    run = Run(sweep / name, sweep.resolve().name if name == "." else name)
+    config = _read_config(run)
+    run.encoder, run.data = (
+        value if isinstance(value := config.get(key), str) else None for key in ("model.path", "data.train")
+    )
+    settings = {key: value for key, value in config.items() if decides(key) == "training"}
+    run.settings = settings if overrides is None else overrides
+    _read_state(run)
     try:
         run.history = read_history(run.folder / HISTORY, run.problems) if (run.folder / HISTORY).exists() else []
     except DataError as error:
@@ -183,59 +192,59 @@ def _read_run(sweep: Path, name: str, settings: dict[str, Any] | None) -> Run:
     if run.finished:
         _read_results(run)
     if run.dev is None and not run.finished:
-        seen = [entry["dev/spearman"] for entry in run.history if is_number(entry.get("dev/spearman"))]
-        run.dev = max((score for score in seen if score == score), default=None)
+        scores = [entry["dev/spearman"] for entry in run.history if is_number(entry.get("dev/spearman"))]
+        run.dev = max((score for score in scores if score == score), default=None)
     return run
 
 
-def _take_status(run: Run, status: Status | None) -> None:
-    begun = (run.folder / CONFIG).exists()
-    if status is None:  # a run of an older version, or none
-        run.state = "not started" if not begun else "finished" if (run.folder / RESULTS).exists() else "running"
-    else:
-        run.state, run.error = status.state, status.error
-        run.seconds = max(0.0, status.updated - status.started)
-    if run.state == "running" and not is_running(run.folder):
-        run.state = "killed"
-
-
-def _read_settings(run: Run) -> None:
-    """Take the settings as they were before the start: what `auto` became on a machine is no difference of settings."""
-    for name in (START, CONFIG):
-        path = run.folder / name
+def _read_config(run: Run) -> dict[str, Any]:
+    """Return the settings by dotted name, from start.yaml if it exists, else config.yaml with the resolved values."""
+    for path in (run.folder / START, run.folder / CONFIG):
         if not path.exists():
             continue
         try:
             raw, resolved = split_resolved(_load_yaml(path.read_text(encoding="utf-8")))
-            if not isinstance(raw, dict):
+            if not isinstance(raw, Mapping):
                 raise ValueError(f"it holds {type(raw).__name__}, not settings")
+            return flat_settings(raw) | resolved
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             run.problems.append(f"{path} cannot be read: {error}")
-            continue
-        # settings that do not affect training are not compared
-        settings = flat_settings(raw) | resolved
-        run.settings = {key: value for key, value in settings.items() if decides(key) == "training"}
+    return {}
+
+
+def _read_state(run: Run) -> None:
+    try:
+        status = read_status(run.folder)
+    except DataError as error:
+        run.state = "damaged"
+        run.problems.append(str(error))
         return
+    if status is not None:
+        run.state, run.error, run.started, run.wandb_id = status.state, status.error, status.started, status.wandb_id
+        run.seconds = max(0.0, status.updated - status.started)
+    elif (run.folder / CONFIG).exists():  # a run of an older version
+        run.state = "finished" if (run.folder / RESULTS).exists() else "running"
+    if run.state == "running" and not is_running(run.folder):
+        run.state = "killed"
 
 
 def _read_results(run: Run) -> None:
-    path = run.folder / RESULTS
     try:
         results = read_results(run.folder)
-        dev, seconds, scores = results["dev_spearman"], results["seconds"], results["scores"].get("adapter", {})
-        if not all(value is None or is_number(value) for value in (dev, seconds, *scores.values())):
+        dev, seconds = results["dev_spearman"], results["seconds"]
+        scores, frozen = (results["scores"].get(name, {}) for name in ("adapter", FROZEN))
+        if not all(value is None or is_number(value) for value in (dev, seconds, *scores.values(), *frozen.values())):
             raise ValueError("a score or time is not a number")
-        name, precision = results.get("dev"), results.get("machine", {}).get("precision")
         dev_task = results.get("evaluation", {}).get("tasks", {}).get("dev", {"files": [{"sha256": None}]})
-        sha256 = dev_task["files"][0]["sha256"]
-        if not isinstance(name, str | None) or not isinstance(sha256, str | None):
-            raise ValueError("the development set is no name")
-        if not isinstance(precision, str | None):
-            raise ValueError("the precision is not a string")
+        name, sha256 = results.get("dev"), dev_task["files"][0]["sha256"]
+        precision, versions = results.get("machine", {}).get("precision"), results.get("versions", {})
+        if not all(value is None or isinstance(value, str) for value in (name, sha256, precision, *versions.values())):
+            raise ValueError("the dev set, precision or a version is not a string")
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         run.state = "damaged"
-        run.problems.append(f"{path} cannot be read as results: {type(error).__name__}: {error}")
+        run.problems.append(f"{run.folder / RESULTS} cannot be read as results: {type(error).__name__}: {error}")
         return
-    run.dev, run.dev_name, run.dev_sha256, run.precision = dev, name, sha256, precision
-    run.seconds = seconds if seconds is not None else run.seconds
+    run.dev, run.dev_name, run.dev_sha256, run.precision, run.versions = dev, name, sha256, precision, versions
+    run.seconds = run.seconds if seconds is None else seconds
     run.tests = {task: score for task, score in scores.items() if task != "dev" and score is not None}
+    run.frozen = {task: score for task, score in frozen.items() if score is not None}

@@ -1,4 +1,4 @@
-"""What a sweep is, as its folder holds it: sweep.json (the jobs and their overrides) and a start.yaml for each job."""
+"""The plan of a sweep: sweep.json holds its jobs and their overrides, start.yaml the config of each job."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from promcse_pl.config import Config
 from promcse_pl.run_folder import START, check_run_folder, read_json, read_status, write_config
-from promcse_pl.tracking.wandb import LONGEST_TAG, short
+from promcse_pl.tracking.wandb import MAX_TAG_LENGTH, short
 from promcse_pl.utils.errors import ConfigError, DataError, PromcseError
 from promcse_pl.utils.files import write_text
 from promcse_pl.utils.paths import expand, hide_home, is_plain_name, run_command
@@ -22,25 +22,30 @@ PLAN = "sweep.json"
 FORMAT = 1
 
 Compose = Callable[[Sequence[str]], Config]
-"""Overrides of a job in, its valid config out."""
+"""Function from the overrides of a job to its valid config."""
 
 
 @dataclass(frozen=True, slots=True)
 class SweepJob:
-    """A job: its folder's name in the sweep's folder, and all its overrides (`python run.py OVERRIDES` repeats it)."""
+    """A job of a sweep.
+
+    Attributes:
+        folder: Name of its folder in the sweep's folder.
+        overrides: All its overrides; `python run.py OVERRIDES` repeats it.
+    """
 
     folder: str
     overrides: list[str]
 
 
 @dataclass(frozen=True, slots=True)
-class Settled:
-    """Settings shared by all jobs of a sweep, fixed at its first start and reused when it is resumed.
+class SharedSettings:
+    """Settings shared by all jobs of a sweep, fixed at its first start and reused when it is resumed; `settled` in sweep.json.
 
     Attributes:
         parallel: Number of parallel jobs.
         threads: Threads of a single-process job.
-        share: Threads of all ranks of a job together; None: set per rank by the environment.
+        share: Threads of all ranks of a job together; None: the environment sets the threads of each rank.
         precision: Precision chosen for `trainer.precision=auto`, for each `trainer.device`.
     """
 
@@ -50,7 +55,7 @@ class Settled:
     precision: dict[str, str]
 
     def apply(self, config: Config) -> Config:
-        """Return a job's config with the precision of the sweep, unless the job sets one."""
+        """Return a job's config with the precision of the sweep in place of `auto`."""
         precision = self.precision.get(config.trainer.device)
         if config.trainer.precision != "auto" or precision is None:
             return config
@@ -66,12 +71,12 @@ class Plan:
     Attributes:
         overrides: Overrides as typed.
         jobs: All jobs; for a search, those suggested so far.
-        settled: Shared settings; None for sweeps of older versions and for sweeps with a Hydra launcher.
+        shared: Shared settings; None for sweeps of older versions and for sweeps with a Hydra launcher.
     """
 
     overrides: list[str]
     jobs: list[SweepJob] = field(default_factory=list)
-    settled: Settled | None = None
+    shared: SharedSettings | None = None
 
     def varying(self, job: SweepJob) -> list[str]:
         """Return the overrides of a job that not all jobs share."""
@@ -81,13 +86,15 @@ class Plan:
 def write_plan(folder: Path, plan: Plan) -> None:
     """Write sweep.json, whole or not at all."""
     entries = {name: value for name, value in dataclasses.asdict(plan).items() if value is not None}
+    if "shared" in entries:
+        entries["settled"] = entries.pop("shared")
     write_text(folder / PLAN, json.dumps({"format": FORMAT, **entries}, indent=2) + "\n")
 
 
 def without_home(entry: str) -> str:
     """Return an override with ~ for the home folder, in the quotes that Hydra wants around it.
 
-    The command line is rewritten before Hydra reads it, so that a sweep and its resumption see the same text.
+    The command line is rewritten before Hydra reads it, so that a sweep and its resumption compose the same text.
     """
     key, equals, value = entry.partition("=")
     if key.startswith(("hydra.", "-")) or "\\" in value:
@@ -116,7 +123,7 @@ def read_plan(folder: Path) -> Plan:
             raise DataError(f"{path} has format {raw['format']}; this version reads {FORMAT}. Try: a newer promcse_pl")
         jobs = [SweepJob(job["folder"], [str(entry) for entry in job["overrides"]]) for job in raw["jobs"]]
         overrides = [str(entry) for entry in raw["overrides"]]
-        settled = _read_settled(raw["settled"]) if "settled" in raw else None
+        shared = _read_shared(raw["settled"]) if "settled" in raw else None
     except (KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged ({type(error).__name__}: {error})") from error
     seen: set[str] = set()
@@ -127,90 +134,89 @@ def read_plan(folder: Path) -> Plan:
                 "The file was not written by a sweep; no job was started"
             )
         seen.add(job.folder)
-    return Plan(overrides, jobs, settled)
+    return Plan(overrides, jobs, shared)
 
 
-def _read_settled(raw: dict[str, Any]) -> Settled:
-    settled = Settled(**raw)
-    numbers = (settled.parallel, settled.threads, 1 if settled.share is None else settled.share)
+def _read_shared(raw: dict[str, Any]) -> SharedSettings:
+    shared = SharedSettings(**raw)
+    numbers = (shared.parallel, shared.threads, 1 if shared.share is None else shared.share)
     if not all(type(number) is int and 1 <= number <= 10_000 for number in numbers):
         raise TypeError(f"parallel, threads and share must be in [1, 10000], got {numbers}")
-    if not isinstance(settled.precision, dict) or not {*settled.precision.values()} <= {"float32", "bfloat16"}:
-        raise TypeError(f"precision must be float32 or bfloat16, got {settled.precision}")
-    return settled
+    if not isinstance(shared.precision, dict) or not {*shared.precision.values()} <= {"float32", "bfloat16"}:
+        raise TypeError(f"precision must be float32 or bfloat16, got {shared.precision}")
+    return shared
 
 
 def resumed_arguments(arguments: Sequence[str]) -> list[str]:
-    """Return the command line of a sweep that goes on: what sweep.json holds, with the launching of the new command.
+    """Return the command line that resumes a sweep: the overrides of sweep.json, and the sweep.* and hydra.* ones given now.
 
     Args:
-        arguments: With `sweep.resume=FOLDER`; settings may be repeated or left out, but must not differ.
+        arguments: Arguments with `sweep.resume=FOLDER`; the other overrides may be repeated or left out, but must not differ.
 
     Raises:
-        ConfigError: There is no sweep in the folder, or it was begun with other overrides.
+        ConfigError: The folder contains no sweep, or it was started with other overrides.
     """
     name = next(entry for entry in arguments if entry.startswith("sweep.resume=")).partition("=")[2].strip("'\"")
     if not name:
         raise ConfigError("sweep.resume= names no folder. Try: python run.py -m sweep.resume=multirun/DATE/TIME")
     folder = expand(name)
     plan = read_plan(folder)
-    given = [entry for entry in arguments if not entry.startswith("-") and not _is_launching(entry)]
-    begun = [entry for entry in plan.overrides if not _is_launching(entry)]
-    if given and sorted(given) != sorted(begun):
-        new = [entry for entry in given if entry not in begun]
-        gone = [entry for entry in begun if entry not in given]
-        told = [f"{' '.join(new)} is new"] if new else []
-        told += [f"{' '.join(gone)} is missing"] if gone else []
+    given = [entry for entry in arguments if not entry.startswith("-") and not _is_of_launch(entry)]
+    before = [entry for entry in plan.overrides if not _is_of_launch(entry)]
+    if given and sorted(given) != sorted(before):
+        added = " ".join(entry for entry in given if entry not in before)
+        removed = " ".join(entry for entry in before if entry not in given)
+        differences = [f"{entries} is {how}" for entries, how in ((added, "new"), (removed, "missing")) if entries]
         raise ConfigError(
-            f"the sweep in {folder} was begun with other overrides: {'; '.join(told)}. "
+            f"the sweep in {folder} was started with other overrides: {'; '.join(differences)}. "
             f"Try: {run_command('-m', f'sweep.resume={folder}')}"
         )
-    settled = ("hydra.sweep.", "hydra/sweeper", "sweep.resume=")
-    launching = [entry for entry in arguments if _is_launching(entry) and not entry.startswith(settled)]
-    is_local = not any(entry.startswith("hydra/launcher=") for entry in [*plan.overrides, *launching])
-    if plan.settled and is_local and not any(entry.startswith("sweep.parallel=") for entry in launching):
-        launching.append(f"sweep.parallel={plan.settled.parallel}")
+    fixed = ("hydra.sweep.", "hydra/sweeper", "sweep.resume=")
+    launch = [entry for entry in arguments if _is_of_launch(entry) and not entry.startswith(fixed)]
+    is_local = not any(entry.startswith("hydra/launcher=") for entry in [*plan.overrides, *launch])
+    if plan.shared and is_local and not any(entry.startswith("sweep.parallel=") for entry in launch):
+        launch.append(f"sweep.parallel={plan.shared.parallel}")
     quoted = str(folder).replace("'", r"\'")
-    return ["-m", *plan.overrides, *launching, f"sweep.resume='{quoted}'", f"hydra.sweep.dir='{quoted}'"]
+    return ["-m", *plan.overrides, *launch, f"sweep.resume='{quoted}'", f"hydra.sweep.dir='{quoted}'"]
 
 
 def kept_overrides(overrides: Sequence[str]) -> list[str]:
-    """Return what sweep.json keeps of a command line."""
-    here = ("sweep.parallel=", "sweep.resume=", "hydra.sweep.dir=", "hydra.run.dir=")
-    return [entry for entry in overrides if not entry.startswith(here)]
+    """Return the overrides of a command line that sweep.json keeps."""
+    of_one_start = ("sweep.parallel=", "sweep.resume=", "hydra.sweep.dir=", "hydra.run.dir=")
+    return [entry for entry in overrides if not entry.startswith(of_one_start)]
 
 
-def _is_launching(entry: str) -> bool:
-    """Tell what decides how jobs are started, not what they train."""
+def _is_of_launch(entry: str) -> bool:
+    """Return whether an override decides how jobs are started, not what they train."""
     return entry.startswith(("sweep.", "hydra.", "hydra/"))
 
 
 def plan_jobs(jobs: Iterable[Sequence[str]], compose: Compose) -> list[tuple[SweepJob, Config]]:
-    """Compose and check every job of a sweep, and look whether what they read is there.
+    """Compose and check every job of a sweep.
 
     Raises:
-        PromcseError: Of the first job that is not valid; the message names its overrides.
+        PromcseError: The first job that is not valid; the message names its overrides.
     """
     seen: set[str] = set()
-    planned = []
-    for number, overrides in enumerate(jobs):
-        config = checked(overrides, compose, seen)
-        planned.append((SweepJob(str(number), list(overrides)), config))
+    planned = [
+        (SweepJob(str(number), list(overrides)), check_job(overrides, compose, seen))
+        for number, overrides in enumerate(jobs)
+    ]
     if not planned:
         raise ConfigError("the sweep has no jobs. Try: python run.py -m loss.temperature=0.03,0.05")
     return planned
 
 
-def checked(overrides: Sequence[str], compose: Compose, seen: set[str]) -> Config:
-    """Return the config of a job after all checks.
+def check_job(overrides: Sequence[str], compose: Compose, seen: set[str]) -> Config:
+    """Return the config of a job after all checks of its values and input files.
 
     Args:
-        overrides: Of the job.
-        compose: Makes the config.
-        seen: Grows by what was looked at: files that many jobs share are looked for once.
+        overrides: Overrides of the job.
+        compose: Function from the overrides to the config.
+        seen: Inputs that were checked for earlier jobs, to which these are added: jobs that share them check them once.
 
     Raises:
-        PromcseError: As `plan_jobs`.
+        PromcseError: The job is not valid; the message names its overrides.
     """
     from promcse_pl.runs.inputs import check_inputs
 
@@ -226,27 +232,29 @@ def checked(overrides: Sequence[str], compose: Compose, seen: set[str]) -> Confi
 
 
 def write_start(folder: Path, plan: Plan, job: SweepJob, config: Config, names: Sequence[str] | None = None) -> None:
-    """Write the one file that a job reads; W&B sees the sweep as group, what varies as name and tags.
+    """Write start.yaml, the only file that a job reads; in W&B the sweep is the group, what varies gives name and tags.
 
     Args:
-        folder: Of the sweep.
-        plan: Of the sweep.
+        folder: Folder of the sweep.
+        plan: Its plan.
         job: One of its jobs.
-        config: Of the job.
-        names: The overrides that vary; None: those that the plan shows to vary.
+        config: Config of the job.
+        names: Overrides that vary between jobs; None: those that vary in the plan.
     """
+    if plan.shared:
+        config = plan.shared.apply(config)
     varying, tracking = plan.varying(job) if names is None else names, config.tracking
     tracking = dataclasses.replace(
         tracking,
         group=tracking.group or folder.resolve().name,
-        name=tracking.name or short(",".join(varying), 2 * LONGEST_TAG) or job.folder,
-        tags=list(dict.fromkeys([*tracking.tags, *(short(entry, LONGEST_TAG) for entry in varying)])),
+        name=tracking.name or short(",".join(varying), 2 * MAX_TAG_LENGTH) or job.folder,
+        tags=list(dict.fromkeys([*tracking.tags, *(short(entry, MAX_TAG_LENGTH) for entry in varying)])),
     )
     write_config(dataclasses.replace(config, tracking=tracking), folder / job.folder / START)
 
 
 def missing_jobs(folder: Path, plan: Plan) -> list[SweepJob]:
-    """Return the jobs that are neither finished nor pruned.
+    """Return the jobs of a sweep that are neither finished nor pruned.
 
     Raises:
         DataError: A job folder is a symbolic link, so that the job would write outside the sweep folder.
@@ -287,19 +295,13 @@ def check_new(folder: Path, jobs: Iterable[SweepJob]) -> None:
 
 
 def add_job(folder: Path, job: SweepJob, config: Config) -> None:
-    """Write down a job of a sweep that another sweeper composes: one after another, from any process.
-
-    Args:
-        folder: Of the sweep.
-        job: The new job.
-        config: Of the job.
-    """
+    """Add a job to sweep.json and write its start.yaml, for other sweepers of Hydra; safe to call from several processes."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f".{PLAN}.lock").open("ab") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         plan = read_plan(folder) if (folder / PLAN).exists() else Plan([])
         plan.jobs = sorted(
-            [*(one for one in plan.jobs if one.folder != job.folder), job], key=lambda one: one.folder.zfill(9)
+            [*(other for other in plan.jobs if other.folder != job.folder), job], key=lambda job: job.folder.zfill(9)
         )
         write_start(folder, plan, job, config)
         write_plan(folder, plan)

@@ -1,94 +1,131 @@
-"""Local processes, so many at a time: Ctrl-C at the terminal does not reach them, and they do not outlive their parent."""
+"""Run tasks in parallel processes: a slot of the machine's CPU threads and GPUs for each."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
-from types import FrameType, TracebackType
+from pathlib import Path
 
 from promcse_pl.config import Config
-from promcse_pl.sweeps.forkserver import PRELOAD, ForkServer, Process, Task
-from promcse_pl.sweeps.plan import Settled
-from promcse_pl.utils.errors import ConfigError
-from promcse_pl.utils.processes import SHARE, cores
-from promcse_pl.utils.signals import SIGNALS
+from promcse_pl.sweeps.plan import SharedSettings
+from promcse_pl.utils.errors import ConfigError, PromcseError
+from promcse_pl.utils.imports import without_gc
+from promcse_pl.utils.interpreter import call, python_command
+from promcse_pl.utils.processes import (
+    RANK_THREADS,
+    ChildProcess,
+    available_cores,
+    fork_process,
+    start_process,
+    stop_all,
+)
+from promcse_pl.utils.signals import Stopped, StopSignals, handled_by
+from promcse_pl.utils.terminal import print_line
 
-POLL = 0.1
-"""Seconds between two looks at the processes."""
-GRACE = 60.0
-"""Seconds that a process gets to save after SIGTERM."""
+PRELOAD: Sequence[str] = (
+    "promcse_pl.cli.main",
+    "promcse_pl.runs.pipeline",
+    "transformers.models.bert.modeling_bert",
+    "transformers.models.roberta.modeling_roberta",
+)
+"""Modules that a run imports late; a forked job finds them imported."""
+POLL_SECONDS = 0.1
+GRACE_SECONDS = 60.0
+"""Time that a job has to save after SIGTERM."""
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
 
 
-@dataclass(slots=True)
-class Running:
-    """A task at work.
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A function to call in a process of its own.
 
     Attributes:
-        task: What runs.
-        process: Its process.
-        place: Number of its share of the machine, in [0, parallel).
-        began: Seconds since 1970.
+        name: Name of the job.
+        target: "module:function"; the function takes the arguments and returns an exit code.
+        arguments: Arguments of the function; `sys.argv` holds them too.
+        output: File to which stdout and stderr are appended.
+    """
+
+    name: str
+    target: str
+    arguments: Sequence[str]
+    output: Path
+
+
+@dataclass(frozen=True, slots=True)
+class RunningTask:
+    """A task whose process was started.
+
+    Attributes:
+        task: The task.
+        child: Its process.
+        slot: Index of its slot, in [0, parallel).
+        started: Seconds since 1970.
     """
 
     task: Task
-    process: Process
-    place: int
-    began: float
+    child: ChildProcess
+    slot: int
+    started: float
 
 
-def shares(parallel: int, settled: Settled | None = None) -> list[dict[str, str]]:
-    """Return the environment of each of so many jobs at a time: a share of the GPUs, or of the CPU's threads.
+def slot_environments(parallel: int, shared: SharedSettings | None = None) -> list[dict[str, str]]:
+    """Return the environment variables of each slot: its part of the CPU threads and of the GPUs.
 
-    One job at a time gets the machine as it is. More jobs than GPUs share them in turn.
+    A single slot has the whole machine. If there are more slots than GPUs, several slots use the same GPU.
 
     Args:
-        parallel: Number of parallel jobs.
-        settled: Settings of the sweep's first start, which fix the threads per job; None: this is the first start.
+        parallel: Number of slots.
+        shared: Settings of the sweep's first start, which fix the threads per job; None: this is the first start.
     """
-    if parallel == 1 and settled is None:
+    if parallel == 1 and shared is None:
         return [{}]
-    threads = settled.threads if settled else max(1, cores() // parallel)
-    share = settled.share if settled else threads
-    cpu = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), str(threads))
-    if share is not None:
-        cpu[SHARE] = str(share)
+    threads = shared.threads if shared else max(1, available_cores() // parallel)
+    rank_threads = shared.share if shared else threads
+    variables = dict.fromkeys(_THREAD_VARIABLES, str(threads))
+    if rank_threads is not None:
+        variables[RANK_THREADS] = str(rank_threads)
     devices = visible_devices() if parallel > 1 else []
     if not devices:
-        return [cpu] * parallel
-    places = []
-    for place in range(parallel):
-        own = devices[place * len(devices) // parallel : (place + 1) * len(devices) // parallel]
-        places.append({**cpu, "CUDA_VISIBLE_DEVICES": ",".join(own or [devices[place % len(devices)]])})
-    return places
+        return [variables] * parallel
+    environments = []
+    for slot in range(parallel):
+        devices_of_slot = devices[slot * len(devices) // parallel : (slot + 1) * len(devices) // parallel]
+        names = ",".join(devices_of_slot or [devices[slot % len(devices)]])
+        environments.append({**variables, "CUDA_VISIBLE_DEVICES": names})
+    return environments
 
 
-def check_fits(config: Config, parallel: int) -> Config:
-    """Return a job's config if so many such jobs at a time find a GPU for each of their processes.
+def check_gpus(config: Config, parallel: int) -> Config:
+    """Return a job's config if so many parallel jobs find a GPU for each of their ranks.
 
     Raises:
-        ConfigError: They do not.
+        ConfigError: There are fewer GPUs.
     """
-    devices = config.trainer.devices
-    if parallel > 1 and devices > 1 and config.trainer.device != "cpu":
-        there = len(visible_devices())
-        if 0 < there < parallel * devices:
+    ranks = config.trainer.devices
+    if parallel > 1 and ranks > 1 and config.trainer.device != "cpu":
+        available = len(visible_devices())
+        if 0 < available < parallel * ranks:
             raise ConfigError(
-                f"sweep.parallel={parallel} jobs of trainer.devices={devices} want {parallel * devices} GPUs, this machine has "
-                f"{there}. Try: sweep.parallel={max(1, there // devices)}"
+                f"sweep.parallel={parallel} jobs of trainer.devices={ranks} want {parallel * ranks} GPUs, this machine has "
+                f"{available}. Try: sweep.parallel={max(1, available // ranks)}"
             )
     return config
 
 
 def visible_devices() -> list[str]:
-    """Return the CUDA devices of this process as CUDA_VISIBLE_DEVICES names them; torch is not asked: it takes seconds."""
-    set_by_user = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if set_by_user is not None:
-        return [name for name in set_by_user.split(",") if name.strip() not in ("", "-1")]
+    """Return the GPUs that this process may use, named as in CUDA_VISIBLE_DEVICES; without torch, which takes seconds."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name.strip() not in ("", "-1")]
     if not shutil.which("nvidia-smi"):
         return []
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
@@ -96,39 +133,40 @@ def visible_devices() -> list[str]:
 
 
 class Pool:
-    """Runs tasks and minds the signals of this process.
+    """Runs tasks in parallel and handles the stop signals of this process.
 
-    Ctrl-C once starts nothing more and waits for what runs; a second one, SIGTERM or SIGUSR1 sends SIGTERM to the tasks and
-    waits for them to save, a minute at most. The imports of the tasks begin when the pool is made; leave it as a context.
+    After one Ctrl-C no task is started and the running ones are waited for. A second Ctrl-C, SIGTERM or SIGUSR1 sends SIGTERM to
+    the running tasks, which save; they are killed after `GRACE_SECONDS`. If this process is killed, they get SIGTERM too.
+
+    On Linux a task is forked from this process, which first imports what the tasks need and uses no GPU: a start takes
+    milliseconds. Where this process has imported torch before, and on other systems, a task is a new interpreter.
 
     Args:
-        parallel: Tasks at a time, >= 1.
-        tell: Prints a line.
-        settled: Settings of the first start, if the sweep is resumed.
+        parallel: Number of slots, >= 1.
+        shared: Settings of the first start if the sweep is resumed.
+        lock: File descriptor of the sweep's lock, which the tasks must not hold; None: there is no lock.
+        can_fork: False: always start a new interpreter.
+
+    Attributes:
+        running: Tasks whose process runs.
     """
 
-    def __init__(self, parallel: int, tell: Callable[[str], None], settled: Settled | None = None) -> None:
-        self.parallel = parallel
-        self._free = list(range(parallel))
-        self._environments = shares(parallel, settled)
-        # what is imported reads the number of threads, and all have the same
-        self._server = ForkServer(self._environments[0], PRELOAD)
-        self._tell = tell
-        self.running: list[Running] = []
-        self._signals: list[int] = []
-        self._killed_at: float | None = None
-
-    def __enter__(self) -> Pool:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    def __init__(
+        self, parallel: int, shared: SharedSettings | None = None, *, lock: int | None = None, can_fork: bool = True
     ) -> None:
-        self._server.close()
+        self.parallel = parallel
+        self.running: list[RunningTask] = []
+        self._free_slots = list(range(parallel))
+        self._environments = slot_environments(parallel, shared)
+        self._inherited = [] if lock is None else [lock]
+        self._can_fork = can_fork and sys.platform == "linux" and "torch" not in sys.modules
+        self._signals: list[int] = []
+        self._is_waiting = False
+        self._terminated_at: float | None = None
 
     @property
     def exit_code(self) -> int | None:
-        """130 or 143 when a signal ended the pool, else None."""
+        """130 or 143 if a signal stopped the pool, else None."""
         if not self._signals:
             return None
         return 130 if set(self._signals) == {signal.SIGINT} else 143
@@ -136,62 +174,111 @@ class Pool:
     def run(
         self,
         tasks: Iterator[Task],
-        ended: Callable[[Running, int], None],
-        watch: Callable[[], None] = lambda: None,
+        on_end: Callable[[RunningTask, int], object],
+        on_poll: Callable[[], None] = lambda: None,
     ) -> None:
-        """Run tasks until there are no more, or a signal says so.
+        """Run tasks until there are no more or a signal stops the pool.
 
         Args:
-            tasks: The next one is taken when there is room for it.
-            ended: Takes a task that ended and its exit code, negative for a signal.
-            watch: Called between looks, while tasks run.
+            tasks: The next one is taken when a slot is free.
+            on_end: Called with a task that has ended and its exit code, negative for a signal.
+            on_poll: Called regularly while tasks run.
+
+        Raises:
+            PromcseError: A process cannot be started, or the imports failed.
         """
-        before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        is_exhausted = False
+        with handled_by(self._signals.append):
+            try:
+                while self.running or not (is_exhausted or self._signals):
+                    while self._free_slots and not (is_exhausted or self._signals):
+                        task = next(tasks, None)
+                        is_exhausted = task is None
+                        if task:
+                            self._start(task)
+                    time.sleep(POLL_SECONDS)
+                    self._stop_tasks()
+                    for running in [*self.running]:
+                        code = running.child.poll()
+                        if code is not None:
+                            self.running.remove(running)
+                            self._free_slots.append(running.slot)
+                            on_end(running, code)
+                    on_poll()
+            finally:  # after an error here, nothing may run unattended
+                stop_all([running.child for running in self.running], GRACE_SECONDS)
+
+    def _start(self, task: Task) -> None:
+        slot = self._free_slots[0]
+        task.output.parent.mkdir(parents=True, exist_ok=True)
+        environment = self._environments[slot]
         try:
-            more = True
-            while True:
-                while more and self._free and not self._signals and self._server.ready():
-                    task = next(tasks, None)
-                    if task is None:
-                        more = False
-                        break
-                    place = self._free.pop(0)
-                    began = time.time()
-                    process = self._server.start(task, self._environments[place])
-                    self.running.append(Running(task, process, place, began))
-                if not self.running and (self._signals or not more):
-                    return
-                time.sleep(POLL)
-                self._obey()
-                for one, code in [(one, one.process.poll()) for one in self.running]:
-                    if code is None:
-                        continue
-                    self.running.remove(one)
-                    self._free.append(one.place)
-                    ended(one, code)
-                watch()
-        finally:
-            for one in self.running:  # an error of ours: nothing may go on unseen
-                one.process.terminate()
-            for one in self.running:
-                if not one.process.wait(GRACE):
-                    one.process.kill()
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _note(self, number: int, _frame: FrameType | None) -> None:
-        self._signals.append(number)
-        if self._signals == [signal.SIGINT]:
-            self._tell(f"Ctrl-C: waiting for {len(self.running)} running; once more stops them (they save first)")
-
-    def _obey(self) -> None:
-        """Pass on what the signals ask for."""
-        if not self._signals or self._signals == [signal.SIGINT]:
+            if self._can_fork:
+                self._preload()
+                started = time.time()
+                child = fork_process(
+                    lambda: _run_forked(task),
+                    environment,
+                    output=task.output,
+                    parent_signal=signal.SIGTERM,
+                    close=self._inherited,
+                )
+            else:
+                started = time.time()
+                child = start_process(
+                    python_command(task.target, *task.arguments),
+                    {**os.environ, **environment},
+                    output=task.output,
+                    parent_signal=signal.SIGTERM,
+                )
+        except Stopped as stopped:
+            self._signals.append(stopped.signum)
             return
-        if self._killed_at is None:
-            self._killed_at = time.monotonic()
-            for one in self.running:
-                one.process.terminate()
-        elif time.monotonic() - self._killed_at > GRACE:
-            for one in self.running:
-                one.process.kill()
+        except OSError as error:  # too little memory, or too many processes
+            raise PromcseError(
+                f"a job's process cannot be started: {os.strerror(error.errno or 0)}. "
+                "Try: python run.py -m sweep.resume=FOLDER sweep.parallel=1"
+            ) from error
+        self._free_slots.remove(slot)
+        self.running.append(RunningTask(task, child, slot, started))
+
+    def _preload(self) -> None:
+        """Import what the tasks need; the libraries read the number of threads, the same for all tasks, as they are imported.
+
+        Raises:
+            PromcseError: An import failed.
+            Stopped: A signal interrupted the imports.
+        """
+        first = self._environments[0]
+        os.environ.update({name: first[name] for name in _THREAD_VARIABLES if name in first})
+        try:
+            with StopSignals(), without_gc(), redirect_stdout(sys.stderr):
+                for name in PRELOAD:
+                    importlib.import_module(name)
+        except ImportError as error:
+            raise PromcseError(
+                f"what the jobs need could not be imported ({error}). Try: pip install -c constraints.txt -e ."
+            ) from error
+
+    def _stop_tasks(self) -> None:
+        """Do what the received signals ask for."""
+        if not self._signals:
+            return
+        if self._signals == [signal.SIGINT]:
+            if self.running and not self._is_waiting:
+                print_line(f"Ctrl-C: waiting for {len(self.running)} running; once more stops them (they save first)")
+            self._is_waiting = True
+        elif self._terminated_at is None:
+            self._terminated_at = time.monotonic()
+            for running in self.running:
+                running.child.terminate()
+        elif time.monotonic() - self._terminated_at > GRACE_SECONDS:
+            for running in self.running:
+                running.child.kill()
+
+
+def _run_forked(task: Task) -> int:
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda._is_in_bad_fork():  # an import has used the GPU, which a forked process then cannot do
+        os.execv(sys.executable, python_command(task.target, *task.arguments))
+    return call(task.target, task.arguments)

@@ -1,4 +1,4 @@
-"""Which settings a sweep varies, which runs belong together, and their order."""
+"""Groups the runs of a sweep by their settings, ranks them by dev score, and defines the best run."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ SEED = "seed"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Runs of the same settings (or one run), and what they reach together.
+    """One run, or all runs that differ by the seed alone.
 
     Attributes:
-        runs: At least one, in the sweep's order.
-        rank: From 1, by the mean dev score; None without one, and if the runs were not all scored on the same development set.
-        dev: Mean over the finished runs, Spearman x 100; NaN if one of them is; None: no score.
-        std: Sample standard deviation over them; None for fewer than two.
-        n: How many finished runs with a score that is.
-        seconds: Mean time of the finished runs, or of all if none is.
+        runs: Runs in the order of the sweep; at least one.
+        rank: Rank by dev score, from 1; None without a score, and if the runs used different dev sets.
+        dev: Mean dev score of the finished runs, Spearman x 100; NaN if one of them is NaN; None: no score.
+        std: Sample standard deviation of these scores; None for fewer than two.
+        n: Number of these scores.
+        seconds: Mean duration of the finished runs, or of all runs if none is finished.
     """
 
     runs: list[Run]
@@ -38,61 +38,19 @@ class Row:
 
     @property
     def states(self) -> str:
-        """How the runs ended: `finished`, or `2 finished, 1 failed`."""
+        """States of the runs: `finished`, or `2 finished, 1 failed`."""
         counts = Counter(run.state for run in self.runs)
         return ", ".join(state if len(self.runs) == 1 else f"{count} {state}" for state, count in counts.items())
 
+    @property
+    def has_finite_score(self) -> bool:
+        """Whether the row can be ranked."""
+        return self.dev is not None and math.isfinite(self.dev)
+
     def test(self, task: str) -> tuple[float | None, float | None]:
         """Return mean and standard deviation of a task's final scores over the runs."""
-        mean, std, _ = spread(run.tests.get(task) for run in self.runs)
+        mean, std, _ = _mean_std_n(run.tests.get(task) for run in self.runs)
         return mean, std
-
-
-def varied_settings(runs: Sequence[Run]) -> list[str]:
-    """Return the settings that differ between runs, in the order the runs name them; the seed is the last."""
-    names = dict.fromkeys(name for run in runs for name in run.settings)
-    described = [run for run in runs if run.settings]
-    varied = [name for name in names if len({key(run.settings.get(name)) for run in described}) > 1]
-    return sorted(varied, key=lambda name: name == SEED)
-
-
-def rank(runs: Sequence[Run], *, by_seed: bool) -> list[Row]:
-    """Return the runs grouped and ordered, the best first; those without a rank come last, in the sweep's order.
-
-    Args:
-        runs: Of a sweep.
-        by_seed: Put runs together that differ by nothing but the seed; else every run is a row.
-    """
-    names = [name for name in varied_settings(runs) if name != SEED]
-    groups: dict[Any, list[Run]] = {}
-    for place, run in enumerate(runs):
-        # a run whose settings cannot be read is like no other
-        together = by_seed and run.settings
-        groups.setdefault(tuple(key(run.settings.get(name)) for name in names) if together else place, []).append(run)
-    rows = []
-    for members in groups.values():
-        dev, std, n = spread(run.dev for run in members if run.finished)
-        times = [run.seconds for run in members if run.finished] or [run.seconds for run in members]
-        rows.append(Row(members, None, dev, std, n, spread(times)[0]))
-    if len(dev_sets(runs)) > 1:
-        return rows
-    rows.sort(key=lambda row: -row.dev if _has_score(row) else math.inf)  # type: ignore[operator]
-    return [dataclasses.replace(row, rank=place) if _has_score(row) else row for place, row in enumerate(rows, start=1)]
-
-
-def dev_sets(runs: Sequence[Run]) -> list[str]:
-    """Return the development sets that runs were scored on; scores on different ones cannot be compared.
-
-    Sets of one name and different content get a part of their sha256. Runs of different seeds may differ in it:
-    `data.dev=holdout` keeps other rows back for another seed, the same ones for all settings.
-    """
-    names = {run.dev_name for run in runs if run.dev_name}
-    contents: dict[str, set[str]] = {}
-    for run in runs:
-        if run.dev_name and run.dev_sha256:
-            contents.setdefault(key(run.settings.get(SEED)), set()).add(f"{run.dev_name} {run.dev_sha256[:12]}")
-    different = max(contents.values(), key=len, default=set())
-    return sorted(names if len(names) > 1 or len(different) < 2 else different)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +64,38 @@ class Best:
 
     row: Row
     run: Run
+
+
+def varied_settings(runs: Sequence[Run]) -> list[str]:
+    """Return the settings that differ between runs, in the order of the runs' settings; the seed is last."""
+    names = dict.fromkeys(name for run in runs for name in run.settings)
+    readable = [run for run in runs if run.settings]
+    varied = [name for name in names if len({_hashable(run.settings.get(name)) for run in readable}) > 1]
+    return sorted(varied, key=lambda name: name == SEED)
+
+
+def rank(runs: Sequence[Run], *, by_seed: bool) -> list[Row]:
+    """Return the runs grouped and sorted by dev score; rows without a rank are last, in the order of the sweep.
+
+    Args:
+        runs: Runs of a sweep.
+        by_seed: Group runs that differ by the seed alone; else every run is a row.
+    """
+    names = [name for name in varied_settings(runs) if name != SEED]
+    groups: dict[Any, list[Run]] = {}
+    for index, run in enumerate(runs):
+        # a run with unreadable settings is a group of its own
+        settings = tuple(_hashable(run.settings.get(name)) for name in names) if by_seed and run.settings else index
+        groups.setdefault(settings, []).append(run)
+    rows = []
+    for members in groups.values():
+        dev, std, n = _mean_std_n(run.dev for run in members if run.finished)
+        times = [run.seconds for run in members if run.finished] or [run.seconds for run in members]
+        rows.append(Row(members, None, dev, std, n, _mean_std_n(times)[0]))
+    if len(dev_sets(runs)) > 1:
+        return rows
+    rows.sort(key=lambda row: -(row.dev or 0.0) if row.has_finite_score else math.inf)
+    return [dataclasses.replace(row, rank=n) if row.has_finite_score else row for n, row in enumerate(rows, start=1)]
 
 
 def find_best(runs: Sequence[Run]) -> Best | None:
@@ -123,34 +113,46 @@ def find_best(runs: Sequence[Run]) -> Best | None:
     return Best(rows[0], max(scored, key=lambda run: run.dev or 0.0))
 
 
+def dev_sets(runs: Sequence[Run]) -> list[str]:
+    """Return the names of the dev sets of the runs. Scores on different dev sets are not comparable.
+
+    If dev sets share a name but differ in content, the start of their sha256 is appended. They may differ between seeds:
+    `data.dev=holdout` selects the rows by the seed.
+    """
+    names = {run.dev_name for run in runs if run.dev_name}
+    contents: dict[str, set[str]] = {}
+    for run in runs:
+        if run.dev_name and run.dev_sha256:
+            seed = _hashable(run.settings.get(SEED))
+            contents.setdefault(seed, set()).add(f"{run.dev_name} {run.dev_sha256[:12]}")
+    different = max(contents.values(), key=len, default=set())
+    return sorted(names if len(names) > 1 or len(different) < 2 else different)
+
+
 def different_dev_sets(runs: Sequence[Run]) -> str | None:
-    """Return why the scores of runs are not comparable; None if all were scored on the same dev set."""
+    """Return why the scores of runs are not comparable; None if all runs used the same dev set."""
     sets = dev_sets(runs)
     if len(sets) < 2:
         return None
     return f"the runs are not ranked, since they were evaluated on different dev sets ({', '.join(sets)})"
 
 
-def spread(values: Iterable[float | None]) -> tuple[float | None, float | None, int]:
-    """Return mean, sample standard deviation and number of the values that are there."""
-    there = [value for value in values if value is not None]
-    if not all(map(math.isfinite, there)):
-        return math.nan, None, len(there)
-    std = statistics.stdev(there) if len(there) > 1 else None
-    return (statistics.fmean(there) if there else None), std, len(there)
-
-
-def figure(mean: float | None, std: float | None) -> str:
-    """Format a score, with its standard deviation if given."""
+def format_score(mean: float | None, std: float | None) -> str:
+    """Format a score, with its standard deviation if given; None is an empty string."""
     if mean is None:
         return ""
     return f"{mean:.2f}" + ("" if std is None else f" ± {std:.2f}")
 
 
-def key(value: object) -> str:
-    """Return a value as a text that is equal for equal values: settings may be lists."""
-    return json.dumps(value, sort_keys=True, default=str)
+def _mean_std_n(values: Iterable[float | None]) -> tuple[float | None, float | None, int]:
+    """Return mean, sample standard deviation and number of the values that are not None."""
+    known = [value for value in values if value is not None]
+    if not all(map(math.isfinite, known)):
+        return math.nan, None, len(known)
+    std = statistics.stdev(known) if len(known) > 1 else None
+    return (statistics.fmean(known) if known else None), std, len(known)
 
 
-def _has_score(row: Row) -> bool:
-    return row.dev is not None and math.isfinite(row.dev)
+def _hashable(setting: object) -> str:
+    """Return a string that is equal for equal settings, which may be lists."""
+    return json.dumps(setting, sort_keys=True, default=str)

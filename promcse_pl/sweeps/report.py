@@ -1,4 +1,4 @@
-"""A sweep on the terminal: the ranked table, the failures, and the commands to go on with."""
+"""Prints a sweep on the terminal: the ranked table, notes, failures and the commands to continue with."""
 
 from __future__ import annotations
 
@@ -7,73 +7,86 @@ import math
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from promcse_pl.run_folder import CONFIG, read_status
+from promcse_pl.run_folder import CONFIG
 from promcse_pl.sweeps.collect import Run, Sweep
-from promcse_pl.sweeps.ranking import Row, dev_sets, different_dev_sets, figure, find_best, varied_settings
-from promcse_pl.utils.errors import DataError
+from promcse_pl.sweeps.ranking import (
+    SEED,
+    Row,
+    dev_sets,
+    different_dev_sets,
+    find_best,
+    format_score,
+    varied_settings,
+)
 from promcse_pl.utils.paths import hide_home, run_command
 from promcse_pl.utils.streams import visible
 from promcse_pl.utils.terminal import output_console, plain
 
-CHEATING = (
-    "test scores are shown: choosing settings by them is cheating, since a score that was chosen by is no longer a test. "
-    "Choose by dev."
-)
-MOST_COLUMNS = 6
-"""Settings that get a column each on a terminal; of more, each row names those in which it differs from most runs."""
-UNFINISHED = ("not started", "killed", "stopped", "failed", "damaged")
+TEST_WARNING = "test scores are shown; selecting settings by test scores is cheating, select them by the dev score"
+MAX_COLUMNS = 6
+"""Maximum number of settings with a column of their own; with more, a row names the settings that differ from most runs."""
+RESUMABLE = ("killed", "stopped", "failed")
+UNFINISHED = ("not started", "damaged", *RESUMABLE)
 
 
 def print_report(sweep: Sweep, rows: Sequence[Row], *, by_seed: bool, tests: bool) -> None:
-    """Print the table, what to know about it, the failures and the commands; warnings go to standard error."""
-    console = output_console()
-    console.print(ranked_table(sweep, rows, by_seed=by_seed, tests=tests))
-    for line in notes(sweep, rows, tests=tests):
-        (sys.stderr if line.startswith("warning") else sys.stdout).write(f"{visible(hide_home(line))}\n")
+    """Print the table, notes, failures and commands; warnings go to standard error.
+
+    Args:
+        sweep: Sweep to print.
+        rows: Its ranked runs.
+        by_seed: Whether the rows group runs by seed.
+        tests: Show test scores.
+    """
+    output_console().print(ranked_table(sweep, rows, by_seed=by_seed, tests=tests))
+    for note in notes(sweep, rows, tests=tests):
+        (sys.stderr if note.startswith("warning") else sys.stdout).write(f"{visible(hide_home(note))}\n")
     for run, messages in failures(sweep.runs):
         for message in messages:
-            first, *more = hide_home(f"{run.name} {run.state}: {message}").split("\n")
-            sys.stdout.write(
-                "".join(["\n", *(f"{visible(line)}\n" for line in (first, *(f"  {line}" for line in more)))])
-            )
-    for what, command in commands(sweep):
-        sys.stdout.write(f"\n{visible(hide_home(what))}:\n  {visible(hide_home(command))}\n")
+            lines = map(visible, hide_home(f"{run.name} {run.state}: {message}").split("\n"))
+            sys.stdout.write("\n" + "\n  ".join(lines) + "\n")
+    for description, command in commands(sweep):
+        sys.stdout.write(f"\n{visible(hide_home(description))}:\n  {visible(hide_home(command))}\n")
 
 
 def ranked_table(sweep: Sweep, rows: Sequence[Row], *, by_seed: bool, tests: bool) -> Table:
-    """Return one line for each row: its rank, the settings that vary, dev score, time and status, test scores if asked."""
-    names = [name for name in varied_settings(sweep.runs) if not (by_seed and name == "seed")]
+    """Return a table of the rows: rank, varied settings, dev score, test scores if asked for, time and status."""
+    names = [name for name in varied_settings(sweep.runs) if not (by_seed and name == SEED)]
     tasks = tested_tasks(sweep.runs) if tests else []
-    usual = None
-    if len(names) > MOST_COLUMNS:
-        counts = {
-            name: Counter(shown(run.settings[name]) for run in sweep.runs if name in run.settings) for name in names
-        }
-        usual = {name: count.most_common(1)[0][0] for name, count in counts.items()}
-    several = any(len(row.runs) > 1 for row in rows)
+    most_frequent: dict[str, str] = {}
+    if len(names) > MAX_COLUMNS:
+        for name in names:
+            counts = Counter(setting_text(run.settings[name]) for run in sweep.runs if name in run.settings)
+            most_frequent[name] = counts.most_common(1)[0][0]
+    has_groups = any(len(row.runs) > 1 for row in rows)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("#", justify="right")
     table.add_column("run", overflow="fold")
-    for name in ["unlike most runs"] if usual else names:
-        table.add_column(plain(name).replace(".", ".\n"), justify="left" if usual else "right", overflow="fold")
-    for title in ("dev", *(["n"] if several else []), *map(plain, tasks), "time"):
+    for name in ["unlike most runs"] if most_frequent else names:
+        header = plain(name).replace(".", ".\n")
+        table.add_column(header, justify="left" if most_frequent else "right", overflow="fold")
+    for title in ("dev", *(["n"] if has_groups else []), *map(plain, tasks), "time"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("status")
     for row in rows:
-        first = row.runs[0]
+        values = row.runs[0].settings
+        settings = [setting_text(values[name]) if name in values else "" for name in names]
+        if most_frequent:
+            pairs = zip(names, settings, strict=True)
+            settings = [", ".join(f"{name}={text}" for name, text in pairs if text not in ("", most_frequent[name]))]
         table.add_row(
             "" if row.rank is None else str(row.rank),
             plain(",".join(run.name for run in row.runs)),
-            *(plain(text) for text in _settings(first, names, usual)),
-            _dev(row),
-            *([str(row.n)] if several else []),
-            *(figure(*row.test(task)) for task in tasks),
+            *map(plain, settings),
+            dev_text(row),
+            *([str(row.n)] if has_groups else []),
+            *(format_score(*row.test(task)) for task in tasks),
             duration(row.seconds),
             row.states,
         )
@@ -81,7 +94,7 @@ def ranked_table(sweep: Sweep, rows: Sequence[Row], *, by_seed: bool, tests: boo
 
 
 def notes(sweep: Sweep, rows: Sequence[Row], *, tests: bool) -> list[str]:
-    """Return what a reader of the table must know: how it is ordered, and what is odd about the folder."""
+    """Return notes on the ranking and on problems of the folder; warnings start with `warning: `."""
     lines = [f"warning: {warning}" for warning in sweep.warnings]
     sets = dev_sets(sweep.runs)
     if why := different_dev_sets(sweep.runs):
@@ -89,7 +102,7 @@ def notes(sweep: Sweep, rows: Sequence[Row], *, tests: bool) -> list[str]:
     elif not any(run.finished for run in sweep.runs):
         lines.append("no run is finished, so nothing is ranked")
     elif not any(row.rank for row in rows):
-        lines.append("no finished run has a dev score, so nothing is ranked (data.dev names a development set)")
+        lines.append("no finished run has a dev score, so nothing is ranked (data.dev names a dev set)")
     else:
         lines.append(f"ranked by {sets[0] if sets else 'dev'}, Spearman x 100")
     precisions = sorted({run.precision for run in sweep.runs if run.precision})
@@ -99,69 +112,76 @@ def notes(sweep: Sweep, rows: Sequence[Row], *, tests: bool) -> list[str]:
             "Try: trainer.precision=float32 or bfloat16 for all jobs"
         )
     best = find_best(sweep.runs)
-    if best and len(best.row.runs) > 1 and rows[0].runs != best.row.runs:  # a line for each run
+    if best and len(best.row.runs) > 1 and rows[0].runs != best.row.runs:  # every run has a row
         lines.append("the best settings have the highest mean over seeds; they may differ from those of the first row")
     if any(len(row.runs) > 1 for row in rows):
         lines.append(
-            "runs that differ by the seed alone are together: mean ± standard deviation of n finished runs (--runs: each)"
+            "runs that differ by the seed alone share a row: mean ± standard deviation of n finished runs (--runs: a row per run)"
         )
     if any(not run.finished and run.dev is not None for run in sweep.runs):
-        lines.append("(in brackets: the best so far of a run that is not finished; not ranked)")
+        lines.append("scores in brackets are the best so far of unfinished runs; they are not ranked")
     if tests and tested_tasks(sweep.runs):
-        lines.append(f"warning: {CHEATING}")
+        lines.append(f"warning: {TEST_WARNING}")
     return lines
 
 
 def failures(runs: Sequence[Run]) -> list[tuple[Run, list[str]]]:
-    """Return the runs that something is wrong with, and what."""
-    killed = "its process ended without a word: killed, or the machine went down"
-    told = [
-        (run, [*filter(None, [run.error]), *([killed] if run.state == "killed" else []), *run.problems]) for run in runs
-    ]
-    return [(run, messages) for run, messages in told if messages]
-
-
-def _has_finished(run: Run) -> bool:
-    """Return whether a run finished by its status, even if its results are damaged: a resume would not run it again."""
-    try:
-        status = read_status(run.folder)
-    except DataError:
-        return False
-    return status is not None and status.state == "finished"
+    """Return the runs with problems and their messages."""
+    found = []
+    for run in runs:
+        messages = [run.error] if run.error else []
+        if run.state == "killed":
+            messages.append("the process ended without an error message: it was killed, or the machine went down")
+        if messages or run.problems:
+            found.append((run, messages + run.problems))
+    return found
 
 
 def commands(sweep: Sweep) -> list[tuple[str, str]]:
-    """Return the next commands, each with a description: repeat the best run, run what is not finished."""
+    """Return (description, command) pairs: repeat the best run, and run the unfinished jobs or resume each run."""
     found = []
     if best := find_best(sweep.runs):
         run = best.run
-        place = [part for part in Path(hide_home(str(run.folder.resolve()))).parts if part not in ("/", "~")]
-        again = "-".join(("outputs/again", *place[-3 if sweep.planned else -2 :]))
-        arguments = ["promcse", "train", str(run.folder / CONFIG), "--out", again]
-        seed = f", seed {run.settings['seed']}" if len(best.row.runs) > 1 and "seed" in run.settings else ""
+        parts = [part for part in Path(hide_home(str(run.folder.resolve()))).parts if part not in ("/", "~")]
+        out = "-".join(("outputs/repeat", *parts[-3 if sweep.planned else -2 :]))
+        seed = f", seed {run.settings[SEED]}" if len(best.row.runs) > 1 and SEED in run.settings else ""
+        arguments = ["promcse", "train", str(run.folder / CONFIG), "--out", out]
         found.append((f"repeat the best run ({run.name}{seed})", shlex.join(arguments)))
-    unfinished = [run for run in sweep.runs if run.state in UNFINISHED and not _has_finished(run)]
+    # a run with damaged results but a readable status has finished: a sweep does not run it again
+    unfinished = [
+        run
+        for run in sweep.runs
+        if run.state in UNFINISHED and not (run.state == "damaged" and run.started is not None)
+    ]
     if unfinished and sweep.planned:
-        resume = run_command("-m", f"sweep.resume={sweep.folder}")
-        found.append((f"run what is not finished ({_runs(len(unfinished))})", resume))
+        jobs = "1 unfinished job" if len(unfinished) == 1 else f"{len(unfinished)} unfinished jobs"
+        found.append((f"run the {jobs}", run_command("-m", f"sweep.resume={sweep.folder}")))
     else:
-        begun = [run for run in unfinished if run.state in ("killed", "stopped", "failed")]
-        found += [(f"go on with {run.name}", run_command(f"resume={run.folder}")) for run in begun]
+        resumable = [run for run in unfinished if run.state in RESUMABLE]
+        found += [(f"to resume {run.name}", run_command(f"resume={run.folder}")) for run in resumable]
     return found
 
 
 def tested_tasks(runs: Sequence[Run]) -> list[str]:
-    """Return the tasks that any run was tested on."""
+    """Return the test tasks of all runs."""
     return [*dict.fromkeys(task for run in runs for task in run.tests)]
 
 
-def shown(value: object) -> str:
-    """Return a setting's value as one types it."""
+def setting_text(value: object) -> str:
+    """Return the value of a setting as typed in an override."""
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
+def dev_text(row: Row) -> str:
+    """Return a row's dev score; without a finished run the best score so far, in brackets."""
+    if row.dev is not None:
+        return format_score(row.dev, row.std)
+    so_far = [run.dev for run in row.runs if run.dev is not None]
+    return f"({max(so_far):.2f})" if so_far else ""
+
+
 def duration(seconds: float | None) -> str:
-    """Return a time to read: `41 s`, `3 min 20 s`, `2 h 05 min`."""
+    """Format a duration: `41 s`, `3 min 20 s`, `2 h 05 min`."""
     if seconds is None or not math.isfinite(seconds):
         return ""
     whole = round(seconds)
@@ -170,22 +190,3 @@ def duration(seconds: float | None) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def _settings(run: Run, names: Sequence[str], usual: Mapping[str, str] | None) -> list[str]:
-    """Return the cells of a run's settings: one each, or all that are unusual in one."""
-    values = {name: shown(run.settings[name]) for name in names if name in run.settings}
-    if usual is None:
-        return [values.get(name, "") for name in names]
-    return [", ".join(f"{name}={value}" for name, value in values.items() if value != usual[name])]
-
-
-def _dev(row: Row) -> str:
-    if row.dev is not None:
-        return figure(row.dev, row.std)
-    so_far = [run.dev for run in row.runs if run.dev is not None]
-    return f"({max(so_far):.2f})" if so_far else ""
-
-
-def _runs(count: int) -> str:
-    return "1 run" if count == 1 else f"{count} runs"

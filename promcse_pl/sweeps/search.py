@@ -1,60 +1,61 @@
-"""A search with Optuna: TPE proposes the jobs, successive halving stops the poor ones, a journal in the folder remembers."""
+"""Search for settings with Optuna: TPE suggests the jobs, successive halving prunes them, a journal in the folder stores them."""
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from promcse_pl.config import SweepConfig, is_integer
-from promcse_pl.run_folder import HISTORY, START, Status, locked, read_status, write_status
-from promcse_pl.sweeps.forkserver import Task
-from promcse_pl.sweeps.local import (
-    announce,
+from promcse_pl.run_folder import HISTORY, START, Status, locked, read_status
+from promcse_pl.sweeps.execute import (
+    Launch,
+    describe_shared,
     dev_score,
-    ending,
-    job_task,
-    record_end,
-    settled_words,
-    summary,
-    tell,
+    end_job,
+    measure_shared,
+    start_job,
+    summarise,
     wait_for_earlier,
 )
 from promcse_pl.sweeps.plan import (
     Compose,
     Plan,
     SweepJob,
+    check_job,
     check_new,
-    checked,
     kept_overrides,
     read_plan,
     write_plan,
     write_start,
 )
-from promcse_pl.sweeps.pool import Pool, Running, check_fits
-from promcse_pl.sweeps.run import Launch
-from promcse_pl.sweeps.settle import settle
+from promcse_pl.sweeps.pool import Pool, RunningTask, Task, check_gpus
 from promcse_pl.utils.errors import ConfigError, DataError, PromcseError
+from promcse_pl.utils.terminal import print_line
 
 if TYPE_CHECKING:
     import optuna
 
 JOURNAL = "search.journal"
-FIRST_LOOK, HALVING = 25, 2
-"""At a quarter and at half of a run, only the better half of what came so far goes on."""
-LOOK_EVERY = 0.5
-"""Seconds between two looks at the histories of running jobs."""
+MIN_PERCENT, REDUCTION = 25, 2
+"""Successive halving: at 25 and 50 % of its steps, a job continues only if it belongs to the better half so far."""
+READ_SECONDS = 0.5
+"""Time between two reads of the histories of running jobs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A range to search in, both ends included: of integers if both are; `log`: evenly in the logarithm."""
+    """A range to search in, both ends included; of integers if both ends are.
+
+    Attributes:
+        low, high: Ends.
+        log: Whether values are drawn uniformly in the logarithm.
+    """
 
     low: float
     high: float
@@ -62,7 +63,7 @@ class Interval:
 
 
 Space = Mapping[str, Sequence[str] | Interval]
-"""Values of each key, as text, or a range."""
+"""Values of each key as text, or a range."""
 
 
 def run_search(
@@ -73,61 +74,59 @@ def run_search(
     compose: Compose,
     launch: Launch | None,
 ) -> int:
-    """Search, or go on searching, until `settings.trials` jobs have been tried.
+    """Search, or resume a search, until it has `settings.trials` jobs.
 
     Args:
-        folder: Of the sweep.
-        overrides: As typed.
-        space: What each key may be; one value: fixed.
-        settings: How to run it.
-        compose: Overrides of a job to its config.
+        folder: Folder of the sweep.
+        overrides: Overrides as typed.
+        space: Values or range of each key; a single value is fixed.
+        settings: Settings of the sweep.
+        compose: Function from the overrides of a job to its config.
         launch: A launcher of Hydra, which gets `sweep.parallel` jobs at once and prunes none; None: processes of this machine.
 
     Returns:
         As `run_sweep`.
 
     Raises:
-        PromcseError: The space is empty or holds a value that is not valid; Optuna is not installed.
+        PromcseError: The space is empty or contains an invalid value, or Optuna is not installed.
     """
-    space = {key: _whole(one) if isinstance(one, Interval) and is_integer(key) else one for key, one in space.items()}
-    settled = read_plan(folder).settled if settings.resume else None
-    # a pool begins with its imports, while the space is checked
-    with nullcontext(launch) if launch else Pool(settings.parallel, tell, settled) as runner:
-        seen: set[str] = set()
-        checked_configs = [check_fits(checked(corner, compose, seen), settings.parallel) for corner in corners(space)]
-        for config in checked_configs:
-            if config.data.dev is None:
-                raise ConfigError(
-                    "a search needs a development score, but data.dev=null. Try: "
-                    f"{'data.dev=holdout, or ' if config.data.kind == 'triplets' else ''}data.dev=FILE"
-                )
-        with locked(folder):
-            if settings.resume is None:
-                check_new(folder, [SweepJob(str(number), []) for number in range(settings.trials or 0)])
-                plan = Plan(kept_overrides(overrides))
-                if isinstance(runner, Pool):
-                    plan.settled = settle(runner, checked_configs)
-                    if plan.settled is None:
-                        return runner.exit_code or 1
-                study = _study(folder, settings)
-                write_plan(folder, plan)
-            else:
-                plan, study = read_plan(folder), _study(folder, settings)
-            search = Search(folder, plan, study, space, settings, compose)
-            words = settled_words(plan, runner.parallel) if isinstance(runner, Pool) else ""
-            tell(f"search {folder}: {settings.trials} jobs, {search.told()} done{words}")
-            stopped = search.run(runner) if isinstance(runner, Pool) else search.launch(runner)
-            return summary(folder, plan, stopped)
+    space = {key: _whole(values) if is_integer(key) else values for key, values in space.items()}
+    seen: set[str] = set()
+    configs = [check_gpus(check_job(corner, compose, seen), settings.parallel) for corner in corners(space)]
+    for config in configs:
+        if config.data.dev is None:
+            raise ConfigError(
+                "a search needs a development score, but data.dev=null. Try: "
+                f"{'data.dev=holdout, or ' if config.data.kind == 'triplets' else ''}data.dev=FILE"
+            )
+    with locked(folder) as lock:
+        if settings.resume is None:
+            check_new(folder, [SweepJob(str(number), []) for number in range(settings.trials or 0)])
+            plan = Plan(kept_overrides(overrides))
+        else:
+            plan = read_plan(folder)
+        runner = launch or Pool(settings.parallel, plan.shared, lock=lock)
+        if settings.resume is None and isinstance(runner, Pool):
+            plan.shared = measure_shared(runner, configs)
+            if plan.shared is None:
+                return runner.exit_code or 1
+        search = Search(folder, plan, _study(folder, settings), space, settings, compose)
+        write_plan(folder, plan)
+        shared = describe_shared(plan, runner.parallel) if isinstance(runner, Pool) else ""
+        print_line(f"search {folder}: {settings.trials} jobs, {search.n_finished()} done{shared}")
+        stopped = search.run(runner) if isinstance(runner, Pool) else search.launch(runner)
+        return summarise(folder, plan, stopped)
 
 
 def corners(space: Space) -> Iterator[list[str]]:
-    """Give overrides that hold every value and both ends of every range at least once.
+    """Yield overrides that contain every value and both ends of every range at least once.
 
     Raises:
-        ConfigError: There is nothing to search in.
+        ConfigError: The space has a single point.
     """
     values = {
-        key: [_text(one.low), _text(one.high)] if isinstance(one, Interval) else list(one) for key, one in space.items()
+        key: [_text(part.low), _text(part.high)] if isinstance(part, Interval) else list(part)
+        for key, part in space.items()
     }
     if all(len(texts) == 1 for texts in values.values()):
         raise ConfigError(
@@ -137,13 +136,15 @@ def corners(space: Space) -> Iterator[list[str]]:
         yield [f"{key}={texts[min(row, len(texts) - 1)]}" for key, texts in values.items()]
 
 
-def _whole(one: Interval) -> Interval:
-    """Return a range of integers: Hydra's `interval(4,16)` is one of fractions."""
-    return Interval(math.ceil(one.low), math.floor(one.high), log=one.log)
+def _whole(values: Sequence[str] | Interval) -> Sequence[str] | Interval:
+    """Return a range with integers as ends: those of Hydra's `interval(4,16)` are floats."""
+    if not isinstance(values, Interval):
+        return values
+    return Interval(math.ceil(values.low), math.floor(values.high), log=values.log)
 
 
 def _text(value: float) -> str:
-    """Return a number as an override shows it: four digits are finer than any run can tell apart."""
+    """Return a number as in an override, with four digits."""
     return str(value) if isinstance(value, int) else f"{value:.4g}"
 
 
@@ -155,7 +156,7 @@ def _study(folder: Path, settings: SweepConfig) -> optuna.Study:
     except ImportError as error:
         raise ConfigError("a search needs Optuna. Try: pip install 'promcse_pl[optuna]'") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    halving = optuna.pruners.SuccessiveHalvingPruner(min_resource=FIRST_LOOK, reduction_factor=HALVING)
+    halving = optuna.pruners.SuccessiveHalvingPruner(min_resource=MIN_PERCENT, reduction_factor=REDUCTION)
     return optuna.create_study(
         storage=JournalStorage(JournalFileBackend(str(folder / JOURNAL))),
         study_name="sweep",
@@ -166,39 +167,42 @@ def _study(folder: Path, settings: SweepConfig) -> optuna.Study:
 
 
 class Search:
-    """Trials of a study as jobs of a sweep; a trial's number is the name of its job's folder."""
+    """Trials of a study as jobs of a sweep; the number of a trial is the name of its job's folder."""
 
     def __init__(
         self, folder: Path, plan: Plan, study: optuna.Study, space: Space, settings: SweepConfig, compose: Compose
     ) -> None:
         self.folder, self.plan, self.study, self.settings, self.compose = folder, plan, study, settings, compose
-        self.fixed = [
-            f"{key}={one[0]}" for key, one in space.items() if not isinstance(one, Interval) and len(one) == 1
-        ]
-        self.distributions = {
-            key: _distribution(one) for key, one in space.items() if isinstance(one, Interval) or len(one) > 1
-        }
-        self.open: dict[str, optuna.Trial] = {}
+        self.fixed, self.distributions = list[str](), dict[str, Any]()
+        for key, values in space.items():
+            if not isinstance(values, Interval) and len(values) == 1:
+                self.fixed.append(f"{key}={values[0]}")
+            else:
+                self.distributions[key] = _distribution(values)
+        self.trials: dict[str, optuna.Trial] = {}
         self.pruned: set[str] = set()
-        self._looked = 0.0
+        self._last_read = 0.0
 
-    def told(self) -> int:
-        """Return how many trials have an outcome."""
+    def n_finished(self) -> int:
+        """Return the number of trials that have an outcome."""
         return sum(trial.state.is_finished() for trial in self.study.get_trials(deepcopy=False))
 
     def run(self, pool: Pool) -> int | None:
-        """Run all that is missing in local processes; return the exit code that a signal asks for, or None."""
+        """Run all missing jobs in a pool; return the exit code after a signal, or None."""
 
         def tasks() -> Iterator[Task]:
             for job in self._jobs():
-                announce(job, job.overrides[len(self.fixed) :])
-                yield job_task(self.folder, job)
+                yield start_job(self.folder, job, job.overrides[len(self.fixed) :])
 
-        pool.run(tasks(), self._ended, lambda: self._look(pool.running))
+        def on_end(running: RunningTask, code: int) -> None:
+            name = running.task.name
+            self._record(name, end_job(self.folder, running, code, pruned=name in self.pruned))
+
+        pool.run(tasks(), on_end, lambda: self._prune(pool.running))
         return pool.exit_code
 
     def launch(self, launch: Launch) -> int | None:
-        """Hand all that is missing to a launcher, so many at a time; return the exit code of a Ctrl-C, or None."""
+        """Pass all missing jobs to a launcher, `sweep.parallel` at a time; return the exit code after Ctrl-C, or None."""
         jobs = self._jobs()
         while batch := list(itertools.islice(jobs, self.settings.parallel)):
             try:
@@ -206,44 +210,47 @@ class Search:
             except KeyboardInterrupt:
                 return 130
             for job in batch:
-                self._tell(job.folder, read_status(self.folder / job.folder) or Status(state="failed"))
+                self._record(job.folder, read_status(self.folder / job.folder) or Status(state="failed"))
         return None
 
     def _jobs(self) -> Iterator[SweepJob]:
-        """Give the jobs of an earlier process that have no outcome yet, then new ones."""
+        """Yield the jobs of an earlier process that have no outcome yet, then new ones."""
         from optuna.trial import Trial
 
         for frozen in self.study.get_trials(deepcopy=False):
             if frozen.state.is_finished():
                 continue
             name = str(frozen.number)
-            self.open[name] = Trial(self.study, frozen._trial_id)
-            job = self._planned(name, frozen.params)
+            self.trials[name] = Trial(self.study, frozen._trial_id)
+            job = self._job_of(name, frozen.params)
             if job is None:
                 continue
             status = read_status(self.folder / name)
-            if status is not None and status.state in ("finished", "pruned"):  # nobody was left to note it
-                self._tell(name, status)
+            if status is not None and status.state in (
+                "finished",
+                "pruned",
+            ):  # the sweep was killed before it recorded this
+                self._record(name, status)
             else:
                 wait_for_earlier(self.folder, [job])
                 yield job
         while len(self.study.get_trials(deepcopy=False)) < (self.settings.trials or 0):
             trial = self._ask()
-            self.open[str(trial.number)] = trial
-            if job := self._planned(str(trial.number), trial.params):
+            self.trials[str(trial.number)] = trial
+            if job := self._job_of(str(trial.number), trial.params):
                 yield job
 
     def _ask(self) -> optuna.Trial:
-        """Ask for the next trial; the sampler is seeded by its number, so that a resumed search asks for the same."""
+        """Ask for the next trial; the sampler is seeded by its number, so that a resumed search suggests the same trials."""
         from optuna.samplers import TPESampler
 
         number = len(self.study.get_trials(deepcopy=False))
-        # constant_liar: what runs elsewhere counts as poor, so that it is not proposed twice
+        # constant_liar: running trials count as poor, so that nothing similar is suggested
         self.study.sampler = TPESampler(seed=self.settings.seed + number, multivariate=True, constant_liar=True)
         return self.study.ask(self.distributions)
 
-    def _planned(self, name: str, params: Mapping[str, Any]) -> SweepJob | None:
-        """Return the job of a trial, written down in sweep.json and start.yaml; None when its settings exclude each other."""
+    def _job_of(self, name: str, params: Mapping[str, Any]) -> SweepJob | None:
+        """Return the job of a trial, after writing it to sweep.json and start.yaml; None if its settings exclude each other."""
         for job in self.plan.jobs:
             if job.folder == name and (self.folder / name / START).is_file():
                 return job
@@ -254,32 +261,21 @@ class Search:
         except PromcseError as error:
             from optuna.trial import TrialState
 
-            tell(f"trial {name} ({' '.join(values)}) is left out: {error}")
-            self.study.tell(self.open[name], state=TrialState.FAIL)
+            print_line(f"trial {name} ({' '.join(values)}) is left out: {error}")
+            self.study.tell(self.trials[name], state=TrialState.FAIL)
             return None
-        self.plan.jobs = [*(one for one in self.plan.jobs if one.folder != name), job]
-        if self.plan.settled:
-            config = self.plan.settled.apply(config)
+        self.plan.jobs = [*(other for other in self.plan.jobs if other.folder != name), job]
         write_start(self.folder, self.plan, job, config, names=values)
         write_plan(self.folder, self.plan)
         return job
 
-    def _ended(self, one: Running, code: int) -> None:
-        run = self.folder / one.task.name
-        status = record_end(run, code, one.began)
-        if one.task.name in self.pruned and status.state == "stopped":
-            status = dataclasses.replace(status, state="pruned")
-            write_status(run, status)
-        tell(ending(run, status, time.time() - one.began))
-        self._tell(one.task.name, status)
-
-    def _tell(self, name: str, status: Status) -> None:
-        """Let the study know an outcome; a job that failed or was stopped from outside has none yet: it may be resumed."""
+    def _record(self, name: str, status: Status) -> None:
+        """Record the outcome of a job in the study; one that failed or was stopped has none yet, since it may be resumed."""
         from optuna.trial import TrialState
 
-        trial, score = self.open[name], dev_score(self.folder / name)
+        trial, score = self.trials[name], dev_score(self.folder / name)
         if self.settings.prune:
-            self._is_poor(name)  # the last looks are what later jobs are measured by
+            self._should_prune(name)  # reports the last dev evaluations, with which later jobs are compared
         if status.state == "finished" and score is not None:
             self.study.tell(trial, score)
         elif status.state == "pruned":
@@ -287,33 +283,30 @@ class Search:
         elif status.state == "finished":
             self.study.tell(trial, state=TrialState.FAIL)
 
-    def _look(self, running: Sequence[Running]) -> None:
-        """Report new development scores, and stop what is not promising."""
-        if not self.settings.prune or time.monotonic() - self._looked < LOOK_EVERY:
+    def _prune(self, running: Sequence[RunningTask]) -> None:
+        """Report new dev scores, and stop the jobs that the pruner rejects."""
+        if not self.settings.prune or time.monotonic() - self._last_read < READ_SECONDS:
             return
-        self._looked = time.monotonic()
-        for one in running:
-            name = one.task.name
-            if name in self.pruned:
-                continue
-            if self._is_poor(name):
-                self.pruned.add(name)
-                one.process.terminate()
+        self._last_read = time.monotonic()
+        for task in running:
+            if task.task.name not in self.pruned and self._should_prune(task.task.name):
+                self.pruned.add(task.task.name)
+                task.child.terminate()
 
-    def _is_poor(self, name: str) -> bool:
-        """Report the looks of a job that are new; tell whether halving would end it there."""
-        trial = self.open[name]
-        known = trial.storage.get_trial(trial._trial_id).intermediate_values
-        poor = False
-        for percent, score in dev_looks(self.folder / name):
-            if percent not in known and not poor:
+    def _should_prune(self, name: str) -> bool:
+        """Report the new dev scores of a job; return whether the pruner rejects it at one of them."""
+        trial = self.trials[name]
+        reported = trial.storage.get_trial(trial._trial_id).intermediate_values
+        for percent, score in dev_evaluations(self.folder / name):
+            if percent not in reported:
                 trial.report(score, percent)
-                poor = trial.should_prune()
-        return poor
+                if trial.should_prune():
+                    return True
+        return False
 
 
-def dev_looks(run: Path) -> list[tuple[int, float]]:
-    """Return how far a job was at each look at the development set but the last, in percent, and the score."""
+def dev_evaluations(run: Path) -> list[tuple[int, float]]:
+    """Return the progress in percent and the dev score at each dev evaluation of a run except the one after its last step."""
     from promcse_pl.run_folder import read_history
 
     with suppress(DataError):
@@ -327,11 +320,11 @@ def dev_looks(run: Path) -> list[tuple[int, float]]:
     return []
 
 
-def _distribution(one: Sequence[str] | Interval) -> Any:  # noqa: ANN401  (Optuna's)
+def _distribution(values: Sequence[str] | Interval) -> Any:  # noqa: ANN401  (Optuna's)
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-    if not isinstance(one, Interval):
-        return CategoricalDistribution(list(one))
-    if isinstance(one.low, int) and isinstance(one.high, int):
-        return IntDistribution(one.low, one.high, log=one.log)
-    return FloatDistribution(one.low, one.high, log=one.log)
+    if not isinstance(values, Interval):
+        return CategoricalDistribution(list(values))
+    if isinstance(values.low, int) and isinstance(values.high, int):
+        return IntDistribution(values.low, values.high, log=values.log)
+    return FloatDistribution(values.low, values.high, log=values.log)

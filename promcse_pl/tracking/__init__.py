@@ -1,1 +1,4 @@
-"""Where numbers go: the local history and W&B."""
+"""Tracking: the local history and Weights & Biases, which is written by a process of its own.
+
+Imports the configuration, the names in a run folder and utils; wandb only in functions that run in that process.
+"""

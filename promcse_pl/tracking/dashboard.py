@@ -1,4 +1,4 @@
-"""The saved view of a W&B project: training, development, sweeps, scores, speed. Needs the extra `dashboard` to be written."""
+"""The saved view of a W&B project: training, dev scores, sweeps, final scores, speed. Requires the extra `dashboard`."""
 
 from __future__ import annotations
 
@@ -9,19 +9,39 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from promcse_pl.tracking.wandb import has_key
 from promcse_pl.utils.errors import ConfigError
 from promcse_pl.utils.interpreter import python_command
 
 SAVE_SECONDS = 60
-"""A server that has not taken the view by then is given up."""
+"""Time limit for saving the view."""
+NO_KEY = 3
+"""Exit code of the process that saves the view if W&B finds no key."""
 NAME = "PromCSE"
+COLORS = (("#440154", 0), ("#21918c", 50), ("#fde725", 100))
+"""Viridis from the worst to the best score: readable in greyscale and with colour blindness."""
+CURVES = {
+    "Training": {
+        "loss": "train/loss",
+        "contrastive": "train/contrastive",
+        "energy hinge": "train/hinge",
+        "masked language model": "train/mlm",
+        "gradient norm before clipping": "train/gradient_norm",
+        "learning rate": "train/lr",
+    },
+    "Development": {"dev Spearman x 100": "dev/spearman", "best dev Spearman x 100 so far": "dev/best_spearman"},
+    "Speed": {
+        "rows/s": "speed/rows_per_second",
+        "tokens/s": "speed/tokens_per_second",
+        "padding share": "speed/padding_share",
+    },
+}
+"""Line plots by step: section -> title -> metric."""
 
 
 def build_workspace(entity: str, project: str) -> Any:  # noqa: ANN401  (a wandb_workspaces Workspace)
     """Return the view as an object; nothing is sent.
 
-    W&B has no panel for a heat map: temperature x margin is a scatter plot coloured by the development score.
+    W&B has no heat map panel: temperature x margin is a scatter plot coloured by the dev score.
 
     Args:
         entity: W&B user or team.
@@ -30,98 +50,82 @@ def build_workspace(entity: str, project: str) -> Any:  # noqa: ANN401  (a wandb
     import wandb_workspaces.reports.v2 as panels
     import wandb_workspaces.workspaces as views
 
-    def curve(title: str, *keys: str, **more: Any) -> Any:  # noqa: ANN401
-        return panels.LinePlot(title=title, x="step", y=list(keys), **more)
-
+    sections = {
+        section: [panels.LinePlot(title=title, x="step", y=[metric]) for title, metric in curves.items()]
+        for section, curves in CURVES.items()
+    }
     dev = panels.SummaryMetric("dev/spearman")
-    temperature, margin, length = (panels.Config(key) for key in ("loss.temperature", "loss.margin", "prompt.length"))
-    worst_to_best = [panels.GradientPoint(color=color, offset=place) for color, place in COLORS]
+    temperature, margin, hinge_weight, length, lr = (
+        panels.Config(key)
+        for key in ("loss.temperature", "loss.margin", "loss.hinge_weight", "prompt.length", "optim.lr")
+    )
+    gradient = [panels.GradientPoint(color=color, offset=offset) for color, offset in COLORS]
     columns = [
         panels.ParallelCoordinatesPlotColumn(metric=metric)
-        for metric in (temperature, margin, panels.Config("loss.hinge_weight"), length, panels.Config("optim.lr"), dev)
+        for metric in (temperature, margin, hinge_weight, length, lr, dev)
     ]
-    sections = {
-        "Training": [
-            curve("loss", "train/loss"),
-            curve("contrastive", "train/contrastive"),
-            curve("energy hinge", "train/hinge"),
-            curve("masked language model", "train/mlm"),
-            curve("gradient norm before clipping", "train/gradient_norm"),
-            curve("learning rate", "train/lr"),
-        ],
-        "Development": [
-            curve("Spearman x 100", "dev/spearman", title_y="Spearman x 100"),
-            curve("best so far", "dev/best_spearman", title_y="Spearman x 100"),
-        ],
-        "Sweep": [
-            panels.ScatterPlot(
-                title="temperature x margin, colour: dev Spearman",
-                x=temperature,
-                y=margin,
-                z=dev,
-                gradient=worst_to_best,
-            ),
-            panels.ScatterPlot(title="prompt length", x=length, y=dev, running_ymean=True),
-            panels.ParallelCoordinatesPlot(title="settings to dev Spearman", columns=columns, gradient=worst_to_best),
-            panels.ParameterImportancePlot(with_respect_to="dev/spearman"),
-            panels.WeavePanelSummaryTable(table_name="jobs"),
-        ],
-        "Scores": [
-            panels.WeavePanelSummaryTable(table_name="results"),
-            panels.BarPlot(title="final dev Spearman x 100", metrics=[dev]),
-            panels.BarPlot(title="test average (not to choose by)", metrics=[panels.SummaryMetric("test/avg")]),
-        ],
-        "Speed": [
-            curve("rows/s", "speed/rows_per_second"),
-            curve("tokens/s", "speed/tokens_per_second"),
-            curve("padding share", "speed/padding_share"),
-        ],
-    }
+    sections["Sweep"] = [
+        panels.ScatterPlot(
+            title="temperature x margin, colour: dev Spearman", x=temperature, y=margin, z=dev, gradient=gradient
+        ),
+        panels.ScatterPlot(title="prompt length", x=length, y=dev, running_ymean=True),
+        panels.ParallelCoordinatesPlot(title="settings to dev Spearman", columns=columns, gradient=gradient),
+        panels.ParameterImportancePlot(with_respect_to="dev/spearman"),
+        panels.WeavePanelSummaryTable(table_name="jobs"),
+    ]
+    sections["Scores"] = [
+        panels.WeavePanelSummaryTable(table_name="results"),
+        panels.BarPlot(title="final dev Spearman x 100", metrics=[dev]),
+        panels.BarPlot(title="test average (not to choose by)", metrics=[panels.SummaryMetric("test/avg")]),
+    ]
     return views.Workspace(
         entity=entity,
         project=project,
         name=NAME,
-        sections=[views.Section(name=name, panels=found, is_open=True) for name, found in sections.items()],
+        sections=[
+            views.Section(name=name, panels=sections[name], is_open=True)
+            for name in ("Training", "Development", "Sweep", "Scores", "Speed")
+        ],
     )
 
 
-COLORS = (("#440154", 0), ("#21918c", 50), ("#fde725", 100))
-"""Worst to best: viridis, which is read in grey and by the colour-blind too."""
-
-
 def save_dashboard(project: str, entity: str | None) -> str:
-    """Write the view to the W&B server; return its address.
+    """Save the view on the W&B server; return its URL.
 
     Args:
         project: W&B project.
         entity: W&B user or team; None: the account's default.
 
     Raises:
-        ConfigError: The extra or the key is missing, or the server does not take the view in time.
+        ConfigError: The extra or the key is missing, or the server does not save the view within the time limit.
     """
     if importlib.util.find_spec("wandb_workspaces") is None:
         raise ConfigError("promcse dashboard needs wandb-workspaces. Try: pip install 'promcse_pl[dashboard]'")
-    if not has_key():
-        raise ConfigError("promcse dashboard needs a W&B key. Try: wandb login")
     command = python_command("promcse_pl.tracking.dashboard:main", json.dumps([project, entity]))
-    try:  # a process of its own: wandb has no time limit for this
+    try:  # in a process, since saving has no time limit in wandb-workspaces
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SAVE_SECONDS)
     except subprocess.TimeoutExpired:
         raise ConfigError(
             f"the W&B server did not answer in {SAVE_SECONDS} s. Try: again with a network; WANDB_BASE_URL names the server"
         ) from None
+    if done.returncode == NO_KEY:
+        raise ConfigError("promcse dashboard needs a W&B key. Try: wandb login")
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1:] or ["no reason given"]
-        raise ConfigError(f"W&B did not take the view: {reason[0]}. Try: wandb login, or another --project, --entity")
+        raise ConfigError(f"W&B did not save the view: {reason[0]}. Try: wandb login, or another --project or --entity")
     return done.stdout.strip().splitlines()[-1]
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Save the view of a project and entity (a JSON list as the only argument) and print its URL; return 0."""
+    """Save the view of a project and entity (a JSON list as the only argument) and print its URL; return 0 or `NO_KEY`."""
     import wandb
 
     project, entity = json.loads(arguments[0])
-    workspace = build_workspace(entity or wandb.Api(timeout=SAVE_SECONDS // 3).default_entity, project)
+    try:
+        api = wandb.Api(timeout=SAVE_SECONDS // 3)
+    except wandb.errors.UsageError:
+        return NO_KEY
+    workspace = build_workspace(entity or api.default_entity, project)
     workspace.save()
     sys.stdout.write(f"{workspace.url}\n")
     return 0

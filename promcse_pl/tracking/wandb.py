@@ -1,10 +1,10 @@
-"""Weights & Biases: a run that never costs the training anything.
+"""Weights & Biases: tracking that never costs the training anything.
 
-Only an allow-list goes out: settings (of paths the last part), logged numbers, the final table and the adapter. Console output,
-the environment, code, the git state and the machine's description stay here.
+Only an allow-list is sent: settings (of a path only its last part), logged numbers, the final table and the adapter. Console
+output, the environment, code, the git state and the description of the machine are not.
 
-Everything that can hang or fail is done by a process of its own (wandb_process.py) that follows the run's metrics.jsonl. Nothing
-here imports wandb.
+A follower process (wandb_process.py) reads the run's metrics.jsonl and does everything that can hang or fail. This module does
+not import wandb.
 """
 
 from __future__ import annotations
@@ -18,93 +18,68 @@ import shlex
 import subprocess
 import threading
 from collections.abc import Mapping, Sequence
-from configparser import ConfigParser
-from configparser import Error as ParsingError
 from contextlib import suppress
-from netrc import NetrcParseError, netrc
 from pathlib import Path, PurePath
 from typing import Any
-from urllib.parse import urlsplit
 
 from promcse_pl.config import Config, TrackingConfig
 from promcse_pl.run_folder import HISTORY
-from promcse_pl.tracking.wandb_process import kill_service
 from promcse_pl.utils.errors import ConfigError
 from promcse_pl.utils.interpreter import python_command
+from promcse_pl.utils.processes import ChildProcess, kill_descendants, start_process, stop_all
 
 log = logging.getLogger("promcse_pl")
 
 MODES = ("online", "offline", "disabled")
-PUBLIC_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
-"""The public server's names: of always, and of wandb since 0.31."""
 START_SECONDS = 30
-"""A server that has not answered by then makes the run an offline one."""
+"""Time in which the server must answer; otherwise the W&B run is an offline one."""
 FINISH_SECONDS = 60
-"""What is not sent by then after the end of a run is left to `wandb sync`."""
+"""Time to send the rest after the end of a run; what is left then is for `wandb sync`."""
 STOP_SECONDS = 10
-"""The same for a run that failed or was stopped: a scheduler's patience is short."""
-LONGEST_TAG = 64
-"""Characters of a tag that W&B takes."""
+"""The same for a run that failed or was stopped: schedulers kill soon after SIGTERM."""
+MAX_TAG_LENGTH = 64
+"""Characters of a tag that W&B accepts."""
+SUMMARY = ("best_step", "steps", "trained_parameters", "training_seconds", "seconds", "rows_per_second")
+"""Numbers of results.json that go into the summary."""
 
 
 def resolve_mode(setting: str) -> str:
-    """Return the mode of a run: WANDB_MODE if set, else the setting; `auto` is online with a key and offline without.
+    """Return the mode of a run: WANDB_MODE if it is set, else the setting.
+
+    Returns:
+        One of `MODES`, or `auto`: online if W&B finds a key, else offline, which the follower finds out.
 
     Raises:
-        ConfigError: WANDB_MODE holds something else.
+        ConfigError: WANDB_MODE is not valid.
     """
-    from_environment = os.environ.get("WANDB_MODE")
-    if from_environment:
-        mode = {"dryrun": "offline", "run": "online"}.get(from_environment, from_environment)
-        if mode not in MODES:
-            raise ConfigError(
-                f"WANDB_MODE must be one of {', '.join(MODES)}, got {from_environment!r}. Try: unset WANDB_MODE"
-            )
-        return mode
-    if setting != "auto":
+    mode = os.environ.get("WANDB_MODE")
+    if not mode:
         return setting
-    return "online" if has_key() else "offline"
-
-
-def has_key() -> bool:
-    """Tell whether W&B will find a key: in the environment, or in the netrc file that `wandb login` writes."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    names = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
-    for path in (Path(name).expanduser() for name in names):
-        with suppress(OSError, NetrcParseError):
-            return bool(_hosts() & set(netrc(path).hosts))
-    return False
-
-
-def _hosts() -> set[str]:
-    """Return the servers a key may be for: the one that the environment or `wandb login --host` names, or the public ones."""
-    settings = ConfigParser(interpolation=None)
-    with suppress(OSError, ParsingError, UnicodeDecodeError):
-        settings.read(Path(os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")).expanduser() / "settings")
-    url = os.environ.get("WANDB_BASE_URL") or settings.get("default", "base_url", fallback="")
-    return {urlsplit(url).netloc} if url else set(PUBLIC_HOSTS)
+    mode = {"dryrun": "offline", "run": "online"}.get(mode, mode)
+    if mode not in MODES:
+        raise ConfigError(f"WANDB_MODE must be one of {', '.join(MODES)}, got {mode!r}. Try: unset WANDB_MODE")
+    return mode
 
 
 def new_run_id() -> str:
-    """Return an id for a W&B run that no other run has; no generator of the training is touched."""
+    """Return a unique id for a W&B run, without using the generators that training seeds."""
     return secrets.token_hex(6)
 
 
 def start_wandb(config: Config, folder: Path, run_id: str) -> WandbRun | None:
-    """Begin, or go on with, the W&B run of a job; returns at once. None when disabled.
+    """Start or resume the W&B run of a run, without waiting for it; None if W&B is disabled.
 
     Args:
-        config: The resolved config; of paths in it the last part is sent.
-        folder: The run's folder: its metrics.jsonl is followed, W&B's own files go to folder/wandb.
-        run_id: The same for a job and for its resumption.
+        config: The resolved config.
+        folder: Folder of the run: its metrics.jsonl is followed, W&B's own files go to folder/wandb.
+        run_id: Id of the W&B run, the same when a run is resumed.
     """
     name = config.tracking.name or folder.name
     return open_run(config.tracking, folder, run_id, job_type="train", name=name, config=sent_settings(config))
 
 
 def sent_settings(config: Config) -> dict[str, Any]:
-    """Return the settings that go to W&B: all but tracking and folders; of paths the last part."""
+    """Return the settings that are sent to W&B: all but tracking and folders, and of a path its last part."""
     settings: dict[str, Any] = _public({name: part for name, part in config.to_dict().items() if name != "tracking"})
     for private in ("dir", "cache_dir"):
         del settings["data"][private]
@@ -112,25 +87,25 @@ def sent_settings(config: Config) -> dict[str, Any]:
 
 
 def open_run(tracking: TrackingConfig, folder: Path, run_id: str, **run: Any) -> WandbRun | None:  # noqa: ANN401
-    """Open the W&B run of a folder; None when disabled.
+    """Open the W&B run of a folder; None if W&B is disabled.
 
     Args:
         tracking: Mode, project, entity, group and tags.
-        folder: Gets wandb/.
-        run_id: Of the run.
-        run: What else `wandb.init` is to be told.
+        folder: Folder for W&B's own files, in wandb/.
+        run_id: Id of the W&B run.
+        run: Further arguments of `wandb.init`.
     """
     mode = resolve_mode(tracking.wandb)
     if mode == "disabled":
         return None
-    tags = list(dict.fromkeys(short(tag, LONGEST_TAG) for tag in tracking.tags if tag))
-    about = {"project": tracking.project, "entity": tracking.entity, "group": tracking.group, "tags": tags, **run}
-    about["name"] = short(about["name"], 2 * LONGEST_TAG)
-    return WandbRun({"id": run_id, **about}, folder.absolute(), mode)
+    tags = list(dict.fromkeys(short(tag, MAX_TAG_LENGTH) for tag in tracking.tags if tag))
+    options = {"project": tracking.project, "entity": tracking.entity, "group": tracking.group, "tags": tags, **run}
+    options["name"] = short(options["name"], 2 * MAX_TAG_LENGTH)
+    return WandbRun({"id": run_id, **options}, folder.absolute(), mode)
 
 
 def _public(value: Any) -> Any:  # noqa: ANN401  (a tree of settings)
-    """Return settings with the last part of every path in place of the path."""
+    """Return settings in which every path is replaced by its last part."""
     if isinstance(value, Mapping):
         return {name: _public(part) for name, part in value.items()}
     if isinstance(value, list):
@@ -142,36 +117,36 @@ def _public(value: Any) -> Any:  # noqa: ANN401  (a tree of settings)
 
 
 def _is_path(text: str) -> bool:
-    """From the root, home or here, or more than a hub id's one slash."""
+    """Return whether a text starts like a path, or has more slashes than the one of a hub id."""
     return "/" in text and (text.startswith(("/", ".", "~")) or text.count("/") > 1)
 
 
-def short(text: str, most: int) -> str:
-    """Return what W&B may see of a name or tag: of paths the last part, and so many characters."""
+def short(text: str, max_length: int) -> str:
+    """Return a name or tag for W&B: of a path its last part, cut to a number of characters."""
     text = _public(text)
-    return text if len(text) <= most else text[: most - 1] + "…"
+    return text if len(text) <= max_length else text[: max_length - 1] + "…"
 
 
 class WandbRun:
-    """A W&B run, kept by a process of its own.
+    """A W&B run, written by a follower process.
 
-    A process that fails, or whose service is killed, is followed by one that writes the run offline, from its first line on.
+    If the follower fails or is killed, a second one writes the whole run offline.
 
     Args:
-        run: What `wandb.init` is told.
-        folder: Of the run.
-        mode: `online` or `offline`.
+        run: Arguments of `wandb.init`.
+        folder: Folder of the run.
+        mode: `online`, `offline` or `auto`.
     """
 
     def __init__(self, run: Mapping[str, Any], folder: Path, mode: str) -> None:
         self.id: str = run["id"]
         self._run, self._folder, self._mode = run, folder, mode
-        self._process: subprocess.Popen[str] | None = None
+        self._follower: ChildProcess | None = None
         self._end: dict[str, Any] | None = None
         self._directory: str | None = None
-        self._given_up = self._complete = False
-        self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._is_abandoned = self._is_complete = False
+        self._lock = threading.Lock()  # of _follower, _end and _is_abandoned
+        self._thread = threading.Thread(target=self._supervise, daemon=True)
         self._thread.start()
 
     def finish(
@@ -183,14 +158,14 @@ class WandbRun:
         artifacts: Sequence[Mapping[str, Any]] = (),
         quiet: bool = False,
     ) -> None:
-        """End the run and say how to upload it if it is not on the server; waits, but not for ever.
+        """Finish the run, waiting for a limited time, and log how to upload it if it is not on the server.
 
         Args:
             exit_code: 0: successful.
             summary: Final numbers.
-            tables: Name -> columns and data.
+            tables: Columns and data of each table.
             artifacts: Adapter folders to upload: name, path, metadata, aliases.
-            quiet: The caller says how to upload.
+            quiet: Do not log how to upload it.
         """
         limit = STOP_SECONDS if exit_code else FINISH_SECONDS
         end = {
@@ -200,35 +175,39 @@ class WandbRun:
             "artifacts": [*artifacts],
         }
         try:
-            threading.Thread(target=self._send_end, args=(end,), daemon=True).start()
+            threading.Thread(
+                target=self._send_end, args=(end,), daemon=True
+            ).start()  # a follower that hangs reads nothing
             self._thread.join(limit)
         finally:
             hangs = self._thread.is_alive()
-            self._given_up = True
-            self._kill()
+            with self._lock:
+                self._is_abandoned = True
+            if self._follower and self._follower.poll() is None:
+                kill_descendants(self._follower.pid)
+                stop_all([self._follower], 0)
         if hangs:
             log.warning("W&B did not finish in %g s; the run's folder is complete without it", limit)
-        if self._directory and not quiet and (self._mode == "offline" or not self._complete):
-            what = "the W&B run is offline. To upload it" if self._complete else "to upload what W&B has of the run"
+        if self._directory and not quiet and (self._mode == "offline" or not self._is_complete):
+            what = "the W&B run is offline. To upload it" if self._is_complete else "to upload what W&B has of the run"
             online = "--include-online " if self._mode == "online" else ""
             log.info("%s: wandb login && wandb sync %s%s", what, online, shlex.quote(self._directory))
 
-    def _serve(self) -> None:
-        """Start the process and hear what it says; after a failure once more, offline."""
+    def _supervise(self) -> None:
+        """Run a follower; if it fails, run another one offline."""
         for attempt in range(2):
             if attempt:
                 self._mode = "offline"
-            failure, began = self._attempt()
-            if failure is None or self._given_up:
+            failure, is_started = self._run_follower()
+            if failure is None or self._is_abandoned:
                 return
-            if self._mode == "online":
-                failure += f"; server: {' or '.join(sorted(_hosts()))}"
-            log.warning("W&B %s %s (%s)", "stopped" if began else "did not start", self._mode, failure)
-            if self._mode == "offline" and not began:
+            mode = "offline" if self._mode == "offline" else "online"
+            log.warning("W&B %s %s (%s)", "stopped" if is_started else "did not start", mode, failure)
+            if mode == "offline" and not is_started:
                 return
 
-    def _attempt(self) -> tuple[str | None, bool]:
-        """Return what failed, None if nothing did, and whether the run had begun before."""
+    def _run_follower(self) -> tuple[str | None, bool]:
+        """Run a follower to its end; return why it failed (None: it did not), and whether the W&B run was started."""
         task = {
             "run": self._run,
             "folder": str(self._folder),
@@ -237,71 +216,62 @@ class WandbRun:
             "start_seconds": START_SECONDS,
             "finish_seconds": FINISH_SECONDS,
         }
-        environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"} | {
-            "WANDB_SILENT": "true",
-            "WANDB_ERROR_REPORTING": "false",  # its crash reports carry paths
-        }
-        began, failure = False, None
+        # its error reports contain paths; the service of another run would end with that run
+        environment = {**os.environ, "WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}
+        environment.pop("WANDB_SERVICE", None)
+        is_started, failure = False, None
         try:
             with self._lock:
-                if self._given_up:
+                if self._is_abandoned:
                     return None, False
-                process = self._process = subprocess.Popen(
+                self._follower = start_process(
                     python_command("promcse_pl.tracking.wandb_process:main"),
+                    environment,
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL,
                     text=True,
-                    env=environment,
-                    start_new_session=True,  # Ctrl-C is for the run, which then ends this one in order
                 )
+                self._send(task)
                 end = self._end
-                self._send(process, [task])  # with the lock: the end must not come before it
             if end:
-                self._send(process, [end])
-            assert process.stdout is not None
-            for line in process.stdout:
+                self._send(end)
+            for line in self._follower.stdout:
                 message = json.loads(line)
-                if "began" in message:
-                    began, self._directory = True, message["began"]["directory"]
-                    if message["began"]["url"]:
-                        log.info("W&B run: %s", message["began"]["url"])
-                failure = message.get("failed", failure)
-                if "done" in message:
-                    self._complete = True
+                if message["event"] == "started":
+                    is_started, self._mode, self._directory = True, message["mode"], message["directory"]
+                    if message["url"]:
+                        log.info("W&B run: %s", message["url"])
+                elif message["event"] == "failed":
+                    failure = message["reason"]
+                else:
+                    self._is_complete = True
                     return None, True
-            code = process.wait()
+            code = self._follower.wait()
         except (OSError, ValueError) as error:
-            return f"{type(error).__name__}: {error}", began
-        return failure or f"its process ended with code {code}", began
+            return f"{type(error).__name__}: {error}", is_started
+        return failure or f"its process ended with code {code}", is_started
 
     def _send_end(self, end: dict[str, Any]) -> None:
         with self._lock:
-            self._end, process = end, self._process
-        if process:
-            self._send(process, [end])
+            self._end = end
+            if not self._follower:
+                return
+        self._send(end)
 
-    def _send(self, process: subprocess.Popen[str], lines: Sequence[dict[str, Any]]) -> None:
-        assert process.stdin is not None
-        with suppress(OSError):  # it has gone
-            process.stdin.write("".join(json.dumps(line) + "\n" for line in lines))
-            process.stdin.flush()
-
-    def _kill(self) -> None:
-        with self._lock:
-            process = self._process
-        if process and process.poll() is None:
-            kill_service(process.pid)
-            process.kill()
-            process.wait()
+    def _send(self, message: dict[str, Any]) -> None:
+        assert self._follower
+        with suppress(OSError):  # the follower has ended
+            self._follower.stdin.write(json.dumps(message) + "\n")
+            self._follower.stdin.flush()
 
 
 def finish_wandb(run: WandbRun, results: Mapping[str, Any], adapter: Path) -> None:
-    """Put the final scores and the adapter into the run of a job and end it."""
+    """Finish the W&B run of a run, with its final scores and its adapter."""
     scores = results["scores"]
     summary = {key: results[key] for key in SUMMARY if results[key] is not None}
     tables = {}
-    if scores:  # empty without a development set and without tasks
+    if scores:  # empty without a dev set and tasks
         tables["results"] = {
             "columns": ["model", *scores["adapter"]],
             "data": [[name, *row.values()] for name, row in scores.items()],
@@ -316,9 +286,6 @@ def finish_wandb(run: WandbRun, results: Mapping[str, Any], adapter: Path) -> No
     run.finish(summary=summary, tables=tables, artifacts=[artifact])
 
 
-SUMMARY = ("best_step", "steps", "trained_parameters", "training_seconds", "seconds", "rows_per_second")
-
-
 def score_key(task: str) -> str:
-    """Return the key of a final score in W&B: test/STS12, test/avg; the development score of the kept adapter is dev/spearman."""
+    """Return the key of a final score in W&B: test/STS12, test/avg; dev/spearman for the dev score of the saved adapter."""
     return "dev/spearman" if task == "dev" else f"test/{re.sub('^Avg', 'avg', task).replace(' ', '_')}"

@@ -1,8 +1,8 @@
-"""The process that talks to W&B for a run: the training never waits for it, and it may be killed at any time.
+"""The W&B follower: a process that writes the W&B run of a run, so that training never waits for W&B.
 
-Lines of JSON come in on standard input: first what to start, at last how the run ended (`WandbRun` writes both); the end
-of the input says that the run was killed. Lines of JSON go out: `began`, `info`, `failed`, `done`. In between it follows the
-run's metrics.jsonl. Line n of that file is W&B's step n, so what W&B already has is never sent twice.
+It may be killed at any time. `promcse_pl.tracking.wandb.WandbRun` writes two JSON lines to its stdin: the task, and how the run
+ended; stdin ends early if the run was killed. The follower writes JSON lines to stdout: events `started`, `failed` and `done`.
+In between it follows the run's metrics.jsonl: line n of that file is W&B's step n, so that nothing is sent twice.
 """
 
 from __future__ import annotations
@@ -21,20 +21,25 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from promcse_pl.utils.paths import hide_home
+from promcse_pl.utils.processes import kill_descendants
 
 Message = dict[str, Any]
 
 
-class Ending:
-    """Waits for the last line of the input in a thread of its own.
+class RunEnd:
+    """Waits, in a thread, for the message with which the run ends.
 
     Args:
-        limit: Seconds after the end of the input at which this process, W&B's service with it, ends whatever it is doing.
+        limit: Seconds after the end of the input, thus of the run's process, after which this process is killed.
+
+    Attributes:
+        message: The message; before it was received, that of a run that was killed.
+        received: Set when the run has ended.
     """
 
     def __init__(self, limit: float) -> None:
         self.message: Message = {"exit_code": 1}
-        self.come = threading.Event()
+        self.received = threading.Event()
         self._limit = limit
         threading.Thread(target=self._listen, daemon=True).start()
 
@@ -42,49 +47,40 @@ class Ending:
         line = sys.stdin.readline()
         if line.endswith("\n"):
             self.message = json.loads(line)
-        self.come.set()
-        sys.stdin.readline()  # comes back when the run's process has ended
+        self.received.set()
+        sys.stdin.readline()  # returns when the run's process has ended
         time.sleep(self._limit)
-        kill_service()
+        kill_descendants()  # W&B's service may hang
         os._exit(1)
 
 
-def kill_service(pid: int | None = None) -> None:
-    """Kill the processes that this one, or another, has started: W&B's service, which may hang."""
-    import psutil
-
-    with suppress(psutil.Error):
-        for process in psutil.Process(pid).children(recursive=True):
-            with suppress(psutil.Error):
-                process.kill()
-
-
 def main(_arguments: Sequence[str]) -> NoReturn:
-    """Keep one W&B run from its start to its end; the process ends with 0, or 1 when W&B failed."""
-    report = _take_output()
+    """Write one W&B run; the process exits with 0, or 1 if W&B failed."""
+    send = _take_stdout()
     task = json.loads(sys.stdin.readline())
-    ending = Ending(task["finish_seconds"])
+    end = RunEnd(task["finish_seconds"])
     try:
-        with _alone(Path(task["folder"]) / "wandb", task["start_seconds"]):
-            _keep(task, ending, report)
-    except Exception as error:
-        # keys, networks, disks and versions fail in their own ways; the run's process decides what comes next
-        report({"failed": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"})
-        kill_service()  # or W&B would wait for it when this process ends
+        with _only_follower(Path(task["folder"]) / "wandb", task["start_seconds"]):
+            _write_run(task, end, send)
+    except Exception as error:  # wrong keys, networks, disks and versions raise many kinds
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        if task["mode"] != "offline" and (wandb := sys.modules.get("wandb")):
+            reason += f"; server: {wandb.setup().settings.base_url}"
+        send({"event": "failed", "reason": reason})
+        kill_descendants()  # at exit, W&B would wait for its service
         os._exit(1)
     os._exit(0)
 
 
-def _keep(task: Message, ending: Ending, report: Callable[[Message], None]) -> None:
+def _start_run(task: Message, mode: str) -> Any:  # noqa: ANN401  (a W&B run)
     import wandb
 
-    online = task["mode"] == "online"
-    run = wandb.init(
+    return wandb.init(
         **task["run"],
         dir=task["folder"],
-        resume="allow" if online else None,
+        resume="allow" if mode == "online" else None,
         settings=wandb.Settings(
-            mode=task["mode"],
+            mode=mode,
             console="off",
             silent=True,
             disable_git=True,
@@ -98,49 +94,62 @@ def _keep(task: Message, ending: Ending, report: Callable[[Message], None]) -> N
             init_timeout=task["start_seconds"],
         ),
     )
+
+
+def _write_run(task: Message, end: RunEnd, send: Callable[[Message], None]) -> None:
+    import wandb
+
+    mode = "online" if task["mode"] == "auto" else task["mode"]
+    try:
+        run = _start_run(task, mode)
+    except wandb.errors.UsageError:  # W&B found no key
+        if task["mode"] != "auto":
+            raise
+        mode = "offline"
+        run = _start_run(task, mode)
     directory = Path(run.dir).parent
-    report({"began": {"directory": str(directory), "url": run.url if online else None}})
+    is_online = mode == "online"
+    send({"event": "started", "mode": mode, "directory": str(directory), "url": run.url if is_online else None})
     run.define_metric("step", hidden=True)
     run.define_metric("*", step_metric="step")
-    _follow(run, Path(task["folder"]) / task["history"], ending)
-    end = ending.message
-    for name, table in end.get("tables", {}).items():
+    _follow(run, Path(task["folder"]) / task["history"], end)
+    for name, table in end.message.get("tables", {}).items():
         run.log({name: wandb.Table(**table)})
-    run.summary.update(end.get("summary", {}))
-    for artifact in end.get("artifacts", ()) if online else ():
+    run.summary.update(end.message.get("summary", {}))
+    for artifact in end.message.get("artifacts", ()) if is_online else ():
         files = wandb.Artifact(artifact["name"], type="adapter", metadata=artifact["metadata"])
         files.add_dir(artifact["path"])
         run.log_artifact(files, aliases=artifact["aliases"])
-    run.finish(exit_code=end["exit_code"])
-    wandb.teardown()  # comes back when everything is on disk
+    run.finish(exit_code=end.message["exit_code"])
+    wandb.teardown()  # returns when everything is on disk
     _hide_home_in_logs(directory)
-    _look_for_room(directory)
+    _check_disk(directory)
     for earlier in directory.parent.glob(f"offline-run-*-{glob.escape(task['run']['id'])}"):
-        if earlier != directory:  # of a process that was killed; this one began with the history's first line
+        if earlier != directory:  # of a follower that was killed; this one has written the whole history
             shutil.rmtree(earlier, ignore_errors=True)
-    report({"done": True})
+    send({"event": "done"})
 
 
-def _follow(run: Any, history: Path, ending: Ending) -> None:  # noqa: ANN401  (a W&B run)
+def _follow(run: Any, history: Path, end: RunEnd) -> None:  # noqa: ANN401  (a W&B run)
     """Log the lines of a growing history that W&B does not have, until the run has ended."""
-    known, place = run.step, 0
-    number, last = 0, False
-    while not last:
-        last = ending.come.wait(1)  # before reading: nothing is written after it
+    known = run.step
+    number, offset, is_last = 0, 0, False
+    while not is_last:
+        is_last = end.received.wait(1)  # before reading: nothing is written after it
         with suppress(FileNotFoundError), history.open("rb") as stream:
-            stream.seek(place)
+            stream.seek(offset)
             for line in stream:
                 if not line.endswith(b"\n"):
                     break
-                place += len(line)
+                offset += len(line)
                 if number >= known:
                     run.log(json.loads(line), step=number)
                 number += 1
 
 
-def _look_for_room(directory: Path) -> None:
-    """Raise OSError when the disk is full: W&B's service says nothing then, and its file ends early."""
-    probe = directory / "room"
+def _check_disk(directory: Path) -> None:
+    """Raise OSError if the disk is full: W&B's service reports nothing then, and its file is incomplete."""
+    probe = directory / "probe"
     try:
         probe.write_bytes(bytes(64 * 1024))
     finally:
@@ -148,18 +157,18 @@ def _look_for_room(directory: Path) -> None:
 
 
 def _hide_home_in_logs(directory: Path) -> None:
-    """Take the home folder out of what W&B's client wrote about itself; W&B has no setting for it."""
+    """Replace the home folder in the logs of W&B's client, which has no setting for it."""
     for path in directory.parent.glob("*/logs/*.log"):
         path.write_text(hide_home(path.read_text(encoding="utf-8", errors="replace")), encoding="utf-8")
 
 
 @contextmanager
-def _alone(directory: Path, patience: float) -> Iterator[None]:
-    """Wait for the process of a killed run that is still closing it, but not for ever."""
+def _only_follower(directory: Path, limit: float) -> Iterator[None]:
+    """Wait some seconds for the follower of an earlier, killed process that is still finishing the run."""
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / ".lock").open("ab") as stream:
-        patience += time.monotonic()
-        while time.monotonic() < patience:
+        deadline = time.monotonic() + limit
+        while time.monotonic() < deadline:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
@@ -168,16 +177,16 @@ def _alone(directory: Path, patience: float) -> Iterator[None]:
         yield
 
 
-def _take_output() -> Callable[[Message], None]:
-    """Keep standard output for messages; what libraries and W&B's service print goes nowhere."""
-    messages = os.fdopen(os.dup(1), "w", encoding="utf-8")
+def _take_stdout() -> Callable[[Message], None]:
+    """Return a function that writes messages to stdout; what libraries and W&B's service print is discarded."""
+    stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):
         os.dup2(nowhere, descriptor)
 
-    def report(message: Message) -> None:
-        with suppress(OSError):  # the run's process has gone
-            messages.write(json.dumps(message) + "\n")
-            messages.flush()
+    def send(message: Message) -> None:
+        with suppress(OSError):  # the run's process has ended
+            stdout.write(json.dumps(message) + "\n")
+            stdout.flush()
 
-    return report
+    return send

@@ -28,7 +28,7 @@ from promcse_pl.data.batch import TrainBatch
 from promcse_pl.losses.gather import sum_over_ranks
 from promcse_pl.run_folder import CHECKPOINTS, HISTORY, NON_FINITE, checkpoint_folders, write_status
 from promcse_pl.training.context import Checkpoint, RunContext
-from promcse_pl.training.distributed import of_every_rank
+from promcse_pl.training.distributed import gather_values
 from promcse_pl.training.module import PromcseModule
 from promcse_pl.utils.errors import DataError, NonFiniteError
 from promcse_pl.utils.files import publish, staging_folder, sync, write_bytes
@@ -273,7 +273,7 @@ class Saver(pl.Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return the random states of all ranks after the step, and the durations so far."""
         return {
-            "random": of_every_rank(random_state()),
+            "random": gather_values(random_state()),
             "seconds": self.total_training_seconds(),
             "run_seconds": self.seconds + time.perf_counter() - self.run.started,
         }

@@ -1,13 +1,12 @@
-"""The processes of a distributed run: which place each has, how they meet, and that they were told the same.
+"""The ranks of a distributed run: who is which rank, the process group, and the check that all ranks have the same inputs.
 
-Nothing here starts a process: `promcse_pl.runs.launcher`, torchrun or SLURM do.
+`promcse_pl.runs.launcher`, torchrun or SLURM start the processes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,24 +21,19 @@ from promcse_pl.utils.errors import ConfigError
 T = TypeVar("T")
 
 STORE = "PROMCSE_STORE"
-"""Environment variable with the file through which the processes that `promcse_pl.runs.launcher` started meet."""
+"""Environment variable with the rendezvous file of the ranks that `promcse_pl.runs.launcher` has started."""
 TIMEOUT = timedelta(hours=1)
-"""A process waits no longer than this for another: longer than any look at a development set, shorter than for ever. One that
-dies is noticed at once."""
-LOST = "lost the connection to another process of the run"
-_CONNECTION = re.compile(
-    r"gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe|(TCP|File)Store", re.IGNORECASE
-)
+"""Longest wait for another rank: longer than any dev evaluation. A rank that ends is noticed at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """The place of this process.
+    """The rank of this process.
 
     Attributes:
-        rank: From 0; rank 0 writes the folder and the console.
-        size: Of the run.
-        devices: Processes on each machine.
+        rank: Rank, from 0; rank 0 writes the folder and the console.
+        size: World size.
+        devices: Number of ranks on each machine.
     """
 
     rank: int = 0
@@ -48,45 +42,47 @@ class Ranks:
 
     @property
     def local(self) -> int:
-        """The place on this machine, from 0: the number of its GPU."""
+        """Local rank, from 0: the index of its GPU."""
         return self.rank % self.devices
 
 
 def find_ranks(trainer: TrainerConfig) -> Ranks | None:
-    """Return this process's place, as torchrun, SLURM or `promcse_pl.runs.launcher` tell it by the environment.
+    """Return the rank of this process, from the environment that torchrun, SLURM or `promcse_pl.runs.launcher` sets.
 
     Returns:
-        None: the run needs several processes, and nobody has started them.
+        The rank; None if the run needs several processes and they are not started yet.
 
     Raises:
-        ConfigError: The environment speaks of another number of processes than the settings.
+        ConfigError: The environment has another number of processes than the settings.
     """
-    size, given = trainer.world_size, _given()
-    wanted = f"trainer.devices={trainer.devices} x trainer.num_nodes={trainer.num_nodes}"
-    if given is None or (size == 1 and given[0] == "srun"):  # tasks of a job step may be runs of their own
+    size, environment = trainer.world_size, _from_environment()
+    settings = f"trainer.devices={trainer.devices} x trainer.num_nodes={trainer.num_nodes}"
+    if environment is None or (
+        size == 1 and environment[0] == "srun"
+    ):  # the tasks of a job step may be independent runs
         if trainer.num_nodes > 1:
             raise ConfigError(
                 f"trainer.num_nodes={trainer.num_nodes} needs a starter on every machine. Try: torchrun "
                 f"--nnodes={trainer.num_nodes} --nproc-per-node={trainer.devices} ... run.py, or srun (docs/distributed.md)"
             )
         return Ranks() if size == 1 else None
-    starter, rank, started, local = given
+    starter, rank, started, local = environment
     if started != size:
         raise ConfigError(
-            f"{starter} started {started} processes, but {wanted} are {size}. Try: trainer=ddp trainer.devices="
+            f"{starter} started {started} processes, but {settings} are {size}. Try: trainer=ddp trainer.devices="
             f"{started // trainer.num_nodes or 1} trainer.num_nodes={trainer.num_nodes}"
         )
     ranks = Ranks(rank, size, trainer.devices)
     if local != ranks.local or not 0 <= rank < size:
         raise ConfigError(
-            f"process {rank} of {started} has place {local} on its machine, but {wanted} put it at {ranks.local}. Try: "
+            f"process {rank} of {started} has local rank {local}, but with {settings} it must be {ranks.local}. Try: "
             "as many processes on every machine, one machine after the other (srun --distribution=block)"
         )
     return ranks
 
 
-def _given() -> tuple[str, int, int, int] | None:
-    """Return who started this process, its rank, the number of ranks, and its place on the machine; None: a person did."""
+def _from_environment() -> tuple[str, int, int, int] | None:
+    """Return what started this process, its rank, the world size and its local rank; None: it was started alone."""
     sources = (
         ("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK"),
         ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),  # of a job step, not of the batch script
@@ -100,24 +96,25 @@ def _given() -> tuple[str, int, int, int] | None:
 
 
 def refuse_sweep() -> None:
-    """Refuse a sweep that several processes were started for: each would run all of it.
+    """Check that a sweep runs in one process.
 
     Raises:
-        ConfigError: torchrun or srun started more than this process.
+        ConfigError: torchrun or srun started several processes.
     """
-    given = _given()
-    if given:
+    if environment := _from_environment():
+        starter, _, size, _ = environment
         raise ConfigError(
-            f"{given[0]} started {given[2]} processes, and each would run the whole sweep. Try: python run.py -m ... trainer=ddp "
+            f"{starter} started {size} processes, and each would run the whole sweep. Try: python run.py -m ... trainer=ddp "
             "trainer.devices=N without it; every job starts its own processes"
         )
 
 
-def join(ranks: Ranks, trainer: TrainerConfig) -> None:
-    """Meet the other processes: gloo for what lies in main memory, and with GPUs nccl for what lies on them.
+def join_process_group(ranks: Ranks, trainer: TrainerConfig) -> None:
+    """Initialise the process group: gloo for tensors in main memory, nccl for those on GPUs.
 
     Raises:
-        ConfigError: There are fewer GPUs here than processes.
+        ConfigError: This machine has fewer GPUs than ranks.
+        LostRankError: Another rank is gone.
     """
     if ranks.size == 1:
         return
@@ -125,6 +122,7 @@ def join(ranks: Ranks, trainer: TrainerConfig) -> None:
     import torch.distributed as dist
 
     from promcse_pl.embedder import pick_device
+    from promcse_pl.losses.gather import collective
 
     kind = pick_device(trainer.device).type
     if kind == "mps":
@@ -136,16 +134,17 @@ def join(ranks: Ranks, trainer: TrainerConfig) -> None:
                 f"Try: trainer.devices={torch.cuda.device_count()}, or trainer.device=cpu"
             )
         torch.cuda.set_device(ranks.local)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
-        init_method=_meeting_point(),
-        rank=ranks.rank,
-        world_size=ranks.size,
-        timeout=TIMEOUT,
-    )
+    with collective():
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
+            init_method=_rendezvous(),
+            rank=ranks.rank,
+            world_size=ranks.size,
+            timeout=TIMEOUT,
+        )
 
 
-def _meeting_point() -> str:
+def _rendezvous() -> str:
     if os.environ.get(STORE):
         return f"file://{Path(os.environ[STORE]).absolute()}"
     if os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT"):
@@ -156,63 +155,62 @@ def _meeting_point() -> str:
     return f"tcp://{slurm.main_address}:{slurm.main_port}"
 
 
-def leave(ranks: Ranks) -> None:
-    """Part from the other processes when all have come so far; rank 0 may then take as long as it likes."""
+def leave_process_group(ranks: Ranks) -> None:
+    """Wait for the other ranks and destroy the process group; rank 0 alone evaluates and writes the results."""
     if ranks.size == 1:
         return
     import torch.distributed as dist
 
-    dist.barrier()
+    from promcse_pl.losses.gather import collective
+
+    with collective():
+        dist.barrier()
     dist.destroy_process_group()
 
 
-def of_every_rank(value: T) -> list[T]:
-    """Return a plain value of every rank, in their order."""
+def gather_values(value: T) -> list[T]:
+    """Return a plain value of every rank, by rank."""
     import torch.distributed as dist
 
-    from promcse_pl.losses.gather import world_size
+    from promcse_pl.losses.gather import collective, world_size
 
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    with collective():
+        dist.all_gather_object(values, value)
     return values
 
 
-def of_rank_zero(value: T) -> T:
-    """Return the plain value that rank 0 gives."""
-    return of_every_rank(value)[0]
-
-
 @contextmanager
-def first_rank_first(ranks: Ranks) -> Iterator[None]:
-    """Let rank 0 do something before the others: they find what it left in a cache."""
+def rank_zero_first(ranks: Ranks) -> Iterator[None]:
+    """Let rank 0 run the block before the others, which then find its result in a cache."""
     if ranks.rank:
-        of_every_rank(None)
+        gather_values(None)
     yield
     if not ranks.rank:
-        of_every_rank(None)
+        gather_values(None)
 
 
-def compare(facts: Mapping[str, Any]) -> None:
-    """Go on only if all ranks were told the same.
+def check_equal_on_ranks(facts: Mapping[str, Any]) -> None:
+    """Check that all ranks have the same values.
 
     Raises:
-        ConfigError: On every rank; it names what differs, and how.
+        ConfigError: On every rank, if values differ; the message shows them.
     """
-    every = of_every_rank(dict(facts))
-    for rank, others in enumerate(every):
-        different = [name for name in {**every[0], **others} if every[0].get(name) != others.get(name)]
+    first, *others = gather_values(dict(facts))
+    for rank, values in enumerate(others, start=1):
+        different = [name for name in {**first, **values} if first.get(name) != values.get(name)]
         if different:
-            shown = "; ".join(f"{name}: {every[0].get(name)!r} and {others.get(name)!r}" for name in different[:5])
+            shown = "; ".join(f"{name}: {first.get(name)!r} and {values.get(name)!r}" for name in different[:5])
             raise ConfigError(
                 f"rank {rank} would not train the same as rank 0 ({shown}). Try: the same command, code and files for all "
                 "processes"
             )
 
 
-def told(config: Config, step: int | None) -> dict[str, Any]:
-    """Return what all ranks must agree on before anything is built: the config and its hash, the code, where to go on."""
+def facts_of_rank(config: Config, step: int | None) -> dict[str, Any]:
+    """Return what must be equal on all ranks before anything is built: settings, code, and the step after which to resume."""
     import torch
 
     settings = flat_settings(config.to_dict())
@@ -234,8 +232,3 @@ def _code() -> str:
     for path in sorted(package.rglob("*.py")):
         digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
-
-
-def is_lost(error: RuntimeError, ranks: Ranks) -> bool:
-    """Tell whether an error means that another rank is gone."""
-    return ranks.size > 1 and ("Dist" in type(error).__name__ or bool(_CONNECTION.search(str(error))))

@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -16,6 +17,7 @@ from pytorch_lightning.strategies import DDPStrategy
 
 from promcse_pl.config import Config
 from promcse_pl.data.module import PromcseDataModule
+from promcse_pl.losses.gather import collective
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.mlm import MlmHead
@@ -233,7 +235,20 @@ class _RankStrategy(DDPStrategy):
         assert self.model is not None
         for parameter in self.model.parameters():
             if parameter.requires_grad:
-                dist.broadcast(parameter.data, 0)
+                with collective():
+                    dist.broadcast(parameter.data, 0)
+
+    def barrier(self, *arguments: Any, **options: Any) -> None:  # noqa: ANN401  (Lightning's)
+        with collective():
+            super().barrier(*arguments, **options)
+
+    def broadcast(self, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401  (Lightning's)
+        with collective():
+            return super().broadcast(*arguments, **options)
+
+    def reduce(self, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401  (Lightning's)
+        with collective():
+            return super().reduce(*arguments, **options)
 
 
 class _RankEnvironment(LightningEnvironment):

@@ -21,7 +21,7 @@ from promcse_pl.data.tokens import TokenRows
 from promcse_pl.embedder import pick_device
 from promcse_pl.models.cpu.chunks import CHUNK_TOKENS
 from promcse_pl.models.encoder import PromptEncoder
-from promcse_pl.training.distributed import of_rank_zero
+from promcse_pl.training.distributed import gather_values
 from promcse_pl.utils.errors import PromcseError, write_error
 
 log = logging.getLogger("promcse_pl")
@@ -42,7 +42,7 @@ def resolve_machine(config: Config) -> tuple[Config, torch.device]:
         The resolved config, and the device.
     """
     device = pick_device(config.trainer.device)
-    precision, reason = of_rank_zero(choose_precision(config.trainer.precision, device))
+    precision, reason = gather_values(choose_precision(config.trainer.precision, device))[0]
     log.info("device: %s; precision: %s", device.type, reason)
     resolved: dict[str, Any] = {"device": device.type, "precision": precision}
     if config.trainer.chunk_tokens == "auto":

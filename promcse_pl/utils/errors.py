@@ -40,6 +40,10 @@ class RankError(PromcseError, RuntimeError):
     """A rank of a distributed run has died or lost the connection to another rank."""
 
 
+class LostRankError(RankError):
+    """A rank lost its connection to another one: the error of the other one is the cause."""
+
+
 class OutOfMemoryError(PromcseError, MemoryError):
     """The memory of the machine or its GPU is too small for the settings."""
 

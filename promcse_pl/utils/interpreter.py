@@ -11,6 +11,7 @@ import importlib.util
 import os
 import site
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -35,19 +36,27 @@ def _load_package() -> None:
     module = sys.modules[package.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     # an editable install puts the clone on the path, and the clone may be the current folder
-    wanted = [*site.getsitepackages(), site.getusersitepackages(), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    if str(package.parent) not in wanted:
+    allowed = [*site.getsitepackages(), site.getusersitepackages(), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    if str(package.parent) not in allowed:
         sys.path[:] = [entry for entry in sys.path if entry != str(package.parent)]
+
+
+def call(target: str, arguments: Sequence[str]) -> int:
+    """Call a "module:function" with arguments, which `sys.argv` then holds too; return its exit code."""
+    module, _, function = target.partition(":")
+    sys.argv = [module, *arguments]
+    code: int = getattr(importlib.import_module(module), function)(arguments)
+    return code
 
 
 def main() -> int:
     """Load the package and call the function given on the command line."""
     target, *arguments = sys.argv[1:]
     _load_package()
-    module, _, function = target.partition(":")
-    sys.argv = [module, *arguments]
-    code: int = getattr(importlib.import_module(module), function)(arguments)
-    return code
+    processes = importlib.import_module("promcse_pl.utils.processes")
+    if given := os.environ.pop(processes.PARENT, None):
+        processes.end_with_parent(*map(int, given.split()))
+    return call(target, arguments)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: it saves first and ends with the code that schedulers expect."""
+"""Signals that stop a run: it saves first and exits with the code that schedulers expect."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import math
 import signal
 import threading
 import time
-from types import FrameType, TracebackType
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
-SAME = 2.0
-"""Seconds within which two SIGTERM or SIGUSR1 are one."""
+REPEAT_SECONDS = 2.0
+"""Two SIGTERM or SIGUSR1 within this time count as one: a group gets a signal that its leader also passes on."""
 
 
 class Stopped(BaseException):
-    """A signal ended the run. Not an Exception: what guards against failures must let it through.
+    """A signal stopped the run. Not an Exception, so that handlers of failures do not catch it.
 
     Args:
         signum: The signal.
@@ -31,46 +31,60 @@ class Stopped(BaseException):
 
     @property
     def exit_code(self) -> int:
-        """130 for Ctrl-C; 143 for SIGTERM, and for SIGUSR1, by which schedulers announce it."""
+        """130 for Ctrl-C; 143 for SIGTERM and for SIGUSR1, which schedulers send before SIGTERM."""
         return 128 + (signal.SIGINT if self.signum == signal.SIGINT else signal.SIGTERM)
 
 
-class StopSignals:
-    """Turns the signals into `Stopped`: at once, or, while `deferred`, when the training loop asks after its step.
+@contextmanager
+def handled_by(handler: Callable[[int], None]) -> Iterator[bool]:
+    """Call a function on each stop signal; gives False outside the main thread, where Python allows no handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield False
+        return
+    before = {signum: signal.signal(signum, lambda signum, _: handler(signum)) for signum in STOP_SIGNALS}
+    try:
+        yield True
+    finally:
+        for signum, previous in before.items():
+            signal.signal(signum, previous)
 
-    A second signal is not deferred, unless it is the first one come again within two seconds. Outside the main thread, where
-    Python allows no handlers, it does nothing.
+
+class StopSignals:
+    """Context that turns stop signals into `Stopped`: at once, or, while `deferred`, when the training loop asks after its step.
+
+    A second signal is not deferred, unless it repeats the first one (`REPEAT_SECONDS`).
+
+    Attributes:
+        received: The last signal; None: none yet.
+        deferred: Whether the first signal is only recorded.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
         self.deferred = False
         self._last = -math.inf
-        self._before: dict[signal.Signals, Any] = {}
+        self._stack = ExitStack()
+        self._is_main_thread = False
 
     def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {signum: signal.getsignal(signum) for signum in SIGNALS}
-            self.install()
+        self._is_main_thread = self._stack.enter_context(handled_by(self._handle))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
 
     def install(self) -> None:
-        """Put the handlers in their place (again: Lightning puts its own there)."""
-        for signum in self._before:
-            signal.signal(signum, self._handle)
+        """Install the handlers again: Lightning replaces them."""
+        if self._is_main_thread:
+            for signum in STOP_SIGNALS:
+                signal.signal(signum, lambda signum, _: self._handle(signum))
 
-    def _handle(self, signum: int, _frame: FrameType | None) -> None:
+    def _handle(self, signum: int) -> None:
         now = time.monotonic()
-        first, again = self.received is None, signum != signal.SIGINT and now - self._last < SAME
+        is_first, is_repeated = self.received is None, signum != signal.SIGINT and now - self._last < REPEAT_SECONDS
         self._last = now
-        if again:  # to every process of a group, and passed on by the one that started this one
+        if is_repeated:
             return
         self.received = signum
-        if not (self.deferred and first):
+        if not (self.deferred and is_first):
             raise Stopped(signum)

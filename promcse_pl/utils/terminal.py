@@ -45,6 +45,11 @@ def plain(text: str) -> str:
     return escape(visible(text))
 
 
+def print_line(text: str) -> None:
+    """Print a line of text on standard output: unbroken, without markup, and at once."""
+    output_console().print(plain(text), soft_wrap=True, highlight=False)
+
+
 class ConsoleHandler(logging.Handler):
     """Prints log lines without line breaks, so that commands and paths can be copied."""
 

@@ -52,7 +52,7 @@ def test_a_saved_dataset_is_read_like_other_files(tmp_path):
     assert list(read_rows(folder, width=2, notes=notes)) == [(query, answer) for answer, query, _ in ROWS]
     assert notes == [f"{folder}: anchor=query, positive=answer; not read: id"]
     assert next(read_rows(folder, width=2, columns=["answer", 1])) == ("answer 0", "query 0")
-    with pytest.raises(DataError, match=r"no column 'x'; its 3 columns are: answer, query, id"):
+    with pytest.raises(DataError, match=r"no column 'x' \(columns: answer, query, id\)"):
         list(read_rows(folder, width=1, columns=["x"]))
     with pytest.raises(DataError, match="column id must hold strings, got int64"):
         list(read_rows(folder, width=1, columns=["id"]))

@@ -43,7 +43,7 @@ def test_the_first_rows_are_read_and_no_more(tmp_path, monkeypatch):
     ("content", "settings", "message"),
     [
         ("a,b,c\nx,y,z\n", {}, "my.csv has 1 row; a batch needs at least 2"),
-        ("a,b,c\nx,y,z\nx,v,w\n", {"dev": "holdout"}, "too few different anchors (1) to keep some back"),
+        ("a,b,c\nx,y,z\nx,v,w\n", {"dev": "holdout"}, "too few different anchors (1) to hold some out"),
         ("a,b,c\nx,y,\n", {"on_bad_row": "skip"}, "has no usable row: 1 bad rows"),
         ("", {}, "my.csv is empty (0 bytes)"),
         ("a,b\nx,y\n", {}, "my.csv has 2 columns (a, b); triplets need 3"),

@@ -6,7 +6,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
-from promcse_pl.evaluation.correlation import pearson, spearman
+from promcse_pl.evaluation.sts import pearson, spearman
 from promcse_pl.utils.errors import DataError, NonFiniteError
 
 SOME = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=2, max_size=30)  # many ties

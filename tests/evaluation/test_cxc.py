@@ -106,7 +106,9 @@ def test_a_missing_file_is_named_with_where_it_comes_from_and_what_it_looks_like
 def test_a_broken_row_of_the_csv_is_named_by_its_line(folder):
     rows = read_rows(folder)
     write_rows(folder, [rows[0], [*rows[1][:2], "high", *rows[1][3:]]])
-    with pytest.raises(DataError, match=rf"{PAIRS}:5: agg_score 'high' is not a number"):  # a row has two lines here
+    with pytest.raises(
+        DataError, match=rf"{PAIRS}:5: agg_score 'high' is not a finite number"
+    ):  # a row has two lines here
         load_cxc(folder)
     write_rows(folder, [rows[0][:5]])
     with pytest.raises(DataError, match="expected 6 columns, got 5"):

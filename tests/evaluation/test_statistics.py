@@ -104,7 +104,7 @@ def test_a_clear_difference_has_the_smallest_p_value_that_the_resamples_allow():
 def test_a_model_against_itself_shows_no_difference():
     difference = paired_difference(0.0, np.zeros(100), "100 resamples")
     assert (difference.low, difference.high, difference.p) == (0, 0, 1)
-    assert difference.verdict == "+0.00 [0.00, 0.00] over 100 resamples: no difference shown"
+    assert difference.verdict == "+0.00 [0.00, 0.00] over 100 resamples: not significant"
 
 
 def test_resamples_without_a_correlation_are_left_out_and_are_an_error_when_all_are():

@@ -12,7 +12,14 @@ from support.folders import DATA
 
 from promcse_pl import PromCSE
 from promcse_pl.data.pairs import TASKS, YEARS, ScoredPairs, load_sick, load_stsb, load_task
-from promcse_pl.evaluation.sts import evaluate_sts, score_pairs
+from promcse_pl.evaluation.sts import (
+    LOWEST_PLAUSIBLE,
+    TaskScores,
+    encode_distinct,
+    score_pairs,
+    score_task,
+    score_warning,
+)
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.utils.errors import DataError
@@ -32,6 +39,12 @@ class Encoder:
     def __call__(self, sentences: Sequence[str]) -> np.ndarray:
         self.calls.append(list(sentences))
         return np.array([[math.cos(angle_of(text)), math.sin(angle_of(text))] for text in sentences], dtype=np.float32)
+
+
+def scores_of(encode, senteval: Path, tasks: Sequence[str] = TASKS) -> dict[str, TaskScores]:
+    groups = {task: load_task(senteval, task) for task in tasks}
+    embeddings = encode_distinct(encode, [subset for subsets in groups.values() for subset in subsets])
+    return {task: score_task(subsets, embeddings) for task, subsets in groups.items()}
 
 
 def cosine(first: str, second: str) -> float:
@@ -79,7 +92,7 @@ def year_file(senteval: Path, kind: str, subset: str = "images", year: str = "ST
 
 
 def test_a_task_is_scored_over_all_pairs_together_by_subset_mean_and_weighted_mean(senteval):
-    scores = evaluate_sts(Encoder(), senteval)
+    scores = scores_of(Encoder(), senteval)
     assert list(scores) == list(TASKS)
     seed = 0
     for year, subsets in YEARS.items():
@@ -106,7 +119,7 @@ def test_a_task_is_scored_over_all_pairs_together_by_subset_mean_and_weighted_me
 
 
 def test_the_benchmark_and_sick_are_scored_on_their_test_split(senteval):
-    scores = evaluate_sts(Encoder(), senteval, ["STS-B", "SICK-R"])
+    scores = scores_of(Encoder(), senteval, ["STS-B", "SICK-R"])
     for task, seed, rows in (("STS-B", 102, 5), ("SICK-R", 202, 6)):
         pairs = subset_rows(seed, rows)
         wanted = stats.spearmanr([cosine(a, b) for a, b, _ in pairs], [float(gold) for *_, gold in pairs]).statistic
@@ -118,7 +131,7 @@ def test_every_distinct_sentence_of_all_tasks_is_encoded_exactly_once(senteval):
     year_file(senteval, "input").write_text("".join(f"same text\tsame text{'!' * (row % 3)}\n" for row in range(7)))
     year_file(senteval, "gs").write_text("".join(f"{row % 4}\n" for row in range(7)))
     encoder = Encoder()
-    evaluate_sts(encoder, senteval)
+    scores_of(encoder, senteval)
     (sentences,) = encoder.calls
     assert len(sentences) == len(set(sentences))
     groups = [pairs for task in TASKS for pairs in load_task(senteval, task)]
@@ -128,7 +141,15 @@ def test_every_distinct_sentence_of_all_tasks_is_encoded_exactly_once(senteval):
 
 def test_one_set_of_pairs_is_scored_as_a_task_of_one_subset(senteval):
     pairs = load_stsb(senteval, "test")
-    assert score_pairs(Encoder(), pairs) == evaluate_sts(Encoder(), senteval, ["STS-B"])["STS-B"].all
+    assert score_pairs(Encoder(), pairs) == scores_of(Encoder(), senteval, ["STS-B"])["STS-B"].all
+
+
+@pytest.mark.parametrize("score", [-0.8, 0.0, LOWEST_PLAUSIBLE - 1e-6])
+def test_a_score_near_zero_or_below_is_a_warning_about_columns_and_scale(score):
+    warning = score_warning(score, "data.dev=my.csv")
+    assert f"Spearman {100 * score:.2f}" in warning
+    assert "Check the columns of data.dev=my.csv, and that higher scores mean more similar" in warning
+    assert score_warning(LOWEST_PLAUSIBLE, "x") is None
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -176,7 +197,7 @@ def test_the_splits_of_the_benchmark_and_of_sick_are_their_own_files(senteval):
 def test_a_missing_file_is_named_with_where_it_should_come_from(senteval):
     year_file(senteval, "gs").unlink()
     with pytest.raises(DataError, match=r"cannot read .*STS\.gs\.images\.txt: .*data\.dir/senteval"):
-        evaluate_sts(Encoder(), senteval)
+        load_task(senteval, "STS15")
 
 
 def test_unequal_numbers_of_lines_are_refused(senteval):
@@ -190,7 +211,7 @@ def test_unequal_numbers_of_lines_are_refused(senteval):
 @pytest.mark.parametrize(
     ("name", "line", "content", "message"),
     [
-        ("STS/STS15-en-test/STS.gs.images.txt", 2, "high", "the score 'high' is not a number"),
+        ("STS/STS15-en-test/STS.gs.images.txt", 2, "high", "the score 'high' is not a finite number"),
         ("STS/STS15-en-test/STS.gs.images.txt", 2, "nan", "the score 'nan' is not a finite number"),
         (
             "STS/STS15-en-test/STS.input.images.txt",
@@ -198,7 +219,7 @@ def test_unequal_numbers_of_lines_are_refused(senteval):
             "only one sentence",
             "expected two sentences with a tab between them",
         ),
-        ("STS/STSBenchmark/sts-test.csv", 4, "g\tf\ty\t1\t?\ta\tb", "the score '?' is not a number"),
+        ("STS/STSBenchmark/sts-test.csv", 4, "g\tf\ty\t1\t?\ta\tb", "the score '?' is not a finite number"),
         ("STS/STSBenchmark/sts-test.csv", 4, "g\tf\ty\t1\tinf\ta\tb", "the score 'inf' is not a finite number"),
         ("STS/STSBenchmark/sts-test.csv", 1, "g\tf", "expected 7 columns, got 2"),
         ("SICK/SICK_test_annotated.txt", 2, "1\ta\tb", "expected 4 columns, got 3"),
@@ -210,7 +231,7 @@ def test_a_broken_line_is_named_by_file_and_line(name, line, content, message, s
     lines[line - 1] = content
     path.write_text("\n".join(lines) + "\n")
     with pytest.raises(DataError) as caught:
-        evaluate_sts(Encoder(), senteval)
+        scores_of(Encoder(), senteval)
     assert str(caught.value).startswith(f"{path}:{line}: {message}")
 
 
@@ -221,6 +242,12 @@ def test_a_line_that_is_not_utf8_is_named(senteval):
     path.write_bytes(b"\n".join(content))
     with pytest.raises(DataError, match=r"sts-test\.csv:3: not UTF-8 \(byte 0xe9\)"):
         load_stsb(senteval, "test")
+
+
+def test_a_file_without_pairs_is_refused(senteval):
+    (senteval / "STS/STSBenchmark/sts-dev.csv").write_text("")
+    with pytest.raises(DataError, match=r"sts-dev\.csv has no pairs"):
+        load_stsb(senteval, "dev")
 
 
 def test_pairs_name_their_data_by_a_hash_that_follows_every_change():

@@ -12,16 +12,16 @@ from support.encoders import save_small_encoder
 
 from promcse_pl import PromCSE
 from promcse_pl.data.pairs import TASKS, YEARS, ScoredPairs
+from promcse_pl.evaluation.embeddings import EmbeddingCache
 from promcse_pl.evaluation.geometry import effective_rank, mean_cosine, uniformity
 from promcse_pl.evaluation.plots import draw
 from promcse_pl.evaluation.report import headline, render, tables
 from promcse_pl.evaluation.statistics import bootstrap_spearman, interval, mean_over_seeds
-from promcse_pl.evaluation.sts import score_pairs
+from promcse_pl.evaluation.sts import score_pairs, score_task
 from promcse_pl.evaluation.suite import evaluate
 from promcse_pl.evaluation.targets import Member, Target
 from promcse_pl.evaluation.tasks import load_tasks, pair_task, transfer_task
 from promcse_pl.evaluation.transfer_data import Row, TransferData
-from promcse_pl.evaluation.vectors import VectorCache
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.utils.errors import ConfigError, DataError
@@ -66,7 +66,7 @@ def tasks():
 @pytest.fixture(scope="module")
 def tree(models, tasks, tmp_path_factory):
     return evaluate(
-        [target("one", models[0]), target("two", models[1])], tasks, VectorCache(tmp_path_factory.mktemp("c"))
+        [target("one", models[0]), target("two", models[1])], tasks, EmbeddingCache(tmp_path_factory.mktemp("c"))
     )
 
 
@@ -79,7 +79,7 @@ def test_every_score_is_that_of_the_task_alone_with_the_interval_of_its_bootstra
     score = tree["targets"]["one"]["scores"]["STS-B"]
     alone = score_pairs(models[0].encode, pairs)
     assert (score["value"], score["pearson"]) == pytest.approx((100 * alone.spearman, 100 * alone.pearson), abs=1e-3)
-    vectors = VectorCache(tmp_path).vectors(models[0], task.sentences)
+    vectors = EmbeddingCache(tmp_path).embeddings(models[0], task.sentences)
     cosines = [float(vectors[a] @ vectors[b]) for a, b in zip(pairs.first, pairs.second, strict=True)]
     low, high = interval(bootstrap_spearman(cosines, pairs.gold, seed=[0, *b"STS-B"]))
     assert (score["low"], score["high"]) == pytest.approx((100 * low, 100 * high), abs=1e-6)
@@ -107,7 +107,7 @@ def test_the_average_stands_behind_the_seven_tasks_and_is_that_of_the_printed_ce
 
 
 def test_six_of_the_seven_tasks_have_no_average(models, tasks, tmp_path):
-    tree = evaluate([target("one", models[0])], tasks[:6], VectorCache(tmp_path))
+    tree = evaluate([target("one", models[0])], tasks[:6], EmbeddingCache(tmp_path))
     assert "Avg" not in tree["targets"]["one"]["scores"]
 
 
@@ -115,7 +115,7 @@ def test_six_of_the_seven_tasks_have_no_average(models, tasks, tmp_path):
 
 
 def test_each_further_target_is_compared_with_the_first_on_the_same_resamples(models, tasks, tmp_path):
-    cache = VectorCache(tmp_path)
+    cache = EmbeddingCache(tmp_path)
     tree = evaluate([target(name, models[n]) for n, name in enumerate("abc")], tasks[:2], cache)
     rows = [(row["first"], row["second"], row["task"]) for row in tree["comparisons"]]
     assert rows == [("a", second, task) for second in "bc" for task in TASKS[:2]]
@@ -129,13 +129,13 @@ def test_each_further_target_is_compared_with_the_first_on_the_same_resamples(mo
 
 
 def test_a_model_against_itself_has_no_difference_at_all(models, tasks, tmp_path):
-    tree = evaluate([target("a", models[0]), target("b", models[0])], tasks[:1], VectorCache(tmp_path))
+    tree = evaluate([target("a", models[0]), target("b", models[0])], tasks[:1], EmbeddingCache(tmp_path))
     (row,) = tree["comparisons"]
     assert (row["difference"], row["low"], row["high"], row["p"]) == (0, 0, 0, 1)
 
 
 def test_a_folder_of_seeds_has_mean_spread_and_the_scores_of_each_seed(models, tasks, tmp_path):
-    tree = evaluate([target("fixed", models[0]), target("seeds", *models[1:])], tasks[:1], VectorCache(tmp_path))
+    tree = evaluate([target("fixed", models[0]), target("seeds", *models[1:])], tasks[:1], EmbeddingCache(tmp_path))
     score = tree["targets"]["seeds"]["scores"]["STS12"]
     values = [seed["value"] for seed in score["seeds"]]
     assert (score["value"], score["std_over_seeds"], score["low"], score["high"]) == pytest.approx(
@@ -169,18 +169,34 @@ def test_a_file_with_other_counts_than_the_published_ones_is_reported(tree):
     assert len(tree["warnings"]) == 7
 
 
+def test_a_reversed_score_scale_of_a_file_of_the_user_is_a_warning(models, tmp_path):
+    pairs = pairs_of("mine.csv", 1)
+    scores = score_task([pairs], EmbeddingCache(tmp_path).embeddings(models[0], [*pairs.first, *pairs.second]))
+    sign = -1 if scores.all.spearman > 0 else 1
+    rows = [(a, b, sign * gold) for a, b, gold in zip(pairs.first, pairs.second, pairs.gold, strict=True)]
+    reversed_pairs = ScoredPairs.of("mine.csv", rows)
+    tree = evaluate(
+        [target("a", models[0])], [pair_task("mine.csv", "own", [reversed_pairs])], EmbeddingCache(tmp_path)
+    )
+    (warning,) = tree["warnings"]
+    assert warning.startswith(f"a on mine.csv: Spearman {tree['targets']['a']['scores']['mine.csv']['value']:.2f}, but")
+    assert warning.endswith("Check the columns of mine.csv, and that higher scores mean more similar")
+
+
 def test_a_collapsed_model_gives_an_error_and_no_score(bert, tasks, tmp_path):
     encoder = PromptEncoder(FrozenBackbone.load(str(bert)), length=0, head="mlp").eval()
     torch.nn.init.zeros_(encoder.head.dense.weight)
     torch.nn.init.ones_(encoder.head.dense.bias)
     with pytest.raises(DataError, match="same vector: the model has collapsed"):
-        evaluate([target("collapsed", PromCSE(encoder))], tasks[:1], VectorCache(tmp_path))
+        evaluate([target("collapsed", PromCSE(encoder))], tasks[:1], EmbeddingCache(tmp_path))
 
 
 def test_every_distinct_sentence_of_all_tasks_is_encoded_once_in_one_call(models, tasks, tmp_path, monkeypatch):
     calls, encode = [], models[0].encode
     monkeypatch.setattr(models[0], "encode", lambda texts, **options: calls.append(texts) or encode(texts, **options))
-    evaluate([target("a", models[0])], [*tasks, pair_task("again", "own", [pairs_of("x", 0)])], VectorCache(tmp_path))
+    evaluate(
+        [target("a", models[0])], [*tasks, pair_task("again", "own", [pairs_of("x", 0)])], EmbeddingCache(tmp_path)
+    )
     (asked,) = calls
     assert sorted(asked) == sorted({text for task in tasks for text in task.sentences})
 
@@ -209,7 +225,7 @@ def data(tmp_path):
 
 def test_geometry_is_measured_on_distinct_sentences_and_positive_pairs_of_sts_b(data, models, tmp_path):
     tree = evaluate(
-        [target("a", models[0]), target("b", models[1])], load_tasks(["geometry"], data), VectorCache(tmp_path)
+        [target("a", models[0]), target("b", models[1])], load_tasks(["geometry"], data), EmbeddingCache(tmp_path)
     )
     pairs = pairs_of("STS-B", 7, rows=60)
     scores = tree["targets"]["a"]["scores"]
@@ -227,7 +243,7 @@ def test_geometry_is_measured_on_distinct_sentences_and_positive_pairs_of_sts_b(
 
 
 def test_the_cosine_density_of_each_gold_range_is_a_density(data, models, tmp_path):
-    tree = evaluate([target("a", models[0])], load_tasks(["geometry"], data), VectorCache(tmp_path))
+    tree = evaluate([target("a", models[0])], load_tasks(["geometry"], data), EmbeddingCache(tmp_path))
     curves = tree["targets"]["a"]["scores"]["alignment"]["cosine_density"]
     assert list(curves) == ["cosine", "0-1", "1-2", "2-3", "3-4", "4-5"]
     for low in range(5):
@@ -238,7 +254,7 @@ def test_cxc_has_mean_and_spread_of_its_bootstrap_and_tells_its_progress(data, m
     seen = []
     (task,) = load_tasks(["cxc"], data)
     report = lambda *step: seen.append(step)  # noqa: E731
-    tree = evaluate([target("a", models[0]), target("b", models[1])], [task], VectorCache(tmp_path), report)
+    tree = evaluate([target("a", models[0]), target("b", models[1])], [task], EmbeddingCache(tmp_path), report)
     score = tree["targets"]["a"]["scores"]["CxC-STS"]
     assert score["low"] < score["value"] < score["high"]
     assert score["std"] > 0
@@ -250,7 +266,7 @@ def test_cxc_has_mean_and_spread_of_its_bootstrap_and_tells_its_progress(data, m
 def test_a_transfer_task_has_accuracy_with_the_bootstrap_of_its_tested_rows(models, tmp_path):
     rows = tuple(Row((f"w{5 + place} w{20 + place % 2}",), place % 2) for place in range(60))
     task = transfer_task(TransferData("CR", {"all": rows}, "0" * 64))
-    tree = evaluate([target("a", models[0]), target("b", models[1])], [task], VectorCache(tmp_path))
+    tree = evaluate([target("a", models[0]), target("b", models[1])], [task], EmbeddingCache(tmp_path))
     score = tree["targets"]["a"]["scores"]["CR"]
     assert score["low"] <= score["value"] <= score["high"]
     assert (score["tested_rows"], len(score["inverse_penalties"])) == (60, 10)
@@ -275,7 +291,9 @@ def test_any_file_of_two_texts_and_a_score_is_a_task(suffix, tmp_path, models, m
         (task,) = load_tasks([name], data)
         assert (task.name, task.suite, task.rows, task.expected_rows) == (f"mine.{suffix}", "own", 15, None)
     scored = score_pairs(models[0].encode, ScoredPairs.of("mine", rows))
-    score = evaluate([target("a", models[0])], [task], VectorCache(tmp_path / "c"))["targets"]["a"]["scores"][task.name]
+    score = evaluate([target("a", models[0])], [task], EmbeddingCache(tmp_path / "c"))["targets"]["a"]["scores"][
+        task.name
+    ]
     assert score["value"] == pytest.approx(100 * scored.spearman, abs=1e-3)
 
 
@@ -330,7 +348,7 @@ def test_markdown_and_latex_hold_every_score_and_verdict(tree):
 
 
 def test_special_characters_of_a_name_do_not_break_latex_or_markdown(models, tasks, tmp_path):
-    tree = evaluate([target("a_b & 50% #1|x", models[0])], tasks[:1], VectorCache(tmp_path))
+    tree = evaluate([target("a_b & 50% #1|x", models[0])], tasks[:1], EmbeddingCache(tmp_path))
     assert r"a\_b \& 50\% \#1|x" in render(tree, "latex")
     assert r"| a_b & 50% #1\|x |" in render(tree, "markdown")
 

@@ -82,7 +82,7 @@ def test_runs_that_differ_by_more_than_the_seed_are_refused_with_what_differs(tm
 def test_runs_of_the_same_or_of_no_seed_are_refused(tmp_path, bert):
     save_run(tmp_path / "a", bert, 1)
     save_run(tmp_path / "b", bert, 1)
-    with pytest.raises(DataError, match="seeds of their own, got 1 for a"):
+    with pytest.raises(DataError, match="different seeds, got 1 for a"):
         only(tmp_path)
     save_run(tmp_path / "c/a", bert, None)
     save_run(tmp_path / "c/b", bert, None)

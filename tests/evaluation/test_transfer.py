@@ -109,7 +109,6 @@ def test_cross_validation_is_that_of_plain_loops(senteval):
     assert list(score.regularisation) == chosen
     assert len(set(chosen)) > 1
     assert (score.correct_N == correct).all()
-    assert score.folds == 10
 
 
 def test_a_test_fold_has_no_part_in_the_choice_of_its_penalty(senteval):
@@ -153,7 +152,6 @@ def test_the_development_rows_choose_for_sst2(senteval):
     assert len(set(scores)) > 1
     score = score_transfer(data, vectors)
     assert score.regularisation == (GRID[int(np.argmax(scores))],)
-    assert score.folds == 0
 
 
 def test_ten_folds_of_the_training_rows_choose_for_trec(senteval):

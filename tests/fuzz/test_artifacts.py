@@ -25,7 +25,7 @@ from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.run_folder import Status, read_history, read_results, read_status, write_status
 from promcse_pl.runs.inputs import record_inputs
 from promcse_pl.sweeps.collect import read_sweep
-from promcse_pl.sweeps.html import page_data
+from promcse_pl.sweeps.html import page_content
 from promcse_pl.sweeps.ranking import rank
 from promcse_pl.sweeps.report import print_report
 from promcse_pl.training.checkpoint import RunCheckpoints, read_checkpoint
@@ -198,7 +198,7 @@ def test_a_damaged_status_history_or_result_is_refused_or_read(base, place, data
         record_inputs(folder, json.loads((base / "status/inputs.json").read_text()))
     with only_our_errors("reports"):
         sweep = read_sweep(folder)
-        page_data(sweep, tests=True)
+        page_content(sweep, tests=True)
         print_report(sweep, rank(sweep.runs, by_seed=True), by_seed=True, tests=True)
 
 

@@ -33,7 +33,7 @@ VALUES = (
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("fuzz")
 
 
@@ -49,7 +49,7 @@ def place(tmp_path_factory) -> Path:
 @example(changes={"model.path": "/a\0b"})
 @example(changes={"evaluation.tasks": ["x" * 5000 + ".csv"]})
 @example(changes={"data.cache_dir": "~nobody-of-this-name/x"})
-def test_any_value_of_any_setting(place, changes):
+def test_any_value_of_any_setting(folder, changes):
     raw = copy.deepcopy(valid())
     for key, value in changes.items():
         raw = put(raw, key, value)
@@ -57,8 +57,8 @@ def test_any_value_of_any_setting(place, changes):
         config = Config.from_dict(raw)
         numbers = [value for part in config.to_dict().values() if isinstance(part, dict) for value in part.values()]
         assert not [value for value in numbers if isinstance(value, float) and not math.isfinite(value)]
-        write_config(config, place / "config.yaml")
-        assert read_config(place / "config.yaml") == config
+        write_config(config, folder / "config.yaml")
+        assert read_config(folder / "config.yaml") == config
         check_inputs(config)
 
 
@@ -103,10 +103,10 @@ BOMB = b"a: &a [x, x, x, x, x, x, x, x, x]\n" + b"".join(
 @example(content=b"model: {path: !!python/object/apply:os.system [touch marker]}")
 @example(content=b"[" * 5000)
 @example(content=b"seed: 2026-11-27\n")
-def test_any_config_file(place, content):
-    (place / "any.yaml").write_bytes(content)
+def test_any_config_file(folder, content):
+    (folder / "any.yaml").write_bytes(content)
     with only_our_errors("config files"):
-        read_config(place / "any.yaml")
+        read_config(folder / "any.yaml")
 
 
 HARD = [

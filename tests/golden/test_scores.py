@@ -12,8 +12,7 @@ from support.official import read_json
 
 from promcse_pl.data.pairs import SICK_FILES, STSB_FILES, YEARS, load_sick, load_stsb, load_task
 from promcse_pl.embedder import PromCSE
-from promcse_pl.evaluation.correlation import spearman
-from promcse_pl.evaluation.sts import cosines, encode_distinct, score_groups
+from promcse_pl.evaluation.sts import cosines, encode_distinct, score_task, spearman
 from promcse_pl.interop.official import import_official
 
 pytestmark = [pytest.mark.golden, pytest.mark.realdata, pytest.mark.slow]
@@ -27,7 +26,7 @@ WHAT = f"{len(FOLDERS)} STS evaluations"
 
 @pytest.fixture(scope="module", params=FOLDERS, ids=lambda path: path.name)
 def evaluation(request):
-    """The folder, the pairs by official task name, our vectors and our scores."""
+    """The folder, the pairs by official task name, our embeddings and our scores."""
     expected = read_json(request.param / "expected.json")
     imported = import_official(request.param, pooling=expected["pooler_type"])
     assert imported.encoder.prompt.length == expected["pre_seq_len"]
@@ -38,12 +37,7 @@ def evaluation(request):
     vectors = encode_distinct(
         PromCSE(imported.encoder).encode, [subset for group in groups.values() for subset in group]
     )
-    return (
-        request.param,
-        groups,
-        vectors,
-        score_groups(lambda texts: np.stack([vectors[text] for text in texts]), groups),
-    )
+    return request.param, groups, vectors, {task: score_task(subsets, vectors) for task, subsets in groups.items()}
 
 
 def left_open(predicted, gold):

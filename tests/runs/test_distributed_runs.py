@@ -19,11 +19,11 @@ from support.processes import begin, end, promcse
 from support.runs import outcome, small_config, word_rows
 
 from promcse_pl.config import Config
-from promcse_pl.run_folder import Status, is_running, read_config, read_history, read_status, write_config, write_status
-from promcse_pl.runs.launcher import tell
+from promcse_pl.run_folder import is_running, read_config, read_history, read_status, write_config
+from promcse_pl.runs.launcher import raise_failure
 from promcse_pl.runs.lifecycle import run_job
 from promcse_pl.training.checkpoint import newest_checkpoint
-from promcse_pl.utils.errors import DataError, NonFiniteError, RankError
+from promcse_pl.utils.errors import DataError, LostRankError, NonFiniteError, OutOfMemoryError, RankError
 
 KILLS = 4
 
@@ -317,24 +317,27 @@ def test_every_job_of_a_multirun_trains_one_run_on_both_ranks_in_one_folder(tmp_
     assert losses[0] != losses[1]
 
 
+NOT_FINITE = NonFiniteError("the loss of step 3")
+DEFECT = RankError("RuntimeError: a defect")
+LOST = LostRankError("rank 0 of 2 lost the connection to another process of the run (closed)")
+
+
 @pytest.mark.parametrize(
-    ("status", "log", "codes", "kind", "message"),
+    ("reported", "codes", "kind", "message"),
     [
-        ("NonFiniteError: the loss of step 3", "error: the loss of step 3\n", [2, 2], NonFiniteError, "^the loss of step 3$"),
+        ((NOT_FINITE, NOT_FINITE), [2, 2], NonFiniteError, "^the loss of step 3$"),
         (
-            "RankError: rank 0 of 2 lost the connection to another process of the run (closed)",
-            "INFO\nerror: out of memory. Try: less\n",
+            (LOST, OutOfMemoryError("out of memory. Try: less")),
             [2, 2],
             RankError,
             r"^rank 1 of 2 ended with exit code 2: out of memory\. Try: less \(its output: .*run-rank1\.log\)\. To resume",
         ),
-        ("RankError: rank 0 of 2 lost the connection to another process of the run", "", [2, -11], RankError, "by SIGSEGV"),
-        ("DataError: the disk", "Traceback\nRuntimeError: nothing known\n", [2, -9], RankError, "^rank 1 of 2 was killed"),
-        ("RuntimeError: a defect", "", [1, 0], RankError, "^rank 0 of 2 ended with exit code 1: RuntimeError: a defect"),
+        ((LOST, None), [2, -11], RankError, "by SIGSEGV"),
+        ((DataError("the disk"), RankError("RuntimeError: nothing known")), [2, -9], RankError, "^rank 1 of 2 was killed"),
+        ((DEFECT, None), [1, 0], RankError, "^rank 0 of 2 ended with exit code 1: RuntimeError: a defect"),
     ],
 )  # fmt: skip
-def test_the_error_is_that_of_the_rank_that_failed_by_itself(status, log, codes, kind, message, tmp_path):
-    write_status(tmp_path, Status(state="failed", error=status))
-    (tmp_path / "run-rank1.log").write_text(log)
+def test_the_error_is_that_of_the_rank_that_failed_by_itself(reported, codes, kind, message, tmp_path):
+    (tmp_path / "run-rank1.log").write_text("INFO\n")
     with pytest.raises(kind, match=message):
-        tell(tmp_path, [rank for rank, code in enumerate(codes) if code], codes)
+        raise_failure(tmp_path, [rank for rank, code in enumerate(codes) if code], codes, reported)

@@ -177,7 +177,7 @@ def test_handlers_are_put_back_and_a_second_signal_does_not_wait(monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.received == signal.SIGTERM
         os.kill(os.getpid(), signal.SIGTERM)  # to the whole group, and passed on by the process that started this one
-        monkeypatch.setattr("promcse_pl.utils.signals.SAME", 0)
+        monkeypatch.setattr("promcse_pl.utils.signals.REPEAT_SECONDS", 0)
         with pytest.raises(BaseException, match="stopped by SIGTERM"):
             os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before

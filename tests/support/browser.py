@@ -1,4 +1,4 @@
-"""Debian's headless Chromium on a page of this machine, and what is looked at in it."""
+"""Headless Chromium for tests of HTML pages."""
 
 import shutil
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ needs_chromium = pytest.mark.skipif(
 
 @contextmanager
 def chromium() -> Iterator[object]:
-    """A browser that can reach no network."""
+    """Start a browser; its network requests are logged."""
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
@@ -31,7 +31,7 @@ def chromium() -> Iterator[object]:
 
 
 def view(driver: object, width: int, height: int = 900, dark: bool = False) -> None:
-    """Give the page this size in CSS pixels (a window is never narrower than 500) and these colours."""
+    """Set the page size in CSS pixels (a window is at least 500 wide) and the colour scheme."""
     size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
@@ -39,17 +39,17 @@ def view(driver: object, width: int, height: int = 900, dark: bool = False) -> N
 
 
 def open_page(driver: object, path: Path) -> None:
-    """Load it anew and wait for its scripts: the one before it may be this page too, and must not be taken for it."""
-    driver.get("about:blank")
+    """Load a page and wait until its charts are drawn."""
+    driver.get("about:blank")  # the page may be open already
     driver.get(path.absolute().as_uri())
-    wait(driver, "return document.readyState === 'complete' && document.querySelector('footer')?.textContent")
+    wait(driver, "return document.readyState === 'complete' && document.querySelector('.js-plotly-plot')")
 
 
-def wait(driver: object, script: str) -> object:
-    """What the script returns, as soon as that is true or not empty."""
+def wait(driver: object, script: str, *arguments: object) -> object:
+    """Return the result of a script as soon as it is truthy."""
     from selenium.webdriver.support.ui import WebDriverWait
 
-    return WebDriverWait(driver, 30).until(lambda page: page.execute_script(script))
+    return WebDriverWait(driver, 30).until(lambda page: page.execute_script(script, *arguments))
 
 
 def console_messages(driver: object) -> list[str]:

@@ -1,8 +1,6 @@
 """Valid settings to change in tests."""
 
 import copy
-import dataclasses
-import typing
 from functools import cache
 from typing import Any
 
@@ -10,6 +8,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from promcse_pl.config import Config, SweepConfig
+from promcse_pl.config.fields import settings
 from support.folders import ROOT
 
 
@@ -18,14 +17,8 @@ def valid() -> dict[str, Any]:
 
 
 def leaves() -> dict[str, Any]:
-    """Dotted key -> type of every setting."""
-    found: dict[str, Any] = {}
-    for section, hint in typing.get_type_hints(Config).items():
-        if dataclasses.is_dataclass(hint):
-            found |= {f"{section}.{name}": inner for name, inner in typing.get_type_hints(hint).items()}
-        else:
-            found[section] = hint
-    return found
+    """Return the type of every setting by dotted key."""
+    return {key: setting.kind for key, setting in settings(Config).items()}
 
 
 def put(raw: dict[str, Any], key: str, value: object) -> dict[str, Any]:
@@ -36,6 +29,10 @@ def put(raw: dict[str, Any], key: str, value: object) -> dict[str, Any]:
 
 def composed(*overrides: str) -> dict[str, Any]:
     return copy.deepcopy(composed_once(*overrides))
+
+
+def config_of(*overrides: str) -> Config:
+    return Config.from_dict(composed(*overrides))
 
 
 CONF = ROOT / "conf"

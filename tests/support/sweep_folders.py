@@ -1,4 +1,4 @@
-"""Folders of sweeps as the package's own writers leave them, with numbers instead of trainings."""
+"""Sweep folders written by the package's own functions, with made-up scores instead of training."""
 
 import json
 import math
@@ -26,7 +26,7 @@ def config_of(overrides: list[str]) -> Config:
 
 
 def write_sweep(folder: Path, steps: int = 20, **choices: list[object]) -> Plan:
-    """A finished sweep over all choices; `loss__margin=[0.1, 0.2]` sweeps loss.margin."""
+    """Write a finished sweep over all combinations; `loss__margin=[0.1, 0.2]` sweeps loss.margin."""
     names = [name.replace("__", ".") for name in choices]
     typed = [f"{name}={','.join(map(str, values))}" for name, values in zip(names, choices.values(), strict=True)]
     jobs = [
@@ -41,16 +41,16 @@ def write_sweep(folder: Path, steps: int = 20, **choices: list[object]) -> Plan:
     return plan
 
 
-def begin(folder: Path, overrides: list[str], state: str, error: str | None = None) -> None:
-    """A run that got so far."""
+def start(folder: Path, overrides: list[str], state: str, error: str | None = None) -> None:
+    """Write the folder of a run in this state."""
     write_config(config_of(overrides), folder / CONFIG)
     (folder / LOCK).touch()
     write_status(folder, Status(state=state, error=error, started=time.time() - 61))
 
 
 def finish(folder: Path, overrides: list[str], score: float | None, steps: int = 20) -> None:
-    """A finished run with this dev score."""
-    begin(folder, overrides, "finished")
+    """Write the folder of a finished run with this dev score."""
+    start(folder, overrides, "finished")
     lines = []
     for step in range(1, steps + 1):
         decay = math.exp(-3 * step / steps)
@@ -67,9 +67,10 @@ def finish(folder: Path, overrides: list[str], score: float | None, steps: int =
     write_text(folder / HISTORY, "".join(json.dumps(line) + "\n" for line in lines))
     tests = {"STS-B": 60 + len(str(folder)) % 7, "Avg": 61.5, **({} if score is None else {"dev": score})}
     results = {
-        "scores": {"frozen encoder": {"STS-B": 50.0}, "adapter": tests},
+        "scores": {"frozen encoder": {"dev": 45.0, "STS-B": 50.0}, "adapter": tests},
         "dev": None if score is None else "demo dev",
         "dev_spearman": score,
         "seconds": 61.4,
+        "versions": {"promcse_pl": "0.1.0", "torch": "2.0.0"},
     }
     write_text(folder / RESULTS, json.dumps(results, indent=2) + "\n")

@@ -10,11 +10,11 @@ from support.sweep_jobs import files, small_config
 
 from promcse_pl.config import SweepConfig, check_overrides
 from promcse_pl.run_folder import Status, locked, read_config, read_status, write_status
-from promcse_pl.sweeps.local import record_end, wait_for_earlier
+from promcse_pl.sweeps.execute import record_end, wait_for_earlier
 from promcse_pl.sweeps.plan import (
     PLAN,
     Plan,
-    Settled,
+    SharedSettings,
     SweepJob,
     add_job,
     check_new,
@@ -80,7 +80,7 @@ def test_a_resume_takes_the_settings_from_the_folder_and_the_launching_from_the_
 
 
 def test_a_resume_with_other_settings_names_them(sweep):
-    told = r"begun with other overrides: optim.lr=0.01,0.03 is new; optim.lr=0.01,0.02 is missing. Try: python run.py -m sweep"
+    told = r"started with other overrides: optim.lr=0.01,0.03 is new; optim.lr=0.01,0.02 is missing. Try: python run.py -m sweep"
     with pytest.raises(ConfigError, match=told):
         resumed_arguments(["optim.lr=0.01,0.03", "seed=1", f"sweep.resume={sweep}"])
     with pytest.raises(ConfigError, match=r"holds no sweep: it has no sweep.json"):
@@ -184,7 +184,7 @@ TRACEBACK = "Traceback (most recent call last):\n  File x\nImportError: no libfo
         (2, "loading\nerror: the encoder is gone\n", "failed", "the encoder is gone"),
         (1, TRACEBACK, "failed", TRACEBACK + "(exit code 1)"),
         (-signal.SIGSEGV, "", "failed", "(signal 11)"),
-        (-signal.SIGKILL, "", "failed", "killed by SIGKILL: the kernel does that when the memory is full, "),
+        (-signal.SIGKILL, "", "failed", "killed by SIGKILL: by the OOM killer when memory is full, "),
         (0, "hello\n", "failed", "hello\n(exit code 0)"),
         (143, "", "stopped", None),
         (-signal.SIGTERM, "", "stopped", None),
@@ -210,7 +210,7 @@ def test_what_a_job_said_itself_is_kept(state, code, tmp_path):
 
 
 def test_a_job_whose_earlier_process_still_saves_is_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr("promcse_pl.sweeps.local.GRACE", 0.3)
+    monkeypatch.setattr("promcse_pl.sweeps.execute.GRACE_SECONDS", 0.3)
     with locked(tmp_path / "0"), pytest.raises(ConfigError, match=r"another process is at work in .*0\. Try: wait"):
         wait_for_earlier(tmp_path, JOBS)
     wait_for_earlier(tmp_path, JOBS)
@@ -270,12 +270,12 @@ def test_the_wandb_id_of_a_status_is_never_a_path(tmp_path):
         read_status(tmp_path)
 
 
-SETTLED = Settled(parallel=2, threads=3, share=3, precision={"cpu": "bfloat16"})
+SHARED = SharedSettings(parallel=2, threads=3, share=3, precision={"cpu": "bfloat16"})
 
 
-def test_settled_values_are_saved_and_a_resume_keeps_the_number_of_jobs(sweep):
-    write_plan(sweep, Plan(["seed=1,2"], JOBS, SETTLED))
-    assert read_plan(sweep).settled == SETTLED
+def test_shared_settings_are_saved_and_a_resume_keeps_the_number_of_jobs(sweep):
+    write_plan(sweep, Plan(["seed=1,2"], JOBS, SHARED))
+    assert read_plan(sweep).shared == SHARED
     assert "sweep.parallel=2" in resumed_arguments([f"sweep.resume={sweep}"])
     again = resumed_arguments(["sweep.parallel=5", f"sweep.resume={sweep}"])
     assert [entry for entry in again if entry.startswith("sweep.parallel=")] == ["sweep.parallel=5"]
@@ -297,16 +297,16 @@ def test_settled_values_are_saved_and_a_resume_keeps_the_number_of_jobs(sweep):
         [],
     ],
 )
-def test_settled_values_are_validated_when_they_are_read(settled, sweep):
+def test_shared_settings_are_validated_when_they_are_read(settled, sweep):
     raw = json.loads((sweep / PLAN).read_text())
-    whole = dataclasses.asdict(SETTLED)
+    whole = dataclasses.asdict(SHARED)
     raw["settled"] = {**whole, **settled} if settled and isinstance(settled, dict) else settled
     (sweep / PLAN).write_text(json.dumps(raw))
     with pytest.raises(DataError, match="is damaged"):
         read_plan(sweep)
 
 
-def test_the_settled_precision_applies_to_jobs_with_precision_auto(tmp_path):
+def test_the_shared_precision_applies_to_jobs_with_precision_auto(tmp_path):
     files(tmp_path)
     for given, device, becomes in (
         ("auto", "cpu", "bfloat16"),
@@ -314,4 +314,4 @@ def test_the_settled_precision_applies_to_jobs_with_precision_auto(tmp_path):
         ("auto", "cuda", "auto"),
     ):
         config = small_config(tmp_path, trainer={"precision": given, "device": device})
-        assert SETTLED.apply(config).trainer.precision == becomes
+        assert SHARED.apply(config).trainer.precision == becomes

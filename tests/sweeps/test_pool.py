@@ -8,13 +8,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 from support.folders import ROOT
 from support.sweep_jobs import files, small_config
 
 from promcse_pl.run_folder import write_config
-from promcse_pl.sweeps.pool import check_fits, shares, visible_devices
+from promcse_pl.sweeps.pool import check_gpus, slot_environments, visible_devices
 from promcse_pl.utils.errors import ConfigError
 
 HEAVY = ("torch._", "transformers.", "pytorch_lightning", "torchmetrics", "scipy", "promcse_pl.")
@@ -23,11 +22,12 @@ import os, sys
 from pathlib import Path
 from promcse_pl.sweeps import pool
 folder, parallel, jobs, job = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
-pool.GRACE, pool.PRELOAD = 0.5 if "stubborn" in job else 15, (os.environ["PRELOAD"],)
+pool.GRACE_SECONDS, pool.PRELOAD = 0.5 if "stubborn" in job else 15, (os.environ["PRELOAD"],)
 tasks = (pool.Task(str(n), job[0], [str(n), *job[1:]], folder / f"{n}.out") for n in range(jobs))
-with pool.Pool(parallel, lambda line: print(line, flush=True)) as one:
-    one.run(tasks, lambda task, code: print("ended", task.task.name, code, flush=True))
-sys.exit(one.exit_code or 0)
+lock = os.open(folder, os.O_RDONLY)
+runner = pool.Pool(parallel, lock=lock, can_fork=os.environ["CAN_FORK"] == "1")
+runner.run(tasks, lambda running, code: print("ended", running.task.name, code, flush=True))
+sys.exit(runner.exit_code or 0)
 """
 
 
@@ -46,9 +46,11 @@ def alive(pid: int) -> bool:
 
 
 class Parent:
-    """A pool at work in a process of its own, in a session of its own like that of a terminal."""
+    """A process with a pool, in its own session like that of a terminal."""
 
-    def __init__(self, folder: Path, parallel: int, jobs: int, *job: str, preload: str = "json") -> None:
+    def __init__(
+        self, folder: Path, parallel: int, jobs: int, *job: str, preload: str = "json", can_fork: bool = True
+    ) -> None:
         self.folder = folder
         self.process = subprocess.Popen(
             [
@@ -61,7 +63,12 @@ class Parent:
                 *(job or ["support.scripted_jobs:patient"]),
             ],
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests:{folder}", "PRELOAD": preload},
+            env={
+                **os.environ,
+                "PYTHONPATH": f"{ROOT}:{ROOT}/tests:{folder}",
+                "PRELOAD": preload,
+                "CAN_FORK": str(int(can_fork)),
+            },
             stdout=subprocess.PIPE,
             stderr=(folder / "parent.err").open("wb"),
             text=True,
@@ -88,7 +95,7 @@ class Parent:
         return self.process.returncode, printed.splitlines()
 
 
-def test_so_many_at_a_time_and_each_has_its_share_of_the_threads(tmp_path):
+def test_so_many_at_a_time_and_each_has_its_part_of_the_threads(tmp_path):
     parent = Parent(tmp_path, 2, 3)
     parent.began(0)
     parent.began(1)
@@ -118,8 +125,9 @@ def test_ctrl_c_once_waits_for_what_runs_and_starts_nothing_more(tmp_path):
     assert not (tmp_path / "0.saved").exists()
 
 
-def test_ctrl_c_twice_stops_what_runs_and_waits_until_it_has_saved(tmp_path):
-    parent = Parent(tmp_path, 2, 3)
+@pytest.mark.parametrize("can_fork", [True, False], ids=["forked", "new interpreter"])
+def test_ctrl_c_twice_stops_running_tasks_and_waits_until_they_have_saved(can_fork, tmp_path):
+    parent = Parent(tmp_path, 2, 3, can_fork=can_fork)
     parent.began(0)
     parent.began(1)
     parent.ctrl_c()
@@ -149,15 +157,30 @@ def test_a_task_that_does_not_stop_is_killed_in_the_end(tmp_path):
     assert parent.end() == (143, ["ended 0 -9"])
 
 
-def test_a_killed_parent_leaves_no_orphan(tmp_path):
-    parent = Parent(tmp_path, 2, 3)
+@pytest.mark.parametrize("can_fork", [True, False], ids=["forked", "new interpreter"])
+def test_a_killed_parent_leaves_no_orphan(can_fork, tmp_path):
+    parent = Parent(tmp_path, 2, 3, "support.scripted_jobs:patient", "slowly", can_fork=can_fork)
     jobs = [parent.began(0), parent.began(1)]
+    held = [path.resolve() for job in jobs for path in Path(f"/proc/{job}/fd").iterdir()]
+    assert tmp_path not in held, "a job must not hold the sweep's lock"
     parent.process.kill()
     until(lambda: not any(map(alive, jobs)), "the jobs have ended")
-    assert (tmp_path / "0.saved").exists()
-    assert (tmp_path / "1.saved").exists()
+    for job in (0, 1):
+        assert (tmp_path / f"{job}.saved").read_text() == "1", "a second signal would have interrupted the save"
     assert not (tmp_path / "2.began").exists()
     parent.process.wait()
+
+
+def test_a_killed_job_is_reported_and_the_others_run(tmp_path):
+    parent = Parent(tmp_path, 2, 3)
+    parent.began(0)
+    os.kill(parent.began(1), signal.SIGKILL)
+    parent.began(2)
+    parent.go(0)
+    parent.go(2)
+    code, printed = parent.end()
+    assert code == 0
+    assert printed[0] == "ended 1 -9"
 
 
 def test_ctrl_c_in_the_imports_starts_nothing(tmp_path):
@@ -177,19 +200,6 @@ def test_what_an_import_prints_is_no_answer_and_a_failed_one_is_said(tmp_path):
     parent = Parent(tmp_path, 1, 1, preload="not_there")
     assert parent.end()[0] == 1
     assert "could not be imported" in parent.said()
-
-
-def test_a_killed_server_stops_what_it_began_once_and_says_how_to_go_on(tmp_path):
-    parent = Parent(tmp_path, 2, 3, "support.scripted_jobs:patient", "slowly")
-    jobs = [parent.began(0), parent.began(1)]
-    (tmp_path / "1.quick").write_text("")
-    os.kill(psutil.Process(jobs[0]).ppid(), signal.SIGKILL)
-    until(lambda: not any(map(alive, jobs)), "the jobs have ended")
-    assert (tmp_path / "0.saved").read_text() == "1", "a second signal would have cut its saving short"
-    code, printed = parent.end()
-    assert code == 1
-    assert "ended 1 -9" in printed
-    assert "sweep.resume=FOLDER" in parent.said()
 
 
 def test_no_room_for_another_process_is_said_and_what_runs_is_stopped(tmp_path):
@@ -225,7 +235,7 @@ def test_a_job_finds_what_it_imports_already_imported_and_cuda_untouched(tmp_pat
     write_config(small_config(tmp_path, data={"max_length": 20}), tmp_path / "config.yaml")
     script = f"""
 import importlib, sys, torch
-from promcse_pl.sweeps.forkserver import PRELOAD
+from promcse_pl.sweeps.pool import PRELOAD
 asked = []  # CUDA that was asked for anything cannot be used in a forked process
 own = {{name: getattr(torch.cuda, name) for name in ("is_available", "device_count", "init")}}
 for name in own: setattr(torch.cuda, name, lambda name=name: asked.append(name))
@@ -253,18 +263,18 @@ def test_jobs_of_several_processes_must_find_their_gpus(monkeypatch, tmp_path):
     config = small_config(tmp_path, trainer={"devices": 2, "device": "auto"})
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
     with pytest.raises(ConfigError, match=r"want 4 GPUs, this machine has 3. Try: sweep.parallel=1"):
-        check_fits(config, 2)
-    assert check_fits(config, 1) is config
+        check_gpus(config, 2)
+    assert check_gpus(config, 1) is config
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert check_fits(config, 2) is config
+    assert check_gpus(config, 2) is config
 
 
 def test_devices_are_shared_out_by_what_the_process_may_see(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,GPU-8a")
     assert visible_devices() == ["3", "5", "GPU-8a"]
-    assert [place["CUDA_VISIBLE_DEVICES"] for place in shares(2)] == ["3", "5,GPU-8a"]
-    assert [place["CUDA_VISIBLE_DEVICES"] for place in shares(4)] == ["3", "3", "5", "GPU-8a"]
-    assert shares(1) == [{}]
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in slot_environments(2)] == ["3", "5,GPU-8a"]
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in slot_environments(4)] == ["3", "3", "5", "GPU-8a"]
+    assert slot_environments(1) == [{}]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     assert visible_devices() == []
-    assert all("CUDA_VISIBLE_DEVICES" not in place for place in shares(2))
+    assert all("CUDA_VISIBLE_DEVICES" not in slot for slot in slot_environments(2))

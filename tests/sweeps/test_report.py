@@ -1,20 +1,21 @@
-"""`promcse report` on the terminal: order, seeds, damages, commands."""
+"""`promcse report` on the terminal: order, seeds, damaged files, commands."""
 
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
-from support.sweep_folders import begin, finish, write_sweep
+from support.sweep_folders import finish, start, write_sweep
 
 from promcse_pl.cli.main import main
 from promcse_pl.run_folder import CONFIG, HISTORY, RESULTS, STATUS, Status, locked, write_status
 from promcse_pl.sweeps.collect import parse_overrides, read_sweep
-from promcse_pl.sweeps.html import _inert_json, decimate, page_data
+from promcse_pl.sweeps.html import decimate, page_content, write_html
 from promcse_pl.sweeps.plan import read_plan, write_plan
 from promcse_pl.sweeps.ranking import find_best, rank, varied_settings
 from promcse_pl.sweeps.report import commands, duration, failures
@@ -67,24 +68,24 @@ def test_seeds_are_grouped_by_everything_else(tmp_path, capsys):
     assert "repeat the best run (2, seed 3)" in out
     out, _ = report(capsys, tmp_path / "s", "--runs")
     assert "±" not in out.split("repeat")[0]
-    assert "repeat the best run (2, seed 3)" in out, "the best of the best settings, however the lines are grouped"
+    assert "repeat the best run (2, seed 3)" in out, "the best run of the best settings, however rows are grouped"
     assert "the highest mean over seeds" in out
-    begin(tmp_path / "s/1", ["seed=2"], "failed", "OutOfMemoryError: out of memory")
+    start(tmp_path / "s/1", ["seed=2"], "failed", "OutOfMemoryError: out of memory")
     row = rank(read_sweep(tmp_path / "s").runs, by_seed=True)[0]
     assert (row.dev, row.n, row.states) == (71.0, 2, "2 finished, 1 failed")
 
 
-def test_every_way_to_end_is_named_and_damages_are_messages(tmp_path, capsys):
+def test_every_state_is_named_and_damaged_files_are_messages(tmp_path, capsys):
     plan = write_sweep(tmp_path / "s", loss__margin=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
     folders = [tmp_path / "s" / job.folder for job in plan.jobs]
-    begin(folders[1], [], "failed", "NonFiniteError: the loss of step 3 is not finite")
-    begin(folders[2], [], "running")
+    start(folders[1], [], "failed", "NonFiniteError: the loss of step 3 is not finite")
+    start(folders[2], [], "running")
     shutil.rmtree(folders[3])
     (folders[4] / RESULTS).write_text('{"scores": ')
     (folders[5] / STATUS).write_text("[]")
     (folders[6] / HISTORY).write_text('{"step": 1, "train/loss": 2.0}\nnonsense\n{"step": 2, "tr')
-    begin(folders[7], [], "pruned")
-    begin(folders[8], [], "running")
+    start(folders[7], [], "pruned")
+    start(folders[8], [], "running")
     with locked(folders[8]):
         sweep = read_sweep(tmp_path / "s")
     states = [run.state for run in sweep.runs]
@@ -99,13 +100,13 @@ def test_every_way_to_end_is_named_and_damages_are_messages(tmp_path, capsys):
         "pruned",
         "running",
     ]
-    told = {run.name: messages for run, messages in failures(sweep.runs)}
-    assert sorted(told) == ["1", "2", "4", "5", "6"]
-    assert told["1"] == ["NonFiniteError: the loss of step 3 is not finite"]
-    assert RESULTS in told["4"][0]
-    assert STATUS in told["5"][0]
-    assert len(told["6"]) == 1, "the last line was cut short, which is no damage"
-    assert f"{HISTORY}:2" in told["6"][0]
+    reported = {run.name: messages for run, messages in failures(sweep.runs)}
+    assert sorted(reported) == ["1", "2", "4", "5", "6"]
+    assert reported["1"] == ["NonFiniteError: the loss of step 3 is not finite"]
+    assert RESULTS in reported["4"][0]
+    assert STATUS in reported["5"][0]
+    assert len(reported["6"]) == 1, "an incomplete last line is not a problem"
+    assert f"{HISTORY}:2" in reported["6"][0]
     out, _ = report(capsys, tmp_path / "s")
     assert "the loss of step 3" in out
     assert f"python run.py -m sweep.resume={tmp_path / 's'}" in out
@@ -128,7 +129,7 @@ def test_without_dev_scores_nothing_is_ranked(tmp_path, capsys):
     assert "repeat" not in out
 
 
-def test_scores_on_different_development_sets_are_neither_ranked_nor_is_one_the_best(tmp_path, capsys):
+def test_scores_on_different_dev_sets_are_not_ranked_and_no_run_is_best(tmp_path, capsys):
     write_sweep(tmp_path / "s", loss__margin=[0.1, 0.2])
     path = tmp_path / "s/1" / RESULTS
     path.write_text(path.read_text().replace("demo dev", "STS-B dev"))
@@ -147,7 +148,7 @@ def with_dev_content(run: Path, sha256: str) -> None:
     (run / RESULTS).write_text(json.dumps(results))
 
 
-def test_development_sets_of_one_name_and_different_content_are_not_compared(tmp_path, capsys):
+def test_dev_sets_of_the_same_name_and_different_content_are_not_compared(tmp_path, capsys):
     write_sweep(tmp_path / "s", loss__margin=[0.1, 0.2])
     with_dev_content(tmp_path / "s/0", "a" * 64)
     with_dev_content(tmp_path / "s/1", "b" * 64)
@@ -176,22 +177,24 @@ def test_many_settings_take_one_column_that_names_what_is_unusual(tmp_path, caps
     table = out.split("ranked by")[0]
     assert max(map(len, table.splitlines())) <= 120
     cells = " ".join(line.removeprefix(" 1   2").strip() for line in table.splitlines())
-    own = "data.batch_size=9, loss.temperature=0.1, loss.margin=0.2, prompt.length=5, optim.lr=0.5, trainer.epochs=7"
-    assert {name in cells for name in own.split(", ")} == {True}
-    assert "data.max_length=16" not in table, "what most runs have is not repeated"
+    settings = (
+        "data.batch_size=9, loss.temperature=0.1, loss.margin=0.2, prompt.length=5, optim.lr=0.5, trainer.epochs=7"
+    )
+    assert {name in cells for name in settings.split(", ")} == {True}
+    assert "data.max_length=16" not in table, "the most frequent value is not repeated"
     assert table.count("data.max_length=32") == 3
 
 
 def test_the_report_of_a_single_run_names_it(tmp_path, capsys):
-    begin(tmp_path / "my-run", ["loss.margin=0.2"], "running")
+    start(tmp_path / "my-run", ["loss.margin=0.2"], "running")
     out, _ = report(capsys, tmp_path / "my-run")
-    assert "\nmy-run killed: its process ended without a word" in out
+    assert "\nmy-run killed: the process ended without an error message" in out
     assert "no run is finished, so nothing is ranked\n" in out
-    assert f"go on with my-run:\n  python run.py resume={tmp_path}/my-run\n" in out
+    assert f"to resume my-run:\n  python run.py resume={tmp_path}/my-run\n" in out
 
 
-def test_test_scores_are_warned_of_only_where_there_are_some(tmp_path, capsys):
-    begin(tmp_path / "my-run", ["loss.margin=0.2"], "failed", "DataError: no")
+def test_test_scores_are_warned_of_only_if_there_are_any(tmp_path, capsys):
+    start(tmp_path / "my-run", ["loss.margin=0.2"], "failed", "DataError: no")
     _, err = report(capsys, tmp_path / "my-run", "--test")
     assert "cheating" not in err
 
@@ -202,7 +205,7 @@ def test_runs_are_found_without_a_plan(tmp_path, capsys, plan):
         finish(tmp_path / name, [f"loss.margin={margin}"], 70 + margin)
     (tmp_path / "a/9/wandb/files").mkdir(parents=True)
     (tmp_path / "a/9/wandb/files/config.yaml").write_text("wandb_version: 1")
-    begin(tmp_path / "a/9", ["loss.margin=0.2"], "stopped")
+    start(tmp_path / "a/9", ["loss.margin=0.2"], "stopped")
     if plan:
         (tmp_path / "sweep.json").write_text(plan)
     sweep = read_sweep(tmp_path)
@@ -222,7 +225,7 @@ def test_a_folder_without_runs_is_refused(tmp_path, capsys):
         assert "Try: promcse report" in capsys.readouterr().err
 
 
-def test_overrides_are_read_as_numbers_where_they_are():
+def test_numbers_in_overrides_are_converted():
     given = ["optim.lr=1e-3", "+a=[1,2]", "model=bert-base", "loss.margin=0.10", "b=null", "c=x: y: z", "~d"]
     values = {"optim.lr": 0.001, "a": [1, 2], "model": "bert-base", "loss.margin": 0.1, "b": None, "c": "x: y: z"}
     assert parse_overrides(given) == values
@@ -235,7 +238,7 @@ def test_times_are_readable(seconds, text):
     assert duration(seconds) == text
 
 
-def test_a_thinned_curve_keeps_its_ends_spikes_and_gaps():
+def test_a_decimated_curve_keeps_its_ends_spikes_and_gaps():
     values = [math.sin(step / 50) for step in range(10_000)]
     values[4321], values[5000] = 9.0, math.nan
     steps, thin = decimate(range(10_000), values, 100)
@@ -246,22 +249,48 @@ def test_a_thinned_curve_keeps_its_ends_spikes_and_gaps():
     assert decimate([1, 2], [0.123456, 2.0], 100) == [[1, 2], [0.12346, 2.0]]
 
 
-def test_data_in_the_page_hold_no_markup_and_no_nan():
-    nasty = {"</script><!--&\u2028": [math.nan, math.inf, "<img>"]}
-    text = _inert_json(nasty)
-    assert not set("<>&\u2028") & set(text)
-    assert json.loads(text) == {"</script><!--&\u2028": [None, None, "<img>"]}
+def test_text_of_runs_is_escaped_in_the_page(tmp_path):
+    markup = "</script><!--&\u2028<img src=x>\udcff"
+    write_sweep(tmp_path / "s", loss__margin=[0.1, 0.2])
+    finish(tmp_path / "s/1", [], math.nan)
+    sweep = read_sweep(tmp_path / "s")
+    for run in sweep.runs:
+        run.name, run.encoder, run.error = (f"{markup}{run.name}" for _ in range(3))
+        run.settings[markup] = f'{markup}"{run.name}'
+    page = write_html(sweep, tests=True).read_text()
+    assert "<img" not in page
+    assert page.count("</script>") == 3
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    assert data["settings"] == ["loss.margin", markup]
+    assert data["runs"][1]["dev"] is None
 
 
-def test_the_page_is_one_file_and_has_test_scores_only_if_asked(tmp_path):
+def test_the_page_has_test_scores_only_if_asked(tmp_path):
     write_sweep(tmp_path / "s", loss__margin=[0.1, 0.2])
     sweep = read_sweep(tmp_path / "s")
-    hidden, open_ = (page_data(sweep, tests=tests) for tests in (False, True))
+    hidden, shown = (page_content(sweep, tests=tests) for tests in (False, True))
     assert "STS-B" not in json.dumps(hidden)
-    assert open_["runs"][0]["tests"]["STS-B"]
+    assert "STS-B" in shown["columns"]
+    assert ("frozen encoder", "dev 45.00, STS-B 50.00") in shown["facts"]
 
 
-def test_a_report_of_really_trained_runs(trained_run, tmp_path, capsys, monkeypatch):
+def test_the_page_names_the_sweep_its_settings_data_encoder_baseline_date_and_versions(tmp_path):
+    write_sweep(tmp_path / "2026-01-31/12-00-00", loss__margin=[0.1, 0.2])
+    content = page_content(read_sweep(tmp_path / "2026-01-31/12-00-00"), tests=False)
+    assert content["title"] == "Sweep 2026-01-31/12-00-00: loss.margin"
+    assert str(tmp_path) not in content["title"]
+    facts = dict(content["facts"])
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", facts.pop("started"))
+    assert facts == {
+        "training data": "demo",
+        "encoder": "sentence-transformers/all-MiniLM-L6-v2",
+        "dev set": "demo dev",
+        "frozen encoder": "dev 45.00",
+        "versions": "promcse_pl 0.1.0, torch 2.0.0",
+    }
+
+
+def test_a_report_of_trained_runs(trained_run, tmp_path, capsys, monkeypatch):
     import dataclasses
     import io
 
@@ -281,14 +310,14 @@ def test_a_report_of_really_trained_runs(trained_run, tmp_path, capsys, monkeypa
     sweep = read_sweep(tmp_path / "s")
     assert varied_settings(sweep.runs) == ["trainer.max_steps", "seed"]
     assert [run.dev for run in sweep.runs] == [trained_run.results["dev_spearman"], results["dev_spearman"]]
-    curves = page_data(sweep, tests=False)["runs"][1]["curves"]
+    curves = page_content(sweep, tests=False)["data"]["runs"][1]["curves"]
     assert curves["train/loss"][0] == [1, 2, 3]
     assert "dev/spearman" in curves
     out, _ = report(capsys, tmp_path / "s")
     assert f"{results['dev_spearman']:.2f}" in out
 
 
-def test_the_report_does_not_wait_for_torch(tmp_path):
+def test_the_report_does_not_import_torch(tmp_path):
     import subprocess
 
     write_sweep(tmp_path / "s", loss__margin=[0.1, 0.2])

@@ -11,9 +11,9 @@ from support.sweep_jobs import SETTINGS, files, run, small_config
 
 from promcse_pl.config import SweepConfig
 from promcse_pl.run_folder import Status, read_config, read_status, write_status
-from promcse_pl.sweeps import pool, search
-from promcse_pl.sweeps.forkserver import Task
+from promcse_pl.sweeps import execute, pool, search
 from promcse_pl.sweeps.plan import read_plan
+from promcse_pl.sweeps.pool import Task
 from promcse_pl.sweeps.search import Interval, corners, run_search
 from promcse_pl.utils.errors import ConfigError
 
@@ -49,7 +49,7 @@ def scripted(tmp_path, monkeypatch):
         good = "poor" if job.folder == "2" else "good"
         return Task(job.folder, "support.scripted_jobs:quick_run", [str(run), good], run / "output.log")
 
-    monkeypatch.setattr(search, "job_task", task)
+    monkeypatch.setattr(execute, "job_task", task)
     monkeypatch.setattr(pool, "PRELOAD", ())
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT}/tests")
 
@@ -91,7 +91,7 @@ def test_a_search_proposes_in_its_space_and_a_resumed_one_the_same_as_one_that_w
 
 
 def test_what_nobody_was_left_to_note_is_noted_by_the_next(scripted, tmp_path, monkeypatch):
-    monkeypatch.setattr(search.Search, "_tell", lambda *_: None)
+    monkeypatch.setattr(search.Search, "_record", lambda *_: None)
     scripted(tmp_path / "sweep", trials=2)
     monkeypatch.undo()
     assert [trial.state.name for trial in study(tmp_path / "sweep").trials] == ["RUNNING", "RUNNING"]
@@ -139,11 +139,11 @@ def test_settings_that_exclude_each_other_are_left_out_and_the_search_goes_on(sc
     assert [job.folder for job in read_plan(tmp_path / "sweep").jobs] == ["0"]
 
 
-def test_the_look_at_the_last_step_prunes_nothing(tmp_path):
+def test_the_dev_evaluation_after_the_last_step_prunes_nothing(tmp_path):
     write_status(tmp_path, Status(state="running", step=50, steps=100))
     entries = [{"step": step, "dev/spearman": 1.0} for step in (30, 100)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    assert search.dev_looks(tmp_path) == [(30, 1.0)]
+    assert search.dev_evaluations(tmp_path) == [(30, 1.0)]
 
 
 def test_every_value_and_both_ends_of_every_range_are_checked_before_the_first_job(tmp_path):
@@ -185,13 +185,13 @@ def test_a_search_of_real_runs_as_it_is_typed(tmp_path):
 
 def test_a_search_settles_precision_and_threads_once_for_jobs_of_its_first_and_of_later_starts(scripted, tmp_path):
     scripted(tmp_path / "parts", trials=2)
-    settled = read_plan(tmp_path / "parts").settled
-    assert settled.parallel == 1
-    assert set(settled.precision) == {"auto"}
-    other = {"float32": "bfloat16", "bfloat16": "float32"}[settled.precision["auto"]]
+    shared = read_plan(tmp_path / "parts").shared
+    assert shared.parallel == 1
+    assert set(shared.precision) == {"auto"}
+    other = {"float32": "bfloat16", "bfloat16": "float32"}[shared.precision["auto"]]
     raw = json.loads((tmp_path / "parts/sweep.json").read_text())
     raw["settled"]["precision"]["auto"] = other
     (tmp_path / "parts/sweep.json").write_text(json.dumps(raw))
     scripted(tmp_path / "parts", trials=4, resume="parts")
     chosen = [read_config(tmp_path / f"parts/{job}/start.yaml").trainer.precision for job in range(4)]
-    assert chosen == [settled.precision["auto"]] * 2 + [other] * 2
+    assert chosen == [shared.precision["auto"]] * 2 + [other] * 2

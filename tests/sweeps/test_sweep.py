@@ -62,7 +62,7 @@ def test_a_failure_is_recorded_a_kill_of_the_parent_is_survived_and_a_resume_run
     (tmp_path / "bad.csv").write_text("\n".join(["a,b,c", *ROWS[:20]]) + "\n")
     code, _, errors = run(tmp_path, *arguments[:-1], "trainer.save_every=6", "sweep.resume=sweep")
     assert code == 2
-    assert "begun with other overrides: trainer.save_every=6 is new; trainer.save_every=5 is missing" in errors
+    assert "started with other overrides: trainer.save_every=6 is new; trainer.save_every=5 is missing" in errors
     resumed = begin(tmp_path, "-m", "sweep.resume=sweep", "sweep.parallel=2")
     while read_status(sweep / "1").state != "running" or read_status(sweep / "0").state != "running":
         assert resumed.poll() is None, resumed.communicate()

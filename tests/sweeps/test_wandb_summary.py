@@ -14,7 +14,7 @@ from support.wandb_server import serving
 
 from promcse_pl.cli.main import main
 from promcse_pl.run_folder import Status, write_config, write_status
-from promcse_pl.sweeps.local import summary
+from promcse_pl.sweeps.execute import summarise
 from promcse_pl.sweeps.plan import Plan, SweepJob, write_plan, write_start
 from promcse_pl.sweeps.wandb_summary import publish_sweep
 
@@ -70,7 +70,7 @@ def test_an_offline_sweep_has_a_run_with_the_table_of_its_jobs_and_one_command_u
     assert "run-sweep-id0.wandb" in done.stderr + done.stdout
 
 
-def test_an_online_sweep_uploads_its_best_adapter_under_an_alias_and_goes_on_with_its_run(sweep, monkeypatch, caplog):
+def test_an_online_sweep_uploads_its_best_adapter_under_an_alias_and_resumes_its_run(sweep, monkeypatch, caplog):
     with serving() as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
@@ -117,7 +117,7 @@ def seeds(trained_run: Run, sweep, tmp_path) -> tuple[Path, Plan]:
 
 def test_terminal_report_html_and_wandb_name_the_same_best_run(seeds, capsys):
     folder, plan = seeds
-    assert summary(folder, plan, None) == 0
+    assert summarise(folder, plan, None) == 0
     assert (
         "best on dev: 71.00 ± 1.00 (mean of 3 seeds), its best seed 72.00, job 2 (loss.margin=0.1 seed=3)"
         in capsys.readouterr().out
@@ -138,7 +138,7 @@ def test_with_two_dev_sets_no_run_is_best_and_every_output_gives_the_reason(seed
     path = folder / "4/results.json"
     path.write_text(path.read_text().replace("my dev", "other dev"))
     why = "the runs are not ranked, since they were evaluated on different dev sets (my dev, other dev)"
-    assert summary(folder, plan, None) == 0
+    assert summarise(folder, plan, None) == 0
     printed = capsys.readouterr().out
     assert f"warning: {why}\n" in printed
     assert "best on dev" not in printed
@@ -152,10 +152,10 @@ def test_with_two_dev_sets_no_run_is_best_and_every_output_gives_the_reason(seed
     assert sent["best/none"] == why
 
 
-def test_a_sweep_id_that_is_a_path_is_refused_and_ends_nothing(seeds, capsys):
+def test_a_sweep_id_that_is_a_path_is_refused_and_the_sweep_still_succeeds(seeds, capsys):
     folder, plan = seeds
     (folder / "wandb").mkdir()
     (folder / "wandb/sweep-id").write_text("../../x")
-    assert summary(folder, plan, None) == 0
+    assert summarise(folder, plan, None) == 0
     assert "warning: the sweep has no W&B summary run: " in (printed := capsys.readouterr().out)
     assert "sweep-id must contain a name without / and .., got '../../x'. Try: rm " in printed

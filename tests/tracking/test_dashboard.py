@@ -1,4 +1,4 @@
-"""The saved view as data: what it shows is what runs log; and its errors."""
+"""The saved W&B view as data: its metrics are those that runs log; and its errors."""
 
 import json
 import re
@@ -17,18 +17,18 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:wandb_worksp
 
 @pytest.fixture(scope="module")
 def view() -> dict:
-    """What would be sent: section -> its panels."""
+    """The panels of each section, as sent."""
     model = build_workspace("someone", "promcse")._to_model()
     spec = json.loads(model.spec.model_dump_json(by_alias=True, exclude_none=True))
     return {section["name"]: section["panels"] for section in spec["section"]["panelBankConfig"]["sections"]}
 
 
 def keys_of(panels: object) -> set[str]:
-    """Every metric that panels name."""
+    """All metrics in panels."""
     return set(re.findall(r"\b(?:train|dev|speed|test)/\w+", json.dumps(panels)))
 
 
-def test_the_view_has_a_section_for_each_question(view):
+def test_the_view_has_its_sections_and_panels(view):
     kinds = {name: [panel["viewType"] for panel in panels] for name, panels in view.items() if panels}
     assert list(kinds) == ["Training", "Development", "Sweep", "Scores", "Speed"]
     assert kinds["Sweep"] == [
@@ -50,20 +50,20 @@ def test_the_view_has_a_section_for_each_question(view):
 
 
 def test_every_key_of_the_view_is_one_that_a_run_logs(view, trained_run):
-    kept = records(trained_run.folder)
-    logged = {key for r in kept if r.HasField("history") for key in items(r.history.item)}
-    logged |= {key for r in kept if r.HasField("summary") for key in items(r.summary.update)}
+    stored = records(trained_run.folder)
+    logged = {key for r in stored if r.HasField("history") for key in items(r.history.item)}
+    logged |= {key for r in stored if r.HasField("summary") for key in items(r.summary.update)}
     shown = keys_of(view)
     assert len(shown) >= 12
-    # the demo run has no masked words and no test sets
+    # the demo run has no MLM loss and no test sets
     assert shown - {"train/mlm", "test/avg"} <= logged
     settings = set(re.findall(r"config:(\w+)\.value\.(\w+)", json.dumps(view)))
     assert len(settings) >= 5
-    sent = next(r.run for r in kept if r.HasField("run"))
+    sent = next(r.run for r in stored if r.HasField("run"))
     assert all(name in items(sent.config.update)[section] for section, name in settings)
 
 
-def test_without_the_extra_a_key_or_a_server_an_error_says_what_to_do(tmp_path, monkeypatch, capsys):
+def test_a_missing_extra_key_or_server_is_an_error_that_names_the_fix(tmp_path, monkeypatch, capsys):
     for name in ("WANDB_API_KEY", "NETRC", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_CONFIG_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))

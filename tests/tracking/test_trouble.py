@@ -29,14 +29,12 @@ KEY = "0123456789" * 4
 
 @pytest.fixture
 def online(tmp_path, monkeypatch, caplog) -> Iterator[pytest.MonkeyPatch]:
-    """A key, a home of its own, short limits."""
+    """A key, and an empty home folder."""
     for name in ("WANDB_MODE", "NETRC", "WANDB_CONFIG_DIR", "WANDB_IDENTITY_TOKEN_FILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    monkeypatch.setattr(tracking, "START_SECONDS", 2)
-    monkeypatch.setattr(tracking, "FINISH_SECONDS", 4)
-    monkeypatch.setattr(tracking, "STOP_SECONDS", 4)
+    monkeypatch.setattr(tracking, "STOP_SECONDS", 60)  # ends by itself, on a busy machine late
     caplog.set_level(logging.INFO, "promcse_pl")
     yield monkeypatch
     left = family()
@@ -65,7 +63,7 @@ def write_history(folder: Path, lines: int) -> None:
     (folder / "metrics.jsonl").write_text("".join(entries))
 
 
-def patiently(what, seconds: float = 20):
+def patiently(what, seconds: float = 60):
     """Return the first true value of a function."""
     patience = time.monotonic() + seconds
     while not (found := what()):
@@ -100,6 +98,7 @@ def gone(processes: list[psutil.Process]) -> bool:
 
 
 def test_a_server_that_accepts_and_never_answers_makes_the_run_an_offline_one(online, tmp_path, caplog):
+    online.setattr(tracking, "START_SECONDS", 2)
     with socket.create_server(("127.0.0.1", 0), backlog=20) as silent:
         online.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
         started = time.perf_counter()
@@ -112,7 +111,10 @@ def test_a_server_that_accepts_and_never_answers_makes_the_run_an_offline_one(on
     assert not family()
 
 
-def test_a_server_that_hangs_at_the_end_is_left_after_the_limit_with_the_command_for_the_rest(server, tmp_path, caplog):
+def test_a_server_that_hangs_at_the_end_is_left_after_the_limit_with_the_command_for_the_rest(
+    online, server, tmp_path, caplog
+):
+    online.setattr(tracking, "FINISH_SECONDS", 4)
     run = begin(tmp_path / "run")
     patiently(lambda: server.runs)
     patiently(lambda: "W&B run: http" in caplog.text)
@@ -140,6 +142,7 @@ def test_a_service_killed_in_training_is_followed_by_a_whole_offline_run(server,
 
 
 def test_a_service_that_is_stopped_offline_is_killed_after_the_limit(online, tmp_path, caplog):
+    online.setattr(tracking, "FINISH_SECONDS", 4)
     run = begin(tmp_path / "run", "offline")
     patiently(lambda: run._directory)
     processes = family()
@@ -167,12 +170,11 @@ time.sleep(600)
     process.kill()
     process.wait()
     assert len(processes) == 2
-    patiently(lambda: gone(processes))
+    patiently(lambda: gone(processes), 20)
 
 
 @pytest.mark.parametrize("free", [0, 24])
 def test_a_full_disk_for_wandb_is_said_and_costs_the_run_nothing(free, online, tmp_path, caplog):
-    online.setattr(tracking, "FINISH_SECONDS", 60)  # the end comes by itself, on a busy machine late
     disk = tmp_path / "run/wandb"
     disk.mkdir(parents=True)
     mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
@@ -203,6 +205,37 @@ def test_a_resumed_run_goes_on_with_its_run_and_every_entry_is_there_once(server
     assert len(server.runs) == 1
     assert "WARNING" not in caplog.text
     assert "wandb sync" not in caplog.text, "nothing is left to upload"
+
+
+@pytest.mark.parametrize(
+    ("source", "mode"),
+    [
+        ("environment", "online"),
+        ("netrc", "online"),
+        ("netrc and saved address", "online"),
+        ("netrc of another server", "offline"),
+        ("broken netrc", "offline"),
+        ("nowhere", "offline"),
+    ],
+)
+def test_auto_is_online_if_wandb_finds_a_key_of_the_server(source, mode, server, online, tmp_path, caplog):
+    host = "api.wandb.ai" if "another" in source else server.url.removeprefix("http://")
+    if source != "environment":
+        online.delenv("WANDB_API_KEY")
+    if "netrc" in source:
+        entry = "machine" if "broken" in source else f"machine {host}\n  login user\n  password {KEY}\n"
+        (tmp_path / ".netrc").write_text(entry)
+        (tmp_path / ".netrc").chmod(0o600)
+    if "saved" in source:
+        online.delenv("WANDB_BASE_URL")
+        (tmp_path / ".config/wandb").mkdir(parents=True)
+        (tmp_path / ".config/wandb/settings").write_text(f"[default]\nbase_url = {server.url}\n")
+    begin(tmp_path / "run", "auto").finish()
+    assert bool(server.runs) == (mode == "online")
+    assert bool(list(tmp_path.glob("run/wandb/offline-run-*"))) == (mode == "offline")
+    assert ("the W&B run is offline. To upload it" in caplog.text) == (mode == "offline")
+    assert "WARNING" not in caplog.text
+    assert KEY not in caplog.text
 
 
 SLOWLY = """
@@ -238,7 +271,7 @@ def test_a_job_that_is_killed_and_resumed_is_one_whole_run_at_the_server(server,
 def test_a_run_resumed_offline_is_one_folder_with_all_entries(online, tmp_path, caplog):
     run = begin(tmp_path / "run", "offline", lines=5)
     patiently(lambda: list((tmp_path / "run").glob("wandb/offline-run-*/run-id1.wandb")))
-    os.kill(run._process.pid, signal.SIGKILL)
+    os.kill(run._follower.pid, signal.SIGKILL)
     run.finish(1)
     time.sleep(1.1)  # W&B names folders by the second
     begin(tmp_path / "run", "offline", lines=8).finish()

@@ -33,7 +33,7 @@ def small_run(folder: Path, wandb_mode: str) -> tuple[dict, str]:
 
 @pytest.fixture
 def clean(tmp_path, monkeypatch) -> pytest.MonkeyPatch:
-    """No key, no mode, a home of its own."""
+    """A home folder without a key, and no mode."""
     for name in (
         "WANDB_MODE",
         "WANDB_API_KEY",
@@ -141,7 +141,7 @@ def test_no_secret_of_the_environment_is_in_any_file_of_the_run(tracked, trained
         ("run", "disabled", "online"),
         ("", "offline", "offline"),
         (None, "disabled", "disabled"),
-        (None, "auto", "offline"),
+        (None, "auto", "auto"),
     ],
 )
 def test_the_mode_of_the_environment_wins_over_the_setting(environment, setting, mode, clean):
@@ -154,37 +154,6 @@ def test_a_mode_that_does_not_exist_is_refused(clean):
     clean.setenv("WANDB_MODE", "nonsense")
     with pytest.raises(ConfigError, match="WANDB_MODE must be one of online, offline, disabled, got 'nonsense'"):
         resolve_mode("auto")
-
-
-def test_auto_is_online_with_a_key_in_the_environment(clean):
-    clean.setenv("WANDB_API_KEY", "0" * 40)
-    assert resolve_mode("auto") == "online"
-
-
-@pytest.mark.parametrize(
-    ("netrc_host", "base_url", "saved_url", "mode"),
-    [
-        ("api.wandb.ai", None, None, "online"),
-        ("wandb.example.org", "https://wandb.example.org", None, "online"),
-        ("wandb.example.org:8080", None, "http://wandb.example.org:8080", "online"),
-        ("api.wandb.ai", "https://wandb.example.org", None, "offline"),
-        ("github.com", None, None, "offline"),
-    ],
-)
-def test_auto_is_online_with_a_key_of_the_server_in_netrc(netrc_host, base_url, saved_url, mode, clean, tmp_path):
-    (tmp_path / ".netrc").write_text(f"machine {netrc_host}\n  login user\n  password {'0' * 40}\n")
-    (tmp_path / ".netrc").chmod(0o600)
-    if base_url:
-        clean.setenv("WANDB_BASE_URL", base_url)
-    if saved_url:
-        (tmp_path / ".config/wandb").mkdir(parents=True)
-        (tmp_path / ".config/wandb/settings").write_text(f"[default]\nbase_url = {saved_url}\n")
-    assert resolve_mode("auto") == mode
-
-
-def test_a_broken_netrc_is_no_key(clean, tmp_path):
-    (tmp_path / ".netrc").write_text("machine")
-    assert resolve_mode("auto") == "offline"
 
 
 # --- trouble ---------------------------------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ def run_rank(rank: int, folder: Path) -> None:
     for number, (width, mlm, rows, ranks, dtype, chunk_tokens, official) in enumerate(JOBS):
         if rank < ranks:
             dist.init_process_group("gloo", init_method=f"file://{folder}/store{number}", rank=rank, world_size=ranks)
-            share = whole_batch(folder, width, mlm, rows).share(rank, ranks)
+            share = whole_batch(folder, width, mlm, rows).for_rank(rank, ranks)
             torch.save(step(make_module(width, mlm, dtype, chunk_tokens, official), share), folder / f"{number}-{rank}")
             dist.destroy_process_group()
 
@@ -134,7 +134,7 @@ def test_loss_and_gradient_are_those_of_one_process(job, folder):
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
 def test_the_shares_of_a_batch_hold_every_row_of_every_view_once(rows, ranks, tmp_path):
     batch = whole_batch(tmp_path, 3, True, rows)
-    shares = [batch.share(rank, ranks) for rank in range(ranks)]
+    shares = [batch.for_rank(rank, ranks) for rank in range(ranks)]
     assert torch.cat([share.rows_B for share in shares]).tolist() == batch.rows_B.tolist()
     assert max(len(share.rows_B) for share in shares) - min(len(share.rows_B) for share in shares) <= 1
     whole = [(ids[mask.bool()], labels) for ids, mask, labels in sentences(batch)]
@@ -186,7 +186,7 @@ def test_a_process_that_nobody_started_is_alone_or_has_to_start_the_others():
 
 
 @pytest.mark.parametrize("starter", ["torchrun", "srun"])
-def test_the_place_that_torchrun_or_slurm_give_is_taken(starter, environment):
+def test_the_rank_that_torchrun_or_slurm_set_is_used(starter, environment):
     environment(starter, 6, 8, 2)
     ranks = find_ranks(trainer(4, 2))
     assert (ranks, ranks.local) == (Ranks(6, 8, 4), 2)
@@ -198,9 +198,9 @@ def test_the_place_that_torchrun_or_slurm_give_is_taken(starter, environment):
         refuse_sweep()
 
 
-def test_places_that_are_not_machine_by_machine_are_refused(environment):
+def test_ranks_that_are_not_machine_by_machine_are_refused(environment):
     environment("srun", 6, 8, 3)
-    with pytest.raises(ConfigError, match=r"process 6 of 8 has place 3 on its machine.*--distribution=block"):
+    with pytest.raises(ConfigError, match=r"process 6 of 8 has local rank 3, but .*--distribution=block"):
         find_ranks(trainer(4, 2))
 
 

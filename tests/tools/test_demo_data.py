@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import re
 import subprocess
 import sys
@@ -9,22 +11,16 @@ import time
 from dataclasses import replace
 
 import pytest
+from demo_data import generate
+from demo_data.__main__ import demo_files
+from demo_data.events import Entity, Event, conflicts, entails, similarity
+from demo_data.generate import demo_pairs, demo_triplets
+from demo_data.grammar import grammar, plural, with_article
+from demo_data.sentences import Style, realise
+from demo_data.words import SHARED_NOUNS
 from scipy.stats import spearmanr
 
 from promcse_pl.data import demo
-from promcse_pl.data.demo import (
-    Entity,
-    Event,
-    Style,
-    conflicts,
-    demo_pairs,
-    demo_triplets,
-    entails,
-    realise,
-    similarity,
-)
-from promcse_pl.data.demo_words import SHARED_NOUNS, grammar, plural, with_article
-from promcse_pl.utils.errors import DataError
 
 SPLITS = ("train", "dev", "test")
 PLAIN = Style("active", 0, 0, True, True, False, False, False)
@@ -58,6 +54,30 @@ def sentences(triplets):
     return {"train": {s for t in triplets for s in t}} | out
 
 
+def test_the_generator_writes_the_files_of_the_package():
+    for name, content in demo_files().items():
+        committed = (demo.FOLDER / name).read_bytes()
+        # The compressed bytes depend on the zlib version, the rows do not.
+        assert gzip.decompress(committed) == gzip.decompress(content)
+        assert committed[:10] == content[:10] == b"\x1f\x8b\x08\0\0\0\0\0\x02\xff", "no time and no file name"
+
+
+def test_the_package_reads_the_generated_rows(triplets):
+    assert demo.demo_triplets() == triplets
+    assert [demo.demo_pairs(split) for split in ("dev", "test")] == [demo_pairs(split) for split in ("dev", "test")]
+
+
+def test_the_rows_are_those_of_every_earlier_version(triplets):
+    digests = [
+        hashlib.sha256(repr(rows).encode()).hexdigest() for rows in (triplets, demo_pairs("dev"), demo_pairs("test"))
+    ]
+    assert digests == [
+        "154911d88d2f5f1757e96e6fb599cec3ec596619f67ede75d79832c1e82db56d",
+        "99cc92c7ba082d5bf8a948fd361a11e4f3dac42cd8bb45e5d759da40bcde1d24",
+        "7f63ca9b0ae33bb1256b125b80241f8bf392da4ea641aed9c06daea4d25cd5c3",
+    ]
+
+
 def test_counts_are_as_asked(triplets):
     assert len(triplets) == 4000
     assert len(demo_triplets(7)) == 7
@@ -79,7 +99,7 @@ def test_pairs_have_no_duplicates_in_either_order():
 
 def test_the_same_seed_gives_the_same_data_in_another_process():
     code = (
-        "import hashlib; from promcse_pl.data.demo import *;"
+        "import hashlib; from demo_data.generate import *;"
         "print(hashlib.sha256(repr((demo_triplets(200, 3), demo_pairs('dev'))).encode()).hexdigest())"
     )
     runs = {
@@ -125,14 +145,14 @@ def test_splits_share_no_noun_and_no_sentence(one, other, sentences):
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_every_sentence_names_something_of_its_split(split, sentences):
-    own = noun_words(split) | {token for w in noun_words(split) for token in plural(w).split()}
-    assert [s for s in sentences[split] if not words(s) & own] == []
+    nouns = noun_words(split) | {token for w in noun_words(split) for token in plural(w).split()}
+    assert [s for s in sentences[split] if not words(s) & nouns] == []
 
 
 @pytest.mark.parametrize("split", ["dev", "test"])
 def test_scores_are_halves_spread_over_the_whole_range(split):
     scores = [score for _, _, score in demo_pairs(split)]
-    counts = {value: scores.count(value) for value in demo.SCORES}
+    counts = {value: scores.count(value) for value in generate.SCORES}
     assert sum(counts.values()) == len(scores)
     assert min(counts.values()) >= len(scores) // 11
 
@@ -232,11 +252,11 @@ def test_unrelated_events_score_zero_and_do_not_conflict():
 
 
 def test_similarity_is_symmetric_and_five_for_the_same_event():
-    rng = demo.Random("symmetry")
+    rng = generate.Random("symmetry")
     scenes = grammar("dev").scenes
     for _ in range(300):
-        a = demo._event(rng, scenes)
-        b = demo._opposed(rng, demo._altered(rng, a, scenes), scenes)
+        a = generate._event(rng, scenes)
+        b = generate._opposed(rng, generate._altered(rng, a, scenes), scenes)
         assert similarity(a, b) == similarity(b, a)
         assert similarity(a, a) == 5.0
         assert conflicts(a, b) == conflicts(b, a)
@@ -285,13 +305,13 @@ def test_articles_follow_the_first_letter():
     assert (with_article("onion"), with_article("large onion")) == ("an onion", "a large onion")
 
 
-@pytest.mark.parametrize("count", [0, -3, demo.MAX_TRIPLETS + 1, 2.5, True, "10"])
+@pytest.mark.parametrize("count", [0, -3, generate.MAX_TRIPLETS + 1, 2.5, True, "10"])
 def test_a_wrong_count_is_refused_with_the_range(count):
-    with pytest.raises(DataError, match=rf"count .*\[1, {demo.MAX_TRIPLETS}\], got .*Try"):
+    with pytest.raises(ValueError, match=rf"count .*\[1, {generate.MAX_TRIPLETS}\], got .*Try"):
         demo_triplets(count)
 
 
 @pytest.mark.parametrize("split", ["train", "", "Test"])
 def test_a_wrong_split_is_refused(split):
-    with pytest.raises(DataError, match="split must be dev or test, got"):
+    with pytest.raises(ValueError, match="split must be dev or test, got"):
         demo_pairs(split)

@@ -1,23 +1,18 @@
-"""Words of the demo grammar: nouns with their hypernyms, places, actions with paraphrases, and how they inflect.
+"""Words of the demo grammar: nouns with their hypernyms, places, actions with paraphrases, irregular forms.
 
-Three grammars, one per split. No noun of a person, an animal, a thing or a place stands in two of them; they share
+Three grammars, one per split. No noun of a person, an animal, a thing or a place is in two of them; they share
 only function words, sizes, numbers and the most general nouns (``SHARED_NOUNS``). Notation of the tables:
 
 * ``group: own|synonym, other`` -- nouns below one hypernym; the words of one noun are separated by ``|``.
 * ``verb|synonym > broader <> opposite`` -- one action; ``broader`` verbs follow from it, ``<>`` sets two actions apart.
-* ``{}`` is where the object stands (default: at the end); ``*`` marks a verb that makes no good passive; ``~`` marks
+* ``{}`` marks the position of the object (default: the end); ``*`` marks a verb that makes no good passive; ``~`` marks
   a converse, whose subject is the patient ("the boy beat the girl" = "the girl lost to the boy").
 """
-
-from __future__ import annotations
-
-from dataclasses import dataclass
-from functools import cache
 
 SHARED_NOUNS = frozenset({"person", "people", "animal", "object", "thing"})
 TOP_WORDS = {"person": ("person",), "animal": ("animal",), "thing": ("object", "thing")}
 
-_PEOPLE = {
+PEOPLE = {
     "train": """medical professional|health professional: doctor|physician, nurse, dentist, paramedic
         musician|music maker: guitarist|guitar player, drummer, pianist|piano player, cellist
         child|kid: boy|lad, girl|lass
@@ -35,14 +30,14 @@ _PEOPLE = {
         royal|member of the royal family: king|monarch, queen, prince, princess
         shopkeeper|store owner: florist|flower seller, grocer, bookseller, jeweler""",
 }
-_ANIMALS = {
+ANIMALS = {
     "train": """dog|hound: poodle, beagle, spaniel
         farm animal|farmyard animal: horse, goat, cow, pig|hog""",
     "dev": "bird|feathered creature: goose, duck, swan, rooster|cockerel",
     "test": """rodent: squirrel, rat, hamster
         big cat: lion, tiger, leopard""",
 }
-_PLACES = {
+PLACES = {
     "train": """in: in the kitchen; in the office|at the workplace; in the garage; in the classroom|in the schoolroom;
         in the hospital|in the infirmary; in the living room|in the lounge
         out: in the park; on the beach|on the seashore; on the street|on the road; in the forest|in the woods;
@@ -56,7 +51,7 @@ _PLACES = {
         in the market square|in the plaza""",
 }
 # One scene a block: venue (in, out, any), the things, then its actions.
-_SCENES = {
+SCENES = {
     "train": (
         """any; string instrument|stringed instrument: guitar, violin|fiddle, cello, harp
         play|*make music on > use
@@ -151,7 +146,7 @@ _SCENES = {
     ),
 }
 # Actions of one being on another; the first block takes animals too.
-_ENCOUNTERS = {
+ENCOUNTERS = {
     "train": (
         """chase|pursue|*run after
         push|shove > touch <> pull|tug > touch
@@ -177,7 +172,7 @@ _ENCOUNTERS = {
         lift|raise|hoist > move <> put down|set down > move""",
     ),
 }
-_STATES = {
+STATES = {
     "train": """sit down|take a seat <> stand up|get up
         sleep|doze|take a nap > rest
         laugh|giggle <> cry|weep|shed tears""",
@@ -189,7 +184,7 @@ _STATES = {
         fall down|tumble to the ground <> get up|rise from the ground""",
 }
 
-_PLURALS = {
+PLURALS = {
     "person": "people",
     "child": "children",
     "goose": "geese",
@@ -203,7 +198,7 @@ _PLURALS = {
     "member of the royal family": "members of the royal family",
 }
 # lemma: third person, past, past participle, -ing form
-_IRREGULAR = {
+IRREGULAR = {
     "be": ("is", "was", "been", "being"),
     "beat": ("beats", "beat", "beaten", "beating"),
     "blow": ("blows", "blew", "blown", "blowing"),
@@ -267,144 +262,4 @@ _IRREGULAR = {
     "win": ("wins", "won", "won", "winning"),
     "write": ("writes", "wrote", "written", "writing"),
 }
-_DOUBLED = frozenset({"drop", "drag", "grab", "hug", "plug", "rub", "rip", "tug", "unplug", "control"})
-
-
-@dataclass(frozen=True, slots=True)
-class Noun:
-    """A concept with its hypernyms: words of its own in ``chain[0]``, of the group in [1], the most general in [2]."""
-
-    chain: tuple[tuple[str, ...], ...]
-
-    @property
-    def animate(self) -> bool:
-        """True for persons and animals."""
-        return self.chain[2] != TOP_WORDS["thing"]
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where an event happens; ``words`` are phrases of the same meaning, places of one grammar exclude each other."""
-
-    words: tuple[str, ...]
-    outside: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Verb:
-    """A verb phrase: the head's five forms and what stands before and after the object."""
-
-    forms: tuple[str, str, str, str, str]
-    before: str
-    after: str
-    passive: bool
-    converse: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Action:
-    """What is done: ``verbs`` mean the same, ``broad`` ones follow from them, ``opposite`` names the contrary."""
-
-    name: str
-    verbs: tuple[Verb, ...]
-    broad: tuple[Verb, ...]
-    opposite: str
-
-
-@dataclass(frozen=True, slots=True)
-class Scene:
-    """Actions with the agents, patients (none: intransitive) and places that they take."""
-
-    actions: tuple[Action, ...]
-    agents: tuple[Noun, ...]
-    patients: tuple[Noun, ...]
-    places: tuple[Place, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Grammar:
-    """All of one split."""
-
-    scenes: tuple[Scene, ...]
-    nouns: tuple[Noun, ...]
-    places: tuple[Place, ...]
-
-
-def plural(noun: str) -> str:
-    """Plural of a noun or noun phrase whose head is its last word."""
-    if noun in _PLURALS:
-        return _PLURALS[noun]
-    if noun.endswith(("s", "x", "ch", "sh")):
-        return noun + "es"
-    if noun.endswith("y") and noun[-2] not in "aeiou":
-        return noun[:-1] + "ies"
-    return noun + "s"
-
-
-def with_article(phrase: str) -> str:
-    """The phrase after ``a`` or ``an`` (no word of the tables sounds other than its first letter)."""
-    return ("an " if phrase[0] in "aeiou" else "a ") + phrase
-
-
-def _verb(text: str) -> Verb:
-    """Parse a verb of the tables; irregular and doubling heads are listed, all others are regular."""
-    converse, text = text.startswith("~"), text.removeprefix("~")
-    passive, text = not (converse or text.startswith("*")), text.removeprefix("*")
-    head, _, rest = text.partition(" ")
-    before, _, after = rest.partition("{}") if "{}" in rest else (rest, "", "")
-    if head in _IRREGULAR:
-        forms = (head, *_IRREGULAR[head])
-    else:
-        y_stem = head.endswith("y") and head[-2] not in "aeiou"
-        third = (
-            head[:-1] + "ies" if y_stem else head + ("es" if head.endswith(("s", "x", "z", "ch", "sh", "o")) else "s")
-        )
-        stem = head + head[-1] if head in _DOUBLED else head
-        past = head + "d" if head.endswith("e") else (head[:-1] + "ied" if y_stem else stem + "ed")
-        forms = (head, third, past, past, (head[:-1] if head.endswith("e") else stem) + "ing")
-    return Verb(forms, before.strip(), after.strip(), passive, converse)
-
-
-def _actions(lines: list[str], kind: str) -> tuple[Action, ...]:
-    actions: list[Action] = []
-    for line in lines:
-        sides = [side.strip() for side in line.split("<>")]
-        names = [f"{kind}:{side}" for side in sides]
-        for i, side in enumerate(sides):
-            own, _, broad = (part.strip() for part in side.partition(">"))
-            verbs = tuple(_verb(text) for text in own.split("|"))
-            broader = tuple(_verb(text) for text in broad.split("|") if text)
-            actions.append(Action(names[i], verbs, broader, names[1 - i] if len(sides) == 2 else ""))
-    return tuple(actions)
-
-
-def _group(line: str, top: str) -> list[Noun]:
-    group, _, members = line.partition(":")
-    hypernyms = tuple(group.strip().split("|"))
-    return [Noun((tuple(m.strip().split("|")), hypernyms, TOP_WORDS[top])) for m in members.split(",")]
-
-
-@cache
-def grammar(split: str) -> Grammar:
-    """The grammar of ``train``, ``dev`` or ``test``."""
-    people = tuple(n for line in _PEOPLE[split].splitlines() for n in _group(line, "person"))
-    animals = tuple(n for line in _ANIMALS[split].splitlines() for n in _group(line, "animal"))
-    venues: dict[str, tuple[Place, ...]] = {}
-    inside, _, outside = _PLACES[split].partition("out:")
-    for venue, text in (("in", inside.partition(":")[2]), ("out", outside)):
-        venues[venue] = tuple(Place(tuple(p.strip().split("|")), venue == "out") for p in text.split(";"))
-    venues["any"] = venues["in"] + venues["out"]
-    scenes = []
-    things: tuple[Noun, ...] = ()
-    for block in _SCENES[split]:
-        header, *lines = block.splitlines()
-        venue, _, group = header.partition(";")
-        members = tuple(_group(group, "thing"))
-        things += members
-        scenes.append(Scene(_actions(lines, group), people, members, venues[venue]))
-    anyone, humans = _ENCOUNTERS[split]
-    beings = people + animals
-    scenes.append(Scene(_actions(anyone.splitlines(), "beings"), beings, beings, venues["any"]))
-    scenes.append(Scene(_actions(humans.splitlines(), "humans"), people, people, venues["any"]))
-    scenes.append(Scene(_actions(_STATES[split].splitlines(), "states"), people, (), venues["any"]))
-    return Grammar(tuple(scenes), people + animals + things, venues["any"])
+DOUBLED = frozenset({"drop", "drag", "grab", "hug", "plug", "rub", "rip", "tug", "unplug", "control"})

@@ -1,7 +1,7 @@
-"""Every distinct sentence encoded once, and its vector kept on disk under what decides it.
+"""Cache of sentence embeddings on disk: every distinct sentence is encoded once per model.
 
-A cache file holds digests of sentences and their vectors, never a sentence. It is written whole or not at all, and one that is
-damaged is built anew.
+A cache file contains hashes of sentences and their embeddings, never a sentence. It is written atomically, and a damaged one is
+replaced.
 """
 
 # N sentences, D width
@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from promcse_pl.embedder import PromCSE
-from promcse_pl.evaluation.sts import VectorOf
+from promcse_pl.evaluation.sts import Embeddings
 from promcse_pl.utils.errors import DataError, NonFiniteError
 from promcse_pl.utils.files import atomic_file
 
@@ -29,32 +29,32 @@ log = logging.getLogger(__name__)
 
 Progress = Callable[[int], None]
 ROUNDING = 1e-6
-"""Vectors of unit length whose entries differ by less are one vector: float32 rounding alone makes them differ."""
+"""Unit embeddings whose entries differ by less count as equal: float32 rounding alone makes them differ."""
 
 
 @dataclass(slots=True)
-class VectorCache:
-    """Vectors on disk, a file for every model.
+class EmbeddingCache:
+    """Embeddings on disk, one file per model.
 
     Attributes:
-        folder: Where the files lie; it may be deleted at any time.
-        encoded: Sentences that had to be encoded so far.
+        folder: Folder of the files; it may be deleted at any time.
+        encoded: Number of sentences encoded so far because no file had them.
     """
 
     folder: str | Path
     encoded: int = 0
 
-    def vectors(self, model: PromCSE, sentences: Iterable[str], progress: Progress | None = None) -> VectorOf:
-        """Return the vector of every distinct sentence; those that no file holds are encoded in one call.
+    def embeddings(self, model: PromCSE, sentences: Iterable[str], progress: Progress | None = None) -> Embeddings:
+        """Return the embedding of every distinct sentence; those that the file lacks are encoded in one call.
 
         Args:
-            model: What encodes.
+            model: The model.
             sentences: In any order, repeated or not.
-            progress: Called with the number of sentences encoded so far, now and then.
+            progress: Called with the number of sentences encoded so far.
 
         Raises:
-            DataError: All vectors are the same.
-            NonFiniteError: A vector is not finite.
+            DataError: All embeddings are the same.
+            NonFiniteError: An embedding is not finite.
         """
         distinct = sorted(set(sentences), key=lambda text: (-len(text), text))  # the longest first: memory fails early
         path = Path(self.folder) / f"{model_hash(model)}.safetensors"
@@ -67,27 +67,27 @@ class VectorCache:
             known.update(zip((digest for _, digest in missing), encoded_ND, strict=True))
             _write(path, known)
         found = {text: known[digest] for text, digest in zip(distinct, digests, strict=True)}
-        check_vectors(found)
+        check_embeddings(found)
         return found
 
 
-def check_vectors(vectors: VectorOf) -> None:
-    """Refuse vectors that no score can be made from.
+def check_embeddings(embeddings: Embeddings) -> None:
+    """Check that embeddings can be scored.
 
     Raises:
-        DataError: All vectors of two or more sentences are the same, up to rounding.
-        NonFiniteError: A vector is not finite.
+        DataError: All embeddings of two or more sentences are the same, up to rounding.
+        NonFiniteError: An embedding is not finite.
     """
     first_D: NDArray[np.float32] | None = None
-    constant = len(vectors) > 1
-    for text, vector_D in vectors.items():
-        if not np.isfinite(vector_D).all():
+    constant = len(embeddings) > 1
+    for text, embedding_D in embeddings.items():
+        if not np.isfinite(embedding_D).all():
             raise NonFiniteError(f"the vector of {text[:80]!r} is not finite: the adapter or the encoder is damaged")
-        first_D = vector_D if first_D is None else first_D
-        constant = constant and bool(np.abs(vector_D - first_D).max() < ROUNDING)
+        first_D = embedding_D if first_D is None else first_D
+        constant = constant and bool(np.abs(embedding_D - first_D).max() < ROUNDING)
     if constant:
         raise DataError(
-            f"all {len(vectors)} sentences have the same vector: the model has collapsed, there is no score"
+            f"all {len(embeddings)} sentences have the same vector: the model has collapsed, there is no score"
         )
 
 
@@ -99,7 +99,7 @@ def model_hash(model: PromCSE) -> str:
 
 
 def _read(path: Path, width: int) -> dict[bytes, NDArray[np.float32]]:
-    """Return vectors by digest; nothing if there is no file or it is not what was written."""
+    """Return the embeddings by the hash of their sentence; empty if there is no file or it is damaged."""
     if not path.is_file():  # also excludes FIFOs
         return {}
     try:
@@ -112,7 +112,7 @@ def _read(path: Path, width: int) -> dict[bytes, NDArray[np.float32]]:
         reason = "its checksum differs"
         whole = whole and vectors_ND.shape == (len(digests_N32), width)
     if not whole:
-        log.warning("%s is damaged (%s); the sentences are encoded anew", path, reason)
+        log.warning("%s is damaged (%s); the sentences are encoded again", path, reason)
         return {}
     return {row.tobytes(): vector_D for row, vector_D in zip(digests_N32, vectors_ND, strict=True)}
 

@@ -10,7 +10,7 @@ import torch
 from support.encoders import save_small_encoder
 
 from promcse_pl import PromCSE
-from promcse_pl.evaluation.vectors import VectorCache, check_vectors, model_hash
+from promcse_pl.evaluation.embeddings import EmbeddingCache, check_embeddings, model_hash
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.utils.errors import DataError, NonFiniteError
@@ -38,7 +38,7 @@ def test_vectors_are_those_of_encode_and_each_distinct_sentence_is_encoded_once(
     calls = []
     encode = model.encode
     monkeypatch.setattr(model, "encode", lambda texts, **options: calls.append(texts) or encode(texts, **options))
-    found = VectorCache(tmp_path).vectors(model, [*SENTENCES, *SENTENCES[:9]])
+    found = EmbeddingCache(tmp_path).embeddings(model, [*SENTENCES, *SENTENCES[:9]])
     assert set(found) == set(SENTENCES)
     np.testing.assert_allclose(np.stack([found[text] for text in SENTENCES]), encode(SENTENCES), atol=1e-6)
     (asked,) = calls
@@ -47,24 +47,24 @@ def test_vectors_are_those_of_encode_and_each_distinct_sentence_is_encoded_once(
 
 
 def test_a_second_look_encodes_nothing_and_gives_the_same_bits(model, tmp_path):
-    first = VectorCache(tmp_path).vectors(model, SENTENCES)
-    again = VectorCache(tmp_path)
-    second = again.vectors(model, SENTENCES[5:])
+    first = EmbeddingCache(tmp_path).embeddings(model, SENTENCES)
+    again = EmbeddingCache(tmp_path)
+    second = again.embeddings(model, SENTENCES[5:])
     assert again.encoded == 0
     assert all((second[text] == first[text]).all() for text in SENTENCES[5:])
 
 
 def test_only_new_sentences_are_encoded_and_the_file_then_holds_both(model, tmp_path):
-    VectorCache(tmp_path).vectors(model, SENTENCES[:10])
-    cache = VectorCache(tmp_path)
-    cache.vectors(model, SENTENCES[5:15])
+    EmbeddingCache(tmp_path).embeddings(model, SENTENCES[:10])
+    cache = EmbeddingCache(tmp_path)
+    cache.embeddings(model, SENTENCES[5:15])
     assert cache.encoded == 5
-    cache.vectors(model, SENTENCES[:15])
+    cache.embeddings(model, SENTENCES[:15])
     assert cache.encoded == 5
 
 
 def test_no_sentence_is_stored_and_nothing_is_left_beside_the_file(model, tmp_path):
-    VectorCache(tmp_path).vectors(model, SENTENCES)
+    EmbeddingCache(tmp_path).embeddings(model, SENTENCES)
     (path,) = tmp_path.iterdir()
     content = path.read_bytes()
     assert not any(text.encode() in content for text in SENTENCES)
@@ -72,19 +72,19 @@ def test_no_sentence_is_stored_and_nothing_is_left_beside_the_file(model, tmp_pa
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "garbage"])
 def test_a_damaged_file_is_reported_and_built_anew(damage, model, tmp_path, caplog):
-    first = VectorCache(tmp_path).vectors(model, SENTENCES)
+    first = EmbeddingCache(tmp_path).embeddings(model, SENTENCES)
     (path,) = tmp_path.iterdir()
     content = bytearray(path.read_bytes())
     if damage == "flip":
         content[-3] ^= 1  # one bit of one vector
     path.write_bytes({"cut": content[:-20], "flip": content, "garbage": b"hello"}[damage])
     with caplog.at_level(logging.WARNING):
-        cache = VectorCache(tmp_path)
-        found = cache.vectors(model, SENTENCES)
+        cache = EmbeddingCache(tmp_path)
+        found = cache.embeddings(model, SENTENCES)
     assert "is damaged" in caplog.text
     assert cache.encoded == len(set(SENTENCES))
     assert all((found[text] == first[text]).all() for text in SENTENCES)
-    cache.vectors(model, SENTENCES)
+    cache.embeddings(model, SENTENCES)
     assert cache.encoded == len(set(SENTENCES))
 
 
@@ -112,22 +112,22 @@ def test_embeddings_of_an_encoder_with_another_config_or_tokenizer_are_not_reuse
     content |= {"hidden_act": "relu"} if name == "config.json" else {"normalizer": None}
     (copy / name).write_text(json.dumps(content))
     sentences = [text.upper() for text in SENTENCES]
-    first = VectorCache(tmp_path / "cache").vectors(small_model(folder), sentences)
-    cache = VectorCache(tmp_path / "cache")
+    first = EmbeddingCache(tmp_path / "cache").embeddings(small_model(folder), sentences)
+    cache = EmbeddingCache(tmp_path / "cache")
     changed = small_model(copy)
     if name == "tokenizer.json":  # all words are unknown to it then, and all vectors of a length the same
         sentences = ["w5", "W5 w6", *sentences]
-    second = cache.vectors(changed, sentences)
+    second = cache.embeddings(changed, sentences)
     assert cache.encoded == len(set(sentences))
     assert max(np.abs(second[text] - first[text]).max() for text in first) > 1e-3
-    again = VectorCache(tmp_path / "cache")
-    again.vectors(small_model(folder), first)
+    again = EmbeddingCache(tmp_path / "cache")
+    again.embeddings(small_model(folder), first)
     assert again.encoded == 0
 
 
 def test_a_folder_that_cannot_be_written_costs_the_cache_and_not_the_scores(model, tmp_path, caplog):
     (tmp_path / "file").write_text("")
-    found = VectorCache(tmp_path / "file" / "below").vectors(model, SENTENCES)
+    found = EmbeddingCache(tmp_path / "file" / "below").embeddings(model, SENTENCES)
     assert len(found) == len(set(SENTENCES))
     assert "the embeddings are not cached: cannot write" in caplog.text
 
@@ -135,12 +135,12 @@ def test_a_folder_that_cannot_be_written_costs_the_cache_and_not_the_scores(mode
 def test_vectors_that_are_all_the_same_up_to_rounding_are_an_error():
     vector = np.full(4, 0.5, dtype=np.float32)
     with pytest.raises(DataError, match="all 2 sentences have the same vector"):
-        check_vectors({"a": vector, "b": vector + np.float32(1e-7)})
-    check_vectors({"a": vector, "b": -vector})
-    check_vectors({"a": vector})
+        check_embeddings({"a": vector, "b": vector + np.float32(1e-7)})
+    check_embeddings({"a": vector, "b": -vector})
+    check_embeddings({"a": vector})
 
 
 def test_a_vector_that_is_not_finite_is_an_error():
     vector = np.full(4, 0.5, dtype=np.float32)
     with pytest.raises(NonFiniteError, match="vector of 'b' is not finite"):
-        check_vectors({"a": vector, "b": vector * np.nan})
+        check_embeddings({"a": vector, "b": vector * np.nan})

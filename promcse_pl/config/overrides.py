@@ -1,0 +1,101 @@
+"""Settings by dotted key: what a key decides, command-line overrides, and the overrides of a resumed run."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+import yaml
+
+from promcse_pl.config.fields import Decides, settings
+from promcse_pl.config.parsing import shown, unknown_key
+from promcse_pl.config.schema import Config, SweepConfig
+from promcse_pl.utils.errors import ConfigError
+
+
+def decides(key: str) -> Decides:
+    """Return what a dotted key of a job's config affects; keys that are not in the schema count as training."""
+    setting = settings(Config).get(key)
+    return setting.decides if setting else "training"
+
+
+def is_integer(key: str) -> bool:
+    """Return whether a dotted key of a job's config is a setting that holds an integer (or null)."""
+    setting = settings(Config).get(key)
+    return setting is not None and {*(get_args(setting.kind) or [setting.kind])} - {types.NoneType} == {int}
+
+
+def flat_settings(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a tree of settings by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flat_settings(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def resumed_with(config: Config, overrides: Sequence[str]) -> Config:
+    """Return the config of a resumed run with overrides of its execution settings.
+
+    Args:
+        config: Config of the run.
+        overrides: `key=value`, the value as YAML.
+
+    Raises:
+        ConfigError: An unknown key, a key that affects training or scores, or an invalid value.
+    """
+    check_overrides(overrides, {})
+    tree = config.to_dict()
+    changeable = [key for key, setting in settings(Config).items() if setting.decides == "execution"]
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or key not in changeable:
+            raise ConfigError(
+                f"{override[:200]} cannot be changed when resuming, since it may affect training or scores. Allowed: "
+                f"{', '.join(changeable)}. Try: leave {key} out, or start a new run"
+            )
+        try:
+            value = yaml.safe_load(text) if text.strip() else ""
+        except (ValueError, RecursionError, yaml.YAMLError):
+            raise ConfigError(f"the value of {key} cannot be read: {shown(text)}. Try: {key}='\"TEXT\"'") from None
+        section, _, name = key.rpartition(".")
+        tree[section][name] = value
+    return Config.from_dict(tree)
+
+
+def check_overrides(arguments: Sequence[str], groups: Mapping[str, Sequence[str]]) -> None:
+    """Check that each `key=value` argument names a setting, or a group of conf/ and a choice of it, before Hydra composes.
+
+    Args:
+        arguments: The command line.
+        groups: Groups of conf/, and the choices of each.
+
+    Raises:
+        ConfigError: With the nearest keys or choices.
+    """
+    known = {**settings(Config), **settings(SweepConfig)}
+    sections = {key.partition(".")[0] for key in known}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if re.search(r"\d{1000}", value):  # Hydra's parser fails on it
+            raise ConfigError(f"{key[:100]} is a number of over a thousand digits. Try: python run.py --help")
+        if argument.startswith("-") or not equals:
+            continue
+        key = key.lstrip("+~").partition("@")[0]
+        section = re.split("[./]", key, maxsplit=1)[0]
+        if groups.get(key):
+            _check_choice(key, value, groups[key])
+        elif key not in known and key not in sections and section != "hydra" and ("." in key or section not in groups):
+            raise unknown_key(key, known)
+
+
+def _check_choice(group: str, value: str, choices: Sequence[str]) -> None:
+    """Check one choice, or those of a sweep, of a group of conf/; Hydra's own syntax is left to Hydra."""
+    for choice in value.split(","):
+        name = choice.strip().removesuffix(".yaml")[:100]
+        if re.fullmatch(r"[\w.-]+", name) and name not in (*choices, "null"):
+            near = difflib.get_close_matches(name, choices, n=3)
+            meant = f" Did you mean {' or '.join(f'{group}={one}' for one in near)}?" if near else ""
+            raise ConfigError(f"{group}={name} is not a choice.{meant} Allowed: {', '.join(choices)}")

@@ -1,0 +1,214 @@
+"""Every choice of conf/ against the schema."""
+
+import dataclasses
+import re
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException
+from omegaconf import OmegaConf
+from support.configs import CONF, composed, config_of
+
+from promcse_pl.config import Config, SweepConfig, flat_settings
+from promcse_pl.config.fields import settings
+
+MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
+DATA_CHOICES = sorted(path.stem for path in (CONF / "data").glob("*.yaml") if path.stem[0] != "_")
+
+
+def choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def with_files(data: str) -> list[str]:
+    """What a user must add to a choice of data."""
+    return {"nli": ["data.dir=d"], "wiki": ["data.dir=d"], "demo": []}.get(data, ["data.train=my.csv"])
+
+
+@pytest.mark.parametrize("data", DATA_CHOICES)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_composes_with_every_kind_of_data(model, data):
+    config = config_of(f"model={model}", f"data={data}", *with_files(data))
+    views = {"nli": "triplets", "demo": "triplets", "wiki": "sentences"}.get(data, data)
+    assert config.data.kind == views
+    assert (config.loss.hinge_weight > 0) == (views == "triplets")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        f"{group}={choice}"
+        for group in ("debug", "evaluation", "experiment", "loss", "optim", "prompt", "sweep", "tracking", "trainer")
+        for choice in choices(group)
+    ],
+)
+def test_every_other_choice_composes_into_a_valid_config(override):
+    extra = ["data.dir=d"] if override in ("evaluation=sts", "evaluation=all") else []
+    group, _, choice = override.partition("=")
+    config = config_of(override, *extra)
+    own = yaml.safe_load((CONF / group / f"{choice}.yaml").read_text())
+    recipe = yaml.safe_load((CONF / "recipe/supervised/minilm.yaml").read_text())
+    for key, value in own.items():
+        if key in ("defaults", "hydra", "sweep"):
+            continue
+        for name, wanted in value.items() if isinstance(value, dict) else [(key, value)]:
+            part = key if isinstance(value, dict) else group
+            if isinstance(value, dict) or name not in recipe.get(
+                part, {}
+            ):  # the recipe of the pair wins over a plain group
+                assert getattr(getattr(config, part), name) == wanted
+
+
+def test_no_group_of_conf_is_left_without_a_test():
+    tested = {"debug", "evaluation", "experiment", "loss", "optim", "prompt", "sweep", "tracking", "trainer"}
+    assert {path.name for path in CONF.iterdir() if path.is_dir()} == tested | {"data", "model", "mode", "recipe"}
+
+
+def test_every_sweep_names_settings_and_its_values_are_valid():
+    files = [yaml.safe_load(path.read_text()) for path in (CONF / "sweep").glob("*.yaml")]
+    swept = [whole["hydra"]["sweeper"]["params"] for whole in files if "hydra" in whole]
+    assert len(swept) == 2
+    for key, values in (pair for params in swept for pair in params.items()):
+        assert key in settings(Config)
+        values = re.sub(r"(tag|interval|choice|log)\b|[()]", "", values)
+        for value in filter(None, values.split(",")):
+            config_of(f"{key}={value}")
+
+
+# supervised? model: batch, lr, P, MLM weight, epochs (Jiang et al. 2022 and the official README)
+RECIPES = {
+    ("wiki", "bert-base-uncased"): (256, 3e-2, 16, 0.0, 1),
+    ("wiki", "bert-large-uncased"): (256, 3e-2, 10, 0.0, 1),
+    ("wiki", "roberta-base"): (64, 3e-2, 14, 0.1, 1),
+    ("wiki", "roberta-large"): (64, 1e-2, 10, 0.1, 1),
+    ("nli", "bert-base-uncased"): (256, 1e-2, 12, 0.0, 10),
+    ("nli", "bert-large-uncased"): (256, 5e-3, 12, 0.0, 10),
+    ("nli", "roberta-base"): (512, 1e-2, 10, 0.0, 10),
+    ("nli", "roberta-large"): (512, 5e-3, 10, 0.0, 10),
+}
+
+
+@pytest.mark.parametrize(("pair", "recipe"), RECIPES.items(), ids=map("-".join, RECIPES))
+def test_model_and_data_alone_select_the_published_recipe(pair, recipe):
+    data, model = pair
+    config = config_of(f"model={model}", f"data={data}", "data.dir=d")
+    assert (
+        config.data.batch_size,
+        config.optim.lr,
+        config.prompt.length,
+        config.loss.mlm_weight,
+        config.trainer.epochs,
+    ) == recipe
+    supervised = data == "nli"
+    assert config.model.path.split("/")[-1] == model
+    assert (config.model.pooling, config.model.head) == ("cls", "mlp" if supervised else "mlp_train_only")
+    assert (config.loss.temperature, config.loss.margin, config.loss.hinge_weight) == (
+        0.05,
+        0.2,
+        10 if supervised else 0,
+    )
+    assert (config.data.max_length, config.trainer.eval_every, config.seed, config.optim.clip_norm) == (
+        32,
+        125,
+        42,
+        1.0,
+    )
+    assert (config.data.kind, config.data.dev) == ("triplets" if supervised else "sentences", "stsb")
+    assert (config.prompt.kind, config.prompt.dropout, config.prompt.position_offset) == ("deep", None, None)
+    assert config.trainer.max_steps is None
+
+
+@pytest.mark.parametrize("model", ["bert-base", "bert-large"])
+def test_the_short_name_of_a_model_selects_the_same_run(model):
+    for data in ("nli", "wiki"):
+        assert composed(f"model={model}", f"data={data}") == composed(f"model={model}-uncased", f"data={data}")
+
+
+def test_a_model_of_the_paper_brings_the_papers_data():
+    assert composed("model=roberta-large") == composed("model=roberta-large", "data=nli")
+
+
+def test_an_override_wins_over_the_recipe_in_any_order():
+    changes = [
+        "optim.lr=0.5",
+        "prompt.length=3",
+        "data.batch_size=7",
+        "trainer.epochs=2",
+        "loss.mlm_weight=1",
+        "model.head=none",
+    ]
+    choice = ["model=roberta-base", "data=wiki", "data.dir=d"]
+    for order in (changes + choice, choice + changes):
+        config = config_of(*order)
+        assert (config.optim.lr, config.prompt.length, config.data.batch_size) == (0.5, 3, 7)
+        assert (config.trainer.epochs, config.loss.mlm_weight, config.model.head) == (2, 1.0, "none")
+
+
+def test_the_ablation_switches_the_hinge_off_and_changes_nothing_else():
+    plain, ablation = composed("model=bert-base"), composed("model=bert-base", "experiment=no_hinge")
+    plain["loss"]["hinge_weight"] = 0.0
+    assert plain == ablation
+
+
+def test_the_defaults_of_a_sweep_are_those_of_conf():
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        assert OmegaConf.to_container(compose("config").sweep) == dataclasses.asdict(SweepConfig())
+
+
+BASE_CHOICES = {
+    "data": "_base",
+    "loss": "default",
+    "prompt": "deep",
+    "optim": "adamw",
+    "trainer": "auto",
+    "tracking": "wandb",
+    "evaluation": "none",
+}
+
+
+@pytest.mark.parametrize(("group", "choice"), BASE_CHOICES.items())
+def test_the_base_choice_of_a_group_holds_the_defaults_of_the_schema(group, choice):
+    values = yaml.safe_load((CONF / group / f"{choice}.yaml").read_text())
+    if group == "loss":
+        values |= yaml.safe_load((CONF / "mode/supervised.yaml").read_text())["loss"]
+    required = ("data.kind", "data.train", "data.dev")  # every choice of data sets them
+    expected = {key: setting.default for key, setting in settings(Config).items() if key.startswith(f"{group}.")}
+    assert flat_settings({group: values}) == {key: value for key, value in expected.items() if key not in required}
+
+
+def test_the_default_command_differs_from_the_schema_by_its_model_data_and_recipe_alone():
+    files = ("model/minilm", "data/demo", "evaluation/demo", "recipe/supervised/minilm")
+    chosen = set()
+    for name in files:
+        tree = yaml.safe_load((CONF / f"{name}.yaml").read_text())
+        chosen |= set(flat_settings({"evaluation": tree} if "tasks" in tree else tree))
+    composed_settings = flat_settings(composed())
+    differing = {key for key, setting in settings(Config).items() if composed_settings[key] != setting.default}
+    assert differing <= chosen
+    assert {"model.path", "data.train", "optim.lr"} <= differing
+
+
+def test_a_partial_config_gets_the_defaults_of_the_schema():
+    raw = {"model": {"path": "encoder"}, "data": {"kind": "triplets", "train": "my.csv"}, "loss": {"margin": 0.1}}
+    config = Config.from_dict(raw)
+    given = flat_settings(raw)
+    expected = {key: given.get(key, setting.default) for key, setting in settings(Config).items()}
+    assert flat_settings(config.to_dict()) == expected
+
+
+def test_only_the_encoder_and_the_training_data_are_required():
+    required = {key for key, setting in settings(Config).items() if setting.default is dataclasses.MISSING}
+    assert required == {"model.path", "data.kind", "data.train"}
+
+
+def test_conf_holds_values_and_no_code_paths():
+    for path in CONF.rglob("*.yaml"):
+        text = path.read_text(encoding="utf-8")
+        assert "_target_" not in text
+        assert "promcse_pl." not in yaml.safe_dump(yaml.safe_load(text))
+
+
+def test_an_unknown_key_does_not_compose():
+    with pytest.raises(ConfigCompositionException):
+        composed("loss.margn=0.3")

@@ -1,0 +1,102 @@
+"""Settings by dotted key: unknown keys, choices of groups, and what a setting decides."""
+
+import pytest
+from support.configs import valid
+
+from promcse_pl.config import Config, check_overrides, decides, parsing
+from promcse_pl.config.fields import settings
+from promcse_pl.utils.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("loss.margn", "loss.margin"),
+        ("loss.temp", "loss.temperature"),
+        ("data.batchsize", "data.batch_size"),
+        ("optim.learning_rate", "optim.lr"),
+        ("learning_rate", "optim.lr"),
+        ("batch_size", "data.batch_size"),
+        ("per_device_train_batch_size", "data.batch_size"),
+        ("max_seq_length", "data.max_length"),
+        ("temp", "loss.temperature"),
+        ("num_epochs", "trainer.epochs"),
+        ("trainer.precison", "trainer.precision?"),
+        ("prompt.lenght", "prompt.length?"),
+        ("trainer.chunk_token", "trainer.chunk_tokens?"),
+        ("sed", "seed"),
+        ("los.margin", "loss.margin"),
+        ("trainer.max_step", "trainer.max_steps"),
+        ("lr", "optim.lr"),
+        ("trainer.batch_size", "data.batch_size"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_and_what_is_allowed(key, meant):
+    with pytest.raises(ConfigError) as caught:
+        check_overrides([f"{key}=1"], {"loss": ["default"], "data": ["demo"]})
+    message = str(caught.value)
+    assert message.startswith(f"{key} is not a setting.")
+    assert meant is None or f"Did you mean {meant}" in message
+    section = key.rpartition(".")[0]
+    siblings = [known for known in settings(Config) if section and known.startswith(f"{section}.")]
+    allowed = message.partition("Allowed")[2]
+    assert all(name in allowed for name in siblings or [known.partition(".")[0] for known in settings(Config)])
+
+
+def test_an_unknown_key_in_a_saved_config_is_refused():
+    raw = valid()
+    raw["loss"]["margn"] = 0.1
+    with pytest.raises(ConfigError, match=r"loss\.margn is not a setting\. Did you mean loss\.margin"):
+        Config.from_dict(raw)
+    with pytest.raises(ConfigError, match=r"extra is not a setting\."):
+        Config.from_dict({**valid(), "extra": 1})
+    with pytest.raises(ConfigError, match=r"^loss\.margin must be written as a section\. Try: loss: {margin: VALUE}$"):
+        Config.from_dict({**valid(), "loss.margin": 0.1})
+
+
+@pytest.mark.parametrize(
+    "argument",
+    ["loss.margin=0.3", "+loss.margin=0.3", "++seed=1", "model=minilm", "model=minilm,bert-base", "experiment=null",
+     "hydra.run.dir=x", "hydra/launcher=basic", "-m", "--cfg", "job", "~debug", "model=choice(minilm,bert-base)"],
+)  # fmt: skip
+def test_hydras_own_forms_pass_the_check_of_the_command_line(argument):
+    check_overrides(
+        [argument], {"model": ["minilm", "bert-base"], "experiment": ["no_hinge"], "debug": ["fast"], "loss": []}
+    )
+
+
+@pytest.mark.parametrize("argument", ["model=minlm", "model=minilm,minlm", "model=minlm.yaml"])
+def test_an_unknown_choice_of_a_group_names_the_nearest_and_all(argument):
+    with pytest.raises(ConfigError) as caught:
+        check_overrides([argument], {"model": ["bert-base", "minilm"]})
+    assert str(caught.value) == "model=minlm is not a choice. Did you mean model=minilm? Allowed: bert-base, minilm"
+
+
+def test_every_alias_refers_to_an_existing_setting():
+    every = set(settings(Config))
+    assert set(parsing.OTHER_NAMES) <= every
+    names = [name for others in parsing.OTHER_NAMES.values() for name in others]
+    assert len(names) == len(set(names))
+    assert not {*names, *parsing.ABSENT} & {key.rpartition(".")[2] for key in every}
+
+
+@pytest.mark.parametrize(
+    "key", ["weight_decay", "optim.weight_decay", "optim.warmup_steps", "gradient_accumulation_steps"]
+)
+def test_settings_that_are_absent_on_purpose_have_their_own_error(key):
+    with pytest.raises(ConfigError, match=rf"{key} is not a setting: .*\. Try: leave it out"):
+        check_overrides([f"{key}=1"], {})
+
+
+def test_what_a_setting_decides_is_marked_on_its_field():
+    keys = list(settings(Config))
+    execution = {key for key in keys if decides(key) == "execution" and not key.startswith("tracking.")}
+    assert execution == {
+        "data.cache_dir",
+        *(f"trainer.{name}" for name in ("log_every", "save_every", "chunk_tokens", "recompute")),
+    }
+    assert {key for key in keys if decides(key) == "scores"} == {"evaluation.tasks", "evaluation.frozen"}
+    assert all(decides(key) == "execution" for key in keys if key.startswith("tracking."))
+    assert {decides(key) for key in ("seed", "optim.lr", "trainer.precision", "data", "no.such", "seed.x")} == {
+        "training"
+    }

@@ -1,0 +1,257 @@
+"""From a dictionary or file to a config: types, ranges, combinations, missing settings and the messages for them."""
+
+import typing
+from typing import Any
+
+import pytest
+import yaml
+from support.configs import composed, config_of, leaves, put, valid
+
+from promcse_pl.config import Config, SweepConfig
+from promcse_pl.run_folder import read_config, write_config
+from promcse_pl.utils.errors import ConfigError
+
+WRONG = {
+    "a text": "nonsense",
+    "a fraction": 0.5,
+    "a whole number": 7,
+    "a truth value": True,
+    "a list": [[]],
+    "settings": {"a": 1},
+    "nothing": None,
+}
+
+
+def fits(hint: Any, kind: str) -> bool:
+    """Whether the type alone lets a kind of value pass."""
+    options = typing.get_args(hint) if typing.get_origin(hint) not in (typing.Literal, list) else ()
+    options = options or (hint,)
+    right = {"a text": str, "a fraction": float, "a whole number": int, "a truth value": bool, "nothing": type(None)}
+    return right.get(kind) in options or (kind == "a whole number" and float in options)
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"), [(key, kind) for key, hint in leaves().items() for kind in WRONG if not fits(hint, kind)]
+)
+def test_a_value_of_the_wrong_type_is_refused_with_key_value_allowed_and_remedy(key, kind):
+    value = WRONG[kind]
+    with pytest.raises(ConfigError) as caught:
+        Config.from_dict(put(valid(), key, value))
+    message = str(caught.value)
+    assert message.startswith(f"{key} must be ")
+    assert f"got {value!r}. Try: python run.py " in message
+    assert key in message.partition("Try: ")[2]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "remedy"),
+    [
+        ("loss.margin", "abc", "python run.py loss.margin=0.2"),
+        ("tracking.wandb", "onlin", "python run.py tracking.wandb=online"),
+        ("model.pooling", "mean", "python run.py model.pooling=cls"),
+        ("tracking.name", 7, "python run.py 'tracking.name=\"7\"'"),
+        ("tracking.tags", "small", "python run.py 'tracking.tags=[small]'"),
+        ("tracking.tags", [1], "python run.py 'tracking.tags=[\"1\"]'"),
+        ("evaluation.tasks", "sts", "python run.py 'evaluation.tasks=[sts]'"),
+        ("evaluation.tasks", ["st"], "python run.py 'evaluation.tasks=[sts]'"),
+        ("data.columns", "sent0", "python run.py 'data.columns=[sent0]'"),
+    ],
+)
+def test_the_remedy_for_a_wrong_type_is_near_to_what_was_typed(key, value, remedy):
+    with pytest.raises(ConfigError) as caught:
+        Config.from_dict(put(valid(), key, value))
+    assert str(caught.value).endswith(f"Try: {remedy}")
+
+
+def test_the_remedies_for_numbers_that_shall_be_text_pass_the_command_line():
+    config = config_of('tracking.name="7"', 'tracking.tags=["1","2"]')
+    assert (config.tracking.name, config.tracking.tags) == ("7", ["1", "2"])
+
+
+OUT_OF_RANGE = [
+    ("model.path", " "),
+    ("data.train", ""),
+    ("data.max_length", 2),
+    ("data.max_length", 513),
+    ("data.batch_size", 1),
+    ("data.max_rows", 1),
+    ("loss.temperature", 0),
+    ("loss.temperature", -0.05),
+    ("loss.temperature", 1e-38),
+    ("loss.temperature", 10.1),
+    ("loss.margin", -1),
+    ("loss.margin", 2.01),
+    ("loss.hinge_weight", -1),
+    ("loss.hinge_weight", float("inf")),
+    ("loss.hinge_weight", 1e38),
+    ("loss.hard_negative_logit", float("inf")),
+    ("loss.hard_negative_logit", -1e38),
+    ("loss.mlm_weight", -0.1),
+    ("loss.mlm_weight", 10.5),
+    ("prompt.length", -1),
+    ("prompt.length", 257),
+    ("prompt.projection_size", 0),
+    ("prompt.dropout", 1),
+    ("prompt.dropout", -0.1),
+    ("prompt.position_offset", -1),
+    ("optim.lr", 0),
+    ("optim.lr", 1.5),
+    ("optim.clip_norm", 0),
+    ("optim.clip_norm", float("inf")),
+    *(
+        (f"trainer.{name}", 0)
+        for name in ("epochs", "max_steps", "eval_every", "log_every", "save_every", "chunk_tokens")
+    ),
+    ("trainer.devices", 0),
+    ("trainer.devices", 65),
+    ("trainer.num_nodes", 0),
+    ("trainer.num_nodes", 1025),
+    ("seed", -1),
+    ("seed", 2**32),
+    *((key, float("nan")) for key, hint in leaves().items() if fits(hint, "a fraction")),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), OUT_OF_RANGE)
+def test_a_value_out_of_range_is_refused_and_the_remedy_is_valid(key, value):
+    raw = composed("prompt=projected") if key == "prompt.projection_size" else valid()
+    with pytest.raises(ConfigError) as caught:
+        Config.from_dict(put(raw, key, value))
+    message = str(caught.value)
+    assert message.startswith(f"{key} must be ")
+    assert f"got {value!r}" in message or f"got {float(value)!r}" in message
+    remedy = message.partition("Try: python run.py ")[2]
+    assert remedy.startswith(f"{key}=")
+    Config.from_dict(put(raw, key, yaml.safe_load(remedy.partition("=")[2])))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("data.max_length", 3),
+        ("data.max_length", 512),
+        ("data.batch_size", 2),
+        ("data.max_rows", 2),
+        ("loss.temperature", 10),
+        ("loss.temperature", 0.001),
+        ("loss.margin", 0),
+        ("loss.margin", 2),
+        ("loss.hinge_weight", 0),
+        ("loss.mlm_weight", 10),
+        ("prompt.length", 0),
+        ("prompt.length", 256),
+        ("prompt.dropout", 0),
+        ("prompt.position_offset", 0),
+        ("optim.lr", 1),
+        ("trainer.max_steps", 1),
+        ("trainer.chunk_tokens", None),
+        ("trainer.devices", 64),
+        ("seed", 0),
+        ("seed", 2**32 - 1),
+    ],
+)
+def test_the_ends_of_a_range_are_allowed(key, value):
+    raw = put(valid(), key, value)
+    raw["model"]["head"] = "mlp"
+    config = Config.from_dict(raw)
+    section, _, name = key.rpartition(".")
+    assert getattr(getattr(config, section) if section else config, name) == value
+
+
+def test_every_setting_with_a_range_has_a_test_of_it():
+    ranged = {key for key, hint in leaves().items() if {int, float} & {hint, *typing.get_args(hint)}}
+    assert ranged <= {key for key, _ in OUT_OF_RANGE}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "names"),
+    [
+        (["data=pairs", "data.train=x.csv", "loss.hinge_weight=1"], ["loss.hinge_weight=1", "data.kind=pairs"]),
+        (["data=sentences", "data.train=x", "loss.hinge_weight=1"], ["loss.hinge_weight=1", "data.kind=sentences"]),
+        (
+            ["data=pairs", "data.train=x.csv", "loss.hard_negative_logit=1"],
+            ["loss.hard_negative_logit=1", "data.kind=pairs"],
+        ),
+        (["model.pooling=cls_before_pooler", "model.head=mlp"], ["model.pooling=cls_before_pooler", "model.head=mlp"]),
+        (["prompt.projection_size=8"], ["prompt.projection_size=8", "prompt.kind=deep"]),
+        (["prompt.kind=projected"], ["prompt.projection_size", "prompt.kind=projected"]),
+        (["prompt.length=0"], ["prompt.length=0", "model.head=none"]),
+        (["data=pairs", "data.train=x.csv", "data.dev=holdout"], ["data.dev=holdout", "data.kind=pairs"]),
+        (["data=pairs", "data.train=demo"], ["demo", "data.kind=pairs"]),
+        (["data.columns=[a,b]"], ["data.columns", "3 columns", "data.kind=triplets"]),
+        (["data.dev=stsb"], ["data.dev=stsb", "data.dir"]),
+        (["evaluation=sts"], ["evaluation.tasks=[sts,sick]", "data.dir"]),
+        (["evaluation.tasks=[demo,geometry,my.csv]"], ["evaluation.tasks=[geometry]", "data.dir"]),
+        (["evaluation.tasks=[demo,transfr]"], ["'transfr'", "'evaluation.tasks=[transfer]'"]),
+    ],
+)
+def test_settings_that_exclude_each_other_are_refused_and_named(overrides, names):
+    with pytest.raises(ConfigError) as caught:
+        config_of(*overrides)
+    assert all(name in str(caught.value) for name in names)
+    assert "Try: " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("left_out", "missing"),
+    [
+        ("model", "model.path"),
+        ("data", "data.kind"),
+        *((key, key) for key in ("data.kind", "data.train", "model.path")),
+    ],
+)
+def test_a_missing_setting_is_named(left_out, missing):
+    raw = valid()
+    section, _, name = left_out.rpartition(".")
+    del (raw[section] if section else raw)[name]
+    with pytest.raises(ConfigError) as caught:
+        Config.from_dict(raw)
+    assert str(caught.value).startswith(f"{missing} is not set. It must be ")
+    assert "Config" not in str(caught.value)
+
+
+@pytest.mark.parametrize("raw", [None, [], "text", 3])
+def test_what_holds_no_settings_is_refused(raw):
+    with pytest.raises(ConfigError, match="must hold settings"):
+        Config.from_dict(raw)
+    with pytest.raises(ConfigError, match="loss must hold settings"):
+        Config.from_dict({**valid(), "loss": raw})
+
+
+def test_errors_of_sweep_settings_suggest_a_sweep_command():
+    for raw in ({"parallel": 0}, {"parallel": "two"}, {"trials": 0}, {"seed": -1}):
+        with pytest.raises(ConfigError) as caught:
+            SweepConfig.from_dict(raw)
+        remedy = str(caught.value).partition("Try: python run.py -m sweep.")[2]
+        name, _, value = remedy.partition("=")
+        SweepConfig.from_dict({name: yaml.safe_load(value)})
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["model=roberta-base", "data=wiki", "data.dir='/däta'", "seed=7", "tracking.tags=[a,b]"],
+        ["prompt=projected", "data=triplets", "data.train=t.csv", "data.columns=[0,b,c]", "prompt.dropout=0.25"],
+    ],
+)
+def test_a_config_comes_back_equal_from_its_dictionary_and_from_its_file(overrides, tmp_path):
+    config = config_of(*overrides)
+    assert Config.from_dict(config.to_dict()) == config
+    assert read_config(write_config(config, tmp_path / "config.yaml")) == config
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize("content", [b"a: [", b"\xff\xfe", None])
+def test_a_config_file_that_cannot_be_read_is_one_error_with_its_path(content, tmp_path):
+    path = tmp_path / "config.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"cannot read the config .*config\.yaml"):
+        read_config(path)
+
+
+def test_an_empty_config_file_is_refused(tmp_path):
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(ConfigError, match="the config must hold settings"):
+        read_config(tmp_path / "config.yaml")
