@@ -147,49 +147,34 @@ class History(pl.Callback):
         vars(self).update(state_dict)
 
 
-class ProgressLines(pl.Callback):
-    """Log a line with the loss at every history entry and at the last step, for output that is not a terminal.
+class Progress(pl.Callback):
+    """Show a progress bar over all steps of the run on a terminal; elsewhere, log a line at each history entry.
 
     Args:
-        every: Steps between two lines.
+        console: Console for the bar.
+        every: Steps between two lines; the last step always has one.
         seconds: Returns the training time of the run so far, in seconds, earlier processes included.
     """
 
-    def __init__(self, every: int, seconds: Callable[[], float]) -> None:
-        self.every, self.seconds = every, seconds
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any) -> None:
-        """Log a line every `every` steps and at the last step."""
-        assert isinstance(pl_module, PromcseModule)
-        step, steps = trainer.global_step, pl_module.total_steps
-        if step % self.every == 0 or step >= steps:
-            loss = float(trainer.callback_metrics["loss"])
-            log.info("step %d of %d: loss %.3f, %.0f s", step, steps, loss, self.seconds())
-
-
-class ProgressBar(pl.Callback):
-    """Show one progress bar over all steps of the run, with loss and dev score, on a terminal.
-
-    Args:
-        console: The terminal.
-    """
-
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, every: int, seconds: Callable[[], float]) -> None:
+        self.console, self.every, self.seconds = console, every, seconds
         self._bar = ExitStack()
-        self.console = console
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show the bar."""
         assert isinstance(pl_module, PromcseModule)
-        self.report = self._bar.enter_context(stages(self.console))
+        self.report = self._bar.enter_context(stages(self.console))  # shows nothing if it is no terminal
         self.report("training", trainer.global_step, pl_module.total_steps)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any) -> None:
-        """Update the bar."""
+        """Update the bar with loss and dev score, or log a line if it is due."""
         assert isinstance(pl_module, PromcseModule)
-        metrics, digits = trainer.callback_metrics, {"loss": 3, "dev": 2}
-        parts = [f"{name} {float(metrics[name]):.{digits[name]}f}" for name in digits if name in metrics]
-        self.report(f"training: {', '.join(parts)}", trainer.global_step, pl_module.total_steps)
+        step, steps, metrics = trainer.global_step, pl_module.total_steps, trainer.callback_metrics
+        digits = {"loss": 3, "dev": 2}
+        values = [f"{name} {float(metrics[name]):.{digits[name]}f}" for name in digits if name in metrics]
+        self.report(f"training: {', '.join(values)}", step, steps)
+        if not self.console.is_terminal and (step % self.every == 0 or step >= steps):
+            log.info("step %d of %d: %s, %.0f s", step, steps, values[0], self.seconds())
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remove the bar."""

@@ -21,7 +21,7 @@ from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.mlm import MlmHead
 from promcse_pl.run_folder import ADAPTER
-from promcse_pl.training.callbacks import BestByDev, History, ProgressBar, ProgressLines
+from promcse_pl.training.callbacks import BestByDev, History, Progress
 from promcse_pl.training.checkpoint import RunCheckpoints, Saver
 from promcse_pl.training.context import RunContext
 from promcse_pl.training.distributed import Ranks
@@ -162,9 +162,7 @@ def fit(run: RunContext, parts: Parts, loggers: Sequence[Logger]) -> Fitted:
     data.start_step = run.checkpoint.step if run.checkpoint else 0
     log_every = min(config.trainer.log_every, steps)  # at least one entry in a short run
     history, best, saver = History(log_every, chunk_tokens), _dev_evaluation(run, parts, steps), Saver(run)
-    progress = (
-        ProgressBar(run.console) if run.console.is_terminal else ProgressLines(log_every, saver.total_training_seconds)
-    )
+    progress = Progress(run.console, log_every, saver.total_training_seconds)
     callbacks: list[pl.Callback] = [history, *([best] if best else []), progress, *run.callbacks]
     callbacks.append(saver)  # the last: a checkpoint contains the state of the others after the step
     with warnings.catch_warnings():
