@@ -185,6 +185,9 @@ class TrainerConfig(Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Data type of the frozen encoder in training; `auto` takes bfloat16 if it is measured to be at least 1.3 times as fast.
     Prompt, head, loss, optimiser and final evaluation are always float32."""
+    layers: Literal["auto", "library"] = "auto"
+    """Layers of the frozen encoder in training. `auto`: fused CPU layers for BERT and RoBERTa on a CPU, unless a module has
+    hooks. `library`: always the modules of transformers. Results differ by rounding and by the sampled dropout masks."""
     chunk_tokens: Annotated[int | Literal["auto"] | None, Range(ge=1), EXECUTION] = "auto"
     """Number of tokens, padding included, that pass the encoder at once; `auto` chooses by device, `null` takes the whole batch.
     It affects speed and memory. The loss is that of the whole batch, but dropout masks are sampled per chunk."""

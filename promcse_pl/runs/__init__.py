@@ -1,1 +1,1 @@
-"""One run: lifecycle, pipeline, worker processes."""
+"""One run: its inputs, lifecycle, pipeline and processes, and `promcse_pl.train`. May import every package but cli and sweeps."""

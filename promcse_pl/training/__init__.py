@@ -1,1 +1,1 @@
-"""The Lightning side: module, callbacks, precision."""
+"""Training with Lightning: module, callbacks, checkpoints, machine, ranks. May import tracking and the packages below it."""

@@ -123,7 +123,7 @@ def join_process_group(ranks: Ranks, trainer: TrainerConfig) -> None:
     import torch.distributed as dist
 
     from promcse_pl.embedder import pick_device
-    from promcse_pl.losses.gather import collective
+    from promcse_pl.training.gather import collective
 
     kind = pick_device(trainer.device).type
     if kind == "mps":
@@ -162,7 +162,7 @@ def leave_process_group(ranks: Ranks) -> None:
         return
     import torch.distributed as dist
 
-    from promcse_pl.losses.gather import collective
+    from promcse_pl.training.gather import collective
 
     with collective():
         dist.barrier()
@@ -173,7 +173,7 @@ def gather_values(value: T) -> list[T]:
     """Return a plain value of every rank, by rank."""
     import torch.distributed as dist
 
-    from promcse_pl.losses.gather import collective, world_size
+    from promcse_pl.training.gather import collective, world_size
 
     if world_size() == 1:
         return [value]

@@ -1,4 +1,4 @@
-"""The errors a user can cause. Each message says what was given, what is allowed and what to type."""
+"""Errors that a user can correct. Each message says what was given, what is allowed and what to type."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from promcse_pl.utils.streams import visible
 
 
 class PromcseError(Exception):
-    """Base of every error that this package raises on purpose; the command line prints it without a traceback."""
+    """Base class of the errors that this package raises; the command line prints them without a traceback."""
 
 
 class ConfigError(PromcseError, ValueError):
-    """A setting has a wrong key, type, range or combination."""
+    """A setting has an invalid key, type, value or combination."""
 
 
 class DataError(PromcseError, ValueError):
@@ -25,19 +25,19 @@ class TextTypeError(DataError, TypeError):
 
 
 class EncoderError(PromcseError, ValueError):
-    """A pre-trained encoder cannot be found, read, or does not take deep prompts."""
+    """A pre-trained encoder cannot be found or read, or does not support deep prompts."""
 
 
 class AdapterError(PromcseError, ValueError):
-    """An adapter folder cannot be read, or does not fit its encoder."""
+    """An adapter folder cannot be read, or does not match its encoder."""
 
 
 class NonFiniteError(PromcseError, FloatingPointError):
-    """A loss, gradient or vector is NaN or infinite."""
+    """A loss, gradient or embedding is NaN or infinite."""
 
 
 class RankError(PromcseError, RuntimeError):
-    """A process of a distributed run died, or lost another one."""
+    """A rank of a distributed run has died or lost the connection to another rank."""
 
 
 class LostRankError(RankError):
@@ -45,11 +45,11 @@ class LostRankError(RankError):
 
 
 class OutOfMemoryError(PromcseError, MemoryError):
-    """The memory of the machine or its GPU does not hold what the settings ask for."""
+    """The memory of the machine or its GPU is too small for the settings."""
 
 
 def of_the_system(error: OSError) -> PromcseError:
-    """Return an error of a file or stream that nothing nearer has put into words."""
+    """Convert an OSError of a file or stream, for callers without a more specific message."""
     where = "the output" if error.filename is None else str(error.filename)
     return DataError(f"cannot read or write {where[:200]}{'…' if len(where) > 200 else ''}: {error.strerror or error}")
 

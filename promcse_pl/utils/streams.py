@@ -1,4 +1,4 @@
-"""The standard streams as a caller may leave them: closed, full, or with nobody who reads."""
+"""Standard streams that are closed, full or not read, and text that is safe to print."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from contextlib import suppress
 
 _UNSAFE = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Control characters except the tab, line and paragraph separators, bidirectional controls, and lone surrogates."""
+"""Control characters except the tab; line and paragraph separators; bidirectional controls; lone surrogates."""
 
 
 def visible(text: str) -> str:
@@ -17,12 +17,12 @@ def visible(text: str) -> str:
 
     For terminals and log files; results (embeddings, sentences, JSON) are written unescaped.
     """
-    return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+    return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def open_streams() -> None:
-    """Give streams that the caller has closed to /dev/null, and write characters that their encoding lacks as escapes."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # or the next file to be opened would be taken for one
+    """Redirect closed standard streams to /dev/null, and escape characters that their encoding does not have."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # else the next opened file would get its descriptor
         pass
     os.close(descriptor)
     for number, name in enumerate(("stdin", "stdout", "stderr")):
@@ -34,6 +34,6 @@ def open_streams() -> None:
 
 
 def drop_output() -> None:
-    """Have what is still buffered for standard output, and what comes, go nowhere: Python's last flush would complain."""
-    with suppress(OSError):  # a stream that is no file
+    """Discard buffered and later standard output: flushing it at exit would fail."""
+    with suppress(OSError):  # a stream without a file descriptor
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

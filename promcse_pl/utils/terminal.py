@@ -1,4 +1,4 @@
-"""What a person sees: the config as a tree, scores as a table, progress on a terminal."""
+"""Output for people: consoles, log handlers, the config as a tree, progress bars."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from promcse_pl.utils.streams import drop_output, visible
 log = logging.getLogger("promcse_pl")
 
 NO_TERMINAL_WIDTH = 120
-"""Columns of tables in a pipe or file, where rich would assume 80 and cut numbers."""
+"""Width of tables in a pipe or file; rich would assume 80 columns and truncate numbers."""
 
 
 class OutputConsole(Console):
-    """Prints on standard output as long as anyone reads it; a reader that goes away costs nothing but the lines."""
+    """Console of standard output that discards its output if the reading process has ended."""
 
     def on_broken_pipe(self) -> None:
-        """Print nothing more, where rich would end the process."""
+        """Discard further output; rich would end the process."""
         self.quiet = True
         drop_output()
 
@@ -47,32 +47,39 @@ def plain(text: str) -> str:
 
 def print_line(text: str) -> None:
     """Print a line of text on standard output: unbroken, without markup, and at once."""
-    output_console().print(plain(text), soft_wrap=True, highlight=False)
+    output_console().out(visible(text), highlight=False)
 
 
 class ConsoleHandler(logging.Handler):
-    """Prints log lines unbroken, however long: a command or path in them can be copied."""
+    """Prints log lines without line breaks, so that commands and paths can be copied."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
         self.console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print a line; from a warning on with its level before it."""
+        """Print a line, with its level if it is a warning or an error."""
         level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
         self.console.print(f"{level}{self.format(record)}", soft_wrap=True, markup=False)
 
 
 @contextmanager
 def logging_to(path: Path | None, console: Console) -> Iterator[None]:
-    """Send the package's log lines to the terminal and, with times, to a file."""
+    """Send the package's log lines to a console and, with times, to a file; an exception of the block is added to the file.
+
+    Args:
+        path: Log file, which is appended to; None for no file.
+        console: The console.
+
+    Raises:
+        ConfigError: The file cannot be written.
+    """
     try:
         to_file = _LogFile(path or os.devnull, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from error
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    to_terminal = ConsoleHandler(console)
-    handlers = (to_file, to_terminal)
+    handlers = (to_file, ConsoleHandler(console))
     level = log.level
     log.setLevel(logging.INFO)
     propagate, log.propagate = log.propagate, False
@@ -81,7 +88,7 @@ def logging_to(path: Path | None, console: Console) -> Iterator[None]:
         log.addHandler(handler)
     try:
         yield
-    except Stopped:  # whoever ends the run says how to go on
+    except Stopped:  # not an error; the caller logs how to resume
         raise
     except BaseException as error:
         to_file.handle(log.makeRecord(log.name, logging.ERROR, "", 0, "%s: %s", (type(error).__name__, error), None))
@@ -95,20 +102,20 @@ def logging_to(path: Path | None, console: Console) -> Iterator[None]:
 
 
 def _make_printable(record: logging.LogRecord) -> bool:
-    """Format the message, with ~ for the home folder and control characters escaped."""
+    """Format the message with ~ for the home folder, and escape control characters."""
     record.msg, record.args = visible(hide_home(record.getMessage())), None
     return True
 
 
 class _LogFile(logging.FileHandler):
-    """A log file that a full disk silences: the line is on the terminal too, and what fails for good raises elsewhere."""
+    """Log file that drops lines it cannot write: they are on the console too, and a full disk raises an error elsewhere."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (the hook's name is logging's)
-        """Drop the line."""
+        """Ignore the error."""
 
 
 def config_tree(config: Mapping[str, Any]) -> Tree:
-    """Return nested settings as a tree, one line a setting."""
+    """Return nested settings as a tree, one line per setting."""
     tree = Tree("config")
     for name, value in config.items():
         if isinstance(value, Mapping):
@@ -126,9 +133,10 @@ def _shown(value: object) -> str:
 
 @contextmanager
 def stages(console: Console) -> Iterator[Callable[[str, int, int | None], None]]:
-    """Show one bar for work of one or many parts, on a terminal and from the first report on.
+    """Show one progress bar for work in one or several parts; it appears at the first report, and only on a terminal.
 
-    Gives the function that takes the part, the steps done and the steps of all (None: not known).
+    Yields:
+        A function that takes the name of the current part, its steps done and its total steps (None if unknown).
     """
     columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -143,6 +151,6 @@ def stages(console: Console) -> Iterator[Callable[[str, int, int | None], None]]
 
 @contextmanager
 def progress_bar(console: Console, label: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """Show the bar for one part; gives the function that takes the number done so far."""
+    """Show a progress bar for work in one part; yield a function that takes the number of steps done."""
     with stages(console) as report:
         yield lambda done: report(label, done, total)

@@ -15,9 +15,10 @@ from promcse_pl.config import Config, LossConfig, OptimConfig
 from promcse_pl.data.batch import Tokens, TrainBatch
 from promcse_pl.data.masking import IGNORED
 from promcse_pl.data.readers import read_rows
-from promcse_pl.embedder import PromCSE, tokenize
+from promcse_pl.embedder import PromCSE
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.mlm import MlmHead
+from promcse_pl.models.texts import tokenize
 from promcse_pl.training.module import PromcseModule
 from promcse_pl.utils.errors import ConfigError, DataError
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from promcse_pl.data.batch import Tokens
 from promcse_pl.models.attention import prompt_attention
-from promcse_pl.models.cpu.dropout import Dropout, dropout, keep_mask, use_cheap_dropout
+from promcse_pl.models.cpu.dropout import Dropout, dropout, keep_mask, use_fast_dropout
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.prompt import DeepPrompt
 
@@ -140,7 +140,7 @@ def test_every_dropout_of_an_encoder_is_replaced_with_its_own_rate(family):
     }
     model = small_encoder(family, **rates)
     before = {name: module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout)}
-    use_cheap_dropout(model)
+    use_fast_dropout(model)
     after = {name: module.p for name, module in model.named_modules() if isinstance(module, Dropout)}
     assert after == before
     assert after
