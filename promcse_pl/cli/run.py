@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -65,7 +66,8 @@ def compose_and_run(
 
 def _with_file(file: str, overrides: Sequence[str], folders: Sequence[Path], is_sweep: bool) -> list[str]:
     """Return the overrides with those of a config file before them; the run folder is named after the file."""
-    named = [] if is_sweep else [f"hydra.run.dir='outputs/${{now:%Y-%m-%d}}/${{now:%H-%M-%S}}-{Path(file).stem}'"]
+    name = re.sub(r"[^\w.-]", "_", Path(file).stem, flags=re.ASCII)
+    named = [] if is_sweep else [f"hydra.run.dir='outputs/${{now:%Y-%m-%d}}/${{now:%H-%M-%S}}-{name}'"]
     return [*named, *file_overrides(file, overrides, folders), *overrides]
 
 
