@@ -64,8 +64,8 @@ def test_wheel_and_sdist_contain_all_of_conf_and_the_sweeper(built):
     with tarfile.open(sdist) as archive:
         members = {member.name.partition("/")[2]: member for member in archive.getmembers()}
     wanted = {f"promcse_pl/conf/{path.relative_to(ROOT / 'conf')}" for path in (ROOT / "conf").rglob("*.yaml")}
-    wanted |= {"hydra_plugins/promcse_sweeper.py", "promcse_pl/py.typed"}
-    wanted |= {f"promcse_pl/sweeps/page/{path.name}" for path in (ROOT / "promcse_pl/sweeps/page").iterdir()}
+    package = [path for path in (ROOT / "promcse_pl").rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    wanted |= {"hydra_plugins/promcse_sweeper.py", *(str(path.relative_to(ROOT)) for path in package)}
     assert wanted <= names
     assert wanted <= set(members)
     assert all(members[name].isfile() for name in wanted), "no symbolic links: pip would install them dangling"

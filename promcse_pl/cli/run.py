@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -65,7 +66,8 @@ def compose_and_run(
 
 def _with_file(file: str, overrides: Sequence[str], folders: Sequence[Path], is_sweep: bool) -> list[str]:
     """Return the overrides with those of a config file before them; the run folder is named after the file."""
-    named = [] if is_sweep else [f"hydra.run.dir='outputs/${{now:%Y-%m-%d}}/${{now:%H-%M-%S}}-{Path(file).stem}'"]
+    name = re.sub(r"[^\w.-]", "_", Path(file).stem, flags=re.ASCII)
+    named = [] if is_sweep else [f"hydra.run.dir='outputs/${{now:%Y-%m-%d}}/${{now:%H-%M-%S}}-{name}'"]
     return [*named, *file_overrides(file, overrides, folders), *overrides]
 
 
@@ -106,6 +108,7 @@ def _refusal(error: Exception, arguments: Sequence[str]) -> ConfigError:
                 f"{argument} has several values. Try: {typed_command(before='-m')} (a job for each), or "
                 "'KEY=[VALUE,VALUE]' for a list"
             )
+    # lines that say nothing to a user; another wording would only make the message longer
     noise = ("See https:", "full_key:", "object_type=", "Config search path:", "provider=")
     lines = [line.strip() for line in str(error).splitlines()]
     message = " ".join(line for line in lines if line and not line.startswith(noise)).rstrip(".")

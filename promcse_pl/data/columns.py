@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from promcse_pl.utils.errors import DataError
+from promcse_pl.utils.paths import run_command
 
 TEXT_ROLES = ("anchor", "positive", "negative")
 ROLES = {
@@ -192,7 +193,7 @@ class ColumnRequest:
             settings.append(f"data.header={str(self.header).lower()}")
         if chosen := ",".join(columns):
             settings.append(f"data.columns=[{chosen}]")
-        return f"python run.py {' '.join(map(_for_shell, settings))}"
+        return f"{run_command()} {' '.join(map(_for_shell, settings))}"
 
     def _chosen(self, columns: Columns, chosen: Sequence[str | int]) -> list[int]:
         positions: list[int] = []

@@ -30,7 +30,7 @@ from promcse_pl.models.pooling import POOLINGS, Pooling
 from promcse_pl.models.weights import file_sha256
 from promcse_pl.utils.errors import AdapterError, EncoderError
 from promcse_pl.utils.files import new_folder
-from promcse_pl.utils.paths import expand, is_folder
+from promcse_pl.utils.paths import expand, is_folder, run_command
 
 CLASSES = {"bert": "BertForCL", "roberta": "RobertaForCL"}
 """Encoder families of the official code -> its class in config.json."""
@@ -154,7 +154,7 @@ def _split(state: dict[str, Tensor], family: str, path: Path) -> tuple[dict[str,
         kind = "a SimCSE model" if "mlp.dense.weight" in state else "a plain encoder or a SimCSE model"
         raise AdapterError(
             f"{path} has no prompt (prefix_encoder.embedding.weight); it looks like {kind}. An encoder is trained on, not "
-            f"imported: python run.py model.path={path.parent}"
+            f"imported: {run_command(f'model.path={path.parent}')}"
         )
     frozen: dict[str, Tensor] = {}
     trained: dict[str, Tensor] = {}

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from promcse_pl.config import Config, TrainerConfig, flat_settings
 from promcse_pl.utils.errors import ConfigError
+from promcse_pl.utils.paths import run_command
 
 T = TypeVar("T")
 
@@ -104,7 +105,7 @@ def refuse_sweep() -> None:
     if environment := _from_environment():
         starter, _, size, _ = environment
         raise ConfigError(
-            f"{starter} started {size} processes, and each would run the whole sweep. Try: python run.py -m ... trainer=ddp "
+            f"{starter} started {size} processes, and each would run the whole sweep. Try: {run_command()} -m ... trainer=ddp "
             "trainer.devices=N without it; every job starts its own processes"
         )
 

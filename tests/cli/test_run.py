@@ -1,4 +1,4 @@
-"""What a person meets who types `python run.py`: real processes, in an empty folder."""
+"""`python run.py` in real processes, in an empty folder."""
 
 import os
 import signal
@@ -147,7 +147,7 @@ def test_an_error_in_a_data_file_stops_a_sweep_before_its_first_job(here):
 
 
 @pytest.mark.parametrize("folder", ["file", "file/run", "/proc/run", "x" * 300])
-def test_a_folder_that_cannot_be_made_is_told_in_one_line(folder, here):
+def test_a_run_folder_that_cannot_be_created_is_reported_in_one_line(folder, here):
     (here / "file").touch()
     done = start(here, f"hydra.run.dir={folder}")
     assert (done.returncode, done.stdout) == (2, "")
@@ -213,12 +213,12 @@ def test_cfg_job_shows_the_recipe_with_the_one_value_that_was_changed(here):
 
 
 def test_help_lists_the_groups_and_is_quick(here):
-    begin = time.perf_counter()
+    start_time = time.perf_counter()
     done = start(here, "--help")
     assert done.returncode == 0
     for group in ("model: bert-base", "data: ", "loss: default", "sweep: "):
         assert group in done.stdout
-    assert time.perf_counter() - begin < 10  # half a second; torch alone takes several
+    assert time.perf_counter() - start_time < 10  # half a second; torch alone takes several
 
 
 def test_a_multirun_makes_a_complete_folder_and_an_adapter_of_its_own_for_every_job(here):

@@ -75,13 +75,16 @@ def test_a_group_chosen_on_the_command_line_replaces_what_the_file_sets(jobs):
 
 def test_a_run_of_a_config_file_gets_the_given_folder_or_one_named_after_the_file(jobs, tmp_path):
     (tmp_path / "mine.yaml").write_text("seed: 7\n")
+    (tmp_path / "${x}'s file.yaml").write_text("seed: 7\n")
     assert main(["train", "--config", "mine.yaml", "--out", "new folder/run=1"]) == 0
     assert main(["train", "--config", "mine.yaml", "hydra.run.dir=other"]) == 0
     assert main(["train", "--config", "mine.yaml"]) == 0
-    given, other, default = (folder.relative_to(tmp_path) for _, folder in jobs)
+    assert main(["train", "--config", "${x}'s file.yaml"]) == 0
+    given, other, default, strange = (folder.relative_to(tmp_path) for _, folder in jobs)
     assert (given, other) == (Path("new folder/run=1"), Path("other"))
     assert default.parts[0] == "outputs"
     assert default.name.endswith("-mine")
+    assert strange.name.endswith("-__x__s_file")
 
 
 @pytest.mark.parametrize(
