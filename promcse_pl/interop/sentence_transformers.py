@@ -120,6 +120,7 @@ class PromptTransformer(InputModule):  # type: ignore[misc]
         save_adapter(self.encoder, Path(output_path) / "adapter")
         self.save_config(output_path)
 
+    # the signature is that of sentence-transformers' modules
     @classmethod
     def load(
         cls,

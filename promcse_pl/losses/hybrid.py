@@ -51,6 +51,7 @@ def mlm_weight_at(step: int, weight: float) -> float:
     return float(weight * MLM_DECAY ** (step / MLM_DECAY_STEPS))
 
 
+# nine parameters: three views, and the terms of the equation; a pure function of them needs no config
 def hybrid_loss(
     anchor_BD: Tensor,
     positive_BD: Tensor,

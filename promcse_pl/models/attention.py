@@ -24,6 +24,7 @@ PROMPT_ATTENTION = "promcse_prompt"
 """Value of `attn_implementation`."""
 
 
+# the signature is that of transformers' attention functions
 def prompt_attention(
     module: nn.Module,
     query_BNTH: Tensor,

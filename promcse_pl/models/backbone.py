@@ -43,7 +43,7 @@ class FrozenBackbone(nn.Module):
     """A pre-trained encoder whose weights take no gradient, with deep prompts as an input.
 
     Args:
-        model: A transformers encoder of a supported family. It is switched to the prompt attention and frozen in place.
+        model: A transformers encoder of a supported family. It is changed in place: prompt attention, no gradients.
         identity: Identity of the encoder, stored in adapters; its `config` is set here.
         source: Folder of the encoder's files and its tokenizer; None for a model built in memory.
 
@@ -217,6 +217,7 @@ class FrozenBackbone(nn.Module):
             return (real_BT.cumsum(1) + offset) * real_BT + self.pad_id
         return torch.arange(offset, offset + ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
 
+    # eight parameters: the inputs of the encoder, and which of its outputs are needed
     def forward(
         self,
         ids_BT: Tensor,

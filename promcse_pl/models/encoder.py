@@ -51,6 +51,7 @@ class PromptEncoder(nn.Module):
         position_offset: Shift of all positions; None: P, as in the official code.
     """
 
+    # the parameters are the settings of model and prompt that decide an embedding
     def __init__(
         self,
         backbone: FrozenBackbone,

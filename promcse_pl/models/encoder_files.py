@@ -19,7 +19,7 @@ SUPPORTED = ("bert", "roberta", "xlm-roberta", "electra", "modernbert")
 """Encoder families (`model_type` in config.json) whose every layer takes a prompt; each has a test."""
 
 _WITH_POOLER = ("bert", "roberta", "xlm-roberta")
-"""Families whose model class builds a pooler unless it is told not to; the others have none."""
+"""Families whose model class builds a pooler by default; the others have none."""
 _LARGEST = {"num_hidden_layers": 1000, "num_labels": 100_000}
 """Maximum of fields in config.json for which transformers builds lists of that length before it reads the weights."""
 _UNSUPPORTED_FIELDS = ("quantization_config", "per_layer_config")

@@ -1,4 +1,4 @@
-"""Forward hooks of the frozen encoder: detection of hooks of others, and the one that this package registers itself."""
+"""Hooks on the frozen encoder's modules: detect those of others, and compute only the first token in the last layer."""
 
 # B sentences, T tokens, D width
 

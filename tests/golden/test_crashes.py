@@ -148,7 +148,7 @@ def check_mask(probe):
 
 
 def check_mlm(probe):
-    """No hidden token gives no MLM loss; hidden tokens without a head, or a head without hidden tokens, give the plain loss."""
+    """No masked token gives no MLM loss; masked tokens without a head, or a head without masked tokens, give the plain loss."""
     encoder = encoder_of(probe)
     tokens = tokens_for(encoder, [9, 7, 4] * 2)
     plain = loss_of(encoder, 2, tokens).total

@@ -164,7 +164,7 @@ def test_attention_dropout_has_the_mean_and_variance_of_torch():
 
 @pytest.mark.parametrize("masked", ["none", "boolean", "additive"])
 @pytest.mark.parametrize("scaling", [None, 0.7])
-def test_the_attention_written_out_for_dropout_equals_the_fused_one(masked, scaling):
+def test_attention_with_dropout_as_separate_operations_equals_the_fused_one(masked, scaling):
     query, key, value = (torch.randn(2, 2, 5, 4, dtype=torch.float64) for _ in range(3))
     mask = torch.rand(2, 1, 5, 5) < 0.7
     mask[..., 0] = True
