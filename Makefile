@@ -1,11 +1,11 @@
 .DEFAULT_GOAL := help
-.PHONY: help install demo demodata test lint format constraints hashes audit
+.PHONY: help install demo demodata test lint format constraints hashes lowest audit
 PYTHON ?= .venv/bin/python
 
 help: ## show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-install: ## create .venv with all that development needs
+install: ## create .venv with all development dependencies
 	python3 -m venv .venv
 	.venv/bin/pip install -c constraints.txt -e '.[dev]'
 
@@ -18,22 +18,26 @@ demodata: ## write promcse_pl/data/demo_data with its generator
 test: ## run the tests
 	$(PYTHON) -m pytest
 
-lint: ## ruff and mypy
+lint: ## run ruff, mypy and import-linter
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+	$(dir $(PYTHON))lint-imports
 
-format: ## let ruff write the code's form
+format: ## format the code with ruff
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
-constraints: ## resolve all extras anew and write constraints.txt
+constraints: ## resolve all extras and write constraints.txt
 	bash tools/write_constraints.sh
+
+lowest: ## run tests with the lowest versions that pyproject.toml allows
+	bash tools/test_lowest.sh
 
 hashes: ## write requirements-release.txt: the same versions with the hash of every file
 	bash tools/write_hashes.sh
 
-audit: ## ask for known vulnerabilities of what a user installs
+audit: ## check the dependencies of a release for known vulnerabilities
 	python3 -m venv .audit
 	.audit/bin/pip install -q pip-audit
 	.audit/bin/pip-audit --strict --no-deps --disable-pip -r requirements-release.txt

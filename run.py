@@ -1,9 +1,8 @@
-"""Train, resume or sweep, as `promcse train` does. See `python run.py --help`."""
+"""Train, resume or sweep: the same as `promcse train`. See `python run.py --help`."""
 
-import signal
+import sys
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends without a traceback
-    from promcse_pl.cli.run import main
+    from promcse_pl.cli.main import main
 
-    main()
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -1,4 +1,4 @@
-"""Deep prompts in sentence-transformers: its trainer and loss train ours on a frozen MiniLM; under a minute on two cores."""
+"""Train a deep prompt on a frozen MiniLM with the trainer and a loss of sentence-transformers; under a minute on 2 cores."""
 
 from pathlib import Path
 
@@ -23,5 +23,5 @@ arguments = SentenceTransformerTrainingArguments(
 trainer = SentenceTransformerTrainer(model, arguments, data, loss=MultipleNegativesRankingLoss(model))
 trainer.train()
 
-save_adapter(model[0].encoder, Path("adapter"))  # PromCSE.load("adapter") and the promcse commands read it
-model.save_pretrained("model")  # SentenceTransformer("model", trust_remote_code=True) reads it, PromCSE.load too
+save_adapter(model[0].encoder, Path("adapter"))  # for PromCSE.load("adapter") and the promcse commands
+model.save_pretrained("model")  # for SentenceTransformer("model", trust_remote_code=True) and PromCSE.load

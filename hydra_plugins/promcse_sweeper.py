@@ -1,10 +1,11 @@
-"""Hydra's side of a sweep: overrides in, composed configs out. Hydra accepts plugins only from the package hydra_plugins."""
+"""The Hydra sweeper: turns overrides into the configs of jobs. Hydra finds plugins only in the package hydra_plugins."""
 
 from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from promcse_pl.sweeps.execute import run_sweep
 from promcse_pl.sweeps.plan import SweepJob
 from promcse_pl.sweeps.search import Interval, run_search
 from promcse_pl.training.distributed import refuse_sweep
-from promcse_pl.utils.errors import ConfigError, PromcseError, write_error
+from promcse_pl.utils.errors import ConfigError
+from promcse_pl.utils.exit_codes import exit_code
 
 # plain values: workers of other launchers unpickle them without importing this module
 NODE = {"_target_": "hydra_plugins.promcse_sweeper.PromcseSweeper", "params": None}
@@ -32,10 +34,10 @@ ConfigStore.instance().store(group="hydra/sweeper", name="promcse", node=NODE, p
 
 
 class PromcseSweeper(Sweeper):
-    """Hands the jobs of a command line to `promcse_pl.sweeps`, which plans, starts and records them.
+    """Passes the jobs of a command line to `promcse_pl.sweeps`, which plans, starts and records them.
 
     Args:
-        params: The sweep's overrides of a file in conf/sweep; the command line wins over them.
+        params: Overrides of the sweep in a file of conf/sweep; those of the command line win.
     """
 
     hydra_context: HydraContext
@@ -45,17 +47,17 @@ class PromcseSweeper(Sweeper):
         self.params = dict(params or {})
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Take what Hydra knows."""
+        """Keep the objects that Hydra passes before `sweep`."""
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
 
     def sweep(self, arguments: list[str]) -> None:
-        """Run the sweep, and leave with its exit code unless all went well."""
-        try:
-            code = self._sweep(arguments)
-        except PromcseError as error:
-            write_error(error)
-            code = 2
-        if code:
+        """Run the sweep; exit with its code unless it is 0."""
+
+        def sweep() -> int:
+            with _refusals_as_config_errors():
+                return self._sweep(arguments)
+
+        if code := exit_code(sweep):
             sys.exit(code)
 
     def _sweep(self, arguments: list[str]) -> int:
@@ -65,8 +67,8 @@ class PromcseSweeper(Sweeper):
         folder = Path(str(self.config.hydra.sweep.dir))
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         lines = [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
-        overrides = [one for one in parser.parse_overrides(lines) if not one.key_or_group.startswith("sweep.")]
-        space = {one.get_key_element(): _values(one) for one in overrides}
+        overrides = [entry for entry in parser.parse_overrides(lines) if not entry.key_or_group.startswith("sweep.")]
+        space = {override.get_key_element(): _values(override) for override in overrides}
         launcher = str(self.config.hydra.runtime.choices["hydra/launcher"])
         launch = None if launcher == "basic" else self._launch
         if settings.trials is not None:
@@ -74,33 +76,42 @@ class PromcseSweeper(Sweeper):
         choices = []
         for key, values in space.items():
             if isinstance(values, Interval):
-                raise ConfigError(f"{key} is given a range to search in. Try: sweep=optuna, or values with commas")
+                raise ConfigError(
+                    f"{key} has a range, which only a search takes. Try: sweep=optuna, or values with commas"
+                )
             choices.append([f"{key}={value}" for value in values])
         jobs = [list(job) for job in itertools.product(*choices)]
         return run_sweep(folder, arguments, jobs, settings, self._compose, launch)
 
     def _compose(self, overrides: Sequence[str]) -> Config:
-        try:
+        with _refusals_as_config_errors():
             composed = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
-        except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(" ".join(line.strip() for line in str(error).splitlines())) from error
         return config_of(composed)
 
     def _launch(self, jobs: Sequence[SweepJob]) -> None:
-        """Give jobs to the launcher that the user chose; each of its workers calls run.py's main."""
+        """Pass jobs to the Hydra launcher that the user chose; its workers call `promcse_pl.cli.run.run_composed`."""
         launcher = Plugins.instance().instantiate_launcher(
             hydra_context=self.hydra_context, task_function=self.task_function, config=self.config
         )
         launcher.launch([[*job.overrides, f"hydra.sweep.subdir={job.folder}"] for job in jobs], initial_job_idx=0)
 
 
-def _values(one: Override) -> list[str] | Interval:
-    """Return an override's values as text, or the range to search in."""
-    if not one.is_sweep_override():
-        return [one.get_value_element_as_str()]
-    if one.is_discrete_sweep():
-        return list(one.sweep_string_iterator())
-    value = one.value()
+@contextmanager
+def _refusals_as_config_errors() -> Iterator[None]:
+    """Raise what Hydra and OmegaConf refuse as a ConfigError of one line."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(" ".join(line.strip() for line in str(error).splitlines())) from error
+
+
+def _values(override: Override) -> list[str] | Interval:
+    """Return the values of an override as text, or the interval to search."""
+    if not override.is_sweep_override():
+        return [override.get_value_element_as_str()]
+    if override.is_discrete_sweep():
+        return list(override.sweep_string_iterator())
+    value = override.value()
     assert isinstance(value, IntervalSweep)
     assert value.start is not None
     assert value.end is not None

@@ -1,7 +1,7 @@
-"""An adapter on disk: adapter.safetensors (the trained tensors) and adapter.json (all that is needed to use them).
+"""Save and load adapters: adapter.safetensors (the trained tensors) and adapter.json (the settings to use them).
 
-The frozen encoder is referred to by name; where no name gives it, it lies in the adapter's own folder encoder/. No code is
-stored and none is run. Saves are atomic (`promcse_pl.utils.files.update_folder`).
+The frozen encoder is stored by name, or in the folder encoder/ of the adapter if it has no name. No code is stored or run. Saves
+are atomic (`promcse_pl.utils.files.update_folder`).
 """
 
 from __future__ import annotations
@@ -30,21 +30,23 @@ from promcse_pl.adapter_folder import (
 from promcse_pl.data.tokenizer import tokenizer_fingerprint
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import HEADS, PromptEncoder
+from promcse_pl.models.hub import download, is_hub_id
 from promcse_pl.models.identity import EncoderId, differences
 from promcse_pl.models.pooling import POOLINGS
-from promcse_pl.models.weights import read_header
-from promcse_pl.utils.errors import AdapterError
+from promcse_pl.models.weights import read_header, read_json_object
+from promcse_pl.utils.errors import AdapterError, EncoderError
 from promcse_pl.utils.files import current, read_unchanged, update_folder
-from promcse_pl.utils.paths import require_regular_file
+from promcse_pl.utils.paths import expand, is_folder
 from promcse_pl.version import __version__
 
 FORMAT = 2
 """Incremented when older versions could misread a newer folder. Format 1 identified the encoder by its weights only."""
-DESCRIPTION_BYTES = 2**24
+HUB_FILES = ("adapter*", "encoder/*")
+"""File patterns of an adapter on the hub: at the top of a repository, or in its folder adapter/."""
 
 
 def describe(encoder: PromptEncoder) -> dict[str, Any]:
-    """Return everything about a prompt encoder but its tensors, as plain values."""
+    """Return the settings of a prompt encoder, everything but its tensors, as plain values."""
     backbone, prompt = encoder.backbone, encoder.prompt
     return {
         "format": FORMAT,
@@ -105,10 +107,10 @@ def save_adapter(encoder: PromptEncoder, folder: str | Path, *, training: dict[s
 
 
 def _checksum(description: dict[str, Any], weights: bytes, bundled: Path) -> str:
-    """Return the hex sha256 of a description, the tensors and the small files of an encoder that lies beside them."""
+    """Return the hex sha256 of a description, the tensors and the small files of the encoder in the adapter's folder."""
     described = {key: value for key, value in description.items() if key != "checksum"}
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode() + weights)
-    if description["encoder"]["name"] == BUNDLED:  # its weights have a checksum of their own
+    if description["encoder"]["name"] == BUNDLED:  # the description has the sha256 of its weights
         for path in sorted(bundled.glob("*.json")):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
@@ -145,14 +147,29 @@ def adapter_hash(encoder: PromptEncoder, tokenizer: Any | None = None) -> str:  
     return digest.hexdigest()
 
 
+def locate_adapter(name: str | Path, revision: str | None = None) -> Path:
+    """Return the local folder of an adapter or run; a hub id OWNER/NAME that is not a local folder is downloaded.
+
+    Raises:
+        AdapterError: The hub id cannot be downloaded and is not in the local cache.
+    """
+    folder = expand(name)
+    if is_folder(folder) or not is_hub_id(str(name)) or "/" not in str(name):
+        return folder
+    try:
+        return download(str(name), revision, HUB_FILES)
+    except EncoderError as error:
+        raise AdapterError(f"there is no folder {name} (current folder: {Path.cwd()}), and {error}") from error
+
+
 def load_adapter(
     folder: str | Path, *, encoder: str | Path | None = None, dtype: torch.dtype = torch.float32
 ) -> PromptEncoder:
     """Read an adapter and its frozen encoder.
 
     Args:
-        folder: The adapter's folder, or that of the run it lies in.
-        encoder: Where the frozen encoder lies now; None: where the adapter says.
+        folder: Folder of the adapter or of its run.
+        encoder: Folder or hub id of the frozen encoder; None: the name in the adapter.
         dtype: Type of the frozen weights.
 
     Returns:
@@ -174,7 +191,9 @@ def _load(folder: Path, encoder: str | None, dtype: torch.dtype) -> PromptEncode
     backbone = FrozenBackbone.load(name, revision=None if encoder else about["encoder"]["revision"], dtype=dtype)
     _check_encoder(about["encoder"], backbone, folder)
     if bundled:
-        backbone.identity = dataclasses.replace(backbone.identity, name=BUNDLED)  # saved again, it stays so
+        backbone.identity = dataclasses.replace(
+            backbone.identity, name=BUNDLED
+        )  # so that the next save bundles it again
     options: dict[str, Any] = {
         "length": about["prompt"]["length"],
         "projection_size": about["prompt"]["projection_size"],
@@ -218,15 +237,15 @@ def _check_encoder(stored: dict[str, Any], backbone: FrozenBackbone, folder: Pat
 def _read_description(folder: Path) -> dict[str, Any]:
     path = current(folder, DESCRIPTION)
     try:
-        about = json.loads(require_regular_file(path, at_most=DESCRIPTION_BYTES).read_text(encoding="utf-8"))
+        about = read_json_object(path)
     except FileNotFoundError:
         reason = f"it has no {DESCRIPTION}" if folder.is_dir() else "there is no such folder"
         raise AdapterError(
             f"{folder} is not an adapter: {reason}. Give the `adapter` folder of a run, or the run's folder"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise AdapterError(f"{path} cannot be read: {error}") from error
-    if not isinstance(about, dict) or type(about.get("format")) is not int or about["format"] < 1:
+    if type(about.get("format")) is not int or about["format"] < 1:
         raise AdapterError(f"{path} is not an adapter's description: it has no format number")
     if about["format"] > FORMAT:
         raise AdapterError(
@@ -237,7 +256,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
 
 
 def _checked(about: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Check every field of a description; an unknown key may mean something that matters, so it is refused too."""
+    """Check every field of a description; unknown keys are rejected, since they could affect the embeddings."""
     template: dict[str, Any] = {
         "format": int,
         "promcse_pl": str,

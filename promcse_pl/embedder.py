@@ -1,46 +1,57 @@
-"""PromCSE: the object a user encodes sentences with."""
+"""PromCSE: encode sentences, compare them, and search an index."""
 
 # N sentences, T tokens, D width
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.console import Console
+from torch import Tensor
 from torch.nn import functional as F
 
 from promcse_pl import adapter as adapter_files
-from promcse_pl.data.batch import Tokens
+from promcse_pl.data.tokenizer import tokenizer_fingerprint
 from promcse_pl.index import Hit, Kind, SentenceIndex
 from promcse_pl.models.cpu.chunks import CHUNK_TOKENS
 from promcse_pl.models.encoder import PromptEncoder
-from promcse_pl.utils.errors import ConfigError, DataError, NonFiniteError, TextTypeError
+from promcse_pl.models.texts import list_of_texts, tokenize
+from promcse_pl.utils.errors import AdapterError, ConfigError, DataError, NonFiniteError
+from promcse_pl.utils.terminal import progress_bar
 
 Vectors = NDArray[np.float32]
+Progress = Callable[[int], None]
 BLOCK_SENTENCES = 4096
-"""Sentences that are tokenised and sorted at once; it bounds the memory beside the vectors."""
+"""Sentences that are tokenised and sorted by length at once; this limits the memory beside the embeddings."""
 
 
 class PromCSE:
-    """Sentence vectors from a frozen encoder and a trained prompt.
+    """Sentence embeddings from a frozen encoder and a trained prompt.
 
     Args:
-        encoder: The model; it is used in eval mode and left in the mode it had.
-        tokenizer: A transformers tokenizer; None takes the encoder's own.
+        encoder: The model; it is used in eval mode, and its mode is restored afterwards.
+        tokenizer: A transformers tokenizer; None: that of the encoder.
 
-    Example (`run` is the folder of a run, `folder` one to write to):
-        >>> model = PromCSE.load(run)
-        >>> vectors = model.encode(["A woman is reading.", "Someone reads."])
-        >>> vectors.shape, vectors.dtype.name
+    Example (`run` is the folder of a run, `folder` a folder to write to):
+        >>> from promcse_pl import PromCSE
+        >>> model = PromCSE.from_pretrained(run)
+        >>> embeddings = model.encode(["A woman is reading.", "Someone reads."], batch_size=32)
+        >>> embeddings.shape, embeddings.dtype.name
         ((2, 384), 'float32')
+        >>> tuple(model.encode("A woman is reading.", convert_to_tensor=True).shape)
+        (384,)
         >>> cosine = model.similarity("A woman is reading.", "Someone reads.")
         >>> bool(-1 <= cosine <= 1)
+        True
+        >>> model.save_pretrained(folder / "my-adapter")
+        >>> bool((PromCSE.from_pretrained(folder / "my-adapter").encode("A test.") == model.encode("A test.")).all())
         True
         >>> model.build_index(["Someone reads a book.", "A dog sleeps."])
         >>> [sentence for sentence, score in model.search("A woman is reading.", top_k=1)]
@@ -59,79 +70,171 @@ class PromCSE:
         self._index: SentenceIndex | None = None
 
     @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        encoder: str | Path | None = None,
+        device: str = "auto",
+        dtype: str = "float32",
+    ) -> PromCSE:
+        """Load an adapter from a local folder or the Hugging Face Hub, and the frozen encoder that it names.
+
+        Args:
+            name: Folder of an adapter or of a run, or a hub id OWNER/NAME.
+            revision: Commit, tag or branch on the hub.
+            encoder, device, dtype: See `load`.
+
+        Raises:
+            AdapterError: It is neither a folder nor on the hub; or see `load`.
+            EncoderError, ConfigError: See `load`.
+        """
+        return cls.load(adapter_files.locate_adapter(name, revision), encoder=encoder, device=device, dtype=dtype)
+
+    @classmethod
     def load(
         cls, folder: str | Path, *, encoder: str | Path | None = None, device: str = "auto", dtype: str = "float32"
     ) -> PromCSE:
-        """Read an adapter and the frozen encoder it belongs to.
+        """Load an adapter from a local folder, and the frozen encoder that it names.
 
         Args:
             folder: The `adapter` folder of a run, or the run's folder.
-            encoder: Where the encoder lies now, if not where the adapter says.
+            encoder: Folder or hub id of the frozen encoder, if it is not found under the name in the adapter.
             device: `cpu`, `cuda`, `mps`, or `auto`: a GPU if there is one.
-            dtype: `float32`, `bfloat16`, `float16`, or `int8` (a CPU's; docs/speed.md says what it costs): the type the encoder
-                computes in; vectors are float32 in any case.
+            dtype: Type that the encoder computes in: `float32`, `bfloat16`, `float16`, or `int8` (CPU only; docs/speed.md has its
+                accuracy). Embeddings are always float32.
 
         Raises:
-            AdapterError: The folder is not an adapter, is damaged, or belongs to another encoder.
-            EncoderError: The encoder is not to be found.
+            AdapterError: The folder is not an adapter, is damaged, or was trained on another encoder.
+            EncoderError: The encoder cannot be found.
+            ConfigError: An unknown device or dtype.
         """
         if dtype not in ("float32", "bfloat16", "float16", "int8"):
             raise ConfigError(f"dtype must be float32, bfloat16, float16 or int8, got {dtype!r}")
-        kept = torch.float32 if dtype == "int8" else getattr(torch, dtype)
-        model = adapter_files.load_adapter(folder, encoder=encoder, dtype=kept).to(pick_device(device))
+        stored = torch.float32 if dtype == "int8" else getattr(torch, dtype)
+        model = adapter_files.load_adapter(folder, encoder=encoder, dtype=stored).to(pick_device(device))
         if dtype == "int8":
             model.backbone.quantize()
         return cls(model)
 
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the adapter to a folder: the trained prompt and head, and the name of the frozen encoder.
+
+        Args:
+            folder: Absent, empty, or the folder of an adapter, which is replaced.
+
+        Raises:
+            AdapterError: The folder cannot be written or has other content, or `require_encoder_tokenizer` fails.
+        """
+        self.require_encoder_tokenizer("save_pretrained")
+        adapter_files.save_adapter(self.encoder, folder)
+
+    def require_encoder_tokenizer(self, caller: str) -> None:
+        """Raise an AdapterError if the tokenizer is not that of the encoder: an adapter cannot store another one."""
+        if self.encoder.backbone.identity.tokenizer != tokenizer_fingerprint(self.tokenizer):
+            raise AdapterError(
+                f"the model does not use the tokenizer of its encoder, and {caller} cannot store another one. Try: "
+                "PromCSE(model.encoder), which uses that of the encoder"
+            )
+
+    def __repr__(self) -> str:
+        encoder = self.encoder
+        described = {
+            "encoder": encoder.backbone.identity.name,
+            "prompt_length": encoder.prompt.length,
+            "pooling": encoder.pooling,
+            "head": encoder.head_mode,
+            "dimension": self.width,
+            "position_offset": encoder.position_offset,
+            "max_length": self.max_tokens,
+            "device": str(encoder.backbone.device),
+        }
+        return f"PromCSE({', '.join(f'{name}={value!r}' for name, value in described.items())})"
+
     @property
     def width(self) -> int:
-        """Entries of a vector."""
+        """D, the dimension of an embedding."""
         return self.encoder.backbone.width
 
     @property
     def max_tokens(self) -> int:
-        """Tokens of the longest sentence that is not cut, special ones included."""
+        """Maximum number of tokens of a sentence, special ones included; longer sentences are truncated."""
         return self.encoder.longest_input
 
+    # the parameters are those of sentence-transformers, and two of this package
     @overload
     def encode(
-        self, sentences: str, *, normalize: bool = True, progress: Callable[[int], None] | None = None
+        self,
+        sentences: str | Iterable[str],
+        *,
+        batch_size: int | None = None,
+        show_progress_bar: bool = False,
+        convert_to_tensor: Literal[False] = False,
+        normalize_embeddings: bool = True,
+        normalize: bool | None = None,
+        progress: Progress | None = None,
     ) -> Vectors: ...
     @overload
     def encode(
-        self, sentences: Iterable[str], *, normalize: bool = True, progress: Callable[[int], None] | None = None
-    ) -> Vectors: ...
+        self,
+        sentences: str | Iterable[str],
+        *,
+        batch_size: int | None = None,
+        show_progress_bar: bool = False,
+        convert_to_tensor: Literal[True],
+        normalize_embeddings: bool = True,
+        normalize: bool | None = None,
+        progress: Progress | None = None,
+    ) -> Tensor: ...
     def encode(
-        self, sentences: str | Iterable[str], *, normalize: bool = True, progress: Callable[[int], None] | None = None
-    ) -> Vectors:
-        """Return one vector per sentence, in the order given.
+        self,
+        sentences: str | Iterable[str],
+        *,
+        batch_size: int | None = None,
+        show_progress_bar: bool = False,
+        convert_to_tensor: bool = False,
+        normalize_embeddings: bool = True,
+        normalize: bool | None = None,
+        progress: Progress | None = None,
+    ) -> Vectors | Tensor:
+        """Compute the embeddings of sentences, in the order given.
 
-        Inside, sentences are sorted by length so that little padding is computed. A sentence longer than `max_tokens` is cut.
+        Sentences are sorted by length and encoded in batches with a limited number of tokens, so that little padding is computed.
 
         Args:
             sentences: One sentence, or any iterable of them: a list, a generator, a numpy array, a pandas Series.
-            normalize: Scale vectors to length 1, so that dot products are cosines.
-            progress: Called with the number of sentences done so far, now and then.
+            batch_size: Maximum number of sentences in a batch; None: only the number of tokens is limited. It affects memory and
+                speed; embeddings change by no more than rounding.
+            show_progress_bar: Show a progress bar on standard error if it is a terminal.
+            convert_to_tensor: Return a torch.Tensor on the model's device instead of a numpy array.
+            normalize_embeddings: Scale embeddings to length 1, so that dot products are cosines (unlike in sentence-transformers,
+                this is the default).
+            normalize: Earlier name of `normalize_embeddings`; it takes precedence.
+            progress: Function that is called with the number of sentences done, every few thousand sentences.
 
         Returns:
             (N, D) float32; (D,) for a single sentence; (0, D) for an empty list.
 
         Raises:
-            TextTypeError: An entry is not a string (a DataError and a TypeError); the message names its position.
-            DataError: A sentence holds a lone surrogate.
-            NonFiniteError: A vector is not finite.
+            TextTypeError: An entry is not a string (a DataError and a TypeError); the message has its position.
+            DataError: A sentence contains a lone surrogate.
+            ConfigError: batch_size is not an integer >= 1.
+            NonFiniteError: An embedding is not finite.
         """
-        if isinstance(sentences, str):
-            single: Vectors = self.encode([sentences], normalize=normalize)[0]
-            return single
-        texts = list_of_texts(sentences, "encode")
-        vectors_ND = np.empty((len(texts), self.width), dtype=np.float32)
-        for start in range(0, len(texts), BLOCK_SENTENCES):
-            block = texts[start : start + BLOCK_SENTENCES]
-            vectors_ND[start : start + len(block)] = self._encode_block(block, normalize)
-            if progress is not None:
-                progress(start + len(block))
-        return vectors_ND
+        if batch_size is not None and (not isinstance(batch_size, int | np.integer) or batch_size < 1):
+            raise ConfigError(f"batch_size must be an integer >= 1, or None, got {batch_size!r}")
+        texts = list_of_texts([sentences] if isinstance(sentences, str) else sentences, "encode")
+        unit_length = normalize_embeddings if normalize is None else normalize
+        embeddings_ND = np.empty((len(texts), self.width), dtype=np.float32)
+        with _progress_bar(show_progress_bar, len(texts)) as report:
+            for start in range(0, len(texts), BLOCK_SENTENCES):
+                block = texts[start : start + BLOCK_SENTENCES]
+                embeddings_ND[start : start + len(block)] = self._encode_block(block, batch_size, unit_length)
+                for function in filter(None, (report, progress)):
+                    function(start + len(block))
+        found = embeddings_ND[0] if isinstance(sentences, str) else embeddings_ND
+        return torch.from_numpy(found).to(self.encoder.backbone.device) if convert_to_tensor else found
 
     def similarity(self, a: str | Iterable[str], b: str | Iterable[str]) -> NDArray[np.float32]:
         """Return the cosine similarity of every sentence in `a` with every sentence in `b`.
@@ -149,16 +252,16 @@ class PromCSE:
     def build_index(
         self, sentences: Iterable[str], *, kind: Kind = "exact", progress: Callable[[int], None] | None = None
     ) -> None:
-        """Encode the sentences that `search` will look through, in the place of those of an earlier index.
+        """Encode the sentences that `search` searches; an earlier index is replaced.
 
         Args:
-            sentences: At least one; a sentence that stands twice is found twice.
+            sentences: At least one; a sentence that occurs twice is found twice.
             kind: `exact`, or through FAISS (extra `faiss`) `flat` or `ivf`; see `promcse_pl.index.SentenceIndex`.
             progress: See `encode`.
 
         Raises:
             ConfigError: An unknown kind, or FAISS is not installed.
-            DataError: No sentences, or something that is not text.
+            DataError: There are no sentences, or an entry is not text.
         """
         index = SentenceIndex(kind)
         texts = [] if isinstance(sentences, str) else list_of_texts(sentences, "build_index")
@@ -173,7 +276,7 @@ class PromCSE:
         """Append sentences to the index.
 
         Raises:
-            DataError: There is no index yet, or something that is not text.
+            DataError: There is no index yet, or an entry is not text.
         """
         if isinstance(sentences, str):
             raise DataError(f"add needs a list of sentences, got {sentences!r}. Try: add([{sentences!r}])")
@@ -189,15 +292,15 @@ class PromCSE:
     def search(
         self, queries: str | Iterable[str], *, top_k: int = 5, threshold: float | None = None
     ) -> list[Hit] | list[list[Hit]]:
-        """Return the nearest sentences of the index with their cosines, the best first; equal ones in the order they were added.
+        """Return the nearest sentences of the index with their cosines, best first; equal cosines in the order they were added.
 
         Args:
             queries: One sentence or many.
-            top_k: Most hits of each query, at least 1; all if the index holds fewer.
+            top_k: Maximum number of hits of each query, at least 1.
             threshold: Minimum cosine of a hit, in [-1, 1]; None: no minimum.
 
         Returns:
-            A list of (sentence, cosine) for one query; for many a list of such lists, empty where nothing reaches the threshold.
+            A list of (sentence, cosine) for one query; a list of such lists for many.
 
         Raises:
             ConfigError: top_k or threshold out of range.
@@ -208,20 +311,20 @@ class PromCSE:
         return self._built_index().search(self.encode(queries), top_k=top_k, threshold=threshold)
 
     def save_index(self, folder: str | Path) -> None:
-        """Write the index to a folder; the files of an index that is already there are replaced, other files are kept.
+        """Write the index to a folder; an index that is already there is replaced, other files are kept.
 
         Raises:
-            AdapterError: The folder holds something else, or cannot be written.
+            AdapterError: The folder has other content and no index, or cannot be written.
             DataError: There is no index yet.
         """
         self._built_index().save(folder, adapter=self.adapter_hash())
 
     def load_index(self, folder: str | Path) -> None:
-        """Read an index that this adapter made, in the place of an earlier one.
+        """Read an index that was built with this adapter; an earlier index is replaced.
 
         Raises:
-            AdapterError: Another adapter made it.
-            DataError: It is not an index, or a file is missing, cut short or changed.
+            AdapterError: It was built with another adapter.
+            DataError: It is not an index, or a file is missing, truncated or modified.
             ConfigError: It needs FAISS, which is not installed.
         """
         self._index = SentenceIndex.load(folder, adapter=self.adapter_hash(), width=self.width)
@@ -231,66 +334,38 @@ class PromCSE:
             raise DataError("there is no index yet. Try: model.build_index(sentences), or model.load_index(folder)")
         return self._index
 
-    def _encode_block(self, sentences: Sequence[str], normalize: bool) -> Vectors:
+    def _encode_block(self, sentences: Sequence[str], batch_size: int | None, unit_length: bool) -> Vectors:
         tokens = tokenize(self.tokenizer, sentences, self.max_tokens)
         with self._lock, _eval_mode(self.encoder), torch.inference_mode():
             device = self.encoder.backbone.device
-            vectors_ND, _ = self.encoder(tokens.to(device), chunk_tokens=CHUNK_TOKENS[device.type])
-            vectors_ND = F.normalize(vectors_ND, dim=1) if normalize else vectors_ND
-        if not bool(torch.isfinite(vectors_ND).all()):
-            place = int((~torch.isfinite(vectors_ND)).any(1).nonzero()[0])
-            raise NonFiniteError(
-                f"the vector of {sentences[place][:80]!r} is not finite: the adapter or the encoder is damaged"
+            embeddings_ND, _ = self.encoder(
+                tokens.to(device), chunk_tokens=CHUNK_TOKENS[device.type], chunk_sentences=batch_size
             )
-        return vectors_ND.cpu().numpy()
+            embeddings_ND = F.normalize(embeddings_ND, dim=1) if unit_length else embeddings_ND
+        finite_N = torch.isfinite(embeddings_ND).all(1)
+        if not bool(finite_N.all()):
+            sentence = sentences[int(finite_N.int().argmin())]
+            raise NonFiniteError(
+                f"the embedding of {sentence[:80]!r} is not finite: the adapter or the encoder is damaged"
+            )
+        return embeddings_ND.cpu().numpy()
 
 
-def list_of_texts(sentences: Iterable[str], caller: str) -> list[str]:
-    """Return the strings of an iterable as a list; the iterable is consumed once.
-
-    Raises:
-        TextTypeError: Not an iterable of strings: None, bytes, a dict, a DataFrame, or an entry of another type.
-        DataError: A text holds a lone surrogate.
-    """
-    if (
-        not isinstance(sentences, Iterable)
-        or isinstance(sentences, bytes | bytearray | memoryview | Mapping)
-        or getattr(sentences, "ndim", 1) != 1  # iterating over a DataFrame gives its column names
-    ):
-        raise TextTypeError(
-            f"{caller} needs a string or an iterable of strings, got {type(sentences).__name__} ({repr(sentences)[:80]}). "
-            f'Try: {caller}(["A woman reads."])'
-        )
-    texts = list(sentences)
-    for position, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise TextTypeError(f"sentence {position} must be a string, got {type(text).__name__} ({repr(text)[:200]})")
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise DataError(f"sentence {position} holds a lone surrogate, which no tokenizer accepts") from None
-    return texts
-
-
-def tokenize(tokenizer: Any, sentences: Sequence[str], longest: int) -> Tokens:  # noqa: ANN401  (a transformers tokenizer)
-    """Return the token numbers of sentences, cut to `longest` tokens and padded at the end."""
-    encoded = tokenizer(
-        list(sentences),
-        truncation=True,
-        max_length=longest,
-        padding=True,
-        padding_side="right",
-        return_token_type_ids=False,
-        return_tensors="pt",
-    )
-    return Tokens(encoded["input_ids"], encoded["attention_mask"])
+@contextmanager
+def _progress_bar(show: bool, total: int) -> Iterator[Progress | None]:
+    if not show:
+        yield None
+        return
+    with progress_bar(Console(stderr=True), "encoding", total) as report:
+        report(0)
+        yield report
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device of a setting; `auto` takes a GPU if there is one.
+    """Return the device of a setting; for `auto`, a GPU if there is one.
 
     Raises:
-        ConfigError: A device that this machine does not have.
+        ConfigError: This machine does not have the device.
     """
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
@@ -300,8 +375,8 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError:
         raise ConfigError(f"device must be auto, cpu, cuda or mps, got {name!r}") from None
     if not available.get(device.type, False):
-        here = ", ".join(kind for kind, there in available.items() if there)
-        raise ConfigError(f"there is no {device.type} device on this machine (there is: {here}). Try: device auto")
+        found = ", ".join(kind for kind, is_available in available.items() if is_available)
+        raise ConfigError(f"there is no {device.type} device on this machine (there is: {found}). Try: device auto")
     return device
 
 

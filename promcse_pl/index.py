@@ -1,4 +1,4 @@
-"""Sentences and their vectors, to be searched by cosine: in memory, and as a folder on disk."""
+"""An index of sentences, searched by cosine similarity: in memory, and as a folder on disk."""
 
 # N sentences, Q queries, D width, R candidates of one query
 
@@ -15,10 +15,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from promcse_pl.models.weights import file_sha256
+from promcse_pl.models.weights import file_sha256, read_json_object
 from promcse_pl.utils.errors import AdapterError, ConfigError, DataError, PromcseError
 from promcse_pl.utils.files import current, own_description, read_unchanged, refuse_taken, update_folder
-from promcse_pl.utils.paths import require_regular_file
 from promcse_pl.version import __version__
 
 Kind = Literal["exact", "flat", "ivf"]
@@ -28,23 +27,22 @@ Hit = tuple[str, float]
 
 FORMAT = 2
 """Incremented when older versions could misread a newer folder, or when the definition of the adapter hash changes."""
-DESCRIPTION_BYTES = 2**24
 DESCRIPTION, SENTENCES = "index.json", "sentences.json"
 VECTORS = {"exact": "vectors.npy", "flat": "vectors.faiss", "ivf": "vectors.faiss"}
 DECIMALS = 6
-"""Of a score. Beyond them unit vectors of float32 are noise: so a sentence scores 1 with itself, and equal sentences tie."""
+"""Decimals of a score. Further decimals of float32 embeddings are noise; without them equal sentences have equal scores."""
 SLACK = 2e-6
-"""More than a float32 dot product of unit vectors is off by: what comes so close is computed again in float64."""
+"""Upper bound on the rounding error of a float32 cosine; scores this close to the limit are computed again in float64."""
 BLOCK_QUERIES, BLOCK_ROWS = 256, 65536
-"""Scores that exact search holds at once: 64 MiB."""
+"""Size of the block of scores that exact search keeps in memory: 64 MiB."""
 
 
 class SentenceIndex:
-    """A growing list of sentences with unit vectors. Safe to use from several threads.
+    """Sentences and their normalised embeddings, with search by cosine similarity. Safe to use from several threads.
 
     Args:
-        kind: `exact`: dot products with every vector, by numpy; `flat`: the same by FAISS; `ivf`: FAISS looks into the tenth
-            of its cells that lies nearest to the query: fast on millions of sentences, and may miss some.
+        kind: `exact`: numpy, all embeddings; `flat`: FAISS, all embeddings; `ivf`: FAISS, the tenth of the clusters nearest to
+            the query, which is fast on millions of sentences and may miss some.
 
     Raises:
         ConfigError: An unknown kind, or one that needs FAISS where it is not installed.
@@ -60,7 +58,7 @@ class SentenceIndex:
         if kind not in KINDS:
             raise ConfigError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
         if kind != "exact":
-            _faiss()  # a missing package is told before a million sentences are encoded
+            _faiss()  # raises if it is not installed, before a million sentences are encoded
         self.kind = kind
         self.sentences: list[str] = []
         self._vectors: Any = None  # (N, D) float32 of an exact index, else the FAISS index
@@ -70,11 +68,11 @@ class SentenceIndex:
         return len(self.sentences)
 
     def add(self, vectors_ND: NDArray[np.float32], sentences: Sequence[str]) -> None:
-        """Append sentences. The first call on an `ivf` index also chooses its cells: give it a fair sample, best everything.
+        """Append sentences. The first call on an `ivf` index also trains its IVF centroids; pass a representative sample.
 
         Args:
-            vectors_ND: Unit vectors, a row a sentence.
-            sentences: What `search` will return.
+            vectors_ND: Normalised embeddings, one row per sentence.
+            sentences: The sentences, returned by `search`.
         """
         assert len(vectors_ND) == len(sentences)
         if not len(sentences):
@@ -92,13 +90,13 @@ class SentenceIndex:
     def search(
         self, queries_QD: NDArray[np.float32], *, top_k: int = 5, threshold: float | None = None
     ) -> list[list[Hit]]:
-        """Return the nearest sentences of each query, the best first; of equal scores the one added first.
+        """Return the nearest sentences of each query, best first; equal scores in the order they were added.
 
-        Which of equal scores make the last places of a full list is FAISS's choice where it searches.
+        With FAISS, equal scores at the end of a full list are selected by FAISS.
 
         Args:
-            queries_QD: Unit vectors, a row a query.
-            top_k: Most hits of a query, at least 1.
+            queries_QD: Normalised embeddings, one row per query.
+            top_k: Maximum number of hits per query, at least 1.
             threshold: Minimum cosine of a hit, in [-1, 1]; None: no minimum.
 
         Returns:
@@ -117,7 +115,7 @@ class SentenceIndex:
                 found = self._search_exactly(queries_QD, top_k, threshold)
             else:
                 scores_QR, rows_QR = self._vectors.search(queries_QD, min(top_k, len(self)))
-                found = [  # a row number of -1 fills up what FAISS did not find
+                found = [  # FAISS pads with row number -1
                     _best(scores_R[rows_R >= 0], rows_R[rows_R >= 0], top_k, threshold)
                     for scores_R, rows_R in zip(scores_QR, rows_QR, strict=True)
                 ]
@@ -147,7 +145,7 @@ class SentenceIndex:
 
         Args:
             folder: Absent, empty, or the folder of an index; other files in it are kept.
-            adapter: Hash of the adapter that made the vectors; `load` asks for the same.
+            adapter: Hash of the adapter that computed the embeddings; `load` requires the same.
 
         Raises:
             AdapterError: The folder cannot be written, or contains something other than an index.
@@ -158,8 +156,8 @@ class SentenceIndex:
             raise DataError("the index is empty: add sentences before you save it")
         if own_description(folder, DESCRIPTION, {"format", "promcse_pl", "adapter", "sha256"}) is None:
             refuse_taken(folder, error=AdapterError)
-        own = (SENTENCES, *VECTORS.values(), DESCRIPTION)
-        with self._lock, update_folder(folder, own, error=AdapterError) as new:
+        files = (SENTENCES, *VECTORS.values(), DESCRIPTION)
+        with self._lock, update_folder(folder, files, error=AdapterError) as new:
             names = (SENTENCES, VECTORS[self.kind])
             (new / SENTENCES).write_text(json.dumps(self.sentences), encoding="utf-8")
             if self.kind == "exact":
@@ -177,10 +175,10 @@ class SentenceIndex:
         Args:
             folder: The index's folder.
             adapter: Hash of the adapter that will encode the queries.
-            width: D, the width of its vectors.
+            width: D, the dimension of its embeddings.
 
         Raises:
-            AdapterError: Another adapter made the vectors.
+            AdapterError: The index was built with another adapter.
             DataError: The folder is not an index, has another format, or a file is missing, truncated, modified or
                 inconsistent with the others.
             ConfigError: It needs FAISS, which is not installed.
@@ -191,8 +189,7 @@ class SentenceIndex:
     @classmethod
     def _load(cls, folder: Path, adapter: str, width: int) -> SentenceIndex:
         try:
-            path = require_regular_file(current(folder, DESCRIPTION), at_most=DESCRIPTION_BYTES)
-            about = json.loads(path.read_text(encoding="utf-8"))
+            about = read_json_object(current(folder, DESCRIPTION))
             if about["format"] != FORMAT:
                 newer = isinstance(about["format"], int) and about["format"] > FORMAT
                 raise DataError(
@@ -222,16 +219,7 @@ class SentenceIndex:
             ) from None
         except PromcseError:
             raise
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            RuntimeError,
-            RecursionError,
-            EOFError,
-        ) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError) as error:
             raise DataError(f"{folder} is not an index, or is damaged: {type(error).__name__}: {error}") from error
         return index
 
@@ -261,7 +249,7 @@ def _read_faiss(path: Path, shape: tuple[int, int]) -> Any:  # noqa: ANN401
 
 
 def check_search(top_k: int, threshold: float | None) -> None:
-    """Refuse what no search can have: `ConfigError`."""
+    """Raise a ConfigError if a parameter of `SentenceIndex.search` is out of range."""
     if not isinstance(top_k, int | np.integer) or top_k < 1:
         raise ConfigError(f"top_k must be an integer >= 1, got {top_k!r}")
     if threshold is not None and not -1 <= threshold <= 1:
@@ -272,7 +260,7 @@ _Ranked = tuple[NDArray[np.float64], NDArray[np.intp]]
 
 
 def _best(scores_R: NDArray[Any], rows_R: NDArray[np.intp], top_k: int, threshold: float) -> _Ranked:
-    """Return the `top_k` best scores from `threshold` on, and their rows; of equal scores the lower rows."""
+    """Return the `top_k` highest scores >= `threshold` and their rows; for equal scores, the lower rows."""
     scores_R = scores_R.astype(np.float64).round(DECIMALS).clip(-1, 1)
     keep_R = scores_R >= threshold
     if len(scores_R) > top_k:
@@ -283,12 +271,12 @@ def _best(scores_R: NDArray[Any], rows_R: NDArray[np.intp], top_k: int, threshol
 
 
 def _new_faiss_index(vectors_ND: NDArray[np.float32], kind: Kind) -> Any:  # noqa: ANN401
-    """Return an empty FAISS index; the cells of an `ivf` index are trained on the vectors."""
+    """Return an empty FAISS index; the centroids of an `ivf` index are trained on the embeddings."""
     faiss, (rows, width) = _faiss(), vectors_ND.shape
     flat = faiss.IndexFlatIP(width)
     if kind == "flat":
         return flat
-    # about as many cells as vectors in a cell, and the 39 training vectors a cell that FAISS asks for
+    # about as many cells as embeddings per cell, and at least the 39 training embeddings per cell that FAISS recommends
     cells = max(1, min(math.isqrt(rows), rows // 39))
     index = faiss.IndexIVFFlat(flat, width, cells, faiss.METRIC_INNER_PRODUCT)
     index.cp.min_points_per_centroid = 1  # no warning about a single cell with few vectors

@@ -3,10 +3,12 @@
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from support.encoders import save_small_encoder
+from rich.console import Console
+from support.encoders import save_small_encoder, small_tokenizer
 from torch.nn import functional as F
 from transformers import AutoModel
 
@@ -15,7 +17,7 @@ from promcse_pl.adapter import save_adapter
 from promcse_pl.embedder import PromCSE, pick_device
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import PromptEncoder
-from promcse_pl.utils.errors import ConfigError, DataError, EncoderError, NonFiniteError
+from promcse_pl.utils.errors import AdapterError, ConfigError, DataError, EncoderError, NonFiniteError
 
 MIXED = ["w7", "w8 w9 w10 w11 w12 w13 w14 w15", "w8 w9", "w90 w91 w92 w93 w94", "w7 w8", ""] * 7
 ENGLISH = [
@@ -290,6 +292,95 @@ def test_progress_counts_the_sentences_done(model, monkeypatch):
     assert done == [20, 40, 42]
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, np.int64(7), 1000])
+def test_batch_size_limits_the_sentences_in_a_batch_and_changes_no_embedding(model, monkeypatch, batch_size):
+    expected, sizes = model.encode(MIXED), []
+    encode_chunk = model.encoder.encode_chunk
+    monkeypatch.setattr(
+        model.encoder,
+        "encode_chunk",
+        lambda chunk, prompt: (sizes.append(len(chunk.ids_NT)), encode_chunk(chunk, prompt))[1],
+    )
+    np.testing.assert_allclose(model.encode(MIXED, batch_size=batch_size), expected, rtol=0, atol=1e-6)
+    assert max(sizes) == min(batch_size, len(MIXED))
+    assert sum(sizes) == len(MIXED)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 2.0, "32"])
+def test_an_impossible_batch_size_is_refused(model, batch_size):
+    with pytest.raises(ConfigError, match=r"batch_size must be an integer >= 1, or None, got "):
+        model.encode(["w7"], batch_size=batch_size)
+
+
+def test_encode_returns_a_tensor_if_asked(model):
+    for sentences in ("w7", MIXED, []):
+        tensor = model.encode(sentences, convert_to_tensor=True)
+        assert isinstance(tensor, torch.Tensor)
+        assert tensor.device == model.encoder.backbone.device
+        assert np.array_equal(tensor.numpy(), model.encode(sentences))
+
+
+def test_normalize_is_an_earlier_name_of_normalize_embeddings(model):
+    raw = model.encode(MIXED, normalize_embeddings=False)
+    assert np.array_equal(raw, model.encode(MIXED, normalize=False))
+    assert not np.array_equal(raw, model.encode(MIXED))
+    assert np.array_equal(
+        model.encode("w7 w8", normalize_embeddings=False), model.encode(["w7 w8"], normalize=False)[0]
+    )
+
+
+def test_the_progress_bar_is_shown_on_a_terminal_only(model, monkeypatch, capsys):
+    model.encode(MIXED, show_progress_bar=True)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(module, "Console", lambda stderr: Console(stderr=stderr, force_terminal=True))
+    model.encode(MIXED, show_progress_bar=True)
+    assert f"{len(MIXED)}/{len(MIXED)}" in capsys.readouterr().err
+
+
+# --- load, save, show
+
+
+def test_save_pretrained_and_from_pretrained_round_trip(model, tmp_path):
+    model.save_pretrained(tmp_path / "adapter")
+    model.save_pretrained(tmp_path / "adapter")  # an adapter is replaced
+    for name in (tmp_path, str(tmp_path / "adapter")):
+        assert np.array_equal(PromCSE.from_pretrained(name, device="cpu").encode(MIXED), model.encode(MIXED))
+
+
+def test_save_pretrained_refuses_a_tokenizer_that_it_cannot_store(model, tmp_path):
+    with pytest.raises(AdapterError, match=r"does not use the tokenizer of its encoder, and save_pretrained cannot"):
+        PromCSE(model.encoder, small_tokenizer(pad_id=1)).save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("inner", ["", "adapter"])
+def test_from_pretrained_reads_a_hub_id_from_the_cache_when_offline(model, tmp_path, monkeypatch, inner):
+    commit = "0123456789" * 4
+    repository = tmp_path / "cache/models--someone--some-adapter"
+    model.save_pretrained(repository / "snapshots" / commit / inner)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for revision in (None, commit):
+        loaded = PromCSE.from_pretrained("someone/some-adapter", revision=revision, device="cpu")
+        assert np.array_equal(loaded.encode(MIXED), model.encode(MIXED))
+    with pytest.raises(
+        AdapterError, match=r"there is no folder someone/another .*the hub did not give someone/another"
+    ):
+        PromCSE.from_pretrained("someone/another")
+    with pytest.raises(AdapterError, match="there is no such folder"):
+        PromCSE.from_pretrained("./someone")
+
+
+def test_repr_shows_what_decides_the_embeddings_and_where_they_are_computed(model):
+    encoder = PromptEncoder(model.encoder.backbone, length=4, pooling="cls", head="mlp", position_offset=0)
+    assert repr(PromCSE(encoder)) == (
+        f"PromCSE(encoder={encoder.backbone.identity.name!r}, prompt_length=4, pooling='cls', head='mlp', dimension=16, "
+        "position_offset=0, max_length=40, device='cpu')"
+    )
+
+
 # --- similarity
 
 
@@ -351,7 +442,7 @@ def test_half_a_surrogate_pair_is_refused_with_its_place(model):
 def test_a_damaged_prompt_is_never_a_silent_vector(model, value, normalize):
     encoder = PromptEncoder(model.encoder.backbone, length=4, pooling="avg")
     torch.nn.init.constant_(encoder.prompt.embedding.weight, value)
-    with pytest.raises(NonFiniteError, match="the vector of 'w7' is not finite"):
+    with pytest.raises(NonFiniteError, match="the embedding of 'w7' is not finite"):
         PromCSE(encoder).encode(["w7", "w8"], normalize=normalize)
 
 

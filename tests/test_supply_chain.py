@@ -1,13 +1,16 @@
-"""What an install takes: no release that is known to be malicious, and a hash for every file."""
+"""Dependencies and metadata: no release that is known to be malicious, a hash for every file, one version."""
 
 import re
 import tomllib
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 from support.folders import ROOT
+
+from promcse_pl import __version__
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PINS = {
@@ -49,3 +52,8 @@ def test_the_release_list_has_a_hash_for_every_file_and_the_versions_of_constrai
     assert not [name for name, (_, hashes) in hashed.items() if not hashes]
     other = {name: version for name, (version, _) in hashed.items() if PINS.get(name, version) != version}
     assert not other, "run tools/write_hashes.sh after tools/write_constraints.sh"
+
+
+def test_the_citation_names_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (citation["version"], citation["license"]) == (__version__, PROJECT["license"])

@@ -110,7 +110,9 @@ def section_lines(kind: Any, name: str, common: dict[str, Any]) -> list[str]:  #
 def group_lines() -> list[str]:
     """Return the part of the page about the groups of conf/: their choices and the comments in their files."""
     lines = ["## Config groups", "", "Each choice is a file `conf/GROUP/CHOICE.yaml`.", ""]
-    for group, default, about in re.findall(r"^  - (\w+): (\S+) # (.+)$", (CONF / "config.yaml").read_text(), re.M):
+    for group, default, about in re.findall(
+        r"^  - (?:optional )?(\w+): (\S+) # (.+)$", (CONF / "config.yaml").read_text(), re.M
+    ):
         shown = "" if default == "null" else f" Default: `{default}`."
         lines += [f"### {group}=CHOICE", "", f"{about}{shown}", ""]
         if group == "recipe":

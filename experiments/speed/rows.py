@@ -19,9 +19,10 @@ from promcse_pl.data.tokens import file_source, load_tokens
 from promcse_pl.embedder import PromCSE
 from promcse_pl.losses.hybrid import hybrid_loss
 from promcse_pl.models import attention, backbone, prompt
-from promcse_pl.models.backbone import FrozenBackbone, locate
+from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.cpu import chunks, dropout, layers
 from promcse_pl.models.encoder import PromptEncoder
+from promcse_pl.models.hub import locate
 
 NAME = "sentence-transformers/all-MiniLM-L6-v2"
 LENGTH, TRIPLETS, MAX_LENGTH, SEED = 10, 128, 32, 1
@@ -91,7 +92,7 @@ def with_torch_dropout() -> Iterator[None]:
         patch.object(layers, "keep_mask", keep_mask),
         patch.object(dropout, "dropout", drop),
         patch.object(prompt, "dropout", drop),
-        patch.object(attention, "cheap_dropout", drop),
+        patch.object(attention, "fast_dropout", drop),
     ):
         yield
 
@@ -146,7 +147,7 @@ def peer_step(work: list[TrainBatch]) -> Step:
 
 @contextmanager
 def with_library_layers() -> Iterator[None]:
-    with patch.object(backbone, "can_be_written_out", lambda _model: False):
+    with patch.object(backbone, "can_fuse", lambda _model: False):
         yield
 
 

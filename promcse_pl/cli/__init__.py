@@ -1,1 +1,1 @@
-"""Entry points: Hydra (run.py, promcse train) and argparse (promcse)."""
+"""The `promcse` commands, one module each with `add_parser` and `run`; `run.py` is `promcse train`. May import every package."""

@@ -14,6 +14,7 @@ from promcse_pl.config.fields import Decides, settings
 from promcse_pl.config.parsing import shown, unknown_key
 from promcse_pl.config.schema import Config, SweepConfig
 from promcse_pl.utils.errors import ConfigError
+from promcse_pl.utils.paths import run_command
 
 
 def decides(key: str) -> Decides:
@@ -80,7 +81,7 @@ def check_overrides(arguments: Sequence[str], groups: Mapping[str, Sequence[str]
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if re.search(r"\d{1000}", value):  # Hydra's parser fails on it
-            raise ConfigError(f"{key[:100]} is a number of over a thousand digits. Try: python run.py --help")
+            raise ConfigError(f"{key[:100]} is a number of over a thousand digits. Try: {run_command('--help')}")
         if argument.startswith("-") or not equals:
             continue
         key = key.lstrip("+~").partition("@")[0]

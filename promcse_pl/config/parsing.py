@@ -13,6 +13,7 @@ from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hin
 
 from promcse_pl.config.fields import Setting, section_name, settings
 from promcse_pl.utils.errors import ConfigError
+from promcse_pl.utils.paths import run_command
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 300
@@ -184,7 +185,7 @@ def _command(setting: Setting, value: object) -> str:
         example = setting.range.example if setting.range else None
         example = setting.default if example is None else example
         typed = f"{key}={example:g}" if type(example) in (int, float) else f"{key}={str(example or True).lower()}"
-    return f"python run.py {'-m ' if key.startswith('sweep.') else ''}{typed}"
+    return f"{run_command()} {'-m ' if key.startswith('sweep.') else ''}{typed}"
 
 
 def _near(kind: Any, value: object) -> str:  # noqa: ANN401

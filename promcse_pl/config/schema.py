@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from promcse_pl.config.fields import EXECUTION, SCORES, Range
 from promcse_pl.config.parsing import Section, shown
 from promcse_pl.utils.errors import ConfigError
-from promcse_pl.utils.paths import SUFFIXES, file_suffix
+from promcse_pl.utils.paths import SUFFIXES, file_suffix, run_command
 
 Kind = Literal["sentences", "pairs", "triplets"]
 WIDTH: dict[Kind, int] = {"sentences": 1, "pairs": 2, "triplets": 3}
@@ -43,7 +43,7 @@ class ModelConfig(Section):
     def _check_combinations(self) -> None:
         if not self.path.strip():
             raise ConfigError(
-                f"model.path must be a folder or a hub id, got {self.path!r}. Try: python run.py model.path=bert-base-uncased"
+                f"model.path must be a folder or a hub id, got {self.path!r}. Try: {run_command()} model.path=bert-base-uncased"
             )
         if self.pooling == "cls_before_pooler" and self.head != "none":
             raise ConfigError(
@@ -89,7 +89,7 @@ class DataConfig(Section):
     def _check_combinations(self) -> None:
         if not self.train.strip():
             raise ConfigError(
-                f"data.train must be `demo` or a file, got {self.train!r}. Try: python run.py data.train=my.csv"
+                f"data.train must be `demo` or a file, got {self.train!r}. Try: {run_command()} data.train=my.csv"
             )
         width = WIDTH[self.kind]
         if self.columns is not None and len(self.columns) != width:
@@ -185,6 +185,9 @@ class TrainerConfig(Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Data type of the frozen encoder in training; `auto` takes bfloat16 if it is measured to be at least 1.3 times as fast.
     Prompt, head, loss, optimiser and final evaluation are always float32."""
+    layers: Literal["auto", "library"] = "auto"
+    """Layers of the frozen encoder in training. `auto`: fused CPU layers for BERT and RoBERTa on a CPU, unless a module has
+    hooks. `library`: always the modules of transformers. Results differ by rounding and by the sampled dropout masks."""
     chunk_tokens: Annotated[int | Literal["auto"] | None, Range(ge=1), EXECUTION] = "auto"
     """Number of tokens, padding included, that pass the encoder at once; `auto` chooses by device, `null` takes the whole batch.
     It affects speed and memory. The loss is that of the whole batch, but dropout masks are sampled per chunk."""
@@ -261,7 +264,7 @@ class EvaluationConfig(Section):
     """Whether the frozen encoder is evaluated too, for comparison."""
 
     def _check_combinations(self) -> None:
-        check_tasks(self.tasks, "python run.py 'evaluation.tasks=[{}]'")
+        check_tasks(self.tasks, f"{run_command()} 'evaluation.tasks=[{{}}]'")
 
 
 @dataclass(kw_only=True, slots=True)

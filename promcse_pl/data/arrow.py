@@ -7,11 +7,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from promcse_pl.data.columns import ColumnRequest, listed, short_name
+from promcse_pl.data.columns import ColumnRequest, Records, listed, short_name
 from promcse_pl.data.files import open_file
 from promcse_pl.utils.errors import DataError
 from promcse_pl.utils.paths import is_plain_name
@@ -21,9 +20,6 @@ if TYPE_CHECKING:
 
 STATE, SPLITS = "state.json", "dataset_dict.json"
 _BATCH = 4096
-
-Records = Iterator[tuple[int, list[tuple[str, Any]]]]
-"""1-based row number, and (label, value) of each column."""
 
 
 def is_saved_dataset(path: Path) -> bool:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from promcse_pl.utils.errors import DataError
+from promcse_pl.utils.paths import run_command
 
 TEXT_ROLES = ("anchor", "positive", "negative")
 ROLES = {
@@ -29,6 +31,10 @@ sentence1, sentence2; sentence_A, sentence_B; a, b) get their roles by rank, see
 """
 METADATA = ("note", "source", "split")
 """Names that are not suggested as texts; they are read by position like unknown names."""
+Record = list[tuple[str, Any]] | str
+"""Label and value of each requested column, or why the row cannot be used."""
+Records = Iterator[tuple[int, Record]]
+"""Records with the 1-based number of the line or row where they start."""
 _NUMBERED = re.compile(r"(?:(sent|sentence|text|question|query|title|caption|phrase)_?([0-3a-c])|()([a-c]))")
 _PLAIN_NAME = re.compile(r"(?!(?:null|true|false|nan|inf)$)[A-Za-z_][A-Za-z0-9_-]*", re.IGNORECASE)
 
@@ -192,7 +198,7 @@ class ColumnRequest:
             settings.append(f"data.header={str(self.header).lower()}")
         if chosen := ",".join(columns):
             settings.append(f"data.columns=[{chosen}]")
-        return f"python run.py {' '.join(map(_for_shell, settings))}"
+        return f"{run_command()} {' '.join(map(_for_shell, settings))}"
 
     def _chosen(self, columns: Columns, chosen: Sequence[str | int]) -> list[int]:
         positions: list[int] = []

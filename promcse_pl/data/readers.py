@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from promcse_pl.data.arrow import dataset_records, is_saved_dataset, parquet_records
-from promcse_pl.data.columns import SCORED_PAIRS, TRAINING_ROWS, ColumnRequest, is_number, short_name
+from promcse_pl.data.columns import SCORED_PAIRS, TRAINING_ROWS, ColumnRequest, Record, Records, is_number, short_name
 from promcse_pl.data.files import open_file
-from promcse_pl.data.text_formats import Record, Records, shown, text_records
+from promcse_pl.data.text_formats import shown, text_records
 from promcse_pl.utils.errors import DataError
 from promcse_pl.utils.paths import SUFFIXES, file_suffix
 
@@ -35,6 +35,7 @@ class BadRow:
         return f"{self.path}:{self.line}: {self.reason}"
 
 
+# Eight parameters: four settings of data.*, two lists of results, and `configurable` for callers without such settings.
 def read_rows(
     path: Path,
     *,
@@ -131,8 +132,7 @@ def _records(request: ColumnRequest) -> Records:
             raise DataError(_txt_refusal(request))
         # GzipFile.readline is Python code; the buffer in front of it saves a third of the time.
         stream = io.BufferedReader(gzip.GzipFile(fileobj=raw)) if path.suffix.lower() == ".gz" else raw
-        read = parquet_records(stream, request) if suffix == ".parquet" else text_records(stream, suffix, request)
-        yield from read
+        yield from (parquet_records(stream, request) if suffix == ".parquet" else text_records(stream, suffix, request))
 
 
 def _txt_refusal(request: ColumnRequest) -> str:

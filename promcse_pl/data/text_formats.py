@@ -13,16 +13,11 @@ import re
 from collections.abc import Iterator
 from typing import IO, Any
 
-from promcse_pl.data.columns import SCORED_PAIRS, ColumnRequest, Columns, is_number, listed, short_name
+from promcse_pl.data.columns import SCORED_PAIRS, ColumnRequest, Columns, Records, is_number, listed, short_name
 from promcse_pl.utils.errors import DataError
 
-Record = list[tuple[str, Any]] | str
-"""Label and value of each requested column, or why the row cannot be used."""
-Records = Iterator[tuple[int, Record]]
-"""Records with the 1-based number of the line where they start."""
-_Lines = Iterator[
-    tuple[int, list[Any] | dict[str, Any] | str]
-]  # all cells of a row, or why it is bad; a blank line: ""
+_Lines = Iterator[tuple[int, list[Any] | dict[str, Any] | str]]
+"""Line number, and all cells of the row or why it is bad; "" for a blank line."""
 
 
 def text_records(stream: io.BufferedReader[Any], suffix: str, request: ColumnRequest) -> Records:

@@ -39,7 +39,7 @@ def check_plot(path: str | Path) -> None:
         raise ConfigError(f"a plot must end in {', '.join(FORMATS)}, got {path}")
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ConfigError(f"the plot {path} cannot be written: {parent} is not a writable folder")
+        raise ConfigError(f"no plot can be written to {path}: {parent} is not a writable folder")
     try:
         import matplotlib as mpl
     except ImportError:

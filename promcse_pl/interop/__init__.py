@@ -1,1 +1,4 @@
-"""Adapters on disk."""
+"""Import and export: official PromCSE checkpoints, PEFT, sentence-transformers, mteb.
+
+May import the embedder, adapters, models and everything below.
+"""

@@ -1,8 +1,8 @@
-"""Checkpoints of the official PromCSE code, in and out.
+"""Import and export checkpoints of the official PromCSE code.
 
-A published folder holds the whole encoder, the prompt and the MLP in one file, but neither the prompt length, nor the projection
-flag, nor the pooler. The first two are read from the names and shapes of the tensors. Whether the MLP is kept at test time is
-not to be seen: it is asked for, or guessed from the folder's name.
+A published folder has the whole encoder, the prompt and the MLP in one file, but neither the prompt length, nor the projection
+flag, nor the pooler. The first two follow from the names and shapes of the tensors. Whether the MLP is kept at test time is an
+argument, or guessed from the folder's name.
 """
 
 # P prompt length, L layers, D width
@@ -11,34 +11,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from promcse_pl.adapter_folder import BUNDLED, find_adapter
 from promcse_pl.data.tokenizer import tokenizer_fingerprint
-from promcse_pl.models.backbone import (
-    FrozenBackbone,
-    first_line,
-    locate,
-    model_on_meta,
-    quiet_transformers,
-    read_config,
-    refuse_special_files,
-)
+from promcse_pl.interop.files import read_json, read_tensors
+from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import Head, PromptEncoder
+from promcse_pl.models.encoder_files import first_line, model_on_meta, quiet_transformers, read_config, without_pooler
+from promcse_pl.models.hub import is_hub_id, locate, refuse_special_files
 from promcse_pl.models.identity import EncoderId, differences
 from promcse_pl.models.pooling import POOLINGS, Pooling
-from promcse_pl.models.weights import file_sha256, read_pickle
+from promcse_pl.models.weights import file_sha256
 from promcse_pl.utils.errors import AdapterError, EncoderError
 from promcse_pl.utils.files import new_folder
-from promcse_pl.utils.paths import expand, is_folder, is_there, require_regular_file
+from promcse_pl.utils.paths import expand, is_folder, run_command
 
 CLASSES = {"bert": "BertForCL", "roberta": "RobertaForCL"}
 """Encoder families of the official code -> its class in config.json."""
@@ -73,7 +65,7 @@ class Imported:
 
     Attributes:
         encoder: In eval mode; `save_adapter` keeps the frozen encoder inside the adapter unless a name gives it.
-        notes: What was found, guessed and left out, a sentence each.
+        notes: Sentences about what was found, guessed and dropped.
     """
 
     encoder: PromptEncoder
@@ -97,20 +89,22 @@ def import_official(source: str | Path, *, pooling: str | None = None, encoder: 
         EncoderError: Another encoder family, or an encoder that was asked for and cannot be read.
     """
     folder = _find(str(source))
-    raw = _read_json(folder / "config.json")
+    raw = read_json(folder / "config.json", "a checkpoint of the official code")
     family = raw.get("model_type")
     if family not in CLASSES:
         raise EncoderError(f"{source} has model_type {family!r}; the official code knows {' and '.join(CLASSES)}")
-    path = next((folder / name for name in (SAFE, PICKLE) if is_there(folder / name)), folder / PICKLE)
-    frozen, trained, left_out = _split(_read_tensors(path), family, path)
+    path, state = read_tensors(folder, SAFE, PICKLE)
+    frozen, trained, left_out = _split(state, family, path)
 
     chosen, head, pooling_note = _choose_pooling(
         pooling, str(source), has_mlp=any(name.startswith("head.") for name in trained)
     )
     if head == "none":
         trained = {name: tensor for name, tensor in trained.items() if not name.startswith("head.")}
-    own = _build_backbone(folder, frozen, path)
-    backbone, encoder_note = _choose_backbone(None if encoder is None else str(encoder), raw.get("_name_or_path"), own)
+    inner = _build_backbone(folder, frozen, path)
+    backbone, encoder_note = _choose_backbone(
+        None if encoder is None else str(encoder), raw.get("_name_or_path"), inner
+    )
     projection = trained.get("prompt.trans.0.weight")
     options: dict[str, Any] = {
         "length": len(trained["prompt.embedding.weight"]),
@@ -140,59 +134,27 @@ def import_official(source: str | Path, *, pooling: str | None = None, encoder: 
 
 
 def _find(source: str) -> Path:
-    """Return the folder of a checkpoint, from here or from the hub, after looking what it is."""
+    """Return the folder of a checkpoint: the named folder, or a download from the hub."""
     folder = expand(source)
     if not is_folder(folder):
-        if source.startswith((".", "/", "~")) or source.count("/") != 1:
-            raise AdapterError(f"{source} is no folder here (current folder: {Path.cwd()}) and no hub id (OWNER/NAME)")
+        if not is_hub_id(source) or "/" not in source:
+            raise AdapterError(f"{source} is neither a folder (current folder: {Path.cwd()}) nor a hub id (OWNER/NAME)")
         return locate(source, None, weights=(SAFE, PICKLE))[0]
     if find_adapter(folder):
         raise AdapterError(
-            f"{source} is an adapter of this package already. Use it as it is: promcse encode {source} ..."
+            f"{source} is already an adapter of this package. Use it directly: promcse encode {source} ..."
         )
     refuse_special_files(folder)
-    if not (folder / "config.json").is_file():
-        raise AdapterError(
-            f"{source} is not a checkpoint of the official code: it has no config.json. Give the folder with {PICKLE} in it"
-        )
     return folder
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(require_regular_file(path, at_most=2**24).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise AdapterError(f"{path} must hold an object, got {type(value).__name__}")
-    return value
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a state dict without running anything that is in the file."""
-    try:
-        state = load_file(require_regular_file(path)) if path.name == SAFE else read_pickle(path)
-    except FileNotFoundError:
-        raise AdapterError(f"{path.parent} has neither {SAFE} nor {PICKLE}: it is no checkpoint") from None
-    except pickle.UnpicklingError as error:
-        reason = next((line for line in str(error).splitlines() if "nsupported" in line), first_line(error))
-        raise AdapterError(
-            f"{path} is refused: it holds more than tensors, and reading that could run code. Nothing in it was run. ({reason})"
-        ) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError) as error:
-        raise AdapterError(f"{path} is damaged or cut short: {first_line(error) or type(error).__name__}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise AdapterError(f"{path} is not a state dict (a dictionary of tensors)")
-    return state
-
-
 def _split(state: dict[str, Tensor], family: str, path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
-    """Sort the tensors into the frozen encoder's, the trained ones under our names, and what is left out."""
+    """Return the frozen encoder's tensors, the trained tensors under this package's names, and the names of dropped modules."""
     if "prefix_encoder.embedding.weight" not in state:
         kind = "a SimCSE model" if "mlp.dense.weight" in state else "a plain encoder or a SimCSE model"
         raise AdapterError(
             f"{path} has no prompt (prefix_encoder.embedding.weight); it looks like {kind}. An encoder is trained on, not "
-            f"imported: python run.py model.path={path.parent}"
+            f"imported: {run_command(f'model.path={path.parent}')}"
         )
     frozen: dict[str, Tensor] = {}
     trained: dict[str, Tensor] = {}
@@ -217,7 +179,7 @@ def _split(state: dict[str, Tensor], family: str, path: Path) -> tuple[dict[str,
 
 
 def _fit(tensors: dict[str, Tensor], wanted: dict[str, Tensor], path: Path) -> None:
-    """Refuse tensors that are not those which config.json and the prompt ask for."""
+    """Check that tensors have the names and shapes that config.json and the prompt require."""
     for what, names in (("lacks", set(wanted) - set(tensors)), ("holds the unknown", set(tensors) - set(wanted))):
         if names:
             raise AdapterError(
@@ -231,7 +193,7 @@ def _fit(tensors: dict[str, Tensor], wanted: dict[str, Tensor], path: Path) -> N
 
 
 def _choose_pooling(pooling: str | None, source: str, *, has_mlp: bool) -> tuple[Pooling, Head, str]:
-    """Return pooling and head in our terms, and what to say about them."""
+    """Return pooling and head in this package's terms, and a note on them."""
     if pooling is not None and pooling not in POOLINGS:
         raise AdapterError(f"--pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
     name = expand(source).resolve().name
@@ -263,18 +225,17 @@ def _build_backbone(folder: Path, frozen: dict[str, Tensor], path: Path) -> Froz
     from transformers import AutoModel
 
     config = read_config(folder, str(folder))
-    options = {"add_pooling_layer": False, "dtype": torch.float32}
     try:
         if config.num_hidden_layers > len(frozen):
             raise ValueError(
                 f"num_hidden_layers is {config.num_hidden_layers}, but there are only {len(frozen)} tensors"
             )
-        wanted = model_on_meta(config, **options).state_dict()
+        wanted = model_on_meta(config).state_dict()
     except Exception as error:
         raise AdapterError(f"{folder / 'config.json'} describes no encoder: {first_line(error)}") from error
     _fit(frozen, wanted, path)
     with quiet_transformers():
-        model = AutoModel.from_config(config, **options)
+        model = AutoModel.from_config(config, dtype=torch.float32, **without_pooler(config))
     model.load_state_dict(frozen, strict=True)
     backbone = FrozenBackbone(model, EncoderId(str(folder), None, file_sha256(path)), folder)
     fingerprint = tokenizer_fingerprint(backbone.tokenizer)  # raises without a tokenizer: the checkpoint is unusable
@@ -282,14 +243,14 @@ def _build_backbone(folder: Path, frozen: dict[str, Tensor], path: Path) -> Froz
     return backbone
 
 
-def _choose_backbone(asked: str | None, stored: object, own: FrozenBackbone) -> tuple[FrozenBackbone, str]:
-    """Return the encoder that a name gives if it is the checkpoint's own to the bit, else the own one, and what to say."""
+def _choose_backbone(asked: str | None, stored: object, inner: FrozenBackbone) -> tuple[FrozenBackbone, str]:
+    """Return the named encoder if it is bit for bit that of the checkpoint, otherwise the checkpoint's, and a note."""
     name = asked or (stored if isinstance(stored, str) else "")
     why = "config.json names no other; to refer to one: --encoder NAME"
     if name:
         try:
             named = FrozenBackbone.load(name)
-            difference = _difference(own, named)
+            difference = _difference(inner, named)
         except EncoderError as error:
             if asked:
                 raise
@@ -301,17 +262,17 @@ def _choose_backbone(asked: str | None, stored: object, own: FrozenBackbone) -> 
                     f"encoder {name}: equal to the checkpoint's bit for bit, so the adapter refers to it by name",
                 )
             why = f"{name} is another one: {difference}"
-    own.identity = dataclasses.replace(own.identity, name=BUNDLED)
-    return own, f"encoder kept inside the adapter: {why}"
+    inner.identity = dataclasses.replace(inner.identity, name=BUNDLED)
+    return inner, f"encoder kept inside the adapter: {why}"
 
 
-def _difference(own: FrozenBackbone, named: FrozenBackbone) -> str:
+def _difference(inner: FrozenBackbone, named: FrozenBackbone) -> str:
     """Describe the differences that affect the embeddings of two encoders; "" if there are none."""
-    ours, theirs = own.model.state_dict(), named.model.state_dict()
+    ours, theirs = inner.model.state_dict(), named.model.state_dict()
     other = [name for name, tensor in ours.items() if name not in theirs or not torch.equal(tensor, theirs[name])]
     if other or len(ours) != len(theirs):
         return f"{len(other)} of {len(ours)} tensors differ"
-    return "; ".join(differences(own.identity, named.identity, owner="here"))
+    return "; ".join(differences(inner.identity, named.identity, owner="here"))
 
 
 def export_official(encoder: PromptEncoder, folder: str | Path) -> str:
@@ -319,13 +280,13 @@ def export_official(encoder: PromptEncoder, folder: str | Path) -> str:
 
     Args:
         encoder: The prompt encoder; its backbone is BERT or RoBERTa in float32.
-        folder: Where to; it must not exist, or be empty.
+        folder: Absent or empty.
 
     Returns:
-        How to use it there, as README.md in the folder says too: the format does not hold the official options.
+        The text of README.md in the folder: the command line options of the official code, which the format does not contain.
 
     Raises:
-        AdapterError: Something that the official code cannot do, or a place that cannot be written.
+        AdapterError: The official code does not support the adapter, or the folder cannot be written.
     """
     folder, backbone = Path(folder), encoder.backbone
     family, config = backbone.family, backbone.model.config
@@ -365,7 +326,7 @@ def export_official(encoder: PromptEncoder, folder: str | Path) -> str:
 
 
 def _no_export(encoder: PromptEncoder) -> str:
-    """Say why the official code cannot use an adapter; "" if it can."""
+    """Return why the official code cannot use an adapter; "" if it can."""
     backbone, prompt = encoder.backbone, encoder.prompt
     if backbone.family not in CLASSES:
         return f"its encoder is {backbone.family}, allowed: {', '.join(CLASSES)}"
@@ -384,7 +345,7 @@ def _no_export(encoder: PromptEncoder) -> str:
 
 
 def _write_tokenizer(tokenizer: Any, folder: Path) -> None:  # noqa: ANN401  (a transformers tokenizer)
-    """Write a tokenizer as transformers 4.2.1 reads it: word lists and what the normaliser does."""
+    """Write a tokenizer for transformers 4.2.1: its vocabulary files and the settings of its normaliser."""
     backend = tokenizer.backend_tokenizer
     parts = json.loads(backend.to_str())
     backend.model.save(str(folder))

@@ -1,9 +1,9 @@
-"""Prompts to and from PEFT (Hugging Face): its prefix tuning is the same prompt, in the same layout.
+"""Import and export prefix-tuning adapters of PEFT (Hugging Face), which have the same prompt in the same layout.
 
 PEFT stores one tensor `prompt_embeddings`, (P, L * 2 * D), and views it as (P, 2L, N, H) with K0, V0, K1, V1, ... along 2L:
-the order of `DeepPrompt` and of the official PromCSE code. It hands the keys and values to the encoder as a cache of P past
-tokens, so transformers counts every token's position from P, for BERT and RoBERTa alike: `position_offset` is P and PEFT has
-no other. Measured with PEFT 0.21.2 and transformers 5.23: hidden states equal to the last bit.
+the order of `DeepPrompt` and of the official PromCSE code. It passes the keys and values to the encoder as a cache of P past
+tokens, so transformers counts every token's position from P, for BERT and RoBERTa alike: `position_offset` is always P.
+Measured with PEFT 0.21.2 and transformers 5.23: hidden states are equal to the last bit.
 """
 
 # P prompt length, L layers, N heads, H head size, D = N * H
@@ -11,23 +11,20 @@ no other. Measured with PEFT 0.21.2 and transformers 5.23: hidden states equal t
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from promcse_pl.adapter_folder import BUNDLED
+from promcse_pl.interop.files import read_json, read_tensors
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.pooling import POOLINGS, Pooling
-from promcse_pl.models.weights import read_pickle
 from promcse_pl.utils.errors import AdapterError, ConfigError
 from promcse_pl.utils.files import new_folder
-from promcse_pl.utils.paths import is_there, require_regular_file
 
 FAMILIES = ("bert", "roberta", "xlm-roberta", "electra")
 """Encoders that take a cache of past tokens, as PEFT needs; each has a test."""
@@ -42,17 +39,17 @@ CONFIG, WEIGHTS, PICKLED, TENSOR = (
 def export_peft(encoder: PromptEncoder, folder: str | Path) -> None:
     """Write a prompt as a folder that `peft.PeftModel.from_pretrained(base_model, folder)` reads.
 
-    PEFT has no place for the pooling, which whoever uses the folder must know, nor for the prompt's dropout. A projected
-    prompt becomes the tensor that the projection makes. A head that is left out of the vectors (`mlp_train_only`) is left out
-    here. An encoder that lies in the adapter's own folder is not copied and has no name in the config.
+    PEFT stores neither the pooling, which users of the folder must know, nor the prompt's dropout. A projected prompt is stored
+    as the output of the projection. A head for training only (`mlp_train_only`) is dropped. An encoder inside the adapter's
+    folder is not copied and has no name in the config.
 
     Args:
         encoder: The prompt encoder.
         folder: Absent or empty.
 
     Raises:
-        AdapterError: The head belongs to the vectors, the positions are not shifted by P, there is no prompt, PEFT does not
-            serve the family, or the place cannot be written.
+        AdapterError: The head is used at test time, the positions are not shifted by P, there is no prompt, PEFT does not
+            support the family, or the folder cannot be written.
 
     Example:
         >>> from promcse_pl.adapter import load_adapter
@@ -94,11 +91,11 @@ def export_peft(encoder: PromptEncoder, folder: str | Path) -> None:
 def import_peft(folder: str | Path, *, pooling: Pooling = "avg", encoder: str | Path | None = None) -> PromptEncoder:
     """Read a prefix-tuning adapter of PEFT and the encoder it names.
 
-    PEFT stores neither pooling nor a hash of the encoder: both are the caller's word.
+    PEFT stores neither the pooling nor a hash of the encoder, so the caller must know both.
 
     Args:
-        folder: With adapter_config.json and adapter_model.safetensors (or .bin, of which only tensors are read).
-        pooling: How the vectors were made; see `promcse_pl.models.pooling`.
+        folder: Folder with adapter_config.json and adapter_model.safetensors (or .bin, from which only tensors are read).
+        pooling: Pooling of the embeddings; see `promcse_pl.models.pooling`.
         encoder: Folder or hub id, if not the one in the config.
 
     Returns:
@@ -107,7 +104,7 @@ def import_peft(folder: str | Path, *, pooling: Pooling = "avg", encoder: str | 
     Raises:
         ConfigError: An unknown pooling.
         AdapterError: Not a prefix of PEFT, damaged, with more tensors than the prefix, or not of the encoder's shape.
-        EncoderError: The encoder is not to be found.
+        EncoderError: The encoder cannot be found.
     """
     if pooling not in POOLINGS:
         raise ConfigError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
@@ -141,32 +138,21 @@ def _check_family(backbone: FrozenBackbone) -> None:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(require_regular_file(path, at_most=2**24).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AdapterError(f"{path.parent} is not a PEFT adapter: it has no {CONFIG}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{path} cannot be read: {error}") from error
-    kind = config.get("peft_type") if isinstance(config, dict) else None
+    config = read_json(path, "a PEFT adapter")
+    kind = config.get("peft_type")
     if kind != "PREFIX_TUNING":
         raise AdapterError(f"{path} describes a PEFT adapter of the type {kind}; only PREFIX_TUNING is a deep prompt")
     if config.get("num_transformer_submodules") not in (None, 1):
-        raise AdapterError(f"{path} describes a prefix of an encoder-decoder model; only an encoder alone can be read")
-    return dict(config)
+        raise AdapterError(f"{path} describes a prefix of an encoder-decoder model; only encoders are supported")
+    return config
 
 
 def _read_prompt(folder: Path) -> Tensor:
-    path = folder / WEIGHTS if is_there(folder / WEIGHTS) else folder / PICKLED
-    try:
-        stored = load_file(require_regular_file(path)) if path.name == WEIGHTS else read_pickle(path)
-    except FileNotFoundError:
-        raise AdapterError(f"{folder} has neither {WEIGHTS} nor {PICKLED}: the adapter is incomplete") from None
-    except (SafetensorError, pickle.UnpicklingError, OSError, ValueError, RuntimeError, EOFError) as error:
-        raise AdapterError(f"{path} is damaged, or holds more than tensors: {error}") from error
-    if not isinstance(stored, dict) or set(stored) != {TENSOR}:
-        names = sorted(map(str, stored)) if isinstance(stored, dict) else type(stored).__name__
-        raise AdapterError(f"{path} must hold {TENSOR} alone, got {names}: other trained parts cannot be kept")
-    prompt = stored[TENSOR]
-    if not isinstance(prompt, Tensor) or not bool(torch.isfinite(prompt).all()):
+    path, stored = read_tensors(folder, WEIGHTS, PICKLED)
+    if set(stored) != {TENSOR}:
+        raise AdapterError(
+            f"{path} must hold {TENSOR} alone, got {sorted(map(str, stored))}: other trained tensors cannot be kept"
+        )
+    if not bool(torch.isfinite(stored[TENSOR]).all()):
         raise AdapterError(f"{path}: {TENSOR} must be a tensor of finite values")
-    return prompt
+    return stored[TENSOR]

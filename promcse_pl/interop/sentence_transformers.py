@@ -1,12 +1,13 @@
-"""An adapter as a sentence-transformers model: to encode, evaluate and train with that library's tools.
+"""An adapter as a sentence-transformers model: encode, evaluate and train with that library's tools.
 
-The folder of such a model is also a folder of ours: it holds the adapter in `adapter/`, so that `PromCSE.load` reads it.
+The folder of such a model contains the adapter in `adapter/`, so `PromCSE.load` reads it too.
 """
 
 # N sentences, T tokens, D width
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,12 @@ from torch import Tensor
 
 from promcse_pl.adapter import load_adapter, save_adapter
 from promcse_pl.data.batch import Tokens
-from promcse_pl.data.tokenizer import tokenizer_fingerprint
-from promcse_pl.embedder import PromCSE, tokenize
+from promcse_pl.embedder import PromCSE
 from promcse_pl.models.cpu.chunks import CHUNK_TOKENS
 from promcse_pl.models.encoder import PromptEncoder
+from promcse_pl.models.texts import tokenize
 from promcse_pl.utils.errors import AdapterError, ConfigError, DataError
-from promcse_pl.utils.files import new_folder, staging_folder, write_bytes
+from promcse_pl.utils.files import new_folder, update_folder
 from promcse_pl.utils.paths import require_regular_file
 
 try:
@@ -37,23 +38,23 @@ library_name: sentence-transformers
 pipeline_tag: sentence-similarity
 tags: [sentence-transformers, sentence-similarity, promcse_pl]
 ---
-Sentence vectors from a soft prompt on the frozen encoder {encoder}. Needs the package promcse_pl, whose class it names:
+Sentence embeddings from a soft prompt on the frozen encoder {encoder}. It needs the package promcse_pl:
 
     SentenceTransformer(THIS_FOLDER, trust_remote_code=True)
 """
 
 
 class PromptTransformer(InputModule):  # type: ignore[misc]
-    """The first module of a sentence-transformers model: frozen encoder, deep prompt, pooling and head in one.
+    """The first module of a sentence-transformers model: frozen encoder, deep prompt, pooling and head.
 
-    In eval mode it gives the test-time vector, in train mode the one that the loss is to see (they differ with the head
-    `mlp_train_only`). Vectors are not normalised; `as_sentence_transformer` puts a Normalize module behind. Only the prompt
-    and the head take gradients.
+    In eval mode it returns the test-time embedding, in train mode the embedding for the loss (they differ with the head
+    `mlp_train_only`). Embeddings are not normalised; `as_sentence_transformer` appends a Normalize module. Only the prompt and
+    the head take gradients.
 
     Args:
         encoder: The prompt encoder; it is shared, not copied.
-        tokenizer: A transformers tokenizer; None takes the encoder's own. It is not saved.
-        max_seq_length: See the property; None: as long as the encoder allows.
+        tokenizer: A transformers tokenizer; None: that of the encoder. It is not saved.
+        max_seq_length: See the property; None: the maximum of the encoder.
     """
 
     config_file_name = "sentence_bert_config.json"
@@ -72,7 +73,7 @@ class PromptTransformer(InputModule):  # type: ignore[misc]
 
     @property
     def max_seq_length(self) -> int:
-        """Tokens, special ones included, that a longer text is cut to; it can be set."""
+        """Maximum number of tokens, special ones included; longer texts are truncated. It can be set."""
         return self._max_seq_length
 
     @max_seq_length.setter
@@ -89,17 +90,17 @@ class PromptTransformer(InputModule):  # type: ignore[misc]
         return self.encoder.backbone.width
 
     def preprocess(self, inputs: Sequence[str], prompt: str | None = None, **_: object) -> dict[str, Tensor]:
-        """Turn texts into token numbers.
+        """Tokenise texts.
 
         Args:
             inputs: N texts.
-            prompt: Text to put in front of each.
+            prompt: Prefix of each text.
 
         Returns:
             `input_ids` and `attention_mask`, (N, T).
 
         Raises:
-            DataError: Something that is not text, such as a pair.
+            DataError: An input is not text, for example a pair.
         """
         for text in inputs:
             if not isinstance(text, str):
@@ -108,17 +109,18 @@ class PromptTransformer(InputModule):  # type: ignore[misc]
         return {"input_ids": tokens.ids_NT, "attention_mask": tokens.mask_NT}
 
     def forward(self, features: dict[str, Tensor], **_: object) -> dict[str, Tensor]:
-        """Add `sentence_embedding`, (N, D), to the features that `preprocess` made."""
+        """Add `sentence_embedding`, (N, D), to the features from `preprocess`."""
         tokens = Tokens(features["input_ids"], features["attention_mask"])
-        budget = CHUNK_TOKENS[tokens.ids_NT.device.type]  # one long text does not pad a whole batch
+        budget = CHUNK_TOKENS[tokens.ids_NT.device.type]  # so that one long text does not pad the whole batch
         features["sentence_embedding"], _hidden = self.encoder(tokens, train_head=self.training, chunk_tokens=budget)
         return features
 
     def save(self, output_path: str, *_: object, **_options: object) -> None:
-        """Write the adapter (safetensors and json, as always) and `max_seq_length`."""
+        """Write the adapter and `max_seq_length`."""
         save_adapter(self.encoder, Path(output_path) / "adapter")
         self.save_config(output_path)
 
+    # the signature is that of sentence-transformers' modules
     @classmethod
     def load(
         cls,
@@ -132,15 +134,15 @@ class PromptTransformer(InputModule):  # type: ignore[misc]
         trust_remote_code: bool = False,  # noqa: ARG003  (sentence-transformers has asked before it imports this class)
         **where: Any,  # noqa: ANN401  (its options of a download: token, cache_folder, revision, local_files_only)
     ) -> PromptTransformer:
-        """Read what `save` wrote; sentence-transformers calls this.
+        """Read a folder that `save` wrote; called by sentence-transformers.
 
         Args:
-            model_name_or_path, subfolder, where: Where the folder lies; a hub id is downloaded.
-            model_kwargs: `encoder`: where the frozen encoder lies now; `dtype`: the type it computes in, a torch.dtype.
-            processor_kwargs, config_kwargs, backend: Refused unless empty, empty and "torch".
+            model_name_or_path, subfolder, where: The folder; a hub id is downloaded.
+            model_kwargs: `encoder`: folder or hub id of the frozen encoder; `dtype`: the torch.dtype it computes in.
+            processor_kwargs, config_kwargs, backend: Rejected unless empty, empty and "torch".
 
         Raises:
-            AdapterError: See `load_adapter`; or an option that would have no effect.
+            AdapterError: See `load_adapter`; or an option has no effect.
         """
         given = model_kwargs or {}
         if set(given) - {"encoder", "dtype"} or processor_kwargs or config_kwargs or backend != "torch":
@@ -158,9 +160,9 @@ class PromptTransformer(InputModule):  # type: ignore[misc]
 
 
 def as_sentence_transformer(model: PromCSE) -> SentenceTransformer:
-    """Return a sentence-transformers model with the same vectors; it shares the prompt, which can be trained through it.
+    """Return a sentence-transformers model with the same embeddings.
 
-    What it has learnt is in `model.encoder` at once, and `save_adapter(model.encoder, folder)` writes it as an adapter.
+    It shares the trained tensors with `model`: after training it, `model.save_pretrained(folder)` writes the adapter.
     """
     modules = [PromptTransformer(model.encoder, model.tokenizer), Normalize()]
     return SentenceTransformer(modules=modules, device=str(model.encoder.backbone.device))
@@ -169,8 +171,8 @@ def as_sentence_transformer(model: PromCSE) -> SentenceTransformer:
 def export_sentence_transformers(model: PromCSE, folder: str | Path) -> None:
     """Write a folder for `SentenceTransformer(folder, trust_remote_code=True)`.
 
-    It holds no code and no frozen weights but those that the adapter itself holds: promcse_pl must be installed where it is
-    read, and the encoder is found by its name, as for any adapter.
+    It contains the adapter, and no code: promcse_pl must be installed where it is loaded, and the frozen encoder is found by its
+    name, as for any adapter.
 
     Args:
         model: The adapter and its encoder.
@@ -181,19 +183,12 @@ def export_sentence_transformers(model: PromCSE, folder: str | Path) -> None:
             encoder.
     """
     folder = Path(folder)
-    if model.encoder.backbone.identity.tokenizer != tokenizer_fingerprint(model.tokenizer):
-        raise AdapterError(
-            "the model does not use the tokenizer of its encoder, and an export cannot store another one. Try: "
-            "export_sentence_transformers(PromCSE(model.encoder), folder)"
-        )
+    model.require_encoder_tokenizer("export_sentence_transformers")
     if _is_export(folder):
         save_adapter(model.encoder, folder / "adapter")
-        with staging_folder(folder) as staged:
-            as_sentence_transformer(model).save_pretrained(str(staged), create_model_card=False)
-            for path in (path for path in staged.rglob("*") if path.is_file()):
-                name = path.relative_to(staged)
-                if name.parts[0] != "adapter":
-                    write_bytes(folder / name, path.read_bytes(), error=AdapterError)
+        with update_folder(folder, (), error=AdapterError) as new:
+            as_sentence_transformer(model).save_pretrained(str(new), create_model_card=False)
+            shutil.rmtree(new / "adapter")  # it was replaced above, which keeps other files beside it
         return
     with new_folder(folder, error=AdapterError) as new:
         as_sentence_transformer(model).save_pretrained(str(new), create_model_card=False)

@@ -17,15 +17,15 @@ def ntxent_logits(
     temperature: float,
     hard_negative_logit: float = 0.0,
 ) -> Tensor:
-    """Scores of every candidate for every anchor.
+    """Return the logits of every candidate for every anchor, cos(anchor, candidate) / temperature.
 
     Args:
         anchor_BD, positive_BD, negative_BD: Unit vectors, one row per example; no negatives for pairs.
         temperature: Divides the cosines, > 0.
-        hard_negative_logit: Added to an anchor's score for its own hard negative, and to no other.
+        hard_negative_logit: Added to the logit of each anchor's own hard negative (official --hard_negative_weight).
 
     Returns:
-        (B, C): the positives of the batch, then its hard negatives. The right candidate of row i is column i.
+        (B, C): columns are the positives of the batch, then its hard negatives. The correct candidate of row i is column i.
     """
     scores_BC = anchor_BD @ positive_BD.T / temperature
     if negative_BD is None:
@@ -39,7 +39,9 @@ def ntxent_logits(
 
 
 def ntxent(logits_BC: Tensor) -> Tensor:
-    """Cross-entropy of the right candidate among all, mean over the anchors (Jiang et al. 2022, eq. 2 and 8).
+    """Mean cross-entropy of the correct candidate (Jiang et al. 2022, eq. 2 and 8).
+
+        L = -1/B sum_i log(exp(logit_ii) / sum_c exp(logit_ic))
 
     Args:
         logits_BC: From `ntxent_logits`.

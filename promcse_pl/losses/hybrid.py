@@ -1,6 +1,6 @@
 """The training loss: NT-Xent + hinge weight x energy hinge + MLM weight x masked-language-model loss."""
 
-# B anchors, D width, M hidden tokens, V vocabulary
+# B anchors, D width, M masked tokens, V vocabulary
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from promcse_pl.losses.contrastive import ntxent, ntxent_logits
 from promcse_pl.losses.hinge import energy_hinge
 
 MLM_DECAY, MLM_DECAY_STEPS = 0.95, 100
-"""The MLM weight falls by this factor every so many steps (official code)."""
+"""The MLM weight is multiplied by this factor every `MLM_DECAY_STEPS` steps (official code)."""
 
 
 @dataclass(frozen=True, slots=True)
 class LossParts:
-    """The total and its parts, each already weighted as it enters the total; None for a part that is off."""
+    """The total loss and its weighted terms, scalars; None for a term that is not used."""
 
     total: Tensor
     contrastive: Tensor
@@ -26,13 +26,21 @@ class LossParts:
     mlm: Tensor | None = None
 
     def named(self) -> dict[str, Tensor]:
-        """Return the parts that are on, by name."""
+        """Return the terms that are used, by name."""
         parts = {"loss": self.total, "contrastive": self.contrastive, "hinge": self.hinge, "mlm": self.mlm}
         return {name: part for name, part in parts.items() if part is not None}
 
 
 def mlm_loss(scores_MV: Tensor, labels_M: Tensor) -> Tensor:
-    """Cross-entropy of the hidden tokens, mean over them; 0 (with a zero gradient) when nothing was hidden."""
+    """Mean cross-entropy over the masked tokens.
+
+    Args:
+        scores_MV: Scores of the vocabulary for each masked token.
+        labels_M: Their token ids.
+
+    Returns:
+        A scalar >= 0; 0 (with a zero gradient) without masked tokens.
+    """
     if len(labels_M) == 0:
         return scores_MV.sum()
     return F.cross_entropy(scores_MV, labels_M)
@@ -43,6 +51,7 @@ def mlm_weight_at(step: int, weight: float) -> float:
     return float(weight * MLM_DECAY ** (step / MLM_DECAY_STEPS))
 
 
+# nine parameters: three views, and the terms of the equation; a pure function of them needs no config
 def hybrid_loss(
     anchor_BD: Tensor,
     positive_BD: Tensor,
@@ -55,22 +64,24 @@ def hybrid_loss(
     mlm: Tensor | None = None,
     mlm_weight: float = 0.0,
 ) -> LossParts:
-    """Combine the terms (Jiang et al. 2022, eq. 12, and the official code's MLM term).
+    """Sum the loss terms (Jiang et al. 2022, eq. 12, and the official code's MLM term).
+
+        L = L_NT-Xent + lambda * L_hinge + w_mlm * L_MLM
 
     Args:
-        anchor_BD, positive_BD, negative_BD: Sentence vectors of any length; they are normalised here. None for pairs.
-        temperature: Of NT-Xent, > 0.
-        margin: Of the hinge, in [0, 2].
-        hinge_weight: Lambda; 0 switches the hinge off. Must be 0 without hard negatives.
-        hard_negative_logit: See `ntxent_logits`; the hinge does not see it.
+        anchor_BD, positive_BD, negative_BD: Unnormalised embeddings, one row per example; no negatives for pairs.
+        temperature: Divides the cosines in NT-Xent, > 0.
+        margin: Cosine gap of the hinge, in [0, 2].
+        hinge_weight: Lambda >= 0; 0 disables the hinge. Must be 0 without hard negatives.
+        hard_negative_logit: See `ntxent_logits`; it does not affect the hinge.
         mlm: The unweighted MLM loss, or None.
-        mlm_weight: Its weight at this step.
+        mlm_weight: Weight of the MLM loss at this step.
 
     Returns:
-        The total and its weighted parts.
+        The total and its weighted terms.
 
     Raises:
-        ValueError: A hinge without hard negatives.
+        ValueError: hinge_weight is not 0 without hard negatives.
     """
     if negative_BD is None and hinge_weight:
         raise ValueError("the energy hinge needs hard negatives (triplets); set hinge_weight to 0 for pairs")

@@ -1,1 +1,4 @@
-"""The frozen encoder and the trained prompt; all contact with transformers."""
+"""The prompt encoder: frozen backbone, deep prompt, attention, pooling and head; finds and reads encoders of transformers.
+
+May import losses, data, config and utils.
+"""

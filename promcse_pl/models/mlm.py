@@ -1,4 +1,4 @@
-"""The auxiliary masked-language-model task: which tokens are hidden, and the head that guesses them."""
+"""The head of the auxiliary masked-language-model (MLM) task."""
 
 # B sentences, T tokens, M masked tokens, D width, V vocabulary
 
@@ -12,13 +12,13 @@ from promcse_pl.models.prompt import INIT_STD
 
 
 class MlmHead(nn.Module):
-    """Dense, GELU, LayerNorm, and a decoder over the vocabulary: the head of BERT and of RoBERTa.
+    """Dense, GELU, LayerNorm, and a decoder over the vocabulary, as in BERT and RoBERTa.
 
-    The decoder starts as a copy of the encoder's embedding matrix and is trained apart from it (as the official code does).
+    The decoder is initialised with the encoder's embedding matrix and trained separately (as in the official code).
 
     Args:
-        embeddings_VD: The encoder's word embeddings; V and D are read from it.
-        layer_norm_eps: The encoder's.
+        embeddings_VD: Word embeddings of the encoder.
+        layer_norm_eps: Epsilon of the encoder's LayerNorm.
     """
 
     def __init__(self, embeddings_VD: Tensor, *, layer_norm_eps: float) -> None:

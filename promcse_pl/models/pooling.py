@@ -1,4 +1,4 @@
-"""From token vectors to one vector a sentence."""
+"""Pooling: from token embeddings to one sentence embedding."""
 
 # B sentences, T tokens, D width
 
@@ -14,23 +14,23 @@ POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 
 
 def needs_all_layers(pooling: Pooling) -> bool:
-    """Tell whether a pooling reads other layers than the last."""
+    """Return whether a pooling reads other layers than the last."""
     return pooling in ("avg_top2", "avg_first_last")
 
 
 def needs_first_token(pooling: Pooling) -> bool:
-    """Tell whether a pooling reads the first token alone."""
+    """Return whether a pooling reads only the first token."""
     return pooling in ("cls", "cls_before_pooler")
 
 
 def pool(states: Sequence[Tensor], mask_BT: Tensor, pooling: Pooling) -> Tensor:
-    """Reduce the token vectors of each sentence to one vector.
+    """Reduce the token embeddings of each sentence to one embedding.
 
     Args:
-        states: Hidden states (B, T, D) from the embedding output to the last layer; for poolings that read the last layer
-            alone, that one is enough, and of that one the first token for those that read no other.
+        states: Hidden states (B, T, D) from the embedding output to the last layer. The last layer is sufficient unless
+            `needs_all_layers`, and its first token, (B, 1, D), if `needs_first_token`.
         mask_BT: 1 for real tokens, 0 for padding. Prompt slots have no rows here.
-        pooling: `cls` and `cls_before_pooler`: the first token (the MLP head makes the difference between the two);
+        pooling: `cls` and `cls_before_pooler`: the first token (the two differ in the MLP head);
             `avg`: mean of the last layer's tokens; `avg_top2`: of the last two layers; `avg_first_last`: of the embedding
             output and the last layer.
 

@@ -1,4 +1,4 @@
-"""The trained part: P key and value vectors in front of every layer."""
+"""The deep prompt: P trained keys and values in front of those of the tokens, in every layer."""
 
 # B sentences, P prompt length, L layers, N heads, H head size, D = N * H
 
@@ -10,17 +10,17 @@ from torch import Tensor, nn
 from promcse_pl.models.cpu.dropout import dropout
 
 INIT_STD = 0.02
-"""Standard deviation of every fresh weight, as in BERT and the official PromCSE code."""
+"""Standard deviation of newly initialised weights, as in BERT and the official PromCSE code."""
 
 
 class DeepPrompt(nn.Module):
     """Trainable keys and values for every layer of an encoder (Jiang et al. 2022, eq. 1).
 
     The parameter names and shapes are the official ones: `embedding.weight` is (P, L * 2 * D), in the order K0, V0, K1, V1,
-    ...; with re-parametrisation it is (P, D) and an MLP `trans` (Linear, Tanh, Linear) makes the keys and values from it.
+    ...; with re-parametrisation it is (P, D) and an MLP `trans` (Linear, Tanh, Linear) computes the keys and values from it.
 
     Args:
-        length: P >= 0; with 0 the encoder is left as it is.
+        length: P >= 0; 0 is the plain encoder.
         layers, heads, head_size: L, N and H of the encoder.
         projection_size: Width of the MLP's hidden layer, or None for no re-parametrisation.
         dropout: Probability in [0, 1) of dropping a prompt channel in training.
@@ -58,16 +58,14 @@ class DeepPrompt(nn.Module):
         return prompt.unsqueeze(2)
 
     def drop(self, prompt_kv: Tensor, sentences: int) -> Tensor:
-        """Drop prompt channels in training: every sentence, layer, K/V, head, slot and channel by its own mask.
-
-        Without dropout (or in eval mode) the shared tensor is returned as it is: nothing is copied.
+        """Apply dropout in training, with an independent mask for every sentence, layer, K/V, head, slot and channel.
 
         Args:
-            prompt_kv: What `forward` gave.
-            sentences: B, the number of sentences that will see it.
+            prompt_kv: Output of `forward`.
+            sentences: B, the number of sentences.
 
         Returns:
-            (L, 2, B, N, P, H), or (L, 2, 1, N, P, H) when there is nothing to drop.
+            (L, 2, B, N, P, H); the unchanged (L, 2, 1, N, P, H) without dropout or in eval mode.
         """
         if not self.training or self.dropout == 0.0:
             return prompt_kv

@@ -1,4 +1,4 @@
-"""Hash weight files and check their headers before memory is allocated."""
+"""Read weight files and JSON files of others: no code is run, and no more memory is allocated than they contain."""
 
 from __future__ import annotations
 
@@ -28,6 +28,9 @@ _DTYPES = {
 }
 
 
+_JSON_BYTES = 2**24
+
+
 class TensorSpec(NamedTuple):
     """Shape and dtype of a stored tensor; a dtype that torch lacks is kept as its name in the file."""
 
@@ -48,6 +51,22 @@ def file_sha256(path: Path) -> str:
     """
     with require_regular_file(path).open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file of at most 16 MiB.
+
+    Raises:
+        OSError: It cannot be read, is larger, or is a FIFO, a socket or a device.
+        ValueError: It is not JSON, or contains something other than an object.
+    """
+    try:
+        value = json.loads(require_regular_file(path, at_most=_JSON_BYTES).read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must contain an object, got {type(value).__name__}")
+    return value
 
 
 def read_header(path: Path) -> dict[str, TensorSpec]:

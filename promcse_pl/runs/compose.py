@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,27 @@ from omegaconf.errors import OmegaConfBaseException
 
 from promcse_pl.config import Config, check_overrides
 from promcse_pl.utils.errors import ConfigError
+from promcse_pl.utils.paths import run_command
 
 CONF = Path(__file__).parents[1] / "conf"
+TYPED: ContextVar[Sequence[str]] = ContextVar("TYPED", default=())
+"""Arguments of `promcse train` as typed, for the commands in messages."""
 _NOT_OF_A_RUN = ("hydra", "sweep")
 """Sections of a composed config that are not settings of a run."""
 
 
-def config_groups() -> dict[str, list[str]]:
-    """Return the groups of conf/ and the choices of each; recipe/ is selected by mode and model."""
-    groups = sorted(path for path in CONF.iterdir() if path.is_dir())
-    return {group.name: sorted(path.stem for path in group.glob("[!_]*.yaml")) for group in groups}
+def config_groups(folders: Sequence[Path] = (CONF,)) -> dict[str, list[str]]:
+    """Return the groups of configuration folders and the choices of each; recipe/ is selected by mode and model."""
+    groups: dict[str, list[str]] = {}
+    for path in sorted(path for folder in folders if folder.is_dir() for path in folder.iterdir() if path.is_dir()):
+        groups.setdefault(path.name, []).extend(sorted(file.stem for file in path.glob("[!_]*.yaml")))
+    return groups
+
+
+def typed_command(before: str | None = None, after: str | None = None) -> str:
+    """Return the command as typed, with one more argument before or after the others."""
+    arguments = [argument for argument in (before, *TYPED.get(), after) if argument is not None]
+    return f"{run_command()} {shlex.join(arguments)}"
 
 
 def compose_config(overrides: Sequence[str], values: Mapping[str, str]) -> Config:
@@ -62,7 +73,5 @@ def config_of(composed: DictConfig) -> Config:
         why = str(error).partition("\n")[0]
         raise ConfigError(f"{error.full_key or 'the config'}: {why}. Try: a value in place of ${{...}}") from error
     if missing:
-        raise ConfigError(
-            f"{missing[0]} is not set. Try: python run.py {shlex.join([*sys.argv[1:], f'{missing[0]}=FILE'])}"
-        )
+        raise ConfigError(f"{missing[0]} is not set. Try: {typed_command(after=f'{missing[0]}=FILE')}")
     return Config.from_dict(raw)

@@ -43,7 +43,7 @@ from promcse_pl.sweeps.plan import (
     write_start,
 )
 from promcse_pl.sweeps.pool import GRACE_SECONDS, Pool, RunningTask, Task, check_gpus
-from promcse_pl.sweeps.ranking import different_dev_sets, format_score, find_best
+from promcse_pl.sweeps.ranking import different_dev_sets, find_best, format_score
 from promcse_pl.sweeps.wandb_summary import publish_sweep
 from promcse_pl.utils.errors import ConfigError, DataError, PromcseError
 from promcse_pl.utils.paths import run_command

@@ -158,7 +158,7 @@ def resumed_arguments(arguments: Sequence[str]) -> list[str]:
     """
     name = next(entry for entry in arguments if entry.startswith("sweep.resume=")).partition("=")[2].strip("'\"")
     if not name:
-        raise ConfigError("sweep.resume= names no folder. Try: python run.py -m sweep.resume=multirun/DATE/TIME")
+        raise ConfigError(f"sweep.resume= names no folder. Try: {run_command()} -m sweep.resume=multirun/DATE/TIME")
     folder = expand(name)
     plan = read_plan(folder)
     given = [entry for entry in arguments if not entry.startswith("-") and not _is_of_launch(entry)]
@@ -203,7 +203,7 @@ def plan_jobs(jobs: Iterable[Sequence[str]], compose: Compose) -> list[tuple[Swe
         for number, overrides in enumerate(jobs)
     ]
     if not planned:
-        raise ConfigError("the sweep has no jobs. Try: python run.py -m loss.temperature=0.03,0.05")
+        raise ConfigError(f"the sweep has no jobs. Try: {run_command()} -m loss.temperature=0.03,0.05")
     return planned
 
 

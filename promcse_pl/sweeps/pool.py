@@ -19,6 +19,7 @@ from promcse_pl.sweeps.plan import SharedSettings
 from promcse_pl.utils.errors import ConfigError, PromcseError
 from promcse_pl.utils.imports import without_gc
 from promcse_pl.utils.interpreter import call, python_command
+from promcse_pl.utils.paths import run_command
 from promcse_pl.utils.processes import (
     RANK_THREADS,
     ChildProcess,
@@ -237,7 +238,7 @@ class Pool:
         except OSError as error:  # too little memory, or too many processes
             raise PromcseError(
                 f"a job's process cannot be started: {os.strerror(error.errno or 0)}. "
-                "Try: python run.py -m sweep.resume=FOLDER sweep.parallel=1"
+                f"Try: {run_command()} -m sweep.resume=FOLDER sweep.parallel=1"
             ) from error
         self._free_slots.remove(slot)
         self.running.append(RunningTask(task, child, slot, started))

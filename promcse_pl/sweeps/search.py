@@ -36,6 +36,7 @@ from promcse_pl.sweeps.plan import (
 )
 from promcse_pl.sweeps.pool import Pool, RunningTask, Task, check_gpus
 from promcse_pl.utils.errors import ConfigError, DataError, PromcseError
+from promcse_pl.utils.paths import run_command
 from promcse_pl.utils.terminal import print_line
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def corners(space: Space) -> Iterator[list[str]]:
     }
     if all(len(texts) == 1 for texts in values.values()):
         raise ConfigError(
-            "there is nothing to search in. Try: python run.py -m sweep=search, or 'optim.lr=interval(1e-3,3e-2)'"
+            f"there is nothing to search in. Try: {run_command()} -m sweep=search, or 'optim.lr=interval(1e-3,3e-2)'"
         )
     for row in range(max(map(len, values.values()))):
         yield [f"{key}={texts[min(row, len(texts) - 1)]}" for key, texts in values.items()]

@@ -22,8 +22,8 @@ from promcse_pl.data.batch import TrainBatch
 from promcse_pl.data.pairs import ScoredPairs
 from promcse_pl.embedder import PromCSE
 from promcse_pl.evaluation.sts import score_pairs
-from promcse_pl.losses.gather import sum_over_ranks
 from promcse_pl.models.cpu.chunks import padded_tokens
+from promcse_pl.training.gather import sum_over_ranks
 from promcse_pl.training.module import PromcseModule
 from promcse_pl.utils.terminal import stages
 

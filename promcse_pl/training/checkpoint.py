@@ -25,10 +25,10 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from promcse_pl.data.batch import TrainBatch
-from promcse_pl.losses.gather import sum_over_ranks
 from promcse_pl.run_folder import CHECKPOINTS, HISTORY, NON_FINITE, checkpoint_folders, write_status
 from promcse_pl.training.context import Checkpoint, RunContext
 from promcse_pl.training.distributed import gather_values
+from promcse_pl.training.gather import sum_over_ranks
 from promcse_pl.training.module import PromcseModule
 from promcse_pl.utils.errors import DataError, NonFiniteError
 from promcse_pl.utils.files import publish, staging_folder, sync, write_bytes

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from promcse_pl.config import Config, TrainerConfig, flat_settings
 from promcse_pl.utils.errors import ConfigError
+from promcse_pl.utils.paths import run_command
 
 T = TypeVar("T")
 
@@ -104,7 +105,7 @@ def refuse_sweep() -> None:
     if environment := _from_environment():
         starter, _, size, _ = environment
         raise ConfigError(
-            f"{starter} started {size} processes, and each would run the whole sweep. Try: python run.py -m ... trainer=ddp "
+            f"{starter} started {size} processes, and each would run the whole sweep. Try: {run_command()} -m ... trainer=ddp "
             "trainer.devices=N without it; every job starts its own processes"
         )
 
@@ -122,7 +123,7 @@ def join_process_group(ranks: Ranks, trainer: TrainerConfig) -> None:
     import torch.distributed as dist
 
     from promcse_pl.embedder import pick_device
-    from promcse_pl.losses.gather import collective
+    from promcse_pl.training.gather import collective
 
     kind = pick_device(trainer.device).type
     if kind == "mps":
@@ -161,7 +162,7 @@ def leave_process_group(ranks: Ranks) -> None:
         return
     import torch.distributed as dist
 
-    from promcse_pl.losses.gather import collective
+    from promcse_pl.training.gather import collective
 
     with collective():
         dist.barrier()
@@ -172,7 +173,7 @@ def gather_values(value: T) -> list[T]:
     """Return a plain value of every rank, by rank."""
     import torch.distributed as dist
 
-    from promcse_pl.losses.gather import collective, world_size
+    from promcse_pl.training.gather import collective, world_size
 
     if world_size() == 1:
         return [value]

@@ -17,7 +17,6 @@ from pytorch_lightning.strategies import DDPStrategy
 
 from promcse_pl.config import Config
 from promcse_pl.data.module import PromcseDataModule
-from promcse_pl.losses.gather import collective
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.mlm import MlmHead
@@ -26,6 +25,7 @@ from promcse_pl.training.callbacks import BestByDev, History, Progress
 from promcse_pl.training.checkpoint import RunCheckpoints, Saver
 from promcse_pl.training.context import RunContext
 from promcse_pl.training.distributed import Ranks
+from promcse_pl.training.gather import collective
 from promcse_pl.training.machine import must_recompute
 from promcse_pl.training.module import PromcseModule
 from promcse_pl.utils.errors import ConfigError
@@ -94,6 +94,7 @@ def build_encoder(config: Config) -> PromptEncoder:
         dropout=config.prompt.dropout,
         position_offset=config.prompt.position_offset,
     )
+    encoder.backbone.use_fused_layers = config.trainer.layers == "auto"
     if encoder.longest_input < MIN_INPUT_TOKENS:
         raise ConfigError(
             f"prompt.length={config.prompt.length} shifts the positions so far that no sentence fits the encoder. "

@@ -14,10 +14,10 @@ from torch import Tensor
 from promcse_pl.config import LossConfig, OptimConfig
 from promcse_pl.data.batch import TrainBatch
 from promcse_pl.data.masking import IGNORED
-from promcse_pl.losses.gather import average_gradients, gather_rows, scaled_gradient, sum_over_ranks, world_size
 from promcse_pl.losses.hybrid import LossParts, hybrid_loss, mlm_loss, mlm_weight_at
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.mlm import MlmHead
+from promcse_pl.training.gather import average_gradients, gather_rows, scaled_gradient, sum_over_ranks, world_size
 from promcse_pl.utils.errors import NonFiniteError
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TypeGuard, TypeVar
 
 Tree = TypeVar("Tree")
+ENTRY_POINT = "PROMCSE_ENTRY_POINT"
+"""Environment variable with the start of the commands in messages: `promcse train`."""
 LONGEST_NAME = 255
 """Maximum length of a file name in bytes on common file systems."""
 
@@ -31,8 +33,13 @@ def is_folder(path: Path) -> bool:
 
 
 def run_command(*arguments: str) -> str:
-    """Return the command `python run.py ARGUMENTS`, quoted for a shell."""
-    typed = ["python", "run.py"]
+    """Return the command that trains with these arguments, quoted for a shell.
+
+    It is `promcse train ...` if this process, or the one that started it, was started so, or if the package is installed without
+    its clone; otherwise `python run.py ...`.
+    """
+    in_clone = (Path(__file__).parents[2] / "run.py").is_file()
+    typed = [os.environ.get(ENTRY_POINT) or ("python run.py" if in_clone else "promcse train")]
     for argument in arguments:
         key, equals, value = argument.partition("=")
         typed.append(f"{key}={shlex.quote(value)}" if equals else shlex.quote(argument))

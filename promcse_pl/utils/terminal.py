@@ -47,7 +47,7 @@ def plain(text: str) -> str:
 
 def print_line(text: str) -> None:
     """Print a line of text on standard output: unbroken, without markup, and at once."""
-    output_console().print(plain(text), soft_wrap=True, highlight=False)
+    output_console().out(visible(text), highlight=False)
 
 
 class ConsoleHandler(logging.Handler):

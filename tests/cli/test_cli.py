@@ -1,4 +1,4 @@
-"""`promcse`: the commands as a person types them, on the adapter of the shared run."""
+"""`promcse encode`, `similarity`, `train` and the parser, on the adapter of the shared run."""
 
 import gzip
 import json
@@ -28,14 +28,14 @@ def test_encode_writes_unit_vectors_in_the_order_of_the_lines(trained_run, tmp_p
     assert {path.name for path in tmp_path.iterdir()} == {"corpus.txt", "vectors.npy"}
 
 
-@pytest.mark.parametrize("place", ["", "adapter"])
-def test_the_adapter_of_an_unfinished_run_is_said_to_be_one(trained_run, tmp_path, capsys, place):
+@pytest.mark.parametrize("subfolder", ["", "adapter"])
+def test_the_adapter_of_an_unfinished_run_is_reported_as_such(trained_run, tmp_path, capsys, subfolder):
     run = shutil.copytree(trained_run.folder, tmp_path / "run")
-    for state, told in (("finished", ""), ("stopped", "the run is not finished: this is its best adapter so far\n")):
+    for state, message in (("finished", ""), ("stopped", "the run is not finished: this is its best adapter so far\n")):
         status = json.loads((run / "status.json").read_text())
         (run / "status.json").write_text(json.dumps({**status, "state": state}))
-        assert main(["similarity", str(run / place), "One.", "Two."]) == 0
-        assert capsys.readouterr().err == told
+        assert main(["similarity", str(run / subfolder), "One.", "Two."]) == 0
+        assert capsys.readouterr().err == message
 
 
 def test_encode_reads_gzipped_text(trained_run, tmp_path):
@@ -103,16 +103,16 @@ def test_version_is_printed(capsys):
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["encode", "--help"]])
 def test_help_and_version_do_not_wait_for_torch(arguments):
     command = [sys.executable, "-X", "importtime", "-m", "promcse_pl.cli.main", *arguments]
-    begin = time.perf_counter()
+    start_time = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0
-    assert time.perf_counter() - begin < 5  # a tenth of a second on a free machine
+    assert time.perf_counter() - start_time < 5  # a tenth of a second on a free machine
     imports = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "argparse" in imports
     assert not imports & {"torch", "numpy", "transformers", "wandb", "hydra", "rich"}
 
 
-def test_without_a_command_the_use_is_shown(capsys):
+def test_without_a_command_the_usage_is_printed(capsys):
     with pytest.raises(SystemExit) as caught:
         main([])
     assert caught.value.code == 2
@@ -132,7 +132,7 @@ def test_a_command_or_option_that_does_not_exist_names_the_nearest_in_one_line(a
     with pytest.raises(SystemExit) as caught:
         main(arguments.split())
     assert caught.value.code == 2
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1
-    assert told.startswith("error: ")
-    assert f". Did you mean {meant}? Try: promcse " in told
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert message.startswith("error: ")
+    assert f". Did you mean {meant}? Try: promcse " in message

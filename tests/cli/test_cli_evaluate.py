@@ -112,10 +112,10 @@ def test_a_link_that_leads_to_itself_is_no_target(tmp_path, monkeypatch, capsys)
 
 def test_a_picture_that_cannot_be_written_is_an_error_and_leaves_nothing(mine, tmp_path, capsys):
     before = sorted(tmp_path.iterdir())
-    for place in (mine / "x.png", Path("/proc/x.png")):
-        assert main(["evaluate", MINILM, "--tasks", str(mine), "--plot", str(place)]) == 2
+    for path in (mine / "x.png", Path("/proc/x.png")):
+        assert main(["evaluate", MINILM, "--tasks", str(mine), "--plot", str(path)]) == 2
         message = capsys.readouterr().err
-        assert str(place) in message
+        assert str(path) in message
         assert "can be written" in message or "cannot write" in message
     assert [path for path in sorted(tmp_path.iterdir()) if path.name != "xdg"] == before
 

@@ -15,9 +15,10 @@ from promcse_pl.config import Config, LossConfig, OptimConfig
 from promcse_pl.data.batch import Tokens, TrainBatch
 from promcse_pl.data.masking import IGNORED
 from promcse_pl.data.readers import read_rows
-from promcse_pl.embedder import PromCSE, tokenize
+from promcse_pl.embedder import PromCSE
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.mlm import MlmHead
+from promcse_pl.models.texts import tokenize
 from promcse_pl.training.module import PromcseModule
 from promcse_pl.utils.errors import ConfigError, DataError
 
@@ -147,7 +148,7 @@ def check_mask(probe):
 
 
 def check_mlm(probe):
-    """No hidden token gives no MLM loss; hidden tokens without a head, or a head without hidden tokens, give the plain loss."""
+    """No masked token gives no MLM loss; masked tokens without a head, or a head without masked tokens, give the plain loss."""
     encoder = encoder_of(probe)
     tokens = tokens_for(encoder, [9, 7, 4] * 2)
     plain = loss_of(encoder, 2, tokens).total

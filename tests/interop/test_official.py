@@ -371,11 +371,11 @@ def test_code_in_a_pickle_is_not_run(form, checkpoint, tmp_path):
 def test_what_is_not_a_checkpoint_is_named(carrying, tmp_path):
     (tmp_path / "empty").mkdir()
     for source, message in (
-        (tmp_path / "nothing", "nothing is no folder here .* and no hub id"),
-        ("just-a-name", "just-a-name is no folder here"),
+        (tmp_path / "nothing", "nothing is neither a folder .* nor a hub id"),
+        ("just-a-name", "just-a-name is neither a folder"),
         (tmp_path / "empty", "is not a checkpoint of the official code: it has no config.json"),
-        (carrying[0], "is an adapter of this package already"),
-        (tmp_path, "is an adapter of this package already"),  # as a run's folder is
+        (carrying[0], "is already an adapter of this package"),
+        (tmp_path, "is already an adapter of this package"),  # as a run's folder is
         (save_encoder(tmp_path / "plain"), "has no prompt .* plain encoder"),
     ):
         with pytest.raises(AdapterError, match=message):
@@ -384,7 +384,7 @@ def test_what_is_not_a_checkpoint_is_named(carrying, tmp_path):
     with pytest.raises(AdapterError, match=r"plain has neither model.safetensors nor pytorch_model.bin"):
         import_official(tmp_path / "plain")
     (tmp_path / "plain/config.json").write_text("[]")
-    with pytest.raises(AdapterError, match=r"config.json must hold an object, got list"):
+    with pytest.raises(AdapterError, match=r"config.json must contain an object, got list"):
         import_official(tmp_path / "plain")
 
 
@@ -462,5 +462,5 @@ def test_import_and_export_say_what_they_did(checkpoint, tmp_path, capsys):
 
 def test_errors_go_to_stderr_with_code_2(tmp_path, capsys):
     assert main(["import", str(tmp_path / "typo"), "-o", str(tmp_path / "adapter")]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'typo'} is no folder here")
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'typo'} is neither a folder")
     assert not (tmp_path / "adapter").exists()

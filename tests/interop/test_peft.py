@@ -196,7 +196,7 @@ def test_damaged_folders_are_refused(tmp_path):
     with pytest.raises(AdapterError, match="incomplete"):
         import_peft(tmp_path / "peft")
     config.write_text("[]")
-    with pytest.raises(AdapterError, match="of the type None"):
+    with pytest.raises(AdapterError, match="must contain an object, got list"):
         import_peft(tmp_path / "peft")
     config.unlink()
     with pytest.raises(AdapterError, match="not a PEFT adapter"):

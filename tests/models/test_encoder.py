@@ -41,7 +41,7 @@ def batch_for(encoder, lengths=None) -> Tokens:
 
 
 def with_mlm(tokens: Tokens, pad_id: int) -> Tokens:
-    """A third of the real tokens hidden, at least one in the first sentence and none in the second."""
+    """A third of the real tokens masked, at least one in the first sentence and none in the second."""
     chance = torch.rand(tokens.ids_NT.shape, generator=torch.Generator().manual_seed(4))
     hidden_NT = (chance < 1 / 3) & tokens.mask_NT.bool()
     hidden_NT[0, 0], hidden_NT[1] = True, False

@@ -1,13 +1,10 @@
-"""Where the first token alone is pooled, the last layer leaves the others out, and no number changes."""
-
-from unittest.mock import patch
+"""If only the first token is pooled, the last layer computes no other token behind its attention; no value changes."""
 
 import pytest
 import torch
 from support.encoders import FAMILIES, small_backbone, small_tokens
 
 from promcse_pl.data.masking import IGNORED
-from promcse_pl.models import backbone
 from promcse_pl.models.encoder import PromptEncoder
 
 LENGTHS = [9, 4, 12, 5, 9, 3]
@@ -46,8 +43,8 @@ def test_the_last_layer_computes_the_first_token_alone(family):
     with torch.inference_mode():
         state = states_of(encoder, tokens, encoder.prompt(), first_token=True)
         after = states_of(encoder, tokens, encoder.prompt())
-        with patch.object(backbone, "can_be_written_out", lambda _model: False):  # as on a GPU
-            library = states_of(encoder, tokens, encoder.prompt(), first_token=True)
+        encoder.backbone.use_fused_layers = False  # as on a GPU
+        library = states_of(encoder, tokens, encoder.prompt(), first_token=True)
     assert state.shape[1] == library.shape[1] == (1 if family in CUT else max(LENGTHS))
     assert after.shape[1] == max(LENGTHS)  # nothing is left switched on
 

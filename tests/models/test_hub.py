@@ -12,7 +12,8 @@ import huggingface_hub
 import pytest
 from support.encoders import save_small_encoder
 
-from promcse_pl.models.backbone import FrozenBackbone, locate
+from promcse_pl.models.backbone import FrozenBackbone
+from promcse_pl.models.hub import locate
 from promcse_pl.utils.errors import EncoderError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -1,4 +1,4 @@
-"""What a pool runs in the tests instead of runs that take seconds."""
+"""Tasks for the tests of pools and searches, in place of runs that take seconds."""
 
 import json
 import os
@@ -12,14 +12,14 @@ from promcse_pl.run_folder import Status, write_status
 
 
 def patient(arguments: Sequence[str]) -> int:
-    """Wait for NAME.go; save and end when told to stop: "slowly", or not at all ("stubborn"), by the second argument."""
-    name, told = arguments[0], []
+    """Wait for NAME.go; on SIGTERM save and exit, after a second if the second argument is "slowly", never if "stubborn"."""
+    name, received = arguments[0], []
 
     def stop(*_: object) -> None:
-        told.append(1)
-        if "slowly" in arguments and len(told) == 1 and not Path(f"{name}.quick").exists():
+        received.append(1)
+        if "slowly" in arguments and len(received) == 1 and not Path(f"{name}.quick").exists():
             time.sleep(1)
-        Path(f"{name}.saved").write_text(str(len(told)))
+        Path(f"{name}.saved").write_text(str(len(received)))
         sys.exit(143)
 
     signal.signal(signal.SIGTERM, signal.SIG_IGN if "stubborn" in arguments else stop)
@@ -31,12 +31,12 @@ def patient(arguments: Sequence[str]) -> int:
 
 
 def broken(arguments: Sequence[str]) -> int:
-    """Fail as no run should."""
+    """Raise an error that the package does not."""
     raise LookupError(f"broken {arguments[0]}")
 
 
 def quick_run(arguments: Sequence[str]) -> int:
-    """Behave as a run in what a search sees of one; a poor one, by the second argument, goes on until it is told to stop."""
+    """Write the files of a run that a search reads; with another second argument than "good", run until SIGTERM."""
     run, good = Path(arguments[0]), arguments[1] == "good"
 
     def stop(*_: object) -> None:

@@ -13,10 +13,10 @@ from support.runs import small_config
 from promcse_pl.config import DataConfig, LossConfig, OptimConfig, TrainerConfig
 from promcse_pl.data.batch import TrainBatch
 from promcse_pl.data.module import PromcseDataModule
-from promcse_pl.losses.gather import average_gradients
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.mlm import MlmHead
 from promcse_pl.training.distributed import Ranks, find_ranks, refuse_sweep
+from promcse_pl.training.gather import average_gradients
 from promcse_pl.training.module import PromcseModule
 from promcse_pl.utils.errors import ConfigError
 

@@ -1,1 +1,1 @@
-"""Fast frozen-encoder computation on CPUs: chunks, dropout, fused layers."""
+"""Fast computation with the frozen encoder on CPUs: chunks in threads, dropout, fused layers. May import what models may."""

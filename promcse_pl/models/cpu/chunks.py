@@ -1,8 +1,8 @@
-"""Sentences through the frozen encoder in chunks of similar length: little padding, all cores busy, bounded memory.
+"""Encode sentences in chunks of similar length: little padding, all cores busy, bounded memory.
 
-On a CPU every core takes whole chunks, which costs no barrier after each operation and keeps a chunk's tensors in the core's own
-cache. With `recompute` the backward pass runs a chunk forward a second time instead of keeping its tensors (GradCache, Gao et
-al. 2021), so that memory is set by the chunk and not by the batch. Neither changes a result.
+On a CPU every core takes whole chunks, which needs no barrier after each operation and keeps a chunk's tensors in the core's
+cache. With `recompute` (activation checkpointing) the backward pass computes a chunk's activations again instead of keeping them
+(GradCache, Gao et al. 2021), so that memory depends on the chunk and not on the batch. Neither changes a result.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ from promcse_pl.models.cpu.dropout import seeded_dropout
 Result = TypeVar("Result")
 Outputs = tuple[Tensor, ...]
 Run = Callable[[Tensor, Tensor], Outputs]
-"""Takes the row numbers of a chunk and the prompt's keys and values; gives the chunk's outputs."""
+"""Function of the row numbers of a chunk and the prompt's keys and values that returns the chunk's outputs."""
 
 
 CHUNK_TOKENS = {"cpu": 512, "cuda": 16384, "mps": 8192}
-"""Tokens that pass the encoder at once, by kind of device: on a CPU what a core's cache likes (the others are not measured)."""
+"""Default number of tokens in a chunk, by device type; the CPU's fits a core's cache, the others are not measured."""
 
 
-def plan_chunks(lengths_N: Tensor, budget: int | None) -> list[Tensor]:
-    """Group sentences of similar length, so that a chunk padded to its own longest wastes little.
+def plan_chunks(lengths_N: Tensor, budget: int | None, most_rows: int | None = None) -> list[Tensor]:
+    """Group sentences of similar length, so that chunks need little padding.
 
     Args:
-        lengths_N: Tokens of each sentence.
-        budget: Upper bound on rows x longest of a chunk (a single longer sentence is a chunk of its own), or None for one chunk
-            in the given order.
+        lengths_N: Number of tokens of each sentence.
+        budget: Maximum of rows x longest of a chunk (a single longer sentence is a chunk of its own); None: one chunk in the
+            given order.
+        most_rows: Maximum number of sentences in a chunk; None: no limit. No effect without a budget.
 
     Returns:
         Row numbers of each chunk, longest sentences first; together a permutation of all rows.
@@ -46,14 +47,14 @@ def plan_chunks(lengths_N: Tensor, budget: int | None) -> list[Tensor]:
     order = torch.argsort(lengths_N, descending=True, stable=True)
     chunks, start = [], 0
     while start < len(order):
-        size = max(1, budget // max(1, int(lengths_N[order[start]])))
+        size = min(max(1, budget // max(1, int(lengths_N[order[start]]))), most_rows or len(order))
         chunks.append(order[start : start + size])
         start += size
     return chunks
 
 
 def padded_tokens(mask_NT: Tensor, budget: int | None) -> int:
-    """Return how many tokens, padding included, pass the encoder when a batch goes through in chunks."""
+    """Return the number of tokens, padding included, of a batch in chunks."""
     if budget is None:
         return mask_NT.numel()
     lengths_N = mask_NT.sum(1)
@@ -66,11 +67,11 @@ def run_chunks(
     """Run every chunk and return the outputs in the order of the chunks, differentiable in the prompt.
 
     Args:
-        run: See `Run`. It must depend on no other tensor that takes a gradient. It is called from several threads on a CPU.
+        run: See `Run`. It must not depend on other tensors that require a gradient. On a CPU, several threads call it.
         prompt_kv: The prompt's keys and values.
         chunks: Row numbers of each chunk.
-        dropout: Whether `run` draws dropout masks; a chunk's masks depend on its place alone, not on threads.
-        recompute: Run each chunk again in the backward pass instead of keeping its tensors: half as much computation more.
+        dropout: Whether `run` draws dropout masks; a chunk's masks depend on its position, not on threads.
+        recompute: Compute each chunk's activations again in the backward pass instead of keeping them: 1.5x the computation.
     """
     seeds = torch.randint(2**62, (len(chunks),)).tolist() if dropout else [None] * len(chunks)
     work = [_Chunk(run, rows, seed) for rows, seed in zip(chunks, seeds, strict=True)]
@@ -81,7 +82,7 @@ def run_chunks(
 
 
 class _Chunk:
-    """The work on one chunk, and what its backward pass needs."""
+    """One chunk and, between forward and backward, its graph."""
 
     outputs = 0
 
@@ -109,7 +110,7 @@ class _Chunk:
 
 
 class _Chunks(torch.autograd.Function):
-    """All chunks as one operation on the prompt, so that their graphs can be walked by several threads."""
+    """All chunks as one operation on the prompt, so that several threads can run their backward passes."""
 
     @staticmethod
     def forward(ctx: Any, work: list[_Chunk], recompute: bool, prompt_kv: Tensor) -> Outputs:  # noqa: ANN401, FBT001, RUF100
@@ -140,7 +141,7 @@ def _map(function: Callable[[_Chunk], Result], work: Sequence[_Chunk], device: t
         return [function(chunk) for chunk in work]
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
-    def in_thread(chunk: _Chunk) -> Result:  # these modes belong to a thread
+    def in_thread(chunk: _Chunk) -> Result:  # the modes are thread-local
         with torch.inference_mode(inference), torch.set_grad_enabled(grad):
             return function(chunk)
 
@@ -149,12 +150,14 @@ def _map(function: Callable[[_Chunk], Result], work: Sequence[_Chunk], device: t
 
 @cache
 def _workers(count: int, threads_each: int) -> ThreadPoolExecutor:
-    """Threads whose operations use `threads_each` cores; the calling thread keeps all of them."""
-    before, all_here = torch.get_num_threads(), Barrier(count + 1)
+    """Return a pool of threads whose operations use `threads_each` cores; the calling thread keeps using all cores."""
+    before, all_started = torch.get_num_threads(), Barrier(count + 1)
     pool = ThreadPoolExecutor(count, "promcse-chunks", lambda: torch.set_num_threads(threads_each))
-    for _ in range(count):  # all of them now: torch gives the number set last to threads that it starts later
-        pool.submit(all_here.wait)
-    all_here.wait()
+    for _ in range(
+        count
+    ):  # start all threads now: later ones would get the number of threads that torch was given last
+        pool.submit(all_started.wait)
+    all_started.wait()
     torch.set_num_threads(before)
     return pool
 

@@ -1,8 +1,8 @@
-"""Dropout whose mask is cheap to draw on a CPU.
+"""Fast dropout on a CPU.
 
-torch draws one Bernoulli number at a time there (some 8 ns each), which made a quarter of a training step. Here a counter-free
-generator (SFC64) fills whole words and every 16 bits decide one entry: the same distribution, with the probability rounded to
-1/65536. Streams are seeded from torch's own generator, so seeds and saved random states mean what they always meant.
+torch draws one Bernoulli number at a time (about 8 ns each), which was a quarter of a training step. Here the generator SFC64
+fills whole words, and every 16 bits decide one entry: the same distribution, with the probability rounded to 1/65536. Streams
+are seeded from torch's generator, so seeds and saved random states keep their effect.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _of_thread = threading.local()
 
 @contextmanager
 def seeded_dropout(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Draw all masks of this thread from a stream of their own, so that the same work repeated drops the same.
+    """Draw all masks of this thread from a seeded stream, so that a recomputed chunk gets the same masks.
 
     Args:
-        seed: Of the stream, or None to leave things as they are.
-        device: Where the masks are drawn.
+        seed: Seed of the stream; None: no effect.
+        device: Device on which the masks are drawn.
     """
     if seed is None:
         yield
@@ -56,7 +56,7 @@ def keep_mask(shape: torch.Size, probability: float, dtype: torch.dtype = torch.
     words = stream.random_raw(-(-count // _PER_WORD))
     bits = torch.from_numpy(words.view(np.int16))[:count].view(shape)
     level = round(probability * _LEVELS) - _LEVELS // 2
-    # straight into the type of the values: going through a boolean tensor costs four times as much
+    # write directly in the type of the values: a boolean tensor in between costs four times as much
     return torch.ge(bits, level, out=torch.empty(shape, dtype=dtype))
 
 
@@ -66,7 +66,7 @@ def kept_share(probability: float) -> float:
 
 
 def in_bytes(mask: Tensor) -> Tensor:
-    """Return a mask in a byte an entry, for keeping: torch multiplies by numbers faster than by booleans."""
+    """Return a mask with one byte per entry for the backward pass: torch multiplies by numbers faster than by booleans."""
     return mask.to(torch.bool).view(torch.uint8)
 
 
@@ -85,7 +85,7 @@ def dropout(values: Tensor, probability: float, shape: torch.Size | None = None)
 
 
 class _Dropped(torch.autograd.Function):
-    """Keeps a byte an entry for the backward pass, where autograd would keep the mask in the type of the values."""
+    """Keeps the mask for the backward pass with one byte per entry; autograd would keep it in the type of the values."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, probability: float, shape: torch.Size) -> Tensor:  # noqa: ANN401
@@ -103,7 +103,7 @@ class _Dropped(torch.autograd.Function):
 
 
 class Dropout(nn.Module):
-    """`torch.nn.Dropout`, drawn as above."""
+    """`torch.nn.Dropout` with the masks of this module."""
 
     def __init__(self, p: float) -> None:
         super().__init__()
@@ -114,8 +114,8 @@ class Dropout(nn.Module):
         return dropout(values, self.p) if self.training and self.p else values
 
 
-def use_cheap_dropout(model: nn.Module) -> None:
-    """Put `Dropout` in the place of every `torch.nn.Dropout` of a model."""
+def use_fast_dropout(model: nn.Module) -> None:
+    """Replace every `torch.nn.Dropout` of a model by `Dropout`."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) is nn.Dropout:

@@ -1,4 +1,4 @@
-"""Chunks in threads and chunks run twice give the numbers of one plain pass, dropout included."""
+"""Chunks in threads and recomputed chunks give the values of one plain pass, dropout included."""
 
 import gc
 import weakref

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from promcse_pl.data.batch import Tokens
 from promcse_pl.models.attention import prompt_attention
-from promcse_pl.models.cpu.dropout import Dropout, dropout, keep_mask, use_cheap_dropout
+from promcse_pl.models.cpu.dropout import Dropout, dropout, keep_mask, use_fast_dropout
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.prompt import DeepPrompt
 
@@ -140,7 +140,7 @@ def test_every_dropout_of_an_encoder_is_replaced_with_its_own_rate(family):
     }
     model = small_encoder(family, **rates)
     before = {name: module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout)}
-    use_cheap_dropout(model)
+    use_fast_dropout(model)
     after = {name: module.p for name, module in model.named_modules() if isinstance(module, Dropout)}
     assert after == before
     assert after
@@ -164,7 +164,7 @@ def test_attention_dropout_has_the_mean_and_variance_of_torch():
 
 @pytest.mark.parametrize("masked", ["none", "boolean", "additive"])
 @pytest.mark.parametrize("scaling", [None, 0.7])
-def test_the_attention_written_out_for_dropout_equals_the_fused_one(masked, scaling):
+def test_attention_with_dropout_as_separate_operations_equals_the_fused_one(masked, scaling):
     query, key, value = (torch.randn(2, 2, 5, 4, dtype=torch.float64) for _ in range(3))
     mask = torch.rand(2, 1, 5, 5) < 0.7
     mask[..., 0] = True

@@ -1,17 +1,22 @@
-"""The layers written out give the numbers of transformers' own, and those gradients."""
+"""The fused CPU layers compute the values and gradients of transformers' modules, and are not used when those have hooks."""
 
 import copy
 from contextlib import contextmanager
-from unittest.mock import patch
 
 import pytest
 import torch
-from support.encoders import NO_DROPOUT, small_backbone, small_tokens
+from support.encoders import NO_DROPOUT, save_small_encoder, small_backbone, small_encoder, small_tokens
+from torch.nn.modules.module import register_module_forward_hook
+from transformers.models.bert.modeling_bert import BertSelfAttention
 
-from promcse_pl.models import backbone
+from promcse_pl.config import Config
+from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.cpu.dropout import seeded_dropout
-from promcse_pl.models.cpu.layers import can_be_written_out
+from promcse_pl.models.cpu.layers import can_fuse
 from promcse_pl.models.encoder import PromptEncoder
+from promcse_pl.models.hooks import has_hooks
+from promcse_pl.models.identity import EncoderId
+from promcse_pl.training.fit import build_encoder
 
 FAMILIES = ["bert", "roberta", "xlm-roberta"]
 LENGTHS = {"padded": [9, 4, 12, 5, 9, 3], "equal": [7, 7, 7, 7], "one": [5], "one token": [1, 1]}
@@ -20,9 +25,10 @@ all_lengths = pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 
 
 @contextmanager
-def layers_of_transformers():
-    with patch.object(backbone, "can_be_written_out", lambda _model: False):
-        yield
+def library_layers(encoder):
+    encoder.backbone.use_fused_layers = False
+    yield
+    encoder.backbone.use_fused_layers = True
 
 
 def prompt_encoder(family="bert", *, pooling="avg", dropout=None, **changes) -> PromptEncoder:
@@ -31,7 +37,7 @@ def prompt_encoder(family="bert", *, pooling="avg", dropout=None, **changes) -> 
     for parameter in frozen.model.parameters():  # biases are 0 and norms 1 in a fresh encoder
         if parameter.ndim == 1:
             parameter.data.add_(torch.randn_like(parameter), alpha=0.3)
-    assert can_be_written_out(frozen.model)
+    assert can_fuse(frozen.model)
     return PromptEncoder(frozen, length=4, pooling=pooling, dropout=dropout, projection_size=6)
 
 
@@ -63,7 +69,7 @@ def test_vectors_and_every_gradient_are_those_of_transformers(family, lengths, p
     encoder = prompt_encoder(family, pooling=pooling).to(dtype).eval()
     tokens = small_tokens(lengths, encoder.backbone.pad_id)
     found = vectors_and_gradients(encoder, tokens)
-    with layers_of_transformers():
+    with library_layers(encoder):
         assert_equal(found, vectors_and_gradients(encoder, tokens), bound)
     with torch.inference_mode():  # another path: fused attention, nothing kept
         (vectors,) = encoder.encode_chunk(tokens, encoder.prompt())
@@ -77,7 +83,7 @@ def test_with_the_same_masks_vectors_and_every_gradient_are_those_of_transformer
     tokens = small_tokens(LENGTHS["equal"], encoder.backbone.pad_id)  # without padding both draw alike
     found = vectors_and_gradients(encoder, tokens, seed=3)
     other = vectors_and_gradients(encoder, tokens, seed=4)
-    with layers_of_transformers():
+    with library_layers(encoder):
         assert_equal(found, vectors_and_gradients(encoder, tokens, seed=3), 1e-12)
     assert (found[0] - other[0]).norm() > 0.1 * found[0].norm()
 
@@ -125,7 +131,7 @@ def test_bfloat16_is_as_near_to_float32_as_transformers_is(family):
     tokens = small_tokens(LENGTHS["padded"], exact.backbone.pad_id)
     expected, gradients = vectors_and_gradients(exact, tokens)
     ours = vectors_and_gradients(rounded, tokens)
-    with layers_of_transformers():
+    with library_layers(rounded):
         theirs = vectors_and_gradients(rounded, tokens)
     for number, whole in enumerate([expected, *gradients]):
         error, other = ((([found[0], *found[1]][number] - whole).norm() / whole.norm()) for found in (ours, theirs))
@@ -149,7 +155,7 @@ def test_strange_batches_are_those_of_transformers(change, pooling):
     elif change == "padding in front":
         tokens.mask_NT[2, :2] = 0
     found = vectors_and_gradients(encoder, tokens)
-    with layers_of_transformers():
+    with library_layers(encoder):
         expected = vectors_and_gradients(encoder, tokens)
     rows = tokens.mask_NT[:, 0].bool() if pooling == "cls" else slice(None)  # what padding is turned into means nothing
     torch.testing.assert_close(found[0][rows], expected[0][rows], rtol=0, atol=1e-12)
@@ -175,9 +181,9 @@ def test_whatever_becomes_of_the_weights_is_computed_with(then):
         model.requires_grad_(False)
     else:
         own.query.weight = torch.nn.Parameter(own.query.weight * 2, requires_grad=False)
-    assert can_be_written_out(encoder.backbone.model)
+    assert can_fuse(encoder.backbone.model)
     found, _ = vectors_and_gradients(encoder, tokens)
-    with layers_of_transformers():
+    with library_layers(encoder):
         expected, _ = vectors_and_gradients(encoder, tokens)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert then == "to" or (found - before).norm() > 1e-3 * before.norm()
@@ -189,16 +195,90 @@ def test_whatever_becomes_of_the_weights_is_computed_with(then):
     ids=["electra", "modernbert", "relu"],
 )
 def test_other_layers_are_left_to_transformers(family, changes):
-    assert not can_be_written_out(small_backbone(family, **changes).model)
+    assert not can_fuse(small_backbone(family, **changes).model)
+
+
+def test_a_layer_of_a_subclass_is_left_to_transformers():
+    class LoggedSelfAttention(BertSelfAttention):
+        pass
+
+    model = small_backbone().model
+    model.encoder.layer[1].attention.self.__class__ = LoggedSelfAttention
+    assert not can_fuse(model)
+
+
+HOOKS = {
+    "forward": lambda module, seen: module.register_forward_hook(lambda *_: seen.append(1)),
+    "forward pre": lambda module, seen: module.register_forward_pre_hook(lambda *_: seen.append(1)),
+    "full backward": lambda module, seen: module.register_full_backward_hook(lambda *_: seen.append(1)),
+    "full backward pre": lambda module, seen: module.register_full_backward_pre_hook(lambda *_: seen.append(1)),
+    "global": lambda _, seen: register_module_forward_hook(
+        lambda module, *_: seen.append(1) if isinstance(module, BertSelfAttention) else None
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+@pytest.mark.parametrize("part", ["attention.self", "attention.output", "intermediate", ""])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_hook_on_any_module_is_called_for_every_token_whenever_it_was_registered(kind, part, when):
+    model, seen = small_encoder("bert"), []
+    layer = model.encoder.layer[2].get_submodule(part)
+    if when == "before":
+        handle = HOOKS[kind](layer, seen)
+    encoder = PromptEncoder(FrozenBackbone(model, EncoderId("small", None, "0" * 64)), length=4, pooling="cls").eval()
+    tokens = small_tokens(LENGTHS["padded"])
+    shapes = []
+    if when == "after":
+        vectors_and_gradients(encoder, tokens)  # once with the fused layers
+        handle = HOOKS[kind](layer, seen)
+    if kind == "forward":
+        layer.register_forward_hook(lambda _module, _inputs, output: shapes.append(torch.as_tensor(output[0]).shape))
+    seen.clear()
+    hooked, _ = vectors_and_gradients(encoder, tokens)
+    handle.remove()
+    layer._forward_hooks.clear()
+    assert seen
+    assert all(max(LENGTHS["padded"]) in shape for shape in shapes)  # all tokens, although `cls` reads one
+    seen.clear()
+    fused, _ = vectors_and_gradients(encoder, tokens)
+    assert not seen
+    torch.testing.assert_close(hooked, fused, rtol=0, atol=1e-5)
+
+
+def test_a_replaced_forward_is_called():
+    encoder = prompt_encoder().eval()
+    attention = encoder.backbone.model.encoder.layer[0].attention.self
+    calls, forward = [], attention.forward
+    attention.forward = lambda *args, **options: (calls.append(1), forward(*args, **options))[1]
+    vectors_and_gradients(encoder, small_tokens([3]))
+    assert calls
+    attention.forward = forward  # restored, as older versions of transformers do after they record hidden states
+    assert not has_hooks(encoder.backbone.model)
+
+
+def test_the_hooks_that_transformers_registers_to_record_hidden_states_do_not_count():
+    encoder = prompt_encoder(pooling="avg_first_last").eval()
+    with library_layers(encoder):
+        vectors_and_gradients(encoder, small_tokens([3]))
+    assert not has_hooks(encoder.backbone.model)
 
 
 def test_int8_autocast_and_trained_weights_are_left_to_transformers():
     model = small_backbone().model
-    assert can_be_written_out(model)
+    assert can_fuse(model)
     with torch.autocast("cpu"):
-        assert not can_be_written_out(model)
+        assert not can_fuse(model)
     model.encoder.layer[1].output.dense.bias.requires_grad_(True)
-    assert not can_be_written_out(model)
+    assert not can_fuse(model)
     quantized = small_backbone()
     quantized.quantize()
-    assert not can_be_written_out(quantized.to("cpu").model)
+    assert not can_fuse(quantized.to("cpu").model)
+
+
+@pytest.mark.parametrize(("layers", "fused"), [("auto", True), ("library", False)])
+def test_the_setting_trainer_layers_chooses_the_layers(tmp_path, layers, fused):
+    model = {"path": str(save_small_encoder(tmp_path))}
+    data = {"kind": "pairs", "train": "x.csv"}
+    config = {"model": model, "data": data, "loss": {"hinge_weight": 0.0}, "trainer": {"layers": layers}}
+    assert build_encoder(Config.from_dict(config)).backbone.use_fused_layers == fused

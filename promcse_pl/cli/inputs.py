@@ -1,0 +1,78 @@
+"""What the commands on sentences read: a file or standard input, and an adapter with its encoder."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from promcse_pl.utils.errors import DataError
+from promcse_pl.utils.imports import without_gc
+from promcse_pl.utils.paths import SUFFIXES, expand, file_suffix
+
+if TYPE_CHECKING:
+    from promcse_pl.embedder import PromCSE
+
+SENTENCES_HELP = "one sentence a line (csv, jsonl, .gz... too); - reads standard input"
+
+
+def load_model(adapter: Path, **options: Any) -> PromCSE:  # noqa: ANN401
+    """Return an adapter with its encoder. Call it after the other inputs were read: it imports torch, which takes seconds."""
+    from promcse_pl.run_folder import ADAPTER, read_status
+
+    folder = expand(adapter)
+    with suppress(DataError):  # a damaged status is no reason to refuse an intact adapter
+        status = read_status(folder.parent if folder.name == ADAPTER else folder)
+        if status is not None and status.state != "finished":
+            sys.stderr.write("the run is not finished: this is its best adapter so far\n")
+    with without_gc():
+        from promcse_pl.embedder import PromCSE
+
+    return PromCSE.load(adapter, **options)
+
+
+def is_file_argument(text: str) -> bool:
+    """Return whether an argument names a file (or -), not a sentence; a missing file is recognised by its suffix."""
+    from promcse_pl.data.arrow import is_saved_dataset
+
+    exists = os.path.isfile(text)  # noqa: PTH113  (Path.is_file raises for a long sentence)
+    exists = exists or (os.path.isdir(text) and is_saved_dataset(Path(text)))  # noqa: PTH112  (the same)
+    return text == "-" or exists or (" " not in text and file_suffix(Path(text)) in SUFFIXES)
+
+
+def require_single_stdin(*arguments: str) -> None:
+    """Check that at most one argument is -.
+
+    Raises:
+        DataError: Two are.
+    """
+    if arguments.count("-") > 1:
+        raise DataError("standard input can be read only once, got two arguments -. Try: a file for one of them")
+
+
+def read_sentences(file: str) -> list[str]:
+    """Return the sentences of a file, or for - the lines of standard input.
+
+    Raises:
+        DataError: The file cannot be read, is empty, is not UTF-8 or has an empty line.
+    """
+    from promcse_pl.data.readers import read_rows
+
+    if file != "-":
+        notes: list[str] = []
+        texts = [text for (text,) in read_rows(Path(file), width=1, notes=notes, configurable=False)]
+        sys.stderr.write("".join(f"{note}\n" for note in notes if "; not read: " in note))
+        return texts
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"standard input is not UTF-8: {error}") from None
+    lines = [line.removesuffix("\r") for line in text.rstrip("\r\n").split("\n")]
+    if lines == [""]:
+        raise DataError("standard input is empty. Try: cat FILE | promcse ..., or a file instead of -")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            raise DataError(f"standard input:{number}: the line is empty")
+    return lines

@@ -1,0 +1,236 @@
+"""Read the files of a pre-trained encoder: config, weights, tokenizer and MLM head. No code in them is run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from promcse_pl.models.attention import PROMPT_ATTENTION
+from promcse_pl.models.weights import file_sha256, read_header, read_json_object
+from promcse_pl.utils.errors import EncoderError
+
+SUPPORTED = ("bert", "roberta", "xlm-roberta", "electra", "modernbert")
+"""Encoder families (`model_type` in config.json) whose every layer takes a prompt; each has a test."""
+
+_WITH_POOLER = ("bert", "roberta", "xlm-roberta")
+"""Families whose model class builds a pooler by default; the others have none."""
+_LARGEST = {"num_hidden_layers": 1000, "num_labels": 100_000}
+"""Maximum of fields in config.json for which transformers builds lists of that length before it reads the weights."""
+_UNSUPPORTED_FIELDS = ("quantization_config", "per_layer_config")
+"""Fields of config.json that replace layers without changing the other fields; no supported encoder needs them."""
+
+_BERT_MLM_HEAD = {
+    "dense.weight": "cls.predictions.transform.dense.weight",
+    "dense.bias": "cls.predictions.transform.dense.bias",
+    "layer_norm.weight": "cls.predictions.transform.LayerNorm.weight",
+    "layer_norm.bias": "cls.predictions.transform.LayerNorm.bias",
+    "decoder.bias": "cls.predictions.bias",
+}
+_ROBERTA_MLM_HEAD = {name: f"lm_head.{name}" for name in _BERT_MLM_HEAD} | {"decoder.bias": "lm_head.bias"}
+_MLM_HEADS = {"bert": _BERT_MLM_HEAD, "roberta": _ROBERTA_MLM_HEAD, "xlm-roberta": _ROBERTA_MLM_HEAD}
+"""Name in `MlmHead` -> name in pre-trained files, by family. The decoder's weight is tied to the embeddings there."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of a message; some libraries' messages fill a screen."""
+    return str(error).strip().split("\n", 1)[0][:500]
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Hide the loading bars and reports of transformers; callers check what matters in them."""
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def read_config(source: str | Path, name: str, revision: str | None = None) -> Any:  # noqa: ANN401  (a transformers config)
+    """Return the config of an encoder of a supported family.
+
+    Args:
+        source: Folder (a Path), or hub id (a str).
+        name: The encoder in messages.
+        revision: Commit, tag or branch on the hub.
+
+    Raises:
+        EncoderError: The config cannot be read, or is of an unsupported family.
+    """
+    from transformers import AutoConfig
+
+    try:
+        if isinstance(source, Path):
+            _check_config_file(source / "config.json")
+        config = AutoConfig.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
+    except Exception as error:
+        hint = (
+            f"{name} is neither a local folder nor an installed weight wheel, and the hub did not give it. Check the name and "
+            "the network, or type model.path=FOLDER with a downloaded encoder"
+            if not isinstance(source, Path)
+            else "expected a folder with config.json and model.safetensors as transformers writes them"
+        )
+        raise EncoderError(
+            f"cannot read the encoder {name}: {hint}. ({type(error).__name__}: {first_line(error)})"
+        ) from error
+    if config.model_type not in SUPPORTED:
+        raise EncoderError(
+            f"{name} is a {config.model_type} encoder, which cannot take a prompt in every layer. "
+            f"Supported: {', '.join(SUPPORTED)}. Try: model.path=FOLDER_OR_HUB_ID of one of these"
+        )
+    return config
+
+
+def _check_config_file(path: Path) -> None:
+    """Check config.json for values that make transformers hang, allocate unbounded memory or build unsupported layers.
+
+    Raises:
+        OSError, ValueError: The file is rejected; the message gives the reason.
+    """
+    raw = read_json_object(path)
+    for key, most in _LARGEST.items():
+        if isinstance(raw.get(key), int | float) and not raw[key] <= most:
+            raise ValueError(f"{key} is {raw[key]}, the maximum is {most}")
+    for key in _UNSUPPORTED_FIELDS:
+        if raw.get(key):
+            raise ValueError(f"{key} is set, which is not supported. Use an encoder without it")
+
+
+def model_on_meta(config: Any) -> nn.Module:  # noqa: ANN401  (a transformers config)
+    """Build the encoder of a config on the meta device: no memory is allocated for its weights."""
+    from transformers import AutoModel
+
+    with torch.device("meta"), torch.random.fork_rng(devices=[]), quiet_transformers():
+        model: nn.Module = AutoModel.from_config(config, **without_pooler(config))
+    return model
+
+
+def without_pooler(config: Any) -> dict[str, bool]:  # noqa: ANN401
+    """Return the option that builds an encoder without the pooler, which no pooling here uses."""
+    return {"add_pooling_layer": False} if config.model_type in _WITH_POOLER else {}
+
+
+def _check_sizes(config: Any, folder: Path) -> None:  # noqa: ANN401
+    """Check that a config does not declare more weights than its weight files contain, before transformers allocates them."""
+    stored = [spec for path in sorted(folder.glob("*.safetensors")) for spec in read_header(path).values()]
+    if config.num_hidden_layers > len(stored):
+        raise ValueError(
+            f"config.json declares {config.num_hidden_layers} layers, the weight files contain {len(stored)} tensors"
+        )
+    wanted = sum(weight.numel() for weight in model_on_meta(config).parameters())
+    held = sum(spec.numel for spec in stored)
+    if wanted > held:
+        raise ValueError(f"config.json declares {wanted:,} weights, the weight files contain {held:,}")
+
+
+def read_model(folder: Path, config: Any, name: str, dtype: torch.dtype) -> nn.Module:  # noqa: ANN401
+    """Return the encoder in a folder, without pooler and with the prompt attention.
+
+    Args:
+        folder: Folder with *.safetensors.
+        config: From `read_config`.
+        name: The encoder in messages.
+        dtype: Type that the weights are kept and computed in.
+
+    Raises:
+        EncoderError: The weights cannot be read, or some are missing.
+    """
+    from transformers import AutoModel
+
+    try:
+        _check_sizes(config, folder)
+        with quiet_transformers():
+            model, report = AutoModel.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                attn_implementation=PROMPT_ATTENTION,
+                output_loading_info=True,
+                trust_remote_code=False,
+                **without_pooler(config),
+            )
+    except Exception as error:
+        raise EncoderError(f"cannot read the weights of {name}: {type(error).__name__}: {first_line(error)}") from error
+    if report["missing_keys"]:
+        raise EncoderError(
+            f"the weights of {name} lack {len(report['missing_keys'])} tensors of the encoder, such as "
+            f"{min(report['missing_keys'])}: they would be random"
+        )
+    found: nn.Module = model
+    return found
+
+
+def weights_sha256(folder: Path) -> str:
+    """Return the sha256 of the weights in a folder; for sharded weights, that of all shards in the order of their names."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise EncoderError(
+            f"{folder} holds no *.safetensors. Pickled weights are not read; convert them once: "
+            "AutoModel.from_pretrained(OLD, weights_only=True).save_pretrained(NEW), and the same with AutoTokenizer"
+        )
+    if len(files) == 1:
+        return file_sha256(files[0])
+    return hashlib.sha256("".join(file_sha256(file) for file in files).encode()).hexdigest()
+
+
+def read_tokenizer(folder: Path | None, name: str, vocabulary: int) -> Any:  # noqa: ANN401  (a transformers tokenizer)
+    """Return the tokenizer in an encoder's folder.
+
+    Args:
+        folder: The folder; None for a model built in memory.
+        name: The encoder in messages.
+        vocabulary: V, the rows of the encoder's embedding matrix.
+
+    Raises:
+        EncoderError: There is none, it cannot be read, or it has more tokens than the embedding matrix.
+    """
+    from transformers import AutoTokenizer
+
+    if folder is None:
+        raise EncoderError(f"{name} has no tokenizer: save one beside it with tokenizer.save_pretrained")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise EncoderError(
+            f"cannot read the tokenizer of {name}: {type(error).__name__}: {first_line(error)}"
+        ) from error
+    # transformers returns a tokenizer with nothing but special tokens for a folder without tokenizer files
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise EncoderError(
+            f"{name} has no tokenizer. Try: AutoTokenizer.from_pretrained(OLD).save_pretrained({str(folder)!r})"
+        )
+    if len(tokenizer) > vocabulary:
+        raise EncoderError(
+            f"the tokenizer of {name} knows {len(tokenizer)} tokens, its embedding matrix only {vocabulary}: they do not "
+            "belong together"
+        )
+    return tokenizer
+
+
+def read_mlm_head(folder: Path, family: str) -> dict[str, Tensor] | None:
+    """Return the tensors of the pre-trained MLM head under the names of `MlmHead`; None if the files contain none.
+
+    The decoder's weight is not among them: in pre-trained files it is tied to the word embeddings.
+    """
+    from safetensors import safe_open
+
+    names = _MLM_HEADS.get(family, {})
+    found: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            stored = set(file.keys())
+            found |= {ours: file.get_tensor(theirs) for ours, theirs in names.items() if theirs in stored}
+    return found if names and set(found) == set(names) else None

@@ -1,0 +1,63 @@
+"""Hooks on the frozen encoder's modules: detect those of others, and compute only the first token in the last layer."""
+
+# B sentences, T tokens, D width
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+_first_token_only: ContextVar[bool] = ContextVar("first_token_only", default=False)
+_INACTIVE_HOOKS = (__name__, "transformers.utils.output_capturing")
+"""Modules whose hooks do nothing unless this package asks for it: the one below, and those behind `output_hidden_states`."""
+
+
+def has_hooks(model: nn.Module) -> bool:
+    """Return whether anyone but this package observes or replaces what the modules of a model compute.
+
+    This covers forward and backward hooks and pre-hooks of every module, global module hooks, and a `forward` that was assigned
+    to an instance. torch has no public function for it; the attributes are those that `nn.Module.__call__` reads.
+    """
+    global_hooks: bool = torch_module._has_any_global_hook()  # type: ignore[no-untyped-call]
+    return global_hooks or any(map(_is_observed, model.modules()))
+
+
+def _is_observed(module: nn.Module) -> bool:
+    if "forward" in vars(module) and getattr(module.forward, "__func__", None) is not type(module).forward:
+        return True
+    if module._backward_hooks or module._backward_pre_hooks:
+        return True
+    return any(
+        getattr(hook, "__module__", None) not in _INACTIVE_HOOKS
+        for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        if hooks  # most modules have none, and every chunk of sentences asks
+        for hook in hooks.values()
+    )
+
+
+def register_first_token_hook(attention_output: nn.Module) -> None:
+    """Let the last layer compute the first token only, behind its attention, within `first_token_only(True)`.
+
+    Args:
+        attention_output: The module that adds the residual behind the last layer's attention (`BertSelfOutput`).
+    """
+    attention_output.register_forward_pre_hook(_cut_to_first_token)
+
+
+@contextmanager
+def first_token_only(enabled: bool) -> Iterator[None]:
+    """Enable the hook of `register_first_token_hook` in the current thread."""
+    token = _first_token_only.set(enabled)
+    try:
+        yield
+    finally:
+        _first_token_only.reset(token)
+
+
+def _cut_to_first_token(_module: nn.Module, states: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    """Cut the mixed values and the residual, each (B, T, D), to (B, 1, D)."""
+    return tuple(state_BTD[:, :1] for state_BTD in states) if _first_token_only.get() else None
