@@ -29,7 +29,9 @@ def build_logger(config: Config, folder: Path, step: int) -> Logger | None:
     """
     match config.tracking.logger:
         case "csv":
-            logger: Logger = CSVLogger(folder, name="csv", version="")  # deletes an earlier metrics.csv
+            for name in ("metrics.csv", "hparams.yaml"):  # rewritten from the history, without Lightning's warning
+                (folder / "csv" / name).unlink(missing_ok=True)
+            logger: Logger = CSVLogger(folder, name="csv", version="")
         case "tensorboard":
             purge_step = step + 1 if (folder / "tensorboard").exists() else None
             logger = TensorBoardLogger(
