@@ -312,7 +312,7 @@ def _read_tensors(wanted: dict[str, Tensor], about: dict[str, Any], folder: Path
     except FileNotFoundError:
         raise AdapterError(f"{path} is missing: the adapter is incomplete") from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise AdapterError(f"{path} is damaged or cut short: {error}") from error
+        raise AdapterError(f"{path} is damaged or truncated: {error}") from error
     if set(header) != set(wanted):
         raise AdapterError(f"{path} must hold the tensors {sorted(wanted)}, got {sorted(header)}")
     for name, spec in header.items():
@@ -324,12 +324,12 @@ def _read_tensors(wanted: dict[str, Tensor], about: dict[str, Any], folder: Path
         content = path.read_bytes()
         stored = load(content)
     except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(f"{path} is damaged or cut short: {error}") from error
+        raise AdapterError(f"{path} is damaged or truncated: {error}") from error
     for name, tensor in stored.items():
         if not bool(torch.isfinite(tensor).all()):
             raise AdapterError(f"{path}: {name} holds values that are not finite")
     if "checksum" in about and about["checksum"] != _checksum(about, content, current(folder, BUNDLED_NAME)):
         raise AdapterError(
-            f"{folder} is damaged or was changed by hand: its checksum is wrong. Take the adapter from its source"
+            f"{folder} is damaged or was modified: its checksum is wrong. Copy the adapter from its source again"
         )
     return stored

@@ -12,7 +12,7 @@ from promcse_pl.utils.files import current, own_description, refuse_taken
 WEIGHTS, DESCRIPTION = "adapter.safetensors", "adapter.json"
 BUNDLED_NAME = "encoder"
 BUNDLED = f"./{BUNDLED_NAME}"
-"""The encoder's name when it lies in the adapter's own folder."""
+"""Name of an encoder that is stored in the adapter's folder."""
 
 
 def find_adapter(folder: Path) -> Path | None:

@@ -252,7 +252,7 @@ class PromCSE:
     def build_index(
         self, sentences: Iterable[str], *, kind: Kind = "exact", progress: Callable[[int], None] | None = None
     ) -> None:
-        """Encode the sentences that `search` searches; an earlier index is replaced.
+        """Encode sentences into the index of `search`; an earlier index is replaced.
 
         Args:
             sentences: At least one; a sentence that occurs twice is found twice.

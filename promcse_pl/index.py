@@ -38,11 +38,11 @@ BLOCK_QUERIES, BLOCK_ROWS = 256, 65536
 
 
 class SentenceIndex:
-    """Sentences and their normalised embeddings, with search by cosine similarity. Safe to use from several threads.
+    """Sentences and their normalised embeddings, with search by cosine similarity. Thread-safe.
 
     Args:
-        kind: `exact`: numpy, all embeddings; `flat`: FAISS, all embeddings; `ivf`: FAISS, the tenth of the clusters nearest to
-            the query, which is fast on millions of sentences and may miss some.
+        kind: `exact`: numpy, all embeddings; `flat`: FAISS, all embeddings; `ivf`: FAISS, only the 10 % of the IVF cells
+            nearest to the query: fast on millions of sentences, but may miss hits.
 
     Raises:
         ConfigError: An unknown kind, or one that needs FAISS where it is not installed.
@@ -200,14 +200,14 @@ class SentenceIndex:
             index, sums = cls(about["kind"]), about["sha256"]
             if about["adapter"] != adapter:
                 raise AdapterError(
-                    f"the vectors of {folder} were made by another adapter ({str(about['adapter'])[:12]}…, this one is "
+                    f"the embeddings in {folder} were computed by another adapter ({str(about['adapter'])[:12]}…, this one is "
                     f"{adapter[:12]}…), encoder or tokenizer, so the cosines would be meaningless. Load that adapter, or build "
                     "the index again"
                 )
             sentences, vectors = current(folder, SENTENCES), current(folder, VECTORS[index.kind])
             for path in (sentences, vectors):
                 if file_sha256(path) != sums[path.name]:
-                    raise DataError(f"{path} is cut short or was changed: build the index again")
+                    raise DataError(f"{path} is truncated or was modified: build the index again")
             index.sentences = json.loads(sentences.read_text(encoding="utf-8"))
             if not isinstance(index.sentences, list) or not all(isinstance(text, str) for text in index.sentences):
                 raise DataError(f"{sentences} must contain a list of strings. Build the index again")
@@ -215,7 +215,7 @@ class SentenceIndex:
             index._vectors = _read_npy(vectors, shape) if index.kind == "exact" else _read_faiss(vectors, shape)
         except FileNotFoundError as error:
             raise DataError(
-                f"{folder} is not a whole index: {error.filename} is missing. Write one with save_index"
+                f"{folder} is not a complete index: {error.filename} is missing. Write one with save_index"
             ) from None
         except PromcseError:
             raise

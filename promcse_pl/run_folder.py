@@ -1,4 +1,4 @@
-"""The run folder: file names, config, status, results, and the lock that keeps a second process out."""
+"""The run folder: file names, config, status, results, and the lock against a second process."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ DATA = "data.jsonl"
 START, OUTPUT = "start.yaml", "output.log"
 """Files that a sweep writes into a job folder before the job starts: its config and its output."""
 RESOLVED = "resolved"
-"""Section of config.yaml with the values that a machine and the hub gave to the settings in `RESOLVED_KEYS`."""
+"""Section of config.yaml with the resolved values of the settings in `RESOLVED_KEYS`."""
 RESOLVED_KEYS = ("model.revision", "trainer.device", "trainer.precision", "trainer.chunk_tokens")
 _BEFORE_START = {DATA, START, OUTPUT, STATUS, LOCK, LOG, ".hydra"}
 _NEW_FOLDER = "the same command with hydra.run.dir=NEW_FOLDER (promcse train: --out NEW_FOLDER)"
@@ -198,7 +198,7 @@ def locked(folder: Path) -> Iterator[int]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"another process is at work in {folder}. Try: another folder, or wait for it") from None
+            raise ConfigError(f"another process is running in {folder}. Try: another folder, or wait for it") from None
         yield stream.fileno()
 
 

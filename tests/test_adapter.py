@@ -521,7 +521,7 @@ def test_missing_weights_are_refused(folder):
 def test_weights_that_are_cut_short_are_refused(folder, kept):
     content = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(content[:kept])
-    assert "is damaged or cut short" in refusal(folder)
+    assert "is damaged or truncated" in refusal(folder)
 
 
 def test_a_missing_tensor_is_refused(folder):

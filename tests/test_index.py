@@ -250,7 +250,7 @@ def test_an_index_of_another_adapter_is_refused(model, adapter, tmp_path):
         other = PromCSE(PromptEncoder(model.encoder.backbone, length=3, **{"pooling": "avg", **change}))
         if name != "prompt":  # which is fresh, and so another, in the first case
             other.encoder.load_state_dict(model.encoder.state_dict())
-        with pytest.raises(AdapterError, match="were made by another adapter"):
+        with pytest.raises(AdapterError, match="were computed by another adapter"):
             other.load_index(tmp_path / "index")
 
 

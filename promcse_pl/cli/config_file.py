@@ -1,7 +1,7 @@
 """`promcse train --config FILE`: the settings of a YAML file as overrides of conf/.
 
-The file may be untrusted: it can set the settings of runs and sweeps, not those of Hydra, and its values are plain text, in which
-nothing is interpolated.
+The file may be untrusted: it can set the settings of runs and sweeps, not those of Hydra, and its values are plain text without
+interpolation.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the commands on sentences read: a file or standard input, and an adapter with its encoder."""
+"""Inputs of the commands on sentences: a file or standard input, and an adapter with its encoder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def load_model(adapter: Path, **options: Any) -> PromCSE:  # noqa: ANN401
     from promcse_pl.run_folder import ADAPTER, read_status
 
     folder = expand(adapter)
-    with suppress(DataError):  # a damaged status is no reason to refuse an intact adapter
+    with suppress(DataError):  # an intact adapter can be used even if the status is damaged
         status = read_status(folder.parent if folder.name == ADAPTER else folder)
         if status is not None and status.state != "finished":
             sys.stderr.write("the run is not finished: this is its best adapter so far\n")

@@ -108,7 +108,7 @@ def _refusal(error: Exception, arguments: Sequence[str]) -> ConfigError:
                 f"{argument} has several values. Try: {typed_command(before='-m')} (a job for each), or "
                 "'KEY=[VALUE,VALUE]' for a list"
             )
-    # lines that say nothing to a user; another wording would only make the message longer
+    # lines that do not help a user; if Hydra rewords them, the message is only longer
     noise = ("See https:", "full_key:", "object_type=", "Config search path:", "provider=")
     lines = [line.strip() for line in str(error).splitlines()]
     message = " ".join(line for line in lines if line and not line.startswith(noise)).rstrip(".")

@@ -1,4 +1,4 @@
-"""What the schema declares about a setting inside `Annotated`: its range, and what it decides."""
+"""Metadata of a setting that the schema declares in `Annotated`: its range, and what it affects."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def settings(schema: Any, decides: Decides = "training") -> dict[str, Setting]: 
 
     Args:
         schema: Dataclass of settings.
-        decides: What settings affect that declare nothing else; a section passes its own declaration on.
+        decides: What a setting affects if it declares nothing; a section's declaration applies to its settings.
     """
     found: dict[str, Setting] = {}
     hints = get_type_hints(schema, include_extras=True)

@@ -1,4 +1,4 @@
-"""Settings by dotted key: what a key decides, command-line overrides, and the overrides of a resumed run."""
+"""Settings by dotted key: what a key affects, command-line overrides, and the overrides of a resumed run."""
 
 from __future__ import annotations
 

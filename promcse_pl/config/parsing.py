@@ -1,4 +1,4 @@
-"""From a plain dictionary to the dataclasses of the schema, without guessing of types, and the messages for what does not fit."""
+"""Parse a plain dictionary into the dataclasses of the schema, without type coercion; errors name the key, value and remedy."""
 
 from __future__ import annotations
 

@@ -109,10 +109,10 @@ class LossConfig(Section):
     """Training loss: NT-Xent + λ · energy hinge (paper, eq. 12) + weighted masked language modelling (official code)."""
 
     temperature: Annotated[float, Range(ge=0.001, le=10, note="(cosines are divided by it)")] = 0.05
-    """τ: divides the cosine similarities in NT-Xent (paper, section 4.1). Smaller values than 0.001 overflow or saturate float32
+    """τ: divides the cosine similarities in NT-Xent (paper, section 4.1). Values below 0.001 overflow or saturate float32
     logits."""
     margin: Annotated[float, Range(ge=0, le=2, note="(a difference of cosines)")] = 0.2
-    """m: gap demanded by the energy hinge between the cosine of an anchor with its positive and with its hardest negative (paper,
+    """m: gap required by the energy hinge between the cosine of an anchor with its positive and with its hardest negative (paper,
     section 4.2)."""
     hinge_weight: Annotated[float, Range(ge=0, le=10_000)] = 10.0
     """λ: weight of the energy hinge; 0 switches it off. It needs triplets (paper, section 4.2)."""
@@ -181,15 +181,15 @@ class TrainerConfig(Section):
     """Number of optimiser steps between two checkpoints, used by `python run.py resume=FOLDER`. `null`: only at the last step and
     when a signal stops the run."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Device to train on; `auto` takes a GPU if there is one."""
+    """Device to train on; `auto` uses a GPU if there is one."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Data type of the frozen encoder in training; `auto` takes bfloat16 if it is measured to be at least 1.3 times as fast.
+    """Data type of the frozen encoder in training; `auto` selects bfloat16 if it is measured to be at least 1.3 times as fast.
     Prompt, head, loss, optimiser and final evaluation are always float32."""
     layers: Literal["auto", "library"] = "auto"
     """Layers of the frozen encoder in training. `auto`: fused CPU layers for BERT and RoBERTa on a CPU, unless a module has
     hooks. `library`: always the modules of transformers. Results differ by rounding and by the sampled dropout masks."""
     chunk_tokens: Annotated[int | Literal["auto"] | None, Range(ge=1), EXECUTION] = "auto"
-    """Number of tokens, padding included, that pass the encoder at once; `auto` chooses by device, `null` takes the whole batch.
+    """Number of tokens, padding included, that are encoded at once; `auto` chooses by device, `null` uses the whole batch.
     It affects speed and memory. The loss is that of the whole batch, but dropout masks are sampled per chunk."""
     recompute: Annotated[Literal["auto", "always", "never"], EXECUTION] = "auto"
     """Activation checkpointing: each chunk is recomputed in the backward pass. This needs the

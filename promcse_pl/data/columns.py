@@ -83,7 +83,7 @@ class Columns:
         and negative. Ranks start at 0 if one of the numbers is 0, else at 1.
         """
         plain = [re.sub(r"[\s-]+|(?<=[a-z])(?=[A-Z])", "_", name.strip()).lower() for name in names or ()]
-        has_letters = {"a", "b"} <= set(plain)  # a alone is no first of several: q, a
+        has_letters = {"a", "b"} <= set(plain)  # a single `a`, as in (q, a), is not a numbered name
         numbered = [_NUMBERED.fullmatch(name) if has_letters or len(name) > 1 else None for name in plain]
         from_zero = {match[1] for match in numbered if match and match[2] == "0"}
         roles: list[str | None] = []

@@ -111,7 +111,7 @@ class PromcseDataModule(pl.LightningDataModule):
     Args:
         config: The data settings.
         tokenizer: Tokenizer of the frozen encoder.
-        longest_input: Most tokens that fit the encoder after its prompt, an upper bound of max_length.
+        longest_input: Maximum number of tokens that fit the encoder after its prompt; max_length must not exceed it.
         seed: Seed of the order, the masks and the held-out rows.
         mlm: Whether batches include masked tokens.
         progress: Called with the number of sentences tokenised so far.

@@ -1,4 +1,4 @@
-"""Refuse test sets as dev sets: a model selected on a test set has an optimistic test score."""
+"""Reject test sets as dev sets: a model selected on a test set has an optimistic test score."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TEST_FILES = re.compile(r"sts-test|STS\.(input|gs)\.|SICK_test_annotated|cxc-sts
 MOST_SHARED = {"STS-B": 0.1, "SICK-R": 0.1}
 """Share of a dev set's pairs that may also be test pairs of a task."""
 MOST_SHARED_YEAR = 0.5
-"""The same of a yearly task: STS-B was drawn from them, and 39 % of its dev pairs are test pairs of STS15."""
+"""The same for a yearly task: STS-B was drawn from them, and 39 % of its dev pairs are test pairs of STS15."""
 
 
 def refuse_test_set(path: Path, dev: ScoredPairs, senteval: Path | None) -> None:

@@ -106,7 +106,7 @@ def _jsonl(stream: IO[bytes]) -> _Lines:
 
 
 def _decoded(stream: IO[bytes]) -> Iterator[tuple[int, str, str]]:
-    """Line number, text with its line end, what is wrong with its bytes. Only LF ends a line: U+2028 is text."""
+    """Yield line number, text with its line end, and the decoding error or None. Only LF ends a line: U+2028 is text."""
     for line, data in enumerate(stream, start=1):
         if line == 1:
             data = data.removeprefix(codecs.BOM_UTF8)

@@ -151,7 +151,7 @@ def load_tokens(
     Args:
         source: The rows.
         tokenizer: Its truncation side and special tokens are used, and its padding token is stored with the cache.
-        max_length: Most tokens of a sentence, special tokens included.
+        max_length: Maximum number of tokens of a sentence, special tokens included.
         cache_dir: Folder of caches; created if absent.
         progress: Called with the number of sentences done so far.
 
@@ -168,7 +168,7 @@ def load_tokens(
     if _is_whole(folder):
         return TokenRows(folder, source.name, reused=True)
     if folder.exists():
-        log.warning("The token cache %s of %s is damaged; it is built again.", folder, source.name)
+        log.warning("The token cache %s of %s is damaged and will be rebuilt.", folder, source.name)
     try:
         with staging_folder(folder.parent) as staged:
             # A running writer updates its files all the time.

@@ -56,7 +56,8 @@ class EmbeddingCache:
             DataError: All embeddings are the same.
             NonFiniteError: An embedding is not finite.
         """
-        distinct = sorted(set(sentences), key=lambda text: (-len(text), text))  # the longest first: memory fails early
+        # the longest first, so that an out-of-memory error occurs early
+        distinct = sorted(set(sentences), key=lambda text: (-len(text), text))
         path = Path(self.folder) / f"{model_hash(model)}.safetensors"
         known = _read(path, model.width)
         digests = [hashlib.sha256(text.encode()).digest() for text in distinct]
@@ -82,12 +83,12 @@ def check_embeddings(embeddings: Embeddings) -> None:
     constant = len(embeddings) > 1
     for text, embedding_D in embeddings.items():
         if not np.isfinite(embedding_D).all():
-            raise NonFiniteError(f"the vector of {text[:80]!r} is not finite: the adapter or the encoder is damaged")
+            raise NonFiniteError(f"the embedding of {text[:80]!r} is not finite: the adapter or the encoder is damaged")
         first_D = embedding_D if first_D is None else first_D
         constant = constant and bool(np.abs(embedding_D - first_D).max() < ROUNDING)
     if constant:
         raise DataError(
-            f"all {len(embeddings)} sentences have the same vector: the model has collapsed, there is no score"
+            f"all {len(embeddings)} sentences have the same embedding: the model has collapsed and cannot be scored"
         )
 
 

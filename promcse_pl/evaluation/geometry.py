@@ -35,7 +35,7 @@ def alignment(first_ND: Units, second_ND: Units) -> float:
 def uniformity(vectors_ND: Units) -> float:
     """Return log E exp(-2 |x - y|^2) over all pairs of distinct sentences, in [-8, 0]; lower is more evenly spread.
 
-    Wang and Isola 2020 with t = 2. Every pair counts; none is drawn at random.
+    Wang and Isola 2020 with t = 2. All pairs are used, without sampling.
 
     Args:
         vectors_ND: Unit vectors of distinct sentences, N >= 2.
@@ -64,7 +64,7 @@ def mean_cosine(vectors_ND: Units) -> float:
 
 
 def effective_rank(vectors_ND: Units) -> float:
-    """Return how many dimensions the vectors fill, in [1, min(N, D)] (Roy and Vetterli 2007).
+    """Return the effective rank of the embedding matrix, in [1, min(N, D)] (Roy and Vetterli 2007).
 
     It is exp of the entropy of the singular values scaled to sum 1; the vectors are not centred.
 

@@ -127,7 +127,7 @@ def _seed_members(folder: Path, device: str) -> tuple[Member, ...]:
     runs = sorted(path for path in folder.iterdir() if find_adapter(path))
     if len(runs) < 2:
         raise AdapterError(
-            f"{folder} is no adapter ({DESCRIPTION}), no run (adapter/{DESCRIPTION}), no encoder or official checkpoint "
+            f"{folder} is not an adapter ({DESCRIPTION}), run (adapter/{DESCRIPTION}), encoder or official checkpoint "
             f"(config.json), and holds {len(runs)} runs; a folder of seeds holds two or more"
         )
     members = [_adapter_member(run, device) for run in runs]

@@ -174,7 +174,7 @@ def pair_task(name: str, suite: str, subsets: Sequence[ScoredPairs]) -> Task:
         unit="Spearman x 100",
         protocol='SentEval\'s "all": Spearman of cosines and human scores over the pairs of all subsets together; interval: '
         f"percentile bootstrap of the pairs, {RESAMPLES} resamples, seed {SEED}"
-        + ("; the adapter was chosen by these pairs" if suite == "dev" else ""),
+        + ("; the adapter was selected on these pairs" if suite == "dev" else ""),
         files=[_file(subset.name, len(subset), subset.sha256) for subset in subsets],
         expected_rows=PUBLISHED_PAIRS.get(name),
         sentences=_both_sides(*subsets),
@@ -205,7 +205,7 @@ def transfer_task(data: TransferData) -> Task:
     """Return the task of classifying sentences by their frozen embeddings."""
 
     def score(embeddings: Embeddings, progress: Progress) -> Score:
-        from promcse_pl.evaluation.transfer import score_transfer  # late: scikit-learn takes a second
+        from promcse_pl.evaluation.transfer import score_transfer  # imported here, since scikit-learn takes a second
 
         found = score_transfer(data, embeddings, progress=progress)
         blocks = resample_counts(found.rows, resamples=RESAMPLES, seed=_seed(data.name))

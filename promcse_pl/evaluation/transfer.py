@@ -103,7 +103,7 @@ def _check(data: TransferData, embeddings: Embeddings) -> None:
     sentences = data.sentences()
     missing = next((sentence for sentence in sentences if sentence not in embeddings), None)
     if missing is not None:
-        raise DataError(f"there is no vector of {missing[:80]!r}; every sentence of data.sentences() needs one")
+        raise DataError(f"there is no embedding of {missing[:80]!r}; every sentence of data.sentences() needs one")
     check_embeddings({sentence: embeddings[sentence] for sentence in sentences})
 
 
@@ -113,7 +113,7 @@ def _features(rows: Sequence[Row], embeddings: Embeddings) -> Features:
         embeddings_ND = np.stack([embeddings[sentence] for sentence in sentences]).astype(np.float32, copy=False)
         lengths_N = np.linalg.norm(embeddings_ND, axis=1)
         if not lengths_N.all():
-            raise DataError(f"the vector of {sentences[int(np.argmin(lengths_N))][:80]!r} is all zeros")
+            raise DataError(f"the embedding of {sentences[int(np.argmin(lengths_N))][:80]!r} is all zeros")
         sides.append(embeddings_ND / lengths_N[:, None])
     return sides[0] if len(sides) == 1 else np.concatenate([np.abs(sides[0] - sides[1]), sides[0] * sides[1]], axis=1)
 
@@ -139,7 +139,7 @@ def _predictions(train_NF: Features, labels_N: Labels, test_MF: Features, grid: 
 
 
 def _parallel(work: Callable[[int], Result], items: int) -> Iterator[Result]:
-    """Yield `work` of 0, 1, ..., in this order, on all cores, each with one BLAS thread: so small products gain by no more."""
+    """Yield `work` of 0, 1, ..., in this order, on all cores, each with one BLAS thread (more do not help small products)."""
     with threadpool_limits(1, user_api="blas"):
         pool = ThreadPoolExecutor(os.cpu_count())
         try:

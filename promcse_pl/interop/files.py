@@ -58,7 +58,7 @@ def read_tensors(folder: Path, safe: str, pickled: str) -> tuple[Path, dict[str,
             f"{path} is refused: it holds more than tensors, and reading that could run code. Nothing in it was run. ({reason})"
         ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError) as error:
-        raise AdapterError(f"{path} is damaged or cut short: {first_line(error) or type(error).__name__}") from error
+        raise AdapterError(f"{path} is damaged or truncated: {first_line(error) or type(error).__name__}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise AdapterError(f"{path} is not a state dict (a dictionary of tensors)")
     return path, state

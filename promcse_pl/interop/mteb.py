@@ -12,7 +12,7 @@ from promcse_pl.embedder import PromCSE, Vectors
 
 
 class MtebModel(AbsEncoder):  # type: ignore[misc]
-    """What `mteb.evaluate` takes: vectors are those of `PromCSE.encode`, similarities are cosines.
+    """Model for `mteb.evaluate`: embeddings are those of `PromCSE.encode`, similarities are cosines.
 
     Its revision is the adapter's content hash, so that mteb, which keeps results by name and revision, never shows those of
     another adapter. The task's instructions, prompt types and mteb's batch size have no effect.

@@ -2,7 +2,7 @@
 
 A published folder has the whole encoder, the prompt and the MLP in one file, but neither the prompt length, nor the projection
 flag, nor the pooler. The first two follow from the names and shapes of the tensors. Whether the MLP is kept at test time is an
-argument, or guessed from the folder's name.
+argument, or inferred from the folder's name.
 """
 
 # P prompt length, L layers, D width
@@ -65,7 +65,7 @@ class Imported:
 
     Attributes:
         encoder: In eval mode; `save_adapter` keeps the frozen encoder inside the adapter unless a name gives it.
-        notes: Sentences about what was found, guessed and dropped.
+        notes: Messages on what was read, inferred and dropped.
     """
 
     encoder: PromptEncoder
@@ -120,7 +120,7 @@ def import_official(source: str | Path, *, pooling: str | None = None, encoder: 
     prompt = f"prompt length {model.prompt.length}, " + (
         "no projection" if projection is None else f"projection of size {len(projection)}"
     )
-    notes = [f"{prompt}: seen in the tensors", pooling_note, encoder_note]
+    notes = [f"{prompt}: read from the tensors", pooling_note, encoder_note]
     if "lm_head" in left_out:
         notes.append(
             "the MLM head (lm_head) is dropped: embeddings do not use it. An export of this adapter has no MLM head, so the "
@@ -214,7 +214,7 @@ def _choose_pooling(pooling: str | None, source: str, *, has_mlp: bool) -> tuple
     if pooling is None:
         other = "cls" if chosen == "cls_before_pooler" else "cls_before_pooler"
         note += (
-            f". This is a guess from the name {name}, the files do not say it. For the other: "
+            f". It was inferred from the name {name}, since the files do not record it. For the other: "
             f"promcse import {source} --pooling {other} -o ADAPTER"
         )
     return "cls" if chosen == "cls_before_pooler" else chosen, head, note
@@ -332,7 +332,7 @@ def _no_export(encoder: PromptEncoder) -> str:
         return f"its encoder is {backbone.family}, allowed: {', '.join(CLASSES)}"
     if encoder.pooling not in ("cls", "cls_before_pooler"):
         return (
-            f"it has no working pooling {encoder.pooling}, only cls and cls_before_pooler (export to sentence-transformers "
+            f"it does not support the pooling {encoder.pooling}, only cls and cls_before_pooler (export to sentence-transformers "
             "instead)"
         )
     if encoder.position_offset != prompt.length:

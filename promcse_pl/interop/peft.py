@@ -60,7 +60,7 @@ def export_peft(encoder: PromptEncoder, folder: str | Path) -> None:
     _check_family(backbone)
     if encoder.head_mode == "mlp":
         raise AdapterError(
-            "the MLP head cannot be stored by PEFT, and the vectors need it. Train with model.head=none, or export to "
+            "the MLP head cannot be stored by PEFT, and the embeddings depend on it. Train with model.head=none, or export to "
             "sentence-transformers"
         )
     if length == 0 or encoder.position_offset != length:

@@ -1,4 +1,4 @@
-"""The energy-based hinge: each positive must beat the hardest negative by a margin."""
+"""The energy-based hinge: the cosine of each positive must exceed that of the hardest negative by a margin."""
 
 # B anchors, D width
 
@@ -21,7 +21,7 @@ def energy_hinge(anchor_BD: Tensor, positive_BD: Tensor, negative_BD: Tensor, *,
         margin: Required cosine gap, in [0, 2].
 
     Returns:
-        A scalar >= 0; 0 when every positive wins by the margin.
+        A scalar >= 0; 0 if every positive exceeds its hardest negative by the margin.
     """
     cosines_BB = anchor_BD @ positive_BD.T
     same_row_BB = torch.eye(len(anchor_BD), dtype=torch.bool, device=anchor_BD.device)

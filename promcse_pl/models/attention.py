@@ -1,6 +1,6 @@
 """Deep prompts enter a transformers encoder through a registered attention function.
 
-The prompt travels as the forward keyword `prompt_kv`, untouched by the encoder, down to every attention layer, where this
+The prompt is the forward keyword `prompt_kv`, which the encoder passes unchanged to every attention layer, where this
 function selects the layer's keys and values by `module.layer_idx` and prepends them. Prompt slots have no queries and no outputs,
 so the encoder still returns T positions.
 """
@@ -48,7 +48,7 @@ def prompt_attention(
         prompt_kv: Keys and values of each layer, (2, B or 1, N, P, H), or None for the plain encoder.
 
     Returns:
-        The mixed values, (B, T, N, H), and no weights.
+        The attention output, (B, T, N, H), and None for the weights.
     """
     if prompt_kv is not None and prompt_kv[0].shape[-2] > 0:
         prompt_key, prompt_value = prompt_kv[cast(int, module.layer_idx)].to(key_BNTH.dtype)
@@ -77,7 +77,7 @@ def _dropped_attention(
     """Attention with dropout as separate operations: torch has no fused kernel for it on a CPU, and draws masks slowly."""
     scores_BNTS = (query_BNTH * (scaling or query_BNTH.shape[-1] ** -0.5)) @ key_BNTH.transpose(-1, -2)
     if mask is not None:
-        # not -inf: a padding row that sees nothing (ModernBERT's window) would be NaN and reach the real tokens
+        # not -inf: a padding row that attends to nothing (ModernBERT's window) would be NaN and reach the real tokens
         lowest = torch.finfo(scores_BNTS.dtype).min
         scores_BNTS = scores_BNTS.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores_BNTS + mask
     return fast_dropout(scores_BNTS.softmax(-1), probability) @ value_BNTH

@@ -40,7 +40,7 @@ _LAYERS_LIKE_BERT = ("bert", "roberta", "xlm-roberta", "electra")
 
 
 class FrozenBackbone(nn.Module):
-    """A pre-trained encoder whose weights take no gradient, with deep prompts as an input.
+    """A frozen pre-trained encoder, with deep prompts as an input.
 
     Args:
         model: A transformers encoder of a supported family. It is changed in place: prompt attention, no gradients.
@@ -127,7 +127,7 @@ class FrozenBackbone(nn.Module):
         """
         if self.dtype != torch.float32:
             raise EncoderError(
-                f"{self.identity.name} was read as {self.dtype}; writing it would round it for good. Load it as float32"
+                f"{self.identity.name} was read as {self.dtype}; saving would store the rounded weights. Load it as float32"
             )
         from safetensors import SafetensorError
 
@@ -229,7 +229,7 @@ class FrozenBackbone(nn.Module):
         all_layers: bool = False,
         first_token: bool = False,
     ) -> tuple[Tensor, ...]:
-        """Encode sentences behind a prompt.
+        """Encode sentences with a prompt in front.
 
         Args:
             ids_BT, mask_BT: Token ids, and attention mask (1 for real tokens, 0 for padding).

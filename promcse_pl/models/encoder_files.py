@@ -77,8 +77,8 @@ def read_config(source: str | Path, name: str, revision: str | None = None) -> A
         config = AutoConfig.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
     except Exception as error:
         hint = (
-            f"{name} is neither a local folder nor an installed weight wheel, and the hub did not give it. Check the name and "
-            "the network, or type model.path=FOLDER with a downloaded encoder"
+            f"{name} is neither a local folder nor an installed weight wheel, and cannot be downloaded from the hub. Check "
+            "the name and the network, or type model.path=FOLDER with a downloaded encoder"
             if not isinstance(source, Path)
             else "expected a folder with config.json and model.safetensors as transformers writes them"
         )

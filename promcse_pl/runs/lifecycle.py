@@ -1,4 +1,4 @@
-"""The lifecycle of a run: start it, resume it, record how it ends. What happens in between is in `promcse_pl.runs.pipeline`.
+"""The lifecycle of a run: start, resume, and record the final state. `promcse_pl.runs.pipeline` trains and evaluates.
 
 Errors in the config, files and folder are found before torch is imported.
 """
@@ -206,7 +206,7 @@ def _run_as_main(run: RunContext) -> dict[str, Any]:
             _record_end(run.folder, "failed", f"{type(error).__name__}: {error}")
             if isinstance(error, PromcseError) and not (run.folder / INPUTS).exists():
                 retry = run_command(f"resume={run.folder}")
-                log.info("nothing was trained yet. When the cause is fixed, run this folder again: %s", retry)
+                log.info("nothing was trained yet. Fix the cause, then run in this folder again: %s", retry)
             raise
         _record_end(run.folder, "finished")
         remove_checkpoints(run.folder)
@@ -247,7 +247,7 @@ def _launch(config: Config, folder: Path, lock: int) -> dict[str, Any]:
 
 
 def _finished_results(folder: Path, console: Console) -> dict[str, Any]:
-    """Return the results of a finished run; remove checkpoints that are left if it was killed at its very end."""
+    """Return the results of a finished run; remove checkpoints that remain if it was killed just before it finished."""
     remove_checkpoints(folder)
     if not (folder / RESULTS).exists():
         raise DataError(

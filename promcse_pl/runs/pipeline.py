@@ -159,9 +159,9 @@ def _report_data(run: RunContext, data: PromcseDataModule) -> None:
             write_text(run.folder / BAD_ROWS, "".join(f"{hide_home(str(row))}\n" for row in rows.bad_rows))
         log.warning("%d bad rows were skipped; they are listed in %s", len(rows.bad_rows), run.folder / BAD_ROWS)
     if data.dev is None:
-        log.info("no development set: the last step is kept")
+        log.info("no dev set: the last step is kept")
     else:
-        log.info("development set: %s, %s pairs", data.dev.name, f"{len(data.dev):,}")
+        log.info("dev set: %s, %s pairs", data.dev.name, f"{len(data.dev):,}")
 
 
 def _excerpt(text: str) -> str:
@@ -309,9 +309,9 @@ def _record(run: RunContext, results: dict[str, Any], wandb_run: WandbRun | None
     for table in tables(results["evaluation"]):
         run.console.print(table)
     scores = {score_key(task): score for task, score in results["scores"].get("adapter", {}).items() if task != "dev"}
-    for logger in loggers[1:] if scores else ():  # the history, the first one, ends with the training
+    for logger in loggers[1:] if scores else ():  # the first logger is the history: no test scores
         logger.log_metrics(scores, results["steps"])
         logger.finalize("success")
     if wandb_run:
         finish_wandb(wandb_run, results, run.folder / ADAPTER)
-    log.info("adapter: %s (%.0f s in all)", run.folder / ADAPTER, results["seconds"])
+    log.info("adapter: %s (%.0f s in total)", run.folder / ADAPTER, results["seconds"])

@@ -42,7 +42,7 @@ class Run:
     Attributes:
         folder: Run folder; it may not exist yet.
         name: Path relative to the sweep's folder; the folder's name if the run is the only one.
-        settings: Settings by dotted name. Of a planned sweep its overrides, else all settings that affect training.
+        settings: By dotted name: the overrides of a planned sweep, otherwise all settings that affect training.
         encoder, data: `model.path` and `data.train`; None: unknown.
         state: `finished`, `failed`, `stopped`, `pruned`, `running`; `not started`; `killed`: running by its status,
             but no process holds its lock; `damaged`: its status, or the results of a finished run, cannot be read.

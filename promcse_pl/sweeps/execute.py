@@ -82,7 +82,7 @@ def run_sweep(
     """
     if launch and settings.parallel > 1:
         raise ConfigError(
-            "sweep.parallel is of the local launcher. Try: hydra.launcher.n_jobs (joblib), or leave it out"
+            "sweep.parallel applies to the local launcher only. Try: hydra.launcher.n_jobs (joblib), or leave it out"
         )
     if settings.resume is not None:
         with locked(folder) as lock:
@@ -278,7 +278,7 @@ def wait_for_earlier(folder: Path, jobs: Iterable[SweepJob]) -> None:
     for job in jobs:
         while is_running(folder / job.folder):
             if time.monotonic() > deadline:
-                raise ConfigError(f"another process is at work in {folder / job.folder}. Try: wait for it, or stop it")
+                raise ConfigError(f"another process is running in {folder / job.folder}. Try: wait for it, or stop it")
             time.sleep(0.2)
 
 

@@ -146,7 +146,7 @@ def _rows(
     rows = []
     for row in ranked:
         label = ",".join(run.name for run in row.runs)
-        # the values differ only for the seed
+        # only the seeds differ
         settings = [_distinct(setting_text(run.settings.get(name, "")) for run in row.runs) for name in names]
         scores = [row.test(task) for task in tasks]
         cells: list[tuple[object, object]] = [
@@ -178,7 +178,7 @@ def _curves(run: Run) -> dict[str, tuple[list[float], list[float]]]:
 
 
 def decimate(steps: Sequence[float], values: Sequence[float], most: int) -> list[list[float | None]]:
-    """Reduce the points of a curve: both ends and the minimum and maximum of equal stretches are kept.
+    """Downsample a curve: keep both ends, and the minimum and maximum of equal intervals.
 
     Args:
         steps: Steps of the points.

@@ -84,7 +84,7 @@ class Plan:
 
 
 def write_plan(folder: Path, plan: Plan) -> None:
-    """Write sweep.json, whole or not at all."""
+    """Write sweep.json atomically."""
     entries = {name: value for name, value in dataclasses.asdict(plan).items() if value is not None}
     if "shared" in entries:
         entries["settled"] = entries.pop("shared")
@@ -92,7 +92,7 @@ def write_plan(folder: Path, plan: Plan) -> None:
 
 
 def without_home(entry: str) -> str:
-    """Return an override with ~ for the home folder, in the quotes that Hydra wants around it.
+    """Return an override with ~ for the home folder, quoted as Hydra requires.
 
     The command line is rewritten before Hydra reads it, so that a sweep and its resumption compose the same text.
     """
@@ -208,7 +208,7 @@ def plan_jobs(jobs: Iterable[Sequence[str]], compose: Compose) -> list[tuple[Swe
 
 
 def check_job(overrides: Sequence[str], compose: Compose, seen: set[str]) -> Config:
-    """Return the config of a job after all checks of its values and input files.
+    """Return the config of a job after checking its values and input files.
 
     Args:
         overrides: Overrides of the job.
@@ -227,12 +227,12 @@ def check_job(overrides: Sequence[str], compose: Compose, seen: set[str]) -> Con
             check_inputs(config)
             seen.add(inputs)
     except PromcseError as error:
-        raise type(error)(f"no job was started; of the job {' '.join(overrides)}: {error}") from error
+        raise type(error)(f"no job was started; job {' '.join(overrides)}: {error}") from error
     return config
 
 
 def write_start(folder: Path, plan: Plan, job: SweepJob, config: Config, names: Sequence[str] | None = None) -> None:
-    """Write start.yaml, the only file that a job reads; in W&B the sweep is the group, what varies gives name and tags.
+    """Write start.yaml, the only file that a job reads. The W&B group is the sweep; the varying overrides are name and tags.
 
     Args:
         folder: Folder of the sweep.

@@ -106,7 +106,7 @@ def slot_environments(parallel: int, shared: SharedSettings | None = None) -> li
 
 
 def check_gpus(config: Config, parallel: int) -> Config:
-    """Return a job's config if so many parallel jobs find a GPU for each of their ranks.
+    """Return a job's config after checking that there is a GPU for each rank of the parallel jobs.
 
     Raises:
         ConfigError: There are fewer GPUs.
@@ -116,7 +116,7 @@ def check_gpus(config: Config, parallel: int) -> Config:
         available = len(visible_devices())
         if 0 < available < parallel * ranks:
             raise ConfigError(
-                f"sweep.parallel={parallel} jobs of trainer.devices={ranks} want {parallel * ranks} GPUs, this machine has "
+                f"sweep.parallel={parallel} jobs of trainer.devices={ranks} need {parallel * ranks} GPUs, this machine has "
                 f"{available}. Try: sweep.parallel={max(1, available // ranks)}"
             )
     return config
@@ -206,7 +206,7 @@ class Pool:
                             self._free_slots.append(running.slot)
                             on_end(running, code)
                     on_poll()
-            finally:  # after an error here, nothing may run unattended
+            finally:  # after an error, no task may keep running
                 stop_all([running.child for running in self.running], GRACE_SECONDS)
 
     def _start(self, task: Task) -> None:
@@ -258,16 +258,18 @@ class Pool:
                     importlib.import_module(name)
         except ImportError as error:
             raise PromcseError(
-                f"what the jobs need could not be imported ({error}). Try: pip install -c constraints.txt -e ."
+                f"the modules of the jobs could not be imported ({error}). Try: pip install -c constraints.txt -e ."
             ) from error
 
     def _stop_tasks(self) -> None:
-        """Do what the received signals ask for."""
+        """React to received signals: start no more tasks, or stop the running ones."""
         if not self._signals:
             return
         if self._signals == [signal.SIGINT]:
             if self.running and not self._is_waiting:
-                print_line(f"Ctrl-C: waiting for {len(self.running)} running; once more stops them (they save first)")
+                print_line(
+                    f"Ctrl-C: waiting for {len(self.running)} running; press it again to stop them (they save first)"
+                )
             self._is_waiting = True
         elif self._terminated_at is None:
             self._terminated_at = time.monotonic()

@@ -28,7 +28,7 @@ from promcse_pl.utils.paths import hide_home, run_command
 from promcse_pl.utils.streams import visible
 from promcse_pl.utils.terminal import output_console, plain
 
-TEST_WARNING = "test scores are shown; selecting settings by test scores is cheating, select them by the dev score"
+TEST_WARNING = "test scores are shown; do not select settings by test scores, select them by the dev score"
 MAX_COLUMNS = 6
 """Maximum number of settings with a column of their own; with more, a row names the settings that differ from most runs."""
 RESUMABLE = ("killed", "stopped", "failed")

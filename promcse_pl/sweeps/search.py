@@ -97,7 +97,7 @@ def run_search(
     for config in configs:
         if config.data.dev is None:
             raise ConfigError(
-                "a search needs a development score, but data.dev=null. Try: "
+                "a search needs a dev score, but data.dev=null. Try: "
                 f"{'data.dev=holdout, or ' if config.data.kind == 'triplets' else ''}data.dev=FILE"
             )
     with locked(folder) as lock:
@@ -131,7 +131,7 @@ def corners(space: Space) -> Iterator[list[str]]:
     }
     if all(len(texts) == 1 for texts in values.values()):
         raise ConfigError(
-            f"there is nothing to search in. Try: {run_command()} -m sweep=search, or 'optim.lr=interval(1e-3,3e-2)'"
+            f"the search space has a single point. Try: {run_command()} -m sweep=search, or 'optim.lr=interval(1e-3,3e-2)'"
         )
     for row in range(max(map(len, values.values()))):
         yield [f"{key}={texts[min(row, len(texts) - 1)]}" for key, texts in values.items()]

@@ -1,4 +1,4 @@
-"""Weights & Biases: tracking that never costs the training anything.
+"""Weights & Biases, in a separate process so that it cannot delay or fail training.
 
 Only an allow-list is sent: settings (of a path only its last part), logged numbers, the final table and the adapter. Console
 output, the environment, code, the git state and the description of the machine are not.

@@ -1,8 +1,8 @@
 """The W&B follower: a process that writes the W&B run of a run, so that training never waits for W&B.
 
 It may be killed at any time. `promcse_pl.tracking.wandb.WandbRun` writes two JSON lines to its stdin: the task, and how the run
-ended; stdin ends early if the run was killed. The follower writes JSON lines to stdout: events `started`, `failed` and `done`.
-In between it follows the run's metrics.jsonl: line n of that file is W&B's step n, so that nothing is sent twice.
+ended; stdin is closed early if the run was killed. The follower writes JSON lines to stdout: events `started`, `failed` and
+`done`. In between it follows the run's metrics.jsonl: line n of that file is W&B's step n, so that nothing is sent twice.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def main(_arguments: Sequence[str]) -> NoReturn:
     try:
         with _only_follower(Path(task["folder"]) / "wandb", task["start_seconds"]):
             _write_run(task, end, send)
-    except Exception as error:  # wrong keys, networks, disks and versions raise many kinds
+    except Exception as error:  # wrong keys, networks, disks and versions raise many exception types
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         if task["mode"] != "offline" and (wandb := sys.modules.get("wandb")):
             reason += f"; server: {wandb.setup().settings.base_url}"

@@ -163,7 +163,7 @@ class Progress(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show the bar."""
         assert isinstance(pl_module, PromcseModule)
-        self.report = self._bar.enter_context(stages(self.console))  # shows nothing if it is no terminal
+        self.report = self._bar.enter_context(stages(self.console))  # shows nothing if the console is not a terminal
         self.report("training", trainer.global_step, pl_module.total_steps)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any) -> None:

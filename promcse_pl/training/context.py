@@ -39,7 +39,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunContext:
-    """A run, as one of its processes sees it.
+    """State of a run in one of its processes.
 
     Attributes:
         config: Valid settings; the pipeline replaces `auto` by the values for this machine.

@@ -1,4 +1,4 @@
-"""The ranks of a distributed run: who is which rank, the process group, and the check that all ranks have the same inputs.
+"""Distributed runs: rank and world size of this process, the process group, and the check that all ranks have the same inputs.
 
 `promcse_pl.runs.launcher`, torchrun or SLURM start the processes.
 """
@@ -24,7 +24,7 @@ T = TypeVar("T")
 STORE = "PROMCSE_STORE"
 """Environment variable with the rendezvous file of the ranks that `promcse_pl.runs.launcher` has started."""
 TIMEOUT = timedelta(hours=1)
-"""Longest wait for another rank: longer than any dev evaluation. A rank that ends is noticed at once."""
+"""Timeout of collective operations; longer than any dev evaluation. The exit of a rank is detected at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ def find_ranks(trainer: TrainerConfig) -> Ranks | None:
     ):  # the tasks of a job step may be independent runs
         if trainer.num_nodes > 1:
             raise ConfigError(
-                f"trainer.num_nodes={trainer.num_nodes} needs a starter on every machine. Try: torchrun "
+                f"trainer.num_nodes={trainer.num_nodes} needs a launcher on every machine. Try: torchrun "
                 f"--nnodes={trainer.num_nodes} --nproc-per-node={trainer.devices} ... run.py, or srun (docs/distributed.md)"
             )
         return Ranks() if size == 1 else None
@@ -83,7 +83,7 @@ def find_ranks(trainer: TrainerConfig) -> Ranks | None:
 
 
 def _from_environment() -> tuple[str, int, int, int] | None:
-    """Return what started this process, its rank, the world size and its local rank; None: it was started alone."""
+    """Return the launcher of this process, its rank, the world size and its local rank; None without a launcher."""
     sources = (
         ("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK"),
         ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),  # of a job step, not of the batch script
@@ -115,7 +115,7 @@ def join_process_group(ranks: Ranks, trainer: TrainerConfig) -> None:
 
     Raises:
         ConfigError: This machine has fewer GPUs than ranks.
-        LostRankError: Another rank is gone.
+        LostRankError: Another rank has exited.
     """
     if ranks.size == 1:
         return
@@ -170,7 +170,7 @@ def leave_process_group(ranks: Ranks) -> None:
 
 
 def gather_values(value: T) -> list[T]:
-    """Return a plain value of every rank, by rank."""
+    """Gather a plain value from every rank, in rank order."""
     import torch.distributed as dist
 
     from promcse_pl.training.gather import collective, world_size
@@ -205,8 +205,7 @@ def check_equal_on_ranks(facts: Mapping[str, Any]) -> None:
         if different:
             shown = "; ".join(f"{name}: {first.get(name)!r} and {values.get(name)!r}" for name in different[:5])
             raise ConfigError(
-                f"rank {rank} would not train the same as rank 0 ({shown}). Try: the same command, code and files for all "
-                "processes"
+                f"rank {rank} differs from rank 0 ({shown}). Try: the same command, code and files for all processes"
             )
 
 

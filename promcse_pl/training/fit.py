@@ -41,7 +41,7 @@ MIN_INPUT_TOKENS = 3
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What is trained, on which data and where.
+    """Encoder, heads, data and device of a training run.
 
     Attributes:
         device: Device of the computation.
@@ -58,7 +58,7 @@ class Parts:
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """Figures of a training run; the encoder is trained in place.
+    """Statistics of a training run; the encoder is trained in place.
 
     Attributes:
         steps: Optimiser steps of the run.

@@ -21,7 +21,7 @@ def world_size() -> int:
 
 @contextmanager
 def collective() -> Iterator[None]:
-    """Surround a collective call: it fails if another rank is gone, with a plain RuntimeError under gloo.
+    """Surround a collective call: it fails with a plain RuntimeError under gloo if another rank has exited.
 
     Raises:
         LostRankError: The call failed.
@@ -36,9 +36,9 @@ def collective() -> Iterator[None]:
 
 
 def gather_rows(local_VBD: Tensor) -> Tensor:
-    """Put the rows of all ranks side by side; ranks may hold different numbers of rows.
+    """Concatenate the rows of all ranks; ranks may hold different numbers of rows.
 
-    The gradient flows into the own rows alone. With the same global loss on every rank, the sum of the ranks' gradients is
+    Only the rows of this rank get a gradient. With the same global loss on every rank, the sum of the ranks' gradients is
     that of a single process.
 
     Args:
@@ -65,7 +65,7 @@ def gather_rows(local_VBD: Tensor) -> Tensor:
 
 
 def sum_over_ranks(local: Tensor) -> Tensor:
-    """Return the sum of a tensor, of the same shape on each, over all ranks; without a gradient."""
+    """Return the sum of a tensor over all ranks, without a gradient; its shape must be equal on all ranks."""
     total = local.detach().clone()
     if world_size() > 1:
         with collective():
@@ -74,10 +74,10 @@ def sum_over_ranks(local: Tensor) -> Tensor:
 
 
 def average_gradients(parameters: Sequence[Tensor]) -> None:
-    """Replace the gradients by their mean over the ranks, as DistributedDataParallel does, in one exchange.
+    """Replace the gradients by their mean over the ranks, as DistributedDataParallel does, in one all-reduce.
 
-    Its sums have the same order in every step. DistributedDataParallel lays out its buckets anew after the first step of a
-    process, so that a resumed run of three ranks would add in another order than the straight one.
+    The order of summation is the same in every step. DistributedDataParallel rebuilds its buckets after the first step of a
+    process, so a resumed run with three ranks would add in another order than an uninterrupted one.
 
     Args:
         parameters: The same on every rank; a rank without a gradient for one counts as 0.

@@ -91,7 +91,7 @@ def measure(arguments: Sequence[str]) -> int:
 
 
 def must_recompute(config: Config, encoder: PromptEncoder, rows: TokenRows, device: torch.device) -> bool:
-    """Return whether chunks are computed again in the backward pass: as set, or with `auto` if memory is too small."""
+    """Return whether chunks are recomputed in the backward pass: as set, or with `auto` if memory is too small."""
     if config.trainer.recompute != "auto":
         return config.trainer.recompute == "always"
     free = free_bytes(device)

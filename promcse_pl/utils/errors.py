@@ -41,7 +41,7 @@ class RankError(PromcseError, RuntimeError):
 
 
 class LostRankError(RankError):
-    """A rank lost its connection to another one: the error of the other one is the cause."""
+    """A rank lost the connection to another rank; the error of that other rank is the cause."""
 
 
 class OutOfMemoryError(PromcseError, MemoryError):

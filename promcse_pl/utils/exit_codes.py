@@ -18,7 +18,7 @@ def exit_code(command: Callable[[], int | None]) -> int:
         command: Returns 0 or None if all went well, 1 if a job of a sweep did not finish.
 
     Returns:
-        The command's own code, also 0 if nobody reads its output any more (`promcse ... | head`). 2 for an error whose message
+        The command's own code, also 0 if the reader of its output has exited (`promcse ... | head`). 2 for an error whose message
         says what to change, 1 for an unexpected one (with its traceback), 130 after Ctrl-C, 143 after SIGTERM or SIGUSR1.
     """
     try:

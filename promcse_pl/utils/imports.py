@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def without_gc() -> Iterator[None]:
-    """Disable the garbage collector while torch is imported, and exclude the objects that the imports created from it for good.
+    """Disable the garbage collector while torch is imported, and exclude the imported objects from it permanently.
 
     They are half a million objects that live as long as the process. Collecting them again and again takes a tenth of the import
     time, and two seconds at exit; in forked processes it would also copy their memory. If torch was imported before, nothing is

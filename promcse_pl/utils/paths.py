@@ -1,4 +1,4 @@
-"""Names of files and folders as people type them, and as they may be written down."""
+"""Paths: expand ~, check names and files, and hide the home folder."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ LONGEST_NAME = 255
 
 
 def expand(name: str | Path) -> Path:
-    """Return a path with the home folder in the place of ~; nothing is raised for a person whom the machine does not know."""
+    """Return a path with the home folder instead of ~; an unknown user name is not an error."""
     return Path(os.path.expanduser(name))  # noqa: PTH111  (Path.expanduser raises there)
 
 
 def is_there(path: Path) -> bool:
-    """Tell whether a file or folder is there; a name that no file can have is not."""
+    """Return whether a file or folder exists; False for an invalid name."""
     return os.path.exists(path)  # noqa: PTH110  (Path.exists raises for a name that is too long)
 
 
 def is_folder(path: Path) -> bool:
-    """Tell whether a folder is there; a name that no folder can have is not."""
+    """Return whether a folder exists; False for an invalid name."""
     return os.path.isdir(path)  # noqa: PTH112  (the same)
 
 
 def run_command(*arguments: str) -> str:
     """Return the command that trains with these arguments, quoted for a shell.
 
-    It is `promcse train ...` if this process, or the one that started it, was started so, or if the package is installed without
-    its clone; otherwise `python run.py ...`.
+    It is `promcse train ...` if this process or its parent was started with it, or if the package is installed without a
+    clone; otherwise `python run.py ...`.
     """
     in_clone = (Path(__file__).parents[2] / "run.py").is_file()
     typed = [os.environ.get(ENTRY_POINT) or ("python run.py" if in_clone else "promcse train")]
@@ -86,7 +86,7 @@ def require_regular_file(path: Path, *, at_most: int | None = None) -> Path:
 
 
 def hide_home(value: Tree) -> Tree:
-    """Return text, or the texts of a tree of plain values, with ~ for the home folder: its name is often a person's.
+    """Return text, or the texts of a tree of plain values, with ~ for the home folder, whose path often contains a person's name.
 
     `expand` undoes it for a path.
     """
@@ -111,5 +111,5 @@ SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson", ".parquet")
 
 
 def file_suffix(path: Path) -> str:
-    """The suffix that picks the format: data.CSV.gz gives .csv."""
+    """Return the suffix that determines the format: .csv for data.CSV.gz."""
     return Path(path.name.lower().removesuffix(".gz")).suffix

@@ -153,7 +153,7 @@ def fork_process(
         close: File descriptors that the child must not keep open.
 
     Raises:
-        OSError: The machine has no room for another process.
+        OSError: No further process can be started.
     """
 
     def run(parent: int) -> None:

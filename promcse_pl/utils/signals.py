@@ -50,7 +50,7 @@ def handled_by(handler: Callable[[int], None]) -> Iterator[bool]:
 
 
 class StopSignals:
-    """Context that turns stop signals into `Stopped`: at once, or, while `deferred`, when the training loop asks after its step.
+    """Context that turns stop signals into `Stopped`: at once or, while `deferred`, when the training loop checks after its step.
 
     A second signal is not deferred, unless it repeats the first one (`REPEAT_SECONDS`).
 

@@ -1,4 +1,4 @@
-"""Output for people: consoles, log handlers, the config as a tree, progress bars."""
+"""Terminal output: consoles, log handlers, the config as a tree, progress bars."""
 
 from __future__ import annotations
 

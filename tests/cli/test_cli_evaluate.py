@@ -78,7 +78,7 @@ def test_a_run_and_the_command_give_the_same_scores(trained_run, tmp_path):
     score = tree["targets"]["run"]["scores"]["demo test"]
     of_run = results["evaluation"]["targets"]["adapter"]["scores"]["demo test"]
     assert score == pytest.approx(of_run, abs=0.01)  # other neighbours in a batch, other rounding
-    assert "chosen by these pairs" in results["evaluation"]["tasks"]["dev"]["protocol"]
+    assert "selected on these pairs" in results["evaluation"]["tasks"]["dev"]["protocol"]
 
 
 @pytest.mark.parametrize(

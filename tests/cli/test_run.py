@@ -73,7 +73,7 @@ MISTAKES = {
     "--resolve": "--resolve has an effect only with --cfg or --help. Try: python run.py --cfg job",
     "sweep.parallel=2": "sweep.parallel=2 has no effect on a single run. Try: python run.py -m sweep.parallel=2",
     "hydra.sweep.dir=x": "hydra.sweep.dir=x has no effect on a single run. Try: python run.py -m hydra.sweep.dir=x",
-    "-m seed=${x}": "no job was started; of the job seed=$\\{x\\}: seed: Interpolation key 'x' not found. Try: ",
+    "-m seed=${x}": "no job was started; job seed=$\\{x\\}: seed: Interpolation key 'x' not found. Try: ",
 }
 
 
@@ -290,6 +290,6 @@ def test_a_run_killed_and_resumed_as_it_is_typed_ends_as_the_straight_one(here):
 def test_an_encoder_that_is_not_there_stops_a_multirun_before_its_first_job(here):
     done = start(here, "-m", "seed=1,2", "model.path=./missing", "hydra.sweep.dir=sweep")
     assert (done.returncode, done.stdout) == (2, "")
-    job = "no job was started; of the job seed=1 model.path=./missing"
+    job = "no job was started; job seed=1 model.path=./missing"
     assert done.stderr.startswith(f"error: {job}: the encoder folder ./missing does not exist")
     assert list(here.iterdir()) == []

@@ -134,7 +134,7 @@ def test_a_folder_that_cannot_be_written_costs_the_cache_and_not_the_scores(mode
 
 def test_vectors_that_are_all_the_same_up_to_rounding_are_an_error():
     vector = np.full(4, 0.5, dtype=np.float32)
-    with pytest.raises(DataError, match="all 2 sentences have the same vector"):
+    with pytest.raises(DataError, match="all 2 sentences have the same embedding"):
         check_embeddings({"a": vector, "b": vector + np.float32(1e-7)})
     check_embeddings({"a": vector, "b": -vector})
     check_embeddings({"a": vector})

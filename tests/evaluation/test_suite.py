@@ -187,7 +187,7 @@ def test_a_collapsed_model_gives_an_error_and_no_score(bert, tasks, tmp_path):
     encoder = PromptEncoder(FrozenBackbone.load(str(bert)), length=0, head="mlp").eval()
     torch.nn.init.zeros_(encoder.head.dense.weight)
     torch.nn.init.ones_(encoder.head.dense.bias)
-    with pytest.raises(DataError, match="same vector: the model has collapsed"):
+    with pytest.raises(DataError, match="same embedding: the model has collapsed"):
         evaluate([target("collapsed", PromCSE(encoder))], tasks[:1], EmbeddingCache(tmp_path))
 
 

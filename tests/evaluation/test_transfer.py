@@ -300,13 +300,13 @@ def test_vectors_that_cannot_be_scored_are_refused(senteval):
     data = load_transfer(senteval, "CR")
     vectors = vectors_for(data, 1)
     name = data.sentences()[3]
-    with pytest.raises(NonFiniteError, match=rf"the vector of '{name}' is not finite"):
+    with pytest.raises(NonFiniteError, match=rf"the embedding of '{name}' is not finite"):
         score_transfer(data, {**vectors, name: np.full(WIDTH, np.nan, dtype=np.float32)})
-    with pytest.raises(DataError, match=rf"the vector of '{name}' is all zeros"):
+    with pytest.raises(DataError, match=rf"the embedding of '{name}' is all zeros"):
         score_transfer(data, {**vectors, name: np.zeros(WIDTH, dtype=np.float32)})
-    with pytest.raises(DataError, match="same vector"):
+    with pytest.raises(DataError, match="same embedding"):
         score_transfer(data, dict.fromkeys(vectors, np.ones(WIDTH, dtype=np.float32)))
-    with pytest.raises(DataError, match=rf"there is no vector of '{name}'"):
+    with pytest.raises(DataError, match=rf"there is no embedding of '{name}'"):
         score_transfer(data, {text: vector for text, vector in vectors.items() if text != name})
 
 

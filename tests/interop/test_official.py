@@ -74,7 +74,7 @@ def test_length_and_projection_come_from_the_tensors(projection, said, tmp_path)
     prompt = imported.encoder.prompt
     assert (prompt.length, imported.encoder.position_offset, prompt.dropout) == (P, P, 0.1)
     assert (None if prompt.trans is None else prompt.trans[0].out_features) == projection
-    assert imported.notes[0] == f"prompt length 4, {said}: seen in the tensors"
+    assert imported.notes[0] == f"prompt length 4, {said}: read from the tensors"
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_the_pooling_is_guessed_from_the_name_and_said(name, pooling, head, othe
     imported = import_official(save_official(tmp_path / name))
     assert (imported.encoder.pooling, imported.encoder.head_mode) == ("cls", head)
     assert imported.notes[1].startswith(f"pooling {pooling}: ")
-    assert f"a guess from the name {name}" in imported.notes[1]
+    assert f"inferred from the name {name}" in imported.notes[1]
     assert f"promcse import {tmp_path / name} --pooling {other} -o ADAPTER" in imported.notes[1]
 
 
@@ -337,7 +337,7 @@ def test_a_file_cut_short_is_called_so(share, zipped, checkpoint):
     torch.save(torch.load(path, weights_only=True), path, _use_new_zipfile_serialization=zipped)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(AdapterError, match=r"pytorch_model.bin is (damaged or cut short|refused)"):
+    with pytest.raises(AdapterError, match=r"pytorch_model.bin is (damaged or truncated|refused)"):
         import_official(checkpoint)
 
 
@@ -421,7 +421,7 @@ def test_an_export_is_a_checkpoint_again(checkpoint, tmp_path):
     ("family", "settings", "message"),
     [
         ("electra", {}, "its encoder is electra, allowed: bert, roberta"),
-        ("bert", {"pooling": "avg"}, "it has no working pooling avg, only cls and cls_before_pooler"),
+        ("bert", {"pooling": "avg"}, "it does not support the pooling avg, only cls and cls_before_pooler"),
         ("bert", {"position_offset": 0}, "it shifts positions by the prompt length 4, this adapter by 0"),
     ],
 )
@@ -450,7 +450,7 @@ def test_import_and_export_say_what_they_did(checkpoint, tmp_path, capsys):
     adapter, back = tmp_path / "adapter", tmp_path / "back"
     assert main(["import", str(checkpoint), "--pooling", "cls", "-o", str(adapter)]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "prompt length 4, no projection: seen in the tensors",
+        "prompt length 4, no projection: read from the tensors",
         "pooling cls: the MLP is kept",
         "encoder kept inside the adapter: config.json names no other; to refer to one: --encoder NAME",
         f"adapter: {adapter}",

@@ -90,7 +90,7 @@ def test_only_rank_0_writes_and_prints_and_the_others_leave_nothing(long_run):
         "adapter", "results.json", "metrics.jsonl", "config.yaml", "run.log", "status.json", "inputs.json", ".lock"
     }  # fmt: skip
     printed, other = (Path(f"{config.parent}/log{rank}.out").read_text() for rank in (0, 1))
-    assert printed.count("development set: ") == printed.count("adapter: ") == 1
+    assert printed.count("dev set: ") == printed.count("adapter: ") == 1
     assert other == Path(f"{config.parent}/log1.err").read_text() == ""
     history = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in history if "dev/spearman" in entry] == [5, 10, 15, 20, 25, 27]
@@ -202,7 +202,7 @@ def test_ranks_that_were_told_different_things_stop_before_training(what, tmp_pa
     assert ended(processes) == [2, 2]
     for rank in range(2):
         error = Path(f"{tmp_path}/log{rank}.err").read_text()
-        assert error.startswith("error: rank 1 would not train the same as rank 0 (")
+        assert error.startswith("error: rank 1 differs from rank 0 (")
         assert ("loss.temperature: 0.05 and 0.1; config sha256: " if what == "config" else "data.train: ") in error
         assert "Traceback" not in error
     assert read_status(tmp_path / "run").state == "failed"

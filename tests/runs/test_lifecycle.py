@@ -155,7 +155,7 @@ def test_the_output_shows_data_progress_scores_and_the_path_of_the_adapter(train
     for text in (
         "demo: 30 rows,",
         "(tokenised now)",
-        "development set: dev.tsv, 40 pairs",
+        "dev set: dev.tsv, 40 pairs",
         "trained: 46,080 of ",
         "step 7 of 7: loss ",
         "frozen encoder",
@@ -234,7 +234,7 @@ def test_another_seed_gives_another_adapter(tmp_path):
 def test_without_development_set_the_last_step_is_kept_and_nothing_is_scored(tmp_path):
     results, printed = run_small(tmp_path)
     assert (results["dev"], results["dev_spearman"], results["best_step"], results["scores"]) == (None, None, 3, {})
-    assert "no development set: the last step is kept" in printed
+    assert "no dev set: the last step is kept" in printed
 
 
 def test_the_speed_of_a_run_shorter_than_a_log_entry_is_still_measured(tmp_path):

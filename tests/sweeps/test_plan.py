@@ -96,7 +96,7 @@ def test_a_job_that_is_not_valid_stops_all_and_is_named(tmp_path):
     assert len(plan_jobs([[f"data.train={tmp_path}/train.csv", "seed=1"]], compose)) == 1
     with pytest.raises(
         DataError,
-        match=r"no job was started; of the job data.train=/gone.csv seed=2: data.train=/gone.csv does not exist",
+        match=r"no job was started; job data.train=/gone.csv seed=2: data.train=/gone.csv does not exist",
     ):
         plan_jobs([[f"data.train={tmp_path}/train.csv", "seed=1"], ["data.train=/gone.csv", "seed=2"]], compose)
     with pytest.raises(ConfigError, match="the sweep has no jobs"):
@@ -211,7 +211,7 @@ def test_what_a_job_said_itself_is_kept(state, code, tmp_path):
 
 def test_a_job_whose_earlier_process_still_saves_is_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr("promcse_pl.sweeps.execute.GRACE_SECONDS", 0.3)
-    with locked(tmp_path / "0"), pytest.raises(ConfigError, match=r"another process is at work in .*0\. Try: wait"):
+    with locked(tmp_path / "0"), pytest.raises(ConfigError, match=r"another process is running in .*0\. Try: wait"):
         wait_for_earlier(tmp_path, JOBS)
     wait_for_earlier(tmp_path, JOBS)
 

@@ -120,7 +120,10 @@ def test_ctrl_c_once_waits_for_what_runs_and_starts_nothing_more(tmp_path):
     time.sleep(0.3)
     assert alive(job)
     parent.go(0)
-    assert parent.end() == (130, ["Ctrl-C: waiting for 1 running; once more stops them (they save first)", "ended 0 0"])
+    assert parent.end() == (
+        130,
+        ["Ctrl-C: waiting for 1 running; press it again to stop them (they save first)", "ended 0 0"],
+    )
     assert not (tmp_path / "1.began").exists()
     assert not (tmp_path / "0.saved").exists()
 
@@ -262,7 +265,7 @@ def test_jobs_of_several_processes_must_find_their_gpus(monkeypatch, tmp_path):
     files(tmp_path)
     config = small_config(tmp_path, trainer={"devices": 2, "device": "auto"})
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
-    with pytest.raises(ConfigError, match=r"want 4 GPUs, this machine has 3. Try: sweep.parallel=1"):
+    with pytest.raises(ConfigError, match=r"need 4 GPUs, this machine has 3. Try: sweep.parallel=1"):
         check_gpus(config, 2)
     assert check_gpus(config, 1) is config
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

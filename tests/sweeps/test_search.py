@@ -161,9 +161,9 @@ def test_every_value_and_both_ends_of_every_range_are_checked_before_the_first_j
             compose_in(tmp_path),
             None,
         )
-    with pytest.raises(ConfigError, match="there is nothing to search in"):
+    with pytest.raises(ConfigError, match="the search space has a single point"):
         list(corners({"seed": ["3"]}))
-    with pytest.raises(ConfigError, match=r"a search needs a development score, but data.dev=null"):
+    with pytest.raises(ConfigError, match=r"a search needs a dev score, but data.dev=null"):
         run_search(tmp_path / "s", [], SPACE, SweepConfig(trials=1), lambda _: small_config(tmp_path), None)
     assert not (tmp_path / "s").exists()
 

@@ -18,7 +18,7 @@ def test_a_bad_value_anywhere_stops_before_the_first_job_and_leaves_nothing(tmp_
     before = sorted(path.name for path in tmp_path.iterdir())
     code, printed, errors = run(tmp_path, "-m", "optim.lr=0.01,5", *SETTINGS)
     assert (code, printed) == (2, "")
-    assert errors.startswith("error: no job was started; of the job optim.lr=5 ")
+    assert errors.startswith("error: no job was started; job optim.lr=5 ")
     assert errors.endswith(": optim.lr must be in (0, 1], got 5.0. Try: python run.py optim.lr=0.01\n")
     assert errors.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == before
@@ -29,7 +29,7 @@ def test_two_sweeps_never_write_into_one_folder(tmp_path):
     with locked(tmp_path / "sweep"):
         code, printed, errors = run(tmp_path, "-m", "seed=1,2", *SETTINGS, "hydra.sweep.dir=sweep")
     assert (code, printed) == (2, "")
-    assert errors.startswith("error: another process is at work in sweep. Try: another folder")
+    assert errors.startswith("error: another process is running in sweep. Try: another folder")
     assert not (tmp_path / "sweep/0").exists()
 
 
@@ -111,7 +111,9 @@ def test_sweep_parallel_is_not_silently_ignored_by_another_launcher(tmp_path):
     files(tmp_path)
     code, _, errors = run(tmp_path, "-m", "hydra/launcher=joblib", "sweep.parallel=2", *SETTINGS)
     assert code == 2
-    assert errors.startswith("error: sweep.parallel is of the local launcher. Try: hydra.launcher.n_jobs (joblib)")
+    assert errors.startswith(
+        "error: sweep.parallel applies to the local launcher only. Try: hydra.launcher.n_jobs (joblib)"
+    )
 
 
 def test_a_sweep_json_with_a_folder_outside_the_sweep_is_rejected_and_the_folder_untouched(tmp_path):

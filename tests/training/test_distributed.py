@@ -179,7 +179,7 @@ def test_a_process_that_nobody_started_is_alone_or_has_to_start_the_others():
     assert find_ranks(trainer()) == Ranks(0, 1, 1)
     assert find_ranks(trainer(2)) is None
     with pytest.raises(
-        ConfigError, match=r"trainer\.num_nodes=2 needs a starter.*Try: torchrun --nnodes=2 --nproc-per"
+        ConfigError, match=r"trainer\.num_nodes=2 needs a launcher.*Try: torchrun --nnodes=2 --nproc-per"
     ):
         find_ranks(trainer(4, 2))
     refuse_sweep()

@@ -71,7 +71,7 @@ def in_bytes(mask: Tensor) -> Tensor:
 
 
 def dropout(values: Tensor, probability: float, shape: torch.Size | None = None) -> Tensor:
-    """Zero entries with a probability and scale the others, so that the mean stays.
+    """Zero entries with a probability and scale the others, so that the mean is unchanged.
 
     Args:
         values: Any tensor.
@@ -110,7 +110,7 @@ class Dropout(nn.Module):
         self.p = p
 
     def forward(self, values: Tensor) -> Tensor:
-        """Drop in training, else return the values as they are."""
+        """Apply dropout in training mode, otherwise return the values unchanged."""
         return dropout(values, self.p) if self.training and self.p else values
 
 

@@ -54,7 +54,8 @@ def can_fuse(model: nn.Module) -> bool:
         return False
     if next(model.parameters()).device.type != "cpu":
         return False
-    for module in model.get_submodule("encoder").modules():  # one loop: every chunk of sentences asks
+    # a single loop, since this is called for every chunk of sentences
+    for module in model.get_submodule("encoder").modules():
         if type(module) not in types:
             return False
         if any(weight is not None and weight.requires_grad for weight in module._parameters.values()):
