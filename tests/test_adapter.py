@@ -250,14 +250,14 @@ def test_a_full_disk_is_one_clear_error_and_leaves_the_old_adapter(backbone, fol
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
-def test_a_place_that_cannot_be_written_is_one_clear_error(backbone, tmp_path):
+def test_a_folder_that_cannot_be_written_is_an_adapter_error(backbone, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(AdapterError, match=r"cannot write to .*file/adapter"):
         save_adapter(some_encoder(backbone), tmp_path / "file" / "adapter")
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_something_else_in_the_place_is_not_replaced(backbone, tmp_path, kind):
+def test_an_unrelated_file_or_folder_is_not_replaced(backbone, tmp_path, kind):
     place = tmp_path / "thesis"
     kept = place if kind == "file" else place / "chapter"
     kept.parent.mkdir(exist_ok=True)
@@ -467,7 +467,9 @@ def carrying(backbone, tmp_path) -> Path:
         ("per_layer_config", {"0": {"intermediate_size": 10**9}}),
     ],
 )
-def test_an_absurd_config_of_a_carried_encoder_is_refused_before_memory_is_taken(carrying, little_memory, key, value):
+def test_an_oversized_config_of_a_bundled_encoder_is_rejected_before_memory_is_allocated(
+    carrying, little_memory, key, value
+):
     edit_json(carrying / "encoder/config.json", **{key: value})
     with pytest.raises(EncoderError, match=r"cannot read the (encoder|weights of)"):
         load_adapter(carrying)

@@ -61,7 +61,7 @@ def test_numpy_reads_no_pickle_and_no_process_goes_through_a_shell():
     assert all(constants.get("shell", False) is False for _, name, constants in CALLS if name.startswith("subprocess."))
 
 
-def test_the_page_says_so():
+def test_the_security_page_states_these_guarantees():
     page = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
     for words in (
         "`use_safetensors=True`",

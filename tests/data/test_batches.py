@@ -98,7 +98,7 @@ def test_the_masks_of_the_mlm_task_depend_on_seed_epoch_and_batch_alone(tmp_path
     assert len({tuple(places) for places in one}) > 1
 
 
-def test_the_mlm_task_hides_no_special_token_and_no_padding_and_leaves_the_ids_alone(tmp_path):
+def test_the_mlm_task_masks_no_special_token_and_no_padding_and_keeps_the_original_ids(tmp_path):
     specials = torch.tensor(small_tokenizer().all_special_ids)
     hidden_tokens = 0
     for batch in epoch_of(data_module(tmp_path, 1, 60, mlm=True), 0):

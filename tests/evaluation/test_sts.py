@@ -235,7 +235,7 @@ def test_a_broken_line_is_named_by_file_and_line(name, line, content, message, s
     assert str(caught.value).startswith(f"{path}:{line}: {message}")
 
 
-def test_a_line_that_is_not_utf8_is_named(senteval):
+def test_a_line_that_is_not_utf8_is_reported_by_number(senteval):
     path = senteval / "STS/STSBenchmark/sts-test.csv"
     content = path.read_bytes().split(b"\n")
     content[2] += b"\xe9"
@@ -281,7 +281,7 @@ def test_the_real_tasks_have_the_published_numbers_of_pairs():
 
 @pytest.mark.realdata
 @pytest.mark.slow
-def test_frozen_minilm_scores_what_is_known_of_it_on_the_development_set():
+def test_frozen_minilm_has_its_known_score_on_the_dev_set():
     backbone = FrozenBackbone.load("sentence-transformers/all-MiniLM-L6-v2")
     encoder = PromptEncoder(backbone, length=0, pooling="avg", head="none").eval()
     score = score_pairs(PromCSE(encoder).encode, load_stsb(DATA / "senteval", "dev")).spearman

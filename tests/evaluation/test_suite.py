@@ -250,7 +250,7 @@ def test_the_cosine_density_of_each_gold_range_is_a_density(data, models, tmp_pa
         assert 0 < np.trapezoid(curves[f"{low}-{low + 1}"], curves["cosine"]) <= 1.001
 
 
-def test_cxc_has_mean_and_spread_of_its_bootstrap_and_tells_its_progress(data, models, tmp_path):
+def test_cxc_has_mean_and_spread_of_its_bootstrap_and_reports_progress(data, models, tmp_path):
     seen = []
     (task,) = load_tasks(["cxc"], data)
     report = lambda *step: seen.append(step)  # noqa: E731

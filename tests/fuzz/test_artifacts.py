@@ -334,7 +334,7 @@ def test_weights_that_were_changed_with_care_are_noticed(base, tmp_path, change)
         load_adapter(folder)
 
 
-def test_a_flipped_bit_is_noticed_in_an_adapter_and_in_the_encoder_it_carries(tmp_path):
+def test_a_flipped_bit_is_detected_in_an_adapter_and_its_bundled_encoder(tmp_path):
     torch.manual_seed(0)
     backbone = FrozenBackbone.load(str(save_small_encoder(tmp_path / "encoder", num_hidden_layers=1)))
     backbone.identity = backbone.identity.__class__(BUNDLED, None, "0" * 64)

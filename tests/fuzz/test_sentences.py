@@ -93,7 +93,7 @@ def test_any_sentences_give_unit_vectors_in_their_order(models, sentences, which
 
 
 @pytest.mark.parametrize("wrong", [None, 3, b"bytes", ["nested"], float("nan")], ids=repr)
-def test_what_is_no_text_is_named(models, wrong):
+def test_a_value_that_is_not_text_is_named(models, wrong):
     with pytest.raises(DataError, match="sentence 1 must be a string, got "):
         models[0].encode(["w5", wrong])
 

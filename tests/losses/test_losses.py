@@ -203,7 +203,7 @@ def test_the_parts_are_weighted_and_sum_to_the_total():
     assert parts.total.item() == pytest.approx((parts.contrastive + parts.hinge + parts.mlm).item(), rel=1e-14)
 
 
-def test_parts_that_are_off_have_no_name():
+def test_unused_loss_terms_are_not_named():
     parts = hybrid_loss(*some_views(4, 3), temperature=TEMPERATURE, margin=0.2, hinge_weight=0.0)
     assert parts.named().keys() == {"loss", "contrastive"}
     assert parts.total is parts.contrastive

@@ -343,7 +343,7 @@ def test_chunks_change_neither_vectors_nor_loss_nor_gradients(pooling, head, fam
 
 
 @pytest.mark.parametrize("chunk_tokens", [None, 1, 13])
-def test_hidden_vectors_come_in_the_row_major_order_of_the_labels(chunk_tokens):
+def test_hidden_states_of_masked_tokens_are_in_the_row_major_order_of_the_labels(chunk_tokens):
     encoder = prompt_encoder()
     tokens = with_mlm(batch_for(encoder), encoder.backbone.pad_id)
     (states,) = encoder.backbone(tokens.mlm_ids_NT, tokens.mask_NT, encoder.prompt(), position_offset=4)
@@ -353,7 +353,7 @@ def test_hidden_vectors_come_in_the_row_major_order_of_the_labels(chunk_tokens):
     torch.testing.assert_close(hidden, torch.stack([states[n, t] for n, t in places]), rtol=0, atol=1e-12)
 
 
-def test_without_an_mlm_task_there_are_no_hidden_vectors():
+def test_without_an_mlm_task_no_hidden_states_are_returned():
     encoder = prompt_encoder()
     assert encoder(batch_for(encoder))[1] is None
 

@@ -62,7 +62,7 @@ def test_padding_gets_no_gradient_and_does_not_count(pooling):
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_the_type_stays(pooling, dtype):
+def test_pooling_keeps_the_dtype(pooling, dtype):
     assert pool([state.to(dtype) for state in some_states()], some_mask(), pooling).dtype == dtype
 
 

@@ -175,7 +175,7 @@ def environment(monkeypatch):
 
 
 @pytest.mark.usefixtures("environment")
-def test_a_process_that_nobody_started_is_alone_or_has_to_start_the_others():
+def test_a_process_without_a_launcher_runs_alone_or_must_start_the_ranks():
     assert find_ranks(trainer()) == Ranks(0, 1, 1)
     assert find_ranks(trainer(2)) is None
     with pytest.raises(
@@ -216,6 +216,6 @@ def test_processes_that_an_apple_gpu_or_a_batch_cannot_serve_are_refused(tmp_pat
     with pytest.raises(ConfigError, match=r"trainer\.device=mps trains in one process. Try: trainer\.devices=1"):
         TrainerConfig(devices=2, device="mps")
     with pytest.raises(
-        ConfigError, match=r"data\.batch_size=4 rows cannot be shared by 5 processes .*Try: data\.batch_size=5"
+        ConfigError, match=r"data\.batch_size=4 rows cannot be split among 5 processes .*Try: data\.batch_size=5"
     ):
         small_config(tmp_path, trainer={"devices": 5})
