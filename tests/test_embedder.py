@@ -234,8 +234,8 @@ def test_int8_of_rounded_weights_is_refused(model, tmp_path):
 
 def test_a_loaded_model_gives_the_vectors_of_the_saved_one(model, tmp_path):
     save_adapter(model.encoder, tmp_path / "adapter")
-    for place in (tmp_path, str(tmp_path / "adapter")):
-        assert np.array_equal(PromCSE.load(place, device="cpu").encode(MIXED), model.encode(MIXED))
+    for source in (tmp_path, str(tmp_path / "adapter")):
+        assert np.array_equal(PromCSE.load(source, device="cpu").encode(MIXED), model.encode(MIXED))
 
 
 # --- state
@@ -424,11 +424,11 @@ def test_cosines_stay_within_1(model):
 
 
 @pytest.mark.parametrize("value", [None, 3, 2.5, b"bytes", ["w7"], float("nan")], ids=str)
-@pytest.mark.parametrize("place", [0, 2])
-def test_a_value_that_is_not_text_is_rejected_with_its_position(model, place, value):
+@pytest.mark.parametrize("position", [0, 2])
+def test_a_value_that_is_not_text_is_rejected_with_its_position(model, position, value):
     sentences = ["w7", "w8", "w9"]
-    sentences[place] = value
-    with pytest.raises(DataError, match=rf"sentence {place} must be a string, got {type(value).__name__} "):
+    sentences[position] = value
+    with pytest.raises(DataError, match=rf"sentence {position} must be a string, got {type(value).__name__} "):
         model.encode(sentences)
 
 

@@ -1,4 +1,4 @@
-"""A test set is not taken for a development set, whatever its name."""
+"""A test set is rejected as dev set, whatever its name."""
 
 import random
 

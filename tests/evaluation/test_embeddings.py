@@ -15,7 +15,7 @@ from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.utils.errors import DataError, NonFiniteError
 
-SENTENCES = [f"w{5 + place % 60} w{7 + place // 3}" for place in range(40)]
+SENTENCES = [f"w{5 + position % 60} w{7 + position // 3}" for position in range(40)]
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ def test_alignment_is_the_mean_squared_distance_of_pairs():
 def test_uniformity_and_mean_cosine_are_those_of_a_loop_over_all_pairs(block, monkeypatch):
     monkeypatch.setattr(geometry, "BLOCK_ROWS", block)
     vectors = random_units(40, 5).astype(np.float64)
-    pairs = [(a, b) for place, a in enumerate(vectors) for b in vectors[:place]]
+    pairs = [(a, b) for position, a in enumerate(vectors) for b in vectors[:position]]
     looped = np.log(np.mean([np.exp(-2 * ((a - b) ** 2).sum()) for a, b in pairs]))
     assert uniformity(vectors) == pytest.approx(looped, abs=1e-7)  # float32 units are not quite of length 1
     assert mean_cosine(vectors) == pytest.approx(np.mean([a @ b for a, b in pairs]), abs=1e-9)

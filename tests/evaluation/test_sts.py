@@ -53,7 +53,7 @@ def cosine(first: str, second: str) -> float:
 
 def subset_rows(seed: int, rows: int) -> list[tuple[str, str, str]]:
     chance = np.random.default_rng(seed)
-    texts = [f"sentence {place} of {seed}" for place in range(2 * rows)]
+    texts = [f"sentence {position} of {seed}" for position in range(2 * rows)]
     return [
         (texts[2 * row], texts[2 * row + 1], f"{score:.1f}") for row, score in enumerate(chance.uniform(0, 5, rows))
     ]
@@ -161,10 +161,10 @@ def test_pairs_without_a_gold_score_are_dropped(senteval):
     lines[1], lines[-1] = "", "  "
     year_file(senteval, "gs").write_text("\n".join(lines) + "\n")
     after = load_task(senteval, "STS15")[-1]
-    kept = [place for place in range(len(before)) if place not in (1, len(before) - 1)]
-    assert after.first == tuple(before.first[place] for place in kept)
-    assert after.second == tuple(before.second[place] for place in kept)
-    assert after.gold == tuple(before.gold[place] for place in kept)
+    kept = [position for position in range(len(before)) if position not in (1, len(before) - 1)]
+    assert after.first == tuple(before.first[position] for position in kept)
+    assert after.second == tuple(before.second[position] for position in kept)
+    assert after.gold == tuple(before.gold[position] for position in kept)
     assert after.sha256 != before.sha256
 
 

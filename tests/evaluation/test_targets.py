@@ -105,7 +105,7 @@ def test_an_unknown_target_is_an_error_without_a_request_to_the_hub(tmp_path, be
 
 
 def test_targets_of_one_name_are_named_by_their_paths(tmp_path, bert):
-    names = [str(save_run(tmp_path / place / "run", bert, 1)) for place in ("x", "y")]
+    names = [str(save_run(tmp_path / parent / "run", bert, 1)) for parent in ("x", "y")]
     assert [target.name for target in find_targets([*names, str(bert)])] == [*names, "tiny-bert"]
 
 

@@ -120,8 +120,10 @@ def test_a_test_fold_does_not_affect_its_penalty(senteval):
     others_changed = False
     folds = [test for _, test in StratifiedKFold(10, shuffle=True, random_state=1111).split(labels, labels)]
     for number, test in enumerate(folds[:5]):
-        # the fold's sentences now shout the wrong class: whoever looks at them would choose otherwise
-        wrong = {rows[place].texts[0]: np.eye(WIDTH, dtype=np.float32)[1 - rows[place].label] for place in test}
+        # the fold's embeddings now indicate the wrong class: using them would select another penalty
+        wrong = {
+            rows[position].texts[0]: np.eye(WIDTH, dtype=np.float32)[1 - rows[position].label] for position in test
+        }
         after = score_transfer(data, {**vectors, **wrong})
         assert after.regularisation[number] == before[number]
         assert not after.correct_N[test].all()
@@ -160,9 +162,9 @@ def test_ten_folds_of_the_training_rows_select_the_penalty_for_trec(senteval):
     train, labels = matrix(data.splits["train"], vectors)
     counts = np.zeros(len(GRID_TRAIN_TEST))
     for kept, held in StratifiedKFold(10, shuffle=True, random_state=1111).split(train, labels):
-        for place, strength in enumerate(GRID_TRAIN_TEST):
+        for position, strength in enumerate(GRID_TRAIN_TEST):
             classifier = LogisticRegression(C=strength, tol=1e-8, max_iter=10_000).fit(train[kept], labels[kept])
-            counts[place] += (classifier.predict(train[held]) == labels[held]).sum()
+            counts[position] += (classifier.predict(train[held]) == labels[held]).sum()
     assert len(set(counts)) > 1
     assert score_transfer(data, vectors).regularisation == (GRID_TRAIN_TEST[int(np.argmax(counts))],)
 

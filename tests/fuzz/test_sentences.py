@@ -1,4 +1,4 @@
-"""Any text as a sentence: a finite unit vector, or one error that names the place; from Python and from the shell."""
+"""Any text as a sentence: a finite unit vector, or one error that names the position; from Python and from the shell."""
 
 import io
 import json
@@ -87,7 +87,7 @@ def test_any_sentences_give_unit_vectors_in_their_order(models, sentences, which
         np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
         if sentences:
             np.testing.assert_allclose(model.encode(sentences[-1]), vectors[-1], atol=1e-4)
-    bad = [place for place, text in enumerate(sentences) if halves(text)]
+    bad = [position for position, text in enumerate(sentences) if halves(text)]
     assert bool(errors) == bool(bad)
     assert not bad or f"sentence {bad[0]} " in errors[0]
 

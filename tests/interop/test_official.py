@@ -116,7 +116,7 @@ def test_dropped_mlm_head_and_pooler_are_reported_with_the_effect_on_an_export(t
     )
     export_official(imported.encoder, tmp_path / "back")
     before, after = (
-        torch.load(place / "pytorch_model.bin", weights_only=True) for place in (tmp_path / "x", tmp_path / "back")
+        torch.load(path / "pytorch_model.bin", weights_only=True) for path in (tmp_path / "x", tmp_path / "back")
     )
     assert set(before) - set(after) == {"lm_head.bias", "bert.pooler.dense.bias"}
 
@@ -191,7 +191,7 @@ def test_an_adapter_with_its_encoder_can_be_moved_and_saved_again(carrying, tmp_
     save_adapter(loaded, tmp_path / "again")
     for name in ("adapter.safetensors", "encoder/model.safetensors", "encoder/config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
-    again, before = (json.loads((place / "adapter.json").read_text()) for place in (tmp_path / "again", folder))
+    again, before = (json.loads((path / "adapter.json").read_text()) for path in (tmp_path / "again", folder))
     del again["checksum"], before["checksum"]  # of the tokenizer's files too, which transformers writes anew
     assert again == before
 

@@ -24,10 +24,10 @@ def slow_pool(states, pooling):
     layers = {"avg": [3], "avg_top2": [2, 3], "avg_first_last": [0, 3]}.get(pooling, [3])
     rows = []
     for b, length in enumerate(LENGTHS):
-        places = [0] if pooling.startswith("cls") else list(range(length))
+        positions = [0] if pooling.startswith("cls") else list(range(length))
         entries = []
         for d in range(4):
-            numbers = [float(states[layer][b, t, d]) for layer in layers for t in places]
+            numbers = [float(states[layer][b, t, d]) for layer in layers for t in positions]
             entries.append(sum(numbers) / len(numbers))
         rows.append(entries)
     return torch.tensor(rows, dtype=torch.float64)

@@ -185,7 +185,7 @@ def test_ranks_with_different_settings_stop_before_training(what, tmp_path):
     raw = distributed(tmp_path).to_dict()
     if what == "config":
         other = Config.from_dict({**raw, "loss": {**raw["loss"], "temperature": 0.1}})
-    else:  # the same settings, but in another place there lies another file
+    else:  # the same settings, but another file at the same relative path
         shutil.copytree(tmp_path / "encoder", tmp_path / "there/encoder")
         (tmp_path / "there/train.csv").write_text("a,b,c\n" + "\n".join(word_rows(30)) + "\n")
         raw["data"]["train"], raw["model"]["path"] = "train.csv", "encoder"

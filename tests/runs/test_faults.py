@@ -27,17 +27,17 @@ from promcse_pl.utils.signals import StopSignals
 
 
 @contextmanager
-def small_disk(place: Path, options: str) -> Iterator[None]:
-    place.mkdir()
+def small_disk(mount_point: Path, options: str) -> Iterator[None]:
+    mount_point.mkdir()
     done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], check=False, capture_output=True
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(mount_point)], check=False, capture_output=True
     )
     if done.returncode:
         pytest.skip("mounting a small disk needs root")
     try:
         yield
     finally:
-        subprocess.run(["umount", str(place)], check=True)
+        subprocess.run(["umount", str(mount_point)], check=True)
 
 
 def config_file(folder: Path, **sections: dict) -> Path:

@@ -73,7 +73,7 @@ def patiently(what, seconds: float = 60):
 
 
 def family() -> list[psutil.Process]:
-    """W&B's processes of this one: the one that we start, and its service."""
+    """W&B's child processes of this process: the follower and its service."""
     mine = []
     for process in psutil.Process().children(recursive=True):
         try:

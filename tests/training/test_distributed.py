@@ -65,7 +65,9 @@ def whole_batch(folder: Path, width: int, mlm: bool, rows: int) -> TrainBatch:
     """A ragged last batch of an epoch; the row count is the data's."""
     path = folder / f"{width}-{rows}.csv"
     if not path.exists():
-        cells = [[f"w{5 + row} w{6 + place}" + " w20" * (row % 4) for place in range(width)] for row in range(rows)]
+        cells = [
+            [f"w{5 + row} w{6 + position}" + " w20" * (row % 4) for position in range(width)] for row in range(rows)
+        ]
         path.write_text("\n".join(",".join(row) for row in [["a", "b", "c"][:width], *cells]) + "\n")
     kind = {1: "sentences", 2: "pairs", 3: "triplets"}[width]
     config = DataConfig(

@@ -229,10 +229,10 @@ def test_a_commit_that_is_a_link_is_not_followed(old_folder, tmp_path):
     "make", [lambda path: path.write_text("mine"), lambda path: (path / "chapter").mkdir(parents=True)]
 )
 def test_a_new_folder_replaces_nothing(make, tmp_path):
-    place = tmp_path / "thesis"
-    make(place)
+    thesis = tmp_path / "thesis"
+    make(thesis)
     with pytest.raises(AdapterError, match=r"thesis already exists and is not overwritten"):
-        new_folder(place, error=AdapterError).__enter__()
+        new_folder(thesis, error=AdapterError).__enter__()
     assert [path.name for path in tmp_path.iterdir()] == ["thesis"]
 
 
