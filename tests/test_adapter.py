@@ -186,18 +186,18 @@ def test_a_new_adapter_replaces_the_old_one_and_nothing_else_in_the_folder(backb
 
 def test_an_adapter_json_of_another_program_is_not_an_adapter(backbone, tmp_path):
     for number, text in enumerate(('{"name": "usb", "format": 1}', "{", "[]", "")):
-        place = tmp_path / str(number)
-        place.mkdir()
-        (place / DESCRIPTION).write_text(text)
-        (place / "firmware.bin").write_text("mine")
+        target = tmp_path / str(number)
+        target.mkdir()
+        (target / DESCRIPTION).write_text(text)
+        (target / "firmware.bin").write_text("mine")
         with pytest.raises(AdapterError, match="already exists and is not overwritten"):
-            save_adapter(some_encoder(backbone), place)
-        assert {path.name: path.read_text() for path in place.iterdir()} == {DESCRIPTION: text, "firmware.bin": "mine"}
+            save_adapter(some_encoder(backbone), target)
+        assert {path.name: path.read_text() for path in target.iterdir()} == {DESCRIPTION: text, "firmware.bin": "mine"}
 
 
 def test_a_bundled_encoder_is_replaced_and_removed_but_a_foreign_folder_of_its_name_is_not(tmp_path):
-    place = save_small_encoder(tmp_path / "encoder")
-    plain, bundled = FrozenBackbone.load(str(place)), FrozenBackbone.load(str(place))
+    source = save_small_encoder(tmp_path / "encoder")
+    plain, bundled = FrozenBackbone.load(str(source)), FrozenBackbone.load(str(source))
     bundled.identity = dataclasses.replace(bundled.identity, name=BUNDLED)
     folder = tmp_path / "adapter"
     save_adapter(some_encoder(bundled), folder)
@@ -217,15 +217,15 @@ def test_an_adapter_whose_save_was_killed_after_the_commit_loads_as_the_new_one(
     newer = some_encoder(backbone, seed=1, length=6)
     save_adapter(newer, folder.parent / "newer")
     for moved in ([], [DESCRIPTION], [WEIGHTS], [DESCRIPTION, WEIGHTS]):
-        place = folder.parent / "-".join(["cut", *moved])
-        shutil.copytree(folder, place)
-        shutil.copytree(folder.parent / "newer", place / COMMIT)
+        target = folder.parent / "-".join(["cut", *moved])
+        shutil.copytree(folder, target)
+        shutil.copytree(folder.parent / "newer", target / COMMIT)
         for name in moved:
-            (place / COMMIT / name).replace(place / name)
-        assert torch.equal(vectors_of(load_adapter(place)), vectors_of(newer))
-        save_adapter(some_encoder(backbone, seed=2), place)
-        assert torch.equal(vectors_of(load_adapter(place)), vectors_of(some_encoder(backbone, seed=2)))
-        assert sorted(path.name for path in place.iterdir()) == [DESCRIPTION, WEIGHTS]
+            (target / COMMIT / name).replace(target / name)
+        assert torch.equal(vectors_of(load_adapter(target)), vectors_of(newer))
+        save_adapter(some_encoder(backbone, seed=2), target)
+        assert torch.equal(vectors_of(load_adapter(target)), vectors_of(some_encoder(backbone, seed=2)))
+        assert sorted(path.name for path in target.iterdir()) == [DESCRIPTION, WEIGHTS]
 
 
 def test_a_save_that_fails_half_way_leaves_the_old_adapter_and_no_other_trace(backbone, folder, tmp_path):
@@ -250,20 +250,20 @@ def test_a_full_disk_is_one_clear_error_and_leaves_the_old_adapter(backbone, fol
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
-def test_a_place_that_cannot_be_written_is_one_clear_error(backbone, tmp_path):
+def test_a_folder_that_cannot_be_written_is_an_adapter_error(backbone, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(AdapterError, match=r"cannot write to .*file/adapter"):
         save_adapter(some_encoder(backbone), tmp_path / "file" / "adapter")
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_something_else_in_the_place_is_not_replaced(backbone, tmp_path, kind):
-    place = tmp_path / "thesis"
-    kept = place if kind == "file" else place / "chapter"
+def test_an_unrelated_file_or_folder_is_not_replaced(backbone, tmp_path, kind):
+    target = tmp_path / "thesis"
+    kept = target if kind == "file" else target / "chapter"
     kept.parent.mkdir(exist_ok=True)
     kept.write_text("years of work")
     with pytest.raises(AdapterError, match="already exists and is not overwritten"):
-        save_adapter(some_encoder(backbone), place)
+        save_adapter(some_encoder(backbone), target)
     assert kept.read_text() == "years of work"
 
 
@@ -467,7 +467,9 @@ def carrying(backbone, tmp_path) -> Path:
         ("per_layer_config", {"0": {"intermediate_size": 10**9}}),
     ],
 )
-def test_an_absurd_config_of_a_carried_encoder_is_refused_before_memory_is_taken(carrying, little_memory, key, value):
+def test_an_oversized_config_of_a_bundled_encoder_is_rejected_before_memory_is_allocated(
+    carrying, little_memory, key, value
+):
     edit_json(carrying / "encoder/config.json", **{key: value})
     with pytest.raises(EncoderError, match=r"cannot read the (encoder|weights of)"):
         load_adapter(carrying)
@@ -495,9 +497,9 @@ def test_paths_may_be_text(backbone, tmp_path):
 
 
 def test_an_encoder_whose_weights_changed_since_is_refused(tmp_path):
-    place = save_small_encoder(tmp_path / "encoder")
-    save_adapter(some_encoder(FrozenBackbone.load(str(place))), tmp_path / "adapter")
-    save_small_encoder(place, initializer_range=0.1)
+    source = save_small_encoder(tmp_path / "encoder")
+    save_adapter(some_encoder(FrozenBackbone.load(str(source))), tmp_path / "adapter")
+    save_small_encoder(source, initializer_range=0.1)
     assert "was trained on" in refusal(tmp_path / "adapter")
 
 

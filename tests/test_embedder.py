@@ -155,7 +155,7 @@ def test_other_arguments_raise_a_type_error_with_an_example(model, value):
     assert model.search("w7") == [("w7", 1.0)]
 
 
-def test_vectors_have_length_1_unless_told_otherwise(model):
+def test_embeddings_have_length_1_by_default(model):
     unit, raw = model.encode(MIXED), model.encode(MIXED, normalize=False)
     np.testing.assert_allclose(np.linalg.norm(unit, axis=1), 1, atol=1e-6)
     lengths = np.linalg.norm(raw, axis=1, keepdims=True)
@@ -234,8 +234,8 @@ def test_int8_of_rounded_weights_is_refused(model, tmp_path):
 
 def test_a_loaded_model_gives_the_vectors_of_the_saved_one(model, tmp_path):
     save_adapter(model.encoder, tmp_path / "adapter")
-    for place in (tmp_path, str(tmp_path / "adapter")):
-        assert np.array_equal(PromCSE.load(place, device="cpu").encode(MIXED), model.encode(MIXED))
+    for source in (tmp_path, str(tmp_path / "adapter")):
+        assert np.array_equal(PromCSE.load(source, device="cpu").encode(MIXED), model.encode(MIXED))
 
 
 # --- state
@@ -424,22 +424,22 @@ def test_cosines_stay_within_1(model):
 
 
 @pytest.mark.parametrize("value", [None, 3, 2.5, b"bytes", ["w7"], float("nan")], ids=str)
-@pytest.mark.parametrize("place", [0, 2])
-def test_something_that_is_not_text_is_refused_with_its_place(model, place, value):
+@pytest.mark.parametrize("position", [0, 2])
+def test_a_value_that_is_not_text_is_rejected_with_its_position(model, position, value):
     sentences = ["w7", "w8", "w9"]
-    sentences[place] = value
-    with pytest.raises(DataError, match=rf"sentence {place} must be a string, got {type(value).__name__} "):
+    sentences[position] = value
+    with pytest.raises(DataError, match=rf"sentence {position} must be a string, got {type(value).__name__} "):
         model.encode(sentences)
 
 
-def test_half_a_surrogate_pair_is_refused_with_its_place(model):
+def test_a_lone_surrogate_is_rejected_with_its_position(model):
     with pytest.raises(DataError, match="sentence 1 holds a lone surrogate"):
         model.encode(["w7", "\ud83d"])
 
 
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_damaged_prompt_is_never_a_silent_vector(model, value, normalize):
+def test_a_damaged_prompt_is_an_error_and_not_an_embedding(model, value, normalize):
     encoder = PromptEncoder(model.encoder.backbone, length=4, pooling="avg")
     torch.nn.init.constant_(encoder.prompt.embedding.weight, value)
     with pytest.raises(NonFiniteError, match="the embedding of 'w7' is not finite"):

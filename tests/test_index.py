@@ -124,7 +124,7 @@ def test_a_cosine_is_never_above_1():
 
 
 @pytest.mark.parametrize("kind", ["flat", "ivf"])
-def test_faiss_finds_what_exact_search_finds_in_the_cells_it_looks_into(kind):
+def test_faiss_finds_the_hits_of_exact_search_in_the_probed_cells(kind):
     pytest.importorskip("faiss")
     centres = random_units(40, width=24, seed=1)
     vectors = np.repeat(centres, 60, axis=0) + 0.3 * random_units(2400, width=24, seed=2)
@@ -140,7 +140,7 @@ def test_faiss_finds_what_exact_search_finds_in_the_cells_it_looks_into(kind):
         assert index._vectors.nprobe == 5
 
 
-def test_an_ivf_index_of_few_sentences_works_and_says_nothing(capfd):
+def test_an_ivf_index_of_few_sentences_works_without_a_warning(capfd):
     pytest.importorskip("faiss")
     vectors = random_units(5)
     index = filled(vectors, "ivf")
@@ -195,7 +195,7 @@ def test_build_index_takes_the_place_of_an_earlier_one_but_only_when_it_succeeds
     assert [s for s, _ in model.search("w5", threshold=-1)] == ["w6"]
 
 
-def test_wrong_use_is_an_error_that_says_what_to_type(model, tmp_path):
+def test_wrong_use_is_an_error_with_the_call_to_type(model, tmp_path):
     for use in (lambda: model.search("w5"), lambda: model.add(["w5"]), lambda: model.save_index(tmp_path / "index")):
         with pytest.raises(DataError, match=r"no index yet. Try: model.build_index"):
             use()

@@ -28,10 +28,10 @@ CALLS = calls()
 def test_every_model_and_tokenizer_is_read_without_remote_code_and_weights_only_as_safetensors():
     loads = [call for call in CALLS if call[1].endswith(".from_pretrained")]
     assert {name.partition(".")[0] for _, name, _ in loads} >= {"AutoModel", "AutoConfig", "AutoTokenizer"}
-    for place, name, constants in loads:
-        assert constants.get("trust_remote_code") is False, (place, name)
+    for location, name, constants in loads:
+        assert constants.get("trust_remote_code") is False, (location, name)
         if name == "AutoModel.from_pretrained":
-            assert constants.get("use_safetensors") is True, place
+            assert constants.get("use_safetensors") is True, location
 
 
 def test_torch_load_takes_tensors_alone():
@@ -48,7 +48,7 @@ def test_nothing_that_runs_what_it_reads_is_called(name):
 
 
 def test_yaml_is_read_by_loaders_that_make_plain_values_alone():
-    assert {place for place, name, _ in CALLS if name == "yaml.load"} == {"collect.py"}
+    assert {location for location, name, _ in CALLS if name == "yaml.load"} == {"collect.py"}
     for size in (1, 2 * collect._SHORT):  # the loader in C, and the other one
         with pytest.raises(yaml.constructor.ConstructorError, match="python/object"):
             collect._load_yaml(f"a: !!python/object/apply:os.getcwd []\nb: {'x' * size}")
@@ -61,7 +61,7 @@ def test_numpy_reads_no_pickle_and_no_process_goes_through_a_shell():
     assert all(constants.get("shell", False) is False for _, name, constants in CALLS if name.startswith("subprocess."))
 
 
-def test_the_page_says_so():
+def test_the_security_page_states_these_guarantees():
     page = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
     for words in (
         "`use_safetensors=True`",

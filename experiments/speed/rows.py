@@ -121,7 +121,7 @@ def our_step(
 def peer_step(work: list[TrainBatch]) -> Step:
     """PEFT's prefix tuning inside a sentence-transformers model, with that library's loss.
 
-    It gets the same token numbers, ready padded, and no hinge loss, which it does not have.
+    It gets the same token ids, ready padded, and no hinge loss, which it does not have.
     """
     from peft import PrefixTuningConfig, get_peft_model
     from sentence_transformers import SentenceTransformer

@@ -70,7 +70,7 @@ def test_similarity_prints_the_cosine(trained_run, capsys):
         (["train", "missing.yaml", "--out", "run"], "cannot read the config missing.yaml: "),
     ],
 )
-def test_a_mistake_is_code_2_and_a_message_and_leaves_nothing(
+def test_a_user_error_has_exit_code_2_and_a_message_and_writes_nothing(
     arguments, message, trained_run, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)

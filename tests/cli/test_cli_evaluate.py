@@ -96,7 +96,7 @@ def test_a_run_and_the_command_give_the_same_scores(trained_run, tmp_path):
         ([MINILM, "--tasks", "demo", "--pooling", "mean"], "--pooling must be one of"),
     ],
 )
-def test_a_mistake_is_code_2_and_a_message(arguments, message, tmp_path, monkeypatch, capsys):
+def test_a_user_error_has_exit_code_2_and_a_message(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["evaluate", *arguments]) == 2
     assert message in capsys.readouterr().err
@@ -110,7 +110,7 @@ def test_a_link_that_leads_to_itself_is_no_target(tmp_path, monkeypatch, capsys)
     assert "the target ./loop does not exist" in capsys.readouterr().err
 
 
-def test_a_picture_that_cannot_be_written_is_an_error_and_leaves_nothing(mine, tmp_path, capsys):
+def test_a_plot_that_cannot_be_written_is_an_error_and_leaves_no_file(mine, tmp_path, capsys):
     before = sorted(tmp_path.iterdir())
     for path in (mine / "x.png", Path("/proc/x.png")):
         assert main(["evaluate", MINILM, "--tasks", str(mine), "--plot", str(path)]) == 2

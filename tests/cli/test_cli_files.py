@@ -176,7 +176,7 @@ def test_a_folder_that_may_not_be_written_is_an_error_and_leaves_nothing(promcse
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.txt", "v.npy"]
 
 
-def test_a_reader_that_goes_away_ends_the_command_quietly(adapter, tmp_path):
+def test_a_closed_output_pipe_ends_a_command_without_an_error(adapter, tmp_path):
     (tmp_path / "many.txt").write_text("w5 w6\n" * 2000)
 
     def start(command: str, *arguments: str) -> subprocess.Popen[bytes]:
@@ -193,7 +193,7 @@ def test_a_reader_that_goes_away_ends_the_command_quietly(adapter, tmp_path):
 
 
 @pytest.mark.parametrize("output", ["full", "closed"])
-def test_an_output_that_takes_nothing_is_an_error_or_nothing(output, trained_run, tmp_path):
+def test_a_full_output_is_an_error_and_a_closed_output_is_not(output, trained_run, tmp_path):
     shutil.copytree(trained_run.folder, tmp_path / "run")
     command = [sys.executable, "-m", "promcse_pl.cli.main", "report", str(tmp_path / "run")]
     shell = f"{shlex.join(command)} {'> /dev/full' if output == 'full' else '>&-'}"
@@ -202,7 +202,7 @@ def test_an_output_that_takes_nothing_is_an_error_or_nothing(output, trained_run
     assert (done.returncode, done.stderr) == wanted
 
 
-def test_a_reader_that_goes_away_costs_a_run_nothing(trained_run, tmp_path):
+def test_a_closed_output_pipe_does_not_stop_a_run(trained_run, tmp_path):
     command = [
         sys.executable,
         "-m",

@@ -78,7 +78,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES.items(), ids=MISTAKES)
-def test_a_mistake_ends_at_once_with_one_line_and_leaves_nothing(arguments, message, here):
+def test_an_invalid_command_line_is_a_one_line_error_and_writes_nothing(arguments, message, here):
     done = start(here, *arguments.split(), IMPORTS="yes")
     lines = done.stderr.splitlines()
     imports = [line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")]
@@ -156,7 +156,7 @@ def test_a_run_folder_that_cannot_be_created_is_reported_in_one_line(folder, her
     assert [path.name for path in here.iterdir()] == ["file"]
 
 
-def test_a_wrong_wandb_mode_of_the_environment_is_such_a_mistake(here):
+def test_an_invalid_wandb_mode_in_the_environment_is_a_user_error(here):
     done = start(here, WANDB_MODE="nonsense")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(
@@ -165,7 +165,7 @@ def test_a_wrong_wandb_mode_of_the_environment_is_such_a_mistake(here):
     assert list(here.iterdir()) == []
 
 
-def test_a_mistake_leaves_the_folders_of_others_alone(here):
+def test_a_user_error_changes_no_unrelated_folder(here):
     (here / "outputs/earlier").mkdir(parents=True)
     assert start(here, "seed=-1").returncode == 2
     assert [path.relative_to(here).as_posix() for path in here.rglob("*")] == ["outputs", "outputs/earlier"]
@@ -261,7 +261,7 @@ def test_a_multirun_makes_a_complete_folder_and_an_adapter_of_its_own_for_every_
     assert not torch.equal(adapters[0]["prompt.embedding.weight"], adapters[1]["prompt.embedding.weight"])
 
 
-def test_a_run_killed_and_resumed_as_it_is_typed_ends_as_the_straight_one(here):
+def test_a_run_killed_and_resumed_from_the_command_line_is_bit_identical_to_an_uninterrupted_run(here):
     save_small_encoder(here / "encoder")
     (here / "train.csv").write_text("a,b,c\n" + "".join(f"w{row} w7,w{row} w8,w{row + 40}\n" for row in range(5, 45)))
     settings = (

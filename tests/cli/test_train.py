@@ -110,7 +110,7 @@ def test_a_run_of_a_config_file_gets_the_given_folder_or_one_named_after_the_fil
         (None, "cannot read the config file.yaml: No such file or directory"),
     ],
 )
-def test_a_mistake_in_a_config_file_is_one_line_and_leaves_nothing(content, message, jobs, tmp_path, capsys):
+def test_an_invalid_config_file_is_a_one_line_error_and_writes_nothing(content, message, jobs, tmp_path, capsys):
     if content:
         (tmp_path / "file.yaml").write_text(content)
     assert main(["train", "--config", "file.yaml"]) == 2

@@ -211,7 +211,7 @@ def test_a_missing_setting_is_named(left_out, missing):
 
 
 @pytest.mark.parametrize("raw", [None, [], "text", 3])
-def test_what_holds_no_settings_is_refused(raw):
+def test_a_value_without_settings_is_rejected(raw):
     with pytest.raises(ConfigError, match="must hold settings"):
         Config.from_dict(raw)
     with pytest.raises(ConfigError, match="loss must hold settings"):

@@ -1,4 +1,4 @@
-"""Batches are a pure function of (seed, epoch, place): order, views, masks."""
+"""Batches are a pure function of (seed, epoch, position): order, views, masks."""
 
 from pathlib import Path
 
@@ -18,8 +18,8 @@ from promcse_pl.utils.errors import ConfigError
 
 def data_module(folder: Path, width: int = 3, rows: int = 11, *, seed: int = 0, mlm: bool = False) -> PromcseDataModule:
     path = folder / f"rows{width}.csv"
-    cells = [[f"w{5 + row} w{6 + place}" + " w20" * (row % 4) for place in range(width)] for row in range(rows)]
-    path.write_text("\n".join(",".join(row) for row in [[f"c{place}" for place in range(width)], *cells]) + "\n")
+    cells = [[f"w{5 + row} w{6 + position}" + " w20" * (row % 4) for position in range(width)] for row in range(rows)]
+    path.write_text("\n".join(",".join(row) for row in [[f"c{position}" for position in range(width)], *cells]) + "\n")
     kind = {1: "sentences", 2: "pairs", 3: "triplets"}[width]
     config = DataConfig(kind=kind, train=str(path), batch_size=4, max_length=12, cache_dir=str(folder / "cache"))
     module = PromcseDataModule(config, small_tokenizer(), longest_input=36, seed=seed, mlm=mlm)
@@ -37,11 +37,11 @@ def epoch_of(module: PromcseDataModule, epoch: int) -> list[TrainBatch]:
 def test_an_epoch_holds_every_row_once_and_keeps_the_ragged_last_batch(rows, batch_size, seed, epoch):
     batches = EpochBatches(rows, batch_size, seed)
     batches.set_epoch(epoch)
-    places = list(batches)
-    assert len(places) == len(batches)
-    assert [place.index for place in places] == list(range(len(places)))
-    assert [len(place.rows_B) for place in places[:-1]] == [batch_size] * (len(places) - 1)
-    assert sorted(np.concatenate([place.rows_B for place in places])) == list(range(rows))
+    positions = list(batches)
+    assert len(positions) == len(batches)
+    assert [position.index for position in positions] == list(range(len(positions)))
+    assert [len(position.rows_B) for position in positions[:-1]] == [batch_size] * (len(positions) - 1)
+    assert sorted(np.concatenate([position.rows_B for position in positions])) == list(range(rows))
 
 
 def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else():
@@ -68,12 +68,12 @@ def test_a_batch_holds_the_views_of_its_rows_one_view_after_the_other(width, tmp
         assert batch.views == max(2, width)
         assert batch.tokens.ids_NT.shape[0] == batch.views * rows
         views = batch.tokens.ids_NT.view(batch.views, rows, -1)
-        for place, row in enumerate(batch.rows_B.tolist()):
+        for position, row in enumerate(batch.rows_B.tolist()):
             for view in range(batch.views):
                 text = f"w{5 + row} w{6 + (view if width > 1 else 0)}" + " w20" * (row % 4)
                 wanted = small_tokenizer()(text)["input_ids"]
-                assert views[view, place, : len(wanted)].tolist() == wanted
-                assert batch.tokens.mask_NT.view(batch.views, rows, -1)[view, place].sum() == len(wanted)
+                assert views[view, position, : len(wanted)].tolist() == wanted
+                assert batch.tokens.mask_NT.view(batch.views, rows, -1)[view, position].sum() == len(wanted)
 
 
 def test_the_masks_of_the_mlm_task_depend_on_seed_epoch_and_batch_alone(tmp_path):
@@ -86,8 +86,8 @@ def test_the_masks_of_the_mlm_task_depend_on_seed_epoch_and_batch_alone(tmp_path
     later = data_module(tmp_path, 1, 40, seed=3, mlm=True)
     loader = later.train_dataloader()
     loader.sampler.set_epoch(1)
-    place = list(loader.sampler)[5]
-    assert torch.equal(loader.dataset[place].tokens.mlm_ids_NT, first[5])  # alone, without its predecessors
+    position = list(loader.sampler)[5]
+    assert torch.equal(loader.dataset[position].tokens.mlm_ids_NT, first[5])  # alone, without its predecessors
 
     def hidden(batches: list[TrainBatch]) -> list[list[int]]:
         return [(batch.tokens.mlm_labels_NT != IGNORED).flatten().nonzero().flatten().tolist() for batch in batches]
@@ -95,10 +95,10 @@ def test_the_masks_of_the_mlm_task_depend_on_seed_epoch_and_batch_alone(tmp_path
     one = hidden(epoch_of(later, 0))
     assert one != hidden(epoch_of(later, 1))
     assert one != hidden(epoch_of(data_module(tmp_path, 1, 40, seed=4, mlm=True), 0))
-    assert len({tuple(places) for places in one}) > 1
+    assert len({tuple(positions) for positions in one}) > 1
 
 
-def test_the_mlm_task_hides_no_special_token_and_no_padding_and_leaves_the_ids_alone(tmp_path):
+def test_the_mlm_task_masks_no_special_token_and_no_padding_and_keeps_the_original_ids(tmp_path):
     specials = torch.tensor(small_tokenizer().all_special_ids)
     hidden_tokens = 0
     for batch in epoch_of(data_module(tmp_path, 1, 60, mlm=True), 0):

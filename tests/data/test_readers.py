@@ -202,7 +202,7 @@ def test_a_bad_row_stops_with_its_line_and_reason_or_is_skipped(write, case):
     assert not any("\ufffd" in text for row in rows for text in row)
 
 
-def test_a_quote_that_swallows_the_field_limit_is_told_where_it_opened(write):
+def test_an_unclosed_quote_over_the_field_limit_is_reported_with_its_first_line(write):
     path = write("data.csv", 'a,b\nx,y\n"x,y\n' + "some words,more words\n" * 10_000)
     with pytest.raises(DataError, match=r":3: a field is over 131072 characters: a quote that opens in line 3 prob"):
         read(path, 2)
@@ -337,7 +337,7 @@ def test_a_missing_score_is_a_bad_row(write):
         read_scored_pairs(write("d.csv", "s1,s2,score\na,b,\n"))
 
 
-def test_a_scored_file_without_header_is_not_robbed_of_its_first_pair(write):
+def test_the_first_pair_of_a_scored_file_without_header_is_kept(write):
     path = write("d.csv", "a man,a dog,0.5\nb,c,1\n")
     assert read_scored_pairs(path) == [("a man", "a dog", 0.5), ("b", "c", 1.0)]
 

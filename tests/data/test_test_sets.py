@@ -1,4 +1,4 @@
-"""A test set is not taken for a development set, whatever its name."""
+"""A test set is rejected as dev set, whatever its name."""
 
 import random
 
@@ -20,14 +20,14 @@ def test_the_name_of_a_published_test_file_is_refused(name, tmp_path):
         refuse_test_set(tmp_path / name, PAIRS, None)
 
 
-def test_another_name_is_taken_when_there_is_nothing_to_compare_with(tmp_path):
+def test_another_name_is_accepted_without_test_files_to_compare_with(tmp_path):
     refuse_test_set(tmp_path / "sts-dev.csv", PAIRS, None)
     refuse_test_set(tmp_path / "mine.csv", PAIRS, tmp_path / "no such folder")
 
 
 @pytest.mark.realdata
 @pytest.mark.parametrize("task", ["STS-B", "SICK-R", "STS14"])
-def test_test_pairs_are_known_by_their_content_though_renamed_shuffled_swapped_cut_and_in_capitals(task, tmp_path):
+def test_test_pairs_are_recognised_by_content_if_renamed_shuffled_swapped_truncated_or_upper_case(task, tmp_path):
     subsets = load_task(DATA / "senteval", task)
     rows = [row for part in subsets for row in zip(part.second, part.first, part.gold, strict=True)]
     random.Random(0).shuffle(rows)
@@ -37,7 +37,7 @@ def test_test_pairs_are_known_by_their_content_though_renamed_shuffled_swapped_c
 
 
 @pytest.mark.realdata
-def test_the_development_and_training_sets_of_the_field_are_taken(tmp_path):
+def test_published_dev_and_training_sets_are_accepted(tmp_path):
     for load in (load_stsb, load_sick):
         for split in ("dev", "train"):
             refuse_test_set(tmp_path / "mine.csv", load(DATA / "senteval", split), DATA / "senteval")

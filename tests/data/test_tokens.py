@@ -86,7 +86,7 @@ def test_a_slow_tokenizer_gives_the_same_counts(tmp_path):
     assert load_tokens(memory_source("rows", rows), ByT5Tokenizer(), max_length=5, cache_dir=tmp_path).reused
 
 
-def test_progress_tells_the_sentences_done(tokenizer, tmp_path, monkeypatch):
+def test_progress_reports_the_sentences_done(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_BATCH", 8)
     done: list[int] = []
     source = memory_source("rows", some_rows(10, 2))
@@ -172,7 +172,7 @@ def test_the_tokenizer_fingerprint_ignores_earlier_calls_and_sees_every_setting(
     assert tokenizer_fingerprint(ByT5Tokenizer()) != tokenizer_fingerprint(ByT5Tokenizer(extra_ids=5))
 
 
-def test_memory_rows_are_told_apart_by_their_borders():
+def test_memory_rows_with_other_text_boundaries_have_other_fingerprints():
     splits = [[("ab", "c")], [("a", "bc")], [("ab",), ("c",)], [('ab", "c',)]]
     assert len({memory_source("rows", rows).fingerprint for rows in splits}) == 4
     assert memory_source("one", [("a",)]).fingerprint == memory_source("two", [("a",)]).fingerprint
@@ -304,7 +304,9 @@ def start_writer(cache: Path, tokenizer, rows) -> subprocess.Popen[bytes]:
     return writer
 
 
-def test_a_killed_writer_leaves_no_cache_and_its_remains_are_removed_after_a_day(tokenizer, many_rows, tmp_path):
+def test_a_killed_writer_leaves_no_cache_and_its_temporary_files_are_removed_after_a_day(
+    tokenizer, many_rows, tmp_path
+):
     with start_writer(tmp_path, tokenizer, many_rows) as writer:
         assert writer.stdout.readline() == b"writing\n"
         writer.send_signal(signal.SIGKILL)

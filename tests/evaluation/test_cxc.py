@@ -55,8 +55,8 @@ def looped(folder, predicted, resamples=1000, seed=123):
     for _ in range(resamples):
         drawn = rng.choice(len(images), size=len(images) // 2)
         chosen = [images[image][rng.choice(len(images[image]), size=1)[0]][:2] for image in drawn]
-        places = [place for pair in chosen for place, row in enumerate(rows) if row[:2] == pair]
-        values.append(stats.spearmanr([float(rows[p][2]) for p in places], predicted[places]).statistic)
+        positions = [position for pair in chosen for position, row in enumerate(rows) if row[:2] == pair]
+        values.append(stats.spearmanr([float(rows[p][2]) for p in positions], predicted[positions]).statistic)
     return np.array(values)
 
 

@@ -15,7 +15,7 @@ from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.utils.errors import DataError, NonFiniteError
 
-SENTENCES = [f"w{5 + place % 60} w{7 + place // 3}" for place in range(40)]
+SENTENCES = [f"w{5 + position % 60} w{7 + position // 3}" for position in range(40)]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_vectors_are_those_of_encode_and_each_distinct_sentence_is_encoded_once(
     assert [len(text) for text in asked] == sorted(map(len, asked), reverse=True)
 
 
-def test_a_second_look_encodes_nothing_and_gives_the_same_bits(model, tmp_path):
+def test_cached_embeddings_are_bit_identical_and_nothing_is_encoded_again(model, tmp_path):
     first = EmbeddingCache(tmp_path).embeddings(model, SENTENCES)
     again = EmbeddingCache(tmp_path)
     second = again.embeddings(model, SENTENCES[5:])
@@ -71,7 +71,7 @@ def test_no_sentence_is_stored_and_nothing_is_left_beside_the_file(model, tmp_pa
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "garbage"])
-def test_a_damaged_file_is_reported_and_built_anew(damage, model, tmp_path, caplog):
+def test_a_damaged_file_is_reported_and_rebuilt(damage, model, tmp_path, caplog):
     first = EmbeddingCache(tmp_path).embeddings(model, SENTENCES)
     (path,) = tmp_path.iterdir()
     content = bytearray(path.read_bytes())

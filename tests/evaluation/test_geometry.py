@@ -26,13 +26,13 @@ def test_alignment_is_the_mean_squared_distance_of_pairs():
 def test_uniformity_and_mean_cosine_are_those_of_a_loop_over_all_pairs(block, monkeypatch):
     monkeypatch.setattr(geometry, "BLOCK_ROWS", block)
     vectors = random_units(40, 5).astype(np.float64)
-    pairs = [(a, b) for place, a in enumerate(vectors) for b in vectors[:place]]
+    pairs = [(a, b) for position, a in enumerate(vectors) for b in vectors[:position]]
     looped = np.log(np.mean([np.exp(-2 * ((a - b) ** 2).sum()) for a, b in pairs]))
     assert uniformity(vectors) == pytest.approx(looped, abs=1e-7)  # float32 units are not quite of length 1
     assert mean_cosine(vectors) == pytest.approx(np.mean([a @ b for a, b in pairs]), abs=1e-9)
 
 
-def test_vectors_on_one_point_are_not_spread_and_opposite_ones_are_as_far_as_can_be():
+def test_geometry_of_equal_and_of_opposite_embeddings():
     point = np.repeat(AXES[:1], 4, axis=0)
     assert (uniformity(point), mean_cosine(point), effective_rank(point)) == pytest.approx((0, 1, 1), abs=1e-6)
     poles = np.array([[1, 0], [-1, 0]], dtype=np.float32)

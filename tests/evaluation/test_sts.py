@@ -53,7 +53,7 @@ def cosine(first: str, second: str) -> float:
 
 def subset_rows(seed: int, rows: int) -> list[tuple[str, str, str]]:
     chance = np.random.default_rng(seed)
-    texts = [f"sentence {place} of {seed}" for place in range(2 * rows)]
+    texts = [f"sentence {position} of {seed}" for position in range(2 * rows)]
     return [
         (texts[2 * row], texts[2 * row + 1], f"{score:.1f}") for row, score in enumerate(chance.uniform(0, 5, rows))
     ]
@@ -161,10 +161,10 @@ def test_pairs_without_a_gold_score_are_dropped(senteval):
     lines[1], lines[-1] = "", "  "
     year_file(senteval, "gs").write_text("\n".join(lines) + "\n")
     after = load_task(senteval, "STS15")[-1]
-    kept = [place for place in range(len(before)) if place not in (1, len(before) - 1)]
-    assert after.first == tuple(before.first[place] for place in kept)
-    assert after.second == tuple(before.second[place] for place in kept)
-    assert after.gold == tuple(before.gold[place] for place in kept)
+    kept = [position for position in range(len(before)) if position not in (1, len(before) - 1)]
+    assert after.first == tuple(before.first[position] for position in kept)
+    assert after.second == tuple(before.second[position] for position in kept)
+    assert after.gold == tuple(before.gold[position] for position in kept)
     assert after.sha256 != before.sha256
 
 
@@ -235,7 +235,7 @@ def test_a_broken_line_is_named_by_file_and_line(name, line, content, message, s
     assert str(caught.value).startswith(f"{path}:{line}: {message}")
 
 
-def test_a_line_that_is_not_utf8_is_named(senteval):
+def test_a_line_that_is_not_utf8_is_reported_by_number(senteval):
     path = senteval / "STS/STSBenchmark/sts-test.csv"
     content = path.read_bytes().split(b"\n")
     content[2] += b"\xe9"
@@ -281,7 +281,7 @@ def test_the_real_tasks_have_the_published_numbers_of_pairs():
 
 @pytest.mark.realdata
 @pytest.mark.slow
-def test_frozen_minilm_scores_what_is_known_of_it_on_the_development_set():
+def test_frozen_minilm_has_its_known_score_on_the_dev_set():
     backbone = FrozenBackbone.load("sentence-transformers/all-MiniLM-L6-v2")
     encoder = PromptEncoder(backbone, length=0, pooling="avg", head="none").eval()
     score = score_pairs(PromCSE(encoder).encode, load_stsb(DATA / "senteval", "dev")).spearman

@@ -1,4 +1,4 @@
-"""The suite on small files and encoders: scores, averages, comparisons, what stands in the results, what is printed."""
+"""The suite on small files and encoders: scores, averages, comparisons, the content of the results, the output."""
 
 import io
 import json
@@ -233,8 +233,8 @@ def test_geometry_is_measured_on_distinct_sentences_and_positive_pairs_of_sts_b(
     assert scores["uniformity"]["value"] == pytest.approx(uniformity(vectors), abs=1e-5)
     assert scores["mean cosine"]["value"] == pytest.approx(mean_cosine(vectors), abs=1e-5)
     assert scores["effective rank"]["value"] == pytest.approx(effective_rank(vectors), abs=1e-3)
-    close = [place for place, gold in enumerate(pairs.gold) if gold >= 4]
-    sides = [models[0].encode([side[place] for place in close]) for side in (pairs.first, pairs.second)]
+    close = [position for position, gold in enumerate(pairs.gold) if gold >= 4]
+    sides = [models[0].encode([side[position] for position in close]) for side in (pairs.first, pairs.second)]
     assert scores["alignment"]["value"] == pytest.approx(((sides[0] - sides[1]) ** 2).sum(1).mean(), abs=1e-5)
     assert scores["alignment"]["positive_pairs"] == len(close)
     assert tree["comparisons"] == []
@@ -250,7 +250,7 @@ def test_the_cosine_density_of_each_gold_range_is_a_density(data, models, tmp_pa
         assert 0 < np.trapezoid(curves[f"{low}-{low + 1}"], curves["cosine"]) <= 1.001
 
 
-def test_cxc_has_mean_and_spread_of_its_bootstrap_and_tells_its_progress(data, models, tmp_path):
+def test_cxc_has_mean_and_spread_of_its_bootstrap_and_reports_progress(data, models, tmp_path):
     seen = []
     (task,) = load_tasks(["cxc"], data)
     report = lambda *step: seen.append(step)  # noqa: E731
@@ -264,7 +264,7 @@ def test_cxc_has_mean_and_spread_of_its_bootstrap_and_tells_its_progress(data, m
 
 
 def test_a_transfer_task_has_accuracy_with_the_bootstrap_of_its_tested_rows(models, tmp_path):
-    rows = tuple(Row((f"w{5 + place} w{20 + place % 2}",), place % 2) for place in range(60))
+    rows = tuple(Row((f"w{5 + position} w{20 + position % 2}",), position % 2) for position in range(60))
     task = transfer_task(TransferData("CR", {"all": rows}, "0" * 64))
     tree = evaluate([target("a", models[0]), target("b", models[1])], [task], EmbeddingCache(tmp_path))
     score = tree["targets"]["a"]["scores"]["CR"]
@@ -298,9 +298,9 @@ def test_any_file_of_two_texts_and_a_score_is_a_task(suffix, tmp_path, models, m
 
 
 def test_two_files_of_one_name_and_a_suite_without_its_folder_are_refused(tmp_path):
-    for place in ("a", "b"):
-        (tmp_path / place).mkdir()
-        (tmp_path / place / "x.csv").write_text("a,b,1\nc,d,2\n")
+    for subfolder in ("a", "b"):
+        (tmp_path / subfolder).mkdir()
+        (tmp_path / subfolder / "x.csv").write_text("a,b,1\nc,d,2\n")
     with pytest.raises(ConfigError, match=r"two tasks are called x\.csv"):
         load_tasks([str(tmp_path / "a/x.csv"), str(tmp_path / "b/x.csv")], None)
     with pytest.raises(ConfigError, match="the tasks sts, cxc are read from a data folder"):

@@ -90,7 +90,7 @@ def test_runs_of_the_same_or_of_no_seed_are_refused(tmp_path, bert):
         only(tmp_path / "c")
 
 
-def test_a_name_that_means_nothing_is_an_error_without_a_look_at_the_hub(tmp_path, bert, monkeypatch):
+def test_an_unknown_target_is_an_error_without_a_request_to_the_hub(tmp_path, bert, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "outputs").mkdir()
     with pytest.raises(AdapterError, match="holds 0 runs; a folder of seeds holds two or more"):
@@ -104,8 +104,8 @@ def test_a_name_that_means_nothing_is_an_error_without_a_look_at_the_hub(tmp_pat
         find_targets([str(bert), str(bert)])
 
 
-def test_targets_of_one_name_are_told_apart_by_their_paths(tmp_path, bert):
-    names = [str(save_run(tmp_path / place / "run", bert, 1)) for place in ("x", "y")]
+def test_targets_of_one_name_are_named_by_their_paths(tmp_path, bert):
+    names = [str(save_run(tmp_path / parent / "run", bert, 1)) for parent in ("x", "y")]
     assert [target.name for target in find_targets([*names, str(bert)])] == [*names, "tiny-bert"]
 
 

@@ -68,7 +68,7 @@ def matrix(rows, vectors) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("task", TRANSFER_TASKS)
-def test_classes_that_lie_apart_are_told_apart(senteval, task):
+def test_separable_classes_are_classified_correctly(senteval, task):
     data = load_transfer(senteval, task)
     score = score_transfer(data, vectors_for(data, 20))
     assert score.accuracy > 0.97
@@ -78,7 +78,7 @@ def test_classes_that_lie_apart_are_told_apart(senteval, task):
 
 
 @pytest.mark.parametrize(("task", "chance"), [("MR", 1 / 2), ("SST-2", 1 / 2), ("TREC", 1 / 6), ("MRPC", 1 / 2)])
-def test_vectors_that_know_nothing_score_at_chance(senteval, task, chance):
+def test_uninformative_embeddings_score_at_chance(senteval, task, chance):
     data = load_transfer(senteval, task)
     assert abs(score_transfer(data, vectors_for(data, 0)).accuracy - chance) < 0.2
 
@@ -111,7 +111,7 @@ def test_cross_validation_is_that_of_plain_loops(senteval):
     assert (score.correct_N == correct).all()
 
 
-def test_a_test_fold_has_no_part_in_the_choice_of_its_penalty(senteval):
+def test_a_test_fold_does_not_affect_its_penalty(senteval):
     data = load_transfer(senteval, "CR")
     vectors = vectors_for(data, 1)
     rows = data.splits["all"]
@@ -120,8 +120,10 @@ def test_a_test_fold_has_no_part_in_the_choice_of_its_penalty(senteval):
     others_changed = False
     folds = [test for _, test in StratifiedKFold(10, shuffle=True, random_state=1111).split(labels, labels)]
     for number, test in enumerate(folds[:5]):
-        # the fold's sentences now shout the wrong class: whoever looks at them would choose otherwise
-        wrong = {rows[place].texts[0]: np.eye(WIDTH, dtype=np.float32)[1 - rows[place].label] for place in test}
+        # the fold's embeddings now indicate the wrong class: using them would select another penalty
+        wrong = {
+            rows[position].texts[0]: np.eye(WIDTH, dtype=np.float32)[1 - rows[position].label] for position in test
+        }
         after = score_transfer(data, {**vectors, **wrong})
         assert after.regularisation[number] == before[number]
         assert not after.correct_N[test].all()
@@ -130,7 +132,7 @@ def test_a_test_fold_has_no_part_in_the_choice_of_its_penalty(senteval):
 
 
 @pytest.mark.parametrize("task", ["SST-2", "TREC", "MRPC"])
-def test_the_test_rows_have_no_part_in_the_choice(senteval, task):
+def test_test_rows_do_not_affect_the_penalty(senteval, task):
     data = load_transfer(senteval, task)
     vectors = vectors_for(data, 1)
     before = score_transfer(data, vectors)
@@ -141,7 +143,7 @@ def test_the_test_rows_have_no_part_in_the_choice(senteval, task):
     assert (after.correct_N != before.correct_N).any()
 
 
-def test_the_development_rows_choose_for_sst2(senteval):
+def test_dev_rows_select_the_penalty_for_sst2(senteval):
     data = load_transfer(senteval, "SST-2")
     vectors = vectors_for(data, 1)
     (train, labels), (dev, dev_labels) = (matrix(data.splits[split], vectors) for split in ("train", "dev"))
@@ -154,15 +156,15 @@ def test_the_development_rows_choose_for_sst2(senteval):
     assert score.regularisation == (GRID[int(np.argmax(scores))],)
 
 
-def test_ten_folds_of_the_training_rows_choose_for_trec(senteval):
+def test_ten_folds_of_the_training_rows_select_the_penalty_for_trec(senteval):
     data = load_transfer(senteval, "TREC")
     vectors = vectors_for(data, 1)
     train, labels = matrix(data.splits["train"], vectors)
     counts = np.zeros(len(GRID_TRAIN_TEST))
     for kept, held in StratifiedKFold(10, shuffle=True, random_state=1111).split(train, labels):
-        for place, strength in enumerate(GRID_TRAIN_TEST):
+        for position, strength in enumerate(GRID_TRAIN_TEST):
             classifier = LogisticRegression(C=strength, tol=1e-8, max_iter=10_000).fit(train[kept], labels[kept])
-            counts[place] += (classifier.predict(train[held]) == labels[held]).sum()
+            counts[position] += (classifier.predict(train[held]) == labels[held]).sum()
     assert len(set(counts)) > 1
     assert score_transfer(data, vectors).regularisation == (GRID_TRAIN_TEST[int(np.argmax(counts))],)
 

@@ -72,13 +72,13 @@ def base(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def scratch(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("damaged")
 
 
-def damaged(data: st.DataObject, whole: Path, place: Path) -> Path:
+def damaged(data: st.DataObject, whole: Path, scratch: Path) -> Path:
     """A copy with flipped bits, a cut, more bytes, a file that is missing, empty or a folder, or JSON changed or without end."""
-    copied = place / "copy"
+    copied = scratch / "copy"
     shutil.rmtree(copied, ignore_errors=True)
     shutil.copytree(whole, copied)
     path = data.draw(st.sampled_from(sorted(path for path in copied.rglob("*") if path.is_file())))
@@ -143,8 +143,8 @@ def same(one: PromptEncoder, other: PromptEncoder) -> bool:
 
 @examples(900)
 @given(data=st.data())
-def test_a_damaged_adapter_is_noticed_or_is_the_same(base, place, data):
-    folder = damaged(data, base / "adapter", place)
+def test_a_damaged_adapter_is_noticed_or_is_the_same(base, scratch, data):
+    folder = damaged(data, base / "adapter", scratch)
     whole = load_adapter(base / "adapter")
     with only_our_errors("adapters"):
         assert same(load_adapter(folder), whole)
@@ -152,24 +152,24 @@ def test_a_damaged_adapter_is_noticed_or_is_the_same(base, place, data):
 
 @examples(300)
 @given(data=st.data())
-def test_a_damaged_adapter_without_checksum_loads_or_is_refused(base, place, data):
-    whole = place / "older"
+def test_a_damaged_adapter_without_checksum_loads_or_is_refused(base, scratch, data):
+    whole = scratch / "older"
     shutil.rmtree(whole, ignore_errors=True)
     shutil.copytree(base / "adapter", whole)
     about = json.loads((whole / "adapter.json").read_text())
     del about["checksum"]
     (whole / "adapter.json").write_text(json.dumps(about))
     with only_our_errors("adapters"):
-        load_adapter(damaged(data, whole, place))
+        load_adapter(damaged(data, whole, scratch))
 
 
 @examples(400)
 @given(data=st.data())
-def test_a_damaged_index_is_noticed_or_gives_the_same_hits(base, place, data):
+def test_a_damaged_index_is_noticed_or_gives_the_same_hits(base, scratch, data):
     model = PromCSE(load_adapter(base / "adapter"))
     model.load_index(base / "index")
     expected = model.search(INDEXED)
-    folder = damaged(data, base / "index", place)
+    folder = damaged(data, base / "index", scratch)
     with only_our_errors("indexes"):
         model.load_index(folder)
         assert model.search(INDEXED) == expected
@@ -177,9 +177,9 @@ def test_a_damaged_index_is_noticed_or_gives_the_same_hits(base, place, data):
 
 @examples(1000)
 @given(data=st.data())
-def test_a_damaged_checkpoint_is_refused(base, place, data):
+def test_a_damaged_checkpoint_is_refused(base, scratch, data):
     whole = base / "run/checkpoints/step-4"
-    folder, wanted = damaged(data, whole, place), read_checkpoint(whole)
+    folder, wanted = damaged(data, whole, scratch), read_checkpoint(whole)
     with only_our_errors("checkpoints"):
         found = read_checkpoint(folder)
         assert (found.step, found.history_bytes) == (wanted.step, wanted.history_bytes)
@@ -189,8 +189,8 @@ def test_a_damaged_checkpoint_is_refused(base, place, data):
 
 @examples(500)
 @given(data=st.data())
-def test_a_damaged_status_history_or_result_is_refused_or_read(base, place, data):
-    folder = damaged(data, base / "status", place)
+def test_a_damaged_status_history_or_result_is_refused_or_read(base, scratch, data):
+    folder = damaged(data, base / "status", scratch)
     for read, path in ((read_status, folder), (read_results, folder), (read_history, folder / "metrics.jsonl")):
         with only_our_errors("run files"):
             read(path)
@@ -204,32 +204,32 @@ def test_a_damaged_status_history_or_result_is_refused_or_read(base, place, data
 
 @examples(800)
 @given(data=st.data())
-def test_a_damaged_token_cache_is_built_again(place, data):
+def test_a_damaged_token_cache_is_built_again(scratch, data):
     source, tokenizer = memory_source("rows", ROWS), small_tokenizer()
-    whole = load_tokens(source, tokenizer, max_length=9, cache_dir=place / "cache")
+    whole = load_tokens(source, tokenizer, max_length=9, cache_dir=scratch / "cache")
     expected = whole.fetch(np.arange(len(ROWS)))[0]
-    copied = damaged(data, place / "cache/tokens" / whole.fingerprint, place)
-    shutil.rmtree(place / "other", ignore_errors=True)
-    (place / "other/tokens").mkdir(parents=True)
-    copied.rename(place / "other/tokens" / whole.fingerprint)
+    copied = damaged(data, scratch / "cache/tokens" / whole.fingerprint, scratch)
+    shutil.rmtree(scratch / "other", ignore_errors=True)
+    (scratch / "other/tokens").mkdir(parents=True)
+    copied.rename(scratch / "other/tokens" / whole.fingerprint)
     with only_our_errors("token caches"):
-        again = load_tokens(source, tokenizer, max_length=9, cache_dir=place / "other")
+        again = load_tokens(source, tokenizer, max_length=9, cache_dir=scratch / "other")
         np.testing.assert_array_equal(again.fetch(np.arange(len(ROWS)))[0], expected)
         assert (len(again), again.truncated, again.bad_rows) == (len(ROWS), whole.truncated, [])
 
 
 @examples(300)
 @given(data=st.data())
-def test_a_damaged_official_checkpoint_is_read_or_refused(base, place, data):
-    folder = damaged(data, base / "official", place)
+def test_a_damaged_official_checkpoint_is_read_or_refused(base, scratch, data):
+    folder = damaged(data, base / "official", scratch)
     with only_our_errors("official"):
         import_official(folder)
 
 
 @examples(400)
 @given(data=st.data())
-def test_a_damaged_peft_prefix_is_read_or_refused(base, place, data):
-    folder = damaged(data, base / "peft", place)
+def test_a_damaged_peft_prefix_is_read_or_refused(base, scratch, data):
+    folder = damaged(data, base / "peft", scratch)
     with only_our_errors("peft"):
         import_peft(folder, encoder=str(base / "encoder"))
 
@@ -334,7 +334,7 @@ def test_weights_that_were_changed_with_care_are_noticed(base, tmp_path, change)
         load_adapter(folder)
 
 
-def test_a_flipped_bit_is_noticed_in_an_adapter_and_in_the_encoder_it_carries(tmp_path):
+def test_a_flipped_bit_is_detected_in_an_adapter_and_its_bundled_encoder(tmp_path):
     torch.manual_seed(0)
     backbone = FrozenBackbone.load(str(save_small_encoder(tmp_path / "encoder", num_hidden_layers=1)))
     backbone.identity = backbone.identity.__class__(BUNDLED, None, "0" * 64)

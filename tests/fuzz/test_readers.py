@@ -40,7 +40,7 @@ COLUMNS = st.none() | st.lists(st.integers(-2, 4) | st.sampled_from(["a", "b", "
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def scratch(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("fuzz")
 
 
@@ -68,8 +68,8 @@ def check(path: Path, content: bytes, width: int, **options) -> None:
     header=st.none() | st.booleans(),
     on_bad_row=st.sampled_from(["stop", "skip"]),
 )
-def test_any_bytes_in_any_format(place, name, content, width, columns, header, on_bad_row):
-    check(place / name, content, width, columns=columns, header=header, on_bad_row=on_bad_row)
+def test_any_bytes_in_any_format(scratch, name, content, width, columns, header, on_bad_row):
+    check(scratch / name, content, width, columns=columns, header=header, on_bad_row=on_bad_row)
 
 
 @examples(800)
@@ -83,14 +83,14 @@ def test_any_bytes_in_any_format(place, name, content, width, columns, header, o
 )
 @example(name="a.jsonl", scores=["9" * 5000], header=False)  # more digits than Python makes an int of
 @example(name="a.jsonl", scores=["1" + "0" * 400], header=False)  # an int that no float holds
-def test_any_scores(place, name, scores, header):
+def test_any_scores(scratch, name, scores, header):
     separator = "\t" if name == "a.tsv" else ","
     rows = [f"x{separator}y{separator}{score}\n" if name != "a.jsonl" else f'["x", "y", {score}]\n' for score in scores]
     if header and name != "a.jsonl":
         rows.insert(0, f"a{separator}b{separator}score\n")
-    (place / name).write_text("".join(rows), encoding="utf-8")
+    (scratch / name).write_text("".join(rows), encoding="utf-8")
     with only_our_errors("readers"):
-        pairs = read_scored_pairs(place / name)
+        pairs = read_scored_pairs(scratch / name)
         assert all(abs(score) < float("inf") for _, _, score in pairs)
 
 
@@ -114,13 +114,13 @@ WHOLE = whole_files()
 
 @examples(1500)
 @given(data=st.data(), name=st.sampled_from(sorted(WHOLE)), skip=st.booleans())
-def test_flipped_bits_and_cut_files(place, data, name, skip):
+def test_flipped_bits_and_cut_files(scratch, data, name, skip):
     content = bytearray(WHOLE[name])
     for position in data.draw(st.lists(st.integers(0, len(content) - 1), max_size=4)):
         content[position] ^= 1 << data.draw(st.integers(0, 7))
     if data.draw(st.booleans()):
         del content[data.draw(st.integers(0, len(content))) :]
-    check(place / name, bytes(content), data.draw(st.integers(1, 2)), on_bad_row="skip" if skip else "stop")
+    check(scratch / name, bytes(content), data.draw(st.integers(1, 2)), on_bad_row="skip" if skip else "stop")
 
 
 def arrow_stream() -> bytes:
@@ -137,8 +137,8 @@ STREAM = arrow_stream()
 
 @examples(1500)
 @given(data=st.data(), columns=st.sampled_from([None, ["kind", "answer"]]), skip=st.booleans())
-def test_flipped_bits_and_cut_files_of_a_saved_dataset(place, data, columns, skip):
-    folder = place / "saved"
+def test_flipped_bits_and_cut_files_of_a_saved_dataset(scratch, data, columns, skip):
+    folder = scratch / "saved"
     folder.mkdir(exist_ok=True)
     (folder / "state.json").write_text('{"_data_files": [{"filename": "a.arrow"}]}')
     content = bytearray(STREAM)
@@ -161,9 +161,9 @@ def test_flipped_bits_and_cut_files_of_a_saved_dataset(place, data, columns, ski
     delimiter=st.sampled_from([",", ";", "|", "\t"]),
     suffix=st.sampled_from([".csv", ".tsv"]),
 )
-def test_any_header(place, names, width, delimiter, suffix):
+def test_any_header(scratch, names, width, delimiter, suffix):
     rows = [[f"of {position}" for position in range(len(names))]] * 2
-    path = place / f"header{suffix}"
+    path = scratch / f"header{suffix}"
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, delimiter=delimiter).writerows([names, *rows])
     with only_our_errors("readers"):
@@ -173,21 +173,21 @@ def test_any_header(place, names, width, delimiter, suffix):
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.txt", "a.jsonl.gz"])
-def test_millions_of_short_rows_stream_in_bounded_time_and_memory(place, name):
+def test_millions_of_short_rows_stream_in_bounded_time_and_memory(scratch, name):
     rows = {"a.txt": 2_000_000, "a.csv": 500_000}.get(name, 200_000) if FULL else 200_000
     line = {"a.csv": b"w,z\n", "a.txt": b"w z\n"}.get(name, b'["w","z"]\n')
     content = (b"text,id\n" if name == "a.csv" else b"") + line * rows
-    (place / name).write_bytes(gzip.compress(content, 1) if name.endswith(".gz") else content)
+    (scratch / name).write_bytes(gzip.compress(content, 1) if name.endswith(".gz") else content)
     del content
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     columns = [0] if "jsonl" in name else None
-    assert sum(1 for _ in read_rows(place / name, width=1, columns=columns)) == rows
+    assert sum(1 for _ in read_rows(scratch / name, width=1, columns=columns)) == rows
     assert time.process_time() - started < 20, "seconds of processor time"
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000, "KiB more at the peak"
 
 
 @pytest.mark.parametrize("kind", ["csv quote that never closes", "one line", "deep json", "gzip bomb"])
-def test_hostile_sizes_are_refused_or_read_without_a_hang(place, kind):
+def test_hostile_sizes_are_refused_or_read_without_a_hang(scratch, kind):
     name, content, options = {
         "csv quote that never closes": ("a.csv", b'a\n"' + b"x\n" * 500_000, {}),
         "one line": ("a.txt", b"x" * 20_000_000, {}),
@@ -195,14 +195,14 @@ def test_hostile_sizes_are_refused_or_read_without_a_hang(place, kind):
         "gzip bomb": ("a.csv.gz", gzip.compress(b"a\n" + b"x," * 10_000_000, 9), {}),
     }[kind]
     started = time.process_time()
-    check(place / name, content, 1, **options)
+    check(scratch / name, content, 1, **options)
     assert time.process_time() - started < 20
 
 
-def test_what_the_csv_module_writes_with_every_line_end_is_read_back(place):
+def test_what_the_csv_module_writes_with_every_line_end_is_read_back(scratch):
     rows = [("a\r\nb", 'say "x"'), ("x\u2028", "1,2"), ("\ufeffx", "y")]
     for end in ("\r\n", "\n"):
         sink = io.StringIO(newline="")
         csv.writer(sink, lineterminator=end, quoting=csv.QUOTE_ALL).writerows([("a", "b"), *rows])
-        (place / "a.csv").write_bytes(b"\xef\xbb\xbf" + sink.getvalue().encode())
-        assert list(read_rows(place / "a.csv", width=2)) == rows, end
+        (scratch / "a.csv").write_bytes(b"\xef\xbb\xbf" + sink.getvalue().encode())
+        assert list(read_rows(scratch / "a.csv", width=2)) == rows, end

@@ -1,4 +1,4 @@
-"""Any text as a sentence: a finite unit vector, or one error that names the place; from Python and from the shell."""
+"""Any text as a sentence: a finite unit vector, or one error that names the position; from Python and from the shell."""
 
 import io
 import json
@@ -87,13 +87,13 @@ def test_any_sentences_give_unit_vectors_in_their_order(models, sentences, which
         np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
         if sentences:
             np.testing.assert_allclose(model.encode(sentences[-1]), vectors[-1], atol=1e-4)
-    bad = [place for place, text in enumerate(sentences) if halves(text)]
+    bad = [position for position, text in enumerate(sentences) if halves(text)]
     assert bool(errors) == bool(bad)
     assert not bad or f"sentence {bad[0]} " in errors[0]
 
 
 @pytest.mark.parametrize("wrong", [None, 3, b"bytes", ["nested"], float("nan")], ids=repr)
-def test_what_is_no_text_is_named(models, wrong):
+def test_a_value_that_is_not_text_is_named(models, wrong):
     with pytest.raises(DataError, match="sentence 1 must be a string, got "):
         models[0].encode(["w5", wrong])
 

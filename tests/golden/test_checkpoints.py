@@ -1,4 +1,4 @@
-"""Published folders: found out without being told, the vectors of the official tool, and the same tensors on the way back."""
+"""Published folders: inferred settings, embeddings equal to those of the official tool, and export of the same tensors."""
 
 import copy
 import functools
@@ -161,7 +161,7 @@ def test_similarities_and_searches_equal_those_of_the_official_tool(model, pooli
 def check_export(imported, folder, pooling, back):
     """An export holds the checkpoint's tensors and config; an MLM head and a pooler are the only tensors that it may lack."""
     instructions = export_official(imported.encoder, back)
-    before, after = (torch.load(place / "pytorch_model.bin", weights_only=True) for place in (folder, back))
+    before, after = (torch.load(path / "pytorch_model.bin", weights_only=True) for path in (folder, back))
     dropped = {name for name in before if name.startswith("lm_head.") or ".pooler." in name}
     assert set(before) - dropped == set(after)
     assert all(

@@ -64,7 +64,7 @@ JOBS += RAGGED
 
 
 def run_rank(rank, jobs, out):
-    """What one of the processes does: its share of every job that has a place for it."""
+    """Function of one process: compute its part of every case with enough ranks."""
     torch.set_num_threads(1)
     for number, (case, sizes, official_gradient) in enumerate(jobs):
         if rank >= len(sizes):

@@ -41,15 +41,15 @@ def evaluation(request):
 
 
 def left_open(predicted, gold):
-    """How far Spearman can move when cosines nearer than 1e-6 tie or change places."""
+    """Return how much Spearman can change if cosines closer than 1e-6 tie or are reordered."""
     order = np.argsort(predicted)
     cluster = np.empty(len(order))
     cluster[order] = np.cumsum(np.diff(np.asarray(predicted)[order], prepend=0) > 1e-6)
     extremes = [spearman(cluster, gold)]
     for sign in (1, -1):
-        place = np.empty(len(order))
-        place[np.lexsort((sign * np.asarray(gold), cluster))] = np.arange(len(order))
-        extremes.append(spearman(place, gold))
+        position = np.empty(len(order))
+        position[np.lexsort((sign * np.asarray(gold), cluster))] = np.arange(len(order))
+        extremes.append(spearman(position, gold))
     return max(extremes) - min(extremes)
 
 

@@ -133,7 +133,7 @@ def check_official_rule(case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_drifts_little_with_torchs_optimiser(case):
+def test_losses_with_torchs_adamw_stay_close_to_the_official_ones(case):
     _, losses = train(case, official_rule=False)
     expected = read_json(case / "loss.json")["f64"]["loss"]
     check("loss, torch's AdamW (absolute)", max(abs(a - b) for a, b in zip(losses, expected, strict=True)), 2.5e-3)

@@ -116,7 +116,7 @@ def test_dropped_mlm_head_and_pooler_are_reported_with_the_effect_on_an_export(t
     )
     export_official(imported.encoder, tmp_path / "back")
     before, after = (
-        torch.load(place / "pytorch_model.bin", weights_only=True) for place in (tmp_path / "x", tmp_path / "back")
+        torch.load(path / "pytorch_model.bin", weights_only=True) for path in (tmp_path / "x", tmp_path / "back")
     )
     assert set(before) - set(after) == {"lm_head.bias", "bert.pooler.dense.bias"}
 
@@ -163,7 +163,7 @@ def test_another_encoder_is_not_referred_to(changes, why, checkpoint, tmp_path):
     assert imported.encoder.backbone.identity.name == "./encoder"
 
 
-def test_an_unreadable_name_in_the_config_is_no_obstacle_but_one_asked_for_is(checkpoint):
+def test_an_unreadable_encoder_is_an_error_only_if_it_was_asked_for(checkpoint):
     edit_config(checkpoint, _name_or_path="/home/authors/bert")
     note = import_official(checkpoint).notes[2]
     assert note.startswith(
@@ -191,7 +191,7 @@ def test_an_adapter_with_its_encoder_can_be_moved_and_saved_again(carrying, tmp_
     save_adapter(loaded, tmp_path / "again")
     for name in ("adapter.safetensors", "encoder/model.safetensors", "encoder/config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
-    again, before = (json.loads((place / "adapter.json").read_text()) for place in (tmp_path / "again", folder))
+    again, before = (json.loads((path / "adapter.json").read_text()) for path in (tmp_path / "again", folder))
     del again["checksum"], before["checksum"]  # of the tokenizer's files too, which transformers writes anew
     assert again == before
 
@@ -294,7 +294,7 @@ def bomb(*shape):
         (put("prefix_encoder.trans.0.weight", torch.zeros(10**7, 1)), "lacks prompt.trans.0.bias|has shape"),
     ],
 )
-def test_a_tensor_that_claims_terabytes_is_refused_before_memory_is_taken(change, message, zipped, tmp_path):
+def test_a_tensor_that_declares_terabytes_is_rejected_before_memory_is_allocated(change, message, zipped, tmp_path):
     save_official(tmp_path / "x", change=change)
     path = tmp_path / "x/pytorch_model.bin"
     torch.save(torch.load(path, weights_only=True), path, _use_new_zipfile_serialization=zipped)
@@ -314,7 +314,7 @@ def test_a_compressed_checkpoint_is_refused(checkpoint):
 
 
 @pytest.mark.parametrize("config", [{"num_hidden_layers": 900}, {"vocab_size": 10**10}, {"intermediate_size": 10**10}])
-def test_an_absurd_config_is_refused_before_memory_is_taken(config, tmp_path):
+def test_an_oversized_config_is_rejected_before_memory_is_allocated(config, tmp_path):
     with memory_limit(), pytest.raises(AdapterError, match=r"describes no encoder|has shape"):
         import_official(save_official(tmp_path / "x", **config))
 

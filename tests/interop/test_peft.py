@@ -227,7 +227,7 @@ def test_a_bin_file_gives_its_tensors_and_runs_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["stride 0", "sparse"])
-def test_a_prefix_that_claims_terabytes_is_refused_before_memory_is_taken(tmp_path, kind):
+def test_a_prefix_that_declares_terabytes_is_rejected_before_memory_is_allocated(tmp_path, kind):
     export_peft(prompt_encoder(tmp_path / "encoder"), str(tmp_path / "peft"))
     (tmp_path / "peft/adapter_model.safetensors").unlink()
     tensor = torch.zeros(1).expand(10**6, 10**6) if kind == "stride 0" else torch.zeros(P, 96).to_sparse()

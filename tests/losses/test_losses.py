@@ -148,17 +148,17 @@ def test_energy_hinge_is_exactly_zero_when_every_positive_wins():
     assert not anchor.grad.any()
 
 
-@pytest.mark.parametrize("place", ["other positive", "own negative", "other negative"])
-def test_any_wrong_candidate_can_be_the_hardest(place):
+@pytest.mark.parametrize("hardest", ["other positive", "own negative", "other negative"])
+def test_any_wrong_candidate_can_be_the_hardest(hardest):
     rest = math.sqrt(1 - 0.6**2 - 0.7**2)
     anchor = torch.eye(4, dtype=torch.float64)[:2]
     positive = torch.tensor([[0.6, 0.0, 0.8, 0.0], [0.0, 0.6, 0.8, 0.0]], dtype=torch.float64)
     negative = torch.tensor([[0.0, 0.0, 0.0, -1.0]] * 2, dtype=torch.float64)
     assert energy_hinge(anchor, positive, negative, margin=0.2).item() == 0
-    if place == "other positive":
+    if hardest == "other positive":
         positive[1] = torch.tensor([0.7, 0.6, rest, 0.0])
     else:
-        negative[0 if place == "own negative" else 1] = torch.tensor([0.7, 0.0, 0.0, math.sqrt(1 - 0.7**2)])
+        negative[0 if hardest == "own negative" else 1] = torch.tensor([0.7, 0.0, 0.0, math.sqrt(1 - 0.7**2)])
     # the first anchor's positive has cosine 0.6 and loses to 0.7; the second anchor wins
     assert energy_hinge(anchor, positive, negative, margin=0.2).item() == pytest.approx((0.2 + 0.7 - 0.6) / 2)
 
@@ -203,7 +203,7 @@ def test_the_parts_are_weighted_and_sum_to_the_total():
     assert parts.total.item() == pytest.approx((parts.contrastive + parts.hinge + parts.mlm).item(), rel=1e-14)
 
 
-def test_parts_that_are_off_have_no_name():
+def test_unused_loss_terms_are_not_named():
     parts = hybrid_loss(*some_views(4, 3), temperature=TEMPERATURE, margin=0.2, hinge_weight=0.0)
     assert parts.named().keys() == {"loss", "contrastive"}
     assert parts.total is parts.contrastive

@@ -238,7 +238,7 @@ def test_a_folder_without_tokenizer_files_says_so(tmp_path, family):
         _ = backbone.tokenizer
 
 
-def test_loading_leaves_the_bars_and_the_voice_of_transformers_as_they_were(folder):
+def test_loading_restores_the_progress_bars_and_log_level_of_transformers(folder):
     from transformers.utils import logging
 
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()

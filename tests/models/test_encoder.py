@@ -97,10 +97,10 @@ def test_keys_and_values_of_every_layer_matter(family):
     tokens, before = batch_for(encoder), encoder.prompt.embedding.weight.detach().clone()
     plain, _ = encoder(tokens)
     slices_P2LD = encoder.prompt.embedding.weight.detach().view(4, 2 * SMALL["num_hidden_layers"], -1)
-    for place in range(slices_P2LD.shape[1]):
-        slices_P2LD[:, place] = 0
+    for index in range(slices_P2LD.shape[1]):
+        slices_P2LD[:, index] = 0
         moved, _ = encoder(tokens)
-        assert (moved - plain).abs().max() > 1e-4, f"layer {place // 2}, {'KV'[place % 2]}"
+        assert (moved - plain).abs().max() > 1e-4, f"layer {index // 2}, {'KV'[index % 2]}"
         encoder.prompt.embedding.weight.data.copy_(before)
 
 
@@ -208,12 +208,12 @@ def test_the_encoder_reads_only_the_position_vectors_behind_the_offset(family, f
     tokens = batch_for(encoder, [5, 5])
     matrix = encoder.backbone.model.embeddings.position_embeddings.weight.data
     before, _ = encoder(tokens)
-    for place in range(first + 7):
-        kept = matrix[place].clone()
-        matrix[place] += torch.linspace(-1, 1, len(kept))
+    for index in range(first + 7):
+        kept = matrix[index].clone()
+        matrix[index] += torch.linspace(-1, 1, len(kept))
         moved, _ = encoder(tokens)
-        matrix[place] = kept
-        assert torch.equal(moved, before) == (place not in range(first, first + 5)), f"position {place}"
+        matrix[index] = kept
+        assert torch.equal(moved, before) == (index not in range(first, first + 5)), f"position {index}"
 
 
 @pytest.mark.parametrize(("family", "longest"), [("bert", 36), ("electra", 36), ("roberta", 34), ("xlm-roberta", 34)])
@@ -343,17 +343,19 @@ def test_chunks_change_neither_vectors_nor_loss_nor_gradients(pooling, head, fam
 
 
 @pytest.mark.parametrize("chunk_tokens", [None, 1, 13])
-def test_hidden_vectors_come_in_the_row_major_order_of_the_labels(chunk_tokens):
+def test_hidden_states_of_masked_tokens_are_in_the_row_major_order_of_the_labels(chunk_tokens):
     encoder = prompt_encoder()
     tokens = with_mlm(batch_for(encoder), encoder.backbone.pad_id)
     (states,) = encoder.backbone(tokens.mlm_ids_NT, tokens.mask_NT, encoder.prompt(), position_offset=4)
-    places = [(n, t) for n in range(len(LENGTHS)) for t in range(max(LENGTHS)) if tokens.mlm_labels_NT[n, t] != IGNORED]
-    assert len(places) > 5
+    indices = [
+        (n, t) for n in range(len(LENGTHS)) for t in range(max(LENGTHS)) if tokens.mlm_labels_NT[n, t] != IGNORED
+    ]
+    assert len(indices) > 5
     _, hidden = encoder(tokens, chunk_tokens=chunk_tokens)
-    torch.testing.assert_close(hidden, torch.stack([states[n, t] for n, t in places]), rtol=0, atol=1e-12)
+    torch.testing.assert_close(hidden, torch.stack([states[n, t] for n, t in indices]), rtol=0, atol=1e-12)
 
 
-def test_without_an_mlm_task_there_are_no_hidden_vectors():
+def test_without_an_mlm_task_no_hidden_states_are_returned():
     encoder = prompt_encoder()
     assert encoder(batch_for(encoder))[1] is None
 

@@ -63,7 +63,7 @@ def test_the_mlm_pass_keeps_every_token(family):
     torch.testing.assert_close(hidden, whole, rtol=1e-12, atol=1e-14)
 
 
-def test_the_small_integers_of_int8_keep_the_cut():
+def test_an_int8_encoder_computes_only_the_first_token():
     encoder = PromptEncoder(small_backbone("bert"), length=4, pooling="cls").eval()
     tokens = small_tokens(LENGTHS, encoder.backbone.pad_id)
     encoder.backbone.quantize()

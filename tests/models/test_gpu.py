@@ -65,6 +65,6 @@ def test_a_pinned_batch_is_the_batch():
     assert torch.equal(pinned.tokens.ids_NT.to(GPU, non_blocking=True).cpu(), tokens.ids_NT)
 
 
-def test_the_bytes_of_one_sentence_are_told():
+def test_activation_bytes_of_one_sentence_are_measured():
     encoder = PromptEncoder(small_backbone(), length=4).to(GPU).train()
     assert 0 < activation_bytes(encoder, 10) < free_bytes(GPU)

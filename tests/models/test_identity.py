@@ -31,8 +31,8 @@ def other_values(value: object) -> Iterator[object]:
             yield from ("relu", "silu", "tanh", "full_attention", "sliding_attention", "linear", "mean", "last", "")
         case list():
             yield value[::-1]
-            for place, item in enumerate(value):
-                yield from ([*value[:place], other, *value[place + 1 :]] for other in other_values(item))
+            for position, item in enumerate(value):
+                yield from ([*value[:position], other, *value[position + 1 :]] for other in other_values(item))
         case dict():
             for key, item in value.items():
                 yield from ({**value, key: other} for other in other_values(item))

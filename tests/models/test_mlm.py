@@ -31,7 +31,7 @@ def assert_rate(hits, trials, rate):
     assert abs(hits / trials - rate) < 5 * sigma, f"{hits} of {trials}, expected {rate}"
 
 
-def test_15_percent_of_the_ordinary_tokens_are_hidden_and_no_special_one():
+def test_15_percent_of_the_ordinary_tokens_are_masked_and_no_special_token():
     ids, special = many_tokens()
     hidden_ids, labels = masked(ids, special)
     assert_rate(int((labels[~special] != IGNORED).sum()), int((~special).sum()), 0.15)
@@ -39,7 +39,7 @@ def test_15_percent_of_the_ordinary_tokens_are_hidden_and_no_special_one():
     assert torch.equal(hidden_ids[special], ids[special])
 
 
-def test_of_the_hidden_tokens_80_percent_are_masked_10_random_and_10_stay():
+def test_of_the_predicted_tokens_80_percent_are_masked_10_random_and_10_unchanged():
     ids, special = many_tokens()
     hidden_ids, labels = masked(ids, special)
     chosen = labels != IGNORED
@@ -60,7 +60,7 @@ def test_random_tokens_are_drawn_from_the_whole_vocabulary_evenly():
         assert_rate(count, len(drawn), 0.1)
 
 
-def test_labels_hold_the_true_token_where_one_is_hidden_and_others_are_untouched():
+def test_labels_are_the_original_ids_of_masked_tokens_and_other_tokens_are_unchanged():
     ids, special = many_tokens()
     before = ids.clone()
     hidden_ids, labels = masked(ids, special)
@@ -81,7 +81,7 @@ def test_the_generator_decides_everything_and_the_global_one_is_left_alone():
     assert not torch.equal(one[1], other[1])
 
 
-def test_hidden_places_of_neighbours_are_independent():
+def test_masking_of_neighbouring_tokens_is_independent():
     ids = torch.full((400, 250), 7)
     chosen = masked(ids, torch.zeros_like(ids, dtype=torch.bool))[1] != IGNORED
     for pairs in (chosen[:, 1:] & chosen[:, :-1], chosen[1:] & chosen[:-1]):
@@ -117,7 +117,7 @@ def test_a_filled_head_guesses_as_the_masked_language_model_of_transformers(tmp_
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
-def test_files_without_a_head_leave_the_fresh_one(tmp_path, family):
+def test_files_without_an_mlm_head_keep_the_new_head(tmp_path, family):
     backbone = FrozenBackbone.load(str(save_small_encoder(tmp_path, family)))
     head = MlmHead(backbone.word_embeddings, layer_norm_eps=1e-12)
     before = {name: value.clone() for name, value in head.state_dict().items()}
@@ -125,7 +125,7 @@ def test_files_without_a_head_leave_the_fresh_one(tmp_path, family):
     assert all(torch.equal(value, before[name]) for name, value in head.state_dict().items())
 
 
-def test_a_model_in_memory_has_no_head_to_give():
+def test_a_model_in_memory_has_no_pretrained_mlm_head():
     backbone = small_backbone()
     assert not backbone.fill_mlm_head(MlmHead(backbone.word_embeddings, layer_norm_eps=1e-12))
 

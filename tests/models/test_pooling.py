@@ -24,10 +24,10 @@ def slow_pool(states, pooling):
     layers = {"avg": [3], "avg_top2": [2, 3], "avg_first_last": [0, 3]}.get(pooling, [3])
     rows = []
     for b, length in enumerate(LENGTHS):
-        places = [0] if pooling.startswith("cls") else list(range(length))
+        positions = [0] if pooling.startswith("cls") else list(range(length))
         entries = []
         for d in range(4):
-            numbers = [float(states[layer][b, t, d]) for layer in layers for t in places]
+            numbers = [float(states[layer][b, t, d]) for layer in layers for t in positions]
             entries.append(sum(numbers) / len(numbers))
         rows.append(entries)
     return torch.tensor(rows, dtype=torch.float64)
@@ -62,7 +62,7 @@ def test_padding_gets_no_gradient_and_does_not_count(pooling):
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_the_type_stays(pooling, dtype):
+def test_pooling_keeps_the_dtype(pooling, dtype):
     assert pool([state.to(dtype) for state in some_states()], some_mask(), pooling).dtype == dtype
 
 

@@ -123,7 +123,7 @@ def single(config: Config) -> Config:
     return Config.from_dict(raw)
 
 
-def test_ranks_killed_at_any_moment_and_resumed_end_as_the_straight_run(long_run, tmp_path):
+def test_ranks_killed_at_any_moment_and_resumed_are_bit_identical_to_an_uninterrupted_run(long_run, tmp_path):
     config, straight = long_run
     chance, folder, killed_at = random.Random(os.environ.get("PROMCSE_SEED", "1")), tmp_path / "run", []
     for kill in range(KILLS):
@@ -168,7 +168,7 @@ def test_a_signal_to_one_rank_saves_and_stops_all_at_the_same_step(long_run, tmp
     assert outcome(folder) == outcome(straight)
 
 
-def test_three_ranks_resume_to_the_byte_too(tmp_path):
+def test_a_resumed_run_of_three_ranks_is_bit_identical(tmp_path):
     config = write_config(distributed(tmp_path, 3), tmp_path / "start.yaml")
     assert ended(begin_ranks(tmp_path / "log", *train(config, tmp_path / "straight"), ranks=3)) == [0, 0, 0]
     processes = begin_ranks(tmp_path / "log", *train(config, tmp_path / "run"), ranks=3)
@@ -181,11 +181,11 @@ def test_three_ranks_resume_to_the_byte_too(tmp_path):
 
 
 @pytest.mark.parametrize("what", ["config", "data"])
-def test_ranks_that_were_told_different_things_stop_before_training(what, tmp_path):
+def test_ranks_with_different_settings_stop_before_training(what, tmp_path):
     raw = distributed(tmp_path).to_dict()
     if what == "config":
         other = Config.from_dict({**raw, "loss": {**raw["loss"], "temperature": 0.1}})
-    else:  # the same settings, but in another place there lies another file
+    else:  # the same settings, but another file at the same relative path
         shutil.copytree(tmp_path / "encoder", tmp_path / "there/encoder")
         (tmp_path / "there/train.csv").write_text("a,b,c\n" + "\n".join(word_rows(30)) + "\n")
         raw["data"]["train"], raw["model"]["path"] = "train.csv", "encoder"
@@ -242,7 +242,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_the_starter_ends_all_when_one_dies_and_its_own_death_leaves_no_orphan(long_run, tmp_path):
+def test_the_launcher_stops_all_ranks_if_one_dies_and_leaves_no_orphan_if_killed(long_run, tmp_path):
     config, straight = long_run
     folder = tmp_path / "run"
 

@@ -27,17 +27,17 @@ from promcse_pl.utils.signals import StopSignals
 
 
 @contextmanager
-def small_disk(place: Path, options: str) -> Iterator[None]:
-    place.mkdir()
+def small_disk(mount_point: Path, options: str) -> Iterator[None]:
+    mount_point.mkdir()
     done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], check=False, capture_output=True
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(mount_point)], check=False, capture_output=True
     )
     if done.returncode:
         pytest.skip("mounting a small disk needs root")
     try:
         yield
     finally:
-        subprocess.run(["umount", str(place)], check=True)
+        subprocess.run(["umount", str(mount_point)], check=True)
 
 
 def config_file(folder: Path, **sections: dict) -> Path:
@@ -52,7 +52,7 @@ def one_line(done: Ended, message: str) -> None:
     assert message in f"{errors[0]}\n"
 
 
-def test_a_disk_that_fills_up_costs_the_steps_since_the_last_save_and_the_run_goes_on_when_there_is_room(tmp_path):
+def test_a_full_disk_loses_only_the_steps_since_the_last_save_and_the_run_can_be_resumed(tmp_path):
     config = config_file(
         tmp_path,
         data={"batch_size": 2},
@@ -77,14 +77,14 @@ def test_a_disk_that_fills_up_costs_the_steps_since_the_last_save_and_the_run_go
         assert (run / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_a_folder_that_cannot_be_written_is_told_in_one_line(tmp_path):
+def test_a_folder_that_cannot_be_written_is_a_one_line_error(tmp_path):
     config, run = config_file(tmp_path), tmp_path / "disk/run"
     with small_disk(tmp_path / "disk", "size=100k,ro"):
         done = promcse(tmp_path / "log", "train", config, "--out", run)
     one_line(done, f"cannot create the run folder {run}: Read-only file system")
 
 
-def test_a_place_that_is_a_file_is_told_in_one_line(tmp_path):
+def test_a_path_that_is_a_file_is_a_one_line_error(tmp_path):
     config = config_file(tmp_path)
     (tmp_path / "taken").write_text("mine")
     one_line(promcse(tmp_path / "log", "train", config, "--out", tmp_path / "taken"), "cannot create the run folder")
@@ -139,7 +139,7 @@ def test_out_of_memory_at_minimal_settings_suggests_a_new_run(tmp_path):
         raise MemoryError
 
 
-def test_a_loss_that_is_not_finite_leaves_prompt_and_batch_for_inspection_and_a_failed_status(tmp_path):
+def test_a_non_finite_loss_saves_prompt_and_batch_and_sets_the_status_failed(tmp_path):
     save_small_encoder(tmp_path / "encoder")
     weights = tmp_path / "encoder/model.safetensors"
     tensors = load_file(weights)
@@ -157,7 +157,7 @@ def test_a_loss_that_is_not_finite_leaves_prompt_and_batch_for_inspection_and_a_
     assert "NonFiniteError: the loss of step 1" in read_status(tmp_path / "run").error
 
 
-def test_a_cache_that_vanishes_between_start_and_resume_is_built_again(tmp_path):
+def test_a_token_cache_deleted_between_start_and_resume_is_rebuilt(tmp_path):
     config = config_file(tmp_path)
     assert promcse(tmp_path / "log", "train", config, "--out", tmp_path / "straight").code == 0
     stopped = promcse(tmp_path / "log", "train", config, "--out", tmp_path / "run", before=KILL_AT_STEP.format(step=2))
@@ -170,7 +170,7 @@ def test_a_cache_that_vanishes_between_start_and_resume_is_built_again(tmp_path)
     assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
 
 
-def test_handlers_are_put_back_and_a_second_signal_does_not_wait(monkeypatch):
+def test_signal_handlers_are_restored_and_a_second_signal_stops_at_once(monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
     with StopSignals() as stop:
         stop.deferred = True

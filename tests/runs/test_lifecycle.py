@@ -192,7 +192,7 @@ def test_a_folder_that_holds_a_run_is_not_written_into(trained_run):
         ),
     ],
 )
-def test_what_is_missing_is_reported_before_a_folder_is_made(sections, kind, message, tmp_path):
+def test_missing_inputs_are_reported_before_a_folder_is_created(sections, kind, message, tmp_path):
     with pytest.raises(kind, match=message) as caught:
         run_small(tmp_path, **sections)
     assert "Try: " in str(caught.value)
@@ -231,7 +231,7 @@ def test_another_seed_gives_another_adapter(tmp_path):
     assert not torch.equal(one["prompt.embedding.weight"], two["prompt.embedding.weight"])
 
 
-def test_without_development_set_the_last_step_is_kept_and_nothing_is_scored(tmp_path):
+def test_without_a_dev_set_the_last_step_is_kept_and_nothing_is_scored(tmp_path):
     results, printed = run_small(tmp_path)
     assert (results["dev"], results["dev_spearman"], results["best_step"], results["scores"]) == (None, None, 3, {})
     assert "no dev set: the last step is kept" in printed
@@ -259,7 +259,7 @@ def test_sentences_and_pairs_train_without_hinge(kind, hinge_weight, tmp_path):
     assert "train/hinge" not in {name for entry in history for name in entry}
 
 
-def test_held_out_triplets_become_the_development_set_and_are_not_trained_on(tmp_path):
+def test_held_out_triplets_become_the_dev_set_and_are_not_trained_on(tmp_path):
     rows = word_rows(30)
     rows += [rows[0].replace("w10", "w11"), rows[1].replace("w10", "w11")]
     rows.append(rows[0].split(",")[0] + ",w90,w91")  # the anchor of row 0 once more

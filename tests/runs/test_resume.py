@@ -78,7 +78,7 @@ def long_run(tmp_path_factory) -> tuple[Path, Path]:
     return path, base / "straight"
 
 
-def test_the_straight_run_has_what_makes_resuming_hard(long_run):
+def test_the_uninterrupted_run_covers_the_hard_cases_of_resuming(long_run):
     _, straight = long_run
     history = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in history if "dev/spearman" in entry] == [5, 10, 15, 20, 25, 27]
@@ -87,7 +87,7 @@ def test_the_straight_run_has_what_makes_resuming_hard(long_run):
     assert not (straight / "checkpoints").exists()
 
 
-def test_a_run_killed_at_any_moment_and_resumed_ends_as_the_straight_one(long_run, tmp_path):
+def test_a_run_killed_at_any_moment_and_resumed_is_bit_identical_to_an_uninterrupted_run(long_run, tmp_path):
     config, straight = long_run
     chance, kills, runs, killed_at = random.Random(os.environ.get("PROMCSE_SEED", "1")), 0, 0, []
     began = time.perf_counter()
@@ -127,7 +127,7 @@ PARTS = {
 
 
 @pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
-def test_a_run_killed_inside_a_part_ends_as_the_straight_one(part, long_run, tmp_path):
+def test_a_run_killed_during_an_evaluation_or_save_is_bit_identical_to_an_uninterrupted_run(part, long_run, tmp_path):
     config, straight = long_run
     folder = tmp_path / "run"
     assert end(start(config, folder, None, part)) == -signal.SIGKILL
@@ -141,7 +141,7 @@ def test_a_run_killed_inside_a_part_ends_as_the_straight_one(part, long_run, tmp
     [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)],
     ids=["TERM", "USR1", "INT"],
 )
-def test_a_signal_saves_ends_with_its_code_and_costs_no_step(signum, code, long_run, tmp_path):
+def test_a_signal_saves_a_checkpoint_sets_the_exit_code_and_loses_no_step(signum, code, long_run, tmp_path):
     config, straight = long_run
     folder = tmp_path / "run"
     process = start(config, folder)
@@ -199,7 +199,7 @@ def test_times_are_those_of_all_processes_without_the_time_between_them(stopped_
     assert worked < after.updated - after.started < worked + 600
 
 
-def test_a_torn_newest_checkpoint_is_passed_over_for_the_one_before(stopped_run, long_run):
+def test_a_damaged_newest_checkpoint_is_skipped_for_the_previous_one(stopped_run, long_run):
     config, straight = long_run
     newest = newest_checkpoint(stopped_run)
     tensors = newest.path / "tensors.safetensors"
@@ -212,7 +212,7 @@ def test_a_torn_newest_checkpoint_is_passed_over_for_the_one_before(stopped_run,
 
 
 @pytest.mark.parametrize("name", ["tensors.safetensors", "state.json"])
-def test_without_a_whole_checkpoint_the_run_starts_over(name, stopped_run, long_run):
+def test_without_a_valid_checkpoint_the_run_starts_over(name, stopped_run, long_run):
     config, straight = long_run
     for path in (stopped_run / "checkpoints").iterdir():
         (path / name).write_bytes((path / name).read_bytes()[:-7])
@@ -222,7 +222,7 @@ def test_without_a_whole_checkpoint_the_run_starts_over(name, stopped_run, long_
 
 
 @pytest.mark.parametrize("all_lost", [False, True])
-def test_a_history_that_lost_lines_costs_the_checkpoints_that_are_newer(all_lost, stopped_run, long_run):
+def test_checkpoints_newer_than_a_truncated_history_are_not_used(all_lost, stopped_run, long_run):
     config, straight = long_run
     history = stopped_run / "metrics.jsonl"
     older = newest_checkpoint(stopped_run).step - 4
@@ -289,7 +289,7 @@ def test_no_checkpoint_holds_the_frozen_encoder_or_a_pickle(stopped_run):
     assert len(list((stopped_run / "checkpoints").iterdir())) <= 2
 
 
-def test_a_data_file_that_changed_is_refused_by_name_and_nothing_is_touched(stopped_run, long_run):
+def test_a_changed_data_file_is_rejected_by_name_and_no_file_is_modified(stopped_run, long_run):
     config = read_config(long_run[0])
     train = Path(config.data.train)
     before, history = train.read_text(), (stopped_run / "metrics.jsonl").read_bytes()
@@ -303,7 +303,7 @@ def test_a_data_file_that_changed_is_refused_by_name_and_nothing_is_touched(stop
     assert newest_checkpoint(stopped_run) is not None
 
 
-def test_another_encoder_in_its_place_is_refused_by_name(stopped_run, long_run):
+def test_a_replaced_encoder_is_rejected_by_name(stopped_run, long_run):
     weights = Path(read_config(long_run[0]).model.path) / "model.safetensors"
     before = weights.read_bytes()
     tensors = load_file(weights)
@@ -367,7 +367,7 @@ def test_a_setting_that_was_changed_by_hand_is_refused_by_name(stopped_run):
         resume_job(stopped_run)
 
 
-def test_a_second_process_is_refused_while_the_first_is_at_work(stopped_run, long_run):
+def test_a_second_process_is_rejected_while_the_first_is_running(stopped_run, long_run):
     with locked(stopped_run):
         assert is_running(stopped_run)
         process = start(long_run[0], stopped_run)
@@ -376,7 +376,7 @@ def test_a_second_process_is_refused_while_the_first_is_at_work(stopped_run, lon
     assert not is_running(stopped_run)
 
 
-def test_a_finished_run_is_left_as_it_is(long_run):
+def test_resuming_a_finished_run_changes_nothing(long_run):
     _, straight = long_run
     before = outcome(straight)
     assert resume_job(straight)["steps"] == read_status(straight).steps
@@ -418,7 +418,7 @@ def test_a_new_run_does_not_start_in_the_folder_of_an_unfinished_one(stopped_run
         run_job(read_config(long_run[0]), stopped_run)
 
 
-def test_a_status_survives_its_file(tmp_path, long_run):
+def test_a_status_round_trips_through_its_file(tmp_path, long_run):
     status = read_status(long_run[1])
     write_status(tmp_path, status.at(3, 9))
     again = read_status(tmp_path)

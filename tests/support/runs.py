@@ -31,7 +31,7 @@ class Run:
 def word_rows(rows: int, width: int = 3) -> list[str]:
     """Sentences of the small tokenizer, each row different."""
     return [
-        ",".join(f"w{5 + (7 * row + 3 * place) % 80} w{6 + row % 70} w{10 + place}" for place in range(width))
+        ",".join(f"w{5 + (7 * row + 3 * position) % 80} w{6 + row % 70} w{10 + position}" for position in range(width))
         for row in range(rows)
     ]
 

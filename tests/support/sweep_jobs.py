@@ -37,7 +37,7 @@ SETTINGS = [
 
 
 def small_config(folder: Path, **sections: dict) -> Config:
-    """A valid config on such files; only what a test looks at need be there."""
+    """A valid config on such files; only the parts that a test reads are needed."""
     raw: dict[str, dict] = {
         "model": {"path": str(folder / "encoder")},
         "data": {"kind": "triplets", "train": str(folder / "train.csv"), "cache_dir": str(folder / "cache")},

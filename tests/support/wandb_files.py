@@ -25,15 +25,15 @@ def records(folder: Path) -> list[Record]:
 def parse(content: bytes) -> list[Record]:
     """Read a 7-byte head, then LevelDB's log: blocks of 32 KiB of chunks (crc 4, length 2, type 1, data)."""
     assert content.startswith(b":W&B")
-    found, parts, place = [], b"", 7
-    while place + 7 <= len(content):
-        if (left := 32768 - place % 32768) < 7:
-            place += left
+    found, parts, position = [], b"", 7
+    while position + 7 <= len(content):
+        if (left := 32768 - position % 32768) < 7:
+            position += left
             continue
-        length, kind = struct.unpack_from("<HB", content, place + 4)
-        parts += content[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4) and place <= len(content):  # whole, or the last chunk
+        length, kind = struct.unpack_from("<HB", content, position + 4)
+        parts += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4) and position <= len(content):  # whole, or the last chunk
             found.append(Record.FromString(parts))
             parts = b""
     return found

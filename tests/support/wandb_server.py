@@ -14,7 +14,7 @@ class Server(ThreadingHTTPServer):
     """GraphQL, the file stream and file uploads of W&B, for one project.
 
     Attributes:
-        runs: Id -> the run's fields as they were last sent, `history` (lines by place), `summary` and `complete`.
+        runs: Id -> the run's fields as they were last sent, `history` (lines by position), `summary` and `complete`.
         uploads: Addresses that files were put to.
         hangs: Set: nothing is answered any more.
     """
@@ -124,8 +124,8 @@ class Handler(BaseHTTPRequestHandler):
         run = self.server.runs[run_id]
         files = body.get("files", {})
         if history := files.get("wandb-history.jsonl"):
-            for place, line in enumerate(history["content"], history["offset"]):
-                run["history"][place] = json.loads(line)
+            for position, line in enumerate(history["content"], history["offset"]):
+                run["history"][position] = json.loads(line)
         for line in files.get("wandb-summary.json", {}).get("content", []):
             run["summary"] |= json.loads(line)
         if body.get("complete"):

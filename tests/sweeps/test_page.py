@@ -188,7 +188,7 @@ def test_a_series_of_one_point_is_visible(driver, tmp_path):
 
 @pytest.mark.parametrize("width", [1280, 400])
 @pytest.mark.parametrize("dark", [False, True])
-def test_nothing_overflows_and_colours_follow(opened, page, width, dark):
+def test_the_page_does_not_overflow_and_follows_the_colour_scheme(opened, page, width, dark):
     view(opened, width, dark=dark)
     open_page(opened, page)
     wait(opened, "return document.querySelector('#parallel .plot').data")

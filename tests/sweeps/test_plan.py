@@ -38,7 +38,7 @@ def sweep(tmp_path):
     return folder
 
 
-def test_a_plan_survives_its_file_and_has_the_promised_form(sweep):
+def test_a_plan_round_trips_through_its_file_in_the_documented_format(sweep):
     assert read_plan(sweep) == Plan(["optim.lr=0.01,0.02", "seed=1"], JOBS)
     assert json.loads((sweep / PLAN).read_text()) == {
         "format": 1,
@@ -57,7 +57,7 @@ def test_a_plan_survives_its_file_and_has_the_promised_form(sweep):
         ("[]", "is damaged"),
     ],
 )
-def test_a_plan_that_cannot_be_read_is_told(text, message, tmp_path):
+def test_a_plan_that_cannot_be_read_is_an_error(text, message, tmp_path):
     (tmp_path / PLAN).write_text(text)
     with pytest.raises(DataError, match=message):
         read_plan(tmp_path)
@@ -164,7 +164,7 @@ def test_a_folder_with_a_sweep_or_a_run_is_refused(sweep, tmp_path):
         check_new(tmp_path / "runs", JOBS)
 
 
-def test_what_is_missing_is_neither_finished_nor_pruned(tmp_path):
+def test_missing_jobs_are_neither_finished_nor_pruned(tmp_path):
     plan = Plan(
         [], [SweepJob(state, []) for state in ("finished", "failed", "stopped", "running", "pruned", "absent", "torn")]
     )
@@ -203,7 +203,7 @@ def test_a_job_that_could_not_say_how_it_ended_is_recorded(before, code, printed
 
 
 @pytest.mark.parametrize(("state", "code"), [("finished", 0), ("failed", 2), ("stopped", 143)])
-def test_what_a_job_said_itself_is_kept(state, code, tmp_path):
+def test_a_status_that_the_job_wrote_is_kept(state, code, tmp_path):
     write_status(tmp_path, Status(state=state, error="its own"))
     assert record_end(tmp_path, code, 0.0).error == "its own"
     assert read_status(tmp_path).state == state

@@ -95,7 +95,7 @@ class Parent:
         return self.process.returncode, printed.splitlines()
 
 
-def test_so_many_at_a_time_and_each_has_its_part_of_the_threads(tmp_path):
+def test_tasks_run_in_parallel_slots_with_equal_shares_of_the_threads(tmp_path):
     parent = Parent(tmp_path, 2, 3)
     parent.began(0)
     parent.began(1)
@@ -113,7 +113,7 @@ def test_so_many_at_a_time_and_each_has_its_part_of_the_threads(tmp_path):
     assert (tmp_path / "2.out").read_text() == f"threads {share} ['2'] \n"
 
 
-def test_ctrl_c_once_waits_for_what_runs_and_starts_nothing_more(tmp_path):
+def test_ctrl_c_once_waits_for_running_jobs_and_starts_no_more(tmp_path):
     parent = Parent(tmp_path, 1, 2)
     job = parent.began(0)
     parent.ctrl_c()
@@ -196,7 +196,7 @@ def test_ctrl_c_in_the_imports_starts_nothing(tmp_path):
     assert not (tmp_path / "0.began").exists()
 
 
-def test_what_an_import_prints_is_no_answer_and_a_failed_one_is_said(tmp_path):
+def test_output_of_an_import_is_ignored_and_a_failed_import_is_reported(tmp_path):
     (tmp_path / "chatty.py").write_text("print('a chatty import')\n")
     parent = Parent(tmp_path, 1, 1, "support.scripted_jobs:broken", preload="chatty")
     assert parent.end() == (0, ["ended 0 1"])
@@ -205,7 +205,7 @@ def test_what_an_import_prints_is_no_answer_and_a_failed_one_is_said(tmp_path):
     assert "could not be imported" in parent.said()
 
 
-def test_no_room_for_another_process_is_said_and_what_runs_is_stopped(tmp_path):
+def test_a_process_that_cannot_be_started_is_reported_and_running_jobs_are_stopped(tmp_path):
     (tmp_path / "crowded.py").write_text(
         "import errno, os, time\n"
         "fork, left = os.fork, [1]\n"

@@ -64,7 +64,7 @@ def study(folder: Path) -> optuna.Study:
     return optuna.load_study(storage=storage, study_name="sweep")
 
 
-def test_a_poor_job_is_pruned_saved_and_no_failure(scripted, tmp_path, capsys):
+def test_a_poor_job_is_pruned_with_a_checkpoint_and_not_failed(scripted, tmp_path, capsys):
     assert scripted(tmp_path / "sweep", trials=4) == 0
     states = [trial.state.name for trial in study(tmp_path / "sweep").trials]
     assert states == ["COMPLETE", "COMPLETE", "PRUNED", "COMPLETE"]
@@ -90,7 +90,7 @@ def test_a_search_proposes_in_its_space_and_a_resumed_one_the_same_as_one_that_w
         assert values["loss.margin"] in ("0.1", "0.2")
 
 
-def test_what_nobody_was_left_to_note_is_noted_by_the_next(scripted, tmp_path, monkeypatch):
+def test_results_that_a_killed_search_did_not_record_are_recorded_on_resume(scripted, tmp_path, monkeypatch):
     monkeypatch.setattr(search.Search, "_record", lambda *_: None)
     scripted(tmp_path / "sweep", trials=2)
     monkeypatch.undo()
@@ -183,7 +183,7 @@ def test_a_search_of_real_runs_as_it_is_typed(tmp_path):
         )
 
 
-def test_a_search_settles_precision_and_threads_once_for_jobs_of_its_first_and_of_later_starts(scripted, tmp_path):
+def test_a_search_fixes_precision_and_threads_for_all_jobs_at_its_first_start(scripted, tmp_path):
     scripted(tmp_path / "parts", trials=2)
     shared = read_plan(tmp_path / "parts").shared
     assert shared.parallel == 1

@@ -13,7 +13,7 @@ from promcse_pl.run_folder import is_running, locked, read_config, read_status
 from promcse_pl.sweeps.plan import missing_jobs, read_plan
 
 
-def test_a_bad_value_anywhere_stops_before_the_first_job_and_leaves_nothing(tmp_path):
+def test_an_invalid_value_in_any_job_stops_the_sweep_before_the_first_job(tmp_path):
     files(tmp_path)
     before = sorted(path.name for path in tmp_path.iterdir())
     code, printed, errors = run(tmp_path, "-m", "optim.lr=0.01,5", *SETTINGS)
@@ -33,7 +33,7 @@ def test_two_sweeps_never_write_into_one_folder(tmp_path):
     assert not (tmp_path / "sweep/0").exists()
 
 
-def test_a_failure_is_recorded_a_kill_of_the_parent_is_survived_and_a_resume_runs_only_what_is_missing(tmp_path):
+def test_a_killed_sweep_with_a_failed_job_is_resumed_with_the_missing_jobs_only(tmp_path):
     files(tmp_path)
     rows = [*ROWS, *ROWS, *ROWS[:20], "w5,only two"]  # the bad one behind those that are read before the first job
     (tmp_path / "bad.csv").write_text("\n".join(["a,b,c", *rows]) + "\n")
@@ -79,7 +79,7 @@ def test_a_failure_is_recorded_a_kill_of_the_parent_is_survived_and_a_resume_run
     assert read_status(sweep / "1").state == "stopped"
 
 
-def test_a_killed_sweep_is_resumed_to_its_very_end(tmp_path):
+def test_a_killed_sweep_can_be_resumed_until_all_jobs_are_finished(tmp_path):
     files(tmp_path)
     parent = begin(tmp_path, "-m", "seed=1,2", *SETTINGS, "hydra.sweep.dir=sweep")
     assert [parent.stdout.readline().split(",")[0] for _ in range(3)][2] == "job 0 finished"

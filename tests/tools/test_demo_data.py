@@ -120,7 +120,7 @@ def test_another_seed_gives_other_triplets():
     assert set(demo_triplets(50, seed=1)).isdisjoint(demo_triplets(50, seed=2))
 
 
-def test_a_longer_draw_begins_with_the_shorter_one():
+def test_more_triplets_start_with_the_same_triplets():
     assert demo_triplets(60)[:20] == demo_triplets(20)
 
 

@@ -73,7 +73,7 @@ def patiently(what, seconds: float = 60):
 
 
 def family() -> list[psutil.Process]:
-    """W&B's processes of this one: the one that we start, and its service."""
+    """W&B's child processes of this process: the follower and its service."""
     mine = []
     for process in psutil.Process().children(recursive=True):
         try:
@@ -111,7 +111,7 @@ def test_a_server_that_accepts_and_never_answers_makes_the_run_an_offline_one(on
     assert not family()
 
 
-def test_a_server_that_hangs_at_the_end_is_left_after_the_limit_with_the_command_for_the_rest(
+def test_a_server_that_hangs_at_the_end_is_abandoned_after_the_limit_with_the_upload_command(
     online, server, tmp_path, caplog
 ):
     online.setattr(tracking, "FINISH_SECONDS", 4)
@@ -129,7 +129,7 @@ def test_a_server_that_hangs_at_the_end_is_left_after_the_limit_with_the_command
     assert kept.stat().st_size > 0
 
 
-def test_a_service_killed_in_training_is_followed_by_a_whole_offline_run(server, tmp_path, caplog):
+def test_if_the_service_is_killed_in_training_the_whole_run_is_logged_offline(server, tmp_path, caplog):
     run = begin(tmp_path / "run")
     patiently(lambda: "W&B run: http" in caplog.text)
     service().kill()
@@ -174,7 +174,7 @@ time.sleep(600)
 
 
 @pytest.mark.parametrize("free", [0, 24])
-def test_a_full_disk_for_wandb_is_said_and_costs_the_run_nothing(free, online, tmp_path, caplog):
+def test_a_full_disk_for_wandb_is_a_warning_and_the_run_is_complete(free, online, tmp_path, caplog):
     disk = tmp_path / "run/wandb"
     disk.mkdir(parents=True)
     mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
@@ -191,7 +191,7 @@ def test_a_full_disk_for_wandb_is_said_and_costs_the_run_nothing(free, online, t
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def test_a_resumed_run_goes_on_with_its_run_and_every_entry_is_there_once(server, tmp_path, caplog):
+def test_a_resumed_run_continues_its_wandb_run_with_every_entry_once(server, tmp_path, caplog):
     run = begin(tmp_path / "run", lines=5)
     run.finish(1)
     assert server.runs["id1"]["complete"] == 1
@@ -248,7 +248,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_a_job_that_is_killed_and_resumed_is_one_whole_run_at_the_server(server, tmp_path):
+def test_a_killed_and_resumed_job_is_one_complete_run_on_the_server(server, tmp_path):
     config, run = small_config(tmp_path, "online"), tmp_path / "run"
     trainer = replace(config.trainer, epochs=20, max_steps=20, save_every=1, log_every=1)
     write_config(replace(config, trainer=trainer), tmp_path / "config.yaml")

@@ -65,7 +65,9 @@ def whole_batch(folder: Path, width: int, mlm: bool, rows: int) -> TrainBatch:
     """A ragged last batch of an epoch; the row count is the data's."""
     path = folder / f"{width}-{rows}.csv"
     if not path.exists():
-        cells = [[f"w{5 + row} w{6 + place}" + " w20" * (row % 4) for place in range(width)] for row in range(rows)]
+        cells = [
+            [f"w{5 + row} w{6 + position}" + " w20" * (row % 4) for position in range(width)] for row in range(rows)
+        ]
         path.write_text("\n".join(",".join(row) for row in [["a", "b", "c"][:width], *cells]) + "\n")
     kind = {1: "sentences", 2: "pairs", 3: "triplets"}[width]
     config = DataConfig(
@@ -175,7 +177,7 @@ def environment(monkeypatch):
 
 
 @pytest.mark.usefixtures("environment")
-def test_a_process_that_nobody_started_is_alone_or_has_to_start_the_others():
+def test_a_process_without_a_launcher_runs_alone_or_must_start_the_ranks():
     assert find_ranks(trainer()) == Ranks(0, 1, 1)
     assert find_ranks(trainer(2)) is None
     with pytest.raises(

@@ -205,7 +205,7 @@ def test_an_error_in_the_block_leaves_everything_as_it_was(old_folder):
     assert not [path for path in old_folder.iterdir() if path.name.startswith(".promcse_pl")]
 
 
-def test_a_link_in_the_place_of_a_file_is_replaced_and_its_target_is_untouched(old_folder, tmp_path):
+def test_a_link_with_the_name_of_a_file_is_replaced_and_its_target_unchanged(old_folder, tmp_path):
     target = tmp_path / "thesis"
     target.write_text("years of work")
     (old_folder / "weights.bin").unlink()
@@ -229,14 +229,14 @@ def test_a_commit_that_is_a_link_is_not_followed(old_folder, tmp_path):
     "make", [lambda path: path.write_text("mine"), lambda path: (path / "chapter").mkdir(parents=True)]
 )
 def test_a_new_folder_replaces_nothing(make, tmp_path):
-    place = tmp_path / "thesis"
-    make(place)
+    thesis = tmp_path / "thesis"
+    make(thesis)
     with pytest.raises(AdapterError, match=r"thesis already exists and is not overwritten"):
-        new_folder(place, error=AdapterError).__enter__()
+        new_folder(thesis, error=AdapterError).__enter__()
     assert [path.name for path in tmp_path.iterdir()] == ["thesis"]
 
 
-def test_a_folder_in_the_place_of_an_own_file_is_refused_before_the_commit(old_folder):
+def test_a_folder_with_the_name_of_an_own_file_is_rejected_before_the_commit(old_folder):
     (old_folder / "weights.bin").unlink()
     (old_folder / "weights.bin").mkdir()
     (old_folder / "weights.bin/notes.txt").write_text("mine")

@@ -81,7 +81,7 @@ def test_loss_and_every_gradient_equal_the_plain_pass_without_dropout(family, th
 @every_family
 @both[0]
 @both[1]
-def test_in_float32_they_agree_to_a_millionth(family, threads, recompute, mlm):
+def test_in_float32_they_agree_to_1e_6(family, threads, recompute, mlm):
     """The loss's own gradient is taken once: cosines near 1 over a temperature of 0.05 magnify any rounding twentyfold."""
     encoder = prompt_encoder(family, head="mlp").eval()
     tokens = batch(encoder, mlm=mlm)

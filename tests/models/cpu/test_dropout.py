@@ -245,6 +245,6 @@ def test_the_mlm_pass_sees_the_prompt_mask_of_the_first_pass(chunk_tokens):
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, 0.25), (0.0, 0.0), (0.4, 0.4)])
-def test_the_prompt_takes_the_hidden_dropout_of_the_encoder_unless_told(given, expected):
+def test_the_default_prompt_dropout_is_the_hidden_dropout_of_the_encoder(given, expected):
     backbone = small_backbone("bert", hidden_dropout_prob=0.25)
     assert PromptEncoder(backbone, length=2, dropout=given).prompt.dropout == expected

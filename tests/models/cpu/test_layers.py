@@ -142,7 +142,7 @@ def test_bfloat16_is_as_near_to_float32_as_transformers_is(family):
     "change", ["one padded sentence", "one head", "types", "nothing but padding", "padding in front"]
 )
 @pytest.mark.parametrize("pooling", ["cls", "avg"])
-def test_strange_batches_are_those_of_transformers(change, pooling):
+def test_edge_case_batches_equal_those_of_transformers(change, pooling):
     changes = {"num_attention_heads": 1} if change == "one head" else {}
     encoder = prompt_encoder(pooling=pooling, **changes).double().eval()
     tokens = small_tokens([6, 4, 3])
@@ -164,7 +164,7 @@ def test_strange_batches_are_those_of_transformers(change, pooling):
 
 
 @pytest.mark.parametrize("then", ["to", "deepcopy", "assign", "replace"])
-def test_whatever_becomes_of_the_weights_is_computed_with(then):
+def test_changed_weights_are_used(then):
     encoder = prompt_encoder().eval()
     tokens = small_tokens(LENGTHS["padded"])
     before, _ = vectors_and_gradients(encoder, tokens)
