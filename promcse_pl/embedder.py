@@ -29,7 +29,7 @@ from promcse_pl.utils.terminal import progress_bar
 Vectors = NDArray[np.float32]
 Progress = Callable[[int], None]
 BLOCK_SENTENCES = 4096
-"""Sentences that are tokenised and sorted by length at once; this limits the memory beside the embeddings."""
+"""Number of sentences tokenised and sorted by length at once; this bounds the memory in addition to the embeddings."""
 
 
 class PromCSE:

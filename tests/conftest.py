@@ -14,7 +14,7 @@ from promcse_pl.data.demo import demo_pairs
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.runs.lifecycle import run_job
 
-torch.set_num_threads(1)  # the encoders are so small that on a busy machine threads cost more than they bring
+torch.set_num_threads(1)  # the encoders are so small that threads slow them down on a busy machine
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Adapter folders: exact, small, replaced whole, without code, and refused with one clear error when anything is wrong."""
+"""Adapter folders: exact, small, replaced atomically, without code, and rejected with one error if invalid."""
 
 import dataclasses
 import json

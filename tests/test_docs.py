@@ -1,4 +1,4 @@
-"""What the pages say of the code must be there."""
+"""Tests and files that the documentation refers to exist."""
 
 import re
 from pathlib import Path

@@ -302,7 +302,7 @@ def rewrite(folder: Path, name: str, content: bytes) -> None:
 
 
 def npy(array: np.ndarray, **header: object) -> bytes:
-    """A .npy file; the header may lie."""
+    """A .npy file, possibly with a wrong header."""
     stream = io.BytesIO()
     np.lib.format.write_array_header_1_0(
         stream, {"descr": array.dtype.str, "fortran_order": False, "shape": array.shape, **header}

@@ -1,4 +1,4 @@
-"""SECURITY.md's promises about code, read from the code itself."""
+"""The statements of SECURITY.md about the code, checked against its syntax tree."""
 
 import ast
 

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _completion(arguments: list[str]) -> list[str]:
-    """Return the arguments with `train` in front if a shell asks for completions: Hydra's script calls the program without it."""
+    """Return the arguments with `train` in front if a shell requests completions: Hydra's script calls the program without it."""
     if arguments[:1] not in (["-sc"], ["--shell-completion"]):
         return arguments
     os.environ["COMP_LINE"] = re.sub(r"^(\S+)\s+train\b", r"\1", os.environ.get("COMP_LINE", ""))

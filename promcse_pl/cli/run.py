@@ -31,7 +31,7 @@ from promcse_pl.utils.paths import expand, run_command
 def compose_and_run(
     flags: Sequence[str], overrides: Sequence[str], *, config_file: str | None = None, out: Path | None = None
 ) -> None:
-    """Compose a config and train with it, or do what a flag asks for: a sweep, the config, help, shell completion.
+    """Compose a config and train with it, or run the action of a flag: sweep, print config, help, shell completion.
 
     Args:
         flags: Options of Hydra, long and with = before their values: `--multirun`, `--cfg=job`, `--config-dir=FOLDER`.
@@ -121,7 +121,7 @@ def _quoted(value: str) -> str:
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def run_composed(composed: DictConfig) -> float | None:
-    """Run the composed job; one of a Hydra launcher or sweeper in a process of its own, to return its dev score."""
+    """Run the composed job; for a Hydra launcher or sweeper in a separate process, to return its dev score."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     score: float | None = None
 

@@ -159,7 +159,7 @@ def describe(kind: Any) -> str:  # noqa: ANN401
 
 
 def describe_range(setting: Setting) -> str:
-    """Return the range of a number in words, and what it may be beside a number."""
+    """Return the range of a number in words, and its other allowed values."""
     choices = [choice for option in get_args(setting.kind) for choice in get_args(option)]
     null = ["or null"] if types.NoneType in get_args(setting.kind) else []
     return ", ".join([str(setting.range), *choices, *null])

@@ -224,7 +224,7 @@ class ColumnRequest:
         return list(range(len(columns)))
 
     def _reject_labels(self, columns: Columns) -> None:
-        """Refuse labelled pairs: trained without their labels, pairs of different meaning would count as positives."""
+        """Reject labelled pairs: without the labels, pairs of different meaning would be trained as positives."""
         spare = len(columns) - len(self.kind.roles)
         is_unused = {"pairs": spare > 0, "triplets": spare >= 0 and not columns.match(self.kind)}.get(self.kind.name)
         label = next((columns.label(i) for i, role in enumerate(columns.roles) if role in ("score", "label")), None)

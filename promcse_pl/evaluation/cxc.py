@@ -1,7 +1,7 @@
 """CxC-STS: semantic similarity of MS-COCO captions (Parekh et al. 2021), with the bootstrap of the PromCSE paper.
 
-Each of 1000 resamples draws half as many MS-COCO test images as there are, with replacement, and of each image one of its rated
-pairs. The score is the mean of the resamples' Spearman correlations; their standard deviation is reported too.
+Each of 1000 resamples draws half as many MS-COCO test images as there are, with replacement, and one rated pair of each
+image. The score is the mean of the resamples' Spearman correlations; their standard deviation is reported too.
 """
 
 # n rated pairs, i images, b resamples

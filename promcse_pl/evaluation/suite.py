@@ -32,7 +32,7 @@ Tree = dict[str, Any]
 Report = Callable[[str, int, int], None]
 """Called with the current stage, its steps done so far and of all."""
 PACKAGES = ("torch", "transformers", "numpy", "scipy", "scikit-learn")
-"""Whose versions are recorded in the results, beside this package's."""
+"""Packages whose versions are recorded in the results, in addition to this package's."""
 AVERAGES = {"Avg": ("sts", "Spearman x 100", TASKS), "Avg transfer": ("transfer", "accuracy x 100", TRANSFER_TASKS)}
 """Mean scores in the papers: their suite, unit and tasks."""
 _Scored = list[tuple[Tree, dict[str, Score]]]

@@ -40,7 +40,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Models that share a row of the results.
+    """Models that are reported in one row of the results.
 
     Attributes:
         name: Name in tables.

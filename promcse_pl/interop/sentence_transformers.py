@@ -80,8 +80,8 @@ class PromptTransformer(InputModule):  # type: ignore[misc]
     def max_seq_length(self, value: int) -> None:
         if not isinstance(value, int) or not _SHORTEST_INPUT <= value <= self.encoder.longest_input:
             raise ConfigError(
-                f"max_seq_length must lie in [{_SHORTEST_INPUT}, {self.encoder.longest_input}] (what this encoder has positions "
-                f"for behind the prompt), got {value!r}"
+                f"max_seq_length must lie in [{_SHORTEST_INPUT}, {self.encoder.longest_input}] (the positions that "
+                f"the prompt leaves to this encoder), got {value!r}"
             )
         self._max_seq_length = value
 
@@ -188,7 +188,7 @@ def export_sentence_transformers(model: PromCSE, folder: str | Path) -> None:
         save_adapter(model.encoder, folder / "adapter")
         with update_folder(folder, (), error=AdapterError) as new:
             as_sentence_transformer(model).save_pretrained(str(new), create_model_card=False)
-            shutil.rmtree(new / "adapter")  # it was replaced above, which keeps other files beside it
+            shutil.rmtree(new / "adapter")  # already replaced above by an update that keeps other files in it
         return
     with new_folder(folder, error=AdapterError) as new:
         as_sentence_transformer(model).save_pretrained(str(new), create_model_card=False)

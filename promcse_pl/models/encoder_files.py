@@ -200,7 +200,7 @@ def read_tokenizer(folder: Path | None, name: str, vocabulary: int) -> Any:  # n
     from transformers import AutoTokenizer
 
     if folder is None:
-        raise EncoderError(f"{name} has no tokenizer: save one beside it with tokenizer.save_pretrained")
+        raise EncoderError(f"{name} has no tokenizer: save one in its folder with tokenizer.save_pretrained")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:

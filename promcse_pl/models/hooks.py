@@ -13,7 +13,7 @@ from torch.nn.modules import module as torch_module
 
 _first_token_only: ContextVar[bool] = ContextVar("first_token_only", default=False)
 _INACTIVE_HOOKS = (__name__, "transformers.utils.output_capturing")
-"""Modules whose hooks do nothing unless this package asks for it: the one below, and those behind `output_hidden_states`."""
+"""Python modules whose hooks do nothing unless this package enables them: this one, and that of `output_hidden_states`."""
 
 
 def has_hooks(model: nn.Module) -> bool:
@@ -40,10 +40,10 @@ def _is_observed(module: nn.Module) -> bool:
 
 
 def register_first_token_hook(attention_output: nn.Module) -> None:
-    """Let the last layer compute the first token only, behind its attention, within `first_token_only(True)`.
+    """Make the last layer compute only the first token after its attention, within `first_token_only(True)`.
 
     Args:
-        attention_output: The module that adds the residual behind the last layer's attention (`BertSelfOutput`).
+        attention_output: The module that adds the residual after the last layer's attention (`BertSelfOutput`).
     """
     attention_output.register_forward_pre_hook(_cut_to_first_token)
 

@@ -1,4 +1,4 @@
-"""Read weight files and JSON files of others: no code is run, and no more memory is allocated than they contain."""
+"""Read weight files and JSON files of other programs: no code is run, and no more memory is allocated than they contain."""
 
 from __future__ import annotations
 

@@ -187,7 +187,7 @@ def kept_overrides(overrides: Sequence[str]) -> list[str]:
 
 
 def _is_of_launch(entry: str) -> bool:
-    """Return whether an override decides how jobs are started, not what they train."""
+    """Return whether an override affects only how jobs are started."""
     return entry.startswith(("sweep.", "hydra.", "hydra/"))
 
 

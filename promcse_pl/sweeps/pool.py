@@ -46,7 +46,7 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A function to call in a process of its own.
+    """A function to call in a separate process.
 
     Attributes:
         name: Name of the job.

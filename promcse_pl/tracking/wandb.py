@@ -34,7 +34,7 @@ MODES = ("online", "offline", "disabled")
 START_SECONDS = 30
 """Time in which the server must answer; otherwise the W&B run is an offline one."""
 FINISH_SECONDS = 60
-"""Time to send the rest after the end of a run; what is left then is for `wandb sync`."""
+"""Seconds to send the remaining data after the end of a run; `wandb sync` can upload data that was not sent."""
 STOP_SECONDS = 10
 """The same for a run that failed or was stopped: schedulers kill soon after SIGTERM."""
 MAX_TAG_LENGTH = 64

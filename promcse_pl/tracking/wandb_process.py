@@ -148,7 +148,7 @@ def _follow(run: Any, history: Path, end: RunEnd) -> None:  # noqa: ANN401  (a W
 
 
 def _check_disk(directory: Path) -> None:
-    """Raise OSError if the disk is full: W&B's service reports nothing then, and its file is incomplete."""
+    """Raise OSError if the disk is full: W&B's service would report no error and write an incomplete file."""
     probe = directory / "probe"
     try:
         probe.write_bytes(bytes(64 * 1024))

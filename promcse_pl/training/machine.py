@@ -147,7 +147,7 @@ def activation_bytes(encoder: PromptEncoder, length: int) -> int:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Return the free memory of a device, for a CPU within the limit of its container; None if it is not known."""
+    """Return the free memory of a device, for a CPU at most that of its container; None if it is not known."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     if device.type != "cpu":

@@ -1,6 +1,6 @@
 """Child processes: how the ranks of a run, the jobs of a sweep and the W&B follower are started and stopped.
 
-A child leads a session of its own: Ctrl-C at the terminal reaches this process alone, which decides what its children do.
+A child leads its own session: Ctrl-C in the terminal reaches only this process, which stops its children.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def test_help_and_version_do_not_wait_for_torch(arguments):
     start_time = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0
-    assert time.perf_counter() - start_time < 5  # a tenth of a second on a free machine
+    assert time.perf_counter() - start_time < 5  # takes 0.1 s on an idle machine
     imports = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "argparse" in imports
     assert not imports & {"torch", "numpy", "transformers", "wandb", "hydra", "rich"}

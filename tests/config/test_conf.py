@@ -22,7 +22,7 @@ def choices(group: str) -> list[str]:
 
 
 def with_files(data: str) -> list[str]:
-    """What a user must add to a choice of data."""
+    """Overrides that a choice of data requires."""
     return {"nli": ["data.dir=d"], "wiki": ["data.dir=d"], "demo": []}.get(data, ["data.train=my.csv"])
 
 

@@ -1,4 +1,4 @@
-"""Settings by dotted key: unknown keys, choices of groups, and what a setting decides."""
+"""Settings by dotted key: unknown keys, choices of groups, and what a setting affects."""
 
 import pytest
 from support.configs import valid

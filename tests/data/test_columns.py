@@ -1,4 +1,4 @@
-"""Which columns of a file are read as what, in every format; and that what a message says to type works."""
+"""The role of each column in every format; the commands that error messages suggest work."""
 
 import csv
 import io

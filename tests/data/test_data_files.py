@@ -1,4 +1,4 @@
-"""Files that cannot be read to their end, and twice, are refused before they are opened."""
+"""Files that cannot be read twice, such as FIFOs, are rejected before they are opened."""
 
 import os
 import shutil

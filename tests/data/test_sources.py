@@ -1,4 +1,4 @@
-"""What is checked of data files before a run."""
+"""Checks of data files before a run."""
 
 import itertools
 import re

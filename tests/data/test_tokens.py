@@ -256,7 +256,7 @@ def test_a_damaged_cache_is_built_again_with_a_warning(tokenizer, tmp_path, capl
     elif damage == "old format":
         meta = json.loads((folder / "meta.json").read_text())
         (folder / "meta.json").write_text(json.dumps({**meta, "format": 0}))
-    elif damage == "earlier version":  # it knew no checksums
+    elif damage == "earlier version":  # that version stored no checksums
         meta = json.loads((folder / "meta.json").read_text())
         del meta["sha256"], meta["checksum"]
         (folder / "meta.json").write_text(json.dumps(meta))
@@ -316,7 +316,7 @@ def test_a_killed_writer_leaves_no_cache_and_its_temporary_files_are_removed_aft
     source = memory_source("rows", many_rows)
     built = load_tokens(source, tokenizer, max_length=9, cache_dir=tmp_path)
     assert (built.reused, len(built)) == (False, 25_000)
-    assert folders(tmp_path) == [remains, built.fingerprint]  # a young one may belong to a living writer
+    assert folders(tmp_path) == [remains, built.fingerprint]  # a recent one may belong to a running writer
 
     yesterday = time.time() - 25 * 3600
     for path in [*(tmp_path / "tokens" / remains).iterdir(), tmp_path / "tokens" / remains]:

@@ -47,7 +47,7 @@ def predictions(data):
 
 
 def looped(folder, predicted, resamples=1000, seed=123):
-    """The bootstrap in plain words: a row per drawn pair, every row of the csv that has its two captions."""
+    """The bootstrap as a plain loop: a row per drawn pair, every row of the csv that has its two captions."""
     rows = read_rows(folder)
     images = [i["cxc_scores"] for i in json.loads((folder / IMAGES).read_text())["images"] if i["split"] == "test"]
     rng = np.random.RandomState(seed)

@@ -1,4 +1,4 @@
-"""The vector cache: right or rebuilt, and without a sentence in it."""
+"""The embedding cache: correct or rebuilt, and it stores no sentences."""
 
 import json
 import logging

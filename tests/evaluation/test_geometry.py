@@ -1,4 +1,4 @@
-"""Geometry: by hand on few vectors, by theory on many."""
+"""Geometry: hand-computed values on few embeddings, theoretical values on many."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Intervals and p-values: equal to plain loops over scipy, and as often right as they claim."""
+"""Intervals and p-values: equal to plain loops over scipy, with the stated coverage."""
 
 import numpy as np
 import pytest

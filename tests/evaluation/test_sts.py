@@ -26,7 +26,7 @@ from promcse_pl.utils.errors import DataError
 
 
 def angle_of(sentence: str) -> float:
-    """The test's own meaning of a sentence: a number in [0, 1.5) that its letters decide."""
+    """A deterministic angle in [0, 1.5) computed from the letters of a sentence."""
     return 1.5 * int(hashlib.sha256(sentence.encode()).hexdigest()[:8], 16) / 16**8
 
 

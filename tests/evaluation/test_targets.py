@@ -1,4 +1,4 @@
-"""What the names on the command line mean."""
+"""Resolution of target names on the command line."""
 
 import json
 from pathlib import Path

@@ -45,7 +45,7 @@ def senteval(tmp_path) -> Path:
 
 
 def vectors_for(data, signal: float) -> dict[str, np.ndarray]:
-    """Noise, and as far as `signal` goes: a direction for each class, or paraphrases that lie near each other."""
+    """Random embeddings plus `signal` times a direction of the class (MRPC: paraphrases close to each other)."""
     chance = np.random.default_rng(1)
     vectors = {}
     for rows in data.splits.values():

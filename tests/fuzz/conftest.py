@@ -1,4 +1,4 @@
-"""How much is fuzzed: a few hundred examples, the same each time; PROMCSE_FUZZ=full takes over ten thousand new ones."""
+"""Number of fuzz examples: a few hundred examples, the same each time; PROMCSE_FUZZ=full takes over ten thousand new ones."""
 
 import pytest
 from support.fuzzing import _counted

@@ -1,4 +1,4 @@
-"""Damaged and hostile adapters, checkpoints, token caches and imports: what was saved, or one error; no code runs."""
+"""Damaged and hostile adapters, checkpoints, token caches and imports: the saved content or one error; no code is run."""
 
 import copy
 import json
@@ -37,7 +37,7 @@ ROWS = [(f"w{i} w{i + 1}", f"w{i + 2}") for i in range(5, 60)]
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    """Whole artifacts of every kind, small."""
+    """Small valid artifacts of every kind."""
     base = tmp_path_factory.mktemp("artifacts")
     backbone = FrozenBackbone.load(str(save_small_encoder(base / "encoder", num_hidden_layers=1)))
     torch.manual_seed(0)

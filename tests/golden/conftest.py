@@ -1,4 +1,4 @@
-"""What the parity tests found is printed, not only that they passed."""
+"""Print the errors that the parity tests measured."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Every probe of the official code: where it works so do we, where it crashes we do the sensible thing or say what is wrong."""
+"""Every probe of the official code: inputs that it accepts work; inputs that crash it work or are rejected with a message."""
 
 import dataclasses
 import re
@@ -102,7 +102,7 @@ def check_p0(probe):
 
 
 def check_eh(probe):
-    """No hard negatives, no hinge; and a hinge has a margin."""
+    """Without hard negatives there is no hinge; a hinge requires a margin."""
     if "pairs" in probe:
         with pytest.raises(
             ConfigError, match=r"loss\.hinge_weight=10 needs hard negatives, but data\.kind=pairs has none"

@@ -1,4 +1,4 @@
-"""Twenty steps of the official trainer on given batches: with its optimiser to rounding, with torch's to the known drift.
+"""Twenty steps of the official trainer on given batches, with its optimiser (equal up to rounding) and with torch's AdamW.
 
 With `gradient_accumulation_steps` of k in args.json, a step takes k micro-batches of batches.safetensors in order, and loss.json
 lists a loss per micro-batch, as the model gives it: not divided by k.

@@ -1,4 +1,4 @@
-"""Official checkpoints: what is found out, what is said, what is refused, and the encoder that an adapter carries."""
+"""Official checkpoints: inferred settings, messages, rejected files, and bundled encoders."""
 
 import json
 import os

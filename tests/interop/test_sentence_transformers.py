@@ -1,4 +1,4 @@
-"""Our adapters inside sentence-transformers: the same vectors there, trained there, and back."""
+"""Our adapters inside sentence-transformers: equal embeddings, training, and loading the result."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ TEXTS = ["w5 w6 w7", "w8", "", "w9 w10 w11 w12 w13 w14", "w5 " * 60, "w20 w21 un
 
 
 def small_model(folder: Path, family: str = "bert", **settings: object) -> PromCSE:
-    """A model whose prompt and head do something: an untrained prompt hardly moves the vectors."""
+    """A model with a large random prompt and head: an untrained prompt hardly changes the embeddings."""
     encoder = FrozenBackbone.load(str(save_small_encoder(folder / "encoder", family)))
     torch.manual_seed(3)
     model = PromptEncoder(encoder, length=4, **{"pooling": "avg", **settings})

@@ -1,4 +1,4 @@
-"""The frozen backbone: what is found and read, and what is refused with one clear error."""
+"""The frozen backbone: locating and reading encoders, and errors for unsupported ones."""
 
 import json
 import shutil

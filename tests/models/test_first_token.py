@@ -1,4 +1,4 @@
-"""If only the first token is pooled, the last layer computes no other token behind its attention; no value changes."""
+"""If only the first token is pooled, the last layer computes no other token after its attention, with equal results."""
 
 import pytest
 import torch

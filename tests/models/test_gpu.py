@@ -1,4 +1,4 @@
-"""What only a GPU can show: `pytest -m gpu`. The same equalities hold on a CPU in the other files."""
+"""Tests that need a GPU: `pytest -m gpu`. The other files test the same equalities on a CPU."""
 
 import pytest
 import torch

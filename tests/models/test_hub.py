@@ -1,4 +1,4 @@
-"""Encoders of the hub where there is no network: the normal state of a cluster's node."""
+"""Hub encoders without network access, as on cluster nodes."""
 
 import os
 import re
@@ -21,7 +21,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
-    """An empty cache, and a hub that nobody answers for."""
+    """An empty cache, and a hub that cannot be reached."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")

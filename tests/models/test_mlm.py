@@ -1,4 +1,4 @@
-"""Which tokens are hidden, and the head that guesses them."""
+"""Token masking and the MLM head."""
 
 import math
 

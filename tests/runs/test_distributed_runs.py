@@ -1,4 +1,4 @@
-"""Runs of several real processes: equal to one process, exact resume, signals, deaths, guards."""
+"""Runs of several real processes: equality with one process, exact resume, signals, killed ranks, consistency checks."""
 
 import json
 import os
@@ -76,7 +76,7 @@ def distributed(base: Path, ranks: int = 2, **sections: dict) -> Config:
 
 @pytest.fixture(scope="module")
 def long_run(tmp_path_factory) -> tuple[Path, Path]:
-    """The config of a run of two processes and its straight run."""
+    """The config of a run of two processes and its uninterrupted run."""
     base = tmp_path_factory.mktemp("distributed")
     path = write_config(distributed(base), base / "start.yaml")
     assert ended(begin_ranks(base / "log", *train(path, base / "straight"))) == [0, 0]
@@ -128,7 +128,7 @@ def test_ranks_killed_at_any_moment_and_resumed_are_bit_identical_to_an_uninterr
     chance, folder, killed_at = random.Random(os.environ.get("PROMCSE_SEED", "1")), tmp_path / "run", []
     for kill in range(KILLS):
         processes = begin_ranks(tmp_path / "log", *train(config, folder))
-        wanted = kill * 5 // 4 * 4  # one that dies before they have met is noticed by who started them
+        wanted = kill * 5 // 4 * 4  # the launcher detects a rank that dies before the process group exists
         sign = folder / (f"checkpoints/step-{wanted}" if wanted else "inputs.json")
         while processes[0].is_alive() and not sign.exists():
             time.sleep(0.001)
@@ -226,7 +226,7 @@ def test_another_number_of_processes_than_the_run_began_with_is_refused_by_name(
     assert DataError.__name__ in read_status(folder).error
 
 
-# --- the starter: `python run.py trainer=ddp`, no torchrun ------------------------------------------------------------
+# --- the launcher: `python run.py trainer=ddp`, no torchrun ------------------------------------------------------------
 
 
 def children(pid: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""What breaks under a run: disks, memory, numbers. The real thing each time, and what is left afterwards."""
+"""Failures of a run with real disks, memory limits and non-finite losses, and the files that remain."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""A run that was killed and resumed must be the run that would have been: compared byte for byte, times aside."""
+"""A run that was killed and resumed equals the uninterrupted run, byte for byte except for times."""
 
 import dataclasses
 import importlib
@@ -177,7 +177,7 @@ def test_times_are_those_of_all_processes_without_the_time_between_them(stopped_
     newest = newest_checkpoint(stopped_run)
     saver = newest.state["callbacks"]["Saver"]
     assert 0 < saver["seconds"] < saver["run_seconds"]
-    saver["seconds"], saver["run_seconds"] = 5000.0, 7000.0  # a long run, and it stood still for a day
+    saver["seconds"], saver["run_seconds"] = 5000.0, 7000.0  # a long run that was resumed after a day
     RunCheckpoints(stopped_run).save_checkpoint(newest.state, newest.path)
     day = 24 * 3600
     before = read_status(stopped_run)

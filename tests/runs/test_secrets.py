@@ -37,7 +37,7 @@ def surroundings(home: Path, extra: str = "") -> str:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    """A home folder with all that a run needs, its config with ~ nowhere, one bad row in the data."""
+    """A home folder with the inputs of a run, a config without ~, and one bad row in the data."""
     home = tmp_path_factory.mktemp("home") / USER
     home.mkdir()
     sections = {
@@ -55,7 +55,7 @@ def home(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(home) -> list[Ended]:
-    """A run that was stopped at its second step and went on, in that home folder."""
+    """A run that was stopped at its second step and resumed, in that home folder."""
     run = home / "runs/first"
     ended = [
         promcse(

@@ -1,4 +1,4 @@
-"""As much of a W&B server as a run needs: it remembers what it was sent, and can stop answering."""
+"""A minimal W&B server that stores what it receives and can stop answering."""
 
 import gzip
 import json
@@ -93,7 +93,7 @@ class Handler(BaseHTTPRequestHandler):
             super().handle()
 
     def log_message(self, *_: Any) -> None:
-        """Nothing."""
+        """Do not log requests."""
 
     def do_GET(self) -> None:
         self._answer({})

@@ -1,4 +1,4 @@
-"""What a sweep's folder says, what a resume accepts, and how the end of a job is recorded."""
+"""The plan in a sweep's folder, the overrides of a resume, and the recorded end of a job."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Processes, signals and kills, for real; the tasks are small functions, since a run takes seconds to start."""
+"""Pools with real processes, signals and kills; the tasks are small functions, since a run takes seconds to start."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Searches: what is proposed, what is pruned, and that a search goes on where it was stopped."""
+"""Searches: proposed jobs, pruning, and resuming."""
 
 import json
 import re

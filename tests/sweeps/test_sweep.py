@@ -1,4 +1,4 @@
-"""Whole sweeps as a person types them: `python run.py -m`, with real jobs, failures and kills."""
+"""Whole sweeps from the command line: `python run.py -m`, with real jobs, failures and kills."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""W&B unreachable, hanging, killed, out of disk: the run goes on, ends in time, and no process is left. And: resumed."""
+"""W&B unreachable, hanging, killed or out of disk: the run continues and finishes in time without orphans; resumed runs."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""W&B: an offline run is read back from its own file; nothing secret is in it; trouble with it costs the run nothing."""
+"""W&B: an offline run is read back from its own file; it contains no secrets, and W&B failures do not affect the run."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Choosing the best step, measuring the speed."""
+"""Selection of the best step, and measurement of the speed."""
 
 import json
 

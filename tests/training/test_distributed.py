@@ -1,4 +1,4 @@
-"""Loss and gradient of 2 and 3 real processes are those of one; who is which rank; what ranks refuse."""
+"""Loss and gradient of 2 and 3 real processes equal those of one process; ranks from the environment; rejected settings."""
 
 import multiprocessing as mp
 from pathlib import Path
@@ -164,7 +164,7 @@ NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TAS
 
 @pytest.fixture
 def environment(monkeypatch):
-    """Say what torchrun or srun would."""
+    """Set the environment variables of torchrun or srun."""
     for name in NAMES:
         monkeypatch.delenv(name, raising=False)
 

@@ -1,4 +1,4 @@
-"""`trainer.recompute=auto` is decided by measured bytes; recomputation does not change the result."""
+"""`trainer.recompute=auto` depends on measured bytes; recomputation does not change the result."""
 
 import re
 
@@ -13,7 +13,7 @@ from promcse_pl.training.machine import activation_bytes, free_bytes
 
 
 def batch_activation_bytes(encoder, tokens):
-    """Bytes of all tensors that autograd keeps for a batch, by hand."""
+    """Bytes of all tensors that autograd keeps for a batch, counted with hooks."""
     seen = {}
     weights = {p.untyped_storage().data_ptr() for p in encoder.parameters()}
 

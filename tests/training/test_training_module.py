@@ -1,4 +1,4 @@
-"""The LightningModule: what is trained, how a step moves it, and what a checkpoint holds."""
+"""The LightningModule: trained tensors, training steps, and the content of checkpoints."""
 
 import pytest
 import pytorch_lightning as pl

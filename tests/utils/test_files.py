@@ -1,4 +1,4 @@
-"""Atomic writes: failed or killed at any step, everything is the old version or the new one, and foreign files are untouched."""
+"""Atomic writes: failed or killed at any step, files are the old or the new version, and unrelated files are unchanged."""
 
 import errno
 import os
@@ -173,7 +173,7 @@ def test_a_first_save_into_an_empty_folder_that_was_killed_can_be_repeated(how, 
         folder.mkdir()
         code = in_child(lambda folder=folder: update(folder, "new"), step, how)
         if not os.path.lexists(current(folder, "about.json")):
-            refuse_taken(folder)  # what is left does not count as somebody's files
+            refuse_taken(folder)  # leftovers do not count as other content
         update(folder, "next")
         assert {path.name for path in folder.iterdir()} == set(OWN[:3])
         assert versions(folder) == {"next"}

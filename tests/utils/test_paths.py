@@ -1,4 +1,4 @@
-"""~ for the home folder, and back."""
+"""Replacing the home folder by ~ and expanding it."""
 
 import shlex
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Names, errors and log lines on a terminal: nothing that came from a file moves its cursor, colours it or ends a line."""
+"""Names, errors and log lines on a terminal: control characters from files are escaped."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""What is printed can be read at 80 columns and copied."""
+"""Output is readable at 80 columns and can be copied."""
 
 import io
 import logging

@@ -1,9 +1,9 @@
 """Draws the demo data: training triplets, and scored pairs for dev and test, each split from a grammar of its own.
 
-What this data can show: that the whole pipeline trains and evaluates, and that a model learns, within this grammar,
+These data can show that the whole pipeline trains and evaluates, and that a model learns, within this grammar,
 to distinguish negation, roles, opposites and number and to accept paraphrases and hypernyms for nouns that it was not
 trained on (the three splits share no noun of a person, an animal, a thing or a place, apart from "person" and the
-like). What it cannot show: quality on natural text. The sentences are short, literal, drawn from a few dozen scenes
+like). They cannot show quality on natural text. The sentences are short, literal, drawn from a few dozen scenes
 and sometimes odd in content (a monk thaws no pie in a barn); the scores are a rule's and no human judgement. The rule
 also ranks contradictions far below what human raters of similarity do, so a gain here may be a loss on an STS
 benchmark. Compare methods on real data.

@@ -122,7 +122,7 @@ def run_fused_layers(
         mask_BT: 1 for real tokens, 0 for padding at the end.
         prompt_kv: Keys and values of each layer, (2, B or 1, N, P, H), or None.
         all_layers: Also return the input of each layer.
-        first_token: Compute only the first token behind the last layer's attention; not allowed with `all_layers`, and ignored
+        first_token: Compute only the first token after the last layer's attention; not allowed with `all_layers`, and ignored
             if a sentence has no first token.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The cheap dropout has the distribution of torch's own: rate, mean, independence, seeds; and where the prompt's masks differ."""
+"""Fast dropout has the distribution of torch's: rate, mean, independence and seeds; independence of the prompt's masks."""
 
 import math
 from itertools import combinations
