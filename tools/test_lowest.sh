@@ -9,4 +9,5 @@ python3 -m venv "$folder/venv"
 "$folder/venv/bin/pip" install -q uv
 "$folder/venv/bin/uv" pip install -q --python "$folder/venv/bin/python" --resolution lowest-direct -e '.[demo]'
 "$folder/venv/bin/uv" pip install -q --python "$folder/venv/bin/python" pytest pytest-xdist hypothesis
-"$folder/venv/bin/python" -m pytest tests/cli tests/config tests/losses tests/models tests/runs tests/training tests/test_adapter.py tests/test_embedder.py
+"$folder/venv/bin/python" -m pytest tests/config tests/losses tests/models tests/test_adapter.py tests/test_embedder.py \
+    tests/training/test_training_module.py tests/runs/test_lifecycle.py tests/cli/test_train.py
