@@ -220,12 +220,21 @@ def read_resolved_config(path: str | Path) -> Config:
     return _read_configs(Path(path))[1]
 
 
-def _read_configs(path: Path) -> tuple[Config, Config]:
+def read_yaml(path: Path) -> Any:  # noqa: ANN401  (the content of a YAML file)
+    """Return the content of a YAML file with settings.
+
+    Raises:
+        ConfigError: The file cannot be read or is not YAML.
+    """
     try:
-        raw = yaml.safe_load(require_regular_file(path).read_text(encoding="utf-8"))
+        return yaml.safe_load(require_regular_file(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         why = getattr(error, "strerror", None) or str(error)[:1000]
         raise ConfigError(f"cannot read the config {path}: {why}") from error
+
+
+def _read_configs(path: Path) -> tuple[Config, Config]:
+    raw = read_yaml(path)
     try:
         typed, resolved = split_resolved(raw)
         config = Config.from_dict(typed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -38,12 +40,22 @@ def typed_command(before: str | None = None, after: str | None = None) -> str:
     return f"{run_command()} {shlex.join(arguments)}"
 
 
+def escaped(text: str) -> str:
+    """Return text for a config in which `${` is not an interpolation (of environment variables too)."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+
+
+def quoted(text: str) -> str:
+    """Return text as the value of an override, without interpolation."""
+    return QuotedString(escaped(text), Quote.single).with_quotes()
+
+
 def compose_config(overrides: Sequence[str], values: Mapping[str, str]) -> Config:
     """Compose the config of a run outside of a Hydra application.
 
     Args:
         overrides: Overrides as on the command line.
-        values: Values by dotted key, applied after the overrides; they need no quotes.
+        values: Values by dotted key, applied after the overrides; they need no quotes and are not interpolated.
 
     Raises:
         ConfigError: An override or the composed config is not valid.
@@ -53,7 +65,7 @@ def compose_config(overrides: Sequence[str], values: Mapping[str, str]) -> Confi
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
             composed = compose("config", overrides=list(overrides))
         for key, value in values.items():
-            OmegaConf.update(composed, key, value)
+            OmegaConf.update(composed, key, escaped(value))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(" ".join(line.strip() for line in str(error).splitlines())) from error
     return config_of(composed)

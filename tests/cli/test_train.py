@@ -96,7 +96,13 @@ def test_a_run_of_a_config_file_gets_the_given_folder_or_one_named_after_the_fil
         ("- a", "file.yaml must contain settings such as seed: 1, got ['a']"),
         ("a: b: c", "cannot read the config file.yaml: mapping values are not allowed here"),
         ("seed: ${x}", "seed must be an integer, got '${x}'"),
-        ("model: ../other", "In 'config': Could not find 'model/../other'"),
+        ("model: ../other", "file.yaml: model=../other is not a choice. Allowed: bert-base, "),
+        ("model: [minilm, ../other]", "file.yaml: model=../other is not a choice. Allowed: bert-base, "),
+        ("model: 'minilm,../other'", "file.yaml: model=minilm,../other is not a choice."),
+        ("recipe: ../../../evil", "file.yaml: recipe=../../../evil is not a choice. Allowed: none"),
+        ("seed: 2026-11-27", "seed must be text, a number, true, false, null or a list of these, got 2026-11-27"),
+        ("evaluation: {tasks: [{'a:1},${oc.env:HOME},{b': 2}]}", "evaluation.tasks must be text, a number, "),
+        ("data: {columns: [['a', {b: 2}]]}", "data.columns must be text, a number, "),
         (
             "hydra: {callbacks: {x: {_target_: os.getcwd}}}",
             "file.yaml: hydra.callbacks.x._target_ is not a setting of a run or",
@@ -119,6 +125,19 @@ def test_a_mistake_in_a_config_file_is_one_line_and_leaves_nothing(content, mess
     assert printed.count("\n") == 1
     assert jobs == []
     assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize("form", ["{0}", "[no_hinge, {0}]", "'no_hinge,{0}'"])
+@pytest.mark.parametrize("group", ["experiment", "data", "recipe", "mode"])
+def test_a_config_file_selects_no_file_outside_of_the_conf_folders(group, form, jobs, tmp_path, capsys):
+    (tmp_path / "evil.yaml").write_text("# @package _global_\nseed: 666\n")
+    conf = ROOT / "promcse_pl/conf"
+    for target in (tmp_path / "evil", Path(os.path.relpath(tmp_path / "evil", conf / group))):
+        (tmp_path / "file.yaml").write_text(f"{group}: {form.format(target)}\n")
+        for flags in ([], ["-m"], ["hydra.searchpath=[file://.]"]):
+            assert main(["train", "--config", "file.yaml", *flags]) == 2
+            assert f"{target} is not a choice" in capsys.readouterr().err or form != "{0}"
+    assert jobs == []
 
 
 def test_a_config_file_without_its_option_is_named_in_the_message(jobs, capsys):
