@@ -284,7 +284,7 @@ def write_config(config: Config, path: str | Path, resolved: Config | None = Non
         if differing := {key: used[key] for key in RESOLVED_KEYS if used[key] != typed[key]}:
             tree[RESOLVED] = differing
     text = yaml.safe_dump(hide_home(tree), sort_keys=False, allow_unicode=True)
-    write_text(path, f"# promcse train THIS_FILE --out NEW_FOLDER repeats the run\n{text}")
+    write_text(path, f"# promcse train --config THIS_FILE repeats the run\n{text}")
     return path
 
 
