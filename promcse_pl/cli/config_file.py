@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
-
 from promcse_pl.config import Config, check_overrides, flat_settings
 from promcse_pl.config.fields import settings as every_setting
 from promcse_pl.run_folder import read_yaml, split_resolved

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from promcse_pl.cli.config_file import file_overrides
 from promcse_pl.config import check_overrides
-from promcse_pl.runs.compose import CONF, TYPED, config_groups, config_of, quoted, typed_command
+from promcse_pl.runs.compose import CONF, TYPED, config_groups, config_of, quoted, refusal, typed_command
 from promcse_pl.sweeps.plan import resumed_arguments, without_home
 from promcse_pl.utils.errors import ConfigError, PromcseError
 from promcse_pl.utils.exit_codes import exit_code
@@ -104,14 +104,11 @@ def _refusal(error: Exception, arguments: Sequence[str]) -> ConfigError:
             )
         if override.is_sweep_override() and "--multirun" not in arguments:
             return ConfigError(
-                f"{argument} has several values. Try: {typed_command(before='-m')} (a job for each), or "
+                f"{argument} has several values. Try: {typed_command(sweep=True)} (a job for each), or "
                 "'KEY=[VALUE,VALUE]' for a list"
             )
-    # lines that do not help a user; if Hydra rewords them, the message is only longer
-    noise = ("See https:", "full_key:", "object_type=", "Config search path:", "provider=")
-    lines = [line.strip() for line in str(error).splitlines()]
-    message = " ".join(line for line in lines if line and not line.startswith(noise)).rstrip(".")
-    return ConfigError(f"{message}. Try: {run_command('--help')}")
+    message = refusal(error)
+    return ConfigError(message if "Try: " in message else f"{message.rstrip('.')}. Try: {run_command('--help')}")
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -158,7 +155,7 @@ def _check_single() -> None:
     of_sweeps = ("sweep", "hydra.sweep", "hydra/sweep")
     unused = [override for override in (*given["hydra"], *given["task"]) if override.lstrip("+").startswith(of_sweeps)]
     if unused:
-        raise ConfigError(f"{unused[0]} has no effect on a single run. Try: {typed_command(before='-m')}")
+        raise ConfigError(f"{unused[0]} has no effect on a single run. Try: {typed_command(sweep=True)}")
 
 
 def _remove_empty(folder: Path) -> None:

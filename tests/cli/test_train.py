@@ -145,6 +145,27 @@ def test_a_config_file_without_its_option_is_named_in_the_message(jobs, capsys):
     assert capsys.readouterr().err == "error: mine.yaml is not KEY=VALUE. Try: python run.py --config mine.yaml\n"
 
 
+def test_a_path_without_its_setting_gets_the_setting(jobs, capsys):
+    for argument, message in (
+        ("my.csv", "my.csv is not KEY=VALUE. Try: python run.py data=triplets data.train=my.csv"),
+        ("my.txt", "my.txt is not KEY=VALUE. Try: python run.py data=sentences data.train=my.txt"),
+        ("data=my.csv", "data=my.csv is not a choice. Try: python run.py data=triplets data.train=my.csv"),
+        ("model=/tmp/enc", "model=/tmp/enc is not a choice. Try: python run.py model.path=/tmp/enc"),
+        ("model=org/name", "model=org/name is not a choice. Try: python run.py model.path=org/name"),
+    ):
+        assert main(["train", argument]) == 2
+        assert capsys.readouterr().err == f"error: {message}\n"
+    assert jobs == []
+
+
+def test_a_saved_config_says_how_to_repeat_the_run(jobs):
+    config = composed(jobs)
+    write_config(config, "config.yaml")
+    comment = Path("config.yaml").read_text().splitlines()[0]
+    assert comment == "# promcse train --config THIS_FILE repeats the run"
+    assert composed(jobs, "--config", "config.yaml") == config
+
+
 @pytest.fixture
 def my_conf(tmp_path) -> Path:
     """A user's conf folder."""
