@@ -114,7 +114,8 @@ def _refusal(error: Exception, arguments: Sequence[str]) -> ConfigError:
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def run_composed(composed: DictConfig) -> float | None:
     """Run the composed job; one of a Hydra launcher or sweeper in a process of its own, to return its dev score."""
-    folder = Path(HydraConfig.get().runtime.output_dir)
+    runtime: Any = OmegaConf.to_container(HydraConfig.get().runtime, resolve=False)
+    folder = Path(runtime["output_dir"])  # a path: ${ in it is not an interpolation
     score: float | None = None
 
     def run() -> None:

@@ -77,6 +77,8 @@ def test_a_run_of_a_config_file_gets_the_given_folder_or_one_named_after_the_fil
     (tmp_path / "mine.yaml").write_text("seed: 7\n")
     (tmp_path / "${x}'s file.yaml").write_text("seed: 7\n")
     assert main(["train", "--config", "mine.yaml", "--out", "new folder/run=1"]) == 0
+    assert main(["train", "--config", "mine.yaml", "--out", "${x} it's"]) == 0
+    assert jobs.pop()[1].relative_to(tmp_path) == Path("${x} it's")
     assert main(["train", "--config", "mine.yaml", "hydra.run.dir=other"]) == 0
     assert main(["train", "--config", "mine.yaml"]) == 0
     assert main(["train", "--config", "${x}'s file.yaml"]) == 0
