@@ -220,12 +220,21 @@ def read_resolved_config(path: str | Path) -> Config:
     return _read_configs(Path(path))[1]
 
 
-def _read_configs(path: Path) -> tuple[Config, Config]:
+def read_yaml(path: Path) -> Any:  # noqa: ANN401  (the content of a YAML file)
+    """Return the content of a YAML file with settings.
+
+    Raises:
+        ConfigError: The file cannot be read or is not YAML.
+    """
     try:
-        raw = yaml.safe_load(require_regular_file(path).read_text(encoding="utf-8"))
+        return yaml.safe_load(require_regular_file(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         why = getattr(error, "strerror", None) or str(error)[:1000]
         raise ConfigError(f"cannot read the config {path}: {why}") from error
+
+
+def _read_configs(path: Path) -> tuple[Config, Config]:
+    raw = read_yaml(path)
     try:
         typed, resolved = split_resolved(raw)
         config = Config.from_dict(typed)
@@ -275,7 +284,7 @@ def write_config(config: Config, path: str | Path, resolved: Config | None = Non
         if differing := {key: used[key] for key in RESOLVED_KEYS if used[key] != typed[key]}:
             tree[RESOLVED] = differing
     text = yaml.safe_dump(hide_home(tree), sort_keys=False, allow_unicode=True)
-    write_text(path, f"# promcse train THIS_FILE --out NEW_FOLDER repeats the run\n{text}")
+    write_text(path, f"# promcse train --config THIS_FILE repeats the run\n{text}")
     return path
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -81,6 +82,7 @@ def train(
     if rows or data not in config_groups()["data"]:
         values["data.train"] = str(folder.absolute() / DATA if rows else data)
     typed = {override.partition("=")[0] for override in overrides}
+    _check_effects(overrides, values)
     groups = {"data": kind, "model": str(model) if is_known_model else "minilm"}
     defaults = [f"{group}={choice}" for group, choice in groups.items() if group not in typed]
     config = compose_config([*defaults, *overrides], values)
@@ -89,6 +91,20 @@ def train(
     from promcse_pl.embedder import PromCSE
 
     return PromCSE.load(folder)
+
+
+def _check_effects(overrides: Sequence[str], values: Mapping[str, str]) -> None:
+    """Check that no override is without effect: settings of Hydra and of sweeps, and those of the arguments of `train`."""
+    instead = {"data.train": "the argument data", "model.path": "the argument model"}
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        if key in values:
+            raise ConfigError(f"{override[:200]} has no effect, since train() sets {key}. Try: {instead[key]}")
+        if re.split("[./]", key)[0] in ("hydra", "sweep"):
+            raise ConfigError(
+                f"{override[:200]} has no effect in train(). Try: the argument folder for the run folder, "
+                "or python run.py -m for a sweep"
+            )
 
 
 def _data_group(data: object) -> str:

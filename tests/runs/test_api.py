@@ -171,6 +171,12 @@ def test_data_that_cannot_be_trained_on_is_reported_before_a_folder_is_made(data
         ("loss.margn=0.1", r"loss\.margn is not a setting\. Did you mean loss\.margin"),
         ("loss.margin=7", r"loss\.margin must be in \[0, 2\]"),
         ("loss.margin=[", r"."),
+        ("hydra.run.dir=x", r"hydra\.run\.dir=x has no effect in train\(\)\. Try: the argument folder"),
+        ("hydra/launcher=joblib", r"hydra/launcher=joblib has no effect in train\(\)"),
+        ("sweep.parallel=2", r"sweep\.parallel=2 has no effect in train\(\)"),
+        ("sweep=optuna", r"sweep=optuna has no effect in train\(\)"),
+        ("++data.train=x.csv", r"has no effect, since train\(\) sets data\.train\. Try: the argument data"),
+        ("model.path=x", r"has no effect, since train\(\) sets model\.path\. Try: the argument model"),
         ("evaluation.tasks=[missing.csv]", r"missing\.csv does not exist"),
     ],
 )
