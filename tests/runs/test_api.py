@@ -126,6 +126,27 @@ def test_callbacks_and_loggers_are_passed_to_the_trainer(train, tmp_path):
     assert (tmp_path / "run/metrics.jsonl").exists()
 
 
+def test_a_resume_warns_that_callbacks_and_loggers_are_missing(train, tmp_path):
+    class Interrupt(pl.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(ROWS, callbacks=[Interrupt()], loggers=[CSVLogger(tmp_path / "csv")])
+    assert read_status(tmp_path / "run").callbacks == ["Interrupt", "CSVLogger"]
+    assert "resumed without" not in (tmp_path / "run/run.log").read_text()
+    resume_job(tmp_path / "run")
+    assert "WARNING the run is resumed without Interrupt, CSVLogger" in (tmp_path / "run/run.log").read_text()
+
+
+@pytest.mark.parametrize("callbacks", ["Count", [1], None])
+def test_a_damaged_list_of_callbacks_in_the_status_is_an_error(callbacks, tmp_path):
+    (tmp_path / "status.json").write_text(json.dumps({"state": "stopped", "callbacks": callbacks}))
+    with pytest.raises(DataError, match="callbacks cannot be"):
+        read_status(tmp_path)
+
+
 def test_ctrl_c_saves_the_run_and_raises_keyboard_interrupt(train, tmp_path):
     class Interrupt(pl.Callback):
         def on_train_batch_start(self, trainer, *_):
