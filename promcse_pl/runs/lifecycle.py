@@ -199,7 +199,9 @@ def _run_as_main(run: RunContext) -> dict[str, Any]:
         run, missing = dataclasses.replace(run, status=dataclasses.replace(run.status, callbacks=passed)), []
     with logging_to(run.folder / LOG, run.console), run.stop:
         if missing:
-            log.warning("the run is resumed without %s: a resume does not recreate callbacks and loggers", ", ".join(missing))
+            log.warning(
+                "the run is resumed without %s: a resume does not recreate callbacks and loggers", ", ".join(missing)
+            )
         write_status(run.folder, run.status)
         try:
             results = _run_pipeline(run)
