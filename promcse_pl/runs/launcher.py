@@ -35,7 +35,7 @@ from promcse_pl.utils.errors import (
 from promcse_pl.utils.interpreter import python_command
 from promcse_pl.utils.paths import run_command
 from promcse_pl.utils.processes import (
-    POLL_SECONDS,
+    PROCESS_POLL_SECONDS,
     RANK_THREADS,
     available_cores,
     start_process,
@@ -43,7 +43,7 @@ from promcse_pl.utils.processes import (
 )
 from promcse_pl.utils.signals import STOP_SIGNALS, Stopped, handled_by
 
-GRACE_SECONDS = 30.0
+RANK_GRACE_SECONDS = 30.0
 """Seconds in which the other ranks must exit after one has failed; after half of it they get SIGTERM. W&B takes up to ten
 seconds of it."""
 ERROR_PIPE = "PROMCSE_ERROR_PIPE"
@@ -197,9 +197,9 @@ def _wait(processes: Sequence[RankProcess]) -> list[int]:
             if rank not in ended and (code := process.poll()) is not None:
                 ended.append(rank)
                 if code:
-                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS / 2)
-        time.sleep(POLL_SECONDS)
-    stop_all([process.child for process in processes], GRACE_SECONDS / 2)
+                    deadline = min(deadline, time.monotonic() + RANK_GRACE_SECONDS / 2)
+        time.sleep(PROCESS_POLL_SECONDS)
+    stop_all([process.child for process in processes], RANK_GRACE_SECONDS / 2)
     return [
         *ended,
         *(rank for rank in range(len(processes)) if rank not in ended and processes[rank].poll() != -signal.SIGKILL),

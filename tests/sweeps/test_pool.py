@@ -22,7 +22,7 @@ import os, sys
 from pathlib import Path
 from promcse_pl.sweeps import pool
 folder, parallel, jobs, job = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
-pool.GRACE_SECONDS, pool.PRELOAD = 0.5 if "stubborn" in job else 15, (os.environ["PRELOAD"],)
+pool.JOB_GRACE_SECONDS, pool.PRELOAD = 0.5 if "stubborn" in job else 15, (os.environ["PRELOAD"],)
 tasks = (pool.Task(str(n), job[0], [str(n), *job[1:]], folder / f"{n}.out") for n in range(jobs))
 lock = os.open(folder, os.O_RDONLY)
 runner = pool.Pool(parallel, lock=lock, can_fork=os.environ["CAN_FORK"] == "1")
