@@ -258,7 +258,7 @@ class Pool:
                     importlib.import_module(name)
         except ImportError as error:
             raise PromcseError(
-                f"the modules of the jobs could not be imported ({error}). Try: pip install -c constraints.txt -e ."
+                f"the modules of the jobs could not be imported ({error}). Try: pip install promcse_pl"
             ) from error
 
     def _stop_tasks(self) -> None:

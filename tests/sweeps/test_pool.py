@@ -203,6 +203,7 @@ def test_what_an_import_prints_is_no_answer_and_a_failed_one_is_said(tmp_path):
     parent = Parent(tmp_path, 1, 1, preload="not_there")
     assert parent.end()[0] == 1
     assert "could not be imported" in parent.said()
+    assert "Try: pip install promcse_pl" in parent.said()
 
 
 def test_no_room_for_another_process_is_said_and_what_runs_is_stopped(tmp_path):
