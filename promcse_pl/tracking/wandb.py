@@ -44,7 +44,7 @@ SUMMARY = ("best_step", "steps", "trained_parameters", "training_seconds", "seco
 
 
 def resolve_mode(setting: str) -> str:
-    """Return the mode of a run: WANDB_MODE if it is set, else the setting.
+    """Return the mode of a run: `disabled` if it is the setting, else WANDB_MODE if it is set, else the setting.
 
     Returns:
         One of `MODES`, or `auto`: online if W&B finds a key, else offline, which the follower finds out.
@@ -53,7 +53,7 @@ def resolve_mode(setting: str) -> str:
         ConfigError: WANDB_MODE is not valid.
     """
     mode = os.environ.get("WANDB_MODE")
-    if not mode:
+    if not mode or setting == "disabled":
         return setting
     mode = {"dryrun": "offline", "run": "online"}.get(mode, mode)
     if mode not in MODES:
