@@ -24,7 +24,7 @@ from promcse_pl.models.pooling import POOLINGS, Pooling
 from promcse_pl.run_folder import split_resolved
 from promcse_pl.utils.errors import AdapterError, ConfigError, DataError
 from promcse_pl.utils.files import current
-from promcse_pl.utils.paths import expand
+from promcse_pl.utils.paths import expand, looks_like_path
 
 FROZEN_POOLING: Pooling = "avg"
 """Default pooling of a frozen encoder: the mean of all tokens, the common baseline."""
@@ -91,7 +91,7 @@ def _find(name: str, pooling: str | None, device: str) -> Target:
         return Target(label, "adapter", (_adapter_member(folder, device),))
     if folder.is_dir() and not (folder / "config.json").is_file():
         return Target(label, "runs over seeds", _seed_members(folder, device))
-    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and folder.parent.is_dir())
+    is_path = looks_like_path(name) or ("/" in name and folder.parent.is_dir())
     if is_path and not folder.is_dir():
         raise AdapterError(f"the target {name} does not exist (current folder: {Path.cwd()})")
     config = read_config(locate(name, None, weights=())[0], name)
