@@ -21,6 +21,7 @@ from promcse_pl import adapter as adapter_files
 from promcse_pl.data.tokenizer import tokenizer_fingerprint
 from promcse_pl.index import Hit, Kind, SentenceIndex
 from promcse_pl.models.cpu.chunks import CHUNK_TOKENS
+from promcse_pl.models.device import pick_device
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.texts import list_of_texts, tokenize
 from promcse_pl.utils.errors import AdapterError, ConfigError, DataError, NonFiniteError
@@ -359,25 +360,6 @@ def _progress_bar(show: bool, total: int) -> Iterator[Progress | None]:
     with progress_bar(Console(stderr=True), "encoding", total) as report:
         report(0)
         yield report
-
-
-def pick_device(name: str) -> torch.device:
-    """Return the device of a setting; for `auto`, a GPU if there is one.
-
-    Raises:
-        ConfigError: This machine does not have the device.
-    """
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        return torch.device("cuda" if available["cuda"] else "mps" if available["mps"] else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device must be auto, cpu, cuda or mps, got {name!r}") from None
-    if not available.get(device.type, False):
-        found = ", ".join(kind for kind, is_available in available.items() if is_available)
-        raise ConfigError(f"there is no {device.type} device on this machine (there is: {found}). Try: device auto")
-    return device
 
 
 @contextmanager

@@ -14,8 +14,9 @@ from transformers import AutoModel
 
 from promcse_pl import embedder as module
 from promcse_pl.adapter import save_adapter
-from promcse_pl.embedder import PromCSE, pick_device
+from promcse_pl.embedder import PromCSE
 from promcse_pl.models.backbone import FrozenBackbone
+from promcse_pl.models.device import pick_device
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.utils.errors import AdapterError, ConfigError, DataError, EncoderError, NonFiniteError
 

@@ -14,9 +14,10 @@ import yaml
 
 from promcse_pl.adapter_folder import DESCRIPTION, find_adapter
 from promcse_pl.config import decides, flat_settings
-from promcse_pl.embedder import PromCSE, pick_device
+from promcse_pl.embedder import PromCSE
 from promcse_pl.interop.official import CLASSES, import_official
 from promcse_pl.models.backbone import FrozenBackbone
+from promcse_pl.models.device import pick_device
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.encoder_files import read_config
 from promcse_pl.models.hub import locate
