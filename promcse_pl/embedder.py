@@ -343,13 +343,17 @@ class PromCSE:
                 tokens.to(device), chunk_tokens=CHUNK_TOKENS[device.type], chunk_sentences=batch_size
             )
             embeddings_ND = F.normalize(embeddings_ND, dim=1) if unit_length else embeddings_ND
-        finite_N = torch.isfinite(embeddings_ND).all(1)
-        if not bool(finite_N.all()):
-            sentence = sentences[int(finite_N.int().argmin())]
-            raise NonFiniteError(
-                f"the embedding of {sentence[:80]!r} is not finite: the adapter or the encoder is damaged"
-            )
-        return embeddings_ND.cpu().numpy()
+        found_ND: Vectors = embeddings_ND.cpu().numpy()
+        require_finite(sentences, found_ND)
+        return found_ND
+
+
+def require_finite(sentences: Sequence[str], embeddings_ND: Vectors) -> None:
+    """Raise NonFiniteError, with the first sentence concerned, if an embedding is not finite."""
+    finite_N = np.isfinite(embeddings_ND).all(1)
+    if not finite_N.all():
+        sentence = sentences[int(finite_N.argmin())]
+        raise NonFiniteError(f"the embedding of {sentence[:80]!r} is not finite: the adapter or the encoder is damaged")
 
 
 @contextmanager
