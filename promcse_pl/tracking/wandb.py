@@ -26,6 +26,7 @@ from promcse_pl.config import Config, TrackingConfig
 from promcse_pl.run_folder import HISTORY
 from promcse_pl.utils.errors import ConfigError
 from promcse_pl.utils.interpreter import python_command
+from promcse_pl.utils.paths import looks_like_path
 from promcse_pl.utils.processes import ChildProcess, kill_descendants, start_process, stop_all
 
 log = logging.getLogger("promcse_pl")
@@ -113,12 +114,10 @@ def _public(value: Any) -> Any:  # noqa: ANN401  (a tree of settings)
     if not isinstance(value, str):
         return value
     # an override names several values: data.train=FILE,loss.margin=0.2
-    return "".join(PurePath(part).name if _is_path(part) else part for part in re.split(r"([=,\[\]])", value))
-
-
-def _is_path(text: str) -> bool:
-    """Return whether a text starts like a path, or has more slashes than the one of a hub id."""
-    return "/" in text and (text.startswith(("/", ".", "~")) or text.count("/") > 1)
+    return "".join(
+        PurePath(part).name if "/" in part and looks_like_path(part) else part
+        for part in re.split(r"([=,\[\]])", value)
+    )
 
 
 def short(text: str, max_length: int) -> str:
