@@ -12,7 +12,6 @@ from typing import Any, Literal, overload
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,11 +23,10 @@ from promcse_pl.models.cpu.chunks import CHUNK_TOKENS
 from promcse_pl.models.device import pick_device
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.texts import list_of_texts, tokenize
-from promcse_pl.utils.errors import AdapterError, ConfigError, DataError, NonFiniteError
+from promcse_pl.models.vectors import Embeddings, Vectors, is_embeddings, require_finite, unit_embeddings
+from promcse_pl.utils.errors import AdapterError, ConfigError, DataError
 from promcse_pl.utils.terminal import progress_bar
 
-Vectors = NDArray[np.float32]
-AnyVectors = NDArray[np.floating[Any]]
 Progress = Callable[[int], None]
 BLOCK_SENTENCES = 4096
 """Number of sentences tokenised and sorted by length at once; this bounds the memory in addition to the embeddings."""
@@ -164,7 +162,7 @@ class PromCSE:
         """Maximum number of tokens of a sentence, special ones included; longer sentences are truncated."""
         return self.encoder.longest_input
 
-    # many parameters: those up to normalize_embeddings have the names and types of sentence-transformers
+    # many parameters: those up to normalize_embeddings have the names of sentence-transformers
     @overload
     def encode(
         self,
@@ -227,15 +225,12 @@ class PromCSE:
             show_progress_bar: Show a progress bar on standard error if it is a terminal.
             convert_to_numpy: Return a numpy array; if False, a list of tensors. `convert_to_tensor` takes precedence.
             convert_to_tensor: Return one torch.Tensor on the model's device.
-            normalize_embeddings: Scale embeddings to length 1, so that dot products are cosines; None: True (unlike in
-                sentence-transformers).
+            normalize_embeddings: Scale embeddings to length 1; None: True (in sentence-transformers the default is False).
             normalize: Older name of `normalize_embeddings`.
-            progress: Function that is called with the number of sentences done, every few thousand sentences, with or without a
-                progress bar.
+            progress: Function that is called with the number of sentences done, every few thousand sentences.
 
         Returns:
-            (N, D) float32; (D,) for a single sentence; (0, D) for an empty list. With convert_to_numpy=False a list of N tensors
-            (D,), one tensor for a single sentence.
+            (N, D) float32, (D,) for a single sentence, (0, D) for an empty list; N tensors (D,) with convert_to_numpy=False.
 
         Raises:
             TextTypeError: An entry is not a string (a DataError and a TypeError); the message has its position.
@@ -250,8 +245,7 @@ class PromCSE:
             raise ConfigError(f"batch_size must be an integer >= 1, or None, got {batch_size!r}")
         if None not in (normalize, normalize_embeddings) and normalize != normalize_embeddings:
             raise TypeError(
-                f"encode got normalize_embeddings={normalize_embeddings} and normalize={normalize}, its older name. "
-                "Try: normalize_embeddings alone"
+                f"encode got {normalize_embeddings=} and {normalize=}, its older name. Try: the first alone"
             )
         texts = list_of_texts([sentences] if isinstance(sentences, str) else sentences, "encode")
         unit_length = next((value for value in (normalize_embeddings, normalize) if value is not None), True)
@@ -268,9 +262,7 @@ class PromCSE:
         tensor = torch.from_numpy(found).to(self.encoder.backbone.device)
         return tensor if convert_to_tensor or tensor.ndim == 1 else list(tensor)
 
-    def similarity(
-        self, a: str | Iterable[str] | AnyVectors | Tensor, b: str | Iterable[str] | AnyVectors | Tensor
-    ) -> Vectors:
+    def similarity(self, a: str | Iterable[str] | Embeddings, b: str | Iterable[str] | Embeddings) -> Vectors:
         """Return the cosine similarity of every sentence in `a` with every sentence in `b`.
 
         Args:
@@ -280,32 +272,11 @@ class PromCSE:
             (A, B) float32 in [-1, 1]; the axis of a single sentence or embedding is dropped.
 
         Raises:
-            DataError: Embeddings of another dimension; see also `encode`.
-            NonFiniteError: An embedding is not finite.
+            DataError, NonFiniteError: Embeddings of another dimension, or not finite; see also `encode`.
         """
-        cosines: Vectors = np.clip(self._unit_embeddings(a) @ self._unit_embeddings(b).T, -1, 1)
+        unit_a, unit_b = (unit_embeddings(x, self.width) if is_embeddings(x) else self.encode(x) for x in (a, b))
+        cosines: Vectors = np.clip(unit_a @ unit_b.T, -1, 1)
         return cosines
-
-    def _unit_embeddings(self, values: str | Iterable[str] | AnyVectors | Tensor) -> Vectors:
-        """Return embeddings scaled to length 1; sentences are encoded first."""
-        if isinstance(values, Tensor) and values.is_floating_point():
-            values = values.detach().double().cpu().numpy()
-        if (
-            not isinstance(values, np.ndarray)
-            or not np.issubdtype(values.dtype, np.floating)
-            or values.shape == (0,)  # an empty list of sentences as an array
-        ):
-            texts: Any = values
-            return self.encode(texts)
-        if values.ndim not in (1, 2) or values.shape[-1] != self.width:
-            raise DataError(
-                f"similarity needs embeddings of shape (N, {self.width}) or ({self.width},), got {values.shape}. "
-                "Try: similarity(sentences, sentences), or the output of encode"
-            )
-        if not np.isfinite(values).all():
-            raise NonFiniteError("similarity got embeddings that are not finite")
-        unit: Vectors = F.normalize(torch.from_numpy(values.astype(np.float64)), dim=-1).float().numpy()
-        return unit
 
     def adapter_hash(self) -> str:
         """Return the hex sha256 of everything that affects the embeddings, including the tokenizer in use."""
@@ -407,14 +378,6 @@ class PromCSE:
         found_ND: Vectors = embeddings_ND.cpu().numpy()
         require_finite(sentences, found_ND)
         return found_ND
-
-
-def require_finite(sentences: Sequence[str], embeddings_ND: Vectors) -> None:
-    """Raise NonFiniteError, with the first sentence concerned, if an embedding is not finite."""
-    finite_N = np.isfinite(embeddings_ND).all(1)
-    if not finite_N.all():
-        sentence = sentences[int(finite_N.argmin())]
-        raise NonFiniteError(f"the embedding of {sentence[:80]!r} is not finite: the adapter or the encoder is damaged")
 
 
 @contextmanager

@@ -432,7 +432,14 @@ def test_similarity_is_the_cosine_of_the_raw_vectors(model):
 
 
 @pytest.mark.parametrize(
-    "kind", [np.asarray, np.float64, torch.from_numpy, lambda array: torch.from_numpy(array).requires_grad_()]
+    "kind",
+    [
+        np.asarray,
+        np.float64,
+        lambda array: np.array(array[..., ::-1])[..., ::-1],
+        torch.from_numpy,
+        lambda array: torch.from_numpy(array).requires_grad_(),
+    ],
 )
 def test_similarity_takes_embeddings_of_any_length(model, kind):
     a, b = model.encode(MIXED[:3], normalize_embeddings=False), model.encode(MIXED[3:5])

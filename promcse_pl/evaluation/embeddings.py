@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from promcse_pl.embedder import PromCSE, require_finite
+from promcse_pl.embedder import PromCSE
 from promcse_pl.evaluation.sts import Embeddings
+from promcse_pl.models.vectors import require_finite
 from promcse_pl.utils.errors import DataError
 from promcse_pl.utils.files import atomic_file
 
