@@ -27,7 +27,6 @@ PICKLE_CHANNELS = (
 """Functions that unpickle what another process sends."""
 
 ALLOWED_CHANNELS = {
-    ("launcher.py", "recv"),  # a pipe that only the ranks started by this process inherit
     ("distributed.py", "all_gather_object"),  # between the ranks of one run
 }
 
