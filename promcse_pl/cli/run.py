@@ -67,7 +67,10 @@ def _with_file(file: str, overrides: Sequence[str], folders: Sequence[Path], is_
     """Return the overrides with those of a config file before them; the run folder is named after the file."""
     name = re.sub(r"[^\w.-]", "_", Path(file).stem, flags=re.ASCII)
     named = [] if is_sweep else [f"hydra.run.dir='outputs/${{now:%Y-%m-%d}}/${{now:%H-%M-%S}}-{name}'"]
-    return [*named, *file_overrides(file, overrides, folders), *overrides]
+    try:
+        return [*named, *file_overrides(file, overrides, folders), *overrides]
+    except RecursionError as error:
+        raise ConfigError(f"{file}: a value contains itself. Try: the file without & and *") from error
 
 
 def _call_hydra(arguments: list[str]) -> None:

@@ -102,6 +102,8 @@ def test_a_run_of_a_config_file_gets_the_given_folder_or_one_named_after_the_fil
         ("model: [minilm, ../other]", "file.yaml: model=../other is not a choice. Allowed: bert-base, "),
         ("model: 'minilm,../other'", "file.yaml: model=minilm,../other is not a choice."),
         ("recipe: ../../../evil", "file.yaml: recipe=../../../evil is not a choice. Allowed: none"),
+        ("model: &a {x: *a}", "file.yaml: a value contains itself."),
+        ("evaluation: {tasks: &a [*a]}", "file.yaml: a value contains itself."),
         ("seed: 2026-11-27", "seed must be text, a number, true, false, null or a list of these, got 2026-11-27"),
         ("evaluation: {tasks: [{'a:1},${oc.env:HOME},{b': 2}]}", "evaluation.tasks must be text, a number, "),
         ("data: {columns: [['a', {b: 2}]]}", "data.columns must be text, a number, "),
