@@ -48,10 +48,10 @@ CALLS = calls()
 def test_every_model_and_tokenizer_is_read_without_remote_code_and_weights_only_as_safetensors():
     loads = [call for call in CALLS if call[1].endswith(".from_pretrained")]
     assert {name.partition(".")[0] for _, name, _ in loads} >= {"AutoModel", "AutoConfig", "AutoTokenizer"}
-    for location, name, constants in loads:
-        assert constants.get("trust_remote_code") is False, (location, name)
+    for file, name, constants in loads:
+        assert constants.get("trust_remote_code") is False, (file, name)
         if name == "AutoModel.from_pretrained":
-            assert constants.get("use_safetensors") is True, location
+            assert constants.get("use_safetensors") is True, file
 
 
 def test_torch_load_takes_tensors_alone():
@@ -77,7 +77,7 @@ def test_the_scan_covers_the_hydra_plugin():
 
 
 def test_yaml_is_read_by_loaders_that_make_plain_values_alone():
-    assert {location for location, name, _ in CALLS if name == "yaml.load"} == {"collect.py"}
+    assert {file for file, name, _ in CALLS if name == "yaml.load"} == {"collect.py"}
     for size in (1, 2 * collect._SHORT):  # the loader in C, and the other one
         with pytest.raises(yaml.constructor.ConstructorError, match="python/object"):
             collect._load_yaml(f"a: !!python/object/apply:os.getcwd []\nb: {'x' * size}")
