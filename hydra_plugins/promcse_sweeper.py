@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,12 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.core.plugins import Plugins
-from hydra.errors import HydraException
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from promcse_pl.config import Config, SweepConfig
-from promcse_pl.runs.compose import config_of
+from promcse_pl.runs.compose import config_of, hydra_errors
 from promcse_pl.sweeps.execute import run_sweep
 from promcse_pl.sweeps.plan import SweepJob
 from promcse_pl.sweeps.search import Interval, run_search
@@ -54,7 +51,7 @@ class PromcseSweeper(Sweeper):
         """Run the sweep; exit with its code unless it is 0."""
 
         def sweep() -> int:
-            with _refusals_as_config_errors():
+            with hydra_errors():
                 return self._sweep(arguments)
 
         if code := exit_code(sweep):
@@ -84,7 +81,7 @@ class PromcseSweeper(Sweeper):
         return run_sweep(folder, arguments, jobs, settings, self._compose, launch)
 
     def _compose(self, overrides: Sequence[str]) -> Config:
-        with _refusals_as_config_errors():
+        with hydra_errors():
             composed = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
         return config_of(composed)
 
@@ -94,15 +91,6 @@ class PromcseSweeper(Sweeper):
             hydra_context=self.hydra_context, task_function=self.task_function, config=self.config
         )
         launcher.launch([[*job.overrides, f"hydra.sweep.subdir={job.folder}"] for job in jobs], initial_job_idx=0)
-
-
-@contextmanager
-def _refusals_as_config_errors() -> Iterator[None]:
-    """Raise what Hydra and OmegaConf refuse as a ConfigError of one line."""
-    try:
-        yield
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(" ".join(line.strip() for line in str(error).splitlines())) from error
 
 
 def _values(override: Override) -> list[str] | Interval:

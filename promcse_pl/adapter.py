@@ -30,13 +30,13 @@ from promcse_pl.adapter_folder import (
 from promcse_pl.data.tokenizer import tokenizer_fingerprint
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import HEADS, PromptEncoder
-from promcse_pl.models.hub import download, is_hub_id
+from promcse_pl.models.hub import download
 from promcse_pl.models.identity import EncoderId, differences
 from promcse_pl.models.pooling import POOLINGS
 from promcse_pl.models.weights import read_header, read_json_object
 from promcse_pl.utils.errors import AdapterError, EncoderError
 from promcse_pl.utils.files import current, read_unchanged, update_folder
-from promcse_pl.utils.paths import expand, is_folder
+from promcse_pl.utils.paths import expand, is_folder, looks_like_path
 from promcse_pl.version import __version__
 
 FORMAT = 2
@@ -154,7 +154,7 @@ def locate_adapter(name: str | Path, revision: str | None = None) -> Path:
         AdapterError: The hub id cannot be downloaded and is not in the local cache.
     """
     folder = expand(name)
-    if is_folder(folder) or not is_hub_id(str(name)) or "/" not in str(name):
+    if is_folder(folder) or looks_like_path(str(name)) or "/" not in str(name):
         return folder
     try:
         return download(str(name), revision, HUB_FILES)

@@ -12,7 +12,6 @@ from typing import Any, Literal, overload
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,12 +20,13 @@ from promcse_pl import adapter as adapter_files
 from promcse_pl.data.tokenizer import tokenizer_fingerprint
 from promcse_pl.index import Hit, Kind, SentenceIndex
 from promcse_pl.models.cpu.chunks import CHUNK_TOKENS
+from promcse_pl.models.device import pick_device
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.texts import list_of_texts, tokenize
-from promcse_pl.utils.errors import AdapterError, ConfigError, DataError, NonFiniteError
+from promcse_pl.models.vectors import Embeddings, Vectors, is_embeddings, require_finite, unit_embeddings
+from promcse_pl.utils.errors import AdapterError, ConfigError, DataError
 from promcse_pl.utils.terminal import progress_bar
 
-Vectors = NDArray[np.float32]
 Progress = Callable[[int], None]
 BLOCK_SENTENCES = 4096
 """Number of sentences tokenised and sorted by length at once; this bounds the memory in addition to the embeddings."""
@@ -162,7 +162,7 @@ class PromCSE:
         """Maximum number of tokens of a sentence, special ones included; longer sentences are truncated."""
         return self.encoder.longest_input
 
-    # the parameters are those of sentence-transformers, and two of this package
+    # many parameters: those up to normalize_embeddings have the names of sentence-transformers
     @overload
     def encode(
         self,
@@ -170,8 +170,9 @@ class PromCSE:
         *,
         batch_size: int | None = None,
         show_progress_bar: bool = False,
+        convert_to_numpy: Literal[True] = True,
         convert_to_tensor: Literal[False] = False,
-        normalize_embeddings: bool = True,
+        normalize_embeddings: bool | None = None,
         normalize: bool | None = None,
         progress: Progress | None = None,
     ) -> Vectors: ...
@@ -182,22 +183,37 @@ class PromCSE:
         *,
         batch_size: int | None = None,
         show_progress_bar: bool = False,
+        convert_to_numpy: bool = True,
         convert_to_tensor: Literal[True],
-        normalize_embeddings: bool = True,
+        normalize_embeddings: bool | None = None,
         normalize: bool | None = None,
         progress: Progress | None = None,
     ) -> Tensor: ...
+    @overload
     def encode(
         self,
         sentences: str | Iterable[str],
         *,
         batch_size: int | None = None,
         show_progress_bar: bool = False,
-        convert_to_tensor: bool = False,
-        normalize_embeddings: bool = True,
+        convert_to_numpy: Literal[False],
+        convert_to_tensor: Literal[False] = False,
+        normalize_embeddings: bool | None = None,
         normalize: bool | None = None,
         progress: Progress | None = None,
-    ) -> Vectors | Tensor:
+    ) -> Tensor | list[Tensor]: ...
+    def encode(
+        self,
+        sentences: str | Iterable[str],
+        *,
+        batch_size: int | None = None,
+        show_progress_bar: bool = False,
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        normalize_embeddings: bool | None = None,
+        normalize: bool | None = None,
+        progress: Progress | None = None,
+    ) -> Vectors | Tensor | list[Tensor]:
         """Compute the embeddings of sentences, in the order given.
 
         Sentences are sorted by length and encoded in batches with a limited number of tokens, so that little padding is computed.
@@ -207,25 +223,32 @@ class PromCSE:
             batch_size: Maximum number of sentences in a batch; None: only the number of tokens is limited. It affects memory and
                 speed; embeddings change by no more than rounding.
             show_progress_bar: Show a progress bar on standard error if it is a terminal.
-            convert_to_tensor: Return a torch.Tensor on the model's device instead of a numpy array.
-            normalize_embeddings: Scale embeddings to length 1, so that dot products are cosines (unlike in sentence-transformers,
-                this is the default).
-            normalize: Earlier name of `normalize_embeddings`; it takes precedence.
+            convert_to_numpy: Return a numpy array; if False, a list of tensors. `convert_to_tensor` takes precedence.
+            convert_to_tensor: Return one torch.Tensor on the model's device.
+            normalize_embeddings: Scale embeddings to length 1; None: True (in sentence-transformers the default is False).
+            normalize: Older name of `normalize_embeddings`.
             progress: Function that is called with the number of sentences done, every few thousand sentences.
 
         Returns:
-            (N, D) float32; (D,) for a single sentence; (0, D) for an empty list.
+            (N, D) float32, (D,) for a single sentence, (0, D) for an empty list; N tensors (D,) with convert_to_numpy=False.
 
         Raises:
             TextTypeError: An entry is not a string (a DataError and a TypeError); the message has its position.
             DataError: A sentence contains a lone surrogate.
             ConfigError: batch_size is not an integer >= 1.
+            TypeError: normalize and normalize_embeddings differ.
             NonFiniteError: An embedding is not finite.
         """
-        if batch_size is not None and (not isinstance(batch_size, int | np.integer) or batch_size < 1):
+        if batch_size is not None and (
+            isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer) or batch_size < 1
+        ):
             raise ConfigError(f"batch_size must be an integer >= 1, or None, got {batch_size!r}")
+        if None not in (normalize, normalize_embeddings) and normalize != normalize_embeddings:
+            raise TypeError(
+                f"encode got {normalize_embeddings=} and {normalize=}, its older name. Try: the first alone"
+            )
         texts = list_of_texts([sentences] if isinstance(sentences, str) else sentences, "encode")
-        unit_length = normalize_embeddings if normalize is None else normalize
+        unit_length = next((value for value in (normalize_embeddings, normalize) if value is not None), True)
         embeddings_ND = np.empty((len(texts), self.width), dtype=np.float32)
         with _progress_bar(show_progress_bar, len(texts)) as report:
             for start in range(0, len(texts), BLOCK_SENTENCES):
@@ -234,15 +257,25 @@ class PromCSE:
                 for function in filter(None, (report, progress)):
                     function(start + len(block))
         found = embeddings_ND[0] if isinstance(sentences, str) else embeddings_ND
-        return torch.from_numpy(found).to(self.encoder.backbone.device) if convert_to_tensor else found
+        if convert_to_numpy and not convert_to_tensor:
+            return found
+        tensor = torch.from_numpy(found).to(self.encoder.backbone.device)
+        return tensor if convert_to_tensor or tensor.ndim == 1 else list(tensor)
 
-    def similarity(self, a: str | Iterable[str], b: str | Iterable[str]) -> NDArray[np.float32]:
+    def similarity(self, a: str | Iterable[str] | Embeddings, b: str | Iterable[str] | Embeddings) -> Vectors:
         """Return the cosine similarity of every sentence in `a` with every sentence in `b`.
 
+        Args:
+            a, b: Sentences as in `encode`, or their embeddings: a float array or tensor (N, D) or (D,) of any length.
+
         Returns:
-            (A, B) float32 in [-1, 1]; the axis of a single sentence is dropped.
+            (A, B) float32 in [-1, 1]; the axis of a single sentence or embedding is dropped.
+
+        Raises:
+            DataError, NonFiniteError: Embeddings of another dimension, or not finite; see also `encode`.
         """
-        cosines: NDArray[np.float32] = np.clip(self.encode(a) @ self.encode(b).T, -1, 1)
+        unit_a, unit_b = (unit_embeddings(x, self.width) if is_embeddings(x) else self.encode(x) for x in (a, b))
+        cosines: Vectors = np.clip(unit_a @ unit_b.T, -1, 1)
         return cosines
 
     def adapter_hash(self) -> str:
@@ -342,13 +375,9 @@ class PromCSE:
                 tokens.to(device), chunk_tokens=CHUNK_TOKENS[device.type], chunk_sentences=batch_size
             )
             embeddings_ND = F.normalize(embeddings_ND, dim=1) if unit_length else embeddings_ND
-        finite_N = torch.isfinite(embeddings_ND).all(1)
-        if not bool(finite_N.all()):
-            sentence = sentences[int(finite_N.int().argmin())]
-            raise NonFiniteError(
-                f"the embedding of {sentence[:80]!r} is not finite: the adapter or the encoder is damaged"
-            )
-        return embeddings_ND.cpu().numpy()
+        found_ND: Vectors = embeddings_ND.cpu().numpy()
+        require_finite(sentences, found_ND)
+        return found_ND
 
 
 @contextmanager
@@ -359,25 +388,6 @@ def _progress_bar(show: bool, total: int) -> Iterator[Progress | None]:
     with progress_bar(Console(stderr=True), "encoding", total) as report:
         report(0)
         yield report
-
-
-def pick_device(name: str) -> torch.device:
-    """Return the device of a setting; for `auto`, a GPU if there is one.
-
-    Raises:
-        ConfigError: This machine does not have the device.
-    """
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        return torch.device("cuda" if available["cuda"] else "mps" if available["mps"] else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device must be auto, cpu, cuda or mps, got {name!r}") from None
-    if not available.get(device.type, False):
-        found = ", ".join(kind for kind, is_available in available.items() if is_available)
-        raise ConfigError(f"there is no {device.type} device on this machine (there is: {found}). Try: device auto")
-    return device
 
 
 @contextmanager

@@ -57,6 +57,7 @@ class Status:
         step, steps: Optimiser steps at the last save, and of the whole run; `steps` is None until they are known.
         error: Class and message of the error of a failed run.
         wandb_id: Id of the W&B run, chosen before training starts; None without tracking.
+        callbacks: Class names of the callbacks and loggers passed to `promcse_pl.train`; resuming the run does not recreate them.
         started, updated: Seconds since 1970. Resuming moves `started` forward by the time between the two processes.
         pid: Process that wrote the status.
     """
@@ -66,6 +67,7 @@ class Status:
     steps: int | None = None
     error: str | None = None
     wandb_id: str | None = None
+    callbacks: list[str] = dataclasses.field(default_factory=list)
     started: float = dataclasses.field(default_factory=time.time)
     updated: float = dataclasses.field(default_factory=time.time)
     pid: int = dataclasses.field(default_factory=os.getpid)
@@ -103,11 +105,17 @@ def read_status(folder: Path) -> Status | None:
         raise DataError(f"{path}: state must be one of {', '.join(get_args(State))}, got {status.state!r}")
     for name, hint in get_type_hints(Status).items():
         value = getattr(status, name)
-        if name != "state" and not (is_number(value) if hint is float else isinstance(value, hint)):
+        if name != "state" and not _has_type(value, hint):
             raise DataError(f"{path}: {name} cannot be {str(value)[:80]!r}")
     if status.wandb_id is not None and not is_plain_name(status.wandb_id):  # W&B uses it as a folder name
         raise DataError(f"{path}: wandb_id must be a name without / and .., got {status.wandb_id[:80]!r}")
     return status
+
+
+def _has_type(value: object, hint: Any) -> bool:  # noqa: ANN401
+    if hint == list[str]:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    return is_number(value) if hint is float else isinstance(value, hint)
 
 
 def read_json(path: Path) -> Any:  # noqa: ANN401
@@ -220,12 +228,21 @@ def read_resolved_config(path: str | Path) -> Config:
     return _read_configs(Path(path))[1]
 
 
-def _read_configs(path: Path) -> tuple[Config, Config]:
+def read_yaml(path: Path) -> Any:  # noqa: ANN401  (the content of a YAML file)
+    """Return the content of a YAML file with settings.
+
+    Raises:
+        ConfigError: The file cannot be read or is not YAML.
+    """
     try:
-        raw = yaml.safe_load(require_regular_file(path).read_text(encoding="utf-8"))
+        return yaml.safe_load(require_regular_file(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         why = getattr(error, "strerror", None) or str(error)[:1000]
         raise ConfigError(f"cannot read the config {path}: {why}") from error
+
+
+def _read_configs(path: Path) -> tuple[Config, Config]:
+    raw = read_yaml(path)
     try:
         typed, resolved = split_resolved(raw)
         config = Config.from_dict(typed)
@@ -275,7 +292,7 @@ def write_config(config: Config, path: str | Path, resolved: Config | None = Non
         if differing := {key: used[key] for key in RESOLVED_KEYS if used[key] != typed[key]}:
             tree[RESOLVED] = differing
     text = yaml.safe_dump(hide_home(tree), sort_keys=False, allow_unicode=True)
-    write_text(path, f"# promcse train THIS_FILE --out NEW_FOLDER repeats the run\n{text}")
+    write_text(path, f"# promcse train --config THIS_FILE repeats the run\n{text}")
     return path
 
 

@@ -14,8 +14,9 @@ from transformers import AutoModel
 
 from promcse_pl import embedder as module
 from promcse_pl.adapter import save_adapter
-from promcse_pl.embedder import PromCSE, pick_device
+from promcse_pl.embedder import PromCSE
 from promcse_pl.models.backbone import FrozenBackbone
+from promcse_pl.models.device import pick_device
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.utils.errors import AdapterError, ConfigError, DataError, EncoderError, NonFiniteError
 
@@ -306,7 +307,7 @@ def test_batch_size_limits_the_sentences_in_a_batch_and_changes_no_embedding(mod
     assert sum(sizes) == len(MIXED)
 
 
-@pytest.mark.parametrize("batch_size", [0, -1, 2.0, "32"])
+@pytest.mark.parametrize("batch_size", [0, -1, 2.0, "32", True])
 def test_an_impossible_batch_size_is_refused(model, batch_size):
     with pytest.raises(ConfigError, match=r"batch_size must be an integer >= 1, or None, got "):
         model.encode(["w7"], batch_size=batch_size)
@@ -327,6 +328,28 @@ def test_normalize_is_an_earlier_name_of_normalize_embeddings(model):
     assert np.array_equal(
         model.encode("w7 w8", normalize_embeddings=False), model.encode(["w7 w8"], normalize=False)[0]
     )
+
+
+def test_conflicting_values_of_normalize_and_normalize_embeddings_are_refused(model):
+    for value in (True, False):
+        assert np.array_equal(
+            model.encode("w7", normalize=value, normalize_embeddings=value), model.encode("w7", normalize=value)
+        )
+        with pytest.raises(TypeError, match=f"normalize_embeddings={value} and normalize={not value}, its older name"):
+            model.encode("w7", normalize=not value, normalize_embeddings=value)
+
+
+def test_encode_without_conversion_to_numpy_returns_a_list_of_tensors(model):
+    expected = model.encode(MIXED)
+    assert np.array_equal(model.encode(MIXED, convert_to_numpy=True), expected)
+    tensors = model.encode(MIXED, convert_to_numpy=False)
+    assert isinstance(tensors, list)
+    assert np.array_equal(torch.stack(tensors).numpy(), expected)
+    assert model.encode([], convert_to_numpy=False) == []
+    assert isinstance(model.encode("w7", convert_to_numpy=False), torch.Tensor)
+    for convert_to_numpy in (True, False):  # convert_to_tensor takes precedence
+        tensor = model.encode(MIXED, convert_to_numpy=convert_to_numpy, convert_to_tensor=True)
+        assert np.array_equal(tensor.numpy(), expected)
 
 
 def test_the_progress_bar_is_shown_on_a_terminal_only(model, monkeypatch, capsys):
@@ -406,6 +429,43 @@ def test_similarity_is_the_cosine_of_the_raw_vectors(model):
             expected = a[i] @ b[j] / (np.linalg.norm(a[i]) * np.linalg.norm(b[j]))
             assert cosines[i, j] == pytest.approx(expected, abs=1e-6)
     assert model.similarity("w7 w8", "w7 w8") == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        np.asarray,
+        np.float64,
+        lambda array: np.array(array[..., ::-1])[..., ::-1],
+        torch.from_numpy,
+        lambda array: torch.from_numpy(array).requires_grad_(),
+    ],
+)
+def test_similarity_takes_embeddings_of_any_length(model, kind):
+    a, b = model.encode(MIXED[:3], normalize_embeddings=False), model.encode(MIXED[3:5])
+    expected = model.similarity(MIXED[:3], MIXED[3:5])
+    for left, right, cosines in (
+        (kind(a), kind(b), expected),
+        (kind(a[0]), kind(b), expected[0]),
+        (kind(a), MIXED[3:5], expected),
+        (kind(a[0]), kind(b[0]), expected[0, 0]),
+    ):
+        found = model.similarity(left, right)
+        assert found.dtype == np.float32
+        assert found.shape == cosines.shape
+        np.testing.assert_allclose(found, cosines, rtol=0, atol=1e-6)
+    assert model.similarity(kind(a[:0]), kind(b)).shape == (0, 2)
+
+
+def test_similarity_refuses_arrays_that_are_no_embeddings_of_this_model(model):
+    for shape in ((3, 5), (5,), (1, 3, 16), ()):
+        with pytest.raises(DataError, match=r"similarity needs embeddings of shape \(N, 16\) or \(16,\), got "):
+            model.similarity(np.ones(shape), "w7")
+    for integers in (np.ones((2, 16), dtype=int), torch.ones(2, 16, dtype=torch.int64)):
+        with pytest.raises(TypeError, match="needs a string or an iterable of strings"):
+            model.similarity(integers, "w7")
+    with pytest.raises(NonFiniteError, match="similarity got embeddings that are not finite"):
+        model.similarity(np.full((2, 16), np.nan), "w7")
 
 
 def test_cosines_stay_within_1(model):

@@ -383,14 +383,14 @@ def test_an_index_that_another_tokenizer_or_config_made_is_refused(model, adapte
     tokenizer = small_tokenizer()
     PromCSE(model.encoder, tokenizer).load_index(tmp_path / "index")  # an equal one
     tokenizer.backend_tokenizer.normalizer = None
-    with pytest.raises(AdapterError, match=r"made by another adapter .*, encoder or tokenizer"):
+    with pytest.raises(AdapterError, match=r"computed by another adapter .*, encoder or tokenizer"):
         PromCSE(model.encoder, tokenizer).load_index(tmp_path / "index")
     copy = shutil.copytree(adapter.parent / "encoder", tmp_path / "encoder")
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "hidden_act": "relu"}))
     other = PromptEncoder(FrozenBackbone.load(str(copy)), length=3, pooling="avg")
     other.load_state_dict(model.encoder.state_dict())
-    with pytest.raises(AdapterError, match=r"made by another adapter .*, encoder or tokenizer"):
+    with pytest.raises(AdapterError, match=r"computed by another adapter .*, encoder or tokenizer"):
         PromCSE(other).load_index(tmp_path / "index")
 
 

@@ -8,7 +8,27 @@ from support.folders import ROOT
 
 from promcse_pl.sweeps import collect
 
-SOURCES = [*sorted((ROOT / "promcse_pl").rglob("*.py")), ROOT / "run.py"]
+SOURCES = [
+    *sorted((ROOT / "promcse_pl").rglob("*.py")),
+    *sorted((ROOT / "hydra_plugins").rglob("*.py")),
+    ROOT / "run.py",
+]
+
+PICKLE_CHANNELS = (
+    "recv",  # multiprocessing.connection.Connection
+    "all_gather_object",
+    "gather_object",
+    "broadcast_object_list",
+    "scatter_object_list",
+    "recv_object_list",
+    "Unpickler",
+    "ProcessPoolExecutor",
+)
+"""Functions that unpickle what another process sends."""
+
+ALLOWED_CHANNELS = {
+    ("distributed.py", "all_gather_object"),  # between the ranks of one run
+}
 
 
 def calls() -> list[tuple[str, str, dict[str, object]]]:
@@ -28,10 +48,10 @@ CALLS = calls()
 def test_every_model_and_tokenizer_is_read_without_remote_code_and_weights_only_as_safetensors():
     loads = [call for call in CALLS if call[1].endswith(".from_pretrained")]
     assert {name.partition(".")[0] for _, name, _ in loads} >= {"AutoModel", "AutoConfig", "AutoTokenizer"}
-    for location, name, constants in loads:
-        assert constants.get("trust_remote_code") is False, (location, name)
+    for file, name, constants in loads:
+        assert constants.get("trust_remote_code") is False, (file, name)
         if name == "AutoModel.from_pretrained":
-            assert constants.get("use_safetensors") is True, location
+            assert constants.get("use_safetensors") is True, file
 
 
 def test_torch_load_takes_tensors_alone():
@@ -47,8 +67,17 @@ def test_nothing_that_runs_what_it_reads_is_called(name):
     assert not [call for call in CALLS if call[1] == name]
 
 
+def test_objects_are_unpickled_only_between_processes_of_one_run():
+    channels = {(file, name.rpartition(".")[2]) for file, name, _ in CALLS}
+    assert {(file, name) for file, name in channels if name in PICKLE_CHANNELS} <= ALLOWED_CHANNELS
+
+
+def test_the_scan_covers_the_hydra_plugin():
+    assert {"promcse_sweeper.py", "run.py", "launcher.py"} <= {path.name for path in SOURCES}
+
+
 def test_yaml_is_read_by_loaders_that_make_plain_values_alone():
-    assert {location for location, name, _ in CALLS if name == "yaml.load"} == {"collect.py"}
+    assert {file for file, name, _ in CALLS if name == "yaml.load"} == {"collect.py"}
     for size in (1, 2 * collect._SHORT):  # the loader in C, and the other one
         with pytest.raises(yaml.constructor.ConstructorError, match="python/object"):
             collect._load_yaml(f"a: !!python/object/apply:os.getcwd []\nb: {'x' * size}")
@@ -69,5 +98,6 @@ def test_the_security_page_states_these_guarantees():
         "weights_only=True",
         "requirements-release.txt",
         "Report",
+        "`all_gather_object`",
     ):
         assert words in page

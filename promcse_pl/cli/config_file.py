@@ -13,13 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import yaml
-from hydra.core.override_parser.types import Quote, QuotedString
-
-from promcse_pl.config import Config, flat_settings
-from promcse_pl.run_folder import split_resolved
+from promcse_pl.config import Config, check_overrides, flat_settings
+from promcse_pl.config.fields import settings as every_setting
+from promcse_pl.run_folder import read_yaml, split_resolved
+from promcse_pl.runs.compose import config_groups, quoted
 from promcse_pl.utils.errors import ConfigError
-from promcse_pl.utils.paths import expand, require_regular_file
+from promcse_pl.utils.paths import expand
 from promcse_pl.utils.streams import visible
 
 
@@ -38,23 +37,37 @@ def file_overrides(file: str, typed: Sequence[str], folders: Sequence[Path]) -> 
         ConfigError: The file cannot be read, or does not contain settings.
     """
     settings = flat_settings(_read(expand(file)))
+    groups = config_groups(folders)
     for key in settings:
         if not re.fullmatch(r"\w+(\.\w+)*", key) or key.split(".")[0] == "hydra":
             raise ConfigError(
                 f"{file}: {visible(key[:100])} is not a setting of a run or sweep. Try: it on the command line"
             )
+        if "." not in key and key not in every_setting(Config):
+            _check_choice(file, key, settings[key], groups)
     for override in typed:
         key, _, value = override.lstrip("+~").partition("=")
         settings.pop(key, None)
-        groups = [folder / key for folder in folders if key and (folder / key).is_dir()]
+        chosen = [folder / key for folder in folders if key and (folder / key).is_dir()]
         files = [
-            path for group in groups for choice in value.split(",") if (path := group / f"{choice}.yaml").is_file()
+            path for group in chosen for choice in value.split(",") if (path := group / f"{choice}.yaml").is_file()
         ]
         replaced = {setting for path in files for setting in flat_settings(_read(path))}
-        if groups:
+        if chosen:
             replaced |= {setting for setting in settings if setting.startswith(f"{key}.")}
         settings = {setting: entry for setting, entry in settings.items() if setting not in replaced}
-    return [f"{key}={value if _is_word(key, value) else _literal(value)}" for key, value in settings.items()]
+    return [f"{key}={value if _is_word(key, value) else _literal(key, value)}" for key, value in settings.items()]
+
+
+def _check_choice(file: str, group: str, value: object, groups: Mapping[str, Sequence[str]]) -> None:
+    """Check that a file selects only choices of conf/ and the user's folder: Hydra would also load a path to any other file."""
+    choices = groups.get(group, [])
+    for choice in value if isinstance(value, list) else [value]:
+        check_overrides([f"{group}={choice}"], groups)
+        if choice not in choices:
+            raise ConfigError(
+                f"{file}: {group}={visible(str(choice)[:100])} is not a choice. Allowed: {', '.join(choices) or 'none'}"
+            )
 
 
 def _is_word(key: str, value: object) -> bool:
@@ -68,24 +81,21 @@ def _is_word(key: str, value: object) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(require_regular_file(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        why = getattr(error, "strerror", None) or str(error)[:1000]
-        raise ConfigError(f"cannot read the config {path}: {why}") from error
+    tree = read_yaml(path)
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must contain settings such as seed: 1, got {str(tree)[:80]}")
     typed, _ = split_resolved(tree)
     return {str(key): value for key, value in typed.items() if value is not None}
 
 
-def _literal(value: object) -> str:
+def _literal(key: str, value: object) -> str:
     """Return a value in the syntax of Hydra's overrides."""
     if isinstance(value, str):
-        plain = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # ${ would be an interpolation, of environment variables too
-        return QuotedString(plain, Quote.single).with_quotes()
+        return quoted(value)
     if isinstance(value, list):
-        return f"[{','.join(map(_literal, value))}]"
-    if isinstance(value, Mapping):
-        return f"{{{','.join(f'{key}:{_literal(entry)}' for key, entry in value.items())}}}"
-    return json.dumps(value)
+        return f"[{','.join(_literal(key, entry) for entry in value)}]"
+    if value is None or isinstance(value, int | float):
+        return json.dumps(value)
+    raise ConfigError(
+        f"{key} must be text, a number, true, false, null or a list of these, got {visible(str(value)[:80])}"
+    )

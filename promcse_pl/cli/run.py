@@ -13,7 +13,6 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -21,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from promcse_pl.cli.config_file import file_overrides
 from promcse_pl.config import check_overrides
-from promcse_pl.runs.compose import CONF, TYPED, config_groups, config_of, typed_command
+from promcse_pl.runs.compose import CONF, TYPED, config_groups, config_of, quoted, refusal, typed_command
 from promcse_pl.sweeps.plan import resumed_arguments, without_home
 from promcse_pl.utils.errors import ConfigError, PromcseError
 from promcse_pl.utils.exit_codes import exit_code
@@ -52,7 +51,7 @@ def compose_and_run(
     if config_file is not None:
         given = _with_file(config_file, given, folders, "--multirun" in flags)
     if out is not None:
-        given.append(f"hydra.{'sweep' if '--multirun' in flags else 'run'}.dir={_quoted(str(out))}")
+        given.append(f"hydra.{'sweep' if '--multirun' in flags else 'run'}.dir={quoted(str(out))}")
     if any(override.startswith("sweep.resume=") for override in given):
         _, *given = resumed_arguments(given)
         flags = [*(flag for flag in flags if flag != "--multirun"), "--multirun"]
@@ -68,7 +67,10 @@ def _with_file(file: str, overrides: Sequence[str], folders: Sequence[Path], is_
     """Return the overrides with those of a config file before them; the run folder is named after the file."""
     name = re.sub(r"[^\w.-]", "_", Path(file).stem, flags=re.ASCII)
     named = [] if is_sweep else [f"hydra.run.dir='outputs/${{now:%Y-%m-%d}}/${{now:%H-%M-%S}}-{name}'"]
-    return [*named, *file_overrides(file, overrides, folders), *overrides]
+    try:
+        return [*named, *file_overrides(file, overrides, folders), *overrides]
+    except RecursionError as error:
+        raise ConfigError(f"{file}: a value contains itself. Try: the file without & and *") from error
 
 
 def _call_hydra(arguments: list[str]) -> None:
@@ -101,28 +103,22 @@ def _refusal(error: Exception, arguments: Sequence[str]) -> ConfigError:
         except HydraException as reason:
             return ConfigError(
                 f"{argument}: {reason}. A value with special characters needs quotes. "
-                f"Try: {run_command()} {shlex.quote(f'{key}={_quoted(value)}')}"
+                f"Try: {run_command()} {shlex.quote(f'{key}={quoted(value)}')}"
             )
         if override.is_sweep_override() and "--multirun" not in arguments:
             return ConfigError(
-                f"{argument} has several values. Try: {typed_command(before='-m')} (a job for each), or "
+                f"{argument} has several values. Try: {typed_command(sweep=True)} (a job for each), or "
                 "'KEY=[VALUE,VALUE]' for a list"
             )
-    # lines that do not help a user; if Hydra rewords them, the message is only longer
-    noise = ("See https:", "full_key:", "object_type=", "Config search path:", "provider=")
-    lines = [line.strip() for line in str(error).splitlines()]
-    message = " ".join(line for line in lines if line and not line.startswith(noise)).rstrip(".")
-    return ConfigError(f"{message}. Try: {run_command('--help')}")
-
-
-def _quoted(value: str) -> str:
-    return QuotedString(value, Quote.single).with_quotes()
+    message = refusal(error)
+    return ConfigError(message if "Try: " in message else f"{message.rstrip('.')}. Try: {run_command('--help')}")
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def run_composed(composed: DictConfig) -> float | None:
     """Run the composed job; for a Hydra launcher or sweeper in a separate process, to return its dev score."""
-    folder = Path(HydraConfig.get().runtime.output_dir)
+    runtime: Any = OmegaConf.to_container(HydraConfig.get().runtime, resolve=False)
+    folder = Path(runtime["output_dir"])  # a path: ${ in it is not an interpolation
     score: float | None = None
 
     def run() -> None:
@@ -163,7 +159,7 @@ def _check_single() -> None:
     of_sweeps = ("sweep", "hydra.sweep", "hydra/sweep")
     unused = [override for override in (*given["hydra"], *given["task"]) if override.lstrip("+").startswith(of_sweeps)]
     if unused:
-        raise ConfigError(f"{unused[0]} has no effect on a single run. Try: {typed_command(before='-m')}")
+        raise ConfigError(f"{unused[0]} has no effect on a single run. Try: {typed_command(sweep=True)}")
 
 
 def _remove_empty(folder: Path) -> None:

@@ -67,6 +67,10 @@ def run(options: argparse.Namespace) -> None:
         return
     if files and files[0].endswith((".yaml", ".yml")):
         raise ConfigError(f"{files[0]} is not KEY=VALUE. Try: {run_command('--config', files[0])}")
+    from promcse_pl.config import path_advice
+
+    if files and (advice := path_advice("data", files[0])):
+        raise ConfigError(f"{files[0]} is not KEY=VALUE. {advice}")
     from promcse_pl.cli.run import compose_and_run
 
     if "--help" in options.flags:

@@ -1,6 +1,6 @@
 """The settings of a run and of a sweep: schema, defaults, ranges and messages. May import `utils` only."""
 
-from promcse_pl.config.overrides import check_overrides, decides, flat_settings, is_integer, resumed_with
+from promcse_pl.config.overrides import check_overrides, decides, flat_settings, is_integer, path_advice, resumed_with
 from promcse_pl.config.schema import (
     DATA_SUITES,
     SUITES,
@@ -31,5 +31,6 @@ __all__ = [
     "decides",
     "flat_settings",
     "is_integer",
+    "path_advice",
     "resumed_with",
 ]

@@ -6,6 +6,7 @@ import difflib
 import re
 import types
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 import yaml
@@ -14,7 +15,7 @@ from promcse_pl.config.fields import Decides, settings
 from promcse_pl.config.parsing import shown, unknown_key
 from promcse_pl.config.schema import Config, SweepConfig
 from promcse_pl.utils.errors import ConfigError
-from promcse_pl.utils.paths import run_command
+from promcse_pl.utils.paths import SUFFIXES, file_suffix, run_command
 
 
 def decides(key: str) -> Decides:
@@ -92,11 +93,23 @@ def check_overrides(arguments: Sequence[str], groups: Mapping[str, Sequence[str]
             raise unknown_key(key, known)
 
 
+def path_advice(group: str, value: str) -> str | None:
+    """Return how to train with a file or an encoder that was given as a choice of conf/; None for other values."""
+    if group == "data" and (suffix := file_suffix(Path(value))) in SUFFIXES:
+        kind = "sentences" if suffix == ".txt" else "triplets"
+        return f"Try: {run_command(f'data={kind}', f'data.train={value}')}"
+    if group == "model" and "/" in value:
+        return f"Try: {run_command(f'model.path={value}')}"
+    return None
+
+
 def _check_choice(group: str, value: str, choices: Sequence[str]) -> None:
     """Check one choice, or those of a sweep, of a group of conf/; Hydra's own syntax is left to Hydra."""
     for choice in value.split(","):
         name = choice.strip().removesuffix(".yaml")[:100]
         if re.fullmatch(r"[\w.-]+", name) and name not in (*choices, "null"):
+            if advice := path_advice(group, name):
+                raise ConfigError(f"{group}={name} is not a choice. {advice}")
             near = difflib.get_close_matches(name, choices, n=3)
             meant = f" Did you mean {' or '.join(f'{group}={one}' for one in near)}?" if near else ""
             raise ConfigError(f"{group}={name} is not a choice.{meant} Allowed: {', '.join(choices)}")

@@ -218,7 +218,8 @@ class TrackingConfig(Section):
     """Weights & Biases ([details](wandb.md)) and Lightning loggers. The local history, `metrics.jsonl`, is always written."""
 
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """W&B mode. `auto`: online with an API key, offline without. The environment variable `WANDB_MODE` takes precedence."""
+    """W&B mode. `auto`: online with an API key, offline without. The environment variable `WANDB_MODE` takes precedence, except
+    over `disabled`."""
     project: str = "promcse"
     """Name of the W&B project."""
     entity: str | None = None

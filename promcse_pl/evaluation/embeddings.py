@@ -22,7 +22,8 @@ from safetensors.numpy import save_file
 
 from promcse_pl.embedder import PromCSE
 from promcse_pl.evaluation.sts import Embeddings
-from promcse_pl.utils.errors import DataError, NonFiniteError
+from promcse_pl.models.vectors import require_finite
+from promcse_pl.utils.errors import DataError
 from promcse_pl.utils.files import atomic_file
 
 log = logging.getLogger(__name__)
@@ -82,8 +83,7 @@ def check_embeddings(embeddings: Embeddings) -> None:
     first_D: NDArray[np.float32] | None = None
     constant = len(embeddings) > 1
     for text, embedding_D in embeddings.items():
-        if not np.isfinite(embedding_D).all():
-            raise NonFiniteError(f"the embedding of {text[:80]!r} is not finite: the adapter or the encoder is damaged")
+        require_finite([text], embedding_D[None])
         first_D = embedding_D if first_D is None else first_D
         constant = constant and bool(np.abs(embedding_D - first_D).max() < ROUNDING)
     if constant:

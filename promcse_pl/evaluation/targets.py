@@ -14,9 +14,10 @@ import yaml
 
 from promcse_pl.adapter_folder import DESCRIPTION, find_adapter
 from promcse_pl.config import decides, flat_settings
-from promcse_pl.embedder import PromCSE, pick_device
+from promcse_pl.embedder import PromCSE
 from promcse_pl.interop.official import CLASSES, import_official
 from promcse_pl.models.backbone import FrozenBackbone
+from promcse_pl.models.device import pick_device
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.encoder_files import read_config
 from promcse_pl.models.hub import locate
@@ -24,7 +25,7 @@ from promcse_pl.models.pooling import POOLINGS, Pooling
 from promcse_pl.run_folder import split_resolved
 from promcse_pl.utils.errors import AdapterError, ConfigError, DataError
 from promcse_pl.utils.files import current
-from promcse_pl.utils.paths import expand
+from promcse_pl.utils.paths import expand, looks_like_path
 
 FROZEN_POOLING: Pooling = "avg"
 """Default pooling of a frozen encoder: the mean of all tokens, the common baseline."""
@@ -91,7 +92,7 @@ def _find(name: str, pooling: str | None, device: str) -> Target:
         return Target(label, "adapter", (_adapter_member(folder, device),))
     if folder.is_dir() and not (folder / "config.json").is_file():
         return Target(label, "runs over seeds", _seed_members(folder, device))
-    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and folder.parent.is_dir())
+    is_path = looks_like_path(name) or ("/" in name and folder.parent.is_dir())
     if is_path and not folder.is_dir():
         raise AdapterError(f"the target {name} does not exist (current folder: {Path.cwd()})")
     config = read_config(locate(name, None, weights=())[0], name)

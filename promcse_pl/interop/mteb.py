@@ -8,7 +8,8 @@ from pathlib import Path
 from mteb.models import ModelMeta
 from mteb.models.abs_encoder import AbsEncoder
 
-from promcse_pl.embedder import PromCSE, Vectors
+from promcse_pl.embedder import PromCSE
+from promcse_pl.models.vectors import Vectors
 
 
 class MtebModel(AbsEncoder):  # type: ignore[misc]

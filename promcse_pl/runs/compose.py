@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
+from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from promcse_pl.config import Config, check_overrides
+from promcse_pl.config import Config, check_overrides, path_advice
 from promcse_pl.utils.errors import ConfigError
 from promcse_pl.utils.paths import run_command
 
@@ -32,10 +37,23 @@ def config_groups(folders: Sequence[Path] = (CONF,)) -> dict[str, list[str]]:
     return groups
 
 
-def typed_command(before: str | None = None, after: str | None = None) -> str:
-    """Return the command as typed, with one more argument before or after the others."""
-    arguments = [argument for argument in (before, *TYPED.get(), after) if argument is not None]
-    return f"{run_command()} {shlex.join(arguments)}"
+def typed_command(*more: str, sweep: bool = False) -> str:
+    """Return the command as typed, with more arguments, or as a sweep."""
+    typed = list(TYPED.get())
+    if sweep:
+        other_modes = ("--multirun", "--run", "--cfg=", "--resolve", "--info=", "--shell-completion")
+        typed = ["-m", *(argument for argument in typed if not argument.startswith(other_modes))]
+    return f"{run_command()} {shlex.join([*typed, *more])}"
+
+
+def escaped(text: str) -> str:
+    """Return text for a config in which `${` is not an interpolation (of environment variables too)."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+
+
+def quoted(text: str) -> str:
+    """Return text as the value of an override, without interpolation."""
+    return QuotedString(escaped(text), Quote.single).with_quotes()
 
 
 def compose_config(overrides: Sequence[str], values: Mapping[str, str]) -> Config:
@@ -43,20 +61,52 @@ def compose_config(overrides: Sequence[str], values: Mapping[str, str]) -> Confi
 
     Args:
         overrides: Overrides as on the command line.
-        values: Values by dotted key, applied after the overrides; they need no quotes.
+        values: Values by dotted key, applied after the overrides; they need no quotes and are not interpolated.
 
     Raises:
         ConfigError: An override or the composed config is not valid.
     """
     check_overrides(overrides, config_groups())
-    try:
-        with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+    with hydra_errors():
+        with _initialized():
             composed = compose("config", overrides=list(overrides))
         for key, value in values.items():
-            OmegaConf.update(composed, key, value)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(" ".join(line.strip() for line in str(error).splitlines())) from error
+            OmegaConf.update(composed, key, escaped(value))
     return config_of(composed)
+
+
+@contextmanager
+def _initialized() -> Iterator[None]:
+    """Initialise Hydra for conf/; a Hydra application that trains keeps its own Hydra afterwards."""
+    application, version = GlobalHydra.instance().hydra, VersionBase.instance()
+    version_base = version.version_base
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            yield
+    finally:
+        GlobalHydra.instance().hydra = application
+        version.version_base = version_base
+
+
+@contextmanager
+def hydra_errors() -> Iterator[None]:
+    """Raise what Hydra and OmegaConf refuse as a ConfigError of one line."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(refusal(error)) from error
+
+
+def refusal(error: Exception) -> str:
+    """Return what Hydra or OmegaConf refused, without the lines that do not help a user."""
+    group, _, choice = (getattr(error, "missing_cfg_file", None) or "").partition("/")
+    if advice := path_advice(group, choice):
+        return f"{group}={choice} is not a choice. {advice}"
+    # if Hydra rewords these lines, the message is only longer
+    noise = ("See https:", "full_key:", "object_type=", "Config search path:", "provider=")
+    lines = [line.strip() for line in str(error).splitlines()]
+    return " ".join(line for line in lines if line and not line.startswith(noise))
 
 
 def config_of(composed: DictConfig) -> Config:
@@ -73,5 +123,5 @@ def config_of(composed: DictConfig) -> Config:
         why = str(error).partition("\n")[0]
         raise ConfigError(f"{error.full_key or 'the config'}: {why}. Try: a value in place of ${{...}}") from error
     if missing:
-        raise ConfigError(f"{missing[0]} is not set. Try: {typed_command(after=f'{missing[0]}=FILE')}")
+        raise ConfigError(f"{missing[0]} is not set. Try: {typed_command(f'{missing[0]}=FILE')}")
     return Config.from_dict(raw)

@@ -17,7 +17,7 @@ from promcse_pl.run_folder import INPUTS, read_json
 from promcse_pl.tracking.wandb import resolve_mode
 from promcse_pl.utils.errors import ConfigError, DataError, EncoderError
 from promcse_pl.utils.files import write_text
-from promcse_pl.utils.paths import expand, hide_home, is_folder
+from promcse_pl.utils.paths import expand, hide_home, is_folder, looks_like_path
 
 if TYPE_CHECKING:  # both import torch, and check_inputs runs without it
     from promcse_pl.data.module import PromcseDataModule
@@ -40,7 +40,7 @@ def check_inputs(config: Config) -> None:
     resolve_mode(config.tracking.wandb)
     _check_logger(config.tracking.logger)
     path = config.model.path
-    if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not is_folder(expand(path)):
+    if looks_like_path(path) and not is_folder(expand(path)):
         raise EncoderError(
             f"the encoder folder {path} does not exist (current folder: {Path.cwd()}). Try: model.path=FOLDER"
         )

@@ -6,6 +6,7 @@ stop when one of them fails, or when the launcher exits for any reason.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -13,16 +14,28 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NoReturn
 
 from promcse_pl.run_folder import RANK_LOG
 from promcse_pl.training.distributed import STORE
-from promcse_pl.utils.errors import LostRankError, PromcseError, RankError
+from promcse_pl.utils.errors import (
+    AdapterError,
+    ConfigError,
+    DataError,
+    EncoderError,
+    LostRankError,
+    NonFiniteError,
+    OutOfMemoryError,
+    PromcseError,
+    RankError,
+    TextTypeError,
+)
 from promcse_pl.utils.interpreter import python_command
 from promcse_pl.utils.paths import run_command
 from promcse_pl.utils.processes import (
-    POLL_SECONDS,
+    PROCESS_POLL_SECONDS,
     RANK_THREADS,
     available_cores,
     start_process,
@@ -30,11 +43,30 @@ from promcse_pl.utils.processes import (
 )
 from promcse_pl.utils.signals import STOP_SIGNALS, Stopped, handled_by
 
-GRACE_SECONDS = 30.0
+RANK_GRACE_SECONDS = 30.0
 """Seconds in which the other ranks must exit after one has failed; after half of it they get SIGTERM. W&B takes up to ten
 seconds of it."""
 ERROR_PIPE = "PROMCSE_ERROR_PIPE"
-"""Environment variable with the file descriptor to which a rank writes the exception that it fails with."""
+"""Environment variable with the file descriptor to which a rank writes the error that it fails with."""
+_MAX_ERROR_LENGTH = 3000
+"""Characters of a reported error: at most 18 KB of JSON, which fit the buffer of a pipe (64 KiB on Linux). So a rank can report
+its error and exit even while the launcher waits for it without reading."""
+_ERRORS = {
+    kind.__name__: kind
+    for kind in (
+        PromcseError,
+        ConfigError,
+        DataError,
+        TextTypeError,
+        EncoderError,
+        AdapterError,
+        NonFiniteError,
+        RankError,
+        LostRankError,
+        OutOfMemoryError,
+    )
+}
+"""Classes that a reported error can have."""
 _STOPPED = {143, 130, *(-signum for signum in STOP_SIGNALS)}
 
 
@@ -43,7 +75,7 @@ class RankProcess:
 
     Attributes:
         child: The process.
-        error: The exception that it reported before it ended; None: none.
+        error: The error that it reported before it ended; None: none.
         log: File with its output; None for rank 0, which uses this process's stdout and stderr.
     """
 
@@ -72,10 +104,29 @@ class RankProcess:
     def poll(self) -> int | None:
         """Return the exit code, negative for a signal; None while the process runs."""
         code = self.child.poll()
-        with suppress(EOFError):  # it exited without a report
+        with suppress(EOFError, OSError, ValueError):  # it exited without a report, or was killed while it sent one
             if self._errors.poll():
-                self.error = self._errors.recv()
+                self.error = receive_error(self._errors)
         return code
+
+
+def send_error(pipe: Connection, error: PromcseError) -> None:
+    """Report an error of this rank to the launcher, unless the launcher has ended."""
+    message = json.dumps([type(error).__name__, str(error)[:_MAX_ERROR_LENGTH]], ensure_ascii=False)
+    with suppress(OSError):
+        pipe.send_bytes(message.encode(errors="replace"))
+
+
+def receive_error(pipe: Connection) -> PromcseError:
+    """Return the error that a rank reported with `send_error`; a RankError if its class is unknown.
+
+    Raises:
+        EOFError, OSError, ValueError: The rank ended without a report, or the report is incomplete or invalid.
+    """
+    match json.loads(pipe.recv_bytes()):
+        case [str(name), str(text)]:
+            return _ERRORS.get(name, RankError)(text)
+    raise ValueError("not the error of a rank")
 
 
 def launch(folder: Path, ranks: int, lock: int) -> None:
@@ -146,9 +197,9 @@ def _wait(processes: Sequence[RankProcess]) -> list[int]:
             if rank not in ended and (code := process.poll()) is not None:
                 ended.append(rank)
                 if code:
-                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS / 2)
-        time.sleep(POLL_SECONDS)
-    stop_all([process.child for process in processes], GRACE_SECONDS / 2)
+                    deadline = min(deadline, time.monotonic() + RANK_GRACE_SECONDS / 2)
+        time.sleep(PROCESS_POLL_SECONDS)
+    stop_all([process.child for process in processes], RANK_GRACE_SECONDS / 2)
     return [
         *ended,
         *(rank for rank in range(len(processes)) if rank not in ended and processes[rank].poll() != -signal.SIGKILL),
@@ -164,7 +215,7 @@ def raise_failure(
         folder: Folder of the run.
         failed: Ranks that failed, in the order in which they exited.
         codes: Exit code of every rank.
-        reported: Exception that every rank reported; None: none.
+        reported: Error that every rank reported; None: none.
     """
     causes = [rank for rank in failed if not isinstance(reported[rank], LostRankError)] or list(failed)
     rank = min(causes, key=lambda rank: (codes[rank] > 0, rank))  # killed before failed: a kill may cause failures

@@ -194,7 +194,14 @@ def _run_as_main(run: RunContext) -> dict[str, Any]:
     """Run the pipeline as rank 0 and record in the run folder how it ends."""
     if run.status.wandb_id is None and resolve_mode(run.config.tracking.wandb) != "disabled":
         run = dataclasses.replace(run, status=dataclasses.replace(run.status, wandb_id=new_run_id()))
+    missing = run.status.callbacks
+    if passed := [type(part).__name__ for part in (*run.callbacks, *run.loggers)]:
+        run, missing = dataclasses.replace(run, status=dataclasses.replace(run.status, callbacks=passed)), []
     with logging_to(run.folder / LOG, run.console), run.stop:
+        if missing:
+            log.warning(
+                "the run is resumed without %s: a resume does not recreate callbacks and loggers", ", ".join(missing)
+            )
         write_status(run.folder, run.status)
         try:
             results = _run_pipeline(run)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from promcse_pl.runs.launcher import ERROR_PIPE
+from promcse_pl.runs.launcher import ERROR_PIPE, send_error
 from promcse_pl.runs.lifecycle import run_rank
 from promcse_pl.utils.errors import PromcseError, RankError, write_error
 from promcse_pl.utils.signals import Stopped
@@ -19,7 +19,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         run_rank(Path(arguments[0]))
     except PromcseError as error:
-        errors.send(error)
+        send_error(errors, error)
         if os.environ["RANK"] != "0":  # the launcher prints the error of rank 0
             write_error(error)
         return 2
@@ -28,6 +28,6 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        errors.send(RankError(f"{type(error).__name__}: {error}"))
+        send_error(errors, RankError(f"{type(error).__name__}: {error}"))
         raise
     return 0

@@ -42,7 +42,7 @@ from promcse_pl.sweeps.plan import (
     write_plan,
     write_start,
 )
-from promcse_pl.sweeps.pool import GRACE_SECONDS, Pool, RunningTask, Task, check_gpus
+from promcse_pl.sweeps.pool import JOB_GRACE_SECONDS, Pool, RunningTask, Task, check_gpus
 from promcse_pl.sweeps.ranking import different_dev_sets, find_best, format_score
 from promcse_pl.sweeps.wandb_summary import publish_sweep
 from promcse_pl.utils.errors import ConfigError, DataError, PromcseError
@@ -274,7 +274,7 @@ def wait_for_earlier(folder: Path, jobs: Iterable[SweepJob]) -> None:
     Raises:
         ConfigError: A job still runs.
     """
-    deadline = time.monotonic() + GRACE_SECONDS
+    deadline = time.monotonic() + JOB_GRACE_SECONDS
     for job in jobs:
         while is_running(folder / job.folder):
             if time.monotonic() > deadline:

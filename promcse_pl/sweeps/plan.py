@@ -156,6 +156,8 @@ def resumed_arguments(arguments: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: The folder contains no sweep, or it was started with other overrides.
     """
+    from promcse_pl.runs.compose import quoted  # imports Hydra
+
     name = next(entry for entry in arguments if entry.startswith("sweep.resume=")).partition("=")[2].strip("'\"")
     if not name:
         raise ConfigError(f"sweep.resume= names no folder. Try: {run_command()} -m sweep.resume=multirun/DATE/TIME")
@@ -176,8 +178,8 @@ def resumed_arguments(arguments: Sequence[str]) -> list[str]:
     is_local = not any(entry.startswith("hydra/launcher=") for entry in [*plan.overrides, *launch])
     if plan.shared and is_local and not any(entry.startswith("sweep.parallel=") for entry in launch):
         launch.append(f"sweep.parallel={plan.shared.parallel}")
-    quoted = str(folder).replace("'", r"\'")
-    return ["-m", *plan.overrides, *launch, f"sweep.resume='{quoted}'", f"hydra.sweep.dir='{quoted}'"]
+    path = quoted(str(folder))
+    return ["-m", *plan.overrides, *launch, f"sweep.resume={path}", f"hydra.sweep.dir={path}"]
 
 
 def kept_overrides(overrides: Sequence[str]) -> list[str]:

@@ -38,8 +38,8 @@ PRELOAD: Sequence[str] = (
     "transformers.models.roberta.modeling_roberta",
 )
 """Modules that a run imports late; a forked job finds them imported."""
-POLL_SECONDS = 0.1
-GRACE_SECONDS = 60.0
+JOB_POLL_SECONDS = 0.1
+JOB_GRACE_SECONDS = 60.0
 """Time that a job has to save after SIGTERM."""
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
 
@@ -137,7 +137,7 @@ class Pool:
     """Runs tasks in parallel and handles the stop signals of this process.
 
     After one Ctrl-C no task is started and the running ones are waited for. A second Ctrl-C, SIGTERM or SIGUSR1 sends SIGTERM to
-    the running tasks, which save; they are killed after `GRACE_SECONDS`. If this process is killed, they get SIGTERM too.
+    the running tasks, which save; they are killed after `JOB_GRACE_SECONDS`. If this process is killed, they get SIGTERM too.
 
     On Linux a task is forked from this process, which first imports what the tasks need and uses no GPU: a start takes
     milliseconds. Where this process has imported torch before, and on other systems, a task is a new interpreter.
@@ -197,7 +197,7 @@ class Pool:
                         is_exhausted = task is None
                         if task:
                             self._start(task)
-                    time.sleep(POLL_SECONDS)
+                    time.sleep(JOB_POLL_SECONDS)
                     self._stop_tasks()
                     for running in [*self.running]:
                         code = running.child.poll()
@@ -207,7 +207,7 @@ class Pool:
                             on_end(running, code)
                     on_poll()
             finally:  # after an error, no task may keep running
-                stop_all([running.child for running in self.running], GRACE_SECONDS)
+                stop_all([running.child for running in self.running], JOB_GRACE_SECONDS)
 
     def _start(self, task: Task) -> None:
         slot = self._free_slots[0]
@@ -258,7 +258,7 @@ class Pool:
                     importlib.import_module(name)
         except ImportError as error:
             raise PromcseError(
-                f"the modules of the jobs could not be imported ({error}). Try: pip install -c constraints.txt -e ."
+                f"the modules of the jobs could not be imported ({error}). Try: pip install promcse_pl"
             ) from error
 
     def _stop_tasks(self) -> None:
@@ -275,7 +275,7 @@ class Pool:
             self._terminated_at = time.monotonic()
             for running in self.running:
                 running.child.terminate()
-        elif time.monotonic() - self._terminated_at > GRACE_SECONDS:
+        elif time.monotonic() - self._terminated_at > JOB_GRACE_SECONDS:
             for running in self.running:
                 running.child.kill()
 

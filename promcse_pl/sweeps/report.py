@@ -145,7 +145,7 @@ def commands(sweep: Sweep) -> list[tuple[str, str]]:
         parts = [part for part in Path(hide_home(str(run.folder.resolve()))).parts if part not in ("/", "~")]
         out = "-".join(("outputs/repeat", *parts[-3 if sweep.planned else -2 :]))
         seed = f", seed {run.settings[SEED]}" if len(best.row.runs) > 1 and SEED in run.settings else ""
-        arguments = ["promcse", "train", str(run.folder / CONFIG), "--out", out]
+        arguments = ["promcse", "train", "--config", str(run.folder / CONFIG), "--out", out]
         found.append((f"repeat the best run ({run.name}{seed})", shlex.join(arguments)))
     # a run with damaged results but a readable status has finished: a sweep does not run it again
     unfinished = [

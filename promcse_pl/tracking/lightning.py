@@ -31,7 +31,7 @@ def build_logger(config: Config, folder: Path, step: int) -> Logger | None:
         case "csv":
             for name in ("metrics.csv", "hparams.yaml"):  # rewritten from the history, without Lightning's warning
                 (folder / "csv" / name).unlink(missing_ok=True)
-            logger: Logger = CSVLogger(folder, name="csv", version="")
+            logger: Logger = CSVLogger(folder, name="csv", version="", flush_logs_every_n_steps=1)
         case "tensorboard":
             purge_step = step + 1 if (folder / "tensorboard").exists() else None
             logger = TensorBoardLogger(

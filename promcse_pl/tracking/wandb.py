@@ -26,6 +26,7 @@ from promcse_pl.config import Config, TrackingConfig
 from promcse_pl.run_folder import HISTORY
 from promcse_pl.utils.errors import ConfigError
 from promcse_pl.utils.interpreter import python_command
+from promcse_pl.utils.paths import looks_like_path
 from promcse_pl.utils.processes import ChildProcess, kill_descendants, start_process, stop_all
 
 log = logging.getLogger("promcse_pl")
@@ -44,7 +45,7 @@ SUMMARY = ("best_step", "steps", "trained_parameters", "training_seconds", "seco
 
 
 def resolve_mode(setting: str) -> str:
-    """Return the mode of a run: WANDB_MODE if it is set, else the setting.
+    """Return the mode of a run: `disabled` if it is the setting, else WANDB_MODE if it is set, else the setting.
 
     Returns:
         One of `MODES`, or `auto`: online if W&B finds a key, else offline, which the follower finds out.
@@ -53,7 +54,7 @@ def resolve_mode(setting: str) -> str:
         ConfigError: WANDB_MODE is not valid.
     """
     mode = os.environ.get("WANDB_MODE")
-    if not mode:
+    if not mode or setting == "disabled":
         return setting
     mode = {"dryrun": "offline", "run": "online"}.get(mode, mode)
     if mode not in MODES:
@@ -113,12 +114,10 @@ def _public(value: Any) -> Any:  # noqa: ANN401  (a tree of settings)
     if not isinstance(value, str):
         return value
     # an override names several values: data.train=FILE,loss.margin=0.2
-    return "".join(PurePath(part).name if _is_path(part) else part for part in re.split(r"([=,\[\]])", value))
-
-
-def _is_path(text: str) -> bool:
-    """Return whether a text starts like a path, or has more slashes than the one of a hub id."""
-    return "/" in text and (text.startswith(("/", ".", "~")) or text.count("/") > 1)
+    return "".join(
+        PurePath(part).name if "/" in part and looks_like_path(part) else part
+        for part in re.split(r"([=,\[\]])", value)
+    )
 
 
 def short(text: str, max_length: int) -> str:

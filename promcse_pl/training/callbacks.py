@@ -70,6 +70,7 @@ class BestByDev(pl.Callback):
         for logger in trainer.loggers:
             logger.log_metrics({"dev/spearman": percent, "dev/best_spearman": best}, step=step)
         module.log("dev", percent, prog_bar=True, logger=False)
+        module.log("dev/spearman", percent, logger=False)  # the name in the history, for callbacks that monitor it
         log.info("step %d: dev Spearman %.2f (best %.2f at step %d)", step, percent, best, self.best_step)
 
     def state_dict(self) -> dict[str, Any]:

@@ -12,7 +12,8 @@ import logging
 import random
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from promcse_pl.training.context import Checkpoint, RunContext
 from promcse_pl.training.distributed import gather_values
 from promcse_pl.training.gather import sum_over_ranks
 from promcse_pl.training.module import PromcseModule
-from promcse_pl.utils.errors import DataError, NonFiniteError
+from promcse_pl.utils.errors import ConfigError, DataError, NonFiniteError
 from promcse_pl.utils.files import publish, staging_folder, sync, write_bytes
 from promcse_pl.utils.paths import require_regular_file
 from promcse_pl.utils.signals import Stopped
@@ -100,14 +101,21 @@ class RunCheckpoints(CheckpointIO):
 
         Raises:
             DataError: It cannot be written; existing checkpoints are unchanged.
+            ConfigError: The state of a callback contains other values than plain ones and tensors.
         """
         folder, tensors = Path(path), dict[str, Tensor]()
         history = self.run / HISTORY
+        try:
+            state = _to_plain(checkpoint, tensors)
+        except TypeError as error:
+            for name, callback_state in checkpoint.get("callbacks", {}).items():
+                _check_callback_state(name, callback_state)
+            raise ConfigError(f"the checkpoint {folder} cannot be saved: {error}") from error
         stored = {
             "format": FORMAT,
             "step": checkpoint["global_step"],
             "history_bytes": history.stat().st_size if history.exists() else 0,
-            "state": _to_plain(checkpoint, tensors),
+            "state": state,
         }
         if history.exists():
             sync(history)
@@ -132,6 +140,30 @@ class RunCheckpoints(CheckpointIO):
     def remove_checkpoint(self, path: Any) -> None:
         """Remove a checkpoint."""
         shutil.rmtree(path, ignore_errors=True)
+
+
+def check_callbacks(callbacks: Iterable[pl.Callback]) -> None:
+    """Check before training that the state of the user's callbacks can be saved.
+
+    Raises:
+        ConfigError: It contains other values than plain ones and tensors; the message names the class.
+    """
+    for callback in callbacks:
+        state: Any = None
+        with suppress(Exception):  # it may need attributes that a hook creates; then it is checked when it is saved
+            state = callback.state_dict()
+        _check_callback_state(type(callback).__name__, state)
+
+
+def _check_callback_state(name: str, state: Any) -> None:
+    """Raise ConfigError if a checkpoint cannot contain the state of a callback."""
+    try:
+        _to_plain(state, {})
+    except TypeError as error:
+        raise ConfigError(
+            f"the state of the callback {name} cannot be saved: {error}. Try: a state_dict of numbers, strings, lists, "
+            "dictionaries and tensors"
+        ) from error
 
 
 def _to_plain(value: Any, tensors: dict[str, Tensor]) -> Any:

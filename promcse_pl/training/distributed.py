@@ -122,7 +122,7 @@ def join_process_group(ranks: Ranks, trainer: TrainerConfig) -> None:
     import torch
     import torch.distributed as dist
 
-    from promcse_pl.embedder import pick_device
+    from promcse_pl.models.device import pick_device
     from promcse_pl.training.gather import collective
 
     kind = pick_device(trainer.device).type

@@ -22,7 +22,7 @@ from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.mlm import MlmHead
 from promcse_pl.run_folder import ADAPTER
 from promcse_pl.training.callbacks import BestByDev, History, Progress
-from promcse_pl.training.checkpoint import RunCheckpoints, Saver
+from promcse_pl.training.checkpoint import RunCheckpoints, Saver, check_callbacks
 from promcse_pl.training.context import RunContext
 from promcse_pl.training.distributed import Ranks
 from promcse_pl.training.gather import collective
@@ -143,6 +143,7 @@ def fit(run: RunContext, parts: Parts, loggers: Sequence[Logger]) -> Fitted:
     Raises:
         NonFiniteError: A loss or gradient is NaN or infinite.
         DataError: A checkpoint cannot be written.
+        ConfigError: A checkpoint cannot contain the state of a callback of the user.
         Stopped: A signal stopped the run; a checkpoint is saved.
     """
     config, data = run.config, parts.data
@@ -164,6 +165,7 @@ def fit(run: RunContext, parts: Parts, loggers: Sequence[Logger]) -> Fitted:
     history, best, saver = History(log_every, chunk_tokens), _dev_evaluation(run, parts, steps), Saver(run)
     progress = Progress(run.console, log_every, saver.total_training_seconds)
     callbacks: list[pl.Callback] = [history, *([best] if best else []), progress, *run.callbacks]
+    check_callbacks(run.callbacks)
     callbacks.append(saver)  # the last: a checkpoint contains the state of the others after the step
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="pytorch_lightning.*|lightning_fabric.*|torch.jit.*")

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from promcse_pl.config import Config
 from promcse_pl.data.batch import Tokens
 from promcse_pl.data.tokens import TokenRows
-from promcse_pl.embedder import pick_device
 from promcse_pl.models.cpu.chunks import CHUNK_TOKENS
+from promcse_pl.models.device import pick_device
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.training.distributed import gather_values
 from promcse_pl.utils.errors import PromcseError, write_error

@@ -32,6 +32,11 @@ def is_folder(path: Path) -> bool:
     return os.path.isdir(path)  # noqa: PTH112  (the same)
 
 
+def looks_like_path(name: str) -> bool:
+    """Return whether a name has the form of a path; otherwise it can be a hub id, NAME or OWNER/NAME."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
 def run_command(*arguments: str) -> str:
     """Return the command that trains with these arguments, quoted for a shell.
 

@@ -24,7 +24,7 @@ PARENT = "PROMCSE_PARENT"
 """Environment variable of a child that must not outlive its parent: the parent's process id and the signal it then gets."""
 RANK_THREADS = "PROMCSE_THREADS"
 """Environment variable of a job of a sweep: the number of threads of all its ranks together."""
-POLL_SECONDS = 0.05
+PROCESS_POLL_SECONDS = 0.05
 _PR_SET_PDEATHSIG = 1
 
 
@@ -56,7 +56,7 @@ class ChildProcess:
     def wait(self) -> int:
         """Wait until the process has ended; return its exit code."""
         while (code := self.poll()) is None:
-            time.sleep(POLL_SECONDS)
+            time.sleep(PROCESS_POLL_SECONDS)
         return code
 
     def send_signal(self, signum: int) -> None:
@@ -97,7 +97,7 @@ def stop_all(children: Iterable[ChildProcess], grace: float) -> None:
             is_killed = True
             for child in running:
                 child.kill()
-        time.sleep(POLL_SECONDS)
+        time.sleep(PROCESS_POLL_SECONDS)
 
 
 def kill_descendants(pid: int | None = None) -> None:

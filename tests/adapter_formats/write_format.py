@@ -1,7 +1,7 @@
-"""Write tests/adapter/formatN, N the current format: an adapter with its small encoder inside, and its vectors.
+"""Write tests/adapter_formats/formatN, N the current format: an adapter with its small encoder inside, and its vectors.
 
 Run it once when the format grows, before the release. A folder stays as the first version of its format wrote it.
-PYTHONPATH=tests python tests/adapter/write_format.py
+PYTHONPATH=tests python tests/adapter_formats/write_format.py
 """
 
 import dataclasses

@@ -183,7 +183,9 @@ def test_a_run_does_not_start_in_a_folder_with_other_content(name, here):
         assert [path.read_text() for path in here.rglob("*") if path.is_file()] == ["mine"], "nothing is added or lost"
 
 
-@pytest.mark.parametrize("module", ["omegaconf.errors", "hydra.types", "promcse_pl.config.schema"])
+@pytest.mark.parametrize(
+    "module", ["promcse_pl.utils.errors", "omegaconf.errors", "hydra.types", "promcse_pl.config.schema"]
+)
 def test_ctrl_c_in_the_imports_ends_without_a_traceback(module, here):
     command = [sys.executable, "-X", "importtime", RUN, "-m", "seed=1,2"]
     process = subprocess.Popen(command, cwd=here, stderr=subprocess.PIPE, text=True)

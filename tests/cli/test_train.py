@@ -77,6 +77,8 @@ def test_a_run_of_a_config_file_gets_the_given_folder_or_one_named_after_the_fil
     (tmp_path / "mine.yaml").write_text("seed: 7\n")
     (tmp_path / "${x}'s file.yaml").write_text("seed: 7\n")
     assert main(["train", "--config", "mine.yaml", "--out", "new folder/run=1"]) == 0
+    assert main(["train", "--config", "mine.yaml", "--out", "${x} it's"]) == 0
+    assert jobs.pop()[1].relative_to(tmp_path) == Path("${x} it's")
     assert main(["train", "--config", "mine.yaml", "hydra.run.dir=other"]) == 0
     assert main(["train", "--config", "mine.yaml"]) == 0
     assert main(["train", "--config", "${x}'s file.yaml"]) == 0
@@ -96,7 +98,15 @@ def test_a_run_of_a_config_file_gets_the_given_folder_or_one_named_after_the_fil
         ("- a", "file.yaml must contain settings such as seed: 1, got ['a']"),
         ("a: b: c", "cannot read the config file.yaml: mapping values are not allowed here"),
         ("seed: ${x}", "seed must be an integer, got '${x}'"),
-        ("model: ../other", "In 'config': Could not find 'model/../other'"),
+        ("model: ../other", "file.yaml: model=../other is not a choice. Allowed: bert-base, "),
+        ("model: [minilm, ../other]", "file.yaml: model=../other is not a choice. Allowed: bert-base, "),
+        ("model: 'minilm,../other'", "file.yaml: model=minilm,../other is not a choice."),
+        ("recipe: ../../../evil", "file.yaml: recipe=../../../evil is not a choice. Allowed: none"),
+        ("model: &a {x: *a}", "file.yaml: a value contains itself."),
+        ("evaluation: {tasks: &a [*a]}", "file.yaml: a value contains itself."),
+        ("seed: 2026-11-27", "seed must be text, a number, true, false, null or a list of these, got 2026-11-27"),
+        ("evaluation: {tasks: [{'a:1},${oc.env:HOME},{b': 2}]}", "evaluation.tasks must be text, a number, "),
+        ("data: {columns: [['a', {b: 2}]]}", "data.columns must be text, a number, "),
         (
             "hydra: {callbacks: {x: {_target_: os.getcwd}}}",
             "file.yaml: hydra.callbacks.x._target_ is not a setting of a run or",
@@ -121,9 +131,43 @@ def test_an_invalid_config_file_is_a_one_line_error_and_writes_nothing(content, 
     assert not (tmp_path / "outputs").exists()
 
 
+@pytest.mark.parametrize("form", ["{0}", "[no_hinge, {0}]", "'no_hinge,{0}'"])
+@pytest.mark.parametrize("group", ["experiment", "data", "recipe", "mode"])
+def test_a_config_file_selects_no_file_outside_of_the_conf_folders(group, form, jobs, tmp_path, capsys):
+    (tmp_path / "evil.yaml").write_text("# @package _global_\nseed: 666\n")
+    conf = ROOT / "promcse_pl/conf"
+    for target in (tmp_path / "evil", Path(os.path.relpath(tmp_path / "evil", conf / group))):
+        (tmp_path / "file.yaml").write_text(f"{group}: {form.format(target)}\n")
+        for flags in ([], ["-m"], ["hydra.searchpath=[file://.]"]):
+            assert main(["train", "--config", "file.yaml", *flags]) == 2
+            assert f"{target} is not a choice" in capsys.readouterr().err or form != "{0}"
+    assert jobs == []
+
+
 def test_a_config_file_without_its_option_is_named_in_the_message(jobs, capsys):
     assert main(["train", "mine.yaml"]) == 2
     assert capsys.readouterr().err == "error: mine.yaml is not KEY=VALUE. Try: python run.py --config mine.yaml\n"
+
+
+def test_a_path_without_its_setting_gets_the_setting(jobs, capsys):
+    for argument, message in (
+        ("my.csv", "my.csv is not KEY=VALUE. Try: python run.py data=triplets data.train=my.csv"),
+        ("my.txt", "my.txt is not KEY=VALUE. Try: python run.py data=sentences data.train=my.txt"),
+        ("data=my.csv", "data=my.csv is not a choice. Try: python run.py data=triplets data.train=my.csv"),
+        ("model=/tmp/enc", "model=/tmp/enc is not a choice. Try: python run.py model.path=/tmp/enc"),
+        ("model=org/name", "model=org/name is not a choice. Try: python run.py model.path=org/name"),
+    ):
+        assert main(["train", argument]) == 2
+        assert capsys.readouterr().err == f"error: {message}\n"
+    assert jobs == []
+
+
+def test_a_saved_config_says_how_to_repeat_the_run(jobs):
+    config = composed(jobs)
+    write_config(config, "config.yaml")
+    comment = Path("config.yaml").read_text().splitlines()[0]
+    assert comment == "# promcse train --config THIS_FILE repeats the run"
+    assert composed(jobs, "--config", "config.yaml") == config
 
 
 @pytest.fixture

@@ -142,5 +142,5 @@ def test_vectors_that_are_all_the_same_up_to_rounding_are_an_error():
 
 def test_a_vector_that_is_not_finite_is_an_error():
     vector = np.full(4, 0.5, dtype=np.float32)
-    with pytest.raises(NonFiniteError, match="vector of 'b' is not finite"):
+    with pytest.raises(NonFiniteError, match="the embedding of 'b' is not finite"):
         check_embeddings({"a": vector, "b": vector * np.nan})

@@ -6,16 +6,18 @@ import os
 import re
 import signal
 import textwrap
+from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
+from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.loggers import CSVLogger
 from support.encoders import save_small_encoder
 from support.runs import word_rows
 
 import promcse_pl
 from promcse_pl.evaluation import suite
-from promcse_pl.run_folder import read_config, read_status
+from promcse_pl.run_folder import read_config, read_history, read_status
 from promcse_pl.runs import api
 from promcse_pl.runs.lifecycle import resume_job, run_job
 from promcse_pl.utils.errors import ConfigError, DataError
@@ -126,6 +128,82 @@ def test_callbacks_and_loggers_are_passed_to_the_trainer(train, tmp_path):
     assert (tmp_path / "run/metrics.jsonl").exists()
 
 
+class Stateful(pl.Callback):
+    def __init__(self, first: object, later: object) -> None:
+        self.state, self.later, self.steps = first, later, 0
+
+    def on_train_batch_end(self, *_):
+        self.state, self.steps = self.later, self.steps + 1
+
+    def state_dict(self):
+        return {"state": self.state}
+
+
+@pytest.mark.parametrize(("first", "steps"), [(Path("x"), 0), (1, 3)], ids=["at the start", "at the save"])
+def test_a_callback_state_that_cannot_be_saved_is_an_error_that_names_the_class(first, steps, train, tmp_path):
+    callback = Stateful(first, Path("x"))
+    with pytest.raises(ConfigError, match=r"callback Stateful cannot be saved: .* but not PosixPath"):
+        train(ROWS, callbacks=[callback])
+    assert callback.steps == steps
+    assert read_status(tmp_path / "run").state == "failed"
+
+
+def test_a_state_dict_that_works_only_during_training_is_accepted(train):
+    class Late(pl.Callback):
+        def on_train_start(self, *_):
+            self.seen = 1
+
+        def state_dict(self):
+            return {"seen": self.seen}
+
+    train(ROWS, callbacks=[Late()])
+
+
+class Monitor(pl.Callback):
+    def __init__(self) -> None:
+        self.values: dict[int, float] = {}
+
+    def on_train_batch_end(self, trainer, *_):
+        if "dev/spearman" in trainer.callback_metrics:
+            self.values[trainer.global_step] = float(trainer.callback_metrics["dev/spearman"])
+
+
+def test_callbacks_can_monitor_the_dev_score_of_the_history(train, tmp_path):
+    (tmp_path / "dev.tsv").write_text("".join(f"w{i} w{i + 1}\tw{i + 2}\t{i % 5}\n" for i in range(5, 25)))
+    dev = [f"data.dev={tmp_path}/dev.tsv", "trainer.eval_every=2", "trainer.epochs=4", "optim.lr=1e-9"]
+    monitor, stopping = Monitor(), EarlyStopping("dev/spearman", min_delta=5, patience=1, mode="max")
+    train(ROWS, *dev, callbacks=[monitor, stopping])
+    history = read_history(tmp_path / "run/metrics.jsonl")
+    scores = {entry["step"]: entry["dev/spearman"] for entry in history if "dev/spearman" in entry}
+    assert list(scores) == [2, 4, 6], "stopped after the second of four epochs of three steps"
+    assert monitor.values == pytest.approx({step: scores[step - step % 2] for step in range(2, 7)})
+    assert float(stopping.best_score) == pytest.approx(scores[2])
+    train(ROWS, *dev, "trainer.max_steps=6", folder=tmp_path / "without")
+    names = [set(entry) for entry in read_history(tmp_path / "without/metrics.jsonl")]
+    assert [set(entry) for entry in history] == names
+
+
+def test_a_resume_warns_that_callbacks_and_loggers_are_missing(train, tmp_path):
+    class Interrupt(pl.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(ROWS, callbacks=[Interrupt()], loggers=[CSVLogger(tmp_path / "csv")])
+    assert read_status(tmp_path / "run").callbacks == ["Interrupt", "CSVLogger"]
+    assert "resumed without" not in (tmp_path / "run/run.log").read_text()
+    resume_job(tmp_path / "run")
+    assert "WARNING the run is resumed without Interrupt, CSVLogger" in (tmp_path / "run/run.log").read_text()
+
+
+@pytest.mark.parametrize("callbacks", ["Count", [1], None])
+def test_a_damaged_list_of_callbacks_in_the_status_is_an_error(callbacks, tmp_path):
+    (tmp_path / "status.json").write_text(json.dumps({"state": "stopped", "callbacks": callbacks}))
+    with pytest.raises(DataError, match="callbacks cannot be"):
+        read_status(tmp_path)
+
+
 def test_ctrl_c_saves_the_run_and_raises_keyboard_interrupt(train, tmp_path):
     class Interrupt(pl.Callback):
         def on_train_batch_start(self, trainer, *_):
@@ -171,6 +249,12 @@ def test_data_that_cannot_be_trained_on_is_reported_before_a_folder_is_made(data
         ("loss.margn=0.1", r"loss\.margn is not a setting\. Did you mean loss\.margin"),
         ("loss.margin=7", r"loss\.margin must be in \[0, 2\]"),
         ("loss.margin=[", r"."),
+        ("hydra.run.dir=x", r"hydra\.run\.dir=x has no effect in train\(\)\. Try: the argument folder"),
+        ("hydra/launcher=joblib", r"hydra/launcher=joblib has no effect in train\(\)"),
+        ("sweep.parallel=2", r"sweep\.parallel=2 has no effect in train\(\)"),
+        ("sweep=optuna", r"sweep=optuna has no effect in train\(\)"),
+        ("++data.train=x.csv", r"has no effect, since train\(\) sets data\.train\. Try: the argument data"),
+        ("model.path=x", r"has no effect, since train\(\) sets model\.path\. Try: the argument model"),
         ("evaluation.tasks=[missing.csv]", r"missing\.csv does not exist"),
     ],
 )

@@ -6,10 +6,12 @@ import random
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from multiprocessing import Pipe
 from pathlib import Path
 
 import pytest
@@ -20,9 +22,10 @@ from support.runs import outcome, small_config, word_rows
 
 from promcse_pl.config import Config
 from promcse_pl.run_folder import is_running, read_config, read_history, read_status, write_config
-from promcse_pl.runs.launcher import raise_failure
+from promcse_pl.runs.launcher import RankProcess, raise_failure, receive_error, send_error
 from promcse_pl.runs.lifecycle import run_job
 from promcse_pl.training.checkpoint import newest_checkpoint
+from promcse_pl.utils import errors
 from promcse_pl.utils.errors import DataError, LostRankError, NonFiniteError, OutOfMemoryError, RankError
 
 KILLS = 4
@@ -341,3 +344,45 @@ def test_the_error_is_that_of_the_rank_that_failed_by_itself(reported, codes, ki
     (tmp_path / "run-rank1.log").write_text("INFO\n")
     with pytest.raises(kind, match=message):
         raise_failure(tmp_path, [rank for rank, code in enumerate(codes) if code], codes, reported)
+
+
+KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.PromcseError)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_error_of_a_rank_reaches_the_launcher_with_its_class(kind):
+    receiver, sender = Pipe(duplex=False)
+    send_error(sender, kind("a cause \udc80 é"))
+    error = receive_error(receiver)
+    assert type(error) is kind
+    assert str(error) == "a cause ? é"
+
+
+@pytest.mark.parametrize("character", ["x", "\x1b", "\U0001f600"])
+def test_a_long_error_is_cut_so_that_the_pipe_holds_it_unread(character):
+    receiver, sender = Pipe(duplex=False)
+    os.set_blocking(sender.fileno(), False)
+    send_error(sender, DataError(character * 100_000))
+    assert str(receive_error(receiver)) == character * 3000
+
+
+def test_an_error_of_an_unknown_class_is_a_rank_error():
+    receiver, sender = Pipe(duplex=False)
+    sender.send_bytes(b'["KeyboardInterrupt", "text"]')
+    assert type(receive_error(receiver)) is RankError
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"", struct.pack("!i", 50) + b'["DataEr', b"\0\0", struct.pack("!i", 3) + b"[1]", struct.pack("!i", 2) + b"\xff{"],
+    ids=["nothing", "cut text", "cut header", "another value", "not JSON"],
+)
+def test_a_rank_that_is_killed_while_it_reports_has_no_error(sent, tmp_path, monkeypatch):
+    def write(_command, environment, **_options):
+        os.write(int(environment["PROMCSE_ERROR_PIPE"]), sent)
+        return type("Child", (), {"poll": lambda _self: -9})()
+
+    monkeypatch.setattr("promcse_pl.runs.launcher.start_process", write)
+    process = RankProcess(tmp_path, 0, 2, 0, tmp_path / "store")
+    assert [process.poll(), process.poll()] == [-9, -9]
+    assert process.error is None

@@ -210,7 +210,7 @@ def test_a_status_that_the_job_wrote_is_kept(state, code, tmp_path):
 
 
 def test_a_job_whose_earlier_process_still_saves_is_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr("promcse_pl.sweeps.execute.GRACE_SECONDS", 0.3)
+    monkeypatch.setattr("promcse_pl.sweeps.execute.JOB_GRACE_SECONDS", 0.3)
     with locked(tmp_path / "0"), pytest.raises(ConfigError, match=r"another process is running in .*0\. Try: wait"):
         wait_for_earlier(tmp_path, JOBS)
     wait_for_earlier(tmp_path, JOBS)

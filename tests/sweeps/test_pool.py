@@ -22,7 +22,7 @@ import os, sys
 from pathlib import Path
 from promcse_pl.sweeps import pool
 folder, parallel, jobs, job = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
-pool.GRACE_SECONDS, pool.PRELOAD = 0.5 if "stubborn" in job else 15, (os.environ["PRELOAD"],)
+pool.JOB_GRACE_SECONDS, pool.PRELOAD = 0.5 if "stubborn" in job else 15, (os.environ["PRELOAD"],)
 tasks = (pool.Task(str(n), job[0], [str(n), *job[1:]], folder / f"{n}.out") for n in range(jobs))
 lock = os.open(folder, os.O_RDONLY)
 runner = pool.Pool(parallel, lock=lock, can_fork=os.environ["CAN_FORK"] == "1")
@@ -203,6 +203,7 @@ def test_output_of_an_import_is_ignored_and_a_failed_import_is_reported(tmp_path
     parent = Parent(tmp_path, 1, 1, preload="not_there")
     assert parent.end()[0] == 1
     assert "could not be imported" in parent.said()
+    assert "Try: pip install promcse_pl" in parent.said()
 
 
 def test_a_process_that_cannot_be_started_is_reported_and_running_jobs_are_stopped(tmp_path):

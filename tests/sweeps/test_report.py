@@ -66,6 +66,7 @@ def test_seeds_are_grouped_by_everything_else(tmp_path, capsys):
     out, _ = report(capsys, tmp_path / "s")
     assert "71.00 ± 1.00" in out
     assert "repeat the best run (2, seed 3)" in out
+    assert f"promcse train --config {tmp_path / 's/2/config.yaml'} --out outputs/repeat-" in "".join(out.split("\n"))
     out, _ = report(capsys, tmp_path / "s", "--runs")
     assert "±" not in out.split("repeat")[0]
     assert "repeat the best run (2, seed 3)" in out, "the best run of the best settings, however rows are grouped"

@@ -2,6 +2,8 @@
 
 import csv
 import importlib.util
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from promcse_pl.runs.inputs import check_inputs
 from promcse_pl.runs.lifecycle import resume_job
 from promcse_pl.training.module import PromcseModule
 from promcse_pl.utils.errors import ConfigError
+from promcse_pl.utils.signals import Stopped
 
 
 @pytest.fixture
@@ -66,6 +69,24 @@ def test_the_csv_logger_has_the_history_and_the_test_scores(run):
     assert settings["loss.margin"] == 0.2
     assert settings["model.path"] == "encoder", "of paths the last part"
     assert not any(name.startswith("tracking.") or name in ("data.dir", "data.cache_dir") for name in settings)
+
+
+def test_a_stopped_run_has_the_csv_file_of_its_steps(tmp_path, monkeypatch):
+    step = PromcseModule.training_step
+
+    def stop_at_the_last_step(module, *arguments):
+        if module.global_step == 2:
+            assert (tmp_path / "run/csv/metrics.csv").exists(), "written while the run trains"
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(module, *arguments)
+
+    monkeypatch.setattr(PromcseModule, "training_step", stop_at_the_last_step)
+    with pytest.raises(Stopped):
+        run_small(tmp_path, "run", tracking={"wandb": "disabled", "logger": "csv"})
+    with (tmp_path / "run/csv/metrics.csv").open() as stream:
+        steps = [int(row["step"]) for row in csv.DictReader(stream)]
+    assert steps == [entry["step"] for entry in read_history(tmp_path / "run/metrics.jsonl")]
+    assert steps
 
 
 def test_a_resumed_run_continues_the_csv_file(run):

@@ -136,15 +136,16 @@ def test_no_secret_of_the_environment_is_in_any_file_of_the_run(tracked, trained
     [
         ("disabled", "online", "disabled"),
         ("offline", "online", "offline"),
-        ("online", "disabled", "online"),
+        ("online", "disabled", "disabled"),
         ("dryrun", "online", "offline"),
-        ("run", "disabled", "online"),
+        ("run", "auto", "online"),
+        ("nonsense", "disabled", "disabled"),
         ("", "offline", "offline"),
         (None, "disabled", "disabled"),
         (None, "auto", "auto"),
     ],
 )
-def test_the_mode_of_the_environment_wins_over_the_setting(environment, setting, mode, clean):
+def test_the_mode_of_the_environment_takes_precedence_except_over_disabled(environment, setting, mode, clean):
     if environment is not None:
         clean.setenv("WANDB_MODE", environment)
     assert resolve_mode(setting) == mode

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from promcse_pl.utils.paths import expand, hide_home, is_folder, is_plain_name, is_there, run_command
+from promcse_pl.utils.paths import expand, hide_home, is_folder, is_plain_name, is_there, looks_like_path, run_command
 
 
 @pytest.mark.parametrize(
@@ -83,3 +83,13 @@ def test_printed_commands_are_quoted_for_any_folder_name():
         f"sweep.resume={folder}",
     ]
     assert run_command("resume=runs/1") == "python run.py resume=runs/1"
+
+
+@pytest.mark.parametrize("name", ["/data/encoder", "./encoder", "../encoder", "~/encoder", ".", "a/b/c"])
+def test_a_path_looks_like_a_path(name):
+    assert looks_like_path(name)
+
+
+@pytest.mark.parametrize("name", ["bert-base-uncased", "owner/name", "owner/name-1.5"])
+def test_a_hub_id_does_not_look_like_a_path(name):
+    assert not looks_like_path(name)
