@@ -20,7 +20,7 @@ from promcse_pl.runs.lifecycle import run_job
 from promcse_pl.training.distributed import find_ranks
 from promcse_pl.utils.errors import ConfigError, DataError
 from promcse_pl.utils.files import write_text
-from promcse_pl.utils.paths import expand, file_suffix
+from promcse_pl.utils.paths import expand, file_suffix, run_command
 from promcse_pl.utils.signals import Stopped
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def _check_effects(overrides: Sequence[str], values: Mapping[str, str]) -> None:
         if re.split("[./]", key)[0] in ("hydra", "sweep"):
             raise ConfigError(
                 f"{override[:200]} has no effect in train(). Try: the argument folder for the run folder, "
-                "or python run.py -m for a sweep"
+                f"or {run_command('-m')} for a sweep"
             )
 
 
