@@ -45,6 +45,20 @@ After its type, each setting shows:
 - what it decides: **training** (the trained adapter), **scores** (only what is evaluated) or **execution** (only memory, speed,
   checkpoints and logs). Execution settings can be changed when resuming a run.
 
+## Your own config files
+
+`promcse train --config FILE.yaml` takes settings from any part of a config, such as `RUN/config.yaml` or
+
+    model: roberta-large
+    loss:
+      margin: 0.3
+
+What the file leaves out comes from `conf/`; the command line takes precedence over the file. `--out FOLDER` chooses the run folder.
+
+`--config-dir FOLDER` adds choices to the groups of `conf/`. A file `FOLDER/experiment/mine.yaml` that begins with the line
+`# @package _global_` may set any setting; `experiment=mine` selects it. A file `FOLDER/data/mine.yaml` without that line sets the
+settings of its group only. A group that `conf/` does not have is added with `+GROUP=CHOICE`.
+
 ## Settings
 """
 

@@ -78,6 +78,8 @@ def train(
         model = promcse_pl.train(rows, overrides=["trainer.epochs=2", "tracking=local"])
         embeddings = model.encode(["A girl studies a map."])
     """
+    if isinstance(overrides, str):
+        raise ConfigError(f"overrides must be a list, got {overrides[:200]!r}. Try: overrides=[{overrides[:200]!r}]")
     rows = None if isinstance(data, str | Path) else _to_tuples(data)
     kind = TRAINING_ROWS[len(rows[0])].name if rows else _data_group(data)
     is_known_model = model in config_groups()["model"]

@@ -33,9 +33,12 @@ from promcse_pl.utils.terminal import print_line
 
 PRELOAD: Sequence[str] = (
     "promcse_pl.cli.main",
+    "promcse_pl.runs.lifecycle",
+    "promcse_pl.runs.failures",
     "promcse_pl.runs.pipeline",
     "transformers.models.bert.modeling_bert",
     "transformers.models.roberta.modeling_roberta",
+    "transformers.models.xlm_roberta.modeling_xlm_roberta",
 )
 """Modules that a run imports late; a forked job finds them imported."""
 JOB_POLL_SECONDS = 0.1

@@ -264,6 +264,13 @@ def test_wrong_overrides_are_reported_before_a_folder_is_left(override, message,
     assert not (tmp_path / "run").exists()
 
 
+def test_overrides_given_as_text_are_reported_with_the_list_to_type():
+    with pytest.raises(
+        ConfigError, match=r"overrides must be a list, got 'loss\.margin=0\.1'\. Try: overrides=\['loss"
+    ):
+        api.train(ROWS, overrides="loss.margin=0.1")
+
+
 def test_callbacks_are_refused_for_processes_that_they_cannot_reach(train, tmp_path):
     with pytest.raises(ConfigError, match=r"cannot be sent to the 2 processes of trainer\.devices"):
         train(ROWS, "trainer.devices=2", callbacks=[Count()])

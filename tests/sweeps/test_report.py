@@ -217,7 +217,7 @@ def test_runs_are_found_without_a_plan(tmp_path, capsys, plan):
     assert f"python run.py resume={tmp_path}/a/9" in out
     assert ("sweep.json" in err) == bool(plan)
     (repeat,) = (command for what, command in commands(sweep) if "repeat" in what)
-    assert shlex.split(repeat)[2] == str(tmp_path / "b c" / CONFIG)
+    assert shlex.split(repeat)[2:4] == ["--config", str(tmp_path / "b c" / CONFIG)]
 
 
 def test_a_folder_without_runs_is_refused(tmp_path, capsys):
