@@ -53,7 +53,7 @@ After its type, each setting shows:
     loss:
       margin: 0.3
 
-What the file leaves out comes from `conf/`; the command line takes precedence over the file. `--out FOLDER` chooses the run folder.
+What the file leaves out comes from `conf/`; the command line takes precedence over the file. `--out FOLDER` is the run folder.
 
 `--config-dir FOLDER` adds choices to the groups of `conf/`. A file `FOLDER/experiment/mine.yaml` that begins with the line
 `# @package _global_` may set any setting; `experiment=mine` selects it. A file `FOLDER/data/mine.yaml` without that line sets the
