@@ -78,6 +78,7 @@ def test_the_package_and_the_sweeper_come_from_the_wheel(here):
     assert all(path.startswith(str(here.parent / "venv/lib")) for path in printed)
 
 
+@pytest.mark.slow
 def test_the_default_run(here):
     promcse(here, "train", "debug=fast", "evaluation.tasks=[]", "evaluation.frozen=false")
     (folder,) = here.glob("outputs/*/*-minilm-demo")
@@ -85,6 +86,7 @@ def test_the_default_run(here):
     assert "already finished" in promcse(here, "train", f"resume={folder}")
 
 
+@pytest.mark.slow
 def test_a_run_on_ones_own_file_and_its_repetition_from_the_saved_config(here):
     (here / "my.csv").write_text("\n".join(["anchor,positive,hard_negative", *ROWS]) + "\n")
     own = ["data=triplets", "data.train=my.csv", "loss.margin=0.2", "data.dev=null", "debug=fast"]
@@ -94,6 +96,7 @@ def test_a_run_on_ones_own_file_and_its_repetition_from_the_saved_config(here):
     assert first.read_bytes() == second.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_sweep_over_a_partial_config_with_a_conf_folder(here):
     (here / "partial.yaml").write_text("data: {dev: null}\nevaluation: {tasks: [], frozen: false}\n")
     (here / "my_conf/experiment").mkdir(parents=True)

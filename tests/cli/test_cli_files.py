@@ -176,6 +176,7 @@ def test_a_folder_that_may_not_be_written_is_an_error_and_leaves_nothing(promcse
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.txt", "v.npy"]
 
 
+@pytest.mark.slow
 def test_a_closed_output_pipe_ends_a_command_without_an_error(adapter, tmp_path):
     (tmp_path / "many.txt").write_text("w5 w6\n" * 2000)
 
@@ -202,6 +203,7 @@ def test_a_full_output_is_an_error_and_a_closed_output_is_not(output, trained_ru
     assert (done.returncode, done.stderr) == wanted
 
 
+@pytest.mark.slow
 def test_a_closed_output_pipe_does_not_stop_a_run(trained_run, tmp_path):
     command = [
         sys.executable,

@@ -77,6 +77,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES.items(), ids=MISTAKES)
 def test_an_invalid_command_line_is_a_one_line_error_and_writes_nothing(arguments, message, here):
     done = start(here, *arguments.split(), IMPORTS="yes")
@@ -121,6 +122,7 @@ FILES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", FILES)
 def test_an_error_in_a_data_file_is_reported_before_torch_is_imported_and_a_folder_created(arguments, here):
     content, message = FILES[arguments]
@@ -171,6 +173,7 @@ def test_a_user_error_changes_no_unrelated_folder(here):
     assert [path.relative_to(here).as_posix() for path in here.rglob("*")] == ["outputs", "outputs/earlier"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [".env", "notes.txt", "adapter/chapter.txt"])
 def test_a_run_does_not_start_in_a_folder_with_other_content(name, here):
     (here / "work" / name).parent.mkdir(parents=True)
@@ -223,6 +226,7 @@ def test_help_lists_the_groups_and_is_quick(here):
     assert time.perf_counter() - start_time < 10  # takes 0.5 s without torch, several seconds with it
 
 
+@pytest.mark.slow
 def test_a_multirun_makes_a_complete_folder_and_an_adapter_of_its_own_for_every_job(here):
     save_small_encoder(here / "encoder")
     (here / "train.csv").write_text("a,b,c\n" + "".join(f"w{row} w7,w{row} w8,w{row + 40}\n" for row in range(5, 25)))
@@ -263,6 +267,7 @@ def test_a_multirun_makes_a_complete_folder_and_an_adapter_of_its_own_for_every_
     assert not torch.equal(adapters[0]["prompt.embedding.weight"], adapters[1]["prompt.embedding.weight"])
 
 
+@pytest.mark.slow
 def test_a_run_killed_and_resumed_from_the_command_line_is_bit_identical_to_an_uninterrupted_run(here):
     save_small_encoder(here / "encoder")
     (here / "train.csv").write_text("a,b,c\n" + "".join(f"w{row} w7,w{row} w8,w{row + 40}\n" for row in range(5, 45)))

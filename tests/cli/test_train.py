@@ -34,6 +34,7 @@ def composed(jobs: list[tuple[Config, Path]], *arguments: str) -> Config:
     return jobs.pop()[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_saved_config_gives_the_same_config_again(text, jobs):
     config = composed(jobs, "data=sentences", "data.train=x.txt", "optim.lr=1.5e-5", "trainer.max_steps=7")

@@ -67,6 +67,7 @@ def matrix(rows, vectors) -> tuple[np.ndarray, np.ndarray]:
 # --- scores ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TRANSFER_TASKS)
 def test_separable_classes_are_classified_correctly(senteval, task):
     data = load_transfer(senteval, task)
@@ -101,6 +102,7 @@ def nested(features: np.ndarray, labels: np.ndarray, seed: int) -> tuple[list[fl
     return chosen, correct
 
 
+@pytest.mark.slow
 def test_cross_validation_is_that_of_plain_loops(senteval):
     data = load_transfer(senteval, "MR")
     vectors = vectors_for(data, 1)
@@ -156,6 +158,7 @@ def test_dev_rows_select_the_penalty_for_sst2(senteval):
     assert score.regularisation == (GRID[int(np.argmax(scores))],)
 
 
+@pytest.mark.slow
 def test_ten_folds_of_the_training_rows_select_the_penalty_for_trec(senteval):
     data = load_transfer(senteval, "TREC")
     vectors = vectors_for(data, 1)

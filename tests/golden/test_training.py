@@ -176,6 +176,7 @@ def accumulated_case(case, folder, accumulate):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
 def test_a_training_with_gradient_accumulation_is_read_with_a_loss_per_micro_batch(accumulate, tmp_path):
     case = accumulated_case(CASES[0], tmp_path / "case", accumulate)

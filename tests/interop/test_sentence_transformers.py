@@ -84,6 +84,7 @@ def test_an_export_holds_safetensors_and_json_only_and_replaces_an_older_one(tmp
         export_sentence_transformers(model, tmp_path / "mine")
 
 
+@pytest.mark.slow
 def test_an_export_loads_in_a_process_that_imports_sentence_transformers_alone(tmp_path, model):
     export_sentence_transformers(model, tmp_path / "export")
     code = (

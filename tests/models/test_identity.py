@@ -59,6 +59,7 @@ def embed(family: str, config: object, weights: dict[str, torch.Tensor]) -> torc
     return states * tokens.mask_NT.unsqueeze(2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_every_config_field_that_changes_the_output_changes_the_identity(family):
     original = small_encoder(family)

@@ -171,6 +171,7 @@ def test_a_signal_to_one_rank_saves_and_stops_all_at_the_same_step(long_run, tmp
     assert outcome(folder) == outcome(straight)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_of_three_ranks_is_bit_identical(tmp_path):
     config = write_config(distributed(tmp_path, 3), tmp_path / "start.yaml")
     assert ended(begin_ranks(tmp_path / "log", *train(config, tmp_path / "straight"), ranks=3)) == [0, 0, 0]
@@ -245,6 +246,7 @@ def alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_the_launcher_stops_all_ranks_if_one_dies_and_leaves_no_orphan_if_killed(long_run, tmp_path):
     config, straight = long_run
     folder = tmp_path / "run"
@@ -286,6 +288,7 @@ def test_the_launcher_stops_all_ranks_if_one_dies_and_leaves_no_orphan_if_killed
     assert outcome(folder) == outcome(straight)
 
 
+@pytest.mark.slow
 def test_every_job_of_a_multirun_trains_one_run_on_both_ranks_in_one_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_small_encoder(tmp_path / "encoder", **NO_DROPOUT)

@@ -99,6 +99,7 @@ resource.setrlimit(resource.RLIMIT_AS, (used + {room}, resource.RLIM_INFINITY))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("trainer", "advice"),
     [

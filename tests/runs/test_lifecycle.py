@@ -80,6 +80,7 @@ def test_the_saved_config_is_the_given_one(trained_run):
     assert read_config(trained_run.folder / "config.yaml") == trained_run.config
 
 
+@pytest.mark.slow
 def test_the_saved_config_alone_repeats_the_run_bit_by_bit(trained_run, tmp_path):
     environment = {
         **os.environ,

@@ -87,6 +87,7 @@ def test_the_uninterrupted_run_covers_the_hard_cases_of_resuming(long_run):
     assert not (straight / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_and_resumed_is_bit_identical_to_an_uninterrupted_run(long_run, tmp_path):
     config, straight = long_run
     chance, kills, runs, killed_at = random.Random(os.environ.get("PROMCSE_SEED", "1")), 0, 0, []
@@ -126,6 +127,7 @@ PARTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
 def test_a_run_killed_during_an_evaluation_or_save_is_bit_identical_to_an_uninterrupted_run(part, long_run, tmp_path):
     config, straight = long_run
@@ -136,6 +138,7 @@ def test_a_run_killed_during_an_evaluation_or_save_is_bit_identical_to_an_uninte
     assert outcome(folder) == outcome(straight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("signum", "code"),
     [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)],
@@ -199,6 +202,7 @@ def test_times_are_those_of_all_processes_without_the_time_between_them(stopped_
     assert worked < after.updated - after.started < worked + 600
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_skipped_for_the_previous_one(stopped_run, long_run):
     config, straight = long_run
     newest = newest_checkpoint(stopped_run)
@@ -211,6 +215,7 @@ def test_a_damaged_newest_checkpoint_is_skipped_for_the_previous_one(stopped_run
     assert outcome(stopped_run) == outcome(straight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tensors.safetensors", "state.json"])
 def test_without_a_valid_checkpoint_the_run_starts_over(name, stopped_run, long_run):
     config, straight = long_run
@@ -221,6 +226,7 @@ def test_without_a_valid_checkpoint_the_run_starts_over(name, stopped_run, long_
     assert outcome(stopped_run) == outcome(straight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("all_lost", [False, True])
 def test_checkpoints_newer_than_a_truncated_history_are_not_used(all_lost, stopped_run, long_run):
     config, straight = long_run

@@ -134,6 +134,7 @@ def test_a_run_that_fails_leaves_no_home_folder_either(home):
     assert os.environ.get("MY_SECRET") is None
 
 
+@pytest.mark.slow
 def test_reports_evaluations_and_sweeps_hold_none_either(home, finished):
     scores, sweep = home / "scores", home / "sweep"
     ended = [

@@ -160,6 +160,7 @@ def test_a_task_that_does_not_stop_is_killed_in_the_end(tmp_path):
     assert parent.end() == (143, ["ended 0 -9"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("can_fork", [True, False], ids=["forked", "new interpreter"])
 def test_a_killed_parent_leaves_no_orphan(can_fork, tmp_path):
     parent = Parent(tmp_path, 2, 3, "support.scripted_jobs:patient", "slowly", can_fork=can_fork)
@@ -234,6 +235,7 @@ def test_an_error_of_ours_in_a_task_is_in_its_output_and_the_next_one_runs(tmp_p
     assert (tmp_path / "1.out").read_text().endswith("LookupError: broken 1\n")
 
 
+@pytest.mark.slow
 def test_a_job_finds_what_it_imports_already_imported_and_cuda_untouched(tmp_path):
     files(tmp_path)
     write_config(small_config(tmp_path, data={"max_length": 20}), tmp_path / "config.yaml")

@@ -291,6 +291,7 @@ def test_the_page_names_the_sweep_its_settings_data_encoder_baseline_date_and_ve
     }
 
 
+@pytest.mark.slow
 def test_a_report_of_trained_runs(trained_run, tmp_path, capsys, monkeypatch):
     import dataclasses
     import io

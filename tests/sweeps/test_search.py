@@ -64,6 +64,7 @@ def study(folder: Path) -> optuna.Study:
     return optuna.load_study(storage=storage, study_name="sweep")
 
 
+@pytest.mark.slow
 def test_a_poor_job_is_pruned_with_a_checkpoint_and_not_failed(scripted, tmp_path, capsys):
     assert scripted(tmp_path / "sweep", trials=4) == 0
     states = [trial.state.name for trial in study(tmp_path / "sweep").trials]
@@ -73,6 +74,7 @@ def test_a_poor_job_is_pruned_with_a_checkpoint_and_not_failed(scripted, tmp_pat
     assert [job.folder for job in read_plan(tmp_path / "sweep").jobs] == ["0", "1", "2", "3"]
 
 
+@pytest.mark.slow
 def test_a_search_proposes_in_its_space_and_a_resumed_one_the_same_as_one_that_was_not_stopped(scripted, tmp_path):
     scripted(tmp_path / "whole", trials=5)
     scripted(tmp_path / "parts", trials=2)
@@ -90,6 +92,7 @@ def test_a_search_proposes_in_its_space_and_a_resumed_one_the_same_as_one_that_w
         assert values["loss.margin"] in ("0.1", "0.2")
 
 
+@pytest.mark.slow
 def test_results_that_a_killed_search_did_not_record_are_recorded_on_resume(scripted, tmp_path, monkeypatch):
     monkeypatch.setattr(search.Search, "_record", lambda *_: None)
     scripted(tmp_path / "sweep", trials=2)
@@ -123,6 +126,7 @@ def test_a_launcher_gets_every_job_and_what_failed_is_tried_again(tmp_path):
     assert {trial.state.name for trial in study(tmp_path / "sweep").trials} == {"COMPLETE"}
 
 
+@pytest.mark.slow
 def test_settings_that_exclude_each_other_are_left_out_and_the_search_goes_on(scripted, tmp_path, monkeypatch, capsys):
     compose = compose_in(tmp_path)
     composed: list[object] = []
@@ -183,6 +187,7 @@ def test_a_search_of_real_runs_as_it_is_typed(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_a_search_fixes_precision_and_threads_for_all_jobs_at_its_first_start(scripted, tmp_path):
     scripted(tmp_path / "parts", trials=2)
     shared = read_plan(tmp_path / "parts").shared

@@ -33,6 +33,7 @@ def test_two_sweeps_never_write_into_one_folder(tmp_path):
     assert not (tmp_path / "sweep/0").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_with_a_failed_job_is_resumed_with_the_missing_jobs_only(tmp_path):
     files(tmp_path)
     rows = [*ROWS, *ROWS, *ROWS[:20], "w5,only two"]  # the bad one behind those that are read before the first job
@@ -79,6 +80,7 @@ def test_a_killed_sweep_with_a_failed_job_is_resumed_with_the_missing_jobs_only(
     assert read_status(sweep / "1").state == "stopped"
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_can_be_resumed_until_all_jobs_are_finished(tmp_path):
     files(tmp_path)
     parent = begin(tmp_path, "-m", "seed=1,2", *SETTINGS, "hydra.sweep.dir=sweep")
@@ -97,6 +99,7 @@ def test_a_killed_sweep_can_be_resumed_until_all_jobs_are_finished(tmp_path):
     assert "job 1 starts" not in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
 def test_the_launchers_of_hydra_keep_working(launcher, tmp_path):
     files(tmp_path)
@@ -132,6 +135,7 @@ def test_a_sweep_json_with_a_folder_outside_the_sweep_is_rejected_and_the_folder
     assert sorted(path.name for path in victim.iterdir()) == [".git", "thesis.tex"]
 
 
+@pytest.mark.slow
 def test_a_resumed_sweep_keeps_threads_and_precision_of_its_first_start(tmp_path):
     files(tmp_path)
     settings = [entry for entry in SETTINGS if not entry.startswith("trainer.precision=")]
@@ -169,6 +173,7 @@ def test_a_resumed_sweep_keeps_threads_and_precision_of_its_first_start(tmp_path
     assert (machine["threads"], machine["precision"]) == (share, precision), "start.yaml holds the precision"
 
 
+@pytest.mark.slow
 def test_a_sweep_of_an_older_version_is_resumed_as_it_was(tmp_path):
     files(tmp_path)
     code, _, errors = run(tmp_path, "-m", *SETTINGS, "hydra.sweep.dir=sweep")

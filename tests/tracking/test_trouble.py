@@ -153,6 +153,7 @@ def test_a_service_that_is_stopped_offline_is_killed_after_the_limit(online, tmp
     assert gone(processes)
 
 
+@pytest.mark.slow
 def test_the_processes_of_a_killed_run_end_by_themselves_even_if_the_service_hangs(online, tmp_path):
     code = f"""
 import sys, time
@@ -173,6 +174,7 @@ time.sleep(600)
     patiently(lambda: gone(processes), 20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("free", [0, 24])
 def test_a_full_disk_for_wandb_is_a_warning_and_the_run_is_complete(free, online, tmp_path, caplog):
     disk = tmp_path / "run/wandb"
@@ -207,6 +209,7 @@ def test_a_resumed_run_continues_its_wandb_run_with_every_entry_once(server, tmp
     assert "wandb sync" not in caplog.text, "nothing is left to upload"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "mode"),
     [
@@ -248,6 +251,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_a_killed_and_resumed_job_is_one_complete_run_on_the_server(server, tmp_path):
     config, run = small_config(tmp_path, "online"), tmp_path / "run"
     trainer = replace(config.trainer, epochs=20, max_steps=20, save_every=1, log_every=1)

@@ -48,6 +48,7 @@ def markers(here: Path) -> list[str]:
     return sorted(path.name for path in here.parent.glob("imported-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["trainer.devices=2 hydra.run.dir=run", "-m seed=1,2 hydra.sweep.dir=sweep"])
 def test_ranks_jobs_and_the_wandb_process_import_nothing_from_the_current_folder(how, here):
     done = run(here, str(ROOT / "run.py"), *how.split(), *SETTINGS.split(), PYTHONPATH=str(ROOT))
