@@ -46,16 +46,14 @@ def train(
     Args:
         data: A file (.csv, .tsv, .txt, .jsonl, .parquet), the name of a data set in conf/data (`demo`, `nli`), or rows in memory:
             sentences, tuples of 1 to 3 texts (anchor, positive, hard negative), or dictionaries (`{"anchor": ..., "positive":
-            ...}`). A .txt file contains sentences, other files triplets, unless the overrides contain `data=pairs` or
-            `data=sentences`.
+            ...}`). A .txt file contains sentences, other files triplets, unless `data=pairs` or `data=sentences` is in overrides.
         model: Name of a model in conf/model (`minilm`, `bert-base`, `roberta-large`), or the folder or hub id of another encoder,
             which is trained with the settings of `minilm` (mean pooling, no head) unless overridden.
         overrides: Settings as on the command line, for example `["loss.margin=0.3", "trainer.epochs=1"]`.
         callbacks: Additional Lightning callbacks. Their state is saved in the checkpoints and must be plain values or tensors.
             `python run.py resume=FOLDER` resumes the run without callbacks and loggers and logs a warning that names them.
-            `trainer.callback_metrics["dev/spearman"]` (x 100) is updated in `on_train_batch_end` of the steps that are evaluated
-            (`trainer.eval_every`), before that hook of these callbacks. `EarlyStopping(monitor="dev/spearman", mode="max")`
-            reads it at the end of each epoch: the first epoch must contain an evaluation.
+            `trainer.callback_metrics["dev/spearman"]` (x 100) is updated in `on_train_batch_end` of the evaluated steps, so
+            `EarlyStopping(monitor="dev/spearman", mode="max")` needs an evaluation in the first epoch (`trainer.eval_every`).
         loggers: Additional Lightning loggers; they get the training and dev metrics and the test scores.
         folder: Run folder, absent or empty; None for outputs/DATE/TIME-MODEL-DATA in the current folder. Rows in memory are
             written to data.jsonl in it, so that config.yaml repeats the run and `python run.py resume=FOLDER` resumes it.
@@ -64,8 +62,7 @@ def train(
         The model with the tensors of the best step.
 
     Raises:
-        PromcseError: Invalid settings or data; the message says what to change.
-        KeyboardInterrupt: Ctrl-C stopped the run; a checkpoint is saved.
+        PromcseError: Invalid settings or data. KeyboardInterrupt: Ctrl-C stopped the run; a checkpoint is saved.
 
     Example:
         import promcse_pl
@@ -78,29 +75,29 @@ def train(
         model = promcse_pl.train(rows, overrides=["trainer.epochs=2", "tracking=local"])
         embeddings = model.encode(["A girl studies a map."])
     """
-    if isinstance(overrides, str):
-        raise ConfigError(f"overrides must be a list, got {overrides[:200]!r}. Try: overrides=[{overrides[:200]!r}]")
     rows = None if isinstance(data, str | Path) else _to_tuples(data)
     kind = TRAINING_ROWS[len(rows[0])].name if rows else _data_group(data)
     is_known_model = model in config_groups()["model"]
-    folder = expand(folder) if folder else _new_folder(Path(model).name, kind)
+    folder = expand(folder or _new_folder(Path(model).name, kind))
     values = {} if is_known_model else {"model.path": str(model)}
     if rows or data not in config_groups()["data"]:
         values["data.train"] = str(folder.absolute() / DATA if rows else data)
-    typed = {override.partition("=")[0] for override in overrides}
     _check_effects(overrides, values)
-    groups = {"data": kind, "model": str(model) if is_known_model else "minilm"}
-    defaults = [f"{group}={choice}" for group, choice in groups.items() if group not in typed]
+    typed = {override.partition("=")[0] for override in overrides}
+    groups = {"data": kind, "model": str(model) if is_known_model else "minilm"}.items()
+    defaults = [f"{group}={choice}" for group, choice in groups if group not in typed]
     config = compose_config([*defaults, *overrides], values)
     with _saved_rows(rows or [], folder):
         _run(config, folder, callbacks, loggers)
-    from promcse_pl.embedder import PromCSE
+    from promcse_pl.embedder import PromCSE  # late: it imports torch
 
     return PromCSE.load(folder)
 
 
 def _check_effects(overrides: Sequence[str], values: Mapping[str, str]) -> None:
     """Check that no override is without effect: settings of Hydra and of sweeps, and those of the arguments of `train`."""
+    if isinstance(overrides, str):
+        raise ConfigError(f"overrides must be a list, got {overrides[:200]!r}. Try: overrides=[{overrides[:200]!r}]")
     instead = {"data.train": "the argument data", "model.path": "the argument model"}
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0]
