@@ -216,7 +216,7 @@ def read_config(path: str | Path) -> Config:
     Raises:
         ConfigError: The file cannot be read, is not YAML, or does not match the schema.
     """
-    return _read_configs(Path(path))[0]
+    return read_configs(path)[0]
 
 
 def read_resolved_config(path: str | Path) -> Config:
@@ -225,7 +225,7 @@ def read_resolved_config(path: str | Path) -> Config:
     Raises:
         ConfigError: As for `read_config`.
     """
-    return _read_configs(Path(path))[1]
+    return read_configs(path)[1]
 
 
 def read_yaml(path: Path) -> Any:  # noqa: ANN401  (the content of a YAML file)
@@ -241,8 +241,13 @@ def read_yaml(path: Path) -> Any:  # noqa: ANN401  (the content of a YAML file)
         raise ConfigError(f"cannot read the config {path}: {why}") from error
 
 
-def _read_configs(path: Path) -> tuple[Config, Config]:
-    raw = read_yaml(path)
+def read_configs(path: str | Path) -> tuple[Config, Config]:
+    """Read a config.yaml once; return the settings as `read_config` and as `read_resolved_config`.
+
+    Raises:
+        ConfigError: As for `read_config`.
+    """
+    raw = read_yaml(Path(path))
     try:
         typed, resolved = split_resolved(raw)
         config = Config.from_dict(typed)

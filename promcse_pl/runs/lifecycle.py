@@ -29,8 +29,7 @@ from promcse_pl.run_folder import (
     Status,
     check_run_folder,
     locked,
-    read_config,
-    read_resolved_config,
+    read_configs,
     read_results,
     read_status,
     remove_checkpoints,
@@ -186,8 +185,8 @@ def run_rank(folder: Path, console: Console | None = None, overrides: Sequence[s
 
 def _saved_configs(folder: Path, overrides: Sequence[str]) -> tuple[Config, Config]:
     """Return a run's settings as typed and as resolved when it started, both with overrides of execution settings."""
-    path = folder / CONFIG
-    return resumed_with(read_config(path), overrides), resumed_with(read_resolved_config(path), overrides)
+    typed, resolved = read_configs(folder / CONFIG)
+    return resumed_with(typed, overrides), resumed_with(resolved, overrides)
 
 
 def _run_as_main(run: RunContext) -> dict[str, Any]:

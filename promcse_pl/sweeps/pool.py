@@ -34,7 +34,6 @@ from promcse_pl.utils.terminal import print_line
 PRELOAD: Sequence[str] = (
     "promcse_pl.cli.main",
     "promcse_pl.runs.lifecycle",
-    "promcse_pl.runs.failures",
     "promcse_pl.runs.pipeline",
     "transformers.models.bert.modeling_bert",
     "transformers.models.roberta.modeling_roberta",

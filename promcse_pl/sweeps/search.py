@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from promcse_pl.config import SweepConfig, is_integer
-from promcse_pl.run_folder import HISTORY, START, Status, locked, read_status
+from promcse_pl.run_folder import HISTORY, START, Status, locked, read_history, read_status
 from promcse_pl.sweeps.execute import (
     Launch,
     describe_shared,
@@ -308,8 +308,6 @@ class Search:
 
 def dev_evaluations(run: Path) -> list[tuple[int, float]]:
     """Return the progress in percent and the dev score at each dev evaluation of a run except the one after its last step."""
-    from promcse_pl.run_folder import read_history
-
     with suppress(DataError):
         status = read_status(run)
         if status is not None and status.steps:

@@ -80,8 +80,8 @@ def test_a_resume_takes_the_settings_from_the_folder_and_the_launching_from_the_
 
 
 def test_a_resume_with_other_settings_names_them(sweep):
-    told = r"started with other overrides: optim.lr=0.01,0.03 is new; optim.lr=0.01,0.02 is missing. Try: python run.py -m sweep"
-    with pytest.raises(ConfigError, match=told):
+    error = r"started with other overrides: optim.lr=0.01,0.03 is new; optim.lr=0.01,0.02 is missing. Try: python run.py -m sweep"
+    with pytest.raises(ConfigError, match=error):
         resumed_arguments(["optim.lr=0.01,0.03", "seed=1", f"sweep.resume={sweep}"])
     with pytest.raises(ConfigError, match=r"holds no sweep: it has no sweep.json"):
         resumed_arguments([f"sweep.resume={sweep.parent}"])
