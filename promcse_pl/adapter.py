@@ -54,7 +54,7 @@ def describe(encoder: PromptEncoder) -> dict[str, Any]:
         "encoder": {
             "name": backbone.identity.name,
             "revision": backbone.identity.revision,
-            "family": backbone.family,
+            "family": backbone.model_type,
             "sha256": backbone.identity.sha256,
             "config": dict(backbone.identity.config),
             "tokenizer": backbone.identity.tokenizer,

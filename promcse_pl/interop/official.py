@@ -289,7 +289,7 @@ def export_official(encoder: PromptEncoder, folder: str | Path) -> str:
         AdapterError: The official code does not support the adapter, or the folder cannot be written.
     """
     folder, backbone = Path(folder), encoder.backbone
-    family, config = backbone.family, backbone.model.config
+    family, config = backbone.model_type, backbone.model.config
     reason = _no_export(encoder)
     if reason:
         raise AdapterError(f"the official code cannot use this adapter: {reason}")
@@ -328,8 +328,8 @@ def export_official(encoder: PromptEncoder, folder: str | Path) -> str:
 def _no_export(encoder: PromptEncoder) -> str:
     """Return why the official code cannot use an adapter; "" if it can."""
     backbone, prompt = encoder.backbone, encoder.prompt
-    if backbone.family not in CLASSES:
-        return f"its encoder is {backbone.family}, allowed: {', '.join(CLASSES)}"
+    if backbone.model_type not in CLASSES:
+        return f"its encoder is {backbone.model_type}, allowed: {', '.join(CLASSES)}"
     if encoder.pooling not in ("cls", "cls_before_pooler"):
         return (
             f"it does not support the pooling {encoder.pooling}, only cls and cls_before_pooler (export to sentence-transformers "
@@ -340,7 +340,7 @@ def _no_export(encoder: PromptEncoder) -> str:
     if backbone.dtype != torch.float32:
         return f"the encoder was read as {backbone.dtype}; load it as float32"
     kind = type(backbone.tokenizer.backend_tokenizer.model).__name__
-    wanted = {"bert": "WordPiece", "roberta": "BPE"}[backbone.family]
+    wanted = {"bert": "WordPiece", "roberta": "BPE"}[backbone.model_type]
     return "" if kind == wanted else f"its tokenizer is {kind}, transformers 4.2.1 needs {wanted}"
 
 

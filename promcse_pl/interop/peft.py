@@ -131,9 +131,9 @@ def _shape_of(backbone: FrozenBackbone) -> dict[str, int]:
 
 
 def _check_family(backbone: FrozenBackbone) -> None:
-    if backbone.family not in FAMILIES:
+    if backbone.model_type not in FAMILIES:
         raise AdapterError(
-            f"PEFT's prefix tuning does not run on {backbone.family} encoders. It does on: {', '.join(FAMILIES)}"
+            f"PEFT's prefix tuning does not run on {backbone.model_type} encoders. It does on: {', '.join(FAMILIES)}"
         )
 
 

@@ -1,15 +1,17 @@
-"""Deep prompts enter a transformers encoder through a registered attention function.
+"""The prompt in the attention of an encoder: its keys and values stand in front of those of the tokens, in every layer.
 
-The prompt is the forward keyword `prompt_kv`, which the encoder passes unchanged to every attention layer, where this
-function selects the layer's keys and values by `module.layer_idx` and prepends them. Prompt slots have no queries and no outputs,
-so the encoder still returns T positions.
+`FrozenBackbone` sets the prompt of a forward pass with `prompt_in_attention`. Most encoders call the attention function that is
+registered here with transformers; the others get an attention module of `promcse_pl.models.families` that uses
+`prepend_prompt`. Prompt slots have no queries and no outputs, so the encoder still returns T positions.
 """
 
-# B sentences, T tokens, P prompt length, L layers, N heads, H head size
+# B sentences, T tokens, P prompt length, S = P + T, L layers, N query heads, K key/value heads, H head size
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
@@ -19,69 +21,147 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from promcse_pl.models.cpu.dropout import dropout as fast_dropout
+from promcse_pl.utils.errors import EncoderError
 
 PROMPT_ATTENTION = "promcse_prompt"
 """Value of `attn_implementation`."""
+Prompts = Sequence[Tensor] | Iterator[Tensor]
+"""Keys and values (2, B or 1, K, P, H) of each layer: by `module.layer_idx`, or in call order where layers share a module."""
+
+_prompts: ContextVar[Prompts | None] = ContextVar("prompts", default=None)
+_WITHOUT_EFFECT = frozenset(
+    ("sliding_window", "position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict")
+)
+"""Keyword arguments of attention functions that change no number here: the mask contains the sliding window."""
+
+
+@contextmanager
+def prompt_in_attention(prompts: Prompts | None) -> Iterator[None]:
+    """Put a prompt in front of the tokens in every attention layer that runs in this thread; None for the plain encoder."""
+    token = _prompts.set(prompts)
+    try:
+        yield
+    finally:
+        _prompts.reset(token)
+
+
+def prepend_prompt(
+    module: nn.Module, key_BKTH: Tensor, value_BKTH: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return keys, values and mask with the prompt slots of a layer in front.
+
+    Args:
+        module: The attention module; its `layer_idx` selects the prompt.
+        key_BKTH, value_BKTH: Projections of the tokens.
+        mask: Boolean (True = attend) or additive, (..., T), or None. Prompt slots are always visible, with a bias of 0.
+    """
+    prompts = _prompts.get()
+    if prompts is None:
+        return key_BKTH, value_BKTH, mask
+    prompt = next(prompts) if isinstance(prompts, Iterator) else prompts[cast(int, module.layer_idx)]
+    length = prompt.shape[-2]
+    if length == 0:
+        return key_BKTH, value_BKTH, mask
+    key, value = prompt.to(key_BKTH.dtype).expand(-1, len(key_BKTH), -1, -1, -1)
+    if mask is not None:
+        mask = F.pad(mask, (length, 0), value=True if mask.dtype == torch.bool else 0.0)
+    return torch.cat([key, key_BKTH], dim=2), torch.cat([value, value_BKTH], dim=2), mask
 
 
 # the signature is that of transformers' attention functions
 def prompt_attention(
     module: nn.Module,
     query_BNTH: Tensor,
-    key_BNTH: Tensor,
-    value_BNTH: Tensor,
+    key_BKTH: Tensor,
+    value_BKTH: Tensor,
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    prompt_kv: Sequence[Tensor] | None = None,
-    **_: Any,  # noqa: ANN401  (other arguments that transformers passes to every attention function)
+    position_bias: Tensor | None = None,
+    **others: Any,  # noqa: ANN401
 ) -> tuple[Tensor, None]:
     """Scaled dot-product attention over the layer's prompt slots and the tokens.
 
     Args:
-        module: The attention layer; its `layer_idx` selects the prompt of this layer.
-        query_BNTH, key_BNTH, value_BNTH: Projections of the tokens.
-        attention_mask: Boolean (True = attend) or additive, broadcastable to (B, N, T, T), or None. Prompt slots are never
-            masked.
+        module: The attention module; its `layer_idx` selects the prompt of this layer.
+        query_BNTH, key_BKTH, value_BKTH: Projections of the tokens; N is a multiple of K.
+        attention_mask: Boolean (True = attend) or additive, broadcastable to (B, N, T, T), or None.
         dropout: Probability of dropping an attention weight, of prompt slots as well as of tokens.
         scaling: Factor on the dot products; 1 / sqrt(H) if None.
-        prompt_kv: Keys and values of each layer, (2, B or 1, N, P, H), or None for the plain encoder.
+        position_bias: Added to the scaled dot products of the tokens, broadcastable to (B, N, T, T) (T5); prompt slots get 0.
+        others: Arguments that transformers passes to every attention function.
 
     Returns:
         The attention output, (B, T, N, H), and None for the weights.
+
+    Raises:
+        EncoderError: An argument that would change the output and that this function does not implement, or causal attention
+            without a mask.
     """
-    if prompt_kv is not None and prompt_kv[0].shape[-2] > 0:
-        prompt_key, prompt_value = prompt_kv[cast(int, module.layer_idx)].to(key_BNTH.dtype)
-        key_BNTH = torch.cat([prompt_key.expand(len(key_BNTH), -1, -1, -1), key_BNTH], dim=2)
-        value_BNTH = torch.cat([prompt_value.expand(len(value_BNTH), -1, -1, -1), value_BNTH], dim=2)
-        if attention_mask is not None:
-            visible = True if attention_mask.dtype == torch.bool else 0.0
-            attention_mask = F.pad(attention_mask, (prompt_key.shape[-2], 0), value=visible)
+    _check_arguments(module, query_BNTH, attention_mask, others)
+    if position_bias is not None:
+        attention_mask = additive_mask(position_bias, attention_mask)
+    key_BKTH, value_BKTH, attention_mask = prepend_prompt(module, key_BKTH, value_BKTH, attention_mask)
+    groups = query_BNTH.shape[1] // key_BKTH.shape[1]
+    if groups > 1:
+        key_BKTH, value_BKTH = (part.repeat_interleave(groups, 1) for part in (key_BKTH, value_BKTH))
     if dropout and query_BNTH.device.type == "cpu":
-        mixed_BNTH = _dropped_attention(query_BNTH, key_BNTH, value_BNTH, attention_mask, dropout, scaling)
+        scores_BNTS = (query_BNTH * (scaling or query_BNTH.shape[-1] ** -0.5)) @ key_BKTH.transpose(-1, -2)
+        mixed_BNTH = attend(scores_BNTS, value_BKTH, attention_mask, dropout)
     else:
         mixed_BNTH = F.scaled_dot_product_attention(
-            query_BNTH, key_BNTH, value_BNTH, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
+            query_BNTH, key_BKTH, value_BKTH, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
         )
     return mixed_BNTH.transpose(1, 2).contiguous(), None
 
 
-def _dropped_attention(
-    query_BNTH: Tensor,
-    key_BNTH: Tensor,
-    value_BNTH: Tensor,
-    mask: Tensor | None,
-    probability: float,
-    scaling: float | None,
-) -> Tensor:
-    """Attention with dropout as separate operations: torch has no fused kernel for it on a CPU, and draws masks slowly."""
-    scores_BNTS = (query_BNTH * (scaling or query_BNTH.shape[-1] ** -0.5)) @ key_BNTH.transpose(-1, -2)
+def attend(scores_BNTS: Tensor, value_BNSH: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """Return the values weighted by the softmax of scores, as separate operations.
+
+    torch has no fused attention with dropout on a CPU, and samples dropout masks slowly.
+
+    Args:
+        scores_BNTS: Scaled dot products.
+        value_BNSH: Values of prompt slots and tokens.
+        mask: Boolean (True = attend) or additive, broadcastable to the scores, or None.
+        dropout: Probability of dropping an attention weight.
+    """
     if mask is not None:
         # not -inf: a padding row that attends to nothing (ModernBERT's window) would be NaN and reach the real tokens
         lowest = torch.finfo(scores_BNTS.dtype).min
         scores_BNTS = scores_BNTS.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores_BNTS + mask
-    return fast_dropout(scores_BNTS.softmax(-1), probability) @ value_BNTH
+    weights_BNTS = scores_BNTS.softmax(-1)
+    return (fast_dropout(weights_BNTS, dropout) if dropout else weights_BNTS) @ value_BNSH
+
+
+def additive_mask(bias: Tensor, mask: Tensor | None) -> Tensor:
+    """Return a bias on attention scores with the lowest number where a mask forbids attention.
+
+    Args:
+        bias: Broadcastable to (B, N, T, T).
+        mask: Boolean (True = attend) or additive, broadcastable to (B, N, T, T), or None.
+    """
+    if mask is None:
+        return bias
+    return bias.masked_fill(~mask, torch.finfo(bias.dtype).min) if mask.dtype == torch.bool else bias + mask
+
+
+def _check_arguments(module: nn.Module, query_BNTH: Tensor, mask: Tensor | None, others: dict[str, Any]) -> None:
+    unknown = sorted(
+        name for name, value in others.items() if name not in _WITHOUT_EFFECT and value not in (None, False)
+    )
+    if "is_causal" in unknown or (getattr(module, "is_causal", False) and mask is None and query_BNTH.shape[2] > 1):
+        raise EncoderError(f"{type(module).__name__} asks for causal attention without a mask, which is not supported")
+    if unknown:
+        raise EncoderError(
+            f"{type(module).__name__} passes {', '.join(unknown)} to its attention function, which prompts do not support"
+        )
+
+
+def _mask(*sizes: Any, **options: Any) -> Tensor | None:  # noqa: ANN401
+    """Return transformers' boolean mask; a causal one is never left out in favour of `is_causal`."""
+    return sdpa_mask(*sizes, **{**options, "allow_is_causal_skip": False})
 
 
 AttentionInterface.register(PROMPT_ATTENTION, prompt_attention)
-AttentionMaskInterface.register(PROMPT_ATTENTION, sdpa_mask)
+AttentionMaskInterface.register(PROMPT_ATTENTION, _mask)

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from promcse_pl.data.tokenizer import tokenizer_fingerprint
-from promcse_pl.models.attention import PROMPT_ATTENTION
+from promcse_pl.models.attention import PROMPT_ATTENTION, Prompts, prompt_in_attention
 from promcse_pl.models.cpu.dropout import use_fast_dropout
 from promcse_pl.models.cpu.layers import can_fuse, run_fused_layers
 from promcse_pl.models.encoder_files import (
-    SUPPORTED,
     first_line,
     quiet_transformers,
     read_config,
@@ -28,15 +27,13 @@ from promcse_pl.models.encoder_files import (
     read_tokenizer,
     weights_sha256,
 )
+from promcse_pl.models.families import FAMILIES, SUPPORTED, Family
 from promcse_pl.models.hooks import first_token_only, has_hooks, register_first_token_hook
 from promcse_pl.models.hub import locate
 from promcse_pl.models.identity import EncoderId, output_config
 from promcse_pl.models.mlm import MlmHead
 from promcse_pl.utils.errors import EncoderError
 from promcse_pl.utils.paths import expand, hide_home, is_folder
-
-_ROBERTA_POSITIONS = ("roberta", "xlm-roberta")
-_LAYERS_LIKE_BERT = ("bert", "roberta", "xlm-roberta", "electra")
 
 
 class FrozenBackbone(nn.Module):
@@ -60,20 +57,18 @@ class FrozenBackbone(nn.Module):
         config: Any = model.config
         if config.model_type not in SUPPORTED:
             raise EncoderError(f"{identity.name} is a {config.model_type} encoder. Supported: {', '.join(SUPPORTED)}")
-        config._attn_implementation = PROMPT_ATTENTION
-        use_fast_dropout(model)
-        if config.model_type in _LAYERS_LIKE_BERT and not config.chunk_size_feed_forward:
-            last_layer: Any = model.get_submodule(f"encoder.layer.{config.num_hidden_layers - 1}")
-            register_first_token_hook(last_layer.attention.output)
+        self.family: Family = FAMILIES[config.model_type]
+        self._adapt(model)
         self.model = model.requires_grad_(False)
         self.identity = dataclasses.replace(identity, config=output_config(config))
-        self.family: str = config.model_type
+        self.model_type: str = config.model_type
         self.layers: int = config.num_hidden_layers
         self.heads: int = config.num_attention_heads
+        self.kv_heads: int = getattr(config, "num_key_value_heads", None) or self.heads
         self.width: int = config.hidden_size
-        self.head_size = self.width // self.heads
-        self.hidden_dropout = float(getattr(config, "hidden_dropout_prob", getattr(config, "mlp_dropout", 0.0)))
-        self.layer_norm_eps = float(getattr(config, "layer_norm_eps", getattr(config, "norm_eps", 1e-5)))
+        self.head_size: int = getattr(config, "head_dim", None) or self.width // self.heads
+        self.hidden_dropout = float(_first(config, ("hidden_dropout_prob", "mlp_dropout", "dropout", "dropout_rate"), 0.0))
+        self.layer_norm_eps = float(_first(config, ("layer_norm_eps", "norm_eps"), 1e-5))
         self.pad_id: int = config.pad_token_id or 0
         self._source = source
         self.quantized = False
@@ -194,28 +189,30 @@ class FrozenBackbone(nn.Module):
         Returns:
             Whether the files contain one; otherwise the head is unchanged.
         """
-        found = None if self._source is None else read_mlm_head(self._source, self.family)
+        found = None if self._source is None else read_mlm_head(self._source, self.model_type)
         if found is None:
             return False
         head.load_state_dict({**found, "decoder.weight": self.word_embeddings}, strict=True)
         return True
 
-    def longest_input(self, position_offset: int) -> int:
-        """Return the maximum number of tokens, special ones included, for a position offset."""
+    def longest_input(self, position_offset: int) -> int | None:
+        """Return the maximum number of tokens, special ones included, for a position offset; None: no limit."""
+        if not self.family.has_limit:
+            return None
         config: Any = self.model.config
-        reserved = self.pad_id + 1 if self.family in _ROBERTA_POSITIONS else 0
+        reserved = self.pad_id + 1 if self.family.positions == "after_padding_id" else 0
         return int(config.max_position_embeddings) - reserved - position_offset
 
-    def positions(self, ids_BT: Tensor, offset: int) -> Tensor:
-        """Return the position ids of the tokens, shifted by `offset`.
+    def positions(self, ids_BT: Tensor, mask_BT: Tensor, offset: int) -> Tensor:
+        """Return the position ids of the tokens, shifted by `offset`, wherever the padding is.
 
         BERT's first token has position `offset`. RoBERTa counts tokens other than padding from `pad_id + 1 + offset`; padding
         has position `pad_id`.
         """
-        if self.family in _ROBERTA_POSITIONS:
+        if self.family.positions == "after_padding_id":
             real_BT = ids_BT.ne(self.pad_id).long()
             return (real_BT.cumsum(1) + offset) * real_BT + self.pad_id
-        return torch.arange(offset, offset + ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
+        return (mask_BT.cumsum(1) - 1).clamp_(min=0) + offset
 
     # eight parameters: the inputs of the encoder, and which of its outputs are needed
     def forward(
@@ -243,33 +240,49 @@ class FrozenBackbone(nn.Module):
             Hidden states (B, T, D), the last layer last; that one is (B, 1, D) if only the first token was computed. Values at
             padding are undefined.
         """
-        inputs = {"input_ids": ids_BT, "position_ids": self.positions(ids_BT, position_offset)}
+        inputs = {"input_ids": ids_BT}
+        if self.family.positions != "none":
+            inputs["position_ids"] = self.positions(ids_BT, mask_BT, position_offset)
         if types_BT is not None:
             inputs["token_type_ids"] = types_BT
         prompts = None if prompt_kv is None else prompt_kv.unbind(0)
-        unobserved = not has_hooks(self.model)
-        if self.use_fused_layers and unobserved and can_fuse(self.model):
+        unobserved, fused = not has_hooks(self.model), self.family.fused
+        if self.use_fused_layers and unobserved and fused and can_fuse(self.model, fused):
             embedded_BTD: Tensor = self.model.embeddings(**inputs)  # type: ignore[operator]
-            layers: Any = self.model.get_submodule("encoder.layer")
             return run_fused_layers(
-                layers, embedded_BTD, mask_BT, prompts, all_layers=all_layers, first_token=first_token
+                self.model, fused, embedded_BTD, mask_BT, prompts, all_layers=all_layers, first_token=first_token
             )
-        with first_token_only(first_token and unobserved):
-            output = self.model(**inputs, attention_mask=mask_BT, output_hidden_states=all_layers, prompt_kv=prompts)
+        with first_token_only(first_token and unobserved), prompt_in_attention(self._in_order(prompts)):
+            output = self.model(**inputs, attention_mask=mask_BT, output_hidden_states=all_layers)
         return tuple(output.hidden_states) if all_layers else (output.last_hidden_state,)
+
+    def _adapt(self, model: Any) -> None:  # noqa: ANN401
+        """Make the attention of a model take a prompt, and its dropout fast."""
+        model.set_attn_implementation(PROMPT_ATTENTION)
+        self.family.adapt(model)
+        if self.family.attention:
+            numbered = (module for module in model.modules() if type(module).__name__ == self.family.attention)
+            for number, module in enumerate(numbered):
+                module.layer_idx = number
+        use_fast_dropout(model)
+        if self.family.first_token and not getattr(model.config, "chunk_size_feed_forward", 0):
+            name = self.family.first_token.format(model.config.num_hidden_layers - 1)
+            register_first_token_hook(model.get_submodule(name))
+
+    def _in_order(self, prompts: tuple[Tensor, ...] | None) -> Prompts | None:
+        return iter(prompts) if prompts is not None and self.family.in_call_order else prompts
 
     def _check_prompt_reaches_every_layer(self) -> None:
         """Reject an encoder that ignores the prompt: the output must have a gradient with respect to every layer's prompt."""
         with torch.enable_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            shape = (self.layers, 2, 1, self.heads, 1, self.head_size)
+            shape = (self.layers, 2, 1, self.kv_heads, 1, self.head_size)
             prompt_kv = torch.randn(shape, dtype=self.dtype).to(self.device).requires_grad_()
             ids = torch.full((1, 4), min(5, len(self.word_embeddings) - 1), device=self.device)
             training = self.model.training
             # always transformers' modules: the fused layers use the prompt in every layer
-            state = self.model.eval()(
-                input_ids=ids, attention_mask=torch.ones_like(ids), prompt_kv=prompt_kv.unbind(0)
-            ).last_hidden_state
+            with prompt_in_attention(self._in_order(prompt_kv.unbind(0))):
+                state = self.model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
             self.model.train(training)
             # a random direction: the sum over a LayerNorm's outputs is constant and has no gradient
             weights = torch.randn(state.shape, dtype=torch.float32).to(self.device)
@@ -277,6 +290,11 @@ class FrozenBackbone(nn.Module):
         reached = grad is not None and bool(grad.flatten(2).ne(0).any(-1).all())
         if not reached:
             raise EncoderError(
-                f"{self.identity.name} ({self.family}) ignores the prompt in at least one layer; its outputs would be those of "
+                f"{self.identity.name} ({self.model_type}) ignores the prompt in at least one layer; its outputs would be those of "
                 f"the frozen encoder. Supported: {', '.join(SUPPORTED)}"
             )
+
+
+def _first(config: Any, names: tuple[str, ...], default: float) -> float:  # noqa: ANN401
+    """Return the first of some fields that a config has."""
+    return next((getattr(config, name) for name in names if getattr(config, name, None) is not None), default)

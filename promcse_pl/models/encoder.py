@@ -68,7 +68,7 @@ class PromptEncoder(nn.Module):
         self.prompt = DeepPrompt(
             length,
             layers=backbone.layers,
-            heads=backbone.heads,
+            heads=backbone.kv_heads,
             head_size=backbone.head_size,
             projection_size=projection_size,
             dropout=backbone.hidden_dropout if dropout is None else dropout,

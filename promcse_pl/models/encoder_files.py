@@ -12,30 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from promcse_pl.models.attention import PROMPT_ATTENTION
+from promcse_pl.models.families import FAMILIES, SUPPORTED
 from promcse_pl.models.weights import file_sha256, read_header, read_json_object
 from promcse_pl.utils.errors import EncoderError
 
-SUPPORTED = ("bert", "roberta", "xlm-roberta", "electra", "modernbert")
-"""Encoder families (`model_type` in config.json) whose every layer takes a prompt; each has a test."""
-
-_WITH_POOLER = ("bert", "roberta", "xlm-roberta")
-"""Families whose model class builds a pooler by default; the others have none."""
 _LARGEST = {"num_hidden_layers": 1000, "num_labels": 100_000}
 """Maximum of fields in config.json for which transformers builds lists of that length before it reads the weights."""
 _UNSUPPORTED_FIELDS = ("quantization_config", "per_layer_config")
 """Fields of config.json that replace layers without changing the other fields; no supported encoder needs them."""
-
-_BERT_MLM_HEAD = {
-    "dense.weight": "cls.predictions.transform.dense.weight",
-    "dense.bias": "cls.predictions.transform.dense.bias",
-    "layer_norm.weight": "cls.predictions.transform.LayerNorm.weight",
-    "layer_norm.bias": "cls.predictions.transform.LayerNorm.bias",
-    "decoder.bias": "cls.predictions.bias",
-}
-_ROBERTA_MLM_HEAD = {name: f"lm_head.{name}" for name in _BERT_MLM_HEAD} | {"decoder.bias": "lm_head.bias"}
-_MLM_HEADS = {"bert": _BERT_MLM_HEAD, "roberta": _ROBERTA_MLM_HEAD, "xlm-roberta": _ROBERTA_MLM_HEAD}
-"""Name in `MlmHead` -> name in pre-trained files, by family. The decoder's weight is tied to the embeddings there."""
-
 
 def first_line(error: BaseException) -> str:
     """Return the first line of a message; some libraries' messages fill a screen."""
@@ -90,6 +74,7 @@ def read_config(source: str | Path, name: str, revision: str | None = None) -> A
             f"{name} is a {config.model_type} encoder, which cannot take a prompt in every layer. "
             f"Supported: {', '.join(SUPPORTED)}. Try: model.path=FOLDER_OR_HUB_ID of one of these"
         )
+    FAMILIES[config.model_type].check(config)
     return config
 
 
@@ -110,16 +95,21 @@ def _check_config_file(path: Path) -> None:
 
 def model_on_meta(config: Any) -> nn.Module:  # noqa: ANN401  (a transformers config)
     """Build the encoder of a config on the meta device: no memory is allocated for its weights."""
-    from transformers import AutoModel
-
     with torch.device("meta"), torch.random.fork_rng(devices=[]), quiet_transformers():
-        model: nn.Module = AutoModel.from_config(config, **without_pooler(config))
+        model: nn.Module = auto_class(config).from_config(config, **without_pooler(config))
     return model
+
+
+def auto_class(config: Any) -> Any:  # noqa: ANN401
+    """Return the class of transformers that loads the encoder of a config."""
+    import transformers
+
+    return getattr(transformers, FAMILIES[config.model_type].auto_class)
 
 
 def without_pooler(config: Any) -> dict[str, bool]:  # noqa: ANN401
     """Return the option that builds an encoder without the pooler, which no pooling here uses."""
-    return {"add_pooling_layer": False} if config.model_type in _WITH_POOLER else {}
+    return {"add_pooling_layer": False} if FAMILIES[config.model_type].has_pooler else {}
 
 
 def _check_sizes(config: Any, folder: Path) -> None:  # noqa: ANN401
@@ -147,12 +137,10 @@ def read_model(folder: Path, config: Any, name: str, dtype: torch.dtype) -> nn.M
     Raises:
         EncoderError: The weights cannot be read, or some are missing.
     """
-    from transformers import AutoModel
-
     try:
         _check_sizes(config, folder)
         with quiet_transformers():
-            model, report = AutoModel.from_pretrained(
+            model, report = auto_class(config).from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype,
@@ -227,7 +215,7 @@ def read_mlm_head(folder: Path, family: str) -> dict[str, Tensor] | None:
     """
     from safetensors import safe_open
 
-    names = _MLM_HEADS.get(family, {})
+    names = FAMILIES[family].mlm_head
     found: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:

@@ -7,39 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-_COMMON_FIELDS = (
-    "model_type",
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "max_position_embeddings",
-    "pad_token_id",
-)
-_BERT_FIELDS = (*_COMMON_FIELDS, "hidden_act", "type_vocab_size", "layer_norm_eps", "is_decoder")
-CONFIG_FIELDS: dict[str, tuple[str, ...]] = {
-    "bert": _BERT_FIELDS,
-    "roberta": _BERT_FIELDS,
-    "xlm-roberta": _BERT_FIELDS,
-    "electra": (*_BERT_FIELDS, "embedding_size"),
-    "modernbert": (
-        *_COMMON_FIELDS,
-        "hidden_activation",
-        "norm_eps",
-        "norm_bias",
-        "attention_bias",
-        "mlp_bias",
-        "layer_types",
-        "local_attention",
-        "rope_parameters",
-    ),
-}
-"""Fields of config.json that affect the output in eval mode, for each supported family (`model_type`).
-
-This is an allow-list, so that a field that a newer transformers adds does not invalidate old adapters.
-"""
-
+from promcse_pl.models.families import FAMILIES
 
 @dataclass(frozen=True, slots=True)
 class EncoderId:
@@ -49,7 +17,7 @@ class EncoderId:
         name: Folder or hub id as the user gave it.
         revision: Commit of the hub repository, or None.
         sha256: Hash of the weights file, or of the tensors for a model built in memory.
-        config: Values of `CONFIG_FIELDS`; empty if unknown (adapters of format 1).
+        config: Values of the fields of its family (`Family.fields`); empty if unknown (adapters of format 1).
         tokenizer: `tokenizer_fingerprint` of the encoder's tokenizer; None if it has none or it is unknown.
     """
 
@@ -62,7 +30,7 @@ class EncoderId:
 
 def output_config(config: Any) -> dict[str, Any]:  # noqa: ANN401  (a transformers config)
     """Return the fields of a config that affect the output in eval mode, as JSON values; None for absent fields."""
-    fields = {name: getattr(config, name, None) for name in CONFIG_FIELDS[config.model_type]}
+    fields = {name: getattr(config, name, None) for name in FAMILIES[config.model_type].fields}
     plain: dict[str, Any] = json.loads(json.dumps(fields, default=str))
     return plain
 

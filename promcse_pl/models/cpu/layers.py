@@ -1,4 +1,4 @@
-"""Fused CPU layers of BERT and RoBERTa with a hand-written backward: no padding in linear layers, no gradients of frozen weights.
+"""Fused CPU layers of BERT and its relatives with a hand-written backward: no padding in linear layers, no gradients of frozen weights.
 
 transformers' modules compute the same one small operation at a time, on padded sentences. Here the tokens of a chunk are packed
 one after the other, and a layer is one operation for torch's autograd, whose backward computes two gradients: that of the hidden
@@ -11,9 +11,10 @@ check `promcse_pl.models.hooks.has_hooks` first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -23,39 +24,74 @@ from torch.nn import functional as F
 
 from promcse_pl.models.cpu.dropout import Dropout, in_bytes, keep_mask, kept_share
 
-Layer = Any
-"""A layer of a supported model; transformers has no common type for them."""
+class DenseNorm(NamedTuple):
+    """Linear layer, dropout (None: none), residual and LayerNorm."""
+
+    dense: nn.Linear
+    dropout: Dropout | None
+    norm: nn.LayerNorm
+
+
+class LayerParts(NamedTuple):
+    """Modules of one layer, by their role; `heads` is the number of attention heads, `dropout` that of attention weights."""
+
+    query: nn.Linear
+    key: nn.Linear
+    value: nn.Linear
+    heads: int
+    dropout: Dropout
+    out: DenseNorm
+    up: nn.Linear
+    down: DenseNorm
+
+
+@dataclass(frozen=True, slots=True)
+class FusedLayers:
+    """Names of the modules of a family whose layers compute what BERT's do: attention, GELU, LayerNorm after the residual.
+
+    Attributes:
+        model: Path of the model's class.
+        types: Names of the classes in the encoder, in the same Python module.
+        layers: Name of the list of layers in the model.
+        parts: Function of a layer that returns its parts.
+        other_types: Further classes in the encoder.
+        position_bias: Function of the model and the embedding output (B, T, D) that returns a bias on the attention scores of the
+            tokens, (N, T, T); None: there is none.
+    """
+
+    model: str
+    types: tuple[str, ...]
+    layers: str
+    parts: Callable[[nn.Module], LayerParts]
+    other_types: tuple[type[nn.Module], ...] = ()
+    position_bias: Callable[[nn.Module, Tensor], Tensor] | None = None
 
 
 @cache
-def _module_types() -> dict[type[nn.Module], frozenset[type[nn.Module]]]:
-    """Return the supported models and, for each, the types that the modules of its encoder may have."""
+def _module_types(fused: FusedLayers) -> tuple[type[nn.Module], frozenset[type[nn.Module]]]:
+    """Return the class of the supported model, and those that the modules of its encoder may have."""
     from transformers.activations import GELUActivation
-    from transformers.models.bert import modeling_bert
-    from transformers.models.roberta import modeling_roberta
-    from transformers.models.xlm_roberta import modeling_xlm_roberta
 
-    shared = (nn.ModuleList, nn.Linear, nn.LayerNorm, Dropout, GELUActivation)
-    parts = ("Encoder", "Layer", "Attention", "SelfAttention", "SelfOutput", "Intermediate", "Output")
-    models = ((modeling_bert, "Bert"), (modeling_roberta, "Roberta"), (modeling_xlm_roberta, "XLMRoberta"))
-    return {
-        getattr(module, f"{name}Model"): frozenset((*shared, *(getattr(module, name + part) for part in parts)))
-        for module, name in models
-    }
+    path, _, name = fused.model.rpartition(".")
+    module = import_module(path)
+    shared = (nn.ModuleList, nn.Linear, nn.LayerNorm, Dropout, GELUActivation, *fused.other_types)
+    return getattr(module, name), frozenset((*shared, *(getattr(module, part) for part in fused.types)))
 
 
-def can_fuse(model: nn.Module) -> bool:
-    """Return whether the fused layers compute what an encoder's modules would: BERT's or RoBERTa's own, frozen, on a CPU.
+def can_fuse(model: nn.Module, fused: FusedLayers | None) -> bool:
+    """Return whether the fused layers compute what an encoder's modules would: transformers' own, frozen, on a CPU.
 
     Types are compared exactly: a subclass, an int8 layer or an adapter of another library may compute something else.
     """
-    types, config = _module_types().get(type(model)), cast(Any, model.config)
-    if types is None or config.is_decoder or torch.is_autocast_enabled("cpu"):
+    if fused is None:
+        return False
+    model_type, types = _module_types(fused)
+    if type(model) is not model_type or getattr(model.config, "is_decoder", False) or torch.is_autocast_enabled("cpu"):
         return False
     if next(model.parameters()).device.type != "cpu":
         return False
     # a single loop, since this is called for every chunk of sentences
-    for module in model.get_submodule("encoder").modules():
+    for module in model.get_submodule(fused.layers.rpartition(".")[0]).modules():
         if type(module) not in types:
             return False
         if any(weight is not None and weight.requires_grad for weight in module._parameters.values()):
@@ -71,27 +107,34 @@ class _Packing:
         sentences, longest: B and T.
         first_B: Index of each sentence's first token among the packed tokens.
         index_M: Index of each token in the flattened (B, T); None if no sentence is padded.
-        bias_B1S: Added to the attention scores: 0, or the lowest number for padding; None if no sentence is padded.
+        bias: Added to the attention scores, (B, N or 1, T or 1, S): the position bias, or the lowest number for padding; None if
+            there is neither.
     """
 
     sentences: int
     longest: int
     first_B: Tensor
     index_M: Tensor | None
-    bias_B1S: Tensor | None
+    bias: Tensor | None
 
     @classmethod
-    def of(cls, mask_BT: Tensor, prompt_length: int, dtype: torch.dtype) -> _Packing:
+    def of(cls, mask_BT: Tensor, prompt_length: int, dtype: torch.dtype, position_bias_NTT: Tensor | None) -> _Packing:
         """Compute them from an attention mask (1 for real tokens)."""
         sentences, longest = mask_BT.shape
         real_BT = mask_BT.bool()
         lengths_B = real_BT.sum(1)
         first_B = lengths_B.cumsum(0) - lengths_B
-        if bool(real_BT.all()):
-            return cls(sentences, longest, first_B, None, None)
-        bias_BT = torch.zeros(real_BT.shape, dtype=dtype).masked_fill_(~real_BT, torch.finfo(dtype).min)
-        bias_B1S = F.pad(bias_BT, (prompt_length, 0))[:, None]
-        return cls(sentences, longest, first_B, real_BT.flatten().nonzero()[:, 0], bias_B1S)
+        is_padded = not bool(real_BT.all())
+        bias = None
+        if position_bias_NTT is not None:
+            bias = position_bias_NTT.expand(sentences, -1, -1, -1)
+        elif is_padded:
+            bias = torch.zeros(sentences, 1, 1, longest, dtype=dtype)
+        if bias is not None:
+            if is_padded:
+                bias = bias.masked_fill(~real_BT[:, None, None], torch.finfo(dtype).min)
+            bias = F.pad(bias, (prompt_length, 0)).contiguous()
+        return cls(sentences, longest, first_B, real_BT.flatten().nonzero()[:, 0] if is_padded else None, bias)
 
     def pack(self, padded: Tensor) -> Tensor:
         """(B * T, ...) to (M, ...)."""
@@ -106,7 +149,8 @@ class _Packing:
 
 
 def run_fused_layers(
-    layers: Sequence[nn.Module],
+    model: nn.Module,
+    fused: FusedLayers,
     embedded_BTD: Tensor,
     mask_BT: Tensor,
     prompt_kv: Sequence[Tensor] | None,
@@ -117,7 +161,8 @@ def run_fused_layers(
     """Run the layers of an encoder for which `can_fuse` is true.
 
     Args:
-        layers: transformers' modules; their weights, dropout rates and train or eval mode are used.
+        model: transformers' model; the weights, dropout rates and train or eval mode of its layers are used.
+        fused: Their parts.
         embedded_BTD: The embedding output.
         mask_BT: 1 for real tokens, 0 for padding at the end.
         prompt_kv: Keys and values of each layer, (2, B or 1, N, P, H), or None.
@@ -132,7 +177,9 @@ def run_fused_layers(
     assert not (all_layers and first_token)
     first_token = first_token and bool(mask_BT[:, 0].all())
     length = 0 if prompt_kv is None else prompt_kv[0].shape[-2]
-    packing = _Packing.of(mask_BT, length, embedded_BTD.dtype)
+    bias_NTT = None if fused.position_bias is None else fused.position_bias(model, embedded_BTD)
+    packing = _Packing.of(mask_BT, length, embedded_BTD.dtype, bias_NTT)
+    layers = [fused.parts(layer) for layer in cast(nn.ModuleList, model.get_submodule(fused.layers))]
     hidden_MD = packing.pack(embedded_BTD.flatten(0, 1))
     states = [embedded_BTD]
     for number, layer in enumerate(layers):
@@ -176,7 +223,7 @@ class _FrozenLayer(torch.autograd.Function):
         ctx: Any,  # noqa: ANN401
         hidden_MD: Tensor,
         prompt: Tensor | None,
-        layer: Layer,
+        layer: LayerParts,
         packing: _Packing,
         first: bool,
     ) -> Tensor:
@@ -184,7 +231,7 @@ class _FrozenLayer(torch.autograd.Function):
         assert saved is not None
         ctx.save_for_backward(*(tensor for part in saved for tensor in part))
         ctx.layer, ctx.packing, ctx.first = layer, packing, first
-        ctx.rates = [_rate(part.dropout) for part in (layer.attention.self, layer.attention.output, layer.output)]
+        ctx.rates = [_rate(dropout) for dropout in (layer.dropout, layer.out.dropout, layer.down.dropout)]
         return after_MD
 
     @staticmethod
@@ -192,12 +239,12 @@ class _FrozenLayer(torch.autograd.Function):
     def backward(ctx: Any, after_MD: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # noqa: ANN401
         saved, layer, packing = ctx.saved_tensors, ctx.layer, ctx.packing
         attention, out, down = _SavedAttention(*saved[:5]), _SavedNorm(*saved[5:9]), _SavedNorm(*saved[9:])
-        second_MD = _norm_backward(after_MD, down, layer.output.LayerNorm)
-        up_ME = _dropout_backward(second_MD, down.mask_MD, ctx.rates[2]) @ layer.output.dense.weight
+        second_MD = _norm_backward(after_MD, down, layer.down.norm)
+        up_ME = _dropout_backward(second_MD, down.mask_MD, ctx.rates[2]) @ layer.down.dense.weight
         torch.ops.aten.gelu_backward.grad_input(up_ME, attention.up_ME, grad_input=up_ME)
-        between_MD = second_MD.addmm_(up_ME, layer.intermediate.dense.weight)
-        first_MD = _norm_backward(between_MD, out, layer.attention.output.LayerNorm)
-        mixed_MD = _dropout_backward(first_MD, out.mask_MD, ctx.rates[1]) @ layer.attention.output.dense.weight
+        between_MD = second_MD.addmm_(up_ME, layer.up.weight)
+        first_MD = _norm_backward(between_MD, out, layer.out.norm)
+        mixed_MD = _dropout_backward(first_MD, out.mask_MD, ctx.rates[1]) @ layer.out.dense.weight
         of_tokens = ctx.needs_input_grad[0]  # False for the first layer: the embeddings are frozen
         qkv_M3D, prompt = _attention_backward(
             mixed_MD, attention, layer, packing, rate=ctx.rates[0], first=ctx.first, of_tokens=of_tokens
@@ -208,19 +255,19 @@ class _FrozenLayer(torch.autograd.Function):
             hidden_MD = torch.zeros_like(qkv_M3D[:, : first_MD.shape[1]]).index_add_(0, packing.first_B, first_MD)
         else:
             hidden_MD = first_MD
-        for part, gradient_MD in zip(_projections(layer), qkv_M3D.chunk(3, dim=1), strict=True):
+        for part, gradient_MD in zip(layer[:3], qkv_M3D.chunk(3, dim=1), strict=True):
             hidden_MD.addmm_(gradient_MD, part.weight)
         return hidden_MD, prompt, None, None, None
 
 
 def _forward(
-    hidden_MD: Tensor, prompt: Tensor | None, layer: Layer, packing: _Packing, *, first: bool, keep: bool
+    hidden_MD: Tensor, prompt: Tensor | None, layer: LayerParts, packing: _Packing, *, first: bool, keep: bool
 ) -> tuple[Tensor, tuple[_SavedAttention, _SavedNorm, _SavedNorm] | None]:
-    qkv_M3D = torch.cat([F.linear(hidden_MD, part.weight, part.bias) for part in _projections(layer)], dim=1)
+    qkv_M3D = torch.cat([F.linear(hidden_MD, part.weight, part.bias) for part in layer[:3]], dim=1)
     query, kv = _heads(qkv_M3D, prompt, layer, packing, first=first)
-    rate = _rate(layer.attention.self.dropout)
+    rate = _rate(layer.dropout)
     weights_ZTS = mask_ZTS = None
-    if keep or layer.training:  # also in the first pass of a recomputed chunk: both passes must be equal
+    if keep or layer.dropout.training:  # also in the first pass of a recomputed chunk: both passes must be equal
         query_ZTH, (key_ZSH, value_ZSH) = query.reshape(-1, *query.shape[2:]), kv.reshape(2, -1, *kv.shape[3:])
         weights_ZTS = dropped_ZTS = _scores(query_ZTH, key_ZSH, packing).softmax(-1)
         if rate:
@@ -229,35 +276,30 @@ def _forward(
             dropped_ZTS.mul_(weights_ZTS)
         mixed = _product(dropped_ZTS, value_ZSH, 1 / kept_share(rate)).view(query.shape)
     else:
-        mask = None if packing.bias_B1S is None else packing.bias_B1S.unsqueeze(1)
-        mixed = F.scaled_dot_product_attention(query, kv[0], kv[1], attn_mask=mask)
+        bias = packing.bias if packing.bias is None or not first else packing.bias[:, :, :1]
+        mixed = F.scaled_dot_product_attention(query, kv[0], kv[1], attn_mask=bias)
     mixed_MD = mixed.transpose(1, 2).reshape(-1, hidden_MD.shape[1])
     if first:
         hidden_MD = hidden_MD[packing.first_B]
     else:
         mixed_MD = packing.pack(mixed_MD)
-    between_MD, out = _add_and_norm(mixed_MD, hidden_MD, layer.attention.output)
-    up_ME = F.linear(between_MD, layer.intermediate.dense.weight, layer.intermediate.dense.bias)
+    between_MD, out = _add_and_norm(mixed_MD, hidden_MD, layer.out)
+    up_ME = F.linear(between_MD, layer.up.weight, layer.up.bias)
     active_ME = F.gelu(up_ME) if keep else torch.ops.aten.gelu_(up_ME)
-    after_MD, down = _add_and_norm(active_ME, between_MD, layer.output)
+    after_MD, down = _add_and_norm(active_ME, between_MD, layer.down)
     if not keep:
         return after_MD, None
     assert weights_ZTS is not None
     return after_MD, (_SavedAttention(qkv_M3D, prompt, weights_ZTS, mask_ZTS, up_ME), out, down)
 
 
-def _projections(layer: Layer) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
-    attention = layer.attention.self
-    return attention.query, attention.key, attention.value
-
-
 def _heads(
-    qkv_M3D: Tensor, prompt: Tensor | None, layer: Layer, packing: _Packing, *, first: bool
+    qkv_M3D: Tensor, prompt: Tensor | None, layer: LayerParts, packing: _Packing, *, first: bool
 ) -> tuple[Tensor, Tensor]:
     """Return the queries (B, N, T or 1, H), and keys and values with the prompt in front, (2, B, N, S, H)."""
     padded = (
         packing.pad(qkv_M3D)
-        .view(packing.sentences, packing.longest, 3, layer.attention.self.num_attention_heads, -1)
+        .view(packing.sentences, packing.longest, 3, layer.heads, -1)
         .permute(2, 0, 3, 1, 4)
     )
     query, kv = padded[0], padded[1:]
@@ -267,12 +309,13 @@ def _heads(
 
 
 def _scores(query_ZTH: Tensor, key_ZSH: Tensor, packing: _Packing) -> Tensor:
-    """Return the scaled dot products, with the lowest number for padding keys."""
+    """Return the scaled dot products and the bias."""
     scale = query_ZTH.shape[-1] ** -0.5
-    if packing.bias_B1S is None:
+    if packing.bias is None:
         return _product(query_ZTH, key_ZSH.mT, scale)
-    heads = len(query_ZTH) // packing.sentences
-    return torch.baddbmm(packing.bias_B1S.repeat_interleave(heads, 0), query_ZTH, key_ZSH.mT, alpha=scale)
+    bias = packing.bias[:, :, : query_ZTH.shape[1]]  # the first row if only the first token is computed
+    bias_ZTS = bias.expand(-1, len(query_ZTH) // packing.sentences, -1, -1).flatten(0, 1)
+    return torch.baddbmm(bias_ZTS, query_ZTH, key_ZSH.mT, alpha=scale)
 
 
 def _product(left: Tensor, right: Tensor, factor: float) -> Tensor:
@@ -281,10 +324,10 @@ def _product(left: Tensor, right: Tensor, factor: float) -> Tensor:
     return torch.baddbmm(empty, left, right, beta=0, alpha=factor, out=empty)
 
 
-def _add_and_norm(values: Tensor, residual_MD: Tensor, module: Any) -> tuple[Tensor, _SavedNorm]:  # noqa: ANN401
+def _add_and_norm(values: Tensor, residual_MD: Tensor, module: DenseNorm) -> tuple[Tensor, _SavedNorm]:
     """Apply dense, dropout, residual and LayerNorm."""
     dense_MD = F.linear(values, module.dense.weight, module.dense.bias)
-    rate, norm = _rate(module.dropout), module.LayerNorm
+    rate, norm = _rate(module.dropout), module.norm
     if rate:
         mask_MD = keep_mask(dense_MD.shape, rate, dense_MD.dtype)
         sum_MD = torch.addcmul(residual_MD, dense_MD, mask_MD, value=1 / kept_share(rate))
@@ -309,8 +352,8 @@ def _norm_backward(gradient_MD: Tensor, saved: _SavedNorm, norm: nn.LayerNorm) -
     return gradient
 
 
-def _rate(dropout: Any) -> float:  # noqa: ANN401  (our Dropout)
-    return float(dropout.p) if dropout.training else 0.0
+def _rate(dropout: Dropout | None) -> float:
+    return dropout.p if dropout is not None and dropout.training else 0.0
 
 
 def _dropout_backward(gradient: Tensor, mask: Tensor | None, rate: float) -> Tensor:
@@ -321,7 +364,7 @@ def _dropout_backward(gradient: Tensor, mask: Tensor | None, rate: float) -> Ten
 def _attention_backward(
     mixed_MD: Tensor,
     saved: _SavedAttention,
-    layer: Layer,
+    layer: LayerParts,
     packing: _Packing,
     *,
     rate: float,

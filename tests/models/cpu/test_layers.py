@@ -37,7 +37,7 @@ def prompt_encoder(family="bert", *, pooling="avg", dropout=None, **changes) -> 
     for parameter in frozen.model.parameters():  # biases are 0 and norms 1 in a fresh encoder
         if parameter.ndim == 1:
             parameter.data.add_(torch.randn_like(parameter), alpha=0.3)
-    assert can_fuse(frozen.model)
+    assert can_fuse(frozen.model, frozen.family.fused)
     return PromptEncoder(frozen, length=4, pooling=pooling, dropout=dropout, projection_size=6)
 
 
@@ -181,7 +181,7 @@ def test_changed_weights_are_used(then):
         model.requires_grad_(False)
     else:
         own.query.weight = torch.nn.Parameter(own.query.weight * 2, requires_grad=False)
-    assert can_fuse(encoder.backbone.model)
+    assert can_fuse(encoder.backbone.model, encoder.backbone.family.fused)
     found, _ = vectors_and_gradients(encoder, tokens)
     with library_layers(encoder):
         expected, _ = vectors_and_gradients(encoder, tokens)

@@ -1,0 +1,64 @@
+"""The properties of an encoder family that decide how its encoders take a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import nn
+
+from promcse_pl.models.cpu.layers import FusedLayers
+
+Positions = Literal["from_zero", "after_padding_id", "none"]
+COMMON_FIELDS = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "pad_token_id",
+)
+"""Fields of config.json, under the names that transformers gives them in every family."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """The encoders of one `model_type`; docs/adding-an-encoder.md explains how to add one.
+
+    Attributes:
+        fields: Fields of config.json that affect the output in eval mode: an allow-list, so that a field that a newer
+            transformers adds does not invalidate old adapters.
+        positions: `from_zero`: the first token has position 0. `after_padding_id`: it has position pad_token_id + 1, and padding
+            has position pad_token_id. `none`: the encoder takes no position ids (relative positions only).
+        has_limit: Whether inputs are limited to `max_position_embeddings` tokens.
+        pooling: Usual pooling of these encoders.
+        auto_class: Class of transformers that loads the encoder.
+        has_pooler: Whether its model class builds a pooler unless `add_pooling_layer` is False.
+        attention: Name of the class of the attention modules, for families whose modules have no `layer_idx`: they are numbered
+            in the order of the model.
+        in_call_order: The layers share one attention module, so they take their prompts in the order of the calls.
+        adapt: Changes a loaded model so that its attention takes a prompt.
+        check: Raises EncoderError for a config that is not supported.
+        first_token: Name of the last layer's module that adds the residual after attention, for `cls` pooling; {} is the number
+            of the layer.
+        fused: Parts of the layers for the fused CPU layers; None: they do not apply.
+        mlm_head: Name in `MlmHead` -> name in the files of a pre-trained MLM head. The decoder's weight is tied to the embeddings
+            there.
+    """
+
+    fields: tuple[str, ...]
+    positions: Positions
+    pooling: Literal["cls", "avg", "last"] = "avg"
+    has_limit: bool = True
+    auto_class: str = "AutoModel"
+    has_pooler: bool = False
+    attention: str | None = None
+    in_call_order: bool = False
+    adapt: Callable[[nn.Module], None] = lambda _: None
+    check: Callable[[Any], None] = lambda _: None
+    first_token: str | None = None
+    fused: FusedLayers | None = None
+    mlm_head: Mapping[str, str] = field(default_factory=dict)
