@@ -70,6 +70,8 @@ class FrozenBackbone(nn.Module):
         self.hidden_dropout = float(_first(config, ("hidden_dropout_prob", "mlp_dropout", "dropout", "dropout_rate"), 0.0))
         self.layer_norm_eps = float(_first(config, ("layer_norm_eps", "norm_eps"), 1e-5))
         self.pad_id: int = config.pad_token_id or 0
+        if self.family.positions == "after_padding_id":
+            self.pad_id = model.embeddings.padding_idx  # type: ignore[assignment, union-attr]
         self._source = source
         self.quantized = False
         self.use_fused_layers = True

@@ -7,6 +7,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 from promcse_pl.data.batch import Tokens
+from promcse_pl.models.attention import prompt_in_attention
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.identity import EncoderId
 
@@ -27,6 +28,7 @@ FAMILIES: dict[str, dict[str, object]] = {
     "roberta": {"pad_token_id": 1},
     "xlm-roberta": {"pad_token_id": 1},
     "electra": {"embedding_size": 12},
+    "mpnet": {"pad_token_id": 1},
     # a window narrower than a sentence; the default special tokens lie outside so small a vocabulary
     "modernbert": {
         "local_attention": 6,
@@ -46,6 +48,19 @@ def small_encoder(family: str, **changes: object) -> torch.nn.Module:
 
 def small_backbone(family: str = "bert", **changes: object) -> FrozenBackbone:
     return FrozenBackbone(small_encoder(family, **changes), EncoderId(f"small-{family}", None, "0" * 64))
+
+
+def ignore_prompt_in_layer(model: torch.nn.Module, number: int) -> None:
+    """Let one layer of an encoder run without the prompt."""
+    count = model.config.num_hidden_layers
+    layers = next(part for part in model.modules() if isinstance(part, torch.nn.ModuleList) and len(part) == count)
+    forward = layers[number].forward
+
+    def without_prompt(*inputs: object, **options: object) -> object:
+        with prompt_in_attention(None):
+            return forward(*inputs, **options)
+
+    layers[number].forward = without_prompt
 
 
 def small_tokens(lengths: list[int], pad_id: int = 0) -> Tokens:

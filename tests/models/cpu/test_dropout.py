@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from promcse_pl.data.batch import Tokens
-from promcse_pl.models.attention import prompt_attention
+from promcse_pl.models.attention import prompt_attention, prompt_in_attention
 from promcse_pl.models.cpu.dropout import Dropout, dropout, keep_mask, use_fast_dropout
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.prompt import DeepPrompt
@@ -173,9 +173,10 @@ def test_attention_with_dropout_as_separate_operations_equals_the_fused_one(mask
     ]
     prompt_kv, module = torch.randn(1, 2, 1, 2, 3, 4, dtype=torch.float64), nn.Module()
     module.layer_idx = 0
-    plain, dropped = (
-        prompt_attention(module, query, key, value, mask, rate, scaling, prompt_kv)[0] for rate in (0.0, 1e-9)
-    )  # 1e-9 is rounded to no dropped entry
+    with prompt_in_attention(prompt_kv):
+        plain, dropped = (
+            prompt_attention(module, query, key, value, mask, rate, scaling)[0] for rate in (0.0, 1e-9)
+        )  # 1e-9 is rounded to no dropped entry
     torch.testing.assert_close(dropped, plain, rtol=0, atol=1e-13)
 
 

@@ -10,6 +10,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from transformers.models.bert.modeling_bert import BertSelfAttention
 
 from promcse_pl.config import Config
+from promcse_pl.models import families
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.cpu.dropout import seeded_dropout
 from promcse_pl.models.cpu.layers import can_fuse
@@ -18,7 +19,7 @@ from promcse_pl.models.hooks import has_hooks
 from promcse_pl.models.identity import EncoderId
 from promcse_pl.training.fit import build_encoder
 
-FAMILIES = ["bert", "roberta", "xlm-roberta"]
+FAMILIES = ["bert", "roberta", "xlm-roberta", "mpnet"]
 LENGTHS = {"padded": [9, 4, 12, 5, 9, 3], "equal": [7, 7, 7, 7], "one": [5], "one token": [1, 1]}
 every_family = pytest.mark.parametrize("family", FAMILIES)
 all_lengths = pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
@@ -195,7 +196,8 @@ def test_changed_weights_are_used(then):
     ids=["electra", "modernbert", "relu"],
 )
 def test_other_layers_are_left_to_transformers(family, changes):
-    assert not can_fuse(small_backbone(family, **changes).model)
+    frozen = small_backbone(family, **changes)
+    assert not can_fuse(frozen.model, frozen.family.fused)
 
 
 def test_a_layer_of_a_subclass_is_left_to_transformers():
@@ -204,7 +206,7 @@ def test_a_layer_of_a_subclass_is_left_to_transformers():
 
     model = small_backbone().model
     model.encoder.layer[1].attention.self.__class__ = LoggedSelfAttention
-    assert not can_fuse(model)
+    assert not can_fuse(model, families.FAMILIES["bert"].fused)
 
 
 HOOKS = {
@@ -266,14 +268,14 @@ def test_the_hooks_that_transformers_registers_to_record_hidden_states_do_not_co
 
 def test_int8_autocast_and_trained_weights_are_left_to_transformers():
     model = small_backbone().model
-    assert can_fuse(model)
+    assert can_fuse(model, families.FAMILIES["bert"].fused)
     with torch.autocast("cpu"):
-        assert not can_fuse(model)
+        assert not can_fuse(model, families.FAMILIES["bert"].fused)
     model.encoder.layer[1].output.dense.bias.requires_grad_(True)
-    assert not can_fuse(model)
+    assert not can_fuse(model, families.FAMILIES["bert"].fused)
     quantized = small_backbone()
     quantized.quantize()
-    assert not can_fuse(quantized.to("cpu").model)
+    assert not can_fuse(quantized.to("cpu").model, families.FAMILIES["bert"].fused)
 
 
 @pytest.mark.parametrize(("layers", "fused"), [("auto", True), ("library", False)])
