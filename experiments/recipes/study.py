@@ -89,7 +89,10 @@ def main() -> None:
     options = parser.parse_args()
     fixed, overrides = STUDIES[options.model]
     common = [f"model={options.model}", *COMMON, *fixed]
-    local = [f"data.dir={options.data.resolve()}", *([f"model.path={options.encoder.resolve()}"] if options.encoder else [])]
+    local = [
+        f"data.dir={options.data.resolve()}",
+        *([f"model.path={options.encoder.resolve()}"] if options.encoder else []),
+    ]
     trials, last = [], {}
     for trial in overrides:
         last = run(trial, [*common, *local], options.runs.resolve() / options.model)
