@@ -32,6 +32,17 @@ FAMILIES: dict[str, dict[str, object]] = {
     "xlm-roberta": {"pad_token_id": 1},
     "electra": {"embedding_size": 12},
     "mpnet": {"pad_token_id": 1},
+    "xlm-roberta-xl": {"pad_token_id": 1},
+    "camembert": {"pad_token_id": 1},
+    "data2vec-text": {"pad_token_id": 1},
+    "ernie": {},
+    "distilbert": {"hidden_dim": 24},
+    "albert": {"embedding_size": 12, "num_hidden_groups": 2},
+    "eurobert": {"num_key_value_heads": 1, **dict.fromkeys(("bos_token_id", "eos_token_id", "mask_token_id"), 2)},
+    "nomic_bert": {},
+    "gte": {},
+    "jina_embeddings_v3": {"pad_token_id": 1},
+    **dict.fromkeys(("t5", "mt5", "umt5"), {"d_ff": 24, "d_kv": 6, "relative_attention_num_buckets": 8}),
     # a window narrower than a sentence; the default special tokens lie outside so small a vocabulary
     "modernbert": {
         "local_attention": 6,
