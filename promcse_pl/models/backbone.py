@@ -61,6 +61,7 @@ class FrozenBackbone(nn.Module):
         if config.model_type not in SUPPORTED:
             raise EncoderError(f"{identity.name} is a {config.model_type} encoder. Supported: {', '.join(SUPPORTED)}")
         self.family: Family = FAMILIES[config.model_type]
+        self.family.check(config)
         self._adapt(model)
         self.model = model.requires_grad_(False)
         self.identity = dataclasses.replace(identity, config=output_config(config))

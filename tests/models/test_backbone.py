@@ -15,6 +15,7 @@ from transformers import AutoConfig, BertForMaskedLM
 
 from promcse_pl.data.tokenizer import tokenizer_fingerprint
 from promcse_pl.models.backbone import SUPPORTED, FrozenBackbone
+from promcse_pl.models.families import FAMILIES
 from promcse_pl.models.hub import WEIGHT_WHEELS
 from promcse_pl.models.identity import EncoderId, output_config
 from promcse_pl.models.weights import file_sha256
@@ -249,7 +250,7 @@ def test_loading_restores_the_progress_bars_and_log_level_of_transformers(folder
 # --- the prompt must reach every layer
 
 
-@every_family
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if not family.in_call_order])
 @pytest.mark.parametrize("deaf", [0, 2])
 def test_an_encoder_with_a_layer_that_ignores_the_prompt_is_refused(family, deaf):
     model = small_encoder(family)

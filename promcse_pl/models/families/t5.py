@@ -6,7 +6,8 @@ T5 = Family(
     fields=(
         *COMMON_FIELDS,
         "head_dim",
-        "feed_forward_proj",
+        "dense_act_fn",
+        "is_gated_act",
         "layer_norm_epsilon",
         "relative_attention_num_buckets",
         "relative_attention_max_distance",
