@@ -10,8 +10,15 @@ import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.encoders import ignore_prompt_in_layer, save_small_encoder, small_backbone, small_encoder, small_tokenizer
-from transformers import AutoConfig, BertForMaskedLM
+from support.encoders import (
+    ignore_prompt_in_layer,
+    save_small_encoder,
+    small_backbone,
+    small_config,
+    small_encoder,
+    small_tokenizer,
+)
+from transformers import AutoConfig, BertForMaskedLM, T5EncoderModel, T5ForConditionalGeneration
 
 from promcse_pl.data.tokenizer import tokenizer_fingerprint
 from promcse_pl.models.backbone import SUPPORTED, FrozenBackbone
@@ -21,6 +28,17 @@ from promcse_pl.models.identity import EncoderId, output_config
 from promcse_pl.models.weights import file_sha256
 from promcse_pl.utils.errors import EncoderError
 
+NOMIC_NAMES = {
+    "embeddings.LayerNorm": "emb_ln",
+    "self_attn.o_proj": "attn.out_proj",
+    "self_attn": "attn",
+    "up_proj": "fc11",
+    "gate_proj": "fc12",
+    "down_proj": "fc2",
+    "post_attention_layernorm": "norm1",
+    "post_mlp_layernorm": "norm2",
+}
+"""Part of a weight's name -> name in nomic-embed-text."""
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 every_family = pytest.mark.parametrize("family", SUPPORTED)
 
@@ -102,6 +120,33 @@ def test_an_encoder_inside_a_masked_language_model_is_read(tmp_path):
     expected = masked.bert.state_dict()
     assert loaded.keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in loaded.items())
+
+
+def test_the_encoder_of_a_t5_with_its_decoder_is_read(tmp_path):
+    torch.manual_seed(1)
+    whole = T5ForConditionalGeneration(small_config("t5"))
+    whole.save_pretrained(tmp_path)
+    loaded = FrozenBackbone.load(tmp_path).model
+    assert type(loaded) is T5EncoderModel
+    expected = whole.encoder.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in loaded.encoder.state_dict().items())
+
+
+def test_weights_under_the_names_of_nomics_own_code_are_read(tmp_path):
+    model = small_encoder("nomic_bert")
+    model.config.save_pretrained(tmp_path)
+    stored = {}
+    for name, tensor in model.state_dict().items():
+        for ours, theirs in NOMIC_NAMES.items():
+            name = name.replace(ours, theirs)
+        stored[f"encoder.{name}" if name.startswith("layers.") else name] = tensor
+    for layer in range(3):
+        prefix = f"encoder.layers.{layer}.attn."
+        parts = [stored.pop(f"{prefix}{part}_proj.weight") for part in "qkv"]
+        stored[f"{prefix}Wqkv.weight"] = torch.cat(parts)
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded = FrozenBackbone.load(tmp_path).model.state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
 
 
 def test_minilm_comes_from_its_weight_wheel_by_its_hub_id(offline):

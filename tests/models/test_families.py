@@ -1,6 +1,9 @@
 """What every encoder family must satisfy with a prompt, on small random models: one test per property, over all families."""
 
 import copy
+import itertools
+import math
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -141,6 +144,111 @@ def test_an_encoder_without_position_ids_refuses_a_position_offset(family):
     assert prompt_encoder(family).position_offset == 0
     with pytest.raises(ConfigError, match=rf"position_offset=3: {family} .*Try: prompt.position_offset=null"):
         prompt_encoder(family, position_offset=3)
+
+
+# --- attention, one query at a time
+
+
+class Slow(NamedTuple):
+    """What the loop needs to know about the attention of a family: names of its modules, and how it computes scores."""
+
+    attention: str
+    query: str
+    key: str
+    value: str
+    out: str | None = None
+    scale: float | None = None
+    base: float | None = None
+    """Base of the rotary frequencies; None: no rotation."""
+    bias: str | None = None
+    """Embedding of the buckets of relative positions."""
+    buckets: int = 32
+
+
+ROTARY = ("layers.{}.self_attn", "q_proj", "k_proj", "v_proj", "o_proj")
+SLOW = {
+    "bert": Slow("encoder.layer.{}.attention.self", "query", "key", "value"),
+    "mpnet": Slow("encoder.layer.{}.attention.attn", "q", "k", "v", "o", bias="encoder.relative_attention_bias"),
+    "t5": Slow(
+        "encoder.block.{}.layer.0.SelfAttention",
+        *("q", "k", "v", "o"),
+        scale=1.0,
+        bias="encoder.block.0.layer.0.SelfAttention.relative_attention_bias",
+        buckets=8,
+    ),
+    "nomic_bert": Slow(*ROTARY, base=1000.0),
+    "eurobert": Slow(*ROTARY, base=10000.0),  # with grouped key/value heads
+}
+
+
+def rotate(state_TNH: torch.Tensor, base: float, first: int) -> torch.Tensor:
+    """Rotate the pairs (h, h + H / 2) of every token by its position, as complex numbers."""
+    half = state_TNH.shape[-1] // 2
+    pairs = torch.complex(state_TNH[..., :half], state_TNH[..., half:])
+    for t in range(len(pairs)):
+        for h in range(half):
+            pairs[t, :, h] *= complex(math.cos(angle := (first + t) * base ** (-h / half)), math.sin(angle))
+    return torch.cat([pairs.real, pairs.imag], dim=-1)
+
+
+def bucket(distance: int, buckets: int) -> int:
+    """Return the bucket of a distance between two tokens, as in the papers on T5 and MPNet; the furthest is 128."""
+    half, exact, far = buckets // 2, buckets // 4, abs(distance)
+    if far >= exact:
+        far = min(half - 1, exact + int(math.log(far / exact) / math.log(128 / exact) * (half - exact)))
+    return far + half * (distance > 0)
+
+
+def slow_attention(model, family, number, hidden_TD, prompt, first):
+    """Attention of one layer on one sentence without padding, a query and a head at a time.
+
+    Args:
+        prompt: Keys and values (2, K, P, H) of the layer; they are neither rotated nor get a bias.
+        first: Position of the first token.
+    """
+    slow = SLOW[family]
+    module = model.get_submodule(slow.attention.format(number))
+    query, key, value = (
+        module.get_submodule(name)(hidden_TD).unflatten(-1, (-1, prompt.shape[-1])) for name in slow[1:4]
+    )
+    if slow.base is not None:
+        query, key = rotate(query, slow.base, first), rotate(key, slow.base, first)
+    groups, scale = query.shape[1] // key.shape[1], slow.scale or prompt.shape[-1] ** -0.5
+    mixed_TNH = torch.zeros_like(query)
+    for t, n in itertools.product(range(query.shape[0]), range(query.shape[1])):
+        k = n // groups
+        scores = [scale * query[t, n] @ slot_H for slot_H in prompt[0, k]]
+        for other in range(len(key)):
+            bias = 0.0
+            if slow.bias is not None:
+                bias = model.get_submodule(slow.bias).weight[bucket(other - t, slow.buckets), n]
+            scores.append(scale * query[t, n] @ key[other, k] + bias)
+        exponentials = [score.exp() for score in scores]
+        for weight, slot_H in zip(exponentials, [*prompt[1, k], *value[:, k]], strict=True):
+            mixed_TNH[t, n] += weight / sum(exponentials) * slot_H
+    mixed_TD = mixed_TNH.flatten(1)
+    return mixed_TD if slow.out is None else module.get_submodule(slow.out)(mixed_TD)
+
+
+@pytest.mark.parametrize("family", SLOW)
+@torch.no_grad()
+def test_attention_equals_a_loop_over_prompt_slots_and_tokens(family):
+    encoder = prompt_encoder(family, length=2)
+    model, prompt_kv, seen = encoder.backbone.model, encoder.prompt(), {}
+    tokens = batch_for(encoder, [7, 4])
+    for number in range(encoder.backbone.layers):
+
+        def remember(_module, inputs, options, output, number=number):
+            seen[number] = inputs[0] if inputs else options["hidden_states"], output[0]
+
+        model.get_submodule(SLOW[family].attention.format(number)).register_forward_hook(remember, with_kwargs=True)
+    states_of(encoder, tokens.ids_NT, tokens.mask_NT)
+    for number, (hidden_BTD, mixed_BTD) in seen.items():
+        for row, length in enumerate([7, 4]):
+            expected_TD = slow_attention(
+                model, family, number, hidden_BTD[row, :length], prompt_kv[number, :, 0], encoder.position_offset
+            )
+            torch.testing.assert_close(mixed_BTD[row, :length], expected_TD, rtol=0, atol=1e-6)
 
 
 # --- gradients

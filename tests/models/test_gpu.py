@@ -14,6 +14,11 @@ from promcse_pl.training.machine import activation_bytes, free_bytes
 pytestmark = pytest.mark.gpu
 LENGTHS = [9, 4, 12, 5, 5, 11, 3, 8, 10]
 GPU = torch.device("cuda")
+FLOAT64 = {
+    *("bert", "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "ernie", "electra"),
+    *("mpnet", "distilbert", "albert", "modernbert"),
+}
+"""Families that compute everything in float64 if asked to; others compute norms or rotations in float32."""
 
 
 def loss_and_gradient(encoder, device, **options):
@@ -31,8 +36,9 @@ def test_loss_and_gradient_are_those_of_the_cpu(family, recompute):
     loss, gradient = loss_and_gradient(encoder, "cpu")
     for chunk_tokens in (None, 20):
         loss_gpu, gradient_gpu = loss_and_gradient(encoder, GPU, chunk_tokens=chunk_tokens, recompute=recompute)
-        torch.testing.assert_close(loss_gpu, loss, rtol=1e-9, atol=0)
-        assert (gradient_gpu - gradient).norm() <= 1e-9 * gradient.norm()
+        bound = 1e-9 if family in FLOAT64 else 1e-5
+        torch.testing.assert_close(loss_gpu, loss, rtol=bound, atol=0)
+        assert (gradient_gpu - gradient).norm() <= bound * gradient.norm()
 
 
 def test_recomputed_chunks_drop_the_same_and_leave_the_generator_as_it_was():

@@ -19,7 +19,8 @@ from promcse_pl.models.hooks import has_hooks
 from promcse_pl.models.identity import EncoderId
 from promcse_pl.training.fit import build_encoder
 
-FAMILIES = ["bert", "roberta", "xlm-roberta", "mpnet"]
+# one family for each structure; tests/models/test_families.py compares all
+FAMILIES = ["bert", "roberta", "mpnet", "distilbert"]
 LENGTHS = {"padded": [9, 4, 12, 5, 9, 3], "equal": [7, 7, 7, 7], "one": [5], "one token": [1, 1]}
 every_family = pytest.mark.parametrize("family", FAMILIES)
 all_lengths = pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
