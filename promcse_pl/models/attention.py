@@ -148,7 +148,9 @@ def additive_mask(bias: Tensor, mask: Tensor | None) -> Tensor:
 
 def _check_arguments(module: nn.Module, query_BNTH: Tensor, mask: Tensor | None, others: dict[str, Any]) -> None:
     unknown = sorted(
-        name for name, value in others.items() if name not in _WITHOUT_EFFECT and value not in (None, False)
+        name
+        for name, value in others.items()
+        if name not in _WITHOUT_EFFECT and value is not None and value is not False
     )
     if "is_causal" in unknown or (getattr(module, "is_causal", False) and mask is None and query_BNTH.shape[2] > 1):
         raise EncoderError(f"{type(module).__name__} asks for causal attention without a mask, which is not supported")

@@ -34,6 +34,21 @@ FAMILIES: dict[str, dict[str, object]] = {
         "local_attention": 6,
         **dict.fromkeys(("bos_token_id", "cls_token_id", "eos_token_id", "sep_token_id"), 2),
     },
+    "deberta-v2": {
+        "relative_attention": True,
+        "pos_att_type": ["c2p", "p2c"],
+        "position_buckets": 4,
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+        "position_biased_input": False,
+    },
+    "llama": {"num_attention_heads": 4, "num_key_value_heads": 2},
+    "mistral": {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 5},
+    "qwen2": {"num_attention_heads": 4, "num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 5}
+    | {"max_window_layers": 1},
+    "qwen3": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6},
+    "gemma3_text": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "query_pre_attn_scalar": 5}
+    | {"sliding_window": 9, "use_bidirectional_attention": True, "sliding_window_pattern": 2},
 }
 """What each supported family needs beside SMALL."""
 
