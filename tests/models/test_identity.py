@@ -16,6 +16,7 @@ from promcse_pl.models.backbone import SUPPORTED, FrozenBackbone
 from promcse_pl.models.identity import EncoderId, differences, output_config
 
 BERTS = {"hidden_act", "layer_norm_eps", "num_attention_heads", "num_hidden_layers", "is_decoder"}
+DECODERS = {"hidden_act", "rms_norm_eps", "num_hidden_layers", "rope_parameters"}
 DECIDING = {
     "modernbert": {
         "hidden_activation",
@@ -27,6 +28,13 @@ DECIDING = {
     },
     # the number of heads also decides the shape of the position bias
     "mpnet": {"hidden_act", "layer_norm_eps", "num_hidden_layers"},
+    "deberta-v2": {"hidden_act", "layer_norm_eps", "num_hidden_layers", "pos_att_type", "norm_rel_ebd"},
+    "llama": DECODERS,
+    "mistral": {*DECODERS, "sliding_window"},
+    "qwen2": {*DECODERS, "sliding_window", "layer_types"},
+    "qwen3": DECODERS,
+    "gemma3_text": {"hidden_activation", "rms_norm_eps", "rope_parameters", "sliding_window", "layer_types"}
+    | {"query_pre_attn_scalar", "use_bidirectional_attention"},
 }
 """Some of the config fields that change the output of a family; those of BERT if it is not named here."""
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 from promcse_pl.data.batch import Tokens
@@ -47,7 +47,7 @@ FAMILIES: dict[str, dict[str, object]] = {
     },
     "llama": {"num_attention_heads": 4, "num_key_value_heads": 2},
     "mistral": {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 5},
-    "qwen2": {"num_attention_heads": 4, "num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 5}
+    "qwen2": {"num_attention_heads": 4, "num_key_value_heads": 1, "use_sliding_window": True, "sliding_window": 5}
     | {"max_window_layers": 1},
     "qwen3": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6},
     "gemma3_text": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "query_pre_attn_scalar": 5}
@@ -134,5 +134,9 @@ def save_small_encoder(folder: Path, family: str = "bert", **changes: object) ->
     """Write a small encoder and its tokenizer as transformers does; returns the folder."""
     model = small_encoder(family, **changes)
     model.save_pretrained(folder)
-    small_tokenizer(model.config.pad_token_id).save_pretrained(folder)
+    tokenizer = small_tokenizer(model.config.pad_token_id)
+    if family == "qwen2":  # transformers reads any tokenizer of this family as byte-level BPE, which keeps added tokens
+        tokenizer.eos_token = "[SEP]"
+        tokenizer.add_tokens([AddedToken(f"w{i}", normalized=False) for i in range(5, SMALL["vocab_size"])])
+    tokenizer.save_pretrained(folder)
     return folder
