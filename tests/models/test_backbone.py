@@ -10,7 +10,14 @@ import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.encoders import FAMILIES, ignore_prompt_in_layer, save_small_encoder, small_backbone, small_encoder, small_tokenizer
+from support.encoders import (
+    FAMILIES,
+    ignore_prompt_in_layer,
+    save_small_encoder,
+    small_backbone,
+    small_encoder,
+    small_tokenizer,
+)
 from transformers import AutoConfig, BertForMaskedLM
 
 from promcse_pl.data.tokenizer import tokenizer_fingerprint

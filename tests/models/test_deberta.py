@@ -78,7 +78,9 @@ def test_attention_with_a_prompt_equals_a_loop_with_relative_scores_for_tokens_a
             index, columns = row * heads + head, slice(head * 8, head * 8 + 8)
             for t in range(length):
                 scores = [float(query[index, t] @ slot) / scale for slot in prompt[1, 0, 0, head]]
-                scores += [float(query[index, t] @ key[index, s]) / scale + float(bias[index, t, s]) for s in range(length)]
+                scores += [
+                    float(query[index, t] @ key[index, s]) / scale + float(bias[index, t, s]) for s in range(length)
+                ]
                 weights = torch.tensor([math.exp(score) for score in scores], dtype=torch.float64)
                 values = torch.cat([prompt[1, 1, 0, head], value[index, :length]])
                 expected = (weights / weights.sum()) @ values

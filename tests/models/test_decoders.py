@@ -197,7 +197,11 @@ def test_the_window_of_gemma_survives_copies(tmp_path):
 @pytest.mark.parametrize(
     ("family", "changes", "reason"),
     [
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type is 'dynamic'"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "rope_type is 'dynamic'",
+        ),
         (
             "gemma3_text",
             {
@@ -237,5 +241,3 @@ def test_relatives_are_refused_by_name(tmp_path, family):
     AutoConfig.for_model(family).save_pretrained(tmp_path)
     with pytest.raises(EncoderError, match=rf"is a {family} encoder"):
         read_config(tmp_path, "encoder")
-
-

@@ -15,7 +15,7 @@ from promcse_pl.models.attention import attend, prepend_prompt
 from promcse_pl.models.families.family import COMMON_FIELDS, Family
 
 
-class PromptSelfAttention(DisentangledSelfAttention):
+class PromptSelfAttention(DisentangledSelfAttention):  # type: ignore[misc]  # transformers' classes are Any
     """DeBERTa's attention with prompt slots, which have scores of content only: their relative bias is 0.
 
     Args:
@@ -31,24 +31,23 @@ class PromptSelfAttention(DisentangledSelfAttention):
             setattr(self, name, module)
         self.layer_idx = layer_idx
 
-    # the signature is that of transformers
     def forward(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor,
-        output_attentions: bool = False,
-        query_states: Tensor | None = None,
+        *_inputs: object,
         relative_pos: Tensor | None = None,
         rel_embeddings: Tensor | None = None,
+        **_options: object,
     ) -> tuple[Tensor, None]:
         """Return the attention output, (B, T, D), and None for the weights.
 
         Args:
             hidden_states: (B, T, D).
             attention_mask: (B, 1, T, T), 1 = attend.
-            output_attentions, query_states: Not used by the model's forward.
-            relative_pos: Buckets of relative positions, (1, T, T).
-            rel_embeddings: Their embeddings, (2 * buckets, D).
+            relative_pos: Buckets of relative positions, (1, T, T); None without relative attention.
+            rel_embeddings: Their embeddings, (2 * buckets, D); None without relative attention.
+            _inputs, _options: `output_attentions` and `query_states`, which have no effect.
         """
         query, key, value = (
             self.transpose_for_scores(projection(hidden_states), self.num_attention_heads)  # (B * N, T, H)
