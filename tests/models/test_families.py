@@ -20,12 +20,13 @@ from promcse_pl import PromCSE
 from promcse_pl.adapter import load_adapter, save_adapter
 from promcse_pl.data.batch import Tokens
 from promcse_pl.losses.hybrid import hybrid_loss
-from promcse_pl.models.backbone import SUPPORTED, FrozenBackbone
+from promcse_pl.models.backbone import SUPPORTED, UNLIMITED_INPUT, FrozenBackbone
 from promcse_pl.models.cpu.layers import can_fuse
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.encoder_files import auto_class
 from promcse_pl.models.families import FAMILIES as ROWS
 from promcse_pl.models.pooling import POOLINGS
+from promcse_pl.utils.errors import ConfigError
 
 LENGTHS = [9, 4, 12, 5, 9, 3]
 ONLY_EAGER = {"mpnet", "deberta-v2"}
@@ -127,13 +128,19 @@ def test_the_longest_input_fits_and_longer_sentences_are_truncated_to_it(family)
     encoder = prompt_encoder(family, dtype=torch.float32)
     model = PromCSE(encoder, small_tokenizer(encoder.backbone.pad_id))
     longest = encoder.longest_input
-    if longest is None:
-        assert model.encode("w7 " * 500).shape == (encoder.backbone.width,)
-        return
-    words = [f"w{7 + number % 80}" for number in range(longest)]
-    fitting = " ".join(words[: longest - 2])  # and [CLS], [SEP]
-    assert (model.encode(" ".join(words)) == model.encode(fitting)).all()
-    assert not (model.encode(" ".join(words[: longest - 3])) == model.encode(fitting)).all()
+    has_limit = encoder.backbone.family.has_limit
+    assert has_limit or longest == UNLIMITED_INPUT
+    words = [f"w{7 + number % 80}" for number in range(longest if has_limit else 300)]
+    whole = model.encode(" ".join(words))
+    assert (whole == model.encode(" ".join(words[:-2]))).all() == has_limit  # [CLS] and [SEP] are tokens, too
+    assert not (whole == model.encode(" ".join(words[:-3]))).all()
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if ROWS[family].positions == "none"])
+def test_an_encoder_without_position_ids_refuses_a_position_offset(family):
+    assert prompt_encoder(family).position_offset == 0
+    with pytest.raises(ConfigError, match=rf"position_offset=3: {family} .*Try: prompt.position_offset=null"):
+        prompt_encoder(family, position_offset=3)
 
 
 # --- gradients

@@ -25,13 +25,25 @@ SMALL = {
     "initializer_range": 0.2,  # with the usual 0.02 so small an encoder hardly attends to anything
 }
 
-
+GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2}
+WINDOW = {"use_sliding_window": True, "sliding_window": 5}
 FAMILIES: dict[str, dict[str, object]] = {
     "bert": {},
     "roberta": {"pad_token_id": 1},
     "xlm-roberta": {"pad_token_id": 1},
     "electra": {"embedding_size": 12},
     "mpnet": {"pad_token_id": 1},
+    "xlm-roberta-xl": {"pad_token_id": 1},
+    "camembert": {"pad_token_id": 1},
+    "data2vec-text": {"pad_token_id": 1},
+    "ernie": {},
+    "distilbert": {"hidden_dim": 24},
+    "albert": {"embedding_size": 12, "num_hidden_groups": 2},
+    "eurobert": {"num_key_value_heads": 1, **dict.fromkeys(("bos_token_id", "eos_token_id", "mask_token_id"), 2)},
+    "nomic_bert": {},
+    "gte": {},
+    "jina_embeddings_v3": {"pad_token_id": 1},
+    **dict.fromkeys(("t5", "mt5", "umt5"), {"d_ff": 24, "d_kv": 6, "relative_attention_num_buckets": 8}),
     # a window narrower than a sentence; the default special tokens lie outside so small a vocabulary
     "modernbert": {
         "local_attention": 6,
@@ -45,13 +57,18 @@ FAMILIES: dict[str, dict[str, object]] = {
         "share_att_key": True,
         "position_biased_input": False,
     },
-    "llama": {"num_attention_heads": 4, "num_key_value_heads": 2},
-    "mistral": {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 5},
-    "qwen2": {"num_attention_heads": 4, "num_key_value_heads": 1, "use_sliding_window": True, "sliding_window": 5}
-    | {"max_window_layers": 1},
-    "qwen3": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6},
-    "gemma3_text": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "query_pre_attn_scalar": 5}
-    | {"sliding_window": 9, "use_bidirectional_attention": True, "sliding_window_pattern": 2},
+    "llama": GROUPED,
+    "mistral": {**GROUPED, "sliding_window": 5},
+    "qwen2": {**GROUPED, **WINDOW, "num_key_value_heads": 1, "max_window_layers": 1},
+    "qwen3": {**GROUPED, **WINDOW, "max_window_layers": 2, "head_dim": 6},
+    "gemma3_text": {
+        **GROUPED,
+        "head_dim": 6,
+        "query_pre_attn_scalar": 5,
+        "sliding_window": 9,  # 5 to each side, both ends exclusive
+        "sliding_window_pattern": 2,
+        "use_bidirectional_attention": True,
+    },
 }
 """What each supported family needs beside SMALL."""
 

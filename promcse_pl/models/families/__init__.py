@@ -1,14 +1,21 @@
-"""Encoder families: one small file each, which states how its encoders take a prompt. May import models.attention and models.cpu."""
+"""Encoder families: one small file each, which states how its encoders take a prompt.
 
-from promcse_pl.models.families import bert, deberta, decoders, modernbert, mpnet
+They may import `promcse_pl.models.attention` and `promcse_pl.models.cpu`.
+"""
+
+from promcse_pl.models.families import albert, bert, deberta, decoders, distilbert, modernbert, mpnet, rotary, t5
 from promcse_pl.models.families.family import Family
 
 FAMILIES: dict[str, Family] = {
     **bert.FAMILIES,
-    **modernbert.FAMILIES,
     **mpnet.FAMILIES,
+    **distilbert.FAMILIES,
+    **albert.FAMILIES,
     **deberta.FAMILIES,
+    **modernbert.FAMILIES,
+    **rotary.FAMILIES,
     **decoders.FAMILIES,
+    **t5.FAMILIES,
 }
 """`model_type` in config.json -> family."""
 SUPPORTED = tuple(FAMILIES)
