@@ -162,7 +162,7 @@ def _check_arguments(module: nn.Module, query_BNTH: Tensor, mask: Tensor | None,
 
 def _mask(*sizes: Any, **options: Any) -> Tensor | None:  # noqa: ANN401
     """Return transformers' boolean mask; a causal one is never left out in favour of `is_causal`."""
-    return sdpa_mask(*sizes, **{**options, "allow_is_causal_skip": False})
+    return cast(Tensor | None, sdpa_mask(*sizes, **{**options, "allow_is_causal_skip": False}))
 
 
 AttentionInterface.register(PROMPT_ATTENTION, prompt_attention)

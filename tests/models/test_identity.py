@@ -21,14 +21,19 @@ SEEN = {
     *("hidden_act", "hidden_activation", "activation", "feed_forward_proj"),
     *("layer_norm_eps", "norm_eps", "rms_norm_eps", "layer_norm_epsilon"),
     *("num_attention_heads", "n_heads", "num_heads", "num_hidden_layers", "n_layers", "num_layers"),
-    *("is_decoder", "layer_types", "local_attention", "rope_parameters", "relative_attention_max_distance"),
+    *("is_decoder", "layer_types", "local_attention", "rope_parameters"),
 }
 """Fields whose effect the comparison must see in every family that has them, but for UNSEEN."""
+T5_UNSEEN = {"num_heads", "is_decoder", "feed_forward_proj"}
 UNSEEN = {
-    **dict.fromkeys(("mpnet", "eurobert"), {"num_attention_heads"}),  # also decides the shape of weights
-    **dict.fromkeys(("t5", "mt5", "umt5"), {"num_heads"}),
+    "mpnet": {"num_attention_heads"},
+    "eurobert": {"num_attention_heads"},
+    "t5": T5_UNSEEN,
+    "mt5": T5_UNSEEN,
+    "umt5": T5_UNSEEN,
     **{family: {"num_attention_heads"} for family in decoders.FAMILIES},
 }
+"""Fields that also decide the shape of weights, or that the encoder alone does not read."""
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
 

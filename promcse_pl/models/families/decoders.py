@@ -1,6 +1,7 @@
 """Decoders as text encoders: rotary positions, grouped key/value heads, causal attention (Gemma 3: optional).
 
-The prompt's keys are added after rotation, so they have no position, and they are visible to every token.
+The prompt's keys are added after the rotation, so every slot has position 0 and the position offset is the distance of the first
+token from it. Another offset is equivalent to other prompt keys. Prompt slots are visible to every token, outside of windows, too.
 """
 
 from __future__ import annotations
@@ -13,27 +14,25 @@ from promcse_pl.models.families.family import COMMON_FIELDS, Family
 from promcse_pl.utils.errors import EncoderError
 
 _FIELDS = (*COMMON_FIELDS, "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_parameters")
-_ROPE_TYPES = ("default", "linear", "llama3", "proportional", "yarn")
-"""Those whose frequencies do not depend on the longest sentence of the batch."""
 
 
 def _check(config: Any) -> None:  # noqa: ANN401
     rope = config.rope_parameters
-    found = {each["rope_type"] for each in (rope.values() if "rope_type" not in rope else [rope]) if each}
-    for rope_type in sorted(found.difference(_ROPE_TYPES)):
+    per_layer_type = rope.values() if "rope_type" not in rope else [rope]
+    if any(parameters["rope_type"] == "longrope" for parameters in per_layer_type if parameters):
         raise EncoderError(
-            f"{config.name_or_path}/config.json: rope_type is {rope_type!r}, with which an embedding can depend on the other "
-            f"sentences of its batch. Supported: {', '.join(_ROPE_TYPES)}"
+            "config.json has rope_type=longrope, with which an embedding depends on the longest sentence of its batch. Use an "
+            "encoder with another rope_type, such as default, llama3 or yarn"
         )
     if not getattr(config, "is_causal", True):
         raise EncoderError(
-            f"{config.name_or_path}/config.json: is_causal is false, with which transformers attends in both directions only "
-            "in batches with padding. Use an encoder without it"
+            "config.json has is_causal=false, with which transformers attends in both directions only in batches with padding. "
+            "Use an encoder without it"
         )
     if getattr(config, "attn_logit_softcapping", None):
         raise EncoderError(
-            f"{config.name_or_path}/config.json: attn_logit_softcapping is {config.attn_logit_softcapping}, which this version "
-            "of transformers ignores. Use an encoder with attn_logit_softcapping null"
+            f"config.json has attn_logit_softcapping={config.attn_logit_softcapping}, which this version of transformers "
+            "ignores. Use an encoder with attn_logit_softcapping=null"
         )
 
 

@@ -11,7 +11,6 @@ T5 = Family(
         "layer_norm_epsilon",
         "relative_attention_num_buckets",
         "relative_attention_max_distance",
-        "is_decoder",
     ),
     positions="none",
     has_limit=False,
