@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("sentence_transformers", reason="needs the extra: pip install -e '.[st]'", exc_type=ImportError)
+
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
@@ -67,13 +70,9 @@ def frozen(folder: str | Path, pooling: str | None = None) -> PromCSE:
     return find_targets([str(folder)], pooling=pooling, device="cpu")[0].members[0].load()
 
 
-def assert_equal_embeddings(folder: str | Path, texts: list[str] = TEXTS, **options: str) -> float:
+def assert_equal_embeddings(folder: str | Path, texts: list[str] = TEXTS, **options: str) -> None:
     theirs = SentenceTransformer(str(folder), device="cpu").encode(texts, normalize_embeddings=True, **options)
-    ours = frozen(folder).encode(texts, **options)
-    assert ours.shape == theirs.shape
-    error = float(np.abs(ours - theirs).max())
-    assert error < 1e-6
-    return error
+    np.testing.assert_allclose(frozen(folder).encode(texts, **options), theirs, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +223,14 @@ def test_minilm_gives_the_embeddings_of_sentence_transformers():
 def test_mpnet_gives_the_embeddings_of_sentence_transformers():
     folder = Path(os.environ["PROMCSE_MPNET"])
     assert read_pipeline(folder).text == TextSettings(max_length=384)
-    print(f"largest difference: {assert_equal_embeddings(folder, ENGLISH):.1e}")
+    theirs = SentenceTransformer(str(folder), device="cpu").encode(ENGLISH)
+    model = frozen(folder)
+    fused = model.encode(ENGLISH)
+    model.encoder.backbone.use_fused_layers = False
+    np.testing.assert_allclose(model.encode(ENGLISH), theirs, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(fused[:-1], theirs[:-1], rtol=0, atol=1e-6)
+    # 384 tokens in float32 are 1.2e-6 from the result in float64 in sentence-transformers too
+    np.testing.assert_allclose(fused, theirs, rtol=0, atol=3e-6)
 
 
 @pytest.fixture(scope="module")
