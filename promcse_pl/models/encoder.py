@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, get_args
 
 import torch
@@ -13,7 +15,8 @@ from promcse_pl.data.batch import Tokens
 from promcse_pl.data.masking import IGNORED
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.cpu.chunks import plan_chunks, run_chunks
-from promcse_pl.models.pooling import Pooling, needs_all_layers, needs_first_token, pool
+from promcse_pl.models.pipeline import TextSettings
+from promcse_pl.models.pooling import needs_all_layers, needs_first_token, pool
 from promcse_pl.models.prompt import INIT_STD, DeepPrompt
 from promcse_pl.utils.errors import ConfigError
 
@@ -46,13 +49,18 @@ class PromptEncoder(nn.Module):
         backbone: The frozen encoder.
         length: Prompt length P >= 0.
         projection_size: Hidden width of the prompt's re-parametrisation, or None.
-        pooling: See `promcse_pl.models.pooling`.
+        pooling: See `promcse_pl.models.pooling.pool`.
         head: `none`; `mlp`: used in training and at test time; `mlp_train_only`: used in training only.
         dropout: Prompt dropout; None: the encoder's hidden dropout, as in the official code.
         position_offset: Shift of all positions; None: P, as in the official code, or 0 for an encoder without position ids.
+        text: How texts become token ids at encode time; None: as in the encoder's pipeline.
+
+    Attributes:
+        width: Dimension of an embedding: after the pooling, and after the dense layers of the encoder.
 
     Raises:
-        ConfigError: A position offset for an encoder without position ids.
+        ConfigError: A position offset for an encoder without position ids, or dense layers of the encoder that do not take the
+            width of this pooling.
     """
 
     # the parameters are the settings of model and prompt that decide an embedding
@@ -62,10 +70,11 @@ class PromptEncoder(nn.Module):
         *,
         length: int,
         projection_size: int | None = None,
-        pooling: Pooling = "cls",
+        pooling: str = "cls",
         head: Head = "none",
         dropout: float | None = None,
         position_offset: int | None = None,
+        text: TextSettings | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -77,9 +86,11 @@ class PromptEncoder(nn.Module):
             projection_size=projection_size,
             dropout=backbone.hidden_dropout if dropout is None else dropout,
         )
-        self.pooling: Pooling = pooling
+        self.pooling = pooling
+        self.text = backbone.pipeline.text if text is None else text
+        self.width = backbone.embedding_width(pooling)
         self.head_mode: Head = head
-        self.head = None if head == "none" else MlpHead(backbone.width)
+        self.head = None if head == "none" else MlpHead(self.width)
         has_positions = backbone.family.positions != "none"
         if position_offset and not has_positions:
             raise ConfigError(
@@ -93,7 +104,7 @@ class PromptEncoder(nn.Module):
 
     @property
     def longest_input(self) -> int:
-        """Maximum number of tokens of a sentence, special ones included."""
+        """Maximum number of tokens that fit the encoder after its prompt, special ones included."""
         return self.backbone.longest_input(self.position_offset)
 
     def forward(
@@ -173,9 +184,10 @@ class PromptEncoder(nn.Module):
             tokens.ids_NT,
             prompt_kv,
             all_layers=needs_all_layers(self.pooling),
-            first_token=needs_first_token(self.pooling),
+            first_token=needs_first_token(self.pooling) and bool(tokens.mask_NT[:, 0].all()),
         )
-        return pool([_float(state) for state in states], tokens.mask_NT, self.pooling)
+        pooled: Tensor = self.backbone.dense(pool([_float(state) for state in states], tokens.mask_NT, self.pooling))
+        return pooled
 
     @staticmethod
     def _in_row_order(hidden: list[Tensor], tokens: Tokens, chunks: list[Tensor]) -> Tensor:
@@ -184,6 +196,17 @@ class PromptEncoder(nn.Module):
         counts = (tokens.mlm_labels_NT != IGNORED).sum(1).cpu()
         row_of_hidden = torch.cat([torch.repeat_interleave(rows, counts[rows]) for rows in chunks])
         return _float(torch.cat(hidden))[torch.argsort(row_of_hidden, stable=True).to(hidden[0].device)]
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Put a module into eval mode in a block, and restore its mode afterwards."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
 
 
 def _float(tensor: Tensor) -> Tensor:

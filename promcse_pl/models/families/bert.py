@@ -61,7 +61,6 @@ def _check(config: Any) -> None:  # noqa: ANN401
 BERT = Family(
     fields=_FIELDS,
     positions="from_zero",
-    pooling="cls",
     has_pooler=True,
     check=_check,
     first_token="encoder.layer.{}.attention.output",

@@ -24,6 +24,10 @@ COMMON_FIELDS = (
 """Fields of config.json, under the names that transformers gives them in every family."""
 
 
+def _nothing(_: object) -> None:  # a lambda could not be pickled for a worker process
+    """Do nothing."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """The encoders of one `model_type`; docs/adding-an-encoder.md explains how to add one.
@@ -34,7 +38,7 @@ class Family:
         positions: `from_zero`: the first token has position 0. `after_padding_id`: it has position pad_token_id + 1, and padding
             has position pad_token_id. `none`: the encoder takes no position ids (relative positions only).
         has_limit: Whether inputs are limited to `max_position_embeddings` tokens.
-        pooling: Usual pooling of these encoders.
+        pooling: Usual pooling of these encoders, for a folder without modules.json.
         auto_class: Class of transformers that loads the encoder.
         has_pooler: Whether its model class builds a pooler unless `add_pooling_layer` is False.
         attention: Name of the class of the attention modules, for families whose modules have no `layer_idx`: they are numbered
@@ -57,8 +61,8 @@ class Family:
     has_pooler: bool = False
     attention: str | None = None
     in_call_order: bool = False
-    adapt: Callable[[nn.Module], None] = lambda _: None
-    check: Callable[[Any], None] = lambda _: None
+    adapt: Callable[[nn.Module], None] = _nothing
+    check: Callable[[Any], None] = _nothing
     first_token: str | None = None
     fused: FusedLayers | None = None
     mlm_head: Mapping[str, str] = field(default_factory=dict)
