@@ -44,7 +44,7 @@ class ModelConfig(Section):
     head: Literal["none", "mlp", "mlp_train_only"] = "mlp"
     """Trained MLP (linear layer and tanh) on the pooled embedding. `mlp`: part of the sentence embedding (supervised recipes).
     `mlp_train_only`: used by the training loss only (unsupervised recipes)."""
-    max_length: Annotated[int | Literal["auto"] | None, Range(ge=3, le=131_072, note="tokens", example=128)] = None
+    max_length: Annotated[int | Literal["auto"] | None, Range(ge=3, le=2**30, note="tokens", example=128)] = None
     """Maximum number of tokens of a sentence in `encode`, special tokens and prompt text included; longer sentences are truncated.
     `auto`: `max_seq_length` of the encoder (sentence-transformers). `null`: as many as the encoder takes. Training sentences are
     truncated to the smaller one of this and `data.max_length`."""

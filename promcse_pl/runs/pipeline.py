@@ -42,6 +42,7 @@ from promcse_pl.training.distributed import (
     leave_process_group,
     rank_zero_first,
 )
+from promcse_pl.training.encoder_settings import describe_origins, resolved_model
 from promcse_pl.training.fit import Fitted, Parts, build_data, build_encoder, build_mlm_head, fit
 from promcse_pl.training.machine import resolve_machine
 from promcse_pl.utils.errors import DataError
@@ -109,8 +110,9 @@ def _prepare(run: RunContext) -> tuple[RunContext, Parts]:
     if run.is_main:
         run.console.print(config_tree(config.to_dict()))
     encoder = build_encoder(config)
-    model = dataclasses.replace(config.model, revision=encoder.backbone.identity.revision)  # the commit that was read
-    config = dataclasses.replace(config, model=model)
+    for line in describe_origins(run.typed.model, encoder):
+        log.info("%s", line)
+    config = dataclasses.replace(config, model=resolved_model(config.model, encoder))
     mlm_head = build_mlm_head(config, encoder.backbone)
     with rank_zero_first(run.ranks), progress_bar(run.console, "tokenising", None) as progress:
         data = build_data(config, encoder, progress)

@@ -75,7 +75,7 @@ OUT_OF_RANGE = [
     ("model.path", " "),
     ("data.train", ""),
     ("model.max_length", 2),
-    ("model.max_length", 131_073),
+    ("model.max_length", 2**30 + 1),
     ("data.max_length", 2),
     ("data.max_length", 513),
     ("data.batch_size", 1),
