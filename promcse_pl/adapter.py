@@ -32,15 +32,22 @@ from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import HEADS, PromptEncoder
 from promcse_pl.models.hub import download
 from promcse_pl.models.identity import EncoderId, differences
-from promcse_pl.models.pooling import POOLINGS
+from promcse_pl.models.pipeline import SHORTEST_INPUT, TextSettings
+from promcse_pl.models.pooling import ALLOWED_POOLINGS, is_pooling
 from promcse_pl.models.weights import read_header, read_json_object
 from promcse_pl.utils.errors import AdapterError, EncoderError
 from promcse_pl.utils.files import current, read_unchanged, update_folder
 from promcse_pl.utils.paths import expand, is_folder, looks_like_path
 from promcse_pl.version import __version__
 
-FORMAT = 2
-"""Incremented when older versions could misread a newer folder. Format 1 identified the encoder by its weights only."""
+FORMAT = 3
+"""Incremented when older versions could misread a newer folder.
+
+Format 1 identified the encoder by its weights only. Formats 1 and 2 ignored the pipeline of a sentence-transformers folder, dense
+layers included, so they are loaded without it.
+"""
+ROTATED_KEYS = "after_rotation"
+"""Value of `prompt.keys` for encoders with rotary positions: the prompt's keys enter the attention after the rotation."""
 HUB_FILES = ("adapter*", "encoder/*")
 """File patterns of an adapter on the hub: at the top of a repository, or in its folder adapter/."""
 
@@ -63,12 +70,18 @@ def describe(encoder: PromptEncoder) -> dict[str, Any]:
             "length": prompt.length,
             "projection_size": None if prompt.trans is None else prompt.trans[0].out_features,
             "dropout": prompt.dropout,
+            "keys": _keys(backbone),
         },
         "pooling": encoder.pooling,
         "head": encoder.head_mode,
         "position_offset": encoder.position_offset,
+        "text": dataclasses.asdict(encoder.text),
         "dtype": "float32",
     }
+
+
+def _keys(backbone: FrozenBackbone) -> str | None:
+    return ROTATED_KEYS if getattr(backbone.model.config, "rope_parameters", None) else None
 
 
 def save_adapter(encoder: PromptEncoder, folder: str | Path, *, training: dict[str, Any] | None = None) -> None:
@@ -119,9 +132,9 @@ def _checksum(description: dict[str, Any], weights: bytes, bundled: Path) -> str
 def adapter_hash(encoder: PromptEncoder, tokenizer: Any | None = None) -> str:  # noqa: ANN401  (a transformers tokenizer)
     """Return the hex sha256 of everything that affects the embeddings, and of nothing else.
 
-    It covers the trained tensors (names, shapes, float32 values), the frozen weights, the encoder's config and tokenizer (see
-    `promcse_pl.models.identity`), pooling, head and positions. It does not cover the encoder's name, the prompt's dropout,
-    versions and the training summary.
+    It covers the trained tensors (names, shapes, float32 values), the frozen weights, the encoder's config, dense layers and
+    tokenizer (see `promcse_pl.models.identity`), pooling, head, positions and text settings. It does not cover the encoder's
+    name, the prompt's dropout, versions and the training summary.
 
     Args:
         encoder: The prompt encoder.
@@ -130,7 +143,7 @@ def adapter_hash(encoder: PromptEncoder, tokenizer: Any | None = None) -> str:  
     identity = encoder.backbone.identity
     fingerprint = identity.tokenizer if tokenizer is None else tokenizer_fingerprint(tokenizer)
     head_is_used = encoder.head_mode == "mlp"
-    settings = [
+    settings: list[object] = [
         identity.sha256,
         dict(identity.config),
         fingerprint,
@@ -138,6 +151,8 @@ def adapter_hash(encoder: PromptEncoder, tokenizer: Any | None = None) -> str:  
         head_is_used,
         encoder.position_offset,
     ]
+    if encoder.text != TextSettings():  # so that the hashes of adapters of formats 1 and 2 do not change
+        settings.append(dataclasses.asdict(encoder.text))
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, tensor in sorted(encoder.state_dict().items()):
         if name.startswith("head.") and not head_is_used:
@@ -188,7 +203,12 @@ def _load(folder: Path, encoder: str | None, dtype: torch.dtype) -> PromptEncode
     about = _read_description(folder)
     bundled = encoder is None and about["encoder"]["name"] == BUNDLED
     name = str(current(folder, BUNDLED_NAME).absolute()) if bundled else encoder or about["encoder"]["name"]
-    backbone = FrozenBackbone.load(name, revision=None if encoder else about["encoder"]["revision"], dtype=dtype)
+    backbone = FrozenBackbone.load(
+        name,
+        revision=None if encoder else about["encoder"]["revision"],
+        dtype=dtype,
+        with_pipeline=about["format"] > 2,
+    )
     _check_encoder(about["encoder"], backbone, folder)
     if bundled:
         backbone.identity = dataclasses.replace(
@@ -201,8 +221,10 @@ def _load(folder: Path, encoder: str | None, dtype: torch.dtype) -> PromptEncode
         "head": about["head"],
         "dropout": about["prompt"]["dropout"],
         "position_offset": about["position_offset"],
+        "text": TextSettings(**about.get("text", {})),
     }
-    if backbone.longest_input(about["position_offset"]) < 3:
+    longest = backbone.longest_input(about["position_offset"])
+    if longest is not None and longest < SHORTEST_INPUT:
         raise AdapterError(
             f"{folder / DESCRIPTION}: position_offset {about['position_offset']} leaves no room for a sentence in "
             f"{backbone.identity.name}"
@@ -276,21 +298,28 @@ def _checked(about: dict[str, Any], path: Path) -> dict[str, Any]:
                 raise AdapterError(f"{path}: {key or 'the file'} must have the keys {sorted(wanted)}, got {given}")
             for name, inner in wanted.items():
                 check(value[name], inner, f"{key}.{name}" if key else name)
-        elif not isinstance(value, wanted) or isinstance(value, bool):
+        elif not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
             raise AdapterError(f"{path}: {key} has the wrong type: {value!r}")
 
     if about["format"] > 1:
         template["encoder"] |= {"config": dict, "tokenizer": str | None}
+    if about["format"] > 2:
+        template["prompt"]["keys"] = str | None
+        text = {"max_length": int | None, "lower_case": bool, "prompts": dict, "default_prompt": str | None}
+        template["text"] = text
     if "checksum" in about:  # older adapters have none
         template["checksum"] = str
     check(about, template, "")
+    if not is_pooling(about["pooling"]):
+        raise AdapterError(f"{path}: pooling is {about['pooling']!r}; allowed: {ALLOWED_POOLINGS}")
     for key, value, allowed in (
-        ("pooling", about["pooling"], POOLINGS),
         ("head", about["head"], HEADS),
         ("dtype", about["dtype"], ("float32",)),
+        ("prompt.keys", about["prompt"].get("keys"), (None, ROTATED_KEYS)),
     ):
         if value not in allowed:
-            raise AdapterError(f"{path}: {key} is {value!r}; allowed: {', '.join(allowed)}")
+            raise AdapterError(f"{path}: {key} is {value!r}; allowed: {', '.join(map(str, allowed))}")
+    _check_text(about.get("text", {}), path)
     prompt = about["prompt"]
     ranges = (
         ("prompt.length", prompt["length"], 0, 4096),
@@ -302,6 +331,22 @@ def _checked(about: dict[str, Any], path: Path) -> dict[str, Any]:
         if not low <= value <= high:
             raise AdapterError(f"{path}: {key} is {value}; allowed: {low} to {high}")
     return about
+
+
+def _check_text(text: dict[str, Any], path: Path) -> None:
+    """Check the values of the text settings, whose types are right."""
+    if text and text["max_length"] is not None and text["max_length"] < SHORTEST_INPUT:
+        raise AdapterError(
+            f"{path}: text.max_length is {text['max_length']}; allowed: null, or {SHORTEST_INPUT} or more"
+        )
+    prompts = text.get("prompts", {})
+    for name, prompt in prompts.items():
+        if not isinstance(prompt, str):
+            raise AdapterError(f"{path}: text.prompts.{name} has the wrong type: {prompt!r}")
+    if text.get("default_prompt") is not None and text["default_prompt"] not in prompts:
+        raise AdapterError(
+            f"{path}: text.default_prompt is {text['default_prompt']!r}; allowed: null, or one of {sorted(prompts)}"
+        )
 
 
 def _read_tensors(wanted: dict[str, Tensor], about: dict[str, Any], folder: Path) -> dict[str, Tensor]:

@@ -1,14 +1,14 @@
 """PromCSE: encode sentences, compare them, and search an index."""
 
-# N sentences, T tokens, D width
+# N sentences, Q queries, T tokens, D width
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import numpy as np
 import torch
@@ -18,10 +18,10 @@ from torch.nn import functional as F
 
 from promcse_pl import adapter as adapter_files
 from promcse_pl.data.tokenizer import tokenizer_fingerprint
-from promcse_pl.index import Hit, Kind, SentenceIndex
+from promcse_pl.index import Hit, Kind, SearchOptions, SentenceIndex
 from promcse_pl.models.cpu.chunks import CHUNK_TOKENS
 from promcse_pl.models.device import pick_device
-from promcse_pl.models.encoder import PromptEncoder
+from promcse_pl.models.encoder import PromptEncoder, eval_mode
 from promcse_pl.models.texts import list_of_texts, tokenize
 from promcse_pl.models.vectors import Embeddings, Vectors, is_embeddings, require_finite, unit_embeddings
 from promcse_pl.utils.errors import AdapterError, ConfigError, DataError
@@ -30,6 +30,18 @@ from promcse_pl.utils.terminal import progress_bar
 Progress = Callable[[int], None]
 BLOCK_SENTENCES = 4096
 """Number of sentences tokenised and sorted by length at once; this bounds the memory in addition to the embeddings."""
+
+
+class EncodeOptions(TypedDict, total=False):
+    """Options of `PromCSE.encode` that do not change the type of its result."""
+
+    prompt_name: str | None
+    prompt: str | None
+    batch_size: int | None
+    show_progress_bar: bool
+    normalize_embeddings: bool | None
+    normalize: bool | None
+    progress: Progress | None
 
 
 class PromCSE:
@@ -155,57 +167,48 @@ class PromCSE:
     @property
     def width(self) -> int:
         """D, the dimension of an embedding."""
-        return self.encoder.backbone.width
+        return self.encoder.width
 
     @property
     def max_tokens(self) -> int:
         """Maximum number of tokens of a sentence, special ones included; longer sentences are truncated."""
-        return self.encoder.longest_input
+        limits = (self.encoder.longest_input, self.encoder.text.max_length)
+        return min(limit for limit in limits if limit is not None)
 
-    # many parameters: those up to normalize_embeddings have the names of sentence-transformers
+    # many parameters: all but progress have the names of sentence-transformers
     @overload
     def encode(
         self,
         sentences: str | Iterable[str],
         *,
-        batch_size: int | None = None,
-        show_progress_bar: bool = False,
         convert_to_numpy: Literal[True] = True,
         convert_to_tensor: Literal[False] = False,
-        normalize_embeddings: bool | None = None,
-        normalize: bool | None = None,
-        progress: Progress | None = None,
+        **options: Unpack[EncodeOptions],
     ) -> Vectors: ...
     @overload
     def encode(
         self,
         sentences: str | Iterable[str],
         *,
-        batch_size: int | None = None,
-        show_progress_bar: bool = False,
         convert_to_numpy: bool = True,
         convert_to_tensor: Literal[True],
-        normalize_embeddings: bool | None = None,
-        normalize: bool | None = None,
-        progress: Progress | None = None,
+        **options: Unpack[EncodeOptions],
     ) -> Tensor: ...
     @overload
     def encode(
         self,
         sentences: str | Iterable[str],
         *,
-        batch_size: int | None = None,
-        show_progress_bar: bool = False,
         convert_to_numpy: Literal[False],
         convert_to_tensor: Literal[False] = False,
-        normalize_embeddings: bool | None = None,
-        normalize: bool | None = None,
-        progress: Progress | None = None,
+        **options: Unpack[EncodeOptions],
     ) -> Tensor | list[Tensor]: ...
     def encode(
         self,
         sentences: str | Iterable[str],
         *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
         batch_size: int | None = None,
         show_progress_bar: bool = False,
         convert_to_numpy: bool = True,
@@ -220,6 +223,8 @@ class PromCSE:
 
         Args:
             sentences: One sentence, or any iterable of them: a list, a generator, a numpy array, a pandas Series.
+            prompt_name: Name of a prompt in `encoder.text.prompts` to put in front of every sentence; None: the default prompt.
+            prompt: Text to put in front of every sentence; "": none.
             batch_size: Maximum number of sentences in a batch; None: only the number of tokens is limited. It affects memory and
                 speed; embeddings change by no more than rounding.
             show_progress_bar: Show a progress bar on standard error if it is a terminal.
@@ -235,7 +240,7 @@ class PromCSE:
         Raises:
             TextTypeError: An entry is not a string (a DataError and a TypeError); the message has its position.
             DataError: A sentence contains a lone surrogate.
-            ConfigError: batch_size is not an integer >= 1.
+            ConfigError: batch_size is not an integer >= 1, there is no prompt of that name, or prompt and prompt_name are given.
             TypeError: normalize and normalize_embeddings differ.
             NonFiniteError: An embedding is not finite.
         """
@@ -248,11 +253,13 @@ class PromCSE:
                 f"encode got {normalize_embeddings=} and {normalize=}, its older name. Try: the first alone"
             )
         texts = list_of_texts([sentences] if isinstance(sentences, str) else sentences, "encode")
+        front = self.encoder.text.prompt_text(prompt_name, prompt)
         unit_length = next((value for value in (normalize_embeddings, normalize) if value is not None), True)
         embeddings_ND = np.empty((len(texts), self.width), dtype=np.float32)
-        with _progress_bar(show_progress_bar, len(texts)) as report:
+        bar = progress_bar(Console(stderr=True), "encoding", len(texts)) if show_progress_bar else nullcontext()
+        with bar as report:
             for start in range(0, len(texts), BLOCK_SENTENCES):
-                block = texts[start : start + BLOCK_SENTENCES]
+                block = self.encoder.text.prepare(texts[start : start + BLOCK_SENTENCES], front)
                 embeddings_ND[start : start + len(block)] = self._encode_block(block, batch_size, unit_length)
                 for function in filter(None, (report, progress)):
                     function(start + len(block))
@@ -283,17 +290,23 @@ class PromCSE:
         return adapter_files.adapter_hash(self.encoder, self.tokenizer)
 
     def build_index(
-        self, sentences: Iterable[str], *, kind: Kind = "exact", progress: Callable[[int], None] | None = None
+        self,
+        sentences: Iterable[str],
+        *,
+        kind: Kind = "exact",
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        progress: Progress | None = None,
     ) -> None:
         """Encode sentences into the index of `search`; an earlier index is replaced.
 
         Args:
             sentences: At least one; a sentence that occurs twice is found twice.
             kind: `exact`, or through FAISS (extra `faiss`) `flat` or `ivf`; see `promcse_pl.index.SentenceIndex`.
-            progress: See `encode`.
+            prompt_name, prompt, progress: See `encode`.
 
         Raises:
-            ConfigError: An unknown kind, or FAISS is not installed.
+            ConfigError: An unknown kind or prompt, or FAISS is not installed.
             DataError: There are no sentences, or an entry is not text.
         """
         index = SentenceIndex(kind)
@@ -302,28 +315,33 @@ class PromCSE:
             raise DataError(
                 f'an index needs a list of sentences, got {sentences!r}. Try: build_index(["A woman reads."])'
             )
-        index.add(self.encode(texts, progress=progress), texts)
+        index.add(self.encode(texts, prompt_name=prompt_name, prompt=prompt, progress=progress), texts)
         self._index = index
 
-    def add(self, sentences: Iterable[str]) -> None:
-        """Append sentences to the index.
+    def add(self, sentences: Iterable[str], *, prompt_name: str | None = None, prompt: str | None = None) -> None:
+        """Append sentences to the index, with the prompt of `build_index`.
 
         Raises:
+            ConfigError: An unknown prompt.
             DataError: There is no index yet, or an entry is not text.
         """
         if isinstance(sentences, str):
             raise DataError(f"add needs a list of sentences, got {sentences!r}. Try: add([{sentences!r}])")
         index, texts = self._built_index(), list_of_texts(sentences, "add")
-        index.add(self.encode(texts), texts)
+        index.add(self.encode(texts, prompt_name=prompt_name, prompt=prompt), texts)
 
     @overload
-    def search(  # type: ignore[overload-overlap]  # a str is an Iterable[str] too
-        self, queries: str, *, top_k: int = 5, threshold: float | None = None
-    ) -> list[Hit]: ...
-    @overload
-    def search(self, queries: Iterable[str], *, top_k: int = 5, threshold: float | None = None) -> list[list[Hit]]: ...
+    def search(self, queries: str, **options: Unpack[SearchOptions]) -> list[Hit]: ...  # type: ignore[overload-overlap]
+    @overload  # a str is an Iterable[str] too
+    def search(self, queries: Iterable[str], **options: Unpack[SearchOptions]) -> list[list[Hit]]: ...
     def search(
-        self, queries: str | Iterable[str], *, top_k: int = 5, threshold: float | None = None
+        self,
+        queries: str | Iterable[str],
+        *,
+        top_k: int = 5,
+        threshold: float | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
     ) -> list[Hit] | list[list[Hit]]:
         """Return the nearest sentences of the index with their cosines, best first; equal cosines in the order they were added.
 
@@ -331,17 +349,19 @@ class PromCSE:
             queries: One sentence or many.
             top_k: Maximum number of hits of each query, at least 1.
             threshold: Minimum cosine of a hit, in [-1, 1]; None: no minimum.
+            prompt_name, prompt: Prompt of the queries; see `encode`.
 
         Returns:
             A list of (sentence, cosine) for one query; a list of such lists for many.
 
         Raises:
-            ConfigError: top_k or threshold out of range.
+            ConfigError: top_k or threshold out of range, or an unknown prompt.
             DataError: There is no index yet, or a query is not text.
         """
-        if isinstance(queries, str):
-            return self.search([queries], top_k=top_k, threshold=threshold)[0]
-        return self._built_index().search(self.encode(queries), top_k=top_k, threshold=threshold)
+        index, texts = self._built_index(), [queries] if isinstance(queries, str) else queries
+        embeddings_QD = self.encode(texts, prompt_name=prompt_name, prompt=prompt)
+        hits = index.search(embeddings_QD, top_k=top_k, threshold=threshold)
+        return hits[0] if isinstance(queries, str) else hits
 
     def save_index(self, folder: str | Path) -> None:
         """Write the index to a folder; an index that is already there is replaced, other files are kept.
@@ -369,7 +389,7 @@ class PromCSE:
 
     def _encode_block(self, sentences: Sequence[str], batch_size: int | None, unit_length: bool) -> Vectors:
         tokens = tokenize(self.tokenizer, sentences, self.max_tokens)
-        with self._lock, _eval_mode(self.encoder), torch.inference_mode():
+        with self._lock, eval_mode(self.encoder), torch.inference_mode():
             device = self.encoder.backbone.device
             embeddings_ND, _ = self.encoder(
                 tokens.to(device), chunk_tokens=CHUNK_TOKENS[device.type], chunk_sentences=batch_size
@@ -378,23 +398,3 @@ class PromCSE:
         found_ND: Vectors = embeddings_ND.cpu().numpy()
         require_finite(sentences, found_ND)
         return found_ND
-
-
-@contextmanager
-def _progress_bar(show: bool, total: int) -> Iterator[Progress | None]:
-    if not show:
-        yield None
-        return
-    with progress_bar(Console(stderr=True), "encoding", total) as report:
-        report(0)
-        yield report
-
-
-@contextmanager
-def _eval_mode(module: torch.nn.Module) -> Iterator[None]:
-    training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(training)

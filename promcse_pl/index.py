@@ -10,7 +10,7 @@ import math
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,16 @@ Kind = Literal["exact", "flat", "ivf"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 Hit = tuple[str, float]
 """A sentence and its cosine with the query."""
+
+
+class SearchOptions(TypedDict, total=False):
+    """Options of `PromCSE.search`."""
+
+    top_k: int
+    threshold: float | None
+    prompt_name: str | None
+    prompt: str | None
+
 
 FORMAT = 2
 """Incremented when older versions could misread a newer folder, or when the definition of the adapter hash changes."""

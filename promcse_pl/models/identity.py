@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from promcse_pl.models.families import FAMILIES
+
 
 @dataclass(frozen=True, slots=True)
 class EncoderId:
@@ -17,7 +18,8 @@ class EncoderId:
         name: Folder or hub id as the user gave it.
         revision: Commit of the hub repository, or None.
         sha256: Hash of the weights file, or of the tensors for a model built in memory.
-        config: Values of the fields of its family (`Family.fields`); empty if unknown (adapters of format 1).
+        config: Values of the fields of its family (`Family.fields`), and "dense", its dense layers, if it has any; empty if
+            unknown (adapters of format 1).
         tokenizer: `tokenizer_fingerprint` of the encoder's tokenizer; None if it has none or it is unknown.
     """
 
@@ -28,9 +30,16 @@ class EncoderId:
     tokenizer: str | None = None
 
 
-def output_config(config: Any) -> dict[str, Any]:  # noqa: ANN401  (a transformers config)
-    """Return the fields of a config that affect the output in eval mode, as JSON values; None for absent fields."""
+def output_config(config: Any, dense: Iterable[Any] = ()) -> dict[str, Any]:  # noqa: ANN401  (a transformers config)
+    """Return everything that affects the output in eval mode beside the weights, as JSON values; None for absent fields.
+
+    Args:
+        config: Config of the encoder.
+        dense: Its `FrozenDense` layers. Without any there is no entry, so that the identity of most encoders does not change.
+    """
     fields = {name: getattr(config, name, None) for name in FAMILIES[config.model_type].fields}
+    layers = [layer.identity() for layer in dense]
+    fields |= {"dense": layers} if layers else {}
     plain: dict[str, Any] = json.loads(json.dumps(fields, default=str))
     return plain
 
@@ -48,8 +57,10 @@ def differences(expected: EncoderId, actual: EncoderId, *, owner: str) -> list[s
     found = [
         f"{name} is {str(actual.config[name])[:80]}, {owner} {str(value)[:80]}"
         for name, value in expected.config.items()
-        if name in actual.config and actual.config[name] != value
+        if name != "dense" and name in actual.config and actual.config[name] != value
     ]
+    if expected.config.get("dense", []) != actual.config.get("dense", []):
+        found.append("the dense layers after its pooling differ")
     if None not in (expected.tokenizer, actual.tokenizer) and expected.tokenizer != actual.tokenizer:
         found.append("its tokenizer differs")
     return found

@@ -60,13 +60,25 @@ def read_json_object(path: Path) -> dict[str, Any]:
         OSError: It cannot be read, is larger, or is a FIFO, a socket or a device.
         ValueError: It is not JSON, or contains something other than an object.
     """
-    try:
-        value = json.loads(require_regular_file(path, at_most=_JSON_BYTES).read_text(encoding="utf-8"))
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+    value = _read_json(path)
     if not isinstance(value, dict):
         raise ValueError(f"{path} must contain an object, got {type(value).__name__}")
     return value
+
+
+def read_json_list(path: Path) -> list[Any]:
+    """Return the list in a JSON file; limits and errors as in `read_json_object`."""
+    value = _read_json(path)
+    if not isinstance(value, list):
+        raise ValueError(f"{path} must contain a list, got {type(value).__name__}")
+    return value
+
+
+def _read_json(path: Path) -> Any:  # noqa: ANN401
+    try:
+        return json.loads(require_regular_file(path, at_most=_JSON_BYTES).read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def read_header(path: Path) -> dict[str, TensorSpec]:
