@@ -20,7 +20,16 @@ from omegaconf.errors import OmegaConfBaseException
 
 from promcse_pl.cli.config_file import file_overrides
 from promcse_pl.config import check_overrides
-from promcse_pl.runs.compose import CONF, TYPED, config_groups, config_of, quoted, refusal, replacing_prompts, typed_command
+from promcse_pl.runs.compose import (
+    CONF,
+    TYPED,
+    config_groups,
+    config_of,
+    quoted,
+    refusal,
+    replacing_prompts,
+    typed_command,
+)
 from promcse_pl.sweeps.plan import resumed_arguments, without_home
 from promcse_pl.utils.errors import ConfigError, PromcseError
 from promcse_pl.utils.exit_codes import exit_code

@@ -144,7 +144,9 @@ def _checked_text(value: str, key: str) -> str:
         longest = max(len(part.encode()) for part in value.split("/"))
     except UnicodeEncodeError:
         raise ConfigError(f"{key} holds a lone surrogate, which is not text: {shown(value)}") from None
-    most, slashes = (_LONGEST_TEXT, "") if key in _NO_NAMES else (_LONGEST_NAME, f", {_LONGEST_NAME} between two slashes,")
+    most, slashes = (
+        (_LONGEST_TEXT, "") if key in _NO_NAMES else (_LONGEST_NAME, f", {_LONGEST_NAME} between two slashes,")
+    )
     if "\0" in value or longest > most or len(value.encode()) > _LONGEST_TEXT:
         raise ConfigError(
             f"{key} must be text of at most {_LONGEST_TEXT} bytes{slashes} and without NUL characters, got {len(value)} "

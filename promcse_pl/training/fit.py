@@ -79,15 +79,21 @@ class Fitted:
     rows_per_second: float
 
 
-def build_encoder(config: Config) -> PromptEncoder:
+def build_encoder(config: Config, *, with_pipeline: bool = True) -> PromptEncoder:
     """Load the frozen encoder of a config and add an untrained prompt.
+
+    Args:
+        config: The settings.
+        with_pipeline: Whether to read the encoder's sentence-transformers pipeline.
 
     Raises:
         EncoderError: The encoder cannot be loaded, or it does not support prompts.
         ConfigError: With the prompt, no token position is left for a sentence, or the encoder has no `model.default_prompt`.
     """
     dtype = torch.bfloat16 if config.trainer.precision == "bfloat16" else torch.float32
-    backbone = FrozenBackbone.load(config.model.path, revision=config.model.revision, dtype=dtype)
+    backbone = FrozenBackbone.load(
+        config.model.path, revision=config.model.revision, dtype=dtype, with_pipeline=with_pipeline
+    )
     encoder = PromptEncoder(
         backbone,
         length=config.prompt.length,

@@ -50,7 +50,7 @@ def test_a_value_of_the_wrong_type_is_refused_with_key_value_allowed_and_remedy(
         ("tracking.wandb", "onlin", "python run.py tracking.wandb=online"),
         ("model.pooling", "mean", "python run.py model.pooling=avg"),
         ("model.prompts", "query: ", "python run.py 'model.prompts={NAME: \"query: \"}'"),
-        ("model.prompts", {"query": 7, 3: "it's"}, "python run.py 'model.prompts={query: \"7\", NAME: \"its\"}'"),
+        ("model.prompts", {"query": 7, 3: "it's"}, 'python run.py \'model.prompts={query: "7", NAME: "its"}\''),
         ("data.prompts", "query", "python run.py 'data.prompts=[query]'"),
         ("tracking.name", 7, "python run.py 'tracking.name=\"7\"'"),
         ("tracking.tags", "small", "python run.py 'tracking.tags=[small]'"),
@@ -211,7 +211,9 @@ def test_prompts_are_set_on_the_command_line(typed, prompts):
 
 def test_the_remedies_for_prompts_of_a_wrong_type_pass_the_command_line():
     for value in ("query: ", {"query": 7, 3: "it's"}, [], 0.5):
-        with pytest.raises(ConfigError, match=r"^model\.prompts must be a dictionary \(like \{query: \"query: \"\}\)") as caught:
+        with pytest.raises(
+            ConfigError, match=r"^model\.prompts must be a dictionary \(like \{query: \"query: \"\}\)"
+        ) as caught:
             Config.from_dict(put(valid(), "model.prompts", value))
         remedy = str(caught.value).partition("Try: python run.py ")[2]
         assert config_of(remedy.strip("'")).model.prompts
@@ -303,7 +305,12 @@ def test_errors_of_sweep_settings_suggest_a_sweep_command():
         [],
         ["model=roberta-base", "data=wiki", "data.dir='/däta'", "seed=7", "tracking.tags=[a,b]"],
         ["prompt=projected", "data=triplets", "data.train=t.csv", "data.columns=[0,b,c]", "prompt.dropout=0.25"],
-        ["model.prompts={b: 'b: ', a: ''}", "model.default_prompt=a", "data.prompts=[a,'x y','']", "model.pooling=cls+avg"],
+        [
+            "model.prompts={b: 'b: ', a: ''}",
+            "model.default_prompt=a",
+            "data.prompts=[a,'x y','']",
+            "model.pooling=cls+avg",
+        ],
     ],
 )
 def test_a_config_comes_back_equal_from_its_dictionary_and_from_its_file(overrides, tmp_path):
