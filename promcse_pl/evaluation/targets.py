@@ -20,15 +20,14 @@ from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.device import pick_device
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.encoder_files import read_config
+from promcse_pl.models.families import FAMILIES
 from promcse_pl.models.hub import locate
-from promcse_pl.models.pooling import POOLINGS, Pooling
+from promcse_pl.models.pipeline import read_pipeline
+from promcse_pl.models.pooling import ALLOWED_POOLINGS, is_pooling
 from promcse_pl.run_folder import split_resolved
 from promcse_pl.utils.errors import AdapterError, ConfigError, DataError
 from promcse_pl.utils.files import current
 from promcse_pl.utils.paths import expand, looks_like_path
-
-FROZEN_POOLING: Pooling = "avg"
-"""Default pooling of a frozen encoder: the mean of all tokens, the common baseline."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +58,15 @@ def find_targets(names: Sequence[str], *, pooling: str | None = None, device: st
 
     Args:
         names: Adapter or run folders, encoders (folder or hub id), official checkpoints (folder or hub id), folders of runs.
-        pooling: Pooling of frozen encoders (None: `FROZEN_POOLING`) and official checkpoints (None: as in `promcse import`).
+        pooling: Pooling of frozen encoders (None: their own in modules.json, else the usual one of their family) and official
+            checkpoints (None: as in `promcse import`).
         device: Device of the models.
 
     Raises:
         AdapterError, ConfigError, DataError, EncoderError: A name that is no target, or runs that differ by more than the seed.
     """
-    if pooling is not None and pooling not in POOLINGS:
-        raise ConfigError(f"--pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+    if pooling is not None and not is_pooling(pooling):
+        raise ConfigError(f"--pooling must be one of {ALLOWED_POOLINGS}, got {pooling!r}")
     if len(set(names)) < len(names):
         raise ConfigError(f"a target is given twice: {' '.join(names)}")
     pick_device(device)
@@ -79,8 +79,10 @@ def find_targets(names: Sequence[str], *, pooling: str | None = None, device: st
 
 
 def frozen_target(model: PromCSE) -> Target:
-    """Return the frozen encoder of an adapter as a target, pooled as the adapter does."""
-    plain = PromptEncoder(model.encoder.backbone, length=0, pooling=model.encoder.pooling, head="none").eval()
+    """Return the frozen encoder of an adapter as a target: as sentence-transformers uses it, else pooled as the adapter does."""
+    backbone = model.encoder.backbone
+    pooling = backbone.pipeline.pooling or model.encoder.pooling
+    plain = PromptEncoder(backbone, length=0, pooling=pooling, head="none").eval()
     return Target("frozen encoder", "frozen encoder", (Member(lambda: PromCSE(plain, model.tokenizer)),))
 
 
@@ -95,7 +97,8 @@ def _find(name: str, pooling: str | None, device: str) -> Target:
     is_path = looks_like_path(name) or ("/" in name and folder.parent.is_dir())
     if is_path and not folder.is_dir():
         raise AdapterError(f"the target {name} does not exist (current folder: {Path.cwd()})")
-    config = read_config(locate(name, None, weights=())[0], name)
+    source = locate(name, None, weights=())[0]
+    config = read_config(source, name)
     official = set(config.architectures or ()) & set(CLASSES.values())
     label = label if folder.is_dir() else name.rpartition("/")[2]
     if official:
@@ -104,7 +107,7 @@ def _find(name: str, pooling: str | None, device: str) -> Target:
             return PromCSE(import_official(name, pooling=pooling).encoder.to(pick_device(device)))
 
         return Target(label, "official checkpoint", (Member(load),))
-    chosen: Any = pooling or FROZEN_POOLING
+    chosen = pooling or read_pipeline(source).pooling or FAMILIES[config.model_type].pooling
 
     def load_frozen() -> PromCSE:
         plain = PromptEncoder(FrozenBackbone.load(name), length=0, pooling=chosen, head="none").eval()

@@ -26,7 +26,7 @@ from promcse_pl.models.encoder import Head, PromptEncoder
 from promcse_pl.models.encoder_files import first_line, model_on_meta, quiet_transformers, read_config, without_pooler
 from promcse_pl.models.hub import locate, refuse_special_files
 from promcse_pl.models.identity import EncoderId, differences
-from promcse_pl.models.pooling import POOLINGS, Pooling
+from promcse_pl.models.pooling import ALLOWED_POOLINGS, is_pooling
 from promcse_pl.models.weights import file_sha256
 from promcse_pl.utils.errors import AdapterError, EncoderError
 from promcse_pl.utils.files import new_folder
@@ -192,12 +192,12 @@ def _fit(tensors: dict[str, Tensor], wanted: dict[str, Tensor], path: Path) -> N
             )
 
 
-def _choose_pooling(pooling: str | None, source: str, *, has_mlp: bool) -> tuple[Pooling, Head, str]:
+def _choose_pooling(pooling: str | None, source: str, *, has_mlp: bool) -> tuple[str, Head, str]:
     """Return pooling and head in this package's terms, and a note on them."""
-    if pooling is not None and pooling not in POOLINGS:
-        raise AdapterError(f"--pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+    if pooling is not None and not is_pooling(pooling):
+        raise AdapterError(f"--pooling must be one of {ALLOWED_POOLINGS}, got {pooling!r}")
     name = expand(source).resolve().name
-    guess: Pooling = "cls_before_pooler" if not has_mlp or "unsup" in name.lower() else "cls"
+    guess = "cls_before_pooler" if not has_mlp or "unsup" in name.lower() else "cls"
     chosen = guess if pooling is None else pooling
     if not has_mlp:
         if chosen == "cls":
@@ -249,7 +249,7 @@ def _choose_backbone(asked: str | None, stored: object, inner: FrozenBackbone) -
     why = "config.json names no other; to refer to one: --encoder NAME"
     if name:
         try:
-            named = FrozenBackbone.load(name)
+            named = FrozenBackbone.load(name, with_pipeline=False)
             difference = _difference(inner, named)
         except EncoderError as error:
             if asked:
@@ -330,6 +330,8 @@ def _no_export(encoder: PromptEncoder) -> str:
     backbone, prompt = encoder.backbone, encoder.prompt
     if backbone.model_type not in CLASSES:
         return f"its encoder is {backbone.model_type}, allowed: {', '.join(CLASSES)}"
+    if len(backbone.dense):
+        return "its encoder has dense layers after the pooling (export to sentence-transformers instead)"
     if encoder.pooling not in ("cls", "cls_before_pooler"):
         return (
             f"it does not support the pooling {encoder.pooling}, only cls and cls_before_pooler (export to sentence-transformers "

@@ -22,7 +22,7 @@ from promcse_pl.adapter_folder import BUNDLED
 from promcse_pl.interop.files import read_json, read_tensors
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import PromptEncoder
-from promcse_pl.models.pooling import POOLINGS, Pooling
+from promcse_pl.models.pooling import ALLOWED_POOLINGS, is_pooling, pooled_parts
 from promcse_pl.utils.errors import AdapterError, ConfigError
 from promcse_pl.utils.files import new_folder
 
@@ -39,17 +39,17 @@ CONFIG, WEIGHTS, PICKLED, TENSOR = (
 def export_peft(encoder: PromptEncoder, folder: str | Path) -> None:
     """Write a prompt as a folder that `peft.PeftModel.from_pretrained(base_model, folder)` reads.
 
-    PEFT stores neither the pooling, which users of the folder must know, nor the prompt's dropout. A projected prompt is stored
-    as the output of the projection. A head for training only (`mlp_train_only`) is dropped. An encoder inside the adapter's
-    folder is not copied and has no name in the config.
+    PEFT stores neither pooling and text settings, which users of the folder must know, nor the prompt's dropout. A projected
+    prompt is stored as the output of the projection. A head for training only (`mlp_train_only`) is dropped. An encoder inside
+    the adapter's folder is not copied and has no name in the config.
 
     Args:
         encoder: The prompt encoder.
         folder: Absent or empty.
 
     Raises:
-        AdapterError: The head is used at test time, the positions are not shifted by P, there is no prompt, PEFT does not
-            support the family, or the folder cannot be written.
+        AdapterError: The head is used at test time, the encoder has dense layers, several poolings are joined, the positions are
+            not shifted by P, there is no prompt, PEFT does not support the family, or the folder cannot be written.
 
     Example:
         >>> from promcse_pl.adapter import load_adapter
@@ -62,6 +62,11 @@ def export_peft(encoder: PromptEncoder, folder: str | Path) -> None:
         raise AdapterError(
             "the MLP head cannot be stored by PEFT, and the embeddings depend on it. Train with model.head=none, or export to "
             "sentence-transformers"
+        )
+    if len(backbone.dense) or pooled_parts(encoder.pooling) > 1:
+        what = "dense layers of the encoder" if len(backbone.dense) else f"joined poolings ({encoder.pooling})"
+        raise AdapterError(
+            f"the {what} cannot be stored by PEFT, and the embeddings depend on them. Export to sentence-transformers instead"
         )
     if length == 0 or encoder.position_offset != length:
         raise AdapterError(
@@ -88,10 +93,11 @@ def export_peft(encoder: PromptEncoder, folder: str | Path) -> None:
         (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def import_peft(folder: str | Path, *, pooling: Pooling = "avg", encoder: str | Path | None = None) -> PromptEncoder:
+def import_peft(folder: str | Path, *, pooling: str = "avg", encoder: str | Path | None = None) -> PromptEncoder:
     """Read a prefix-tuning adapter of PEFT and the encoder it names.
 
-    PEFT stores neither the pooling nor a hash of the encoder, so the caller must know both.
+    PEFT stores neither the pooling nor a hash of the encoder, so the caller must know both. It wraps the encoder alone, so the
+    pipeline of a sentence-transformers folder is ignored.
 
     Args:
         folder: Folder with adapter_config.json and adapter_model.safetensors (or .bin, from which only tensors are read).
@@ -106,14 +112,15 @@ def import_peft(folder: str | Path, *, pooling: Pooling = "avg", encoder: str | 
         AdapterError: Not a prefix of PEFT, damaged, with more tensors than the prefix, or not of the encoder's shape.
         EncoderError: The encoder cannot be found.
     """
-    if pooling not in POOLINGS:
-        raise ConfigError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+    if not is_pooling(pooling):
+        raise ConfigError(f"pooling must be one of {ALLOWED_POOLINGS}, got {pooling!r}")
     folder = Path(folder)
     config, prompt = _read_config(folder / CONFIG), _read_prompt(folder)
     name = encoder or config.get("base_model_name_or_path")
     if not name:
         raise AdapterError(f"{folder / CONFIG} names no encoder. Try: import_peft(folder, encoder=FOLDER_OR_HUB_ID)")
-    backbone = FrozenBackbone.load(name, revision=None if encoder else config.get("revision"))
+    revision = None if encoder else config.get("revision")
+    backbone = FrozenBackbone.load(name, revision=revision, with_pipeline=False)
     _check_family(backbone)
     for key, value in _shape_of(backbone).items():
         if config.get(key) != value:

@@ -20,6 +20,7 @@ from promcse_pl.data.batch import Tokens
 from promcse_pl.embedder import PromCSE
 from promcse_pl.models.cpu.chunks import CHUNK_TOKENS
 from promcse_pl.models.encoder import PromptEncoder
+from promcse_pl.models.pipeline import SHORTEST_INPUT
 from promcse_pl.models.texts import tokenize
 from promcse_pl.utils.errors import AdapterError, ConfigError, DataError
 from promcse_pl.utils.files import new_folder, update_folder
@@ -30,8 +31,6 @@ try:
     from sentence_transformers.sentence_transformer.modules import InputModule, Normalize
 except ImportError as error:
     raise ConfigError("this needs sentence-transformers 6 or newer. Try: pip install 'promcse_pl[st]'") from error
-
-_SHORTEST_INPUT = 3  # the two special tokens and a word
 
 _CARD = """---
 library_name: sentence-transformers
@@ -54,7 +53,7 @@ class PromptTransformer(InputModule):  # type: ignore[misc]
     Args:
         encoder: The prompt encoder; it is shared, not copied.
         tokenizer: A transformers tokenizer; None: that of the encoder. It is not saved.
-        max_seq_length: See the property; None: the maximum of the encoder.
+        max_seq_length: See the property; None: that of the adapter.
     """
 
     config_file_name = "sentence_bert_config.json"
@@ -69,7 +68,9 @@ class PromptTransformer(InputModule):  # type: ignore[misc]
         super().__init__()
         self.encoder = encoder
         self.tokenizer = encoder.backbone.tokenizer if tokenizer is None else tokenizer
-        self.max_seq_length = encoder.longest_input if max_seq_length is None else max_seq_length
+        if max_seq_length is None:
+            max_seq_length = min(encoder.longest_input, encoder.text.max_length or encoder.longest_input)
+        self.max_seq_length = max_seq_length
 
     @property
     def max_seq_length(self) -> int:
@@ -78,16 +79,16 @@ class PromptTransformer(InputModule):  # type: ignore[misc]
 
     @max_seq_length.setter
     def max_seq_length(self, value: int) -> None:
-        if not isinstance(value, int) or not _SHORTEST_INPUT <= value <= self.encoder.longest_input:
+        if not isinstance(value, int) or not SHORTEST_INPUT <= value <= self.encoder.longest_input:
             raise ConfigError(
-                f"max_seq_length must lie in [{_SHORTEST_INPUT}, {self.encoder.longest_input}] (the positions that "
+                f"max_seq_length must lie in [{SHORTEST_INPUT}, {self.encoder.longest_input}] (the positions that "
                 f"the prompt leaves to this encoder), got {value!r}"
             )
         self._max_seq_length = value
 
     def get_embedding_dimension(self) -> int:
         """Return D."""
-        return self.encoder.backbone.width
+        return self.encoder.width
 
     def preprocess(self, inputs: Sequence[str], prompt: str | None = None, **_: object) -> dict[str, Tensor]:
         """Tokenise texts.
@@ -105,7 +106,7 @@ class PromptTransformer(InputModule):  # type: ignore[misc]
         for text in inputs:
             if not isinstance(text, str):
                 raise DataError(f"this model encodes single texts, got {type(text).__name__} ({text!r})")
-        tokens = tokenize(self.tokenizer, [(prompt or "") + text for text in inputs], self.max_seq_length)
+        tokens = tokenize(self.tokenizer, self.encoder.text.prepare(inputs, prompt or ""), self.max_seq_length)
         return {"input_ids": tokens.ids_NT, "attention_mask": tokens.mask_NT}
 
     def forward(self, features: dict[str, Tensor], **_: object) -> dict[str, Tensor]:
@@ -160,12 +161,18 @@ class PromptTransformer(InputModule):  # type: ignore[misc]
 
 
 def as_sentence_transformer(model: PromCSE) -> SentenceTransformer:
-    """Return a sentence-transformers model with the same embeddings.
+    """Return a sentence-transformers model with the same embeddings, prompts and default prompt.
 
     It shares the trained tensors with `model`: after training it, `model.save_pretrained(folder)` writes the adapter.
     """
     modules = [PromptTransformer(model.encoder, model.tokenizer), Normalize()]
-    return SentenceTransformer(modules=modules, device=str(model.encoder.backbone.device))
+    text = model.encoder.text
+    return SentenceTransformer(
+        modules=modules,
+        prompts=dict(text.prompts),
+        default_prompt_name=text.default_prompt,
+        device=str(model.encoder.backbone.device),
+    )
 
 
 def export_sentence_transformers(model: PromCSE, folder: str | Path) -> None:

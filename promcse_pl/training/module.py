@@ -62,7 +62,8 @@ class PromcseModule(pl.LightningModule):
                 batch.tokens, train_head=True, chunk_tokens=self.chunk_tokens, recompute=self.recompute
             )
         else:  # a last batch with fewer rows than ranks: this rank only joins the collective operations
-            vectors_ND = hidden_MD = self._trained()[0].new_zeros(0, self.encoder.backbone.width)
+            widths = (self.encoder.width, self.encoder.backbone.width)
+            vectors_ND, hidden_MD = (self._trained()[0].new_zeros(0, width) for width in widths)
         views = gather_rows(vectors_ND.view(batch.views, rows, vectors_ND.shape[1]))
         parts = hybrid_loss(
             views[0],

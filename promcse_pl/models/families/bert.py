@@ -46,7 +46,6 @@ def _fused(module: str, prefix: str) -> FusedLayers:
 BERT = Family(
     fields=_FIELDS,
     positions="from_zero",
-    pooling="cls",
     has_pooler=True,
     first_token="encoder.layer.{}.attention.output",
     fused=_fused("bert", "Bert"),

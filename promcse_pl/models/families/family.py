@@ -34,7 +34,7 @@ class Family:
         positions: `from_zero`: the first token has position 0. `after_padding_id`: it has position pad_token_id + 1, and padding
             has position pad_token_id. `none`: the encoder takes no position ids (relative positions only).
         has_limit: Whether inputs are limited to `max_position_embeddings` tokens.
-        pooling: Usual pooling of these encoders.
+        pooling: Usual pooling of these encoders, for a folder without modules.json.
         auto_class: Class of transformers that loads the encoder.
         has_pooler: Whether its model class builds a pooler unless `add_pooling_layer` is False.
         attention: Name of the class of the attention modules, for families whose modules have no `layer_idx`: they are numbered
@@ -51,7 +51,7 @@ class Family:
 
     fields: tuple[str, ...]
     positions: Positions
-    pooling: Literal["cls", "avg", "last"] = "avg"
+    pooling: Literal["avg", "lasttoken"] = "avg"
     has_limit: bool = True
     auto_class: str = "AutoModel"
     has_pooler: bool = False
