@@ -56,7 +56,7 @@ def file_overrides(file: str, typed: Sequence[str], folders: Sequence[Path]) -> 
         if chosen:
             replaced |= {setting for setting in settings if setting.startswith(f"{key}.")}
         settings = {setting: entry for setting, entry in settings.items() if setting not in replaced}
-    return [f"{key}={value if _is_word(key, value) else _literal(key, value)}" for key, value in settings.items()]
+    return [f"{key}={_value(key, value)}" for key, value in settings.items()]
 
 
 def _check_choice(file: str, group: str, value: object, groups: Mapping[str, Sequence[str]]) -> None:
@@ -88,14 +88,18 @@ def _read(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in typed.items() if value is not None}
 
 
+def _value(key: str, value: object) -> str:
+    if isinstance(value, Mapping):  # of a setting that holds a dictionary: other mappings are sections
+        return _dictionary(key, value)
+    return str(value) if _is_word(key, value) else _literal(key, value)
+
+
 def _literal(key: str, value: object) -> str:
     """Return a value in the syntax of Hydra's overrides."""
     if isinstance(value, str):
         return quoted(value)
     if isinstance(value, list):
         return f"[{','.join(_literal(key, entry) for entry in value)}]"
-    if isinstance(value, dict) and all(isinstance(name, str) for name in value):
-        return f"{{{','.join(f'{_escaped_key(name)}:{_literal(key, entry)}' for name, entry in value.items())}}}"
     if value is None or isinstance(value, int | float):
         return json.dumps(value)
     raise ConfigError(
@@ -103,6 +107,10 @@ def _literal(key: str, value: object) -> str:
     )
 
 
-def _escaped_key(name: str) -> str:
-    """Return the key of a dictionary in Hydra's syntax, which takes no quotes around it."""
+def _dictionary(key: str, value: Mapping[str, object]) -> str:
+    """Return a dictionary in the syntax of Hydra's overrides, which takes no quotes around a name."""
+    return f"{{{','.join(f'{_escaped(str(name))}:{_literal(key, text)}' for name, text in value.items())}}}"
+
+
+def _escaped(name: str) -> str:
     return re.sub(r"[\\()\[\]{}:=,\s]", r"\\\g<0>", name)

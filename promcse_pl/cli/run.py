@@ -26,6 +26,7 @@ from promcse_pl.runs.compose import (
     config_groups,
     config_of,
     quoted,
+    recipe_note,
     refusal,
     replacing_prompts,
     typed_command,
@@ -140,7 +141,7 @@ def run_composed(composed: DictConfig) -> float | None:
             config = config_of(composed)
             from promcse_pl.runs.lifecycle import run_job
 
-            run_job(config, folder)
+            run_job(config, folder, note=recipe_note(config, str(HydraConfig.get().runtime.choices["model"])))
         except PromcseError:
             _remove_empty(folder)
             raise
