@@ -83,7 +83,7 @@ def describe_inputs(config: Config, encoder: PromptEncoder, data: PromcseDataMod
             "tokenizer": backbone.identity.tokenizer,
             "pipeline": {
                 "pooling": backbone.pipeline.pooling,
-                "text": dataclasses.asdict(backbone.pipeline.text),
+                **dataclasses.asdict(backbone.pipeline.text),
                 "dense": backbone.identity.config.get("dense", []),
             },
         },
@@ -171,11 +171,11 @@ def _compare_encoder(stored: dict[str, Any], encoder: dict[str, Any], folder: Pa
     ]
     if stored.get("tokenizer", encoder["tokenizer"]) != encoder["tokenizer"]:
         changed.append("its tokenizer differs")
-    before, now = stored.get("pipeline", {}), encoder["pipeline"]
+    pipeline = encoder["pipeline"]
     changed += [
-        f"{name} of its modules.json was {str(before[name])[:80]} and is now {str(now[name])[:80]}"
-        for name in now
-        if name in before and before[name] != now[name]
+        f"{name} in its files of sentence-transformers was {str(value)[:80]} and is now {str(pipeline[name])[:80]}"
+        for name, value in stored.get("pipeline", {}).items()
+        if name in pipeline and pipeline[name] != value
     ]
     if changed:
         raise DataError(
