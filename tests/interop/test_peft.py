@@ -181,7 +181,7 @@ def test_damaged_folders_are_refused(tmp_path):
     config, weights = tmp_path / "peft" / "adapter_config.json", tmp_path / "peft" / "adapter_model.safetensors"
     tensor = load_file(weights)["prompt_embeddings"]
     with pytest.raises(ConfigError, match="pooling must be one of cls"):
-        import_peft(tmp_path / "peft", pooling="max")
+        import_peft(tmp_path / "peft", pooling="mean")
     for tensors, message in (
         ({"prompt_embeddings": tensor, "classifier.weight": tensor.clone()}, "must hold prompt_embeddings alone"),
         ({"prompt_embeddings": tensor / 0}, "finite"),

@@ -197,7 +197,10 @@ def test_positions_start_at_the_offset(family):
 @pytest.mark.parametrize("family", ["roberta", "xlm-roberta"])
 def test_roberta_positions_start_at_the_offset_plus_2_and_pads_keep_the_padding_number(family):
     tokens = small_tokens([4, 2], pad_id=1)
-    assert small_backbone(family).positions(tokens.ids_NT, tokens.mask_NT, 7).tolist() == [[9, 10, 11, 12], [9, 10, 1, 1]]
+    assert small_backbone(family).positions(tokens.ids_NT, tokens.mask_NT, 7).tolist() == [
+        [9, 10, 11, 12],
+        [9, 10, 1, 1],
+    ]
 
 
 @pytest.mark.parametrize(("family", "first"), [("bert", 4), ("electra", 4), ("roberta", 6), ("xlm-roberta", 6)])

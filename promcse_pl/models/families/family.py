@@ -24,6 +24,10 @@ COMMON_FIELDS = (
 """Fields of config.json, under the names that transformers gives them in every family."""
 
 
+def _nothing(_: object) -> None:  # a lambda could not be pickled for a worker process
+    """Do nothing."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """The encoders of one `model_type`; docs/adding-an-encoder.md explains how to add one.
@@ -57,8 +61,8 @@ class Family:
     has_pooler: bool = False
     attention: str | None = None
     in_call_order: bool = False
-    adapt: Callable[[nn.Module], None] = lambda _: None
-    check: Callable[[Any], None] = lambda _: None
+    adapt: Callable[[nn.Module], None] = _nothing
+    check: Callable[[Any], None] = _nothing
     first_token: str | None = None
     fused: FusedLayers | None = None
     mlm_head: Mapping[str, str] = field(default_factory=dict)
