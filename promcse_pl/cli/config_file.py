@@ -56,7 +56,7 @@ def file_overrides(file: str, typed: Sequence[str], folders: Sequence[Path]) -> 
         if chosen:
             replaced |= {setting for setting in settings if setting.startswith(f"{key}.")}
         settings = {setting: entry for setting, entry in settings.items() if setting not in replaced}
-    return [f"{key}={value if _is_word(key, value) else _literal(key, value)}" for key, value in settings.items()]
+    return [f"{key}={_value(key, value)}" for key, value in settings.items()]
 
 
 def _check_choice(file: str, group: str, value: object, groups: Mapping[str, Sequence[str]]) -> None:
@@ -88,6 +88,12 @@ def _read(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in typed.items() if value is not None}
 
 
+def _value(key: str, value: object) -> str:
+    if isinstance(value, Mapping):  # of a setting that holds a dictionary: other mappings are sections
+        return _dictionary(key, value)
+    return str(value) if _is_word(key, value) else _literal(key, value)
+
+
 def _literal(key: str, value: object) -> str:
     """Return a value in the syntax of Hydra's overrides."""
     if isinstance(value, str):
@@ -99,3 +105,12 @@ def _literal(key: str, value: object) -> str:
     raise ConfigError(
         f"{key} must be text, a number, true, false, null or a list of these, got {visible(str(value)[:80])}"
     )
+
+
+def _dictionary(key: str, value: Mapping[str, object]) -> str:
+    """Return a dictionary in the syntax of Hydra's overrides, which takes no quotes around a name."""
+    return f"{{{','.join(f'{_escaped(str(name))}:{_literal(key, text)}' for name, text in value.items())}}}"
+
+
+def _escaped(name: str) -> str:
+    return re.sub(r"[\\()\[\]{}:=,\s]", r"\\\g<0>", name)

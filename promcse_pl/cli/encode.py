@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from promcse_pl.cli.inputs import SENTENCES_HELP, load_model, read_sentences
+from promcse_pl.cli.inputs import SENTENCES_HELP, add_prompt_options, load_model, prompt_text, read_sentences
 from promcse_pl.utils.errors import DataError
 
 
@@ -23,6 +23,7 @@ def add_parser(commands: Any) -> None:  # noqa: ANN401  (argparse's type is priv
         required=True,
         help="file for the unit vectors: .npy, (sentences, width) float32; - prints one JSON list a line",
     )
+    add_prompt_options(parser, "the sentences")
     parser.set_defaults(run=run)
 
 
@@ -41,8 +42,9 @@ def run(options: argparse.Namespace) -> None:
         raise DataError(f"the folder of --out {out} does not exist")
     sentences = read_sentences(options.sentences)
     model = load_model(options.adapter)
+    prompt = prompt_text(model, options)
     with progress_bar(Console(stderr=True), "encoding", len(sentences)) as progress:
-        embeddings_ND = model.encode(sentences, progress=progress)
+        embeddings_ND = model.encode(sentences, prompt=prompt, progress=progress)
     if out == Path("-"):
         for embedding_D in embeddings_ND:  # str of a float32: the shortest decimals that read back as the same value
             sys.stdout.write(f"[{', '.join(map(str, embedding_D))}]\n")

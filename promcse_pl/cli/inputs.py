@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from promcse_pl.utils.errors import DataError
+from promcse_pl.utils.errors import ConfigError, DataError
 from promcse_pl.utils.imports import without_gc
 from promcse_pl.utils.paths import SUFFIXES, expand, file_suffix
 
@@ -31,6 +32,39 @@ def load_model(adapter: Path, **options: Any) -> PromCSE:  # noqa: ANN401
         from promcse_pl.embedder import PromCSE
 
     return PromCSE.load(adapter, **options)
+
+
+def add_prompt_options(parser: argparse.ArgumentParser, of: str, prefix: str = "") -> None:
+    """Add the options --prompt-name and --prompt.
+
+    Args:
+        parser: The parser of a command.
+        of: What gets the prompt, for the help.
+        prefix: In front of both names: "document-" for --document-prompt-name and --document-prompt.
+    """
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        f"--{prefix}prompt-name",
+        metavar="NAME",
+        help=f"prompt of {of}: a name in adapter.json, such as query (default: the adapter's default prompt, if it has one)",
+    )
+    group.add_argument(f"--{prefix}prompt", metavar="TEXT", help=f'text to put in front of {of}; "" for none')
+
+
+def prompt_text(model: PromCSE, options: argparse.Namespace, prefix: str = "") -> str:
+    """Return the text of the prompt that the options of `add_prompt_options` select.
+
+    Raises:
+        ConfigError: The adapter has no prompt of that name.
+    """
+    name, text = (getattr(options, f"{prefix}{option}".replace("-", "_")) for option in ("prompt-name", "prompt"))
+    prompts = model.encoder.text.prompts
+    if name is not None and name not in prompts:
+        raise ConfigError(
+            f"--{prefix}prompt-name {name}: the adapter has no such prompt (known: {', '.join(prompts) or 'none'}). "
+            f"Try: --{prefix}prompt '{name}: ' for the text itself"
+        )
+    return model.encoder.text.prompt_text(name, text)
 
 
 def is_file_argument(text: str) -> bool:

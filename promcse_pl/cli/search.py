@@ -7,7 +7,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from promcse_pl.cli.inputs import SENTENCES_HELP, load_model, read_sentences, require_single_stdin
+from promcse_pl.cli.inputs import (
+    SENTENCES_HELP,
+    add_prompt_options,
+    load_model,
+    prompt_text,
+    read_sentences,
+    require_single_stdin,
+)
 from promcse_pl.utils.streams import visible
 
 
@@ -21,6 +28,8 @@ def add_parser(commands: Any) -> None:  # noqa: ANN401  (argparse's type is priv
     )
     parser.add_argument("--top-k", type=int, default=5, help="maximum number of hits per query (default 5)")
     parser.add_argument("--threshold", type=float, help="minimum cosine of a hit, in [-1, 1] (default: no minimum)")
+    add_prompt_options(parser, "the queries")
+    add_prompt_options(parser, "the sentences of FILE", "document-")
     parser.set_defaults(run=run)
 
 
@@ -38,9 +47,10 @@ def run(options: argparse.Namespace) -> None:
     corpus = read_sentences(options.corpus)
     queries = read_sentences("-") if options.query == "-" else [options.query]
     model = load_model(options.adapter)
+    query_prompt, document_prompt = prompt_text(model, options), prompt_text(model, options, "document-")
     with progress_bar(Console(stderr=True), "encoding", len(corpus)) as progress:
-        model.build_index(corpus, progress=progress)
-    results = model.search(queries, top_k=options.top_k, threshold=options.threshold)
+        model.build_index(corpus, prompt=document_prompt, progress=progress)
+    results = model.search(queries, prompt=query_prompt, top_k=options.top_k, threshold=options.threshold)
     if options.query == "-":
         for query, hits in zip(queries, results, strict=True):
             named = [{"sentence": sentence, "score": score} for sentence, score in hits]

@@ -7,7 +7,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from promcse_pl.cli.inputs import is_file_argument, load_model, read_sentences, require_single_stdin
+from promcse_pl.cli.inputs import (
+    add_prompt_options,
+    is_file_argument,
+    load_model,
+    prompt_text,
+    read_sentences,
+    require_single_stdin,
+)
 from promcse_pl.utils.errors import DataError
 
 
@@ -17,6 +24,7 @@ def add_parser(commands: Any) -> None:  # noqa: ANN401  (argparse's type is priv
     parser.add_argument("adapter", type=Path, help="adapter folder or run folder")
     parser.add_argument("first", help="a sentence, a file as for encode, or - for standard input")
     parser.add_argument("second", help="the same")
+    add_prompt_options(parser, "all sentences")
     parser.set_defaults(run=run)
 
 
@@ -32,6 +40,7 @@ def run(options: argparse.Namespace) -> None:
         raise DataError(
             f"the files must have the same number of lines, got {len(first)} in {given[0]} and {len(second)} in {given[1]}"
         )
-    embeddings_ND = load_model(options.adapter).encode([*first, *second])
+    model = load_model(options.adapter)
+    embeddings_ND = model.encode([*first, *second], prompt=prompt_text(model, options))
     cosines_N = (embeddings_ND[: len(first)] * embeddings_ND[len(first) :]).sum(1)
     sys.stdout.write("".join(f"{cosine:.4f}\n" for cosine in cosines_N))

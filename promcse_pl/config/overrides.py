@@ -6,8 +6,9 @@ import difflib
 import re
 import types
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 
@@ -30,11 +31,19 @@ def is_integer(key: str) -> bool:
     return setting is not None and {*(get_args(setting.kind) or [setting.kind])} - {types.NoneType} == {int}
 
 
+@cache
+def _dictionaries() -> set[str]:
+    """Return the settings that hold a dictionary."""
+    kinds = {key: (setting.kind, *get_args(setting.kind)) for key, setting in settings(Config).items()}
+    return {key for key, options in kinds.items() if any(get_origin(option) is dict for option in options)}
+
+
 def flat_settings(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a tree of settings by dotted key."""
+    """Return a tree of settings by dotted key; a dictionary that is the value of a setting stays one."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= flat_settings(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        is_section = isinstance(value, Mapping) and f"{prefix}{key}" not in _dictionaries()
+        flat |= flat_settings(value, f"{prefix}{key}.") if is_section else {f"{prefix}{key}": value}
     return flat
 
 

@@ -19,7 +19,7 @@ from promcse_pl.data.batch import Tokens, TrainBatch
 from promcse_pl.data.masking import mask_tokens
 from promcse_pl.data.pairs import ScoredPairs
 from promcse_pl.data.sources import cache_dir, load_sources
-from promcse_pl.data.tokens import TokenRows, load_tokens
+from promcse_pl.data.tokens import Prepare, TokenRows, load_tokens, prepared
 from promcse_pl.utils.errors import ConfigError
 
 
@@ -109,14 +109,16 @@ class PromcseDataModule(pl.LightningDataModule):
     """Training batches and dev pairs of a run.
 
     Args:
-        config: The data settings.
+        config: The data settings; `prompts` holds texts, not names.
         tokenizer: Tokenizer of the frozen encoder.
         longest_input: Maximum number of tokens that fit the encoder after its prompt; max_length must not exceed it.
         seed: Seed of the order, the masks and the held-out rows.
         mlm: Whether batches include masked tokens.
+        prepare: See `promcse_pl.data.tokens.prepared`; None: texts are tokenised as they are.
         progress: Called with the number of sentences tokenised so far.
     """
 
+    # seven parameters: the settings of the run, of its encoder and of its loss that decide a batch
     def __init__(
         self,
         config: DataConfig,
@@ -125,6 +127,7 @@ class PromcseDataModule(pl.LightningDataModule):
         longest_input: int,
         seed: int,
         mlm: bool = False,
+        prepare: Prepare | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> None:
         super().__init__()
@@ -136,6 +139,7 @@ class PromcseDataModule(pl.LightningDataModule):
         if mlm and tokenizer.mask_token_id is None:
             raise ConfigError("loss.mlm_weight > 0 needs a tokenizer with a mask token. Try: loss.mlm_weight=0")
         self.config, self.tokenizer, self.seed, self.progress = config, tokenizer, seed, progress
+        self.prepare = prepare
         self.masking = (
             Masking(tokenizer.mask_token_id, len(tokenizer), tuple(tokenizer.all_special_ids)) if mlm else None
         )
@@ -143,7 +147,7 @@ class PromcseDataModule(pl.LightningDataModule):
         """Completed steps of a resumed run."""
         self.rows: TokenRows | None = None
         self.example: tuple[str, ...] = ()
-        """The first training row."""
+        """The first training row, as the encoder gets it."""
         self.notes: tuple[str, ...] = ()
         """How the training file is read: its columns and delimiter."""
         self.longest_input = longest_input
@@ -154,6 +158,8 @@ class PromcseDataModule(pl.LightningDataModule):
         if self.rows is not None:
             return
         source, self.dev = load_sources(self.config, self.seed)
+        if self.prepare is not None:
+            source = prepared(source, self.config.prompts or [""] * source.width, self.prepare)
         self.example, self.notes = source.example, source.notes
         self.rows = load_tokens(
             source,

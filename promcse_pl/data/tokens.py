@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -32,6 +32,10 @@ log = logging.getLogger(__name__)
 _FORMAT = 2  # increase it when the files below, or the rows that the readers return, change
 _BATCH = 10_000  # sentences per call of the tokenizer; memory does not grow with the file
 _STALE_SECONDS = 24 * 3600
+
+
+Prepare = Callable[[Sequence[str], str], list[str]]
+"""Function from texts and a prompt to the texts that the tokenizer gets."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,33 @@ def memory_source(name: str, rows: Sequence[tuple[str, ...]]) -> RowSource:
         except UnicodeEncodeError as error:
             raise DataError(f"{name}: row {number} holds a lone surrogate, which no tokenizer accepts") from error
     return RowSource(name, digest.hexdigest(), lambda _: iter(rows), width, rows[0])
+
+
+def prepared(source: RowSource, prompts: Sequence[str], prepare: Prepare) -> RowSource:
+    """Return rows with the texts that the tokenizer gets.
+
+    Args:
+        source: The rows.
+        prompts: One text for each text of a row, to put in front of it; "" for none.
+        prepare: Puts a prompt in front of texts, and converts them to lower case if the encoder needs that.
+
+    Returns:
+        Rows with another fingerprint, or the source itself if no text changes: caches of earlier versions stay valid.
+    """
+    probe = "Aa"
+    effects = [prepare([probe], prompt)[0] for prompt in prompts]
+    if all(effect == probe for effect in effects):
+        return source
+
+    def prepare_row(row: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(prepare([text], prompt)[0] for text, prompt in zip(row, prompts, strict=True))
+
+    return replace(
+        source,
+        fingerprint=_sha256([source.fingerprint, effects]),
+        rows=lambda bad_rows: map(prepare_row, source.rows(bad_rows)),
+        example=prepare_row(source.example) if source.example else (),
+    )
 
 
 class TokenRows:

@@ -15,7 +15,7 @@ from promcse_pl.config import Config
 from promcse_pl.data.columns import TRAINING_ROWS, Columns
 from promcse_pl.data.tokens import memory_source
 from promcse_pl.run_folder import CONFIG, DATA, check_run_folder
-from promcse_pl.runs.compose import compose_config, config_groups
+from promcse_pl.runs.compose import compose_config, config_groups, recipe_note
 from promcse_pl.runs.lifecycle import run_job
 from promcse_pl.training.distributed import find_ranks
 from promcse_pl.utils.errors import ConfigError, DataError
@@ -48,7 +48,8 @@ def train(
             sentences, tuples of 1 to 3 texts (anchor, positive, hard negative), or dictionaries (`{"anchor": ..., "positive":
             ...}`). A .txt file contains sentences, other files triplets, unless `data=pairs` or `data=sentences` is in overrides.
         model: Name of a model in conf/model (`minilm`, `bert-base`, `roberta-large`), or the folder or hub id of another encoder,
-            which is trained with the settings of `minilm` (mean pooling, no head) unless overridden.
+            which is trained with the recipe of `minilm` unless overridden. Pooling, dense layers, maximum length and prompts of a
+            sentence-transformers folder are used.
         overrides: Settings as on the command line, for example `["loss.margin=0.3", "trainer.epochs=1"]`.
         callbacks: Additional Lightning callbacks. Their state is saved in the checkpoints and must be plain values or tensors.
             `python run.py resume=FOLDER` resumes the run without callbacks and loggers and logs a warning that names them.
@@ -87,8 +88,9 @@ def train(
     groups = {"data": kind, "model": str(model) if is_known_model else "minilm"}.items()
     defaults = [f"{group}={choice}" for group, choice in groups if group not in typed]
     config = compose_config([*defaults, *overrides], values)
+    (*_, choice) = (line.partition("=")[2] for line in [*defaults, *overrides] if line.startswith("model="))
     with _saved_rows(rows or [], folder):
-        _run(config, folder, callbacks, loggers)
+        _run(config, folder, callbacks, loggers, recipe_note(config, choice))
     from promcse_pl.embedder import PromCSE  # late: it imports torch
 
     return PromCSE.load(folder)
@@ -117,12 +119,14 @@ def _data_group(data: object) -> str:
     return "sentences" if file_suffix(Path(str(data))) == ".txt" else "triplets"
 
 
-def _run(config: Config, folder: Path, callbacks: Sequence[Callback], loggers: Sequence[Logger]) -> None:
+def _run(
+    config: Config, folder: Path, callbacks: Sequence[Callback], loggers: Sequence[Logger], note: str | None
+) -> None:
     ranks = find_ranks(config.trainer)
     if ranks is not None and ranks.size > 1:
         raise ConfigError("promcse_pl.train does not run under torchrun or srun. Try: torchrun ... run.py")
     try:
-        run_job(config, folder, callbacks=callbacks, loggers=loggers)
+        run_job(config, folder, callbacks=callbacks, loggers=loggers, note=note)
     except Stopped as stopped:
         if stopped.signum == signal.SIGINT:
             raise KeyboardInterrupt from stopped

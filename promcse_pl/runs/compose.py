@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from promcse_pl.config import Config, check_overrides, path_advice
+from promcse_pl.run_folder import read_yaml
 from promcse_pl.utils.errors import ConfigError
 from promcse_pl.utils.paths import run_command
 
@@ -56,6 +57,15 @@ def quoted(text: str) -> str:
     return QuotedString(escaped(text), Quote.single).with_quotes()
 
 
+def replacing_prompts(overrides: Sequence[str]) -> list[str]:
+    """Return overrides in which `model.prompts={...}` replaces the prompts of a file in conf/; Hydra would merge the two."""
+    return [
+        line
+        for override in overrides
+        for line in (["model.prompts=null", override] if override.startswith("model.prompts={") else [override])
+    ]
+
+
 def compose_config(overrides: Sequence[str], values: Mapping[str, str]) -> Config:
     """Compose the config of a run outside of a Hydra application.
 
@@ -69,10 +79,28 @@ def compose_config(overrides: Sequence[str], values: Mapping[str, str]) -> Confi
     check_overrides(overrides, config_groups())
     with hydra_errors():
         with _initialized():
-            composed = compose("config", overrides=list(overrides))
+            composed = compose("config", overrides=replacing_prompts(overrides))
         for key, value in values.items():
             OmegaConf.update(composed, key, escaped(value))
     return config_of(composed)
+
+
+def recipe_note(config: Config, model: str) -> str | None:
+    """Return a line that says that the recipe is for another encoder; None if it is for this one, or there is none.
+
+    Args:
+        config: The composed config.
+        model: Choice of the group model, which selects the recipe.
+    """
+    mode = "unsupervised" if config.data.kind == "sentences" else "supervised"
+    preset, recipe = CONF / "model" / f"{model}.yaml", CONF / "recipe" / mode / f"{model}.yaml"
+    if not (preset.is_file() and recipe.is_file()):
+        return None
+    encoder = read_yaml(preset).get("model", {}).get("path", config.model.path)
+    lr = read_yaml(recipe).get("optim", {}).get("lr")
+    if encoder == config.model.path or lr != config.optim.lr:
+        return None
+    return f"optim.lr={lr:g} is that of the recipe {mode}/{model}, made for {encoder}; it is not tuned for {config.model.path}"
 
 
 @contextmanager

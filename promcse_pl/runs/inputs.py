@@ -4,6 +4,7 @@ inputs.json, and compared when it is resumed.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import logging
@@ -80,11 +81,24 @@ def describe_inputs(config: Config, encoder: PromptEncoder, data: PromcseDataMod
             "sha256": backbone.identity.sha256,
             "config": json.loads(json.dumps(fields, default=str)),
             "tokenizer": backbone.identity.tokenizer,
+            "pipeline": {
+                "pooling": backbone.pipeline.pooling,
+                **dataclasses.asdict(backbone.pipeline.text),
+                "dense": backbone.identity.config.get("dense", []),
+            },
         },
         "evaluation.tasks": _evaluation_files(config),
         "config": flat_settings(config.to_dict()),
         "machine": {"torch": torch.__version__, "threads": torch.get_num_threads()},
     }
+
+
+def ignores_pipeline(folder: Path) -> bool:
+    """Return whether the run in a folder was started by a version that ignored modules.json of the encoder; so does its resume."""
+    path = folder / INPUTS
+    stored = read_json(path) if path.exists() else None
+    encoder = stored.get("model.path") if isinstance(stored, dict) else None
+    return isinstance(encoder, dict) and "pipeline" not in encoder
 
 
 def _evaluation_files(config: Config) -> dict[str, str]:
@@ -147,7 +161,7 @@ def _compare_files(stored: dict[str, Any], inputs: dict[str, Any], folder: Path)
 
 
 def _compare_encoder(stored: dict[str, Any], encoder: dict[str, Any], folder: Path) -> None:
-    """Raise DataError if the encoder's config or tokenizer has changed; runs of earlier versions recorded neither."""
+    """Raise DataError if the encoder's config, tokenizer or pipeline has changed; runs of earlier versions recorded none."""
     config: dict[str, Any] = stored.get("config", {})
     changed = [
         f"{name} in its config.json was {str(value)[:80]} and is now {str(encoder['config'][name])[:80]}"
@@ -157,6 +171,12 @@ def _compare_encoder(stored: dict[str, Any], encoder: dict[str, Any], folder: Pa
     ]
     if stored.get("tokenizer", encoder["tokenizer"]) != encoder["tokenizer"]:
         changed.append("its tokenizer differs")
+    pipeline = encoder["pipeline"]
+    changed += [
+        f"{name} in its files of sentence-transformers was {str(value)[:80]} and is now {str(pipeline[name])[:80]}"
+        for name, value in stored.get("pipeline", {}).items()
+        if name in pipeline and pipeline[name] != value
+    ]
     if changed:
         raise DataError(
             f"model.path={encoder['name']} has changed since the run in {folder} started: {'; '.join(changed)}. Restore the old "
@@ -167,7 +187,8 @@ def _compare_encoder(stored: dict[str, Any], encoder: dict[str, Any], folder: Pa
 def _compare_settings(stored: dict[str, Any], inputs: dict[str, Any], folder: Path) -> None:
     """Raise DataError if a setting that affects training has changed; log and record other changes."""
     settings, before = inputs["config"], stored["config"]
-    changed = [key for key, value in settings.items() if decides(key) == "training" and before[key] != value]
+    # an earlier version stored no settings that it did not have
+    changed = [key for key, value in settings.items() if decides(key) == "training" and before.get(key, value) != value]
     if changed:
         raise DataError(
             f"{folder}/config.yaml was changed since the run started: {', '.join(changed)}. Restore the old values, or start a "

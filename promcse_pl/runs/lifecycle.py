@@ -62,6 +62,7 @@ def run_job(
     *,
     callbacks: Sequence[Callback] = (),
     loggers: Sequence[Logger] = (),
+    note: str | None = None,
 ) -> dict[str, Any]:
     """Train an adapter and evaluate it.
 
@@ -76,6 +77,7 @@ def run_job(
         folder: Run folder; must be absent or empty.
         console: Console for output; None for standard output.
         callbacks, loggers: Additional ones for the Lightning Trainer; not with `trainer.devices` > 1.
+        note: Line on the config to print first.
 
     Returns:
         The content of results.json.
@@ -91,9 +93,12 @@ def run_job(
             f"callbacks and loggers cannot be sent to the {config.trainer.devices} processes of trainer.devices. Try: "
             "trainer.devices=1"
         )
-    if ranks is None or ranks.rank == 0:
+    is_main = ranks is None or ranks.rank == 0
+    if is_main:
         check_run_folder(folder)
     check_inputs(config)
+    if is_main and note:
+        console.print(plain(note), soft_wrap=True)
     if ranks is not None:
         run = RunContext(
             config=config,

@@ -29,7 +29,7 @@ from promcse_pl.evaluation.sts import score_task, score_warning, spearman
 from promcse_pl.evaluation.targets import Member, Target, frozen_target
 from promcse_pl.evaluation.tasks import load_tasks, pair_task
 from promcse_pl.run_folder import ADAPTER, BAD_ROWS, CONFIG, HISTORY, RESULTS, write_config
-from promcse_pl.runs.inputs import describe_inputs, record_inputs
+from promcse_pl.runs.inputs import describe_inputs, ignores_pipeline, record_inputs
 from promcse_pl.tracking.lightning import build_logger
 from promcse_pl.tracking.local import JsonlLogger
 from promcse_pl.tracking.wandb import WandbRun, finish_wandb, score_key, start_wandb
@@ -42,6 +42,7 @@ from promcse_pl.training.distributed import (
     leave_process_group,
     rank_zero_first,
 )
+from promcse_pl.training.encoder_settings import describe_origins, resolved_model
 from promcse_pl.training.fit import Fitted, Parts, build_data, build_encoder, build_mlm_head, fit
 from promcse_pl.training.machine import resolve_machine
 from promcse_pl.utils.errors import DataError
@@ -108,14 +109,15 @@ def _prepare(run: RunContext) -> tuple[RunContext, Parts]:
     pl.seed_everything(config.seed, verbose=False)
     if run.is_main:
         run.console.print(config_tree(config.to_dict()))
-    encoder = build_encoder(config)
-    model = dataclasses.replace(config.model, revision=encoder.backbone.identity.revision)  # the commit that was read
-    config = dataclasses.replace(config, model=model)
+    encoder = build_encoder(config, with_pipeline=not ignores_pipeline(run.folder))
+    for line in describe_origins(run.typed.model, encoder):
+        log.info("%s", line)
+    config = dataclasses.replace(config, model=resolved_model(config.model, encoder))
     mlm_head = build_mlm_head(config, encoder.backbone)
     with rank_zero_first(run.ranks), progress_bar(run.console, "tokenising", None) as progress:
         data = build_data(config, encoder, progress)
     run, parts = dataclasses.replace(run, config=config), Parts(device, encoder, mlm_head, data)
-    _report_data(run, data)
+    _report_data(run, data, encoder.text.max_length)
     trained, total = _count_parameters(parts)
     log.info("trained: %s of %s parameters (%.2f %%)", f"{trained:,}", f"{total:,}", 100 * trained / total)
     return run, parts
@@ -136,8 +138,14 @@ def _count_parameters(parts: Parts) -> tuple[int, int]:
     return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
 
 
-def _report_data(run: RunContext, data: PromcseDataModule) -> None:
-    """Log how the training file is read, the first row, the size of the data and the dev set; list skipped rows."""
+def _report_data(run: RunContext, data: PromcseDataModule, max_length: int | None) -> None:
+    """Log how the training file is read, the first row, the size of the data and the dev set; list skipped rows.
+
+    Args:
+        run: The run.
+        data: Its data.
+        max_length: Maximum number of tokens of the encoder's text settings.
+    """
     rows = data.token_rows
     for note in data.notes:
         log.info("%s", note)
@@ -153,7 +161,7 @@ def _report_data(run: RunContext, data: PromcseDataModule) -> None:
             data.config.batch_size,
             max(2, len(rows) // 10),
         )
-    _report_truncation(data)
+    _report_truncation(data, max_length)
     if rows.bad_rows:
         if run.is_main:
             write_text(run.folder / BAD_ROWS, "".join(f"{hide_home(str(row))}\n" for row in rows.bad_rows))
@@ -169,19 +177,21 @@ def _excerpt(text: str) -> str:
     return repr(text if len(text) <= EXCERPT_LENGTH else f"{text[: EXCERPT_LENGTH - 1]}…")
 
 
-def _report_truncation(data: PromcseDataModule) -> None:
+def _report_truncation(data: PromcseDataModule, max_length: int | None) -> None:
     """Log how many sentences are truncated, as a warning above `TRUNCATED_SHARE`."""
     rows, length = data.token_rows, data.config.max_length
     if not rows.truncated:
         return
     share = rows.truncated / (len(rows) * rows.width)
-    longest = min(data.longest_input, 512)
+    longest = min(data.longest_input, 512, max_length or 512)
     message = f"{100 * share:.1f} % of the sentences ({rows.truncated:,}) are truncated to {length} tokens"
     if share <= TRUNCATED_SHARE:
         log.info("%s", message)
     elif longest > length:
         advised = min(2 * length, longest)
         log.warning("%s. To truncate fewer: data.max_length=%d (the maximum here is %d)", message, advised, longest)
+    elif max_length == length:
+        log.warning("%s, the maximum in model.max_length", message)
     else:
         log.warning("%s, the maximum of data.max_length for this encoder", message)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import warnings
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from promcse_pl.training.callbacks import BestByDev, History, Progress
 from promcse_pl.training.checkpoint import RunCheckpoints, Saver, check_callbacks
 from promcse_pl.training.context import RunContext
 from promcse_pl.training.distributed import Ranks
+from promcse_pl.training.encoder_settings import resolve_pooling, resolve_text, training_prompts
 from promcse_pl.training.gather import collective
 from promcse_pl.training.machine import must_recompute
 from promcse_pl.training.module import PromcseModule
@@ -77,22 +79,30 @@ class Fitted:
     rows_per_second: float
 
 
-def build_encoder(config: Config) -> PromptEncoder:
+def build_encoder(config: Config, *, with_pipeline: bool = True) -> PromptEncoder:
     """Load the frozen encoder of a config and add an untrained prompt.
+
+    Args:
+        config: The settings.
+        with_pipeline: Whether to read the encoder's sentence-transformers pipeline.
 
     Raises:
         EncoderError: The encoder cannot be loaded, or it does not support prompts.
-        ConfigError: With the prompt, no token position is left for a sentence.
+        ConfigError: With the prompt, no token position is left for a sentence, or the encoder has no `model.default_prompt`.
     """
     dtype = torch.bfloat16 if config.trainer.precision == "bfloat16" else torch.float32
+    backbone = FrozenBackbone.load(
+        config.model.path, revision=config.model.revision, dtype=dtype, with_pipeline=with_pipeline
+    )
     encoder = PromptEncoder(
-        FrozenBackbone.load(config.model.path, revision=config.model.revision, dtype=dtype),
+        backbone,
         length=config.prompt.length,
         projection_size=config.prompt.projection_size,
-        pooling=config.model.pooling,
+        pooling=resolve_pooling(config.model, backbone),
         head=config.model.head,
         dropout=config.prompt.dropout,
         position_offset=config.prompt.position_offset,
+        text=resolve_text(config.model, backbone),
     )
     encoder.backbone.use_fused_layers = config.trainer.layers == "auto"
     if encoder.longest_input < MIN_INPUT_TOKENS:
@@ -119,11 +129,17 @@ def build_mlm_head(config: Config, backbone: FrozenBackbone) -> MlmHead | None:
 
 
 def build_data(config: Config, encoder: PromptEncoder, progress: Callable[[int], None]) -> PromcseDataModule:
-    """Read and tokenise the training rows of a config, or load them from the token cache."""
+    """Read and tokenise the training rows of a config, or load them from the token cache.
+
+    The data module gets the texts of the prompts in place of their names, and the maximum length of the encoder if it is smaller.
+    """
+    text = encoder.text
+    max_length = min(config.data.max_length, text.max_length or config.data.max_length)
     data = PromcseDataModule(
-        config.data,
+        dataclasses.replace(config.data, max_length=max_length, prompts=training_prompts(config.data, text)),
         encoder.backbone.tokenizer,
         longest_input=encoder.longest_input,
+        prepare=text.prepare,
         seed=config.seed,
         mlm=bool(config.loss.mlm_weight),
         progress=progress,

@@ -227,6 +227,41 @@ def test_help_lists_the_groups_and_is_quick(here):
 
 
 @pytest.mark.slow
+def test_jobs_with_prompts_on_the_command_line_resolve_their_encoder_as_a_single_run_does(here):
+    pytest.importorskip("sentence_transformers", exc_type=ImportError)
+    from support.sentence_encoders import PROMPTS, save_sentence_encoder
+
+    save_sentence_encoder(here / "encoder")
+    (here / "train.csv").write_text("a,b,c\n" + "".join(f"w{row} w7,w{row} w8,w{row + 40}\n" for row in range(5, 25)))
+    arguments = [
+        *("data=triplets", "data.train=train.csv", "data.dev=null", "model.path=encoder", "debug=fast"),
+        *("trainer.precision=float32", "trainer.device=cpu", 'model.prompts={query: "w90: ", other: ""}'),
+    ]
+    single = start(here, *arguments, 'data.prompts=[query,"w93 ",other]', "hydra.run.dir=single")
+    assert single.returncode == 0, single.stderr
+    assert "made for sentence-transformers/all-MiniLM-L6-v2; it is not tuned for encoder\n" in single.stdout
+    assert "first row: anchor 'w90: w5 w7', positive 'w93 w5 w8', negative 'w45'\n" in single.stdout
+    sweep = start(
+        here, "-m", *arguments, "data.prompts=[query,query,other],[other,other,query]", "hydra.sweep.dir=sweep"
+    )
+    assert sweep.returncode == 0, sweep.stderr
+    runs = [here / "single", here / "sweep/0", here / "sweep/1"]
+    configs = [yaml.safe_load((run / "config.yaml").read_text()) for run in runs]
+    assert [config["data"]["prompts"] for config in configs] == [
+        ["query", "w93 ", "other"],
+        ["query", "query", "other"],
+        ["other", "other", "query"],
+    ]
+    for config in configs:
+        assert (config["model"]["pooling"], config["model"]["max_length"]) == ("auto", "auto")
+        assert config["model"]["prompts"] == {"query": "w90: ", "other": ""} != PROMPTS
+        assert {key: config["resolved"][key] for key in ("model.pooling", "model.max_length")} == {
+            "model.pooling": "cls",
+            "model.max_length": 16,
+        }
+
+
+@pytest.mark.slow
 def test_a_multirun_makes_a_complete_folder_and_an_adapter_of_its_own_for_every_job(here):
     save_small_encoder(here / "encoder")
     (here / "train.csv").write_text("a,b,c\n" + "".join(f"w{row} w7,w{row} w8,w{row + 40}\n" for row in range(5, 25)))

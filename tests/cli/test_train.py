@@ -24,7 +24,9 @@ def jobs(monkeypatch, tmp_path) -> list[tuple[Config, Path]]:
     """The configs and folders of the runs that the test starts; none of them is trained."""
     started: list[tuple[Config, Path]] = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("promcse_pl.runs.lifecycle.run_job", lambda config, folder: started.append((config, folder)))
+    monkeypatch.setattr(
+        "promcse_pl.runs.lifecycle.run_job", lambda config, folder, **_: started.append((config, folder))
+    )
     return started
 
 
@@ -45,6 +47,29 @@ def test_a_saved_config_gives_the_same_config_again(text, jobs):
     with Path("config.yaml").open("a") as stream:
         stream.write("resolved:\n  trainer.device: cuda\n")
     assert composed(jobs, "--config", "config.yaml") == saved
+
+
+def test_prompts_of_a_config_file_are_kept_whatever_their_names_and_texts(jobs, tmp_path):
+    prompts = {"a:b, c": TEXTS[-1], "${x}": "it's: ", "{retrieval}.query": "Instruct: a\nQuery: ", "s2p-query": ""}
+    (tmp_path / "file.yaml").write_text(
+        yaml.safe_dump({"model": {"prompts": prompts}, "data": {"prompts": ["x y", "", ""]}})
+    )
+    config = composed(jobs, "--config", "file.yaml")
+    assert (config.model.prompts, config.data.prompts) == (prompts, ["x y", "", ""])
+    write_config(config, "saved.yaml")
+    assert composed(jobs, "--config", "saved.yaml") == config
+
+
+@pytest.mark.parametrize("typed", ['{mine: "my text: "}', "{}"])
+def test_prompts_on_the_command_line_replace_those_of_a_model_file(typed, jobs, tmp_path):
+    (tmp_path / "conf/model").mkdir(parents=True)
+    (tmp_path / "conf/model/mine.yaml").write_text(
+        "# @package _global_\nmodel: {path: x/y, prompts: {query: 'query: '}, pooling: auto, head: none}\n"
+    )
+    arguments = ["--config-dir", "conf", "model=mine"]
+    assert composed(jobs, *arguments).model.prompts == {"query": "query: "}
+    replaced = composed(jobs, *arguments, f"model.prompts={typed}").model.prompts
+    assert replaced == yaml.safe_load(typed)
 
 
 def test_overrides_win_over_a_config_file_wherever_they_stand(jobs):

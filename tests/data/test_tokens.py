@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 from promcse_pl.data import tokens as module
 from promcse_pl.data.readers import BadRow
 from promcse_pl.data.tokenizer import tokenizer_fingerprint
-from promcse_pl.data.tokens import RowSource, file_source, load_tokens, memory_source
+from promcse_pl.data.tokens import RowSource, file_source, load_tokens, memory_source, prepared
 from promcse_pl.utils.errors import DataError
 
 WORDS = ["the", "a", "man", "woman", "dog", "cat", "sings", "runs", "sleeps", "in", "on", "garden", "street", "red"]
@@ -157,6 +158,27 @@ def test_whatever_changes_the_ids_builds_another_cache(tokenizer, tmp_path):
     path.write_text("a,b\nthe man,the cat\n", encoding="utf-8")
     keys.add(key(csv_source(path)))
     assert len(keys) == 10
+
+
+def test_prompts_are_part_of_the_cache_key_only_if_they_change_texts(tokenizer, tmp_path):
+    source = memory_source("rows", [("the man", "a man"), ("the", "a")])
+
+    def front(texts: Sequence[str], prompt: str) -> list[str]:
+        return [prompt + text for text in texts]
+
+    def lower(texts: Sequence[str], prompt: str) -> list[str]:
+        return [text.lower() for text in front(texts, prompt)]
+
+    assert prepared(source, ["", ""], front) is source
+    found = {
+        prepared(source, prompts, function).fingerprint
+        for function in (front, lower)
+        for prompts in (["", ""], ["the: ", ""], ["", "the: "], ["the: ", "a: "])
+    }
+    assert len(found) == 8
+    query = prepared(source, ["a ", ""], front)
+    assert query.example == ("a the man", "a man")
+    assert list(query.rows([])) == [("a the man", "a man"), ("a the", "a")]
 
 
 def test_the_tokenizer_fingerprint_ignores_earlier_calls_and_sees_every_setting(tokenizer):

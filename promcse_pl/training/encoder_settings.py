@@ -1,0 +1,116 @@
+"""Resolves the settings that have their defaults in the files of the encoder: pooling, length and prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+
+from promcse_pl.config import WIDTH, DataConfig, ModelConfig
+from promcse_pl.models.backbone import FrozenBackbone
+from promcse_pl.models.encoder import PromptEncoder
+from promcse_pl.models.pipeline import TextSettings
+from promcse_pl.utils.errors import ConfigError
+
+
+def resolve_pooling(model: ModelConfig, backbone: FrozenBackbone) -> str:
+    """Return the pooling: as set, or with `auto` that of the encoder's pipeline, else the usual one of its family."""
+    if model.pooling != "auto":
+        return model.pooling
+    return backbone.pipeline.pooling or backbone.family.pooling
+
+
+def resolve_text(model: ModelConfig, backbone: FrozenBackbone) -> TextSettings:
+    """Return how texts become the input of the encoder: as set, else as in its pipeline.
+
+    Raises:
+        ConfigError: The encoder has no prompt of the name in `model.default_prompt`.
+    """
+    own = backbone.pipeline.text
+    prompts = own.prompts if model.prompts is None else model.prompts
+    default = own.default_prompt if own.default_prompt in prompts else None
+    if model.default_prompt is not None:
+        default = model.default_prompt
+        if default not in prompts:
+            raise ConfigError(
+                f"model.default_prompt must be the name of a prompt of the encoder ({_names(prompts)}), got {default!r}. "
+                f"Try: 'model.prompts={{{default}: \"TEXT\"}}'"
+            )
+    return dataclasses.replace(
+        own,
+        max_length=own.max_length if model.max_length == "auto" else model.max_length,
+        prompts=prompts,
+        default_prompt=default,
+    )
+
+
+def resolved_model(model: ModelConfig, encoder: PromptEncoder) -> ModelConfig:
+    """Return the settings with the values that an encoder was built with, and the commit that it was read from."""
+    text = encoder.text
+    return dataclasses.replace(
+        model,
+        revision=encoder.backbone.identity.revision,
+        pooling=encoder.pooling,
+        max_length=text.max_length,
+        prompts=dict(text.prompts) or model.prompts,
+        default_prompt=text.default_prompt,
+    )
+
+
+def describe_origins(typed: ModelConfig, encoder: PromptEncoder) -> list[str]:
+    """Return lines for the terminal on the resolved settings and where each comes from.
+
+    Args:
+        typed: The settings as typed.
+        encoder: The encoder that was built with the resolved ones.
+    """
+    own, text = encoder.backbone.pipeline, encoder.text
+    usual = f"usual for {encoder.backbone.model_type} encoders"
+    origin = ("modules.json of the encoder" if own.pooling else usual) if typed.pooling == "auto" else "model.pooling"
+    lines = [f"pooling: {encoder.pooling} ({origin}{_differs(encoder.pooling, own.pooling)})"]
+    parts = []
+    if text.max_length is not None or own.text.max_length is not None:
+        origin = "max_seq_length of the encoder" if typed.max_length == "auto" else "model.max_length"
+        length = "any length" if text.max_length is None else f"at most {text.max_length} tokens"
+        parts.append(f"{length} ({origin}{_differs(text.max_length, own.text.max_length)})")
+    if text.lower_case:
+        parts.append("lower case (as the encoder's own pipeline)")
+    if text.prompts:
+        origin = "the encoder's" if typed.prompts is None else "model.prompts"
+        parts.append(f"prompts {_names(text.prompts)} ({origin})")
+    if text.default_prompt is not None:
+        origin = "the encoder's" if typed.default_prompt is None else "model.default_prompt"
+        parts.append(f"default prompt {text.default_prompt} ({origin})")
+    return [*lines, f"texts: {'; '.join(parts)}"] if parts else lines
+
+
+def training_prompts(data: DataConfig, text: TextSettings) -> list[str]:
+    """Return the text to put in front of each text of a training row.
+
+    Raises:
+        ConfigError: An entry of `data.prompts` is neither the name of a prompt nor recognisable as text.
+    """
+    if data.prompts is None:
+        return [text.prompt_text()] * WIDTH[data.kind]
+    return [_training_prompt(entry, data.prompts, text) for entry in data.prompts]
+
+
+def _training_prompt(entry: str, entries: list[str], text: TextSettings) -> str:
+    if entry in text.prompts:
+        return text.prompts[entry]
+    if not entry or " " in entry or ":" in entry:
+        return entry
+    near = difflib.get_close_matches(entry, text.prompts, n=1)
+    instead = near[0] if near else f'"{entry}: "'
+    typed = ",".join(instead if other == entry else f'"{other}"' for other in entries)
+    raise ConfigError(
+        f"data.prompts: {entry!r} is not the name of a prompt (known: {_names(text.prompts)}), and a text must contain a space "
+        f"or a colon. Try: 'data.prompts=[{typed}]'"
+    )
+
+
+def _names(prompts: object) -> str:
+    return ", ".join(prompts) if prompts else "none"  # type: ignore[call-overload]
+
+
+def _differs(value: object, own: object) -> str:
+    return "" if own is None or own == value else f"; the encoder's own is {own}"
