@@ -33,7 +33,7 @@ STUDIES = {
     ),
     "mpnet": (
         ["data.max_rows=5000", "trainer.precision=bfloat16"],
-        ["optim.lr=1e-2", "optim.lr=3e-2", "optim.lr=5e-3", "optim.lr=1e-2 prompt.position_offset=null"],
+        ["optim.lr=1e-2", "optim.lr=3e-2", "optim.lr=5e-3"],
     ),
 }
 """Model -> overrides of all trials, and those of each trial."""
@@ -93,6 +93,7 @@ def main() -> None:
         f"data.dir={options.data.resolve()}",
         *([f"model.path={options.encoder.resolve()}"] if options.encoder else []),
     ]
+    (HERE / options.model).mkdir(exist_ok=True)
     trials, last = [], {}
     for trial in overrides:
         last = run(trial, [*common, *local], options.runs.resolve() / options.model)
