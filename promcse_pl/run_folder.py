@@ -42,7 +42,10 @@ START, OUTPUT = "start.yaml", "output.log"
 """Files that a sweep writes into a job folder before the job starts: its config and its output."""
 RESOLVED = "resolved"
 """Section of config.yaml with the resolved values of the settings in `RESOLVED_KEYS`."""
-RESOLVED_KEYS = ("model.revision", "trainer.device", "trainer.precision", "trainer.chunk_tokens")
+RESOLVED_KEYS = (
+    *("model.revision", "model.pooling", "model.max_length", "model.prompts", "model.default_prompt"),
+    *("trainer.device", "trainer.precision", "trainer.chunk_tokens"),
+)
 _BEFORE_START = {DATA, START, OUTPUT, STATUS, LOCK, LOG, ".hydra"}
 _NEW_FOLDER = "the same command with hydra.run.dir=NEW_FOLDER (promcse train: --out NEW_FOLDER)"
 State = Literal["running", "finished", "failed", "stopped", "pruned"]
@@ -273,11 +276,14 @@ def split_resolved(raw: Any) -> tuple[Any, dict[str, Any]]:  # noqa: ANN401  (th
 
 
 def _with_resolved(config: Config, resolved: dict[str, Any]) -> Config:
-    """Return a config with resolved values in place of `auto`, and the commit of the encoder in place of its revision."""
+    """Return a config with resolved values in place of `auto` and, for the prompts of the encoder, of null, and the commit of the
+    encoder in place of its revision.
+    """
     tree = config.to_dict()
     for key, value in resolved.items():
         part, name = key.split(".")
-        if tree[part][name] == "auto" or key == "model.revision":  # else it was edited, which resuming reports
+        unresolved = (None,) if key in ("model.prompts", "model.default_prompt") else ("auto",)
+        if tree[part][name] in unresolved or key == "model.revision":  # else it was edited, which resuming reports
             tree[part][name] = value
     return Config.from_dict(tree)
 

@@ -94,8 +94,15 @@ def _literal(key: str, value: object) -> str:
         return quoted(value)
     if isinstance(value, list):
         return f"[{','.join(_literal(key, entry) for entry in value)}]"
+    if isinstance(value, dict) and all(isinstance(name, str) for name in value):
+        return f"{{{','.join(f'{_escaped_key(name)}:{_literal(key, entry)}' for name, entry in value.items())}}}"
     if value is None or isinstance(value, int | float):
         return json.dumps(value)
     raise ConfigError(
         f"{key} must be text, a number, true, false, null or a list of these, got {visible(str(value)[:80])}"
     )
+
+
+def _escaped_key(name: str) -> str:
+    """Return the key of a dictionary in Hydra's syntax, which takes no quotes around it."""
+    return re.sub(r"[\\()\[\]{}:=,\s]", r"\\\g<0>", name)

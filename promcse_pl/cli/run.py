@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from promcse_pl.cli.config_file import file_overrides
 from promcse_pl.config import check_overrides
-from promcse_pl.runs.compose import CONF, TYPED, config_groups, config_of, quoted, refusal, typed_command
+from promcse_pl.runs.compose import CONF, TYPED, config_groups, config_of, quoted, refusal, replacing_prompts, typed_command
 from promcse_pl.sweeps.plan import resumed_arguments, without_home
 from promcse_pl.utils.errors import ConfigError, PromcseError
 from promcse_pl.utils.exit_codes import exit_code
@@ -60,7 +60,7 @@ def compose_and_run(
     )
     if "--shell-completion" not in flags and not searches_elsewhere:
         check_overrides(given, config_groups(folders))
-    _call_hydra([*flags, *given])
+    _call_hydra([*flags, *(given if "--multirun" in flags else replacing_prompts(given))])
 
 
 def _with_file(file: str, overrides: Sequence[str], folders: Sequence[Path], is_sweep: bool) -> list[str]:

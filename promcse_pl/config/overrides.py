@@ -31,10 +31,11 @@ def is_integer(key: str) -> bool:
 
 
 def flat_settings(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a tree of settings by dotted key."""
+    """Return a tree of settings by dotted key; a dictionary that is the value of a setting stays one."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= flat_settings(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        is_section = isinstance(value, Mapping) and f"{prefix}{key}" not in settings(Config)
+        flat |= flat_settings(value, f"{prefix}{key}.") if is_section else {f"{prefix}{key}": value}
     return flat
 
 

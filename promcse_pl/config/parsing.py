@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import reprlib
 import types
 from collections.abc import Collection, Mapping
@@ -19,6 +20,9 @@ _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 300
 _LONGEST_NAME, _LONGEST_TEXT = 255, 4000
 """Maximum bytes of one part of a path, and of a text: no file system takes longer names."""
+_QUOTES = re.compile(r"[\"'\\]")
+_NO_NAMES = ("model.prompts", "data.prompts")
+"""Settings with text that is never part of a path."""
 OTHER_NAMES = {
     "data.batch_size": ("train_batch_size", "per_device_train_batch_size", "bs"),
     "data.max_length": ("max_seq_length", "max_seq_len", "max_len"),
@@ -120,6 +124,8 @@ def _cast(kind: Any, value: object, key: str) -> Any:  # noqa: ANN401
                 return _cast(option, value, key)
     elif origin is list and isinstance(value, list):
         return [_cast(options[0], entry, key) for entry in value]
+    elif origin is dict and isinstance(value, dict) and all(isinstance(name, str) for name in value):
+        return {_cast(str, name, key): _cast(options[1], entry, key) for name, entry in value.items()}
     elif origin is Literal and isinstance(value, str) and value in options:
         return value
     elif kind is float and type(value) in (int, float):
@@ -138,10 +144,11 @@ def _checked_text(value: str, key: str) -> str:
         longest = max(len(part.encode()) for part in value.split("/"))
     except UnicodeEncodeError:
         raise ConfigError(f"{key} holds a lone surrogate, which is not text: {shown(value)}") from None
-    if "\0" in value or longest > _LONGEST_NAME or len(value.encode()) > _LONGEST_TEXT:
+    most, slashes = (_LONGEST_TEXT, "") if key in _NO_NAMES else (_LONGEST_NAME, f", {_LONGEST_NAME} between two slashes,")
+    if "\0" in value or longest > most or len(value.encode()) > _LONGEST_TEXT:
         raise ConfigError(
-            f"{key} must be text of at most {_LONGEST_TEXT} bytes, {_LONGEST_NAME} between two slashes, and without NUL "
-            f"characters, got {len(value)} characters: {shown(value)}. Try: a shorter name"
+            f"{key} must be text of at most {_LONGEST_TEXT} bytes{slashes} and without NUL characters, got {len(value)} "
+            f"characters: {shown(value)}. Try: a shorter text"
         )
     return value
 
@@ -155,6 +162,8 @@ def describe(kind: Any) -> str:  # noqa: ANN401
         return " or ".join(map(describe, options))
     if origin is list:
         return f"a list (like [a,b]) whose entries are {describe(options[0])}"
+    if origin is dict:
+        return f'a dictionary (like {{query: "query: "}}) whose values are {describe(options[1])}'
     return {int: "an integer", float: "a number", str: "text", bool: "true or false", types.NoneType: "null"}[kind]
 
 
@@ -177,6 +186,8 @@ def _command(setting: Setting, value: object) -> str:
     if get_origin(kind) is list:
         entries = value if isinstance(value, list) and value else [value]
         typed = f"'{key}=[{','.join(_near(get_args(kind)[0], entry) for entry in entries[:5])}]'"
+    elif get_origin(kind) is dict:
+        typed = f"'{key}={_near_dict(value)}'"
     elif kind is str:
         typed = f"'{key}={_near(kind, value)}'"
     elif get_origin(kind) is Literal:
@@ -195,6 +206,17 @@ def _near(kind: Any, value: object) -> str:  # noqa: ANN401
     if isinstance(value, str):
         return value[:60]
     return f'"{shown(value).lower()}"' if isinstance(value, bool | int | float) else "TEXT"
+
+
+def _near_dict(value: object) -> str:
+    """Return a dictionary of texts close to a value; Hydra takes no quotes around a name."""
+    entries = [*value.items()][:5] if isinstance(value, dict) and value else [("NAME", value)]
+    near = []
+    for name, entry in entries:
+        valid = name if isinstance(name, str) and re.fullmatch(r"[a-zA-Z][\w.-]*", name) else "NAME"
+        text = entry[:60] if isinstance(entry, str) else _near(str, entry)
+        near.append(f'{valid}: "{_QUOTES.sub("", text)}"')
+    return f"{{{', '.join(near)}}}"
 
 
 def unknown_key(key: str, known: Collection[str]) -> ConfigError:

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from promcse_pl.config.fields import EXECUTION, SCORES, Range
 from promcse_pl.config.parsing import Section, shown
+from promcse_pl.config.pooling import ALLOWED_POOLINGS, AUTO, is_pooling, nearest_pooling
 from promcse_pl.utils.errors import ConfigError
 from promcse_pl.utils.paths import SUFFIXES, file_suffix, run_command
 
@@ -33,18 +34,42 @@ class ModelConfig(Section):
     revision: str | None = None
     """Commit, tag or branch of the hub repository; `null` for the newest. The section `resolved` of the saved
     config holds the commit that was used."""
-    pooling: Literal["cls", "cls_before_pooler", "avg", "avg_top2", "avg_first_last"] = "cls"
+    pooling: str = "cls"
     """Pooling of the token embeddings. `cls`: the first token of the last layer, input of the head (paper, section 3).
     `cls_before_pooler`: the same without a head. Means over the tokens as in SimCSE: `avg` of the last layer, `avg_top2` of the
-    last two layers, `avg_first_last` of the embedding layer and the last layer."""
+    last two layers, `avg_first_last` of the embedding layer and the last layer. Those of sentence-transformers: `max`,
+    `mean_sqrt_len`, `weightedmean` (by position), `lasttoken`, and several of `cls`, `max`, `avg`, `mean_sqrt_len`,
+    `weightedmean` and `lasttoken` joined by `+`, such as `cls+avg`, which concatenates them. `auto`: that of the encoder's
+    modules.json (sentence-transformers), else the usual one of its family."""
     head: Literal["none", "mlp", "mlp_train_only"] = "mlp"
     """Trained MLP (linear layer and tanh) on the pooled embedding. `mlp`: part of the sentence embedding (supervised recipes).
     `mlp_train_only`: used by the training loss only (unsupervised recipes)."""
+    max_length: Annotated[int | Literal["auto"] | None, Range(ge=3, le=131_072, note="tokens", example=128)] = None
+    """Maximum number of tokens of a sentence in `encode`, special tokens and prompt text included; longer sentences are truncated.
+    `auto`: `max_seq_length` of the encoder (sentence-transformers). `null`: as many as the encoder takes. Training sentences are
+    truncated to the smaller one of this and `data.max_length`."""
+    prompts: dict[str, str] | None = None
+    """Texts to put in front of sentences, by name, as in sentence-transformers: `'model.prompts={query: "query: ", document:
+    "passage: "}'`. They are saved with the adapter; `encode(..., prompt_name="query")` uses one. `null`: those of the encoder
+    (config_sentence_transformers.json)."""
+    default_prompt: str | None = None
+    """Name of the prompt that `encode` and the dev evaluation use if none is given. `null`: that of the encoder, if `model.prompts`
+    has it; else none. `model.prompts={}` switches it off."""
 
     def _check_combinations(self) -> None:
         if not self.path.strip():
             raise ConfigError(
                 f"model.path must be a folder or a hub id, got {self.path!r}. Try: {run_command()} model.path=bert-base-uncased"
+            )
+        if self.pooling != AUTO and not is_pooling(self.pooling):
+            raise ConfigError(
+                f"model.pooling must be {AUTO}, {ALLOWED_POOLINGS}, got {shown(self.pooling)}. "
+                f"Try: {run_command()} model.pooling={nearest_pooling(self.pooling)}"
+            )
+        if self.prompts is not None and self.default_prompt not in (None, *self.prompts):
+            raise ConfigError(
+                f"model.default_prompt must be the name of a prompt in model.prompts ({', '.join(self.prompts)[:200] or 'it is empty'}), got "
+                f"{shown(self.default_prompt)}. Try: {run_command()} model.default_prompt={next(iter(self.prompts), 'null')}"
             )
         if self.pooling == "cls_before_pooler" and self.head != "none":
             raise ConfigError(
@@ -82,6 +107,10 @@ class DataConfig(Section):
     """Number of training rows to use, from the start of the file; `null` for all."""
     max_length: Annotated[int, Range(ge=3, le=512, note="tokens")] = 32
     """Maximum number of tokens of a training sentence, special tokens included; longer sentences are truncated (official: 32)."""
+    prompts: list[str] | None = None
+    """Prompts of the texts of a training row, one for each text: the name of a prompt (`model.prompts`), or the text itself, which
+    must contain a space or a colon; `""` for none. Two examples: `data.prompts=[query,document]`,
+    `'data.prompts=["query: ","passage: "]'`. `null`: the default prompt (`model.default_prompt`) for all, if there is one."""
     batch_size: Annotated[int, Range(ge=2, note="(the other rows of a batch are the negatives)")] = 256
     """Number of training rows per optimiser step, over all processes (paper: 256 or 512; official README also 64)."""
     cache_dir: Annotated[str | None, EXECUTION] = None
@@ -97,6 +126,12 @@ class DataConfig(Section):
             raise ConfigError(
                 f"data.columns must name {width} columns for data.kind={self.kind}, got {shown(self.columns)}. "
                 f"Try: 'data.columns=[{','.join(('sent0', 'sent1', 'hard_neg')[:width])}]'"
+            )
+        if self.prompts is not None and len(self.prompts) != width:
+            example = ",".join(("query", "document", "document")[:width])
+            raise ConfigError(
+                f"data.prompts must have {width} entries for data.kind={self.kind}, one for each text of a row, got "
+                f"{shown(self.prompts)}. Try: 'data.prompts=[{example}]'"
             )
         if self.dev == "holdout" and self.kind != "triplets":
             raise ConfigError(

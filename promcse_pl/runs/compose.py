@@ -56,6 +56,15 @@ def quoted(text: str) -> str:
     return QuotedString(escaped(text), Quote.single).with_quotes()
 
 
+def replacing_prompts(overrides: Sequence[str]) -> list[str]:
+    """Return overrides in which `model.prompts={...}` replaces the prompts of a file in conf/; Hydra would merge the two."""
+    return [
+        line
+        for override in overrides
+        for line in (["model.prompts=null", override] if override.startswith("model.prompts={") else [override])
+    ]
+
+
 def compose_config(overrides: Sequence[str], values: Mapping[str, str]) -> Config:
     """Compose the config of a run outside of a Hydra application.
 
@@ -69,7 +78,7 @@ def compose_config(overrides: Sequence[str], values: Mapping[str, str]) -> Confi
     check_overrides(overrides, config_groups())
     with hydra_errors():
         with _initialized():
-            composed = compose("config", overrides=list(overrides))
+            composed = compose("config", overrides=replacing_prompts(overrides))
         for key, value in values.items():
             OmegaConf.update(composed, key, escaped(value))
     return config_of(composed)

@@ -48,7 +48,10 @@ def test_a_value_of_the_wrong_type_is_refused_with_key_value_allowed_and_remedy(
     [
         ("loss.margin", "abc", "python run.py loss.margin=0.2"),
         ("tracking.wandb", "onlin", "python run.py tracking.wandb=online"),
-        ("model.pooling", "mean", "python run.py model.pooling=cls"),
+        ("model.pooling", "mean", "python run.py model.pooling=avg"),
+        ("model.prompts", "query: ", "python run.py 'model.prompts={NAME: \"query: \"}'"),
+        ("model.prompts", {"query": 7, 3: "it's"}, "python run.py 'model.prompts={query: \"7\", NAME: \"its\"}'"),
+        ("data.prompts", "query", "python run.py 'data.prompts=[query]'"),
         ("tracking.name", 7, "python run.py 'tracking.name=\"7\"'"),
         ("tracking.tags", "small", "python run.py 'tracking.tags=[small]'"),
         ("tracking.tags", [1], "python run.py 'tracking.tags=[\"1\"]'"),
@@ -71,6 +74,8 @@ def test_the_remedies_for_numbers_that_shall_be_text_pass_the_command_line():
 OUT_OF_RANGE = [
     ("model.path", " "),
     ("data.train", ""),
+    ("model.max_length", 2),
+    ("model.max_length", 131_073),
     ("data.max_length", 2),
     ("data.max_length", 513),
     ("data.batch_size", 1),
@@ -158,6 +163,68 @@ def test_the_ends_of_a_range_are_allowed(key, value):
     assert getattr(getattr(config, section) if section else config, name) == value
 
 
+@pytest.mark.parametrize(
+    ("pooling", "nearest"),
+    [
+        ("mean", "avg"),
+        ("pooling_mode_mean_tokens", "avg"),
+        ("pooling_mode_mean_sqrt_len_tokens", "mean_sqrt_len"),
+        ("pooling_mode_weightedmean_tokens", "weightedmean"),
+        ("pooling_mode_max_tokens", "max"),
+        ("pooling_mode_cls_token", "cls"),
+        ("pooling_mode_lasttoken", "lasttoken"),
+        ("last_token", "lasttoken"),
+        ("CLS", "cls"),
+        ("avg_top3", "avg_top2"),
+        ("cls+mean", "cls+avg"),
+        ("cls+cls", "cls"),
+        ("", "cls"),
+    ],
+)
+def test_an_unknown_pooling_names_those_allowed_and_the_nearest(pooling, nearest):
+    with pytest.raises(ConfigError) as caught:
+        Config.from_dict(put(valid(), "model.pooling", pooling))
+    message = str(caught.value)
+    assert message.startswith("model.pooling must be auto, cls, cls_before_pooler, avg, ")
+    assert "or several of cls, max, avg, mean_sqrt_len, weightedmean, lasttoken joined by +" in message
+    assert message.endswith(f"got {pooling!r}. Try: python run.py model.pooling={nearest}")
+    assert config_of(f"model.pooling={nearest}").model.pooling == nearest
+
+
+@pytest.mark.parametrize("pooling", ["auto", "max", "lasttoken", "cls+avg", "max+cls+weightedmean"])
+def test_poolings_of_sentence_transformers_and_joined_ones_are_allowed(pooling):
+    assert config_of(f"model.pooling={pooling}").model.pooling == pooling
+
+
+@pytest.mark.parametrize(
+    ("typed", "prompts"),
+    [
+        ('model.prompts={query: "query: "}', {"query": "query: "}),
+        ("model.prompts={retrieval.query: 'a: b', s2p-query: x}", {"retrieval.query": "a: b", "s2p-query": "x"}),
+        ("model.prompts={}", {}),
+        ("model.prompts=null", None),
+    ],
+)
+def test_prompts_are_set_on_the_command_line(typed, prompts):
+    assert config_of(typed).model.prompts == prompts
+
+
+def test_the_remedies_for_prompts_of_a_wrong_type_pass_the_command_line():
+    for value in ("query: ", {"query": 7, 3: "it's"}, [], 0.5):
+        with pytest.raises(ConfigError, match=r"^model\.prompts must be a dictionary \(like \{query: \"query: \"\}\)") as caught:
+            Config.from_dict(put(valid(), "model.prompts", value))
+        remedy = str(caught.value).partition("Try: python run.py ")[2]
+        assert config_of(remedy.strip("'")).model.prompts
+
+
+def test_a_prompt_may_be_longer_than_a_file_name_but_not_without_limit():
+    text = "Instruct: " + 300 * "w"
+    assert Config.from_dict(put(valid(), "model.prompts", {"query": text})).model.prompts == {"query": text}
+    assert Config.from_dict(put(valid(), "data.prompts", [text, "", ""])).data.prompts == [text, "", ""]
+    with pytest.raises(ConfigError, match=r"^model\.prompts must be text of at most 4000 bytes and without NUL"):
+        Config.from_dict(put(valid(), "model.prompts", {"query": 5000 * "w"}))
+
+
 def test_every_setting_with_a_range_has_a_test_of_it():
     ranged = {key for key, hint in leaves().items() if {int, float} & {hint, *typing.get_args(hint)}}
     assert ranged <= {key for key, _ in OUT_OF_RANGE}
@@ -180,6 +247,9 @@ def test_every_setting_with_a_range_has_a_test_of_it():
         (["data=pairs", "data.train=demo"], ["demo", "data.kind=pairs"]),
         (["data.columns=[a,b]"], ["data.columns", "3 columns", "data.kind=triplets"]),
         (["data.dev=stsb"], ["data.dev=stsb", "data.dir"]),
+        (["data.prompts=[query]"], ["data.prompts", "3 entries", "data.kind=triplets", "'data.prompts=[query,"]),
+        (["model.default_prompt=q", 'model.prompts={query: "q: "}'], ["model.default_prompt", "(query)", "'q'"]),
+        (["model.default_prompt=q", "model.prompts={}"], ["model.default_prompt", "it is empty", "=null"]),
         (["evaluation=sts"], ["evaluation.tasks=[sts,sick]", "data.dir"]),
         (["evaluation.tasks=[demo,geometry,my.csv]"], ["evaluation.tasks=[geometry]", "data.dir"]),
         (["evaluation.tasks=[demo,transfr]"], ["'transfr'", "'evaluation.tasks=[transfer]'"]),
@@ -233,6 +303,7 @@ def test_errors_of_sweep_settings_suggest_a_sweep_command():
         [],
         ["model=roberta-base", "data=wiki", "data.dir='/däta'", "seed=7", "tracking.tags=[a,b]"],
         ["prompt=projected", "data=triplets", "data.train=t.csv", "data.columns=[0,b,c]", "prompt.dropout=0.25"],
+        ["model.prompts={b: 'b: ', a: ''}", "model.default_prompt=a", "data.prompts=[a,'x y','']", "model.pooling=cls+avg"],
     ],
 )
 def test_a_config_comes_back_equal_from_its_dictionary_and_from_its_file(overrides, tmp_path):
