@@ -35,6 +35,9 @@ from promcse_pl.models.mlm import MlmHead
 from promcse_pl.utils.errors import EncoderError
 from promcse_pl.utils.paths import expand, hide_home, is_folder
 
+UNLIMITED_INPUT = 2**16
+"""Maximum number of tokens for encoders without a limit of their own (T5): more than the memory of attention allows."""
+
 
 class FrozenBackbone(nn.Module):
     """A frozen pre-trained encoder, with deep prompts as an input.
@@ -68,7 +71,7 @@ class FrozenBackbone(nn.Module):
         self.width: int = config.hidden_size
         self.head_size: int = getattr(config, "head_dim", None) or self.width // self.heads
         self.hidden_dropout = float(_first(config, ("hidden_dropout_prob", "mlp_dropout", "dropout", "dropout_rate"), 0.0))
-        self.layer_norm_eps = float(_first(config, ("layer_norm_eps", "norm_eps"), 1e-5))
+        self.layer_norm_eps = float(_first(config, ("layer_norm_eps", "norm_eps", "rms_norm_eps", "layer_norm_epsilon"), 1e-12))
         self.pad_id: int = config.pad_token_id or 0
         if self.family.positions == "after_padding_id":
             self.pad_id = model.embeddings.padding_idx  # type: ignore[assignment, union-attr]
@@ -197,10 +200,10 @@ class FrozenBackbone(nn.Module):
         head.load_state_dict({**found, "decoder.weight": self.word_embeddings}, strict=True)
         return True
 
-    def longest_input(self, position_offset: int) -> int | None:
-        """Return the maximum number of tokens, special ones included, for a position offset; None: no limit."""
+    def longest_input(self, position_offset: int) -> int:
+        """Return the maximum number of tokens, special ones included, for a position offset."""
         if not self.family.has_limit:
-            return None
+            return UNLIMITED_INPUT
         config: Any = self.model.config
         reserved = self.pad_id + 1 if self.family.positions == "after_padding_id" else 0
         return int(config.max_position_embeddings) - reserved - position_offset

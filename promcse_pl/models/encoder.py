@@ -15,6 +15,7 @@ from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.cpu.chunks import plan_chunks, run_chunks
 from promcse_pl.models.pooling import Pooling, needs_all_layers, needs_first_token, pool
 from promcse_pl.models.prompt import INIT_STD, DeepPrompt
+from promcse_pl.utils.errors import ConfigError
 
 Head = Literal["none", "mlp", "mlp_train_only"]
 HEADS: tuple[Head, ...] = get_args(Head)
@@ -48,7 +49,10 @@ class PromptEncoder(nn.Module):
         pooling: See `promcse_pl.models.pooling`.
         head: `none`; `mlp`: used in training and at test time; `mlp_train_only`: used in training only.
         dropout: Prompt dropout; None: the encoder's hidden dropout, as in the official code.
-        position_offset: Shift of all positions; None: P, as in the official code.
+        position_offset: Shift of all positions; None: P, as in the official code, or 0 for an encoder without position ids.
+
+    Raises:
+        ConfigError: A position offset for an encoder without position ids.
     """
 
     # the parameters are the settings of model and prompt that decide an embedding
@@ -76,7 +80,14 @@ class PromptEncoder(nn.Module):
         self.pooling: Pooling = pooling
         self.head_mode: Head = head
         self.head = None if head == "none" else MlpHead(backbone.width)
-        self.position_offset = length if position_offset is None else position_offset
+        has_positions = backbone.family.positions != "none"
+        if position_offset and not has_positions:
+            raise ConfigError(
+                f"prompt.position_offset={position_offset}: {backbone.model_type} encoders have no position ids to shift. "
+                "Try: prompt.position_offset=null"
+            )
+        default = length if has_positions else 0
+        self.position_offset = default if position_offset is None else position_offset
         self.register_state_dict_post_hook(_drop_backbone)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_expect_no_backbone)  # type: ignore[no-untyped-call]
 
