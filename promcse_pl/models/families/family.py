@@ -41,6 +41,8 @@ class Family:
             in the order of the model.
         in_call_order: The layers share one attention module, so they take their prompts in the order of the calls.
         adapt: Changes a loaded model so that its attention takes a prompt.
+        replaces_attention: Whether `adapt` replaces the attention modules, for encoders without transformers' attention
+            interface.
         check: Raises EncoderError for a config that is not supported.
         first_token: Name of the last layer's module that adds the residual after attention, for `cls` pooling; {} is the number
             of the layer.
@@ -58,6 +60,7 @@ class Family:
     attention: str | None = None
     in_call_order: bool = False
     adapt: Callable[[nn.Module], None] = lambda _: None
+    replaces_attention: bool = False
     check: Callable[[Any], None] = lambda _: None
     first_token: str | None = None
     fused: FusedLayers | None = None

@@ -82,6 +82,7 @@ FAMILIES = {
         positions="after_padding_id",
         has_pooler=True,
         adapt=_adapt,
+        replaces_attention=True,
         fused=FusedLayers(
             "transformers.models.mpnet.modeling_mpnet.MPNetModel",
             ("MPNetEncoder", "MPNetLayer", "MPNetAttention", "MPNetIntermediate", "MPNetOutput"),
