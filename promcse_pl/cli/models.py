@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from promcse_pl.models.families import Family
+    from promcse_pl.models.families.family import Family
 
 TESTED = ("minilm", "mpnet")
 """Presets that were run on their published weights."""
