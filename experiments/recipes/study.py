@@ -33,7 +33,7 @@ STUDIES = {
     ),
     "mpnet": (
         ["data.max_rows=5000", "trainer.precision=bfloat16"],
-        ["optim.lr=1e-2", "optim.lr=3e-2", "optim.lr=5e-3"],
+        ["optim.lr=1e-2", "optim.lr=3e-2"],
     ),
 }
 """Model -> overrides of all trials, and those of each trial."""

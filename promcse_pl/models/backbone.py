@@ -27,7 +27,7 @@ from promcse_pl.models.encoder_files import (
     read_tokenizer,
     weights_sha256,
 )
-from promcse_pl.models.families import FAMILIES, SUPPORTED, Family
+from promcse_pl.models.families import FAMILIES, SUPPORTED, Family, unsupported
 from promcse_pl.models.hooks import first_token_only, has_hooks, register_first_token_hook
 from promcse_pl.models.hub import locate
 from promcse_pl.models.identity import EncoderId, output_config
@@ -59,8 +59,9 @@ class FrozenBackbone(nn.Module):
         super().__init__()
         config: Any = model.config
         if config.model_type not in SUPPORTED:
-            raise EncoderError(f"{identity.name} is a {config.model_type} encoder. Supported: {', '.join(SUPPORTED)}")
+            raise unsupported(config.model_type, identity.name)
         self.family: Family = FAMILIES[config.model_type]
+        self.family.check(config)
         self._adapt(model)
         self.model = model.requires_grad_(False)
         self.identity = dataclasses.replace(identity, config=output_config(config))
@@ -70,8 +71,12 @@ class FrozenBackbone(nn.Module):
         self.kv_heads: int = getattr(config, "num_key_value_heads", None) or self.heads
         self.width: int = config.hidden_size
         self.head_size: int = getattr(config, "head_dim", None) or self.width // self.heads
-        self.hidden_dropout = float(_first(config, ("hidden_dropout_prob", "mlp_dropout", "dropout", "dropout_rate"), 0.0))
-        self.layer_norm_eps = float(_first(config, ("layer_norm_eps", "norm_eps", "rms_norm_eps", "layer_norm_epsilon"), 1e-12))
+        self.hidden_dropout = float(
+            _first(config, ("hidden_dropout_prob", "mlp_dropout", "dropout", "dropout_rate"), 0.0)
+        )
+        self.layer_norm_eps = float(
+            _first(config, ("layer_norm_eps", "norm_eps", "rms_norm_eps", "layer_norm_epsilon"), 1e-12)
+        )
         self.pad_id: int = config.pad_token_id or 0
         if self.family.positions == "after_padding_id":
             self.pad_id = model.embeddings.padding_idx  # type: ignore[assignment, union-attr]
@@ -295,8 +300,8 @@ class FrozenBackbone(nn.Module):
         reached = grad is not None and bool(grad.flatten(2).ne(0).any(-1).all())
         if not reached:
             raise EncoderError(
-                f"{self.identity.name} ({self.model_type}) ignores the prompt in at least one layer; its outputs would be those of "
-                f"the frozen encoder. Supported: {', '.join(SUPPORTED)}"
+                f"{self.identity.name} ({self.model_type}) ignores the prompt in at least one layer; its outputs would be those "
+                "of the frozen encoder"
             )
 
 

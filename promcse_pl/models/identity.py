@@ -9,6 +9,7 @@ from typing import Any
 
 from promcse_pl.models.families import FAMILIES
 
+
 @dataclass(frozen=True, slots=True)
 class EncoderId:
     """Identity of a frozen encoder.

@@ -26,6 +26,7 @@ SMALL = {
 }
 
 
+T5 = {"d_ff": 24, "d_kv": 6, "relative_attention_num_buckets": 8}
 FAMILIES: dict[str, dict[str, object]] = {
     "bert": {},
     "roberta": {"pad_token_id": 1},
@@ -42,7 +43,9 @@ FAMILIES: dict[str, dict[str, object]] = {
     "nomic_bert": {},
     "gte": {},
     "jina_embeddings_v3": {"pad_token_id": 1},
-    **dict.fromkeys(("t5", "mt5", "umt5"), {"d_ff": 24, "d_kv": 6, "relative_attention_num_buckets": 8}),
+    "t5": T5,
+    "mt5": T5,
+    "umt5": T5,
     # a window narrower than a sentence; the default special tokens lie outside so small a vocabulary
     "modernbert": {
         "local_attention": 6,

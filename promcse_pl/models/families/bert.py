@@ -53,8 +53,8 @@ def _check(config: Any) -> None:  # noqa: ANN401
         )
     if positions != "absolute":
         raise EncoderError(
-            f"config.json has position_embedding_type={positions}, which transformers no longer computes for "
-            f"{config.model_type}. Use an encoder with absolute positions"
+            f"config.json has position_embedding_type={positions}, which transformers' {config.model_type} does not compute. Use "
+            "an encoder with absolute positions"
         )
 
 
@@ -78,9 +78,7 @@ FAMILIES = {
     "xlm-roberta-xl": dataclasses.replace(ROBERTA, fused=None),  # LayerNorm before attention
     "camembert": dataclasses.replace(ROBERTA, fused=_fused("camembert.modeling_camembert", "Camembert")),
     "data2vec-text": dataclasses.replace(ROBERTA, fused=_fused("data2vec.modeling_data2vec_text", "Data2VecText")),
-    "ernie": dataclasses.replace(
-        BERT, fields=(*_FIELDS, "use_task_id"), fused=_fused("ernie.modeling_ernie", "Ernie")
-    ),
+    "ernie": dataclasses.replace(BERT, fields=(*_FIELDS, "use_task_id"), fused=_fused("ernie.modeling_ernie", "Ernie")),
     "electra": dataclasses.replace(
         BERT, fields=(*_FIELDS, "embedding_size"), has_pooler=False, fused=None, mlm_head={}
     ),

@@ -6,11 +6,11 @@ T5 = Family(
     fields=(
         *COMMON_FIELDS,
         "head_dim",
-        "feed_forward_proj",
+        "dense_act_fn",
+        "is_gated_act",
         "layer_norm_epsilon",
         "relative_attention_num_buckets",
         "relative_attention_max_distance",
-        "is_decoder",
     ),
     positions="none",
     has_limit=False,
