@@ -1,10 +1,16 @@
-"""Tests and files that the documentation refers to exist."""
+"""Tests and files that the documentation refers to exist, and its example of a new family works."""
 
 import re
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import grimp
+import torch
+from support.encoders import prompt_encoder, small_encoder, small_tokens
+
+from promcse_pl.models import backbone
+from promcse_pl.models.families import FAMILIES, SUPPORTED
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -19,7 +25,7 @@ def test_every_test_that_a_page_names_exists():
 
 
 def test_every_link_to_a_file_leads_somewhere():
-    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/*/README.md")]
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/**/README.md")]
     dead = [
         f"{page.relative_to(ROOT)}: {target}"
         for page in pages
@@ -27,6 +33,26 @@ def test_every_link_to_a_file_leads_somewhere():
         if not (page.parent / target).exists()
     ]
     assert not dead
+
+
+def test_the_example_of_a_new_family_takes_a_prompt(monkeypatch):
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/adding-an-encoder.md").read_text(), re.DOTALL)
+    assert example.count("\n") < 30
+    scope: dict[str, Any] = {}
+    exec(example, scope)
+    (name,) = scope["FAMILIES"]
+    assert name not in SUPPORTED
+    monkeypatch.setitem(FAMILIES, name, scope["FAMILIES"][name])
+    monkeypatch.setattr(backbone, "SUPPORTED", (*SUPPORTED, name))
+    encoder = prompt_encoder(name, changes={"pad_token_id": 1})  # loading checks the gradient of every layer's prompt
+    tokens = small_tokens([9, 4], encoder.backbone.pad_id)
+    plain = small_encoder(name, pad_token_id=1).double().eval()
+    expected = plain(input_ids=tokens.ids_NT, attention_mask=tokens.mask_NT).last_hidden_state
+    real = tokens.mask_NT.bool()
+    (without,) = encoder.backbone(tokens.ids_NT, tokens.mask_NT, None)
+    torch.testing.assert_close(without[real], expected[real], rtol=0, atol=1e-12)
+    (states,) = encoder.backbone(tokens.ids_NT, tokens.mask_NT, encoder.prompt())
+    assert (states - without)[real].abs().max() > 1e-2
 
 
 def _drawn() -> set[tuple[str, str]]:

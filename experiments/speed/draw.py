@@ -31,6 +31,8 @@ def draw(folder: Path) -> str:
         "startup": _startup,
         "shapes-cpu": _shapes,
         "shapes-cuda": _shapes,
+        "families-cpu": _families,
+        "families-cuda": _families,
         "first-token": _first_token,
         "growth": _growth,
         "quality": _quality,
@@ -138,22 +140,28 @@ def _startup(results: Data) -> list[str]:
     ]
 
 
-def _shapes(results: Data) -> list[str]:
+def _families(results: Data) -> list[str]:
+    return _shapes(results, "Encoder families")
+
+
+def _shapes(results: Data, title: str = "Encoder sizes") -> list[str]:
     lines = [
-        "## Encoder sizes",
+        f"## {title}",
         "",
         f"{_machine(results['machine'])} Random weights in bfloat16, sentences of 6 to 32 tokens, P = "
         f"{results['prompt_length']}, seed {results['seed']}; the fastest step. Recomputed chunks do 50 % "
         "more work, which the limit does not include.",
         "",
-        "| encoder | sentences per step | chunks | tokens/s | share of the limit | peak memory, GB (before the first step) |",
-        "|---|---|---|---|---|---|",
+        "| encoder | layers | sentences per step | chunks | tokens/s | share of the limit | peak memory, GB (before the first "
+        "step) |",
+        "|---|---|---|---|---|---|---|",
     ]
     for case in results["cases"]:
+        layers = "fused" if case["fused"] else "transformers"
         share = 4 * case["weights"] * case["tokens"] / case["rate"] / case["seconds"]
         chunks = "recomputed" if case["recompute"] else "kept"
         lines.append(
-            f"| {case['shape']} ({case['weights'] / 1e6:.0f} M) | {case['sentences']:,} | {chunks} "
+            f"| {case['shape']} ({case['weights'] / 1e6:.0f} M) | {layers} | {case['sentences']:,} | {chunks} "
             f"| {case['tokens'] / case['seconds']:,.0f} | {100 * share:.0f} % "
             f"| {case['peak'] / 1e9:.2f} ({case['before'] / 1e9:.2f}) |"
         )

@@ -73,7 +73,9 @@ def without_threads() -> Iterator[None]:
 def without_sorting() -> Iterator[None]:
     """Return chunks with equal numbers of sentences in file order, padded to the longest sentence of the batch."""
 
-    def plan(lengths_N: Tensor, budget: int) -> list[Tensor]:
+    def plan(lengths_N: Tensor, budget: int | None, _most_rows: int | None = None) -> list[Tensor]:
+        if budget is None:
+            return [torch.arange(len(lengths_N))]
         return list(torch.arange(len(lengths_N)).split(max(1, budget // int(lengths_N.max()))))
 
     with patch("promcse_pl.models.encoder.plan_chunks", plan):
@@ -147,7 +149,7 @@ def peer_step(work: list[TrainBatch]) -> Step:
 
 @contextmanager
 def with_library_layers() -> Iterator[None]:
-    with patch.object(backbone, "can_fuse", lambda _model: False):
+    with patch.object(backbone, "can_fuse", lambda *_: False):
         yield
 
 

@@ -1,8 +1,9 @@
-"""Measure training steps of encoders of several sizes with random weights: tokens/s, share of the limit, peak memory.
+"""Measure training steps of encoders of several sizes and families with random weights: tokens/s, share of the limit, memory.
 
     python experiments/speed/shapes.py [--device cuda]
+    python experiments/speed/shapes.py --families [--device cuda]
 
-Writes shapes-cpu.json or shapes-cuda.json, which `measure.py --draw` puts into README.md.
+Writes shapes-cpu.json, shapes-cuda.json, families-cpu.json or families-cuda.json, which `measure.py --draw` puts into README.md.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from promcse_pl.data.batch import Tokens
 from promcse_pl.losses.hybrid import hybrid_loss
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.cpu.chunks import CHUNK_TOKENS
+from promcse_pl.models.cpu.layers import can_fuse
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.identity import EncoderId
 from promcse_pl.models.pooling import Pooling
@@ -41,11 +43,26 @@ SHAPES = {
             "max_position_embeddings": 514,
         },
     ),
+    "mpnet": ("mpnet", {"max_position_embeddings": 514}),
+    "Qwen3 0.6B": (
+        "qwen3",
+        {
+            "vocab_size": 32000,  # instead of 151,669: the embeddings do not affect the time
+            "hidden_size": 1024,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "intermediate_size": 3072,
+        },
+    ),
 }
 LENGTH, LONGEST, SEED, STEPS = 10, 32, 1, 3
 CASES = {
-    "cpu": [("MiniLM", 384), ("bert-base", 384), ("roberta-large", 96), ("roberta-large", 1536)],
-    "cuda": [("MiniLM", 1536), ("bert-base", 1536), ("roberta-large", 384), ("roberta-large", 1536)],
+    "shapes-cpu": [("MiniLM", 384), ("bert-base", 384), ("roberta-large", 96), ("roberta-large", 1536)],
+    "shapes-cuda": [("MiniLM", 1536), ("bert-base", 1536), ("roberta-large", 384), ("roberta-large", 1536)],
+    "families-cpu": [("mpnet", 384), ("Qwen3 0.6B", 96)],
+    "families-cuda": [("mpnet", 1536), ("Qwen3 0.6B", 384)],
 }
 """Shapes and sentences of a batch: 1,536 are the 512 triplets of the paper's roberta-large."""
 
@@ -70,8 +87,9 @@ def random_encoder(shape: str, dtype: torch.dtype, pooling: Pooling, device: str
 
 def measure(shape: str, sentences: int, recompute: bool, device: str) -> dict[str, object]:
     encoder = random_encoder(shape, torch.bfloat16, "avg", device).train()
-    named = encoder.backbone.model.named_parameters()
-    weights = sum(p.numel() for name, p in named if not name.startswith("embeddings."))
+    backbone = encoder.backbone
+    named = backbone.model.named_parameters()
+    weights = sum(p.numel() for name, p in named if not name.startswith(("embeddings.", "embed_tokens.")))
     optimizer = torch.optim.AdamW(encoder.prompt.parameters(), lr=3e-2)
     tokens = random_batch(sentences, device)
     before = peak_bytes(device)
@@ -88,6 +106,7 @@ def measure(shape: str, sentences: int, recompute: bool, device: str) -> dict[st
         "shape": shape,
         "sentences": sentences,
         "recompute": recompute,
+        "fused": can_fuse(backbone.model, backbone.family.fused),
         "seconds": min(took),
         "tokens": int(tokens.mask_NT.sum()),
         "weights": weights,
@@ -99,7 +118,8 @@ def measure(shape: str, sentences: int, recompute: bool, device: str) -> dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", choices=CASES, default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--families", action="store_true", help="measure mpnet and a decoder")
     parser.add_argument(
         "--case", nargs=3, metavar=("SHAPE", "SENTENCES", "RECOMPUTE"), help="measure it in this process"
     )
@@ -108,13 +128,14 @@ def main() -> None:
         shape, sentences, recompute = options.case
         print(json.dumps(measure(shape, int(sentences), recompute == "True", options.device)))
         return
+    name = f"{'families' if options.families else 'shapes'}-{options.device}"
     cases = [
         in_own_process(__file__, "--device", options.device, "--case", shape, sentences, recompute)
-        for shape, sentences in CASES[options.device]
+        for shape, sentences in CASES[name]
         for recompute in ((False, True) if sentences < 1000 or options.device == "cuda" else (True,))
     ]
     results = {"machine": describe(), "seed": SEED, "prompt_length": LENGTH, "cases": cases}
-    (HERE / f"shapes-{options.device}.json").write_text(json.dumps(results, indent=1) + "\n")
+    (HERE / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

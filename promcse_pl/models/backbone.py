@@ -302,14 +302,17 @@ class FrozenBackbone(nn.Module):
                 self.model, fused, embedded_BTD, mask_BT, prompts, all_layers=all_layers, first_token=first_token
             )
         with first_token_only(first_token and unobserved), prompt_in_attention(self._in_order(prompts)):
-            output = self.model(**inputs, attention_mask=mask_BT, output_hidden_states=all_layers)
+            output = self.model(
+                **inputs, attention_mask=mask_BT, output_hidden_states=all_layers, use_cache=False
+            )
         return tuple(output.hidden_states) if all_layers else (output.last_hidden_state,)
 
     def _adapt(self, model: Any) -> None:  # noqa: ANN401
         """Make the attention of a model take a prompt, and its dropout fast."""
-        with quiet_transformers():  # it warns about models without the attention interface, which `adapt` covers
+        with quiet_transformers():  # it warns about models without the attention interface
             model.set_attn_implementation(PROMPT_ATTENTION)
-        self.family.adapt(model)
+        if self.family.replace_attention:
+            self.family.replace_attention(model)
         if self.family.attention:
             numbered = (module for module in model.modules() if type(module).__name__ == self.family.attention)
             for number, module in enumerate(numbered):

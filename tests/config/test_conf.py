@@ -119,6 +119,31 @@ def test_model_and_data_alone_select_the_published_recipe(pair, recipe):
     assert config.trainer.max_steps is None
 
 
+SENTENCE_ENCODERS = [model for model in MODELS if not model.startswith(("bert-", "roberta-"))]
+
+
+@pytest.mark.parametrize("data", ["nli", "wiki"])
+@pytest.mark.parametrize("model", SENTENCE_ENCODERS)
+def test_a_sentence_encoder_keeps_its_pooling_and_positions(model, data):
+    config = config_of(f"model={model}", f"data={data}", "data.dir=d")
+    assert (config.model.pooling, config.model.head, config.model.max_length) == ("auto", "none", "auto")
+    assert (config.prompt.length, config.prompt.position_offset) == (10, 0)
+    assert (config.data.batch_size, config.trainer.epochs, config.loss.mlm_weight) == (128, 1, 0.0)
+    assert config.optim.lr == (3e-2 if (model, data) == ("minilm", "nli") else 1e-2)
+
+
+def test_the_prompts_of_an_encoder_without_dropout_have_dropout_where_two_views_must_differ():
+    rates = {
+        model: config_of(f"model={model}", "data=wiki", "data.dir=d").prompt.dropout for model in SENTENCE_ENCODERS
+    }
+    assert {model for model, rate in rates.items() if rate == 0.1} == {
+        "nomic",
+        "qwen3-embedding-0.6b",
+        "embeddinggemma",
+    }
+    assert {config_of(f"model={model}", "data=nli", "data.dir=d").prompt.dropout for model in rates} == {None}
+
+
 @pytest.mark.parametrize("model", ["bert-base", "bert-large"])
 def test_the_short_name_of_a_model_selects_the_same_run(model):
     for data in ("nli", "wiki"):

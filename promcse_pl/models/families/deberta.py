@@ -69,7 +69,7 @@ class PromptSelfAttention(DisentangledSelfAttention):  # type: ignore[misc]  # t
         return mixed_BNTH.transpose(1, 2).flatten(2), None
 
 
-def _adapt(model: Any) -> None:  # noqa: ANN401
+def _replace_attention(model: Any) -> None:  # noqa: ANN401
     for number, layer in enumerate(model.encoder.layer):
         layer.attention.self = PromptSelfAttention(layer.attention.self, model.config, number)
 
@@ -95,6 +95,6 @@ FAMILIES = {
             "conv_act",
         ),
         positions="from_zero",
-        adapt=_adapt,
+        replace_attention=_replace_attention,
     ),
 }

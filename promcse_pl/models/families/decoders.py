@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from promcse_pl.models.families.family import COMMON_FIELDS, Family
 from promcse_pl.utils.errors import EncoderError
 
@@ -36,10 +34,6 @@ def _check(config: Any) -> None:  # noqa: ANN401
         )
 
 
-def _adapt(model: nn.Module) -> None:
-    model.config.use_cache = False  # type: ignore[union-attr]  # keys and values are needed once only
-
-
 def _decoder(*fields: str, **properties: Any) -> Family:  # noqa: ANN401
     """Return a family of decoders.
 
@@ -52,7 +46,6 @@ def _decoder(*fields: str, **properties: Any) -> Family:  # noqa: ANN401
             "fields": (*_FIELDS, *fields),
             "positions": "from_zero",
             "pooling": "lasttoken",
-            "adapt": _adapt,
             "check": _check,
             **properties,
         }

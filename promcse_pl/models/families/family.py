@@ -44,7 +44,8 @@ class Family:
         attention: Name of the class of the attention modules, for families whose modules have no `layer_idx`: they are numbered
             in the order of the model.
         in_call_order: The layers share one attention module, so they take their prompts in the order of the calls.
-        adapt: Changes a loaded model so that its attention takes a prompt.
+        replace_attention: Replaces the attention modules of a loaded model by ones that take a prompt, for encoders without
+            transformers' attention interface.
         check: Raises EncoderError for a config that is not supported.
         first_token: Name of the last layer's module that adds the residual after attention, for `cls` pooling; {} is the number
             of the layer.
@@ -61,7 +62,7 @@ class Family:
     has_pooler: bool = False
     attention: str | None = None
     in_call_order: bool = False
-    adapt: Callable[[nn.Module], None] = _nothing
+    replace_attention: Callable[[nn.Module], None] | None = None
     check: Callable[[Any], None] = _nothing
     first_token: str | None = None
     fused: FusedLayers | None = None

@@ -51,7 +51,7 @@ class PromptSelfAttention(nn.Module):
         return (self.o(mixed_BNTH.transpose(1, 2).flatten(2)),)
 
 
-def _adapt(model: Any) -> None:  # noqa: ANN401
+def _replace_attention(model: Any) -> None:  # noqa: ANN401
     for number, layer in enumerate(model.encoder.layer):
         layer.attention.attn = PromptSelfAttention(layer.attention.attn, number)
 
@@ -81,7 +81,7 @@ FAMILIES = {
         fields=(*COMMON_FIELDS, "hidden_act", "layer_norm_eps", "relative_attention_num_buckets"),
         positions="after_padding_id",
         has_pooler=True,
-        adapt=_adapt,
+        replace_attention=_replace_attention,
         fused=FusedLayers(
             "transformers.models.mpnet.modeling_mpnet.MPNetModel",
             ("MPNetEncoder", "MPNetLayer", "MPNetAttention", "MPNetIntermediate", "MPNetOutput"),
