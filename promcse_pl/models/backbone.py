@@ -302,9 +302,7 @@ class FrozenBackbone(nn.Module):
                 self.model, fused, embedded_BTD, mask_BT, prompts, all_layers=all_layers, first_token=first_token
             )
         with first_token_only(first_token and unobserved), prompt_in_attention(self._in_order(prompts)):
-            output = self.model(
-                **inputs, attention_mask=mask_BT, output_hidden_states=all_layers, use_cache=False
-            )
+            output = self.model(**inputs, attention_mask=mask_BT, output_hidden_states=all_layers, use_cache=False)
         return tuple(output.hidden_states) if all_layers else (output.last_hidden_state,)
 
     def _adapt(self, model: Any) -> None:  # noqa: ANN401
