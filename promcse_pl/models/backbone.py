@@ -268,7 +268,8 @@ class FrozenBackbone(nn.Module):
 
     def _adapt(self, model: Any) -> None:  # noqa: ANN401
         """Make the attention of a model take a prompt, and its dropout fast."""
-        model.set_attn_implementation(PROMPT_ATTENTION)
+        with quiet_transformers():  # a warning about families whose attention `adapt` replaces
+            model.set_attn_implementation(PROMPT_ATTENTION)
         self.family.adapt(model)
         if self.family.attention:
             numbered = (module for module in model.modules() if type(module).__name__ == self.family.attention)
