@@ -348,6 +348,11 @@ def test_the_check_of_the_prompt_leaves_random_state_and_mode_alone():
     assert model.training
 
 
+def test_no_warning_is_printed_for_a_model_whose_attention_is_replaced(caplog):
+    small_backbone("mpnet")
+    assert not caplog.records
+
+
 def test_a_model_of_another_family_is_refused():
     with pytest.raises(EncoderError, match=r"big_bird encoder, which is not supported. Supported: albert, bert"):
         FrozenBackbone(small_encoder("big_bird"), EncoderId("small", None, ""))

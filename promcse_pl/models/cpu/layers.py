@@ -1,9 +1,8 @@
-"""Fused CPU layers of BERT and its relatives with a hand-written backward: no padding, no gradients of frozen weights.
+"""Fused CPU layers of BERT and its relatives: packed tokens, and a hand-written backward without gradients of frozen weights.
 
-transformers' modules compute the same one small operation at a time, on padded sentences. Here the tokens of a chunk are packed
-one after the other, and a layer is one operation for torch's autograd, whose backward computes two gradients: that of the hidden
-states, and that of the layer's prompt. Only the tensors that it needs are kept. The modules' hooks are not called, so callers
-check `promcse_pl.models.hooks.has_hooks` first.
+The tokens of a chunk are packed one after the other. A layer is one operation for torch's autograd, whose backward computes two
+gradients: of the hidden states, and of the layer's prompt. Only the tensors that it needs are kept. The modules' hooks are not
+called, so callers check `promcse_pl.models.hooks.has_hooks` first.
 """
 
 # B sentences, T tokens of the longest, M real tokens of all (or B if only the first token is computed), P prompt length,
@@ -56,8 +55,7 @@ class FusedLayers:
         layers: Name of the list of layers in the model.
         parts: Function of a layer that returns its parts.
         other_types: Further classes in the encoder.
-        position_bias: Function of the model and the embedding output (B, T, D) that returns a bias on the attention scores of the
-            tokens, (N, T, T); None: there is none.
+        position_bias: Function of model and embedding output that returns a bias (N, T, T) on the scores of tokens, or None.
     """
 
     model: str
@@ -108,8 +106,7 @@ class _Packing:
         sentences, longest: B and T.
         first_B: Index of each sentence's first token among the packed tokens.
         index_M: Index of each token in the flattened (B, T); None if no sentence is padded.
-        bias: Added to the attention scores, (B, N or 1, T or 1, S): the position bias, or the lowest number for padding; None if
-            there is neither.
+        bias: Added to the attention scores, (B, N or 1, T or 1, S): position bias, lowest number for padding; None if neither.
     """
 
     sentences: int
