@@ -258,7 +258,9 @@ def test_chunks_change_neither_vectors_nor_loss_nor_gradients(pooling, head, fam
     whole = result(None)
     for budget in (1, 13, 24):
         for chunked, expected in zip(result(budget), whole, strict=True):
-            tolerance = 1e-6 if dtype == torch.float32 else 1e-12
+            # the pooled embeddings of these two are longer than those of a mean, so that the head amplifies their rounding
+            rounding = 2e-6 if pooling in ("mean_sqrt_len", "lasttoken") else 1e-6
+            tolerance = rounding if dtype == torch.float32 else 1e-12
             scale = max(1.0, expected.abs().max().item())
             torch.testing.assert_close(chunked, expected, rtol=0, atol=tolerance * scale)
 
