@@ -177,13 +177,23 @@ def test_chunks_in_threads_equal_one_batch(name):
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("family", decoders.FAMILIES)
+@torch.no_grad()
 def test_the_decoder_inside_a_causal_language_model_is_read(tmp_path, family, tied):
-    model = AutoModelForCausalLM.from_config(small_encoder(family, tie_word_embeddings=tied).config)
+    model = AutoModelForCausalLM.from_config(small_encoder(family, tie_word_embeddings=tied).config).eval()
     model.save_pretrained(tmp_path)
-    loaded = FrozenBackbone.load(str(tmp_path)).model
+    loaded = FrozenBackbone.load(str(tmp_path))
     expected = model.model.state_dict()
-    assert loaded.state_dict().keys() == expected.keys()
-    assert all(torch.equal(value, expected[key]) for key, value in loaded.state_dict().items())
+    assert loaded.model.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in loaded.model.state_dict().items())
+    tokens = small_tokens(LENGTHS)  # frequencies of rotations and Gemma's scale are in no file
+    states = model.model(input_ids=tokens.ids_NT, attention_mask=tokens.mask_NT).last_hidden_state
+    real = tokens.mask_NT.bool()
+    torch.testing.assert_close(loaded(tokens.ids_NT, tokens.mask_NT, None)[0][real], states[real], rtol=0, atol=1e-6)
+    half = FrozenBackbone.load(str(tmp_path), dtype=torch.bfloat16)
+    halved = half(tokens.ids_NT, tokens.mask_NT, None)[0]
+    assert halved.dtype == torch.bfloat16
+    similarity = torch.nn.functional.cosine_similarity(halved.float(), states, dim=-1)
+    assert similarity[real].min() > 0.999
 
 
 def test_the_window_of_gemma_survives_copies(tmp_path):

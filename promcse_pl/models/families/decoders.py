@@ -1,7 +1,7 @@
 """Decoders as text encoders: rotary positions, grouped key/value heads, causal attention (Gemma 3: optional).
 
-The prompt's keys are added after the rotation, so every slot has position 0 and the position offset is the distance of the first
-token from it. Another offset is equivalent to other prompt keys. Prompt slots are visible to every token, also outside windows.
+The prompt's keys are added after the rotation: every slot has position 0, and the position offset is the distance of the first
+token from it. Another offset is equivalent to other prompt keys. Windows limit the attention to tokens, not to prompt slots.
 """
 
 from __future__ import annotations
