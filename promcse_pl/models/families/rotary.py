@@ -60,6 +60,7 @@ FAMILIES = {
         fields=(*_FIELDS, "head_dim"), positions="from_zero", attention="NomicBertAttention", check=_check_nomic
     ),
     "gte": Family(fields=_FIELDS, positions="from_zero", pooling="cls", attention="GteAttention"),
+    # the encoder alone: the LoRA adapters of its tasks, which are beside its weights, are not applied
     "jina_embeddings_v3": Family(
         fields=_FIELDS, positions="from_zero", has_pooler=True, attention="JinaEmbeddingsV3Attention"
     ),
