@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.encoders import save_small_encoder, small_tokens
+from support.encoders import add_pipeline, save_small_encoder, small_tokens
 from support.limits import memory_limit
 
 from promcse_pl.adapter import FORMAT, adapter_hash, describe, load_adapter, save_adapter
@@ -137,23 +137,8 @@ def test_settings_of_texts_are_part_of_the_adapter_hash_unless_they_are_the_defa
 
 @pytest.fixture
 def with_dense(backbone, tmp_path) -> Path:
-    """A copy of the encoder in a sentence-transformers folder with cls pooling, a dense layer and a default prompt."""
-    folder = shutil.copytree(backbone.identity.name, tmp_path / "dense")
-    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Dense", "Dense")]
-    listed = [{"path": path, "type": f"sentence_transformers.models.{name}"} for path, name in modules]
-    settings = {
-        "modules.json": listed,
-        "1_Pooling/config.json": {"pooling_mode_cls_token": True},
-        "2_Dense/config.json": {"in_features": 16, "out_features": 8},
-        "config_sentence_transformers.json": {"prompts": {"query": "w5 "}, "default_prompt_name": "query"},
-    }
-    for name, content in settings.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(json.dumps(content))
-    torch.manual_seed(0)
-    tensors = {"linear.weight": torch.randn(8, 16), "linear.bias": torch.randn(8)}
-    save_file(tensors, folder / "2_Dense" / "model.safetensors")
-    return folder
+    """A copy of the encoder in a sentence-transformers folder."""
+    return add_pipeline(shutil.copytree(backbone.identity.name, tmp_path / "dense"))
 
 
 def test_an_adapter_keeps_the_pipeline_of_its_encoder(with_dense, tmp_path):
