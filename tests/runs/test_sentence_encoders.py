@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import yaml
 from rich.console import Console
-from support.encoders import save_small_encoder
 from support.runs import outcome, run_small, small_config
 
 pytest.importorskip("sentence_transformers", reason="needs the extra: pip install -e '.[st]'", exc_type=ImportError)
@@ -19,7 +18,6 @@ from support.sentence_encoders import DENSE, PROMPTS, save_sentence_encoder
 
 import promcse_pl
 from promcse_pl import PromCSE
-from promcse_pl.config import Config
 from promcse_pl.evaluation import suite
 from promcse_pl.evaluation.targets import frozen_target
 from promcse_pl.models.texts import tokenize
@@ -193,7 +191,11 @@ def test_a_resumed_run_keeps_the_resolved_values_and_equals_an_uninterrupted_one
     ("file", "content", "name"),
     [
         ("sentence_bert_config.json", '{"max_seq_length": 16, "do_lower_case": false}', "lower_case"),
-        ("config_sentence_transformers.json", '{"prompts": {"query": "w94 "}, "default_prompt_name": "query"}', "prompts"),
+        (
+            "config_sentence_transformers.json",
+            '{"prompts": {"query": "w94 "}, "default_prompt_name": "query"}',
+            "prompts",
+        ),
         ("1_Pooling/config.json", '{"word_embedding_dimension": 16, "pooling_mode_max_tokens": true}', "pooling"),
     ],
 )
