@@ -11,17 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.encoders import save_small_encoder, small_tokens
+from support.encoders import add_pipeline, save_small_encoder, small_tokens
 from support.limits import memory_limit
 
-from promcse_pl.adapter import FORMAT, describe, load_adapter, save_adapter
+from promcse_pl.adapter import FORMAT, adapter_hash, describe, load_adapter, save_adapter
 from promcse_pl.adapter_folder import BUNDLED, DESCRIPTION, WEIGHTS
 from promcse_pl.models.backbone import SUPPORTED, FrozenBackbone
 from promcse_pl.models.encoder import HEADS, PromptEncoder
+from promcse_pl.models.pipeline import TextSettings
 from promcse_pl.models.pooling import POOLINGS
 from promcse_pl.utils.errors import AdapterError, EncoderError
 from promcse_pl.utils.files import COMMIT
 
+TEXT = TextSettings(max_length=9, lower_case=True, prompts={"query": "Q: ", "none": ""}, default_prompt="query")
 KINDS = {"deep": None, "projected": 7}
 
 
@@ -87,7 +89,7 @@ def refusal(folder: Path, **options) -> str:
 
 @pytest.mark.parametrize("projection_size", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("pooling", [*POOLINGS, "cls+max+weightedmean"])
 def test_a_loaded_adapter_gives_the_same_vectors_bit_by_bit(backbone, tmp_path, pooling, head, projection_size):
     encoder = some_encoder(backbone, pooling=pooling, head=head, projection_size=projection_size)
     save_adapter(encoder, tmp_path / "adapter")
@@ -106,14 +108,69 @@ def test_an_adapter_of_every_family_comes_back_exactly(family, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"length": 0}, {"length": 1, "position_offset": 0}, {"position_offset": 7}, {"dropout": 0.35}], ids=str
+    "options",
+    [{"length": 0}, {"length": 1, "position_offset": 0}, {"position_offset": 7}, {"dropout": 0.35}, {"text": TEXT}],
+    ids=str,
 )
 def test_every_setting_comes_back(backbone, tmp_path, options):
     encoder = some_encoder(backbone, **options)
     save_adapter(encoder, tmp_path / "adapter")
     loaded = load_adapter(tmp_path / "adapter")
     assert describe(loaded) == describe(encoder)
+    assert loaded.text == encoder.text
     assert torch.equal(vectors_of(loaded), vectors_of(encoder))
+
+
+def as_format_2(folder: Path) -> None:
+    for key, value in {"format": 2, "prompt.keys": ..., "text": ..., "checksum": ...}.items():
+        change_description(folder, key, value)
+
+
+def test_settings_of_texts_are_part_of_the_adapter_hash_unless_they_are_the_defaults(folder, backbone):
+    hashes = {
+        adapter_hash(some_encoder(backbone, text=text)) for text in (TEXT, dataclasses.replace(TEXT, max_length=8))
+    }
+    assert len(hashes) == 2
+    as_format_2(folder)
+    assert adapter_hash(load_adapter(folder)) == adapter_hash(some_encoder(backbone)) not in hashes
+
+
+@pytest.fixture
+def with_dense(backbone, tmp_path) -> Path:
+    """A copy of the encoder in a sentence-transformers folder."""
+    return add_pipeline(shutil.copytree(backbone.identity.name, tmp_path / "dense"))
+
+
+def test_an_adapter_keeps_the_pipeline_of_its_encoder(with_dense, tmp_path):
+    encoder = some_encoder(FrozenBackbone.load(with_dense))
+    assert (encoder.width, encoder.text.default_prompt) == (8, "query")
+    save_adapter(encoder, tmp_path / "adapter")
+    loaded = load_adapter(tmp_path / "adapter")
+    assert torch.equal(vectors_of(loaded), vectors_of(encoder))
+    assert (adapter_hash(loaded), loaded.text) == (adapter_hash(encoder), encoder.text)
+
+
+def test_an_encoder_with_other_dense_layers_is_refused(with_dense, backbone, folder, tmp_path):
+    save_adapter(some_encoder(FrozenBackbone.load(with_dense)), tmp_path / "other")
+    for adapter, encoder in ((tmp_path / "other", backbone.identity.name), (folder, with_dense)):
+        assert "the dense layers after its pooling differ" in refusal(adapter, encoder=str(encoder))
+    edit_json(with_dense / "2_Dense" / "config.json", activation_function="torch.nn.Identity")
+    assert "the dense layers after its pooling differ" in refusal(tmp_path / "other")
+
+
+def test_an_adapter_of_format_2_is_loaded_without_the_pipeline_of_its_encoder(with_dense, backbone, folder):
+    as_format_2(folder)
+    loaded = load_adapter(folder, encoder=with_dense)
+    assert loaded.text == TextSettings()
+    assert torch.equal(vectors_of(loaded), vectors_of(some_encoder(backbone)))
+    (with_dense / "modules.json").write_text("damaged")
+    assert torch.equal(vectors_of(load_adapter(folder, encoder=with_dense)), vectors_of(loaded))
+
+
+@pytest.mark.parametrize(("family", "keys"), [("bert", None), ("modernbert", "after_rotation")])
+def test_the_convention_of_the_prompt_keys_is_stored(tmp_path, family, keys):
+    encoder = some_encoder(FrozenBackbone.load(str(save_small_encoder(tmp_path / "encoder", family))))
+    assert describe(encoder)["prompt"]["keys"] == keys
 
 
 def test_the_folder_of_a_run_leads_to_its_adapter(backbone, tmp_path):
@@ -329,10 +386,18 @@ def test_a_missing_key_is_refused(folder, key):
         ("head", ["mlp"]),
         ("position_offset", 1.5),
         ("training", []),
+        ("prompt.keys", 1),
+        ("text.max_length", True),
+        ("text.lower_case", 1),
+        ("text.prompts", []),
+        ("text.prompts", {"query": 3}),
+        ("text.default_prompt", 1),
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused(folder, key, value):
     change_description(folder, key, value)
+    if key == "text.prompts" and value:
+        key, value = "text.prompts.query", 3
     assert f"{key} has the wrong type: {value!r}" in refusal(folder)
 
 
@@ -355,6 +420,9 @@ def test_a_value_in_the_place_of_a_group_is_refused(folder, key):
         ("pooling", "mean", ", ".join(POOLINGS)),
         ("head", "linear", ", ".join(HEADS)),
         ("dtype", "float16", "float32"),
+        ("prompt.keys", "before_rotation", "None, after_rotation"),
+        ("text.max_length", 2, "null, or 3 or more"),
+        ("text.default_prompt", "query", "null, or one of []"),
     ],
 )
 def test_a_value_out_of_range_is_refused(folder, key, value, allowed):
@@ -423,7 +491,13 @@ def test_a_config_field_that_changes_no_embedding_does_not_refuse_a_copy(folder,
 def test_an_adapter_of_format_1_identifies_its_encoder_by_weights_and_family(folder, backbone, tmp_path):
     about = json.loads((folder / DESCRIPTION).read_text())
     about["format"] = 1
-    del about["encoder"]["config"], about["encoder"]["tokenizer"], about["checksum"], about["prompt"]["keys"], about["text"]
+    del (
+        about["encoder"]["config"],
+        about["encoder"]["tokenizer"],
+        about["checksum"],
+        about["prompt"]["keys"],
+        about["text"],
+    )
     (folder / DESCRIPTION).write_text(json.dumps(about))
     assert torch.equal(vectors_of(load_adapter(folder)), vectors_of(some_encoder(backbone)))
     copy = shutil.copytree(backbone.identity.name, tmp_path / "copy")

@@ -16,9 +16,10 @@ from promcse_pl.adapter import BUNDLED, FORMAT, save_adapter
 from promcse_pl.embedder import PromCSE
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import PromptEncoder
+from promcse_pl.models.pipeline import TextSettings
 
 HERE = Path(__file__).resolve().parent / f"format{FORMAT}"
-SENTENCES = ["a man reads", "two dogs run in the park", "a"]
+SENTENCES = ["w5 w6", "W7 w8 w9 w10 w11 w12", "w5"]
 
 if __name__ == "__main__":
     HERE.mkdir()  # fails if it is there already
@@ -26,7 +27,8 @@ if __name__ == "__main__":
         backbone = FrozenBackbone.load(str(save_small_encoder(Path(folder))))
         backbone.identity = dataclasses.replace(backbone.identity, name=BUNDLED)
         torch.manual_seed(0)
-        encoder = PromptEncoder(backbone, length=3, projection_size=5, pooling="avg_first_last", head="mlp")
+        text = TextSettings(max_length=5, lower_case=True, prompts={"query": "Q: "}, default_prompt="query")
+        encoder = PromptEncoder(backbone, length=3, projection_size=5, pooling="cls+avg", head="mlp", text=text)
         torch.nn.init.normal_(encoder.prompt.embedding.weight)
         save_adapter(encoder, HERE / "adapter", training={"steps": 0})
     vectors = PromCSE.load(HERE / "adapter", device="cpu").encode(SENTENCES)

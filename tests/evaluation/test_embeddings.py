@@ -13,6 +13,7 @@ from promcse_pl import PromCSE
 from promcse_pl.evaluation.embeddings import EmbeddingCache, check_embeddings, model_hash
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import PromptEncoder
+from promcse_pl.models.pipeline import TextSettings
 from promcse_pl.utils.errors import DataError, NonFiniteError
 
 SENTENCES = [f"w{5 + position % 60} w{7 + position // 3}" for position in range(40)]
@@ -123,6 +124,22 @@ def test_embeddings_of_an_encoder_with_another_config_or_tokenizer_are_not_reuse
     again = EmbeddingCache(tmp_path / "cache")
     again.embeddings(small_model(folder), first)
     assert again.encoded == 0
+
+
+@pytest.mark.parametrize(
+    "text", [{"max_length": 5}, {"lower_case": True}, {"prompts": {"query": "w5 "}, "default_prompt": "query"}], ids=str
+)
+def test_embeddings_with_other_settings_of_texts_are_not_reused(text, folder, tmp_path):
+    backbone = FrozenBackbone.load(str(folder))
+    plain, other = (
+        PromCSE(PromptEncoder(backbone, length=0, pooling="avg", text=TextSettings(**settings)))
+        for settings in ({}, text)
+    )
+    EmbeddingCache(tmp_path).embeddings(plain, SENTENCES)
+    cache = EmbeddingCache(tmp_path)
+    found = cache.embeddings(other, SENTENCES)
+    assert cache.encoded == len(set(SENTENCES))
+    np.testing.assert_allclose(np.stack([found[text] for text in SENTENCES]), other.encode(SENTENCES), atol=1e-6)
 
 
 def test_a_folder_that_cannot_be_written_costs_the_cache_and_not_the_scores(model, tmp_path, caplog):

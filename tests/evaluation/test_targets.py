@@ -3,15 +3,18 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from support.encoders import save_small_encoder
+from support.encoders import add_pipeline, save_small_encoder
 from support.folders import GOLDEN
 
 from promcse_pl.adapter import save_adapter
+from promcse_pl.embedder import PromCSE
 from promcse_pl.evaluation.targets import find_targets, frozen_target
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import PromptEncoder
+from promcse_pl.models.pipeline import TextSettings
 from promcse_pl.utils.errors import AdapterError, ConfigError, DataError
 
 SENTENCES = ["w5 w6 w7", "w8"]
@@ -51,6 +54,24 @@ def test_an_encoder_is_frozen_and_pooled_by_the_mean_unless_asked_otherwise(bert
     assert (target.name, target.kind) == ("tiny-bert", "frozen encoder, pooling avg")
     assert (model.encoder.prompt.length, model.encoder.pooling, model.encoder.head_mode) == (0, "avg", "none")
     assert only(bert, pooling="cls").members[0].load().encoder.pooling == "cls"
+
+
+def test_an_encoder_with_a_pipeline_is_pooled_as_in_its_folder_unless_asked_otherwise(tmp_path):
+    folder = add_pipeline(save_small_encoder(tmp_path / "encoder"))
+    target = only(folder)
+    model = target.members[0].load()
+    assert (target.kind, model.encoder.pooling, model.width) == ("frozen encoder, pooling cls", "cls", 8)
+    assert (model.max_tokens, model.encoder.text.default_prompt) == (20, "query")
+    assert only(folder, pooling="max").kind == "frozen encoder, pooling max"
+
+
+def test_the_frozen_encoder_of_an_adapter_is_used_as_in_its_folder(tmp_path, bert):
+    folder = add_pipeline(save_small_encoder(tmp_path / "encoder"))
+    adapter = PromCSE(PromptEncoder(FrozenBackbone.load(folder), length=2, pooling="max", text=TextSettings()))
+    frozen = frozen_target(adapter).members[0].load()
+    np.testing.assert_array_equal(frozen.encode(SENTENCES), only(folder).members[0].load().encode(SENTENCES))
+    plain = frozen_target(PromCSE(PromptEncoder(FrozenBackbone.load(bert), length=2, pooling="max"))).members[0].load()
+    assert (plain.encoder.pooling, plain.encoder.prompt.length) == ("max", 0)
 
 
 @pytest.mark.golden

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.encoders import small_backbone, small_encoder
+from support.encoders import add_pipeline, save_small_encoder, small_backbone, small_encoder
 from support.limits import memory_limit
 
 from promcse_pl.adapter import load_adapter, save_adapter
@@ -422,6 +422,7 @@ def test_an_export_is_a_checkpoint_again(checkpoint, tmp_path):
     [
         ("electra", {}, "its encoder is electra, allowed: bert, roberta"),
         ("bert", {"pooling": "avg"}, "it does not support the pooling avg, only cls and cls_before_pooler"),
+        ("bert", {"pooling": "cls+avg"}, r"it does not support the pooling cls\+avg, only cls and cls_before_pooler"),
         ("bert", {"position_offset": 0}, "it shifts positions by the prompt length 4, this adapter by 0"),
     ],
 )
@@ -429,6 +430,12 @@ def test_what_the_official_code_cannot_do_is_not_exported(family, settings, mess
     with pytest.raises(AdapterError, match=message):
         export_official(PromptEncoder(small_backbone(family), length=P, **settings), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_dense_layers_are_not_exported(tmp_path):
+    backbone = FrozenBackbone.load(add_pipeline(save_small_encoder(tmp_path / "encoder")))
+    with pytest.raises(AdapterError, match="its encoder has dense layers after the pooling"):
+        export_official(PromptEncoder(backbone, length=P), tmp_path / "out")
 
 
 def test_nothing_is_overwritten(checkpoint, tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.encoders import save_small_encoder, small_backbone, small_tokens
+from support.encoders import add_pipeline, save_small_encoder, small_backbone, small_tokens
 from support.limits import memory_limit
 from transformers import AutoModel
 
@@ -152,6 +152,11 @@ def test_what_peft_cannot_hold_is_refused(tmp_path):
         export_peft(PromptEncoder(small_backbone(), length=0), tmp_path / "peft")
     with pytest.raises(AdapterError, match="does not run on modernbert"):
         export_peft(PromptEncoder(small_backbone("modernbert"), length=P), tmp_path / "peft")
+    with pytest.raises(AdapterError, match=r"the joined poolings \(cls\+avg\) cannot be stored by PEFT"):
+        export_peft(prompt_encoder(tmp_path / "encoder", pooling="cls+avg"), tmp_path / "peft")
+    dense = FrozenBackbone.load(add_pipeline(save_small_encoder(tmp_path / "dense")))
+    with pytest.raises(AdapterError, match="the dense layers of the encoder cannot be stored by PEFT"):
+        export_peft(PromptEncoder(dense, length=P), tmp_path / "peft")
     assert not (tmp_path / "peft").exists()
     export_peft(
         prompt_encoder(tmp_path / "encoder", head="mlp_train_only"), tmp_path / "peft"

@@ -18,7 +18,7 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator, SentenceEvaluator
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
-from support.encoders import save_small_encoder, small_tokenizer
+from support.encoders import add_pipeline, save_small_encoder, small_tokenizer
 from support.folders import ROOT
 
 from promcse_pl import PromCSE
@@ -61,6 +61,21 @@ def test_an_export_gives_our_vectors_and_so_does_its_own_copy(tmp_path, family, 
     ours = model.encode(TEXTS)
     for theirs in (exported, load(tmp_path / "copy"), as_sentence_transformer(model), PromCSE.load(tmp_path / "copy")):
         np.testing.assert_allclose(theirs.encode(TEXTS), ours, atol=1e-6, rtol=0)
+
+
+def test_an_export_keeps_prompts_maximum_length_lower_case_and_dense_layers(tmp_path):
+    folder = add_pipeline(save_small_encoder(tmp_path / "encoder"))
+    model = PromCSE(PromptEncoder(FrozenBackbone.load(folder), length=4, pooling="cls").eval())
+    export_sentence_transformers(model, tmp_path / "export")
+    exported = load(tmp_path / "export")
+    exported.save_pretrained(str(tmp_path / "copy"))
+    assert (exported.prompts["query"], exported.default_prompt_name, exported.max_seq_length) == ("w5 ", "query", 20)
+    assert exported.get_embedding_dimension() == 8
+    texts = [*TEXTS, "W9 W10"]
+    for theirs in (exported, load(tmp_path / "copy"), as_sentence_transformer(model)):
+        for options in ({}, {"prompt_name": "query"}, {"prompt": "w7: "}, {"prompt": ""}):
+            ours = model.encode(texts, **options)
+            np.testing.assert_allclose(theirs.encode(texts, **options), ours, atol=1e-6, rtol=0)
 
 
 def test_an_export_holds_safetensors_and_json_only_and_replaces_an_older_one(tmp_path, model):

@@ -56,6 +56,21 @@ def test_without_network_the_error_has_the_download_command_at_once_and_no_retri
     assert "Usage" not in done.stderr
 
 
+def test_the_download_covers_the_pipeline_of_a_sentence_transformers_model(cache):
+    with pytest.raises(EncoderError) as caught:
+        locate("someone/some-encoder", None)
+    words = shlex.split(re.search(r"run: (hf download .*?)\. Then", str(caught.value))[1])
+    patterns = [words[i + 1] for i, word in enumerate(words) if word == "--include"]
+    needed = [
+        *("config.json", "tokenizer.json", "model.safetensors", "modules.json", "sentence_bert_config.json"),
+        *("config_sentence_transformers.json", "1_Pooling/config.json", "2_Dense/config.json"),
+        *("2_Dense/model.safetensors", "3_Dense/model.safetensors", "4_Normalize/config.json"),
+    ]
+    assert list(huggingface_hub.utils.filter_repo_objects(needed, allow_patterns=patterns)) == needed
+    others = ["pytorch_model.bin", "2_Dense/pytorch_model.bin", "onnx/model.onnx"]
+    assert not list(huggingface_hub.utils.filter_repo_objects(others, allow_patterns=patterns))
+
+
 def test_without_network_a_cached_encoder_is_loaded_at_once(cache, tmp_path):
     repository = cache / "models--someone--some-encoder"
     save_small_encoder(repository / "snapshots" / COMMIT)

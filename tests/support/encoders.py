@@ -1,8 +1,10 @@
 """Small encoders and tokenizers made in memory."""
 
+import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
@@ -90,4 +92,23 @@ def save_small_encoder(folder: Path, family: str = "bert", **changes: object) ->
     model = small_encoder(family, **changes)
     model.save_pretrained(folder)
     small_tokenizer(model.config.pad_token_id).save_pretrained(folder)
+    return folder
+
+
+def add_pipeline(folder: Path, width: int = SMALL["hidden_size"]) -> Path:
+    """Add the files of sentence-transformers to an encoder: cls pooling, a dense layer to 8 features, a default prompt."""
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Dense", "Dense")]
+    files = {
+        "modules.json": [{"path": path, "type": f"sentence_transformers.models.{name}"} for path, name in modules],
+        "1_Pooling/config.json": {"pooling_mode_cls_token": True},
+        "2_Dense/config.json": {"in_features": width, "out_features": 8},
+        "sentence_bert_config.json": {"max_seq_length": 20, "do_lower_case": True},
+        "config_sentence_transformers.json": {"prompts": {"query": "w5 "}, "default_prompt_name": "query"},
+    }
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(content))
+    torch.manual_seed(0)
+    tensors = {"linear.weight": torch.randn(8, width) / width**0.5, "linear.bias": torch.randn(8)}
+    save_file(tensors, folder / "2_Dense" / "model.safetensors")
     return folder
