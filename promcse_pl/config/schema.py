@@ -45,9 +45,9 @@ class ModelConfig(Section):
     """Trained MLP (linear layer and tanh) on the pooled embedding. `mlp`: part of the sentence embedding (supervised recipes).
     `mlp_train_only`: used by the training loss only (unsupervised recipes)."""
     max_length: Annotated[int | Literal["auto"] | None, Range(ge=3, le=2**30, note="tokens", example=128)] = None
-    """Maximum number of tokens of a sentence in `encode`, special tokens and prompt text included; longer ones are truncated.
-    `auto`: `max_seq_length` of the encoder (sentence-transformers). `null`: as many as the encoder takes. Training sentences are
-    truncated to the smaller one of this and `data.max_length`."""
+    """Maximum number of tokens of a sentence in `encode`, special tokens and prompt text included; longer sentences are
+    truncated. `auto`: `max_seq_length` of the encoder (sentence-transformers). `null`: as many as the encoder takes. Training
+    sentences are truncated to the smaller one of this and `data.max_length`."""
     prompts: dict[str, str] | None = None
     """Texts to put in front of sentences, by name, as in sentence-transformers: `'model.prompts={query: "query: ", document:
     "passage: "}'`. They are saved with the adapter; `encode(..., prompt_name="query")` uses one. `null`: those of the encoder
@@ -67,9 +67,9 @@ class ModelConfig(Section):
                 f"Try: {run_command()} model.pooling={nearest_pooling(self.pooling)}"
             )
         if self.prompts is not None and self.default_prompt not in (None, *self.prompts):
-            known = ", ".join(self.prompts)[:200] or "it is empty"
+            names = ", ".join(self.prompts)[:200] or "it is empty"
             raise ConfigError(
-                f"model.default_prompt must be the name of a prompt in model.prompts ({known}), got "
+                f"model.default_prompt must be the name of a prompt in model.prompts ({names}), got "
                 f"{shown(self.default_prompt)}. Try: {run_command()} model.default_prompt={next(iter(self.prompts), 'null')}"
             )
         if self.pooling == "cls_before_pooler" and self.head != "none":
@@ -110,7 +110,7 @@ class DataConfig(Section):
     """Maximum number of tokens of a training sentence, special tokens included; longer sentences are truncated (official: 32)."""
     prompts: list[str] | None = None
     """Prompts of the texts of a training row, one for each text: the name of a prompt (`model.prompts`), or the text itself,
-    which must contain a space or a colon; `""` for none. Two examples: `data.prompts=[query,document]`,
+    which must contain a space or a colon; `""` for none. For pairs: `data.prompts=[query,document]`, or
     `'data.prompts=["query: ","passage: "]'`. `null`: the default prompt (`model.default_prompt`) for all, if there is one."""
     batch_size: Annotated[int, Range(ge=2, note="(the other rows of a batch are the negatives)")] = 256
     """Number of training rows per optimiser step, over all processes (paper: 256 or 512; official README also 64)."""

@@ -94,7 +94,7 @@ def describe_inputs(config: Config, encoder: PromptEncoder, data: PromcseDataMod
 
 
 def ignores_pipeline(folder: Path) -> bool:
-    """Return whether the run in a folder was started by a version that ignored modules.json; its resume ignores it, too."""
+    """Return whether a run was started by a version that ignored modules.json of the encoder, so that its resume does too."""
     path = folder / INPUTS
     stored = read_json(path) if path.exists() else None
     encoder = stored.get("model.path") if isinstance(stored, dict) else None
