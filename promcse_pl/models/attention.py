@@ -148,7 +148,9 @@ def additive_mask(bias: Tensor, mask: Tensor | None) -> Tensor:
 
 def _check_arguments(module: nn.Module, query_BNTH: Tensor, mask: Tensor | None, others: dict[str, Any]) -> None:
     unknown = sorted(
-        name for name, value in others.items() if name not in _WITHOUT_EFFECT and value not in (None, False)
+        name
+        for name, value in others.items()
+        if name not in _WITHOUT_EFFECT and value is not None and value is not False
     )
     if "is_causal" in unknown or (getattr(module, "is_causal", False) and mask is None and query_BNTH.shape[2] > 1):
         raise EncoderError(f"{type(module).__name__} asks for causal attention without a mask, which is not supported")
@@ -160,7 +162,7 @@ def _check_arguments(module: nn.Module, query_BNTH: Tensor, mask: Tensor | None,
 
 def _mask(*sizes: Any, **options: Any) -> Tensor | None:  # noqa: ANN401
     """Return transformers' boolean mask; a causal one is never left out in favour of `is_causal`."""
-    return sdpa_mask(*sizes, **{**options, "allow_is_causal_skip": False})
+    return cast(Tensor | None, sdpa_mask(*sizes, **{**options, "allow_is_causal_skip": False}))
 
 
 AttentionInterface.register(PROMPT_ATTENTION, prompt_attention)

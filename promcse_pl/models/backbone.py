@@ -28,7 +28,7 @@ from promcse_pl.models.encoder_files import (
     read_tokenizer,
     weights_sha256,
 )
-from promcse_pl.models.families import FAMILIES, SUPPORTED, Family
+from promcse_pl.models.families import FAMILIES, SUPPORTED, Family, unsupported
 from promcse_pl.models.hooks import first_token_only, has_hooks, register_first_token_hook
 from promcse_pl.models.hub import locate
 from promcse_pl.models.identity import EncoderId, output_config
@@ -37,6 +37,9 @@ from promcse_pl.models.pipeline import Pipeline, read_pipeline
 from promcse_pl.models.pooling import pooled_parts
 from promcse_pl.utils.errors import ConfigError, EncoderError
 from promcse_pl.utils.paths import expand, hide_home, is_folder
+
+UNLIMITED_INPUT = 2**16
+"""Maximum number of tokens for encoders without a limit of their own (T5): more than the memory of attention allows."""
 
 
 class FrozenBackbone(nn.Module):
@@ -63,8 +66,9 @@ class FrozenBackbone(nn.Module):
         super().__init__()
         config: Any = model.config
         if config.model_type not in SUPPORTED:
-            raise EncoderError(f"{identity.name} is a {config.model_type} encoder. Supported: {', '.join(SUPPORTED)}")
+            raise unsupported(config.model_type, identity.name)
         self.family: Family = FAMILIES[config.model_type]
+        self.family.check(config)
         self._adapt(model)
         self.model = model.requires_grad_(False)
         self.pipeline = pipeline or Pipeline()
@@ -79,7 +83,9 @@ class FrozenBackbone(nn.Module):
         self.hidden_dropout = float(
             _first(config, ("hidden_dropout_prob", "mlp_dropout", "dropout", "dropout_rate"), 0.0)
         )
-        self.layer_norm_eps = float(_first(config, ("layer_norm_eps", "norm_eps"), 1e-5))
+        self.layer_norm_eps = float(
+            _first(config, ("layer_norm_eps", "norm_eps", "rms_norm_eps", "layer_norm_epsilon"), 1e-12)
+        )
         self.pad_id: int = config.pad_token_id or 0
         if self.family.positions == "after_padding_id":
             self.pad_id = model.embeddings.padding_idx  # type: ignore[assignment, union-attr]
@@ -238,10 +244,10 @@ class FrozenBackbone(nn.Module):
             )
         return self.pipeline.dense[-1].outputs
 
-    def longest_input(self, position_offset: int) -> int | None:
-        """Return the maximum number of tokens, special ones included, for a position offset; None: no limit."""
+    def longest_input(self, position_offset: int) -> int:
+        """Return the maximum number of tokens, special ones included, for a position offset."""
         if not self.family.has_limit:
-            return None
+            return UNLIMITED_INPUT
         config: Any = self.model.config
         reserved = self.pad_id + 1 if self.family.positions == "after_padding_id" else 0
         return int(config.max_position_embeddings) - reserved - position_offset
@@ -334,7 +340,7 @@ class FrozenBackbone(nn.Module):
         if not reached:
             raise EncoderError(
                 f"{self.identity.name} ({self.model_type}) ignores the prompt in at least one layer; its outputs would be those "
-                f"of the frozen encoder. Supported: {', '.join(SUPPORTED)}"
+                "of the frozen encoder"
             )
 
 

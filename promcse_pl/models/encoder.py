@@ -18,13 +18,12 @@ from promcse_pl.models.cpu.chunks import plan_chunks, run_chunks
 from promcse_pl.models.pipeline import TextSettings
 from promcse_pl.models.pooling import needs_all_layers, needs_first_token, pool
 from promcse_pl.models.prompt import INIT_STD, DeepPrompt
+from promcse_pl.utils.errors import ConfigError
 
 Head = Literal["none", "mlp", "mlp_train_only"]
 HEADS: tuple[Head, ...] = get_args(Head)
 
 STATE_PREFIX = "backbone."
-NO_LIMIT = 2**20
-"""`longest_input` of an encoder without a limit: relative positions only."""
 
 
 class MlpHead(nn.Module):
@@ -53,14 +52,15 @@ class PromptEncoder(nn.Module):
         pooling: See `promcse_pl.models.pooling.pool`.
         head: `none`; `mlp`: used in training and at test time; `mlp_train_only`: used in training only.
         dropout: Prompt dropout; None: the encoder's hidden dropout, as in the official code.
-        position_offset: Shift of all positions; None: P, as in the official code.
+        position_offset: Shift of all positions; None: P, as in the official code, or 0 for an encoder without position ids.
         text: How texts become token ids at encode time; None: as in the encoder's pipeline.
 
     Attributes:
         width: Dimension of an embedding: after the pooling, and after the dense layers of the encoder.
 
     Raises:
-        ConfigError: The dense layers of the encoder do not take the width of this pooling.
+        ConfigError: A position offset for an encoder without position ids, or its dense layers do not take the width of this
+            pooling.
     """
 
     # the parameters are the settings of model and prompt that decide an embedding
@@ -91,15 +91,21 @@ class PromptEncoder(nn.Module):
         self.width = backbone.embedding_width(pooling)
         self.head_mode: Head = head
         self.head = None if head == "none" else MlpHead(self.width)
-        self.position_offset = length if position_offset is None else position_offset
+        has_positions = backbone.family.positions != "none"
+        if position_offset and not has_positions:
+            raise ConfigError(
+                f"prompt.position_offset={position_offset}: {backbone.model_type} encoders have no position ids to shift. "
+                "Try: prompt.position_offset=null"
+            )
+        default = length if has_positions else 0
+        self.position_offset = default if position_offset is None else position_offset
         self.register_state_dict_post_hook(_drop_backbone)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_expect_no_backbone)  # type: ignore[no-untyped-call]
 
     @property
     def longest_input(self) -> int:
         """Maximum number of tokens that fit the encoder after its prompt, special ones included."""
-        longest = self.backbone.longest_input(self.position_offset)
-        return NO_LIMIT if longest is None else longest
+        return self.backbone.longest_input(self.position_offset)
 
     def forward(
         self,

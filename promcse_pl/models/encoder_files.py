@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from promcse_pl.models.attention import PROMPT_ATTENTION
-from promcse_pl.models.families import FAMILIES, SUPPORTED
+from promcse_pl.models.families import FAMILIES, SUPPORTED, unsupported
 from promcse_pl.models.weights import file_sha256, read_header, read_json_object
 from promcse_pl.utils.errors import EncoderError
 
@@ -20,6 +20,7 @@ _LARGEST = {"num_hidden_layers": 1000, "num_labels": 100_000}
 """Maximum of fields in config.json for which transformers builds lists of that length before it reads the weights."""
 _UNSUPPORTED_FIELDS = ("quantization_config", "per_layer_config")
 """Fields of config.json that replace layers without changing the other fields; no supported encoder needs them."""
+
 
 def first_line(error: BaseException) -> str:
     """Return the first line of a message; some libraries' messages fill a screen."""
@@ -60,6 +61,8 @@ def read_config(source: str | Path, name: str, revision: str | None = None) -> A
             _check_config_file(source / "config.json")
         config = AutoConfig.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
     except Exception as error:
+        if isinstance(source, Path) and (unknown := _unknown_model_type(source / "config.json")):
+            raise unsupported(unknown, name) from error
         hint = (
             f"{name} is neither a local folder nor an installed weight wheel, and cannot be downloaded from the hub. Check "
             "the name and the network, or type model.path=FOLDER with a downloaded encoder"
@@ -70,12 +73,23 @@ def read_config(source: str | Path, name: str, revision: str | None = None) -> A
             f"cannot read the encoder {name}: {hint}. ({type(error).__name__}: {first_line(error)})"
         ) from error
     if config.model_type not in SUPPORTED:
-        raise EncoderError(
-            f"{name} is a {config.model_type} encoder, which cannot take a prompt in every layer. "
-            f"Supported: {', '.join(SUPPORTED)}. Try: model.path=FOLDER_OR_HUB_ID of one of these"
-        )
-    FAMILIES[config.model_type].check(config)
+        raise unsupported(config.model_type, name)
+    try:
+        FAMILIES[config.model_type].check(config)
+    except EncoderError as error:
+        raise EncoderError(f"{name}: {error}") from None
     return config
+
+
+def _unknown_model_type(path: Path) -> str | None:
+    """Return the `model_type` of a config.json if transformers has no class for it: a misspelling, or code beside the file."""
+    from transformers import CONFIG_MAPPING
+
+    try:
+        model_type = read_json_object(path).get("model_type")
+    except (OSError, ValueError):
+        return None
+    return model_type if isinstance(model_type, str) and model_type not in CONFIG_MAPPING else None
 
 
 def _check_config_file(path: Path) -> None:

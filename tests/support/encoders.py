@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -10,7 +11,9 @@ from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 from promcse_pl.data.batch import Tokens
 from promcse_pl.models.attention import prompt_in_attention
-from promcse_pl.models.backbone import FrozenBackbone
+from promcse_pl.models.backbone import SUPPORTED, FrozenBackbone
+from promcse_pl.models.encoder import PromptEncoder
+from promcse_pl.models.encoder_files import auto_class
 from promcse_pl.models.identity import EncoderId
 
 SMALL = {
@@ -25,12 +28,26 @@ SMALL = {
 }
 
 
+T5 = {"d_ff": 24, "d_kv": 6, "relative_attention_num_buckets": 8}
 FAMILIES: dict[str, dict[str, object]] = {
     "bert": {},
     "roberta": {"pad_token_id": 1},
     "xlm-roberta": {"pad_token_id": 1},
     "electra": {"embedding_size": 12},
     "mpnet": {"pad_token_id": 1},
+    "xlm-roberta-xl": {"pad_token_id": 1},
+    "camembert": {"pad_token_id": 1},
+    "data2vec-text": {"pad_token_id": 1},
+    "ernie": {},
+    "distilbert": {"hidden_dim": 24},
+    "albert": {"embedding_size": 12, "num_hidden_groups": 2},
+    "eurobert": {"num_key_value_heads": 1, **dict.fromkeys(("bos_token_id", "eos_token_id", "mask_token_id"), 2)},
+    "nomic_bert": {},
+    "gte": {},
+    "jina_embeddings_v3": {"pad_token_id": 1},
+    "t5": T5,
+    "mt5": T5,
+    "umt5": T5,
     # a window narrower than a sentence; the default special tokens lie outside so small a vocabulary
     "modernbert": {
         "local_attention": 6,
@@ -43,13 +60,40 @@ FAMILIES: dict[str, dict[str, object]] = {
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
+def small_config(family: str, **changes: object) -> Any:
+    return AutoConfig.for_model(family, **{**SMALL, **FAMILIES.get(family, {}), **changes})
+
+
 def small_encoder(family: str, **changes: object) -> torch.nn.Module:
     torch.manual_seed(1)
-    return AutoModel.from_config(AutoConfig.for_model(family, **{**SMALL, **FAMILIES.get(family, {}), **changes}))
+    config = small_config(family, **changes)
+    return (auto_class(config) if family in SUPPORTED else AutoModel).from_config(config)
 
 
 def small_backbone(family: str = "bert", **changes: object) -> FrozenBackbone:
     return FrozenBackbone(small_encoder(family, **changes), EncoderId(f"small-{family}", None, "0" * 64))
+
+
+def prompt_encoder(
+    family: str = "bert",
+    *,
+    length: int = 4,
+    dtype: torch.dtype = torch.float64,
+    changes: dict[str, object] | None = None,
+    **options: Any,
+) -> PromptEncoder:
+    """A prompt encoder in eval mode whose prompt and head are large enough to matter."""
+    encoder = PromptEncoder(small_backbone(family, **(changes or {})), length=length, **{"pooling": "avg", **options})
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in trained(encoder).values():
+            parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
+    return encoder.to(dtype).eval()
+
+
+def trained(encoder: PromptEncoder) -> dict[str, torch.nn.Parameter]:
+    """The parameters that training changes, by name."""
+    return {name: parameter for name, parameter in encoder.named_parameters() if parameter.requires_grad}
 
 
 def ignore_prompt_in_layer(model: torch.nn.Module, number: int) -> None:

@@ -1,4 +1,4 @@
-"""Fused CPU layers of BERT and its relatives with a hand-written backward: no padding in linear layers, no gradients of frozen weights.
+"""Fused CPU layers of BERT and its relatives with a hand-written backward: no padding, no gradients of frozen weights.
 
 transformers' modules compute the same one small operation at a time, on padded sentences. Here the tokens of a chunk are packed
 one after the other, and a layer is one operation for torch's autograd, whose backward computes two gradients: that of the hidden
@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from promcse_pl.models.cpu.dropout import Dropout, in_bytes, keep_mask, kept_share
+
 
 class DenseNorm(NamedTuple):
     """Linear layer, dropout (None: none), residual and LayerNorm."""
@@ -297,11 +298,7 @@ def _heads(
     qkv_M3D: Tensor, prompt: Tensor | None, layer: LayerParts, packing: _Packing, *, first: bool
 ) -> tuple[Tensor, Tensor]:
     """Return the queries (B, N, T or 1, H), and keys and values with the prompt in front, (2, B, N, S, H)."""
-    padded = (
-        packing.pad(qkv_M3D)
-        .view(packing.sentences, packing.longest, 3, layer.heads, -1)
-        .permute(2, 0, 3, 1, 4)
-    )
+    padded = packing.pad(qkv_M3D).view(packing.sentences, packing.longest, 3, layer.heads, -1).permute(2, 0, 3, 1, 4)
     query, kv = padded[0], padded[1:]
     if prompt is not None:
         kv = torch.cat([prompt.expand(-1, packing.sentences, -1, -1, -1), kv], dim=-2)

@@ -1,8 +1,39 @@
-"""Encoder families: one small file each, which states how its encoders take a prompt. May import models.attention and models.cpu."""
+"""Encoder families: one small file each, which states how its encoders take a prompt.
 
-from promcse_pl.models.families import bert, modernbert, mpnet
-from promcse_pl.models.families.family import Family
+They may import `promcse_pl.models.attention` and `promcse_pl.models.cpu`.
+"""
 
-FAMILIES: dict[str, Family] = {**bert.FAMILIES, **modernbert.FAMILIES, **mpnet.FAMILIES}
+from promcse_pl.models.families import albert, bert, distilbert, modernbert, mpnet, rotary, t5
+from promcse_pl.models.families.family import Family as Family
+from promcse_pl.utils.errors import EncoderError
+
+FAMILIES: dict[str, Family] = {
+    **bert.FAMILIES,
+    **mpnet.FAMILIES,
+    **distilbert.FAMILIES,
+    **albert.FAMILIES,
+    **modernbert.FAMILIES,
+    **rotary.FAMILIES,
+    **t5.FAMILIES,
+}
 """`model_type` in config.json -> family."""
 SUPPORTED = tuple(FAMILIES)
+_REASONS = {
+    "new": "its class is Python code of Alibaba-NLP/new-impl, and no code of an encoder is run. Try: a copy with model_type gte, "
+    "such as model.path=alibaba-nlp-community/gte-multilingual-base",
+}
+"""`model_type` -> why it is not supported."""
+
+
+def unsupported(model_type: str, name: str) -> EncoderError:
+    """Return the error for an encoder of a family that is not in `FAMILIES`.
+
+    Args:
+        model_type: As in config.json.
+        name: The encoder in messages.
+    """
+    reason = _REASONS.get(model_type)
+    return EncoderError(
+        f"{name} is a {model_type} encoder, which is not supported{': ' + reason if reason else ''}. "
+        f"Supported: {', '.join(sorted(SUPPORTED))}"
+    )

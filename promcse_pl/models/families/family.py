@@ -55,7 +55,7 @@ class Family:
 
     fields: tuple[str, ...]
     positions: Positions
-    pooling: Literal["avg", "lasttoken"] = "avg"
+    pooling: Literal["avg", "cls", "lasttoken"] = "avg"
     has_limit: bool = True
     auto_class: str = "AutoModel"
     has_pooler: bool = False

@@ -127,6 +127,10 @@ def test_without_a_prompt_the_states_are_those_of_transformers():
 @every_family
 def test_bfloat16_is_as_near_to_float32_as_transformers_is(family):
     exact = prompt_encoder(family).eval()
+    for (
+        parameter
+    ) in exact.prompt.parameters():  # with a prompt near 0 the gradients are differences near the rounding error
+        parameter.data.normal_(std=0.3)
     rounded = copy.deepcopy(exact)
     rounded.backbone.bfloat16()
     tokens = small_tokens(LENGTHS["padded"], exact.backbone.pad_id)
