@@ -223,8 +223,7 @@ def _load(folder: Path, encoder: str | None, dtype: torch.dtype) -> PromptEncode
         "position_offset": about["position_offset"],
         "text": TextSettings(**about.get("text", {})),
     }
-    longest = backbone.longest_input(about["position_offset"])
-    if longest is not None and longest < SHORTEST_INPUT:
+    if backbone.longest_input(about["position_offset"]) < SHORTEST_INPUT:
         raise AdapterError(
             f"{folder / DESCRIPTION}: position_offset {about['position_offset']} leaves no room for a sentence in "
             f"{backbone.identity.name}"

@@ -18,6 +18,7 @@ from promcse_pl.adapter import load_adapter, save_adapter
 from promcse_pl.cli.main import main
 from promcse_pl.embedder import PromCSE
 from promcse_pl.interop.official import export_official, import_official
+from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.utils.errors import AdapterError, EncoderError
 
