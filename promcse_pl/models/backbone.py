@@ -268,7 +268,7 @@ class FrozenBackbone(nn.Module):
 
     def _adapt(self, model: Any) -> None:  # noqa: ANN401
         """Make the attention of a model take a prompt, and its dropout fast."""
-        with quiet_transformers():  # a warning about families whose attention `adapt` replaces
+        with quiet_transformers():  # it warns about models without the attention interface, which `adapt` covers
             model.set_attn_implementation(PROMPT_ATTENTION)
         self.family.adapt(model)
         if self.family.attention:

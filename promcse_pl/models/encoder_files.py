@@ -189,7 +189,7 @@ def weights_sha256(folder: Path) -> str:
 
 
 def read_tokenizer(folder: Path | None, name: str, vocabulary: int) -> Any:  # noqa: ANN401  (a transformers tokenizer)
-    """Return the tokenizer in an encoder's folder.
+    """Return the tokenizer in an encoder's folder; one without a padding token pads with its end-of-sequence token.
 
     Args:
         folder: The folder; None for a model built in memory.
@@ -197,7 +197,7 @@ def read_tokenizer(folder: Path | None, name: str, vocabulary: int) -> Any:  # n
         vocabulary: V, the rows of the encoder's embedding matrix.
 
     Raises:
-        EncoderError: There is none, it cannot be read, or it has more tokens than the embedding matrix.
+        EncoderError: There is none, it cannot be read, it has more tokens than the embedding matrix, or no token for padding.
     """
     from transformers import AutoTokenizer
 
@@ -219,6 +219,13 @@ def read_tokenizer(folder: Path | None, name: str, vocabulary: int) -> Any:  # n
             f"the tokenizer of {name} knows {len(tokenizer)} tokens, its embedding matrix only {vocabulary}: they do not "
             "belong together"
         )
+    if tokenizer.pad_token_id is None:  # decoders; the attention mask excludes padding, so that any token will do
+        if tokenizer.eos_token_id is None:
+            raise EncoderError(
+                f"the tokenizer of {name} has neither a padding nor an end-of-sequence token. Add "
+                f'"pad_token": "TOKEN" with one of its tokens to {folder / "tokenizer_config.json"}'
+            )
+        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 

@@ -32,7 +32,7 @@ from promcse_pl.models.pooling import POOLINGS
 from promcse_pl.utils.errors import ConfigError
 
 LENGTHS = [9, 4, 12, 5, 9, 3]
-ONLY_EAGER = {"mpnet"}
+ONLY_EAGER = {"mpnet", "deberta-v2"}
 """Families whose attention does not use transformers' attention interface. The others are compared with its `sdpa`."""
 every_family = pytest.mark.parametrize("family", FAMILIES)
 

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, ByT5Tokenizer
 from promcse_pl.data.tokenizer import tokenizer_fingerprint
 from promcse_pl.models.backbone import SUPPORTED, FrozenBackbone
 from promcse_pl.models.encoder_files import auto_class
+from promcse_pl.models.families import decoders
 from promcse_pl.models.identity import EncoderId, differences, output_config
 
 SEEN = {
@@ -30,6 +31,7 @@ UNSEEN = {
     "t5": T5_UNSEEN,
     "mt5": T5_UNSEEN,
     "umt5": T5_UNSEEN,
+    **{family: {"num_attention_heads"} for family in decoders.FAMILIES},
 }
 """Fields that also decide the shape of weights, or that the encoder alone does not read."""
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 from promcse_pl.data.batch import Tokens
@@ -25,7 +25,8 @@ SMALL = {
     "initializer_range": 0.2,  # with the usual 0.02 so small an encoder hardly attends to anything
 }
 
-
+GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2}
+WINDOW = {"use_sliding_window": True, "sliding_window": 5}
 T5 = {"d_ff": 24, "d_kv": 6, "relative_attention_num_buckets": 8}
 FAMILIES: dict[str, dict[str, object]] = {
     "bert": {},
@@ -50,6 +51,26 @@ FAMILIES: dict[str, dict[str, object]] = {
     "modernbert": {
         "local_attention": 6,
         **dict.fromkeys(("bos_token_id", "cls_token_id", "eos_token_id", "sep_token_id"), 2),
+    },
+    "deberta-v2": {
+        "relative_attention": True,
+        "pos_att_type": ["c2p", "p2c"],
+        "position_buckets": 4,
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+        "position_biased_input": False,
+    },
+    "llama": GROUPED,
+    "mistral": {**GROUPED, "sliding_window": 5},
+    "qwen2": {**GROUPED, **WINDOW, "num_key_value_heads": 1, "max_window_layers": 1},
+    "qwen3": {**GROUPED, **WINDOW, "max_window_layers": 2, "head_dim": 6},
+    "gemma3_text": {
+        **GROUPED,
+        "head_dim": 6,
+        "query_pre_attn_scalar": 5,
+        "sliding_window": 9,  # 5 to each side, both ends exclusive
+        "sliding_window_pattern": 2,
+        "use_bidirectional_attention": True,
     },
 }
 """What each supported family needs beside SMALL."""
@@ -133,5 +154,9 @@ def save_small_encoder(folder: Path, family: str = "bert", **changes: object) ->
     """Write a small encoder and its tokenizer as transformers does; returns the folder."""
     model = small_encoder(family, **changes)
     model.save_pretrained(folder)
-    small_tokenizer(model.config.pad_token_id).save_pretrained(folder)
+    tokenizer = small_tokenizer(model.config.pad_token_id)
+    if family == "qwen2":  # transformers reads any tokenizer of this family as byte-level BPE, which keeps added tokens
+        tokenizer.eos_token = "[SEP]"
+        tokenizer.add_tokens([AddedToken(f"w{i}", normalized=False) for i in range(5, SMALL["vocab_size"])])
+    tokenizer.save_pretrained(folder)
     return folder

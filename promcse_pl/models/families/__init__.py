@@ -3,7 +3,7 @@
 They may import `promcse_pl.models.attention` and `promcse_pl.models.cpu`.
 """
 
-from promcse_pl.models.families import albert, bert, distilbert, modernbert, mpnet, rotary, t5
+from promcse_pl.models.families import albert, bert, deberta, decoders, distilbert, modernbert, mpnet, rotary, t5
 from promcse_pl.models.families.family import Family as Family
 from promcse_pl.utils.errors import EncoderError
 
@@ -12,8 +12,10 @@ FAMILIES: dict[str, Family] = {
     **mpnet.FAMILIES,
     **distilbert.FAMILIES,
     **albert.FAMILIES,
+    **deberta.FAMILIES,
     **modernbert.FAMILIES,
     **rotary.FAMILIES,
+    **decoders.FAMILIES,
     **t5.FAMILIES,
 }
 """`model_type` in config.json -> family."""
@@ -21,6 +23,9 @@ SUPPORTED = tuple(FAMILIES)
 _REASONS = {
     "new": "its class is Python code of Alibaba-NLP/new-impl, and no code of an encoder is run. Try: a copy with model_type gte, "
     "such as model.path=alibaba-nlp-community/gte-multilingual-base",
+    "deberta": "its attention differs from that of DeBERTa-v2 and v3. Try: model.path=microsoft/deberta-v3-base",
+    "gemma3": "it reads images, too. Try: an encoder with model_type gemma3_text, such as "
+    "model.path=google/embeddinggemma-300m",
 }
 """`model_type` -> why it is not supported."""
 

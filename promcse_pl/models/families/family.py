@@ -51,7 +51,7 @@ class Family:
 
     fields: tuple[str, ...]
     positions: Positions
-    pooling: Literal["cls", "avg", "last"] = "avg"
+    pooling: Literal["cls", "avg", "lasttoken"] = "avg"
     has_limit: bool = True
     auto_class: str = "AutoModel"
     has_pooler: bool = False

@@ -1,0 +1,77 @@
+"""Decoders as text encoders: rotary positions, grouped key/value heads, causal attention (Gemma 3: optional).
+
+The prompt's keys are added after the rotation: every slot has position 0, and the position offset is the distance of the first
+token from it. Another offset is equivalent to other prompt keys. Windows limit the attention to tokens, not to prompt slots.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from promcse_pl.models.families.family import COMMON_FIELDS, Family
+from promcse_pl.utils.errors import EncoderError
+
+_FIELDS = (*COMMON_FIELDS, "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_parameters")
+
+
+def _check(config: Any) -> None:  # noqa: ANN401
+    rope = config.rope_parameters
+    per_layer_type = rope.values() if "rope_type" not in rope else [rope]
+    if any(parameters["rope_type"] == "longrope" for parameters in per_layer_type if parameters):
+        raise EncoderError(
+            "config.json has rope_type=longrope, with which an embedding depends on the longest sentence of its batch. Use an "
+            "encoder with another rope_type, such as default, llama3 or yarn"
+        )
+    if not getattr(config, "is_causal", True):
+        raise EncoderError(
+            "config.json has is_causal=false, with which transformers attends in both directions only in batches with padding. "
+            "Use an encoder without it"
+        )
+    if getattr(config, "attn_logit_softcapping", None):
+        raise EncoderError(
+            f"config.json has attn_logit_softcapping={config.attn_logit_softcapping}, which this version of transformers "
+            "ignores. Use an encoder with attn_logit_softcapping=null"
+        )
+
+
+def _adapt(model: nn.Module) -> None:
+    model.config.use_cache = False  # type: ignore[union-attr]  # keys and values are needed once only
+
+
+def _decoder(*fields: str, **properties: Any) -> Family:  # noqa: ANN401
+    """Return a family of decoders.
+
+    Args:
+        fields: Fields of config.json that affect the output, beside those of all decoders.
+        properties: Other attributes of the family.
+    """
+    return Family(
+        **{
+            "fields": (*_FIELDS, *fields),
+            "positions": "from_zero",
+            "pooling": "lasttoken",
+            "adapt": _adapt,
+            "check": _check,
+            **properties,
+        }
+    )
+
+
+FAMILIES = {
+    "llama": _decoder("hidden_act", "attention_bias", "mlp_bias"),
+    "mistral": _decoder("hidden_act", "sliding_window"),
+    "qwen2": _decoder("hidden_act", "layer_types", "sliding_window"),
+    "qwen3": _decoder("hidden_act", "layer_types", "sliding_window", "attention_bias"),
+    # EmbeddingGemma averages its tokens, which attend in both directions
+    "gemma3_text": _decoder(
+        "hidden_activation",
+        "layer_types",
+        "sliding_window",
+        "attention_bias",
+        "query_pre_attn_scalar",
+        "use_bidirectional_attention",
+        pooling="avg",
+    ),
+}
