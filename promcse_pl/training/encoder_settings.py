@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Iterable
 
 from promcse_pl.config import WIDTH, DataConfig, ModelConfig
 from promcse_pl.models.backbone import FrozenBackbone
@@ -108,8 +109,8 @@ def _training_prompt(entry: str, entries: list[str], text: TextSettings) -> str:
     )
 
 
-def _names(prompts: object) -> str:
-    return ", ".join(prompts) if prompts else "none"  # type: ignore[call-overload]
+def _names(prompts: Iterable[str]) -> str:
+    return ", ".join(prompts)[:200] or "none"
 
 
 def _differs(value: object, own: object) -> str:
