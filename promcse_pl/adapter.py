@@ -27,13 +27,13 @@ from promcse_pl.adapter_folder import (
     find_adapter,
     written_description,
 )
+from promcse_pl.config.pooling import ALLOWED_POOLINGS, is_pooling
 from promcse_pl.data.tokenizer import tokenizer_fingerprint
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import HEADS, PromptEncoder
 from promcse_pl.models.hub import download
 from promcse_pl.models.identity import EncoderId, differences
 from promcse_pl.models.pipeline import SHORTEST_INPUT, TextSettings
-from promcse_pl.models.pooling import ALLOWED_POOLINGS, is_pooling
 from promcse_pl.models.weights import read_header, read_json_object
 from promcse_pl.utils.errors import AdapterError, EncoderError
 from promcse_pl.utils.files import current, read_unchanged, update_folder

@@ -16,10 +16,10 @@ from support.limits import memory_limit
 
 from promcse_pl.adapter import FORMAT, adapter_hash, describe, load_adapter, save_adapter
 from promcse_pl.adapter_folder import BUNDLED, DESCRIPTION, WEIGHTS
+from promcse_pl.config.pooling import POOLINGS
 from promcse_pl.models.backbone import SUPPORTED, FrozenBackbone
 from promcse_pl.models.encoder import HEADS, PromptEncoder
 from promcse_pl.models.pipeline import TextSettings
-from promcse_pl.models.pooling import POOLINGS
 from promcse_pl.utils.errors import AdapterError, EncoderError
 from promcse_pl.utils.files import COMMIT
 

@@ -23,7 +23,6 @@ from promcse_pl.models.cpu.chunks import CHUNK_TOKENS
 from promcse_pl.models.cpu.layers import can_fuse
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.identity import EncoderId
-from promcse_pl.models.pooling import Pooling
 
 HERE = Path(__file__).resolve().parent
 SHAPES = {
@@ -76,7 +75,7 @@ def random_batch(sentences: int, device: str) -> Tokens:
     return Tokens(ids_NT, mask_NT).to(device)
 
 
-def random_encoder(shape: str, dtype: torch.dtype, pooling: Pooling, device: str) -> PromptEncoder:
+def random_encoder(shape: str, dtype: torch.dtype, pooling: str, device: str) -> PromptEncoder:
     torch.manual_seed(SEED)
     family, changes = SHAPES[shape]
     with torch.device(device):

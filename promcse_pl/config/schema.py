@@ -111,7 +111,8 @@ class DataConfig(Section):
     prompts: list[str] | None = None
     """Prompts of the texts of a training row, one for each text: the name of a prompt (`model.prompts`), or the text itself,
     which must contain a space or a colon; `""` for none. For pairs: `data.prompts=[query,document]`, or
-    `'data.prompts=["query: ","passage: "]'`. `null`: the default prompt (`model.default_prompt`) for all, if there is one."""
+    `'data.prompts=["query: ","passage: "]'`. `null`: the default prompt (`model.default_prompt`) for all, if there is one, as for
+    the texts of the dev set and the evaluation."""
     batch_size: Annotated[int, Range(ge=2, note="(the other rows of a batch are the negatives)")] = 256
     """Number of training rows per optimiser step, over all processes (paper: 256 or 512; official README also 64)."""
     cache_dir: Annotated[str | None, EXECUTION] = None

@@ -14,6 +14,7 @@ import yaml
 
 from promcse_pl.adapter_folder import DESCRIPTION, find_adapter
 from promcse_pl.config import decides, flat_settings
+from promcse_pl.config.pooling import ALLOWED_POOLINGS, is_pooling, nearest_pooling
 from promcse_pl.embedder import PromCSE
 from promcse_pl.interop.official import CLASSES, import_official
 from promcse_pl.models.backbone import FrozenBackbone
@@ -23,7 +24,6 @@ from promcse_pl.models.encoder_files import read_config
 from promcse_pl.models.families import FAMILIES
 from promcse_pl.models.hub import locate
 from promcse_pl.models.pipeline import read_pipeline
-from promcse_pl.models.pooling import ALLOWED_POOLINGS, is_pooling
 from promcse_pl.run_folder import split_resolved
 from promcse_pl.utils.errors import AdapterError, ConfigError, DataError
 from promcse_pl.utils.files import current
@@ -66,7 +66,9 @@ def find_targets(names: Sequence[str], *, pooling: str | None = None, device: st
         AdapterError, ConfigError, DataError, EncoderError: A name that is no target, or runs that differ by more than the seed.
     """
     if pooling is not None and not is_pooling(pooling):
-        raise ConfigError(f"--pooling must be one of {ALLOWED_POOLINGS}, got {pooling!r}")
+        raise ConfigError(
+            f"--pooling must be one of {ALLOWED_POOLINGS}, got {pooling!r}. Try: --pooling {nearest_pooling(pooling)}"
+        )
     if len(set(names)) < len(names):
         raise ConfigError(f"a target is given twice: {' '.join(names)}")
     pick_device(device)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from promcse_pl.adapter_folder import BUNDLED, find_adapter
+from promcse_pl.config.pooling import ALLOWED_POOLINGS, is_pooling
 from promcse_pl.data.tokenizer import tokenizer_fingerprint
 from promcse_pl.interop.files import read_json, read_tensors
 from promcse_pl.models.backbone import FrozenBackbone
@@ -26,7 +27,6 @@ from promcse_pl.models.encoder import Head, PromptEncoder
 from promcse_pl.models.encoder_files import first_line, model_on_meta, quiet_transformers, read_config, without_pooler
 from promcse_pl.models.hub import locate, refuse_special_files
 from promcse_pl.models.identity import EncoderId, differences
-from promcse_pl.models.pooling import ALLOWED_POOLINGS, is_pooling
 from promcse_pl.models.weights import file_sha256
 from promcse_pl.utils.errors import AdapterError, EncoderError
 from promcse_pl.utils.files import new_folder

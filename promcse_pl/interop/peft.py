@@ -19,10 +19,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from promcse_pl.adapter_folder import BUNDLED
+from promcse_pl.config.pooling import ALLOWED_POOLINGS, is_pooling
 from promcse_pl.interop.files import read_json, read_tensors
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import PromptEncoder
-from promcse_pl.models.pooling import ALLOWED_POOLINGS, is_pooling, pooled_parts
+from promcse_pl.models.pooling import pooled_parts
 from promcse_pl.utils.errors import AdapterError, ConfigError
 from promcse_pl.utils.files import new_folder
 

@@ -9,8 +9,8 @@ from pathlib import Path, PurePosixPath
 from types import UnionType
 from typing import Any, TypeVar
 
+from promcse_pl.config.pooling import is_pooling
 from promcse_pl.models.dense import ACTIVATIONS, DenseSpec
-from promcse_pl.models.pooling import is_pooling
 from promcse_pl.models.weights import read_json_list, read_json_object
 from promcse_pl.utils.errors import ConfigError, EncoderError
 from promcse_pl.utils.paths import is_there

@@ -1,36 +1,13 @@
-"""Pooling: from token embeddings to one sentence embedding."""
+"""Pooling: from token embeddings to one sentence embedding. The names are in `promcse_pl.config.pooling`."""
 
 # B sentences, T tokens, D width
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-
-Pooling = Literal[
-    "cls",
-    "cls_before_pooler",
-    "avg",
-    "avg_top2",
-    "avg_first_last",
-    "max",
-    "mean_sqrt_len",
-    "weightedmean",
-    "lasttoken",
-]
-POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
-JOINABLE: tuple[Pooling, ...] = ("cls", "max", "avg", "mean_sqrt_len", "weightedmean", "lasttoken")
-"""Poolings that can be joined by `+`, in the order in which sentence-transformers concatenates their embeddings."""
-ALLOWED_POOLINGS = f"{', '.join(POOLINGS)}, or several of {', '.join(JOINABLE)} joined by +, such as cls+avg"
-
-
-def is_pooling(name: str) -> bool:
-    """Return whether a name is a pooling, or different poolings of `JOINABLE` joined by `+`."""
-    parts = name.split("+")
-    return name in POOLINGS or (len(set(parts)) == len(parts) > 1 and set(parts) <= set(JOINABLE))
 
 
 def pooled_parts(pooling: str) -> int:

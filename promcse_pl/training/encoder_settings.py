@@ -110,7 +110,7 @@ def _training_prompt(entry: str, entries: list[str], text: TextSettings) -> str:
 
 
 def _names(prompts: Iterable[str]) -> str:
-    return ", ".join(prompts) or "none"
+    return ", ".join(prompts)[:200] or "none"
 
 
 def _differs(value: object, own: object) -> str:

@@ -107,4 +107,6 @@ def test_joined_poolings_are_evaluated(adapter, tmp_path, capsys):
     assert main(["evaluate", encoder, "--tasks", pairs, "--pooling", "cls+max", "--out", str(tmp_path / "out")]) == 0
     assert json.loads((tmp_path / "out/results.json").read_text())["targets"]
     assert main(["evaluate", encoder, "--tasks", pairs, "--pooling", "mean"]) == 2
-    assert "--pooling must be one of cls, cls_before_pooler, avg" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "--pooling must be one of cls, cls_before_pooler, avg" in error
+    assert error.endswith("got 'mean'. Try: --pooling avg\n")

@@ -6,13 +6,13 @@ import pytest
 import torch
 from support.encoders import NO_DROPOUT, SMALL, prompt_encoder, small_backbone, small_tokens, trained
 
+from promcse_pl.config.pooling import POOLINGS
 from promcse_pl.data.batch import Tokens
 from promcse_pl.data.masking import IGNORED
 from promcse_pl.losses.hybrid import hybrid_loss
 from promcse_pl.models.backbone import SUPPORTED
 from promcse_pl.models.cpu.chunks import padded_tokens, plan_chunks
 from promcse_pl.models.encoder import HEADS, PromptEncoder
-from promcse_pl.models.pooling import POOLINGS
 
 every_family = pytest.mark.parametrize("family", SUPPORTED)
 LENGTHS = [9, 4, 12, 5, 9, 3]

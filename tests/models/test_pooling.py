@@ -4,11 +4,10 @@ import pytest
 import torch
 from support.encoders import small_backbone, small_tokens
 
+from promcse_pl.config.pooling import POOLINGS, is_pooling
 from promcse_pl.data.batch import Tokens
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.pooling import (
-    POOLINGS,
-    is_pooling,
     needs_all_layers,
     needs_first_token,
     pool,
