@@ -113,7 +113,9 @@ def _prepare(run: RunContext) -> tuple[RunContext, Parts]:
     for line in describe_origins(run.typed.model, encoder):
         log.info("%s", line)
     resolved = dataclasses.replace(config, model=resolved_model(config.model, encoder))
-    config = Config.from_dict(resolved.to_dict())  # also checks what the encoder's files set, which a resume reads again
+    config = Config.from_dict(
+        resolved.to_dict()
+    )  # also checks what the encoder's files set, which a resume reads again
     mlm_head = build_mlm_head(config, encoder.backbone)
     with rank_zero_first(run.ranks), progress_bar(run.console, "tokenising", None) as progress:
         data = build_data(config, encoder, progress)
