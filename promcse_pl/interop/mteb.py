@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mteb.models import ModelMeta
 from mteb.models.abs_encoder import AbsEncoder
+from mteb.types import PromptType
 
 from promcse_pl.embedder import PromCSE
 from promcse_pl.models.vectors import Vectors
@@ -16,7 +17,8 @@ class MtebModel(AbsEncoder):  # type: ignore[misc]
     """Model for `mteb.evaluate`: embeddings are those of `PromCSE.encode`, similarities are cosines.
 
     Its revision is the adapter's content hash, so that mteb, which keeps results by name and revision, never shows those of
-    another adapter. The task's instructions, prompt types and mteb's batch size have no effect.
+    another adapter. Queries and documents of retrieval tasks get the prompts `query` and `document` of the model, if it has them;
+    the task's instructions and mteb's batch size have no effect.
 
     Args:
         model: The model.
@@ -49,10 +51,15 @@ class MtebModel(AbsEncoder):  # type: ignore[misc]
             training_datasets=None,
         )
 
-    def encode(self, inputs: Iterable[Mapping[str, Sequence[str]]], **_: object) -> Vectors:
-        """Return the vectors of all texts of all batches, (N, D) float32.
+    def encode(
+        self, inputs: Iterable[Mapping[str, Sequence[str]]], *, prompt_type: PromptType | None = None, **_: object
+    ) -> Vectors:
+        """Return the embeddings of all texts of all batches, (N, D) float32.
 
         Args:
             inputs: Batches with the texts under `text`.
+            prompt_type: Side of a retrieval task; its value is the name of a prompt. None: the default prompt.
         """
-        return self.model.encode([text for batch in inputs for text in batch["text"]])
+        name = prompt_type.value if prompt_type is not None else None
+        texts = [text for batch in inputs for text in batch["text"]]
+        return self.model.encode(texts, prompt_name=name if name in self.model.encoder.text.prompts else None)

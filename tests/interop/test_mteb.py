@@ -20,6 +20,7 @@ from promcse_pl.adapter import adapter_hash, load_adapter, save_adapter
 from promcse_pl.interop.mteb import MtebModel
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import PromptEncoder
+from promcse_pl.models.pipeline import TextSettings
 
 FIRST = [f"w{i} w{i + 1} w{i + 2}" for i in range(5, 85, 4)]
 SECOND = [f"w{i} w{90 - i // 2} w{i * 7 % 80 + 5}" for i in range(5, 85, 4)]
@@ -90,6 +91,19 @@ def test_mteb_runs_a_retrieval_task(tmp_path):
     ranks = model.similarity(SECOND, FIRST).argsort(1)[:, ::-1]
     expected = sum(float(i in ranks[i, :10]) for i in range(len(FIRST))) / len(FIRST)
     assert result.task_results[0].scores["test"][0]["recall_at_10"] == pytest.approx(expected)
+
+
+def test_queries_and_documents_of_a_retrieval_task_get_their_prompts(tmp_path):
+    text = TextSettings(prompts={"query": "w5 w6 w7 ", "document": "w8 "}, default_prompt="query")
+    model = PromCSE(small_prompt_encoder(tmp_path / "encoder", text=text))
+    result = mteb.evaluate(MtebModel(model), SmallRetrieval(), cache=None, show_progress_bar=False)
+    queries, documents = model.encode(SECOND), model.encode(FIRST, prompt_name="document")
+    ranks = (queries @ documents.T).argsort(1)[:, ::-1]
+    expected = sum(float(i in ranks[i, :3]) for i in range(len(FIRST))) / len(FIRST)
+    assert result.task_results[0].scores["test"][0]["recall_at_3"] == pytest.approx(expected)
+    encoded = MtebModel(model).encode([{"text": FIRST}], prompt_type=mteb.types.PromptType.document)
+    assert (encoded == documents).all()
+    assert abs(encoded - model.encode(FIRST)).max() > 1e-3
 
 
 def test_the_model_keeps_mtebs_protocol_and_describes_itself(tmp_path):
