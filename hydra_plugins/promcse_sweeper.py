@@ -17,7 +17,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from promcse_pl.config import Config, SweepConfig
-from promcse_pl.runs.compose import config_of, hydra_errors, replacing_prompts
+from promcse_pl.runs.compose import config_of, hydra_errors, replace_prompts
 from promcse_pl.sweeps.execute import run_sweep
 from promcse_pl.sweeps.plan import SweepJob
 from promcse_pl.sweeps.search import Interval, run_search
@@ -82,7 +82,7 @@ class PromcseSweeper(Sweeper):
 
     def _compose(self, overrides: Sequence[str]) -> Config:
         with hydra_errors():
-            composed = self.hydra_context.config_loader.load_sweep_config(self.config, replacing_prompts(overrides))
+            composed = self.hydra_context.config_loader.load_sweep_config(self.config, replace_prompts(overrides))
         return config_of(composed)
 
     def _launch(self, jobs: Sequence[SweepJob]) -> None:

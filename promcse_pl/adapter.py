@@ -333,7 +333,7 @@ def _checked(about: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _check_text(text: dict[str, Any], path: Path) -> None:
-    """Check the values of the text settings, whose types are right."""
+    """Check the values of the text settings; their types have been checked."""
     if text and text["max_length"] is not None and text["max_length"] < SHORTEST_INPUT:
         raise AdapterError(
             f"{path}: text.max_length is {text['max_length']}; allowed: null, or {SHORTEST_INPUT} or more"

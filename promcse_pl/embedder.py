@@ -175,7 +175,7 @@ class PromCSE:
         limits = (self.encoder.longest_input, self.encoder.text.max_length)
         return min(limit for limit in limits if limit is not None)
 
-    # many parameters: all but progress have the names of sentence-transformers
+    # many parameters: all but normalize and progress have the names of sentence-transformers
     @overload
     def encode(
         self,
@@ -223,8 +223,8 @@ class PromCSE:
 
         Args:
             sentences: One sentence, or any iterable of them: a list, a generator, a numpy array, a pandas Series.
-            prompt_name: Name of a prompt in `encoder.text.prompts` to put in front of every sentence; None: the default prompt.
-            prompt: Text to put in front of every sentence; "": none.
+            prompt_name: Name of a prompt in `encoder.text.prompts` to prepend to every sentence; None: the default prompt.
+            prompt: Text to prepend to every sentence; "": no prompt. Not together with `prompt_name`.
             batch_size: Maximum number of sentences in a batch; None: only the number of tokens is limited. It affects memory and
                 speed; embeddings change by no more than rounding.
             show_progress_bar: Show a progress bar on standard error if it is a terminal.
@@ -319,7 +319,7 @@ class PromCSE:
         self._index = index
 
     def add(self, sentences: Iterable[str], *, prompt_name: str | None = None, prompt: str | None = None) -> None:
-        """Append sentences to the index, with the prompt of `build_index`.
+        """Append sentences to the index; pass the same prompt as to `build_index`.
 
         Raises:
             ConfigError: An unknown prompt.

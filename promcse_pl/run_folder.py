@@ -276,9 +276,7 @@ def split_resolved(raw: Any) -> tuple[Any, dict[str, Any]]:  # noqa: ANN401  (th
 
 
 def _with_resolved(config: Config, resolved: dict[str, Any]) -> Config:
-    """Return a config with resolved values in place of `auto` and, for the prompts of the encoder, of null, and the commit of the
-    encoder in place of its revision.
-    """
+    """Return a config with recorded values in place of unresolved ones (`auto`, null prompts) and of the revision."""
     tree = config.to_dict()
     for key, value in resolved.items():
         part, name = key.split(".")

@@ -62,7 +62,7 @@ MODELS = {
         "sentence-transformers/all-mpnet-base-v2",
         HERE / "mpnet",
         ("sts", "sick"),
-        ("trainer.max_steps=57",),  # a quarter of an epoch: the dev score peaks before
+        ("trainer.max_steps=57",),  # a quarter of an epoch; the dev score peaks earlier
         "The paper reports an average of 83.26 for RoBERTa-base and 85.10 for RoBERTa-large with the energy hinge (EH). This is "
         "not a like-for-like comparison: those adapters start from encoders that were pre-trained by masked language modelling "
         "alone, whereas all-mpnet-base-v2 was already trained contrastively on a billion sentence pairs, NLI among them. The "
@@ -95,7 +95,7 @@ def train(seed: int, overrides: list[str], folder: Path) -> dict:
 def falls(evaluation: dict) -> str:
     """Return a sentence about the tasks on which the adapters score lower than the frozen encoder."""
     rows = [f"{row['task']} {row['verdict']}" for row in evaluation["comparisons"] if row["difference"] < 0]
-    return f"Tasks whose score falls: {'; '.join(rows) or 'none'}."
+    return f"Tasks on which the adapters score lower: {'; '.join(rows) or 'none'}."
 
 
 def page(model: Model, study: dict) -> str:

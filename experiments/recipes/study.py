@@ -1,4 +1,4 @@
-"""Tune the recipe of a model on STS-B dev.
+"""Compare hyperparameters of a model's recipe on STS-B dev.
 
     python experiments/recipes/study.py minilm --data FOLDER [--runs FOLDER]
     python experiments/recipes/study.py mpnet --data FOLDER [--runs FOLDER] [--encoder FOLDER]
@@ -36,7 +36,7 @@ STUDIES = {
         ["optim.lr=1e-2", "optim.lr=3e-2"],
     ),
 }
-"""Model -> overrides of all trials, and those of each trial."""
+"""Model -> overrides common to all trials, and the overrides of each trial."""
 KEPT = ("dev_spearman", "best_step", "steps", "trained_parameters", "training_seconds", "rows_per_second", "seed")
 
 
@@ -53,7 +53,7 @@ def draw(model: str, study: dict) -> str:
     shifts = any("position_offset=null" in trial["overrides"] for trial in study["trials"])
     ranked = sorted(study["trials"], key=lambda trial: -trial["dev_spearman"])
     lines = [
-        f"# The recipe of {model}",
+        f"# Hyperparameters of the {model} recipe",
         "",
         f"Hyperparameters compared for `model={model} data=nli`, ranked by STS-B dev (Spearman x 100). No test set was used.",
         f"Training: one epoch of the first {study['rows']:,} NLI triplets. The frozen encoder scores {study['frozen_dev']:.2f}.",

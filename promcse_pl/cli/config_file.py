@@ -89,7 +89,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _value(key: str, value: object) -> str:
-    if isinstance(value, Mapping):  # of a setting that holds a dictionary: other mappings are sections
+    if isinstance(value, Mapping):  # the value of a dictionary setting; sections have been flattened before
         return _dictionary(key, value)
     return str(value) if _is_word(key, value) else _literal(key, value)
 
@@ -108,7 +108,7 @@ def _literal(key: str, value: object) -> str:
 
 
 def _dictionary(key: str, value: Mapping[str, object]) -> str:
-    """Return a dictionary in the syntax of Hydra's overrides, which takes no quotes around a name."""
+    """Return a dictionary in the syntax of Hydra's overrides, which does not allow quoted keys."""
     return f"{{{','.join(f'{_escaped(str(name))}:{_literal(key, text)}' for name, text in value.items())}}}"
 
 

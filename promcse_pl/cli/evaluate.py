@@ -47,8 +47,8 @@ def add_parser(commands: Any) -> None:  # noqa: ANN401  (argparse's type is priv
     )
     parser.add_argument(
         "--pooling",
-        help="of frozen encoders (default: that of their modules.json, else the usual one of the family), such as cls, avg, max, "
-        "lasttoken or cls+avg, and of official checkpoints (default: read or inferred)",
+        help="cls, avg, max, lasttoken, cls+avg, ...: pooling of frozen encoders (default: from modules.json, else the default "
+        "of the family) and of official checkpoints (default: read or inferred)",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps, or auto: a GPU if there is one")
     parser.set_defaults(run=run)

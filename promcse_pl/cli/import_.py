@@ -18,7 +18,7 @@ def add_parser(commands: Any) -> None:  # noqa: ANN401  (argparse's type is priv
     )
     parser.add_argument("source", metavar="FOLDER_OR_HUB_ID", help="folder or hub id of the checkpoint")
     parser.add_argument(
-        "--pooling", help="cls, cls_before_pooler, avg, avg_top2, avg_first_last (default: read or inferred)"
+        "--pooling", help="a value of model.pooling, such as cls, avg or cls+avg (default: read or inferred)"
     )
     parser.add_argument(
         "--encoder", metavar="NAME", help="refer to this encoder if it equals that of the checkpoint bit for bit"

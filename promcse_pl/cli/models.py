@@ -1,4 +1,4 @@
-"""`promcse models`: the encoder families that take a prompt, and the presets for `model=`."""
+"""`promcse models`: list the supported encoder families and the presets for `model=`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def families_table() -> Table:
     for model_type, family in FAMILIES.items():
         fused = "yes" if family.fused else "no"
         table.add_row(model_type, prompt_entry(family), _POSITIONS[family.positions], family.pooling, fused)
-    table.caption = "pooling: of encoders without modules.json; fused: fused CPU layers"
+    table.caption = "pooling: default if there is no modules.json; fused: has fused CPU layers"
     return table
 
 
@@ -67,7 +67,7 @@ def presets_table() -> Table:
     for name in config_groups()["model"]:
         model = _preset(name)
         table.add_row(name, model["path"], model["pooling"], "tested" if name in TESTED else "not run")
-    table.caption = "pooling: auto is the encoder's own; weights: whether the preset was run on the published ones"
+    table.caption = "pooling: auto reads modules.json; weights: whether the preset was run with the published weights"
     return table
 
 

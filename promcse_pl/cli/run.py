@@ -28,7 +28,7 @@ from promcse_pl.runs.compose import (
     quoted,
     recipe_note,
     refusal,
-    replacing_prompts,
+    replace_prompts,
     typed_command,
 )
 from promcse_pl.sweeps.plan import resumed_arguments, without_home
@@ -70,7 +70,7 @@ def compose_and_run(
     )
     if "--shell-completion" not in flags and not searches_elsewhere:
         check_overrides(given, config_groups(folders))
-    _call_hydra([*flags, *(given if "--multirun" in flags else replacing_prompts(given))])
+    _call_hydra([*flags, *(given if "--multirun" in flags else replace_prompts(given))])
 
 
 def _with_file(file: str, overrides: Sequence[str], folders: Sequence[Path], is_sweep: bool) -> list[str]:

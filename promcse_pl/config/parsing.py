@@ -21,7 +21,7 @@ _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 300
 _LONGEST_NAME, _LONGEST_TEXT = 255, 4000
 """Maximum bytes of one part of a path, and of a text: no file system takes longer names."""
 _QUOTES = re.compile(r"[\"'\\]")
-_NO_NAMES = ("model.prompts", "data.prompts")
+_NOT_PATHS = ("model.prompts", "data.prompts")
 """Settings with text that is never part of a path."""
 OTHER_NAMES = {
     "data.batch_size": ("train_batch_size", "per_device_train_batch_size", "bs"),
@@ -145,7 +145,7 @@ def _checked_text(value: str, key: str) -> str:
     except UnicodeEncodeError:
         raise ConfigError(f"{key} holds a lone surrogate, which is not text: {shown(value)}") from None
     most, slashes = (
-        (_LONGEST_TEXT, "") if key in _NO_NAMES else (_LONGEST_NAME, f", {_LONGEST_NAME} between two slashes,")
+        (_LONGEST_TEXT, "") if key in _NOT_PATHS else (_LONGEST_NAME, f", {_LONGEST_NAME} between two slashes,")
     )
     if "\0" in value or longest > most or len(value.encode()) > _LONGEST_TEXT:
         raise ConfigError(
@@ -211,7 +211,7 @@ def _near(kind: Any, value: object) -> str:  # noqa: ANN401
 
 
 def _near_dict(value: object) -> str:
-    """Return a dictionary of texts close to a value; Hydra takes no quotes around a name."""
+    """Return a valid dictionary close to a value; Hydra does not allow quoted keys."""
     entries = [*value.items()][:5] if isinstance(value, dict) and value else [("NAME", value)]
     near = []
     for name, entry in entries:

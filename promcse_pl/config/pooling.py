@@ -1,11 +1,11 @@
-"""Names of poolings: the values of `model.pooling`. `promcse_pl.models.pooling` computes them."""
+"""Pooling names: the values of `model.pooling`. `promcse_pl.models.pooling` implements them."""
 
 from __future__ import annotations
 
 import difflib
 
 AUTO = "auto"
-"""Pooling of the encoder's own pipeline."""
+"""Value of `model.pooling` that selects the pooling in the encoder's modules.json, else the default of its family."""
 POOLINGS = (
     "cls",
     "cls_before_pooler",

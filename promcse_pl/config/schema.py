@@ -37,24 +37,24 @@ class ModelConfig(Section):
     pooling: str = "cls"
     """Pooling of the token embeddings. `cls`: the first token of the last layer, input of the head (paper, section 3).
     `cls_before_pooler`: the same without a head. Means over the tokens as in SimCSE: `avg` of the last layer, `avg_top2` of the
-    last two layers, `avg_first_last` of the embedding layer and the last layer. Those of sentence-transformers: `max`,
-    `mean_sqrt_len`, `weightedmean` (by position), `lasttoken`, and several of `cls`, `max`, `avg`, `mean_sqrt_len`,
-    `weightedmean` and `lasttoken` joined by `+`, such as `cls+avg`, which concatenates them. `auto`: that of the encoder's
-    modules.json (sentence-transformers), else the usual one of its family."""
+    last two layers, `avg_first_last` of the embedding layer and the last layer. As in sentence-transformers: `max`,
+    `mean_sqrt_len`, `weightedmean` (by position) and `lasttoken`. `+` concatenates several of `cls`, `max`, `avg`,
+    `mean_sqrt_len`, `weightedmean` and `lasttoken`, such as `cls+avg`. `auto`: the pooling in the encoder's modules.json
+    (sentence-transformers), else the default of its family."""
     head: Literal["none", "mlp", "mlp_train_only"] = "mlp"
     """Trained MLP (linear layer and tanh) on the pooled embedding. `mlp`: part of the sentence embedding (supervised recipes).
     `mlp_train_only`: used by the training loss only (unsupervised recipes)."""
     max_length: Annotated[int | Literal["auto"] | None, Range(ge=3, le=2**30, note="tokens", example=128)] = None
     """Maximum number of tokens of a sentence in `encode`, special tokens and prompt text included; longer sentences are
-    truncated. `auto`: `max_seq_length` of the encoder (sentence-transformers). `null`: as many as the encoder takes. Training
-    sentences are truncated to the smaller one of this and `data.max_length`."""
+    truncated. `auto`: `max_seq_length` of the encoder (sentence-transformers). `null`: the limit of the encoder. Training
+    sentences are truncated to the smaller of this and `data.max_length`."""
     prompts: dict[str, str] | None = None
-    """Texts to put in front of sentences, by name, as in sentence-transformers: `'model.prompts={query: "query: ", document:
+    """Texts to prepend to sentences, by name, as in sentence-transformers: `'model.prompts={query: "query: ", document:
     "passage: "}'`. They are saved with the adapter; `encode(..., prompt_name="query")` uses one. `null`: those of the encoder
     (config_sentence_transformers.json)."""
     default_prompt: str | None = None
     """Name of the prompt that `encode` and the dev evaluation use if none is given. `null`: that of the encoder, if
-    `model.prompts` has it; else none. `model.prompts={}` switches it off."""
+    `model.prompts` contains it, else no prompt. `model.prompts={}` disables it."""
 
     def _check_combinations(self) -> None:
         if not self.path.strip():
@@ -111,8 +111,8 @@ class DataConfig(Section):
     prompts: list[str] | None = None
     """Prompts of the texts of a training row, one for each text: the name of a prompt (`model.prompts`), or the text itself,
     which must contain a space or a colon; `""` for none. For pairs: `data.prompts=[query,document]`, or
-    `'data.prompts=["query: ","passage: "]'`. `null`: the default prompt (`model.default_prompt`) for all, if there is one, as for
-    the texts of the dev set and the evaluation."""
+    `'data.prompts=["query: ","passage: "]'`. `null`: the default prompt (`model.default_prompt`) for all texts, if there is
+    one. Dev set and evaluation always use the default prompt."""
     batch_size: Annotated[int, Range(ge=2, note="(the other rows of a batch are the negatives)")] = 256
     """Number of training rows per optimiser step, over all processes (paper: 256 or 512; official README also 64)."""
     cache_dir: Annotated[str | None, EXECUTION] = None
@@ -224,8 +224,9 @@ class TrainerConfig(Section):
     """Data type of the frozen encoder in training; `auto` selects bfloat16 if it is measured to be at least 1.3 times as fast.
     Prompt, head, loss, optimiser and final evaluation are always float32."""
     layers: Literal["auto", "library"] = "auto"
-    """Layers of the frozen encoder in training. `auto`: fused CPU layers for BERT and RoBERTa on a CPU, unless a module has
-    hooks. `library`: always the modules of transformers. Results differ by rounding and by the sampled dropout masks."""
+    """Layers of the frozen encoder in training. `auto`: fused CPU layers on a CPU for families that have them
+    (`promcse models`), unless a module has hooks. `library`: always the modules of transformers. Results differ by rounding and
+    by the sampled dropout masks."""
     chunk_tokens: Annotated[int | Literal["auto"] | None, Range(ge=1), EXECUTION] = "auto"
     """Number of tokens, padding included, that are encoded at once; `auto` chooses by device, `null` uses the whole batch.
     It affects speed and memory. The loss is that of the whole batch, but dropout masks are sampled per chunk."""

@@ -118,7 +118,7 @@ class PromcseDataModule(pl.LightningDataModule):
         progress: Called with the number of sentences tokenised so far.
     """
 
-    # seven parameters: the settings of the run, of its encoder and of its loss that decide a batch
+    # seven parameters: everything that affects a batch, and the progress
     def __init__(
         self,
         config: DataConfig,
@@ -147,7 +147,7 @@ class PromcseDataModule(pl.LightningDataModule):
         """Completed steps of a resumed run."""
         self.rows: TokenRows | None = None
         self.example: tuple[str, ...] = ()
-        """The first training row, as the encoder gets it."""
+        """The first training row, with text prompts."""
         self.notes: tuple[str, ...] = ()
         """How the training file is read: its columns and delimiter."""
         self.longest_input = longest_input

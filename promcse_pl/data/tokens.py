@@ -88,7 +88,7 @@ def memory_source(name: str, rows: Sequence[tuple[str, ...]]) -> RowSource:
 
 
 def prepared(source: RowSource, prompts: Sequence[str], prepare: Prepare) -> RowSource:
-    """Return rows with the texts that the tokenizer gets.
+    """Return a source whose texts have their prompts prepended and are in lower case if the encoder needs that.
 
     Args:
         source: The rows.

@@ -81,10 +81,13 @@ def find_targets(names: Sequence[str], *, pooling: str | None = None, device: st
 
 
 def frozen_target(model: PromCSE) -> Target:
-    """Return the frozen encoder of an adapter as a target: as sentence-transformers uses it, else pooled as the adapter does."""
+    """Return the frozen encoder of an adapter as a target, with the text settings of the adapter.
+
+    Its pooling is that of modules.json, else that of the adapter.
+    """
     backbone = model.encoder.backbone
     pooling = backbone.pipeline.pooling or model.encoder.pooling
-    plain = PromptEncoder(backbone, length=0, pooling=pooling, head="none").eval()
+    plain = PromptEncoder(backbone, length=0, pooling=pooling, head="none", text=model.encoder.text).eval()
     return Target("frozen encoder", "frozen encoder", (Member(lambda: PromCSE(plain, model.tokenizer)),))
 
 

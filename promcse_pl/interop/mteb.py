@@ -17,8 +17,9 @@ class MtebModel(AbsEncoder):  # type: ignore[misc]
     """Model for `mteb.evaluate`: embeddings are those of `PromCSE.encode`, similarities are cosines.
 
     Its revision is the adapter's content hash, so that mteb, which keeps results by name and revision, never shows those of
-    another adapter. Queries and documents of retrieval tasks get the prompts `query` and `document` of the model, if it has them;
-    the task's instructions and mteb's batch size have no effect.
+    another adapter. In retrieval tasks, queries and documents are encoded with the prompts `query` and `document` of the
+    model; without such a prompt, and in other tasks, with its default prompt. The task's instructions and mteb's batch size have
+    no effect.
 
     Args:
         model: The model.
@@ -58,7 +59,7 @@ class MtebModel(AbsEncoder):  # type: ignore[misc]
 
         Args:
             inputs: Batches with the texts under `text`.
-            prompt_type: Side of a retrieval task; its value is the name of a prompt. None: the default prompt.
+            prompt_type: `query` or `document` in retrieval tasks; the name of the prompt to use. None: the default prompt.
         """
         name = prompt_type.value if prompt_type is not None else None
         texts = [text for batch in inputs for text in batch["text"]]

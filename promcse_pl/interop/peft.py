@@ -23,7 +23,7 @@ from promcse_pl.config.pooling import ALLOWED_POOLINGS, is_pooling
 from promcse_pl.interop.files import read_json, read_tensors
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import PromptEncoder
-from promcse_pl.models.pooling import pooled_parts
+from promcse_pl.models.pooling import count_pooled_parts
 from promcse_pl.utils.errors import AdapterError, ConfigError
 from promcse_pl.utils.files import new_folder
 
@@ -40,9 +40,9 @@ CONFIG, WEIGHTS, PICKLED, TENSOR = (
 def export_peft(encoder: PromptEncoder, folder: str | Path) -> None:
     """Write a prompt as a folder that `peft.PeftModel.from_pretrained(base_model, folder)` reads.
 
-    PEFT stores neither pooling and text settings, which users of the folder must know, nor the prompt's dropout. A projected
-    prompt is stored as the output of the projection. A head for training only (`mlp_train_only`) is dropped. An encoder inside
-    the adapter's folder is not copied and has no name in the config.
+    PEFT does not store pooling, text settings and the prompt's dropout; users of the folder must know pooling and text settings.
+    A projected prompt is stored as the output of the projection. A head for training only (`mlp_train_only`) is dropped. An
+    encoder inside the adapter's folder is not copied and has no name in the config.
 
     Args:
         encoder: The prompt encoder.
@@ -64,8 +64,8 @@ def export_peft(encoder: PromptEncoder, folder: str | Path) -> None:
             "the MLP head cannot be stored by PEFT, and the embeddings depend on it. Train with model.head=none, or export to "
             "sentence-transformers"
         )
-    if len(backbone.dense) or pooled_parts(encoder.pooling) > 1:
-        what = "dense layers of the encoder" if len(backbone.dense) else f"joined poolings ({encoder.pooling})"
+    if len(backbone.dense) or count_pooled_parts(encoder.pooling) > 1:
+        what = "dense layers of the encoder" if len(backbone.dense) else f"concatenated poolings ({encoder.pooling})"
         raise AdapterError(
             f"the {what} cannot be stored by PEFT, and the embeddings depend on them. Export to sentence-transformers instead"
         )
@@ -97,8 +97,8 @@ def export_peft(encoder: PromptEncoder, folder: str | Path) -> None:
 def import_peft(folder: str | Path, *, pooling: str = "avg", encoder: str | Path | None = None) -> PromptEncoder:
     """Read a prefix-tuning adapter of PEFT and the encoder it names.
 
-    PEFT stores neither the pooling nor a hash of the encoder, so the caller must know both. It wraps the encoder alone, so the
-    pipeline of a sentence-transformers folder is ignored.
+    PEFT stores neither the pooling nor a hash of the encoder, so the caller must know both. PEFT wraps the encoder
+    only, so the pipeline of a sentence-transformers folder is ignored.
 
     Args:
         folder: Folder with adapter_config.json and adapter_model.safetensors (or .bin, from which only tensors are read).

@@ -1,7 +1,7 @@
-"""The prompt in the attention of an encoder: its keys and values stand in front of those of the tokens, in every layer.
+"""Attention with a deep prompt: in every layer, the prompt's keys and values are prepended to those of the tokens.
 
 `FrozenBackbone` sets the prompt of a forward pass with `prompt_in_attention`. Most encoders call the attention function that is
-registered here with transformers; the others get an attention module of `promcse_pl.models.families` that uses
+registered here with transformers. In the others, `promcse_pl.models.families` replaces the attention modules by ones that call
 `prepend_prompt`. Prompt slots have no queries and no outputs, so the encoder still returns T positions.
 """
 
@@ -26,18 +26,18 @@ from promcse_pl.utils.errors import EncoderError
 PROMPT_ATTENTION = "promcse_prompt"
 """Value of `attn_implementation`."""
 Prompts = Sequence[Tensor] | Iterator[Tensor]
-"""Keys and values (2, B or 1, K, P, H) of each layer: by `module.layer_idx`, or in call order where layers share a module."""
+"""Keys and values (2, B or 1, K, P, H) of each layer: a sequence indexed by `module.layer_idx`, or an iterator in call order."""
 
 _prompts: ContextVar[Prompts | None] = ContextVar("prompts", default=None)
 _WITHOUT_EFFECT = frozenset(
     ("sliding_window", "position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict")
 )
-"""Keyword arguments of attention functions that change no number here: the mask contains the sliding window."""
+"""Keyword arguments of attention functions that do not affect the output here; sliding windows are part of the mask."""
 
 
 @contextmanager
 def prompt_in_attention(prompts: Prompts | None) -> Iterator[None]:
-    """Put a prompt in front of the tokens in every attention layer that runs in this thread; None for the plain encoder."""
+    """Prepend a prompt in every attention layer called inside this context (per thread); None: no prompt."""
     token = _prompts.set(prompts)
     try:
         yield
@@ -48,7 +48,7 @@ def prompt_in_attention(prompts: Prompts | None) -> Iterator[None]:
 def prepend_prompt(
     module: nn.Module, key_BKTH: Tensor, value_BKTH: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return keys, values and mask with the prompt slots of a layer in front.
+    """Prepend the prompt of a layer to keys, values and mask.
 
     Args:
         module: The attention module; its `layer_idx` selects the prompt.
@@ -89,14 +89,13 @@ def prompt_attention(
         dropout: Probability of dropping an attention weight, of prompt slots as well as of tokens.
         scaling: Factor on the dot products; 1 / sqrt(H) if None.
         position_bias: Added to the scaled dot products of the tokens, broadcastable to (B, N, T, T) (T5); prompt slots get 0.
-        others: Arguments that transformers passes to every attention function.
+        others: Other arguments of transformers. They must be unset, or in `_WITHOUT_EFFECT`.
 
     Returns:
         The attention output, (B, T, N, H), and None for the weights.
 
     Raises:
-        EncoderError: An argument that would change the output and that this function does not implement, or causal attention
-            without a mask.
+        EncoderError: An argument that is not implemented and could change the output, or causal attention without a mask.
     """
     _check_arguments(module, query_BNTH, attention_mask, others)
     if position_bias is not None:
@@ -135,7 +134,7 @@ def attend(scores_BNTS: Tensor, value_BNSH: Tensor, mask: Tensor | None, dropout
 
 
 def additive_mask(bias: Tensor, mask: Tensor | None) -> Tensor:
-    """Return a bias on attention scores with the lowest number where a mask forbids attention.
+    """Add a mask to an attention bias: masked positions get the lowest number of its dtype.
 
     Args:
         bias: Broadcastable to (B, N, T, T).
@@ -153,15 +152,16 @@ def _check_arguments(module: nn.Module, query_BNTH: Tensor, mask: Tensor | None,
         if name not in _WITHOUT_EFFECT and value is not None and value is not False
     )
     if "is_causal" in unknown or (getattr(module, "is_causal", False) and mask is None and query_BNTH.shape[2] > 1):
-        raise EncoderError(f"{type(module).__name__} asks for causal attention without a mask, which is not supported")
+        raise EncoderError(f"{type(module).__name__} uses causal attention without a mask, which is not supported")
     if unknown:
         raise EncoderError(
-            f"{type(module).__name__} passes {', '.join(unknown)} to its attention function, which prompts do not support"
+            f"{type(module).__name__} passes {', '.join(unknown)} to its attention function, which is not supported. "
+            "Try: another encoder, or the transformers version in constraints.txt"
         )
 
 
 def _mask(*sizes: Any, **options: Any) -> Tensor | None:  # noqa: ANN401
-    """Return transformers' boolean mask; a causal one is never left out in favour of `is_causal`."""
+    """Return transformers' boolean mask; causal masks are always materialised, `is_causal` does not count prompt slots."""
     return cast(Tensor | None, sdpa_mask(*sizes, **{**options, "allow_is_causal_skip": False}))
 
 

@@ -1,6 +1,6 @@
 """The frozen pre-trained encoder with deep prompts as an input."""
 
-# B sentences, T tokens, P prompt length, L layers, N heads, H head size, D width
+# B sentences, T tokens, P prompt length, L layers, K key/value heads, H head size, D width
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from promcse_pl.data.tokenizer import tokenizer_fingerprint
 from promcse_pl.models.attention import PROMPT_ATTENTION, Prompts, prompt_in_attention
 from promcse_pl.models.cpu.dropout import use_fast_dropout
 from promcse_pl.models.cpu.layers import can_fuse, run_fused_layers
-from promcse_pl.models.dense import dense_layers
+from promcse_pl.models.dense import load_dense_layers
 from promcse_pl.models.encoder_files import (
     first_line,
     quiet_transformers,
@@ -34,12 +34,12 @@ from promcse_pl.models.hub import locate
 from promcse_pl.models.identity import EncoderId, output_config
 from promcse_pl.models.mlm import MlmHead
 from promcse_pl.models.pipeline import Pipeline, read_pipeline
-from promcse_pl.models.pooling import pooled_parts
+from promcse_pl.models.pooling import count_pooled_parts
 from promcse_pl.utils.errors import ConfigError, EncoderError
 from promcse_pl.utils.paths import expand, hide_home, is_folder
 
 UNLIMITED_INPUT = 2**16
-"""Maximum number of tokens for encoders without a limit of their own (T5): more than the memory of attention allows."""
+"""Maximum number of tokens for encoders without a position limit (T5); in practice, memory limits the length."""
 
 
 class FrozenBackbone(nn.Module):
@@ -72,7 +72,7 @@ class FrozenBackbone(nn.Module):
         self._adapt(model)
         self.model = model.requires_grad_(False)
         self.pipeline = pipeline or Pipeline()
-        self.dense = dense_layers(self.pipeline.dense)
+        self.dense = load_dense_layers(self.pipeline.dense)
         self.identity = dataclasses.replace(identity, config=output_config(config, self.dense))
         self.model_type: str = config.model_type
         self.layers: int = config.num_hidden_layers
@@ -81,10 +81,10 @@ class FrozenBackbone(nn.Module):
         self.width: int = config.hidden_size
         self.head_size: int = getattr(config, "head_dim", None) or self.width // self.heads
         self.hidden_dropout = float(
-            _first(config, ("hidden_dropout_prob", "mlp_dropout", "dropout", "dropout_rate"), 0.0)
+            _first_set(config, ("hidden_dropout_prob", "mlp_dropout", "dropout", "dropout_rate"), 0.0)
         )
         self.layer_norm_eps = float(
-            _first(config, ("layer_norm_eps", "norm_eps", "rms_norm_eps", "layer_norm_epsilon"), 1e-12)
+            _first_set(config, ("layer_norm_eps", "norm_eps", "rms_norm_eps", "layer_norm_epsilon"), 1e-12)
         )
         self.pad_id: int = config.pad_token_id or 0
         if self.family.positions == "after_padding_id":
@@ -234,13 +234,13 @@ class FrozenBackbone(nn.Module):
         Raises:
             ConfigError: The dense layers do not take the width of this pooling.
         """
-        width = self.width * pooled_parts(pooling)
+        width = self.width * count_pooled_parts(pooling)
         if not self.pipeline.dense:
             return width
         if self.pipeline.dense[0].inputs != width:
             raise ConfigError(
                 f"pooling {pooling} gives {width} features, but the dense layers of {self.identity.name} take "
-                f"{self.pipeline.dense[0].inputs}. Try: pooling {self.pipeline.pooling}"
+                f"{self.pipeline.dense[0].inputs}. Try: model.pooling={self.pipeline.pooling}"
             )
         return self.pipeline.dense[-1].outputs
 
@@ -279,7 +279,7 @@ class FrozenBackbone(nn.Module):
 
         Args:
             ids_BT, mask_BT: Token ids, and attention mask (1 for real tokens, 0 for padding).
-            prompt_kv: (L, 2, B or 1, N, P, H), or None for the plain encoder.
+            prompt_kv: (L, 2, B or 1, K, P, H), or None for the plain encoder.
             position_offset: Added to every position.
             types_BT: Token types (BERT, ELECTRA); zeros if None.
             all_layers: Also return the embedding output and every layer.
@@ -346,6 +346,6 @@ class FrozenBackbone(nn.Module):
             )
 
 
-def _first(config: Any, names: tuple[str, ...], default: float) -> float:  # noqa: ANN401
+def _first_set(config: Any, names: tuple[str, ...], default: float) -> float:  # noqa: ANN401
     """Return the first of some fields that a config has."""
     return next((getattr(config, name) for name in names if getattr(config, name, None) is not None), default)

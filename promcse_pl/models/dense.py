@@ -53,7 +53,7 @@ class FrozenDense(nn.Module):
         spec: Settings of the layer.
 
     Raises:
-        EncoderError: The weights cannot be read, or do not have the declared names, shapes and finite values.
+        EncoderError: The weights cannot be read, have other names or shapes than declared, or are not finite.
     """
 
     def __init__(self, spec: DenseSpec) -> None:
@@ -90,7 +90,7 @@ class FrozenDense(nn.Module):
         }
 
 
-def dense_layers(specs: Sequence[DenseSpec]) -> nn.Sequential:
+def load_dense_layers(specs: Sequence[DenseSpec]) -> nn.Sequential:
     """Read dense layers; without any, the embeddings are returned unchanged.
 
     Raises:

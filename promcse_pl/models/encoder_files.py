@@ -82,7 +82,7 @@ def read_config(source: str | Path, name: str, revision: str | None = None) -> A
 
 
 def _unknown_model_type(path: Path) -> str | None:
-    """Return the `model_type` of a config.json if transformers has no class for it: a misspelling, or code beside the file."""
+    """Return the `model_type` of a config.json if transformers has no class for it: a misspelling, or remote code."""
     from transformers import CONFIG_MAPPING
 
     try:

@@ -35,7 +35,7 @@ def output_config(config: Any, dense: Iterable[Any] = ()) -> dict[str, Any]:  # 
 
     Args:
         config: Config of the encoder.
-        dense: Its `FrozenDense` layers. Without any there is no entry, so that the identity of most encoders does not change.
+        dense: Its `FrozenDense` layers. If empty, no entry is added, so the identities in older adapters stay valid.
     """
     fields = {name: getattr(config, name, None) for name in FAMILIES[config.model_type].fields}
     layers = [layer.identity() for layer in dense]

@@ -25,7 +25,7 @@ _MODULE = re.compile(
     r"sentence_transformers\.(?:models|base\.modules|sentence_transformer\.modules)(?:\.\w+)?\."
     r"(Transformer|Pooling|Dense|Normalize)"
 )
-_WITHOUT = "Try: a copy of the folder without modules.json, and model.pooling=avg (or another)"
+_ADVICE = "Try: a copy of the folder without modules.json, and model.pooling=avg (or another)"
 _TRANSFORMER_FILES = tuple(
     f"sentence_{name}_config.json"
     for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
@@ -89,7 +89,7 @@ class TextSettings:
             ConfigError: There is no prompt of that name, or both are given.
         """
         if None not in (name, text):
-            raise ConfigError(f"prompt_name={name!r} and prompt={text!r} exclude each other. Try: one of them")
+            raise ConfigError(f"prompt_name={name!r} and prompt={text!r} are mutually exclusive. Pass only one")
         if text is not None:
             return text
         name = self.default_prompt if name is None else name
@@ -103,12 +103,12 @@ class TextSettings:
         return self.prompts[name]
 
     def prepare(self, texts: Sequence[str], prompt: str = "") -> list[str]:
-        """Return texts as the tokenizer gets them: with a prompt text in front, in lower case if set.
+        """Prepend a prompt text, and convert texts to lower case if set.
 
         Special tokens in a text, such as [MASK], are converted to lower case too.
         """
         prepared = [prompt + text for text in texts]
-        # each character by itself, as the tokenizers library does: str.lower gives a final sigma its own letter
+        # character by character, like the tokenizers library: str.lower on a whole word maps a final sigma differently
         return ["".join(map(str.lower, text)) for text in prepared] if self.lower_case else prepared
 
 
@@ -130,7 +130,7 @@ class Pipeline:
 def read_pipeline(folder: Path) -> Pipeline:
     """Read modules.json of an encoder's folder and the settings of its modules; no weights are read and no code is run.
 
-    A Normalize module at the end is left out, since embeddings are normalised on request.
+    A Normalize module at the end is ignored: `encode` normalises embeddings by default.
 
     Args:
         folder: Folder of the encoder.
@@ -149,7 +149,7 @@ def read_pipeline(folder: Path) -> Pipeline:
     if kinds[:2] != ["Transformer", "Pooling"] or not set(kinds[2:]) <= {"Dense", "Normalize"}:
         raise EncoderError(
             f"{path} has the modules {', '.join(kinds) or 'none'}; supported: Transformer, Pooling, then any of Dense and "
-            f"Normalize. {_WITHOUT}"
+            f"Normalize. {_ADVICE}"
         )
     if modules[0][1] != folder:
         raise EncoderError(
@@ -157,11 +157,11 @@ def read_pipeline(folder: Path) -> Pipeline:
             "SentenceTransformer(OLD).save_pretrained(NEW), and model.path=NEW"
         )
     dense, normalize = [], False
-    for kind, place in modules[2:]:
+    for kind, module_folder in modules[2:]:
         if kind == "Dense":
-            dense.append(_dense(place, normalize))
+            dense.append(_dense(module_folder, normalize))
         else:
-            _check_names(_read_optional(place / "config.json"), place / "config.json")
+            _check_names(_read_optional(module_folder / "config.json"), module_folder / "config.json")
         normalize = kind == "Normalize"
     return Pipeline(pooling=_pooling(modules[1][1] / "config.json"), text=_text(folder), dense=tuple(dense))
 
@@ -176,12 +176,12 @@ def _module(entry: object, path: Path) -> tuple[str, Path]:
     if found is None:
         raise EncoderError(
             f"{path} has the module {_shown(entry['type'])}, which is not supported (supported: Transformer, Pooling, Dense, "
-            f"Normalize of sentence-transformers). {_WITHOUT}"
+            f"Normalize of sentence-transformers). {_ADVICE}"
         )
-    place = PurePosixPath(entry["path"])
-    if place.is_absolute() or ".." in place.parts or not entry["path"].isprintable():
+    module_folder = PurePosixPath(entry["path"])
+    if module_folder.is_absolute() or ".." in module_folder.parts or not entry["path"].isprintable():
         raise EncoderError(f"{path}: the path {_shown(entry['path'])} leaves the folder. Restore the published file")
-    return found.group(1), path.parent / place
+    return found.group(1), path.parent / module_folder
 
 
 def _pooling(path: Path) -> str:
@@ -195,7 +195,7 @@ def _pooling(path: Path) -> str:
         *_OLD_POOLINGS,
     }
     if unknown:
-        raise EncoderError(f"{path} has the unknown setting {_shown(min(unknown))}. {_WITHOUT}")
+        raise EncoderError(f"{path} has the unknown setting {_shown(min(unknown))}. {_ADVICE}")
     if not _value(config, "include_prompt", bool, True, path):
         raise EncoderError(
             f"{path}: include_prompt is false, so the pooling would leave out the tokens of a prompt, which is not supported. "
@@ -222,12 +222,12 @@ def _dense(folder: Path, normalize: bool) -> DenseSpec:
     config = _read(path, read_json_object)
     _check_names(config, path)
     if config.get("use_residual"):
-        raise EncoderError(f"{path}: use_residual is set, which is not supported. {_WITHOUT}")
+        raise EncoderError(f"{path}: use_residual is set, which is not supported. {_ADVICE}")
     activation = _value(config, "activation_function", str, "torch.nn.modules.activation.Tanh", path)
     module, _, name = activation.rpartition(".")
     if name not in ACTIVATIONS or not re.fullmatch(r"torch\.nn(\.modules\.\w+)?", module):
         raise EncoderError(
-            f"{path}: activation_function is {_shown(activation)}; supported: {', '.join(ACTIVATIONS)} of torch.nn. {_WITHOUT}"
+            f"{path}: activation_function is {_shown(activation)}; supported: {', '.join(ACTIVATIONS)} of torch.nn. {_ADVICE}"
         )
     inputs, outputs = (_value(config, key, int, None, path) for key in ("in_features", "out_features"))
     if not (1 <= inputs <= _LARGEST and 1 <= outputs <= _LARGEST):
@@ -242,11 +242,11 @@ def _check_names(config: Mapping[str, Any], path: Path) -> None:
     """Reject a Dense or Normalize module that reads or writes something other than the sentence embedding."""
     for key in ("module_input_name", "module_output_name"):
         if config.get(key) not in (None, "sentence_embedding"):
-            raise EncoderError(f"{path}: {key} is {_shown(config[key])}; supported: 'sentence_embedding'. {_WITHOUT}")
+            raise EncoderError(f"{path}: {key} is {_shown(config[key])}; supported: 'sentence_embedding'. {_ADVICE}")
 
 
 def _text(folder: Path) -> TextSettings:
-    """Return the settings of texts: those of the Transformer module, and the prompts."""
+    """Return the text settings: those of the Transformer module, and the prompts."""
     path = next(
         (path for name in _TRANSFORMER_FILES if is_there(path := folder / name)), folder / _TRANSFORMER_FILES[0]
     )
@@ -294,7 +294,7 @@ def _checked_options(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
             and "message" not in value
         ):
             continue
-        raise EncoderError(f"{path}: {_shown(key)} is {_shown(value)}, which is not supported. {_WITHOUT}")
+        raise EncoderError(f"{path}: {_shown(key)} is {_shown(value)}, which is not supported. {_ADVICE}")
     _value(tokenizer, "model_max_length", int | None, None, path)
     return tokenizer
 
@@ -304,7 +304,7 @@ def _prompts(path: Path) -> tuple[dict[str, str], str | None]:
     config = _read_optional(path)
     kind = config.get("model_type", "SentenceTransformer")
     if kind != "SentenceTransformer":
-        raise EncoderError(f"{path}: model_type is {_shown(kind)}; supported: 'SentenceTransformer'. {_WITHOUT}")
+        raise EncoderError(f"{path}: model_type is {_shown(kind)}; supported: 'SentenceTransformer'. {_ADVICE}")
     if config.get("truncate_dim") is not None:
         raise EncoderError(
             f"{path}: truncate_dim is {_shown(config['truncate_dim'])}, which is not supported. Try: a copy of the folder with "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def pooled_parts(pooling: str) -> int:
+def count_pooled_parts(pooling: str) -> int:
     """Return the number of embeddings that a pooling concatenates."""
     return pooling.count("+") + 1
 
@@ -39,7 +39,7 @@ def pool(states: Sequence[Tensor], mask_BT: Tensor, pooling: str) -> Tensor:
             by `+` are concatenated.
 
     Returns:
-        (B, D), or (B, n D) for n joined poolings.
+        (B, D), or (B, n D) for n concatenated poolings.
     """
     last_BTD = states[-1]
     if pooling == "avg_top2":

@@ -1,6 +1,6 @@
 """The deep prompt: P trained keys and values in front of those of the tokens, in every layer."""
 
-# B sentences, P prompt length, L layers, N heads, H head size, D = N * H
+# B sentences, P prompt length, L layers, N key/value heads, H head size, D = N * H
 
 from __future__ import annotations
 

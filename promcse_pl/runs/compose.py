@@ -57,8 +57,8 @@ def quoted(text: str) -> str:
     return QuotedString(escaped(text), Quote.single).with_quotes()
 
 
-def replacing_prompts(overrides: Sequence[str]) -> list[str]:
-    """Return overrides in which `model.prompts={...}` replaces the prompts of a file in conf/; Hydra would merge the two."""
+def replace_prompts(overrides: Sequence[str]) -> list[str]:
+    """Insert `model.prompts=null` before `model.prompts={...}`: Hydra merges dictionaries, and the override must replace them."""
     return [
         line
         for override in overrides
@@ -79,14 +79,14 @@ def compose_config(overrides: Sequence[str], values: Mapping[str, str]) -> Confi
     check_overrides(overrides, config_groups())
     with hydra_errors():
         with _initialized():
-            composed = compose("config", overrides=replacing_prompts(overrides))
+            composed = compose("config", overrides=replace_prompts(overrides))
         for key, value in values.items():
             OmegaConf.update(composed, key, escaped(value))
     return config_of(composed)
 
 
 def recipe_note(config: Config, model: str) -> str | None:
-    """Return a line that says that the recipe is for another encoder; None if it is for this one, or there is none.
+    """Return a note if the learning rate comes from the recipe of another encoder; otherwise None.
 
     Args:
         config: The composed config.
@@ -100,7 +100,9 @@ def recipe_note(config: Config, model: str) -> str | None:
     lr = read_yaml(recipe).get("optim", {}).get("lr")
     if encoder == config.model.path or lr != config.optim.lr:
         return None
-    return f"optim.lr={lr:g} is that of the recipe {mode}/{model}, made for {encoder}; it is not tuned for {config.model.path}"
+    return (
+        f"optim.lr={lr:g} comes from the recipe {mode}/{model} for {encoder}; it is not tuned for {config.model.path}"
+    )
 
 
 @contextmanager

@@ -96,7 +96,7 @@ def describe_inputs(config: Config, encoder: PromptEncoder, data: PromcseDataMod
 
 
 def ignores_pipeline(folder: Path) -> bool:
-    """Return whether a run was started by a version that ignored modules.json of the encoder, so that its resume does too."""
+    """Return whether a run was started by a version that ignored the encoder's modules.json; resuming it ignores it too."""
     path = folder / INPUTS
     stored = read_json(path) if path.exists() else None
     encoder = stored.get("model.path") if isinstance(stored, dict) else None
@@ -175,7 +175,7 @@ def _compare_encoder(stored: dict[str, Any], encoder: dict[str, Any], folder: Pa
         changed.append("its tokenizer differs")
     pipeline = encoder["pipeline"]
     changed += [
-        f"{name} in its files of sentence-transformers was {str(value)[:80]} and is now {str(pipeline[name])[:80]}"
+        f"{name} in its sentence-transformers files was {str(value)[:80]} and is now {str(pipeline[name])[:80]}"
         for name, value in stored.get("pipeline", {}).items()
         if name in pipeline and pipeline[name] != value
     ]

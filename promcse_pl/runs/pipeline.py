@@ -113,9 +113,8 @@ def _prepare(run: RunContext) -> tuple[RunContext, Parts]:
     for line in describe_origins(run.typed.model, encoder):
         log.info("%s", line)
     resolved = dataclasses.replace(config, model=resolved_model(config.model, encoder))
-    config = Config.from_dict(
-        resolved.to_dict()
-    )  # also checks what the encoder's files set, which a resume reads again
+    # validates the values from the encoder's files, which are read from config.yaml on resume
+    config = Config.from_dict(resolved.to_dict())
     mlm_head = build_mlm_head(config, encoder.backbone)
     with rank_zero_first(run.ranks), progress_bar(run.console, "tokenising", None) as progress:
         data = build_data(config, encoder, progress)
@@ -194,7 +193,7 @@ def _report_truncation(data: PromcseDataModule, max_length: int | None) -> None:
         advised = min(2 * length, longest)
         log.warning("%s. To truncate fewer: data.max_length=%d (the maximum here is %d)", message, advised, longest)
     elif max_length == length:
-        log.warning("%s, the maximum in model.max_length", message)
+        log.warning("%s, the value of model.max_length", message)
     else:
         log.warning("%s, the maximum of data.max_length for this encoder", message)
 

@@ -1,4 +1,4 @@
-"""Resolves the settings that have their defaults in the files of the encoder: pooling, length and prompts."""
+"""Resolve settings whose defaults are in the encoder's files: pooling, maximum length and text prompts."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from promcse_pl.utils.errors import ConfigError
 
 
 def resolve_pooling(model: ModelConfig, backbone: FrozenBackbone) -> str:
-    """Return the pooling: as set, or with `auto` that of the encoder's pipeline, else the usual one of its family."""
+    """Return the pooling: `model.pooling`; for `auto`, that of the encoder's modules.json, else the default of its family."""
     if model.pooling != "auto":
         return model.pooling
     return backbone.pipeline.pooling or backbone.family.pooling
 
 
 def resolve_text(model: ModelConfig, backbone: FrozenBackbone) -> TextSettings:
-    """Return how texts become the input of the encoder: as set, else as in its pipeline.
+    """Return the text settings: as set in the config, else those of the encoder's pipeline.
 
     Raises:
         ConfigError: The encoder has no prompt of the name in `model.default_prompt`.
@@ -58,14 +58,14 @@ def resolved_model(model: ModelConfig, encoder: PromptEncoder) -> ModelConfig:
 
 
 def describe_origins(typed: ModelConfig, encoder: PromptEncoder) -> list[str]:
-    """Return lines for the terminal on the resolved settings and where each comes from.
+    """Return log lines with the resolved settings and the source of each.
 
     Args:
         typed: The settings as typed.
         encoder: The encoder that was built with the resolved ones.
     """
     own, text = encoder.backbone.pipeline, encoder.text
-    usual = f"usual for {encoder.backbone.model_type} encoders"
+    usual = f"default for {encoder.backbone.model_type} encoders"
     origin = ("modules.json of the encoder" if own.pooling else usual) if typed.pooling == "auto" else "model.pooling"
     lines = [f"pooling: {encoder.pooling} ({origin}{_differs(encoder.pooling, own.pooling)})"]
     parts = []
@@ -74,7 +74,7 @@ def describe_origins(typed: ModelConfig, encoder: PromptEncoder) -> list[str]:
         length = "any length" if text.max_length is None else f"at most {text.max_length} tokens"
         parts.append(f"{length} ({origin}{_differs(text.max_length, own.text.max_length)})")
     if text.lower_case:
-        parts.append("lower case (as the encoder's own pipeline)")
+        parts.append("lower case (do_lower_case of the encoder)")
     if text.prompts:
         origin = "the encoder's" if typed.prompts is None else "model.prompts"
         parts.append(f"prompts {_names(text.prompts)} ({origin})")

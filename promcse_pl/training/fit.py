@@ -131,7 +131,7 @@ def build_mlm_head(config: Config, backbone: FrozenBackbone) -> MlmHead | None:
 def build_data(config: Config, encoder: PromptEncoder, progress: Callable[[int], None]) -> PromcseDataModule:
     """Read and tokenise the training rows of a config, or load them from the token cache.
 
-    The data module gets the texts of the prompts in place of their names, and the maximum length of the encoder if it is smaller.
+    Prompt names in `data.prompts` are replaced by their texts, and `data.max_length` is limited to the encoder's maximum length.
     """
     text = encoder.text
     max_length = min(config.data.max_length, text.max_length or config.data.max_length)

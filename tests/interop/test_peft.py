@@ -152,7 +152,7 @@ def test_what_peft_cannot_hold_is_refused(tmp_path):
         export_peft(PromptEncoder(small_backbone(), length=0), tmp_path / "peft")
     with pytest.raises(AdapterError, match="does not run on modernbert"):
         export_peft(PromptEncoder(small_backbone("modernbert"), length=P), tmp_path / "peft")
-    with pytest.raises(AdapterError, match=r"the joined poolings \(cls\+avg\) cannot be stored by PEFT"):
+    with pytest.raises(AdapterError, match=r"the concatenated poolings \(cls\+avg\) cannot be stored by PEFT"):
         export_peft(prompt_encoder(tmp_path / "encoder", pooling="cls+avg"), tmp_path / "peft")
     dense = FrozenBackbone.load(add_pipeline(save_small_encoder(tmp_path / "dense")))
     with pytest.raises(AdapterError, match="the dense layers of the encoder cannot be stored by PEFT"):

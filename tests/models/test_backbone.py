@@ -174,7 +174,7 @@ def test_a_hub_encoder_is_found_in_the_cache_by_its_commit_alone(tmp_path, folde
 def test_an_unsupported_family_is_refused_by_name_before_weights_are_read(tmp_path, family):
     AutoConfig.for_model(family).save_pretrained(tmp_path / "encoder")  # no weights at all
     message = refusal(tmp_path / "encoder")
-    assert f"is a {family} encoder" in message
+    assert f"has model_type '{family}'" in message
     assert f"Supported: {', '.join(sorted(SUPPORTED))}" in message
 
 
@@ -212,7 +212,7 @@ def test_an_unknown_hub_id_is_refused_at_once_when_offline(offline, name):
             {"model_type": "new", "auto_map": {"AutoConfig": "a/b--c.D"}},
             "Try: a copy with model_type gte, such as model.path=",
         ),
-        ({"model_type": "no_such_family"}, "is a no_such_family encoder, which is not supported. Supported: "),
+        ({"model_type": "no_such_family"}, "has model_type 'no_such_family', which is not supported. Supported: "),
         (
             {"position_embedding_type": "rotary", "lora_adaptations": ["a"]},
             "Try: model.path=jinaai/jina-embeddings-v3-hf",
@@ -251,7 +251,7 @@ def test_code_beside_an_encoder_is_neither_run_nor_offered(tmp_path, capfd):
     folder.mkdir()
     (folder / "code.py").write_text(f"open({str(marker)!r}, 'w')\nclass Config: pass\n")
     (folder / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}}))
-    assert "is a own encoder, which is not supported" in refusal(folder)
+    assert "has model_type 'own', which is not supported" in refusal(folder)
     assert "y/N" not in capfd.readouterr().out
     assert not marker.exists()
 
@@ -354,5 +354,7 @@ def test_no_warning_is_printed_for_a_model_whose_attention_is_replaced(caplog):
 
 
 def test_a_model_of_another_family_is_refused():
-    with pytest.raises(EncoderError, match=r"big_bird encoder, which is not supported. Supported: albert, bert"):
+    with pytest.raises(
+        EncoderError, match=r"has model_type 'big_bird', which is not supported. Supported: albert, bert"
+    ):
         FrozenBackbone(small_encoder("big_bird"), EncoderId("small", None, ""))

@@ -103,7 +103,7 @@ def test_the_small_decoders_have_a_window_narrower_than_a_sentence_and_grouped_h
 def test_an_argument_that_changes_scores_is_refused_by_the_attention_function(option):
     query = torch.randn(1, 2, 4, 8)
     mask = torch.ones(1, 1, 4, 4, dtype=torch.bool)
-    with pytest.raises(EncoderError, match=r"passes (softcap|s_aux)|asks for causal attention"):
+    with pytest.raises(EncoderError, match=r"passes (softcap|s_aux)|uses causal attention"):
         prompt_attention(torch.nn.Module(), query, query, query, mask, **option)
 
 
@@ -255,5 +255,5 @@ def test_embeddings_with_a_scaled_rotation_do_not_depend_on_the_batch(rope_type)
 )
 def test_relatives_are_refused_with_an_encoder_to_use_instead(tmp_path, family, advice):
     AutoConfig.for_model(family).save_pretrained(tmp_path)
-    with pytest.raises(EncoderError, match=rf"is a {family} encoder, which is not supported: .* Try: .*{advice}"):
+    with pytest.raises(EncoderError, match=rf"has model_type '{family}', which is not supported: .* Try: .*{advice}"):
         read_config(tmp_path, "encoder")

@@ -132,7 +132,7 @@ def test_dense_layers_follow_each_other_and_a_normalised_input(tmp_path):
     folder = write_folder(tmp_path / "folder", *modules)
     assert [spec.normalize for spec in read_pipeline(folder).dense] == [True, False, True]
     assert_equal_embeddings(folder)
-    with pytest.raises(ConfigError, match=r"pooling avg gives 16 features, .* take 32. Try: pooling cls\+avg"):
+    with pytest.raises(ConfigError, match=r"pooling avg gives 16 features, .* take 32. Try: model.pooling=cls\+avg"):
         frozen(folder, pooling="avg")
 
 
@@ -147,7 +147,7 @@ def test_prompts_and_the_default_prompt_are_those_of_sentence_transformers(tmp_p
     assert np.abs(default - document).max() > 1e-3
     with pytest.raises(ConfigError, match=r"there is no prompt 'q' \(known: document, none, query\)"):
         model.encode("w5", prompt_name="q")
-    with pytest.raises(ConfigError, match="exclude each other"):
+    with pytest.raises(ConfigError, match="mutually exclusive"):
         model.encode("w5", prompt_name="query", prompt="w5 ")
 
 

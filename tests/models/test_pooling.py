@@ -8,10 +8,10 @@ from promcse_pl.config.pooling import POOLINGS, is_pooling
 from promcse_pl.data.batch import Tokens
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.pooling import (
+    count_pooled_parts,
     needs_all_layers,
     needs_first_token,
     pool,
-    pooled_parts,
 )
 
 LENGTHS = [5, 1, 3]
@@ -59,7 +59,7 @@ def slow_pool(states, pooling, side="right"):
 def test_pooling_equals_the_loop(pooling, side):
     found = pool(some_states(), some_mask(side), pooling)
     torch.testing.assert_close(found, slow_pool(some_states(), pooling, side), rtol=0, atol=1e-14)
-    assert found.shape[1] == 4 * pooled_parts(pooling)
+    assert found.shape[1] == 4 * count_pooled_parts(pooling)
 
 
 @pytest.mark.parametrize("pooling", [pooling for pooling in POOLINGS if not needs_all_layers(pooling)])

@@ -61,7 +61,7 @@ def test_a_run_takes_pooling_length_and_prompts_from_the_folder_and_records_them
     assert about["text"] == {"max_length": 16, "lower_case": True, "prompts": PROMPTS, "default_prompt": None}
     assert PromCSE.load(folder / "run", device="cpu").encode("w5").shape == (DENSE,)
     assert "\npooling: cls (modules.json of the encoder)\n" in printed
-    texts = "at most 16 tokens (max_seq_length of the encoder); lower case (as the encoder's own pipeline)"
+    texts = "at most 16 tokens (max_seq_length of the encoder); lower case (do_lower_case of the encoder)"
     assert f"\ntexts: {texts}; prompts document, query (the encoder's)\n" in printed
 
 
@@ -132,7 +132,7 @@ def test_settings_win_over_the_folder_and_the_log_names_both(folder):
 
 def test_an_encoder_without_modules_json_gets_the_usual_pooling_of_its_family(tmp_path):
     _, printed = run_small(tmp_path, model=OWN)
-    assert "\npooling: avg (usual for bert encoders)\n" in printed
+    assert "\npooling: avg (default for bert encoders)\n" in printed
     assert "\ntexts: " not in printed
     assert resolved(tmp_path / "run") == {"model.pooling": "avg", "model.max_length": None}
     assert read_resolved_config(tmp_path / "run/config.yaml").model.max_length is None
@@ -248,7 +248,9 @@ def test_train_takes_the_pipeline_from_the_folder_and_says_for_which_encoder_the
     model = promcse_pl.train(rows, model=encoder, overrides=overrides, folder=tmp_path / "run")
     text = model.encoder.text
     assert (model.encoder.pooling, text.max_length, dict(text.prompts), text.lower_case) == ("cls", 16, PROMPTS, True)
-    note = "optim.lr=0.03 is that of the recipe supervised/minilm, made for sentence-transformers/all-MiniLM-L6-v2; it is not "
+    note = (
+        "optim.lr=0.03 comes from the recipe supervised/minilm for sentence-transformers/all-MiniLM-L6-v2; it is not "
+    )
     assert f"{note}tuned for {encoder}\n" in capsys.readouterr().out
     promcse_pl.train(rows, model=encoder, overrides=[*overrides, "optim.lr=0.01"], folder=tmp_path / "other")
     assert "made for" not in capsys.readouterr().out
@@ -257,4 +259,4 @@ def test_train_takes_the_pipeline_from_the_folder_and_says_for_which_encoder_the
 def test_truncation_by_the_length_of_the_encoder_is_reported_with_its_setting(folder):
     (folder / "train.csv").write_text("sent0,sent1,hard_neg\n" + f"{'w5 ' * 30},w6,w7\n" * 3)
     _, printed = run_small(folder, model=OWN, data={"max_length": 32})
-    assert "33.3 % of the sentences (3) are truncated to 16 tokens, the maximum in model.max_length\n" in printed
+    assert "33.3 % of the sentences (3) are truncated to 16 tokens, the value of model.max_length\n" in printed

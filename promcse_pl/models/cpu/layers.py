@@ -1,8 +1,8 @@
-"""Fused CPU layers of BERT and its relatives: packed tokens, and a hand-written backward without gradients of frozen weights.
+"""Fused CPU layers for encoders with BERT's layer structure: packed tokens and a hand-written backward pass.
 
-The tokens of a chunk are packed one after the other. A layer is one operation for torch's autograd, whose backward computes two
-gradients: of the hidden states, and of the layer's prompt. Only the tensors that it needs are kept. The modules' hooks are not
-called, so callers check `promcse_pl.models.hooks.has_hooks` first.
+The tokens of a chunk are packed without padding. Each layer is one autograd function. Its backward pass computes the gradients
+of the hidden states and of the layer's prompt, none of the frozen weights, and only the tensors that it needs are saved. Hooks
+of the modules are not called, so callers check `promcse_pl.models.hooks.has_hooks` first.
 """
 
 # B sentences, T tokens of the longest, M real tokens of all (or B if only the first token is computed), P prompt length,
@@ -33,7 +33,7 @@ class DenseNorm(NamedTuple):
 
 
 class LayerParts(NamedTuple):
-    """Modules of one layer, by their role; `heads` is the number of attention heads, `dropout` that of attention weights."""
+    """Modules of one layer by role. `heads`: number of attention heads; `dropout`: dropout of the attention weights."""
 
     query: nn.Linear
     key: nn.Linear
@@ -47,15 +47,16 @@ class LayerParts(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class FusedLayers:
-    """Names of the modules of a family whose layers compute what BERT's do: attention, GELU, LayerNorm after the residual.
+    """Module names of a family with BERT's layer structure: attention, GELU, LayerNorm after the residual.
 
     Attributes:
-        model: Path of the model's class.
-        types: Names of the classes in the encoder, in the same Python module.
-        layers: Name of the list of layers in the model.
-        parts: Function of a layer that returns its parts.
-        other_types: Further classes in the encoder.
-        position_bias: Function of model and embedding output that returns a bias (N, T, T) on the scores of tokens, or None.
+        model: Import path of the model class.
+        types: Names of the module classes of the encoder, in the same Python module.
+        layers: Name of the ModuleList of layers, for `get_submodule`.
+        parts: Returns the `LayerParts` of a layer.
+        other_types: Further module classes of the encoder.
+        position_bias: Returns a bias (N, T, T) on the attention scores of tokens from the model and the embedding output; None:
+            no bias.
     """
 
     model: str
@@ -160,7 +161,7 @@ def run_fused_layers(
 
     Args:
         model: transformers' model; the weights, dropout rates and train or eval mode of its layers are used.
-        fused: Their parts.
+        fused: Module names of its family.
         embedded_BTD: The embedding output.
         mask_BT: 1 for real tokens, 0 for padding at the end.
         prompt_kv: Keys and values of each layer, (2, B or 1, N, P, H), or None.

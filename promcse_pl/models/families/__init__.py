@@ -1,6 +1,6 @@
-"""Encoder families: one small file each, which states how its encoders take a prompt.
+"""Encoder families: how each passes the prompt to its attention layers. Similar families share a module.
 
-They may import `promcse_pl.models.attention` and `promcse_pl.models.cpu`.
+These modules may import `promcse_pl.models.attention` and `promcse_pl.models.cpu`.
 """
 
 from promcse_pl.models.families import albert, bert, deberta, decoders, distilbert, modernbert, mpnet, rotary, t5
@@ -21,10 +21,10 @@ FAMILIES: dict[str, Family] = {
 """`model_type` in config.json -> family."""
 SUPPORTED = tuple(FAMILIES)
 _REASONS = {
-    "new": "its class is Python code of Alibaba-NLP/new-impl, and no code of an encoder is run. Try: a copy with model_type gte, "
+    "new": "it needs remote code (Alibaba-NLP/new-impl), which is never executed. Try: a copy with model_type gte, "
     "such as model.path=alibaba-nlp-community/gte-multilingual-base",
     "deberta": "its attention differs from that of DeBERTa-v2 and v3. Try: model.path=microsoft/deberta-v3-base",
-    "gemma3": "it reads images, too. Try: an encoder with model_type gemma3_text, such as "
+    "gemma3": "it is a multimodal model. Try: an encoder with model_type gemma3_text, such as "
     "model.path=google/embeddinggemma-300m",
 }
 """`model_type` -> why it is not supported."""
@@ -39,6 +39,6 @@ def unsupported(model_type: str, name: str) -> EncoderError:
     """
     reason = _REASONS.get(model_type)
     return EncoderError(
-        f"{name} is a {model_type} encoder, which is not supported{': ' + reason if reason else ''}. "
+        f"{name} has model_type {model_type!r}, which is not supported{': ' + reason if reason else ''}. "
         f"Supported: {', '.join(sorted(SUPPORTED))}"
     )

@@ -1,4 +1,4 @@
-"""ALBERT: the layers of a group share their weights, so that they take their prompts in the order of the calls."""
+"""ALBERT: the layers of a group share one module, so the prompt is selected by the order of the calls."""
 
 from __future__ import annotations
 

@@ -48,8 +48,8 @@ def _check(config: Any) -> None:  # noqa: ANN401
     positions = getattr(config, "position_embedding_type", None) or "absolute"
     if positions == "rotary" and getattr(config, "lora_adaptations", None):
         raise EncoderError(
-            "jina-embeddings-v3 needs the Python code beside its config.json, and no code of an encoder is run. Try: "
-            "model.path=jinaai/jina-embeddings-v3-hf, the same encoder in transformers' own class"
+            "this copy of jina-embeddings-v3 needs remote code, which is never executed. Try: "
+            "model.path=jinaai/jina-embeddings-v3-hf, the same encoder for the class in transformers"
         )
     if positions != "absolute":
         raise EncoderError(

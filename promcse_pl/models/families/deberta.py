@@ -1,4 +1,4 @@
-"""DeBERTa-v2 and v3: relative positions act on queries and keys separately (disentangled attention)."""
+"""DeBERTa-v2 and v3: attention scores with content-to-position and position-to-content terms (disentangled attention)."""
 
 # B sentences, T tokens, P prompt length, S = P + T, N heads, H head size
 
@@ -16,7 +16,7 @@ from promcse_pl.models.families.family import COMMON_FIELDS, Family
 
 
 class PromptSelfAttention(DisentangledSelfAttention):  # type: ignore[misc]  # transformers' classes are Any
-    """DeBERTa's attention with prompt slots, which have scores of content only: their relative bias is 0.
+    """DeBERTa's attention with prompt slots, which get content-to-content scores only: their relative position bias is 0.
 
     Args:
         attention: The module to replace; its submodules are shared, so that names in the state dict do not change.

@@ -1,7 +1,8 @@
-"""Decoders as text encoders: rotary positions, grouped key/value heads, causal attention (Gemma 3: optional).
+"""Decoders as text encoders: rotary position embeddings, grouped-query attention, causal attention (Gemma 3: optional).
 
-The prompt's keys are added after the rotation: every slot has position 0, and the position offset is the distance of the first
-token from it. Another offset is equivalent to other prompt keys. Windows limit the attention to tokens, not to prompt slots.
+The prompt's keys are prepended after the rotation, so every prompt slot has position 0 and the first token has the position
+offset. Changing the offset is equivalent to rotating the prompt's keys. A sliding window limits the attention to tokens, not to
+prompt slots.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The properties of an encoder family that decide how its encoders take a prompt."""
+"""Properties of an encoder family: config fields, positions, and how the prompt is passed to its attention layers."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ class Family:
         positions: `from_zero`: the first token has position 0. `after_padding_id`: it has position pad_token_id + 1, and padding
             has position pad_token_id. `none`: the encoder takes no position ids (relative positions only).
         has_limit: Whether inputs are limited to `max_position_embeddings` tokens.
-        pooling: Usual pooling of these encoders, for a folder without modules.json.
+        pooling: Default pooling of these encoders if the folder has no modules.json.
         auto_class: Class of transformers that loads the encoder.
         has_pooler: Whether its model class builds a pooler unless `add_pooling_layer` is False.
-        attention: Name of the class of the attention modules, for families whose modules have no `layer_idx`: they are numbered
-            in the order of the model.
-        in_call_order: The layers share one attention module, so they take their prompts in the order of the calls.
-        replace_attention: Replaces the attention modules of a loaded model by ones that take a prompt, for encoders without
-            transformers' attention interface.
+        attention: Class name of the attention modules, for families whose modules have no `layer_idx`, which is then set in the
+            order of `model.modules()`.
+        in_call_order: Whether layers share one attention module, so that the prompt is selected by the order of the calls.
+        replace_attention: Replaces the attention modules of a loaded model with modules that call `prepend_prompt`, for encoders
+            without transformers' attention interface.
         check: Raises EncoderError for a config that is not supported.
-        first_token: Name of the last layer's module that adds the residual after attention, for `cls` pooling; {} is the number
-            of the layer.
-        fused: Parts of the layers for the fused CPU layers; None: they do not apply.
+        first_token: Name of the module that adds the residual after attention in the last layer, after which `cls` pooling
+            computes only the first token; {} is replaced by the layer index. None: transformers' modules compute all tokens.
+        fused: Module names for the fused CPU layers; None: transformers' modules are used.
         mlm_head: Name in `MlmHead` -> name in the files of a pre-trained MLM head. The decoder's weight is tied to the embeddings
             there.
     """

@@ -15,7 +15,7 @@ _NOMIC_NAMES = {
     "n_inner": "intermediate_size",
     "layer_norm_epsilon": "layer_norm_eps",
 }
-"""Field in the config.json of nomic-embed-text, which was written for code beside it -> field of transformers' config."""
+"""Field in the original config.json of nomic-embed-text (for its remote code) -> field of transformers' config."""
 _NOMIC_VALUES = {
     "rotary_emb_base": 1000.0,
     "rotary_emb_fraction": 1.0,
@@ -27,11 +27,11 @@ _NOMIC_VALUES = {
     "causal": False,
     "num_experts": 0,
 }
-"""Further fields of these files -> the only value that transformers' class computes."""
+"""Further fields of these files -> the only value that transformers' class implements."""
 
 
 def _check_nomic(config: Any) -> None:  # noqa: ANN401
-    """Reject a config.json of the original code whose fields transformers ignores and would compute otherwise."""
+    """Reject an original config.json with values that transformers ignores and does not implement."""
     expected = {theirs: getattr(config, ours) for theirs, ours in _NOMIC_NAMES.items()} | _NOMIC_VALUES
     for name, value in expected.items():
         found = getattr(config, name, None)
@@ -60,7 +60,7 @@ FAMILIES = {
         fields=(*_FIELDS, "head_dim"), positions="from_zero", attention="NomicBertAttention", check=_check_nomic
     ),
     "gte": Family(fields=_FIELDS, positions="from_zero", pooling="cls", attention="GteAttention"),
-    # the encoder alone: the LoRA adapters of its tasks, which are beside its weights, are not applied
+    # without the task-specific LoRA adapters, which are stored in separate files
     "jina_embeddings_v3": Family(
         fields=_FIELDS, positions="from_zero", has_pooler=True, attention="JinaEmbeddingsV3Attention"
     ),
