@@ -65,11 +65,16 @@ def test_an_encoder_with_a_pipeline_is_pooled_as_in_its_folder_unless_asked_othe
     assert only(folder, pooling="max").kind == "frozen encoder, pooling max"
 
 
-def test_the_frozen_encoder_of_an_adapter_is_used_as_in_its_folder(tmp_path, bert):
+def test_the_frozen_encoder_of_an_adapter_is_pooled_as_in_its_folder_and_gets_the_texts_of_the_adapter(tmp_path, bert):
     folder = add_pipeline(save_small_encoder(tmp_path / "encoder"))
-    adapter = PromCSE(PromptEncoder(FrozenBackbone.load(folder), length=2, pooling="max", text=TextSettings()))
-    frozen = frozen_target(adapter).members[0].load()
-    np.testing.assert_array_equal(frozen.encode(SENTENCES), only(folder).members[0].load().encode(SENTENCES))
+    adapter = PromCSE(PromptEncoder(FrozenBackbone.load(folder), length=2, pooling="max"))
+    frozen, published = frozen_target(adapter).members[0].load(), only(folder).members[0].load()
+    np.testing.assert_array_equal(frozen.encode(SENTENCES), published.encode(SENTENCES))
+    text = TextSettings(lower_case=True, prompts={"other": "w9 "}, default_prompt="other")
+    prompted = PromCSE(PromptEncoder(FrozenBackbone.load(folder), length=2, pooling="max", text=text))
+    frozen = frozen_target(prompted).members[0].load()
+    np.testing.assert_allclose(frozen.encode(SENTENCES), published.encode(SENTENCES, prompt="w9 "), atol=1e-6)
+    assert abs(frozen.encode(SENTENCES) - published.encode(SENTENCES)).max() > 1e-3
     plain = frozen_target(PromCSE(PromptEncoder(FrozenBackbone.load(bert), length=2, pooling="max"))).members[0].load()
     assert (plain.encoder.pooling, plain.encoder.prompt.length) == ("max", 0)
 

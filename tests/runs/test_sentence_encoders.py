@@ -203,7 +203,7 @@ def test_a_changed_pipeline_of_the_encoder_is_refused_on_resume(folder, file, co
     failed = fail_in_evaluation(folder, model=OWN)
     (folder / "encoder" / file).write_text(content)
     with pytest.raises(
-        DataError, match=rf"model\.path=.* has changed since the run in .* started: {name} in its files of "
+        DataError, match=rf"model\.path=.* has changed since the run in .* started: {name} in its sentence-"
     ):
         resume_job(failed)
 
