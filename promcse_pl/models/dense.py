@@ -108,10 +108,13 @@ def load_dense_layers(specs: Sequence[DenseSpec]) -> nn.Sequential:
 def _read_tensors(path: Path, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
     """Check the names and shapes in the header of a safetensors file, then return its tensors in float32."""
     if not path.is_file():
-        raise EncoderError(
-            f"{path} is missing; pickled weights are not read. Try: SentenceTransformer(OLD).save_pretrained(NEW) and "
-            "model.path=NEW"
+        pickled = "pytorch_model.bin"
+        advice = (
+            f"pickled weights ({pickled}) are not read. Try: SentenceTransformer(OLD).save_pretrained(NEW) and model.path=NEW"
+            if path.with_name(pickled).is_file()
+            else "copy the encoder from its source again"
         )
+        raise EncoderError(f"{path} is missing: {advice}")
     try:
         found = {name: spec.shape for name, spec in read_header(path).items()}
         expected = {name: tuple(tensor.shape) for name, tensor in wanted.items()}

@@ -179,6 +179,8 @@ def weights_sha256(folder: Path) -> str:
     """Return the sha256 of the weights in a folder; for sharded weights, that of all shards in the order of their names."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
+        if not any(folder.glob("*.bin")):
+            raise EncoderError(f"{folder} holds no *.safetensors: copy the encoder from its source again")
         raise EncoderError(
             f"{folder} holds no *.safetensors. Pickled weights are not read; convert them once: "
             "AutoModel.from_pretrained(OLD, weights_only=True).save_pretrained(NEW), and the same with AutoTokenizer"

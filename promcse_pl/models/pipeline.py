@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from types import UnionType
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args
 
 from promcse_pl.config.pooling import is_pooling
 from promcse_pl.models.dense import ACTIVATIONS, DenseSpec
@@ -25,7 +26,10 @@ _MODULE = re.compile(
     r"sentence_transformers\.(?:models|base\.modules|sentence_transformer\.modules)(?:\.\w+)?\."
     r"(Transformer|Pooling|Dense|Normalize)"
 )
-_ADVICE = "Try: a copy of the folder without modules.json, and model.pooling=avg (or another)"
+_ADVICE = (
+    "Try: a copy of the folder without modules.json, and the pooling by hand (model.pooling=avg, or promcse evaluate --pooling "
+    "avg); its dense layers, prompts and maximum length are then not used"
+)
 _TRANSFORMER_FILES = tuple(
     f"sentence_{name}_config.json"
     for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
@@ -47,6 +51,7 @@ _OLD_POOLINGS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
+_KINDS = {int: "an integer", float: "a number", str: "text", bool: "true or false", dict: "an object", NoneType: "null"}
 _LARGEST = 2**20
 """Maximum width of a dense layer."""
 _NO_LIMIT = 2**30
@@ -97,9 +102,9 @@ class TextSettings:
             return ""
         if name not in self.prompts:
             known = ", ".join(self.prompts) or "none"
-            raise ConfigError(
-                f"there is no prompt {name!r} (known: {known}). Try: prompt={f'{name}: '!r} for the text itself"
-            )
+            near = difflib.get_close_matches(str(name), self.prompts, n=1)
+            advice = f"prompt_name={near[0]!r}" if near else 'prompt="TEXT: " with the text itself'
+            raise ConfigError(f"there is no prompt {name!r} (known: {known}). Try: {advice}")
         return self.prompts[name]
 
     def prepare(self, texts: Sequence[str], prompt: str = "") -> list[str]:
@@ -343,8 +348,8 @@ def _value(config: Mapping[str, Any], key: str, kind: type | UnionType, default:
     """Return a setting after checking its type; True and False are no integers."""
     value = config.get(key, default)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        name = getattr(kind, "__name__", str(kind))
-        raise EncoderError(f"{path}: {key} must be of type {name}, got {_shown(value)}. Restore the published file")
+        kinds = " or ".join(_KINDS[each] for each in (get_args(kind) or (kind,)))
+        raise EncoderError(f"{path}: {key} must be {kinds}, got {_shown(value)}. Restore the published file")
     return value
 
 

@@ -12,12 +12,23 @@ from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.pipeline import TextSettings
 from promcse_pl.utils.errors import ConfigError
 
+_PROMPTS_EXAMPLE = """'model.prompts={query: "query: "}'"""
+
 
 def resolve_pooling(model: ModelConfig, backbone: FrozenBackbone) -> str:
-    """Return the pooling: `model.pooling`; for `auto`, that of the encoder's modules.json, else the default of its family."""
-    if model.pooling != "auto":
-        return model.pooling
-    return backbone.pipeline.pooling or backbone.family.pooling
+    """Return the pooling: `model.pooling`, or for `auto` that of the encoder's pipeline, else the default of its family.
+
+    Raises:
+        ConfigError: The first token of a decoder, which attends to no other token.
+    """
+    if model.pooling == "auto":
+        return backbone.pipeline.pooling or backbone.family.pooling
+    if backbone.family.pooling == "lasttoken" and model.pooling in ("cls", "cls_before_pooler"):
+        raise ConfigError(
+            f"model.pooling={model.pooling} reads the first token, which is the same for every text in a {backbone.model_type} "
+            "decoder: a token attends only to earlier ones. Try: model.pooling=lasttoken"
+        )
+    return model.pooling
 
 
 def resolve_text(model: ModelConfig, backbone: FrozenBackbone) -> TextSettings:
@@ -32,9 +43,10 @@ def resolve_text(model: ModelConfig, backbone: FrozenBackbone) -> TextSettings:
     if model.default_prompt is not None:
         default = model.default_prompt
         if default not in prompts:
+            near = difflib.get_close_matches(default, prompts, n=1) or [*prompts][:1]
             raise ConfigError(
                 f"model.default_prompt must be the name of a prompt of the encoder ({_names(prompts)}), got {default!r}. "
-                f"Try: 'model.prompts={{{default}: \"TEXT\"}}'"
+                f"Try: {f'model.default_prompt={near[0]}' if near else _PROMPTS_EXAMPLE}"
             )
     return dataclasses.replace(
         own,
@@ -68,18 +80,28 @@ def describe_origins(typed: ModelConfig, encoder: PromptEncoder) -> list[str]:
     usual = f"default for {encoder.backbone.model_type} encoders"
     origin = ("modules.json of the encoder" if own.pooling else usual) if typed.pooling == "auto" else "model.pooling"
     lines = [f"pooling: {encoder.pooling} ({origin}{_differs(encoder.pooling, own.pooling)})"]
+    if own.dense:
+        layers = ", ".join(f"{layer.inputs} to {layer.outputs} ({layer.activation})" for layer in own.dense)
+        lines.append(f"frozen dense layers after the pooling: {layers} (modules.json of the encoder)")
     parts = []
     if text.max_length is not None or own.text.max_length is not None:
         origin = "max_seq_length of the encoder" if typed.max_length == "auto" else "model.max_length"
         length = "any length" if text.max_length is None else f"at most {text.max_length} tokens"
+        if text.max_length is not None and text.max_length > encoder.longest_input:
+            length += f", limited to {encoder.longest_input} by the positions of the encoder"
         parts.append(f"{length} ({origin}{_differs(text.max_length, own.text.max_length)})")
     if text.lower_case:
         parts.append("lower case (do_lower_case of the encoder)")
-    if text.prompts:
-        origin = "the encoder's" if typed.prompts is None else "model.prompts"
-        parts.append(f"prompts {_names(text.prompts)} ({origin})")
+    if any(text.prompts.values()):  # sentence-transformers always writes two, empty if the encoder has none
+        shown = ", ".join(f"{name} {prompt[:60]!r}" for name, prompt in text.prompts.items())
+        hidden = (
+            ""
+            if typed.prompts is None or not own.text.prompts
+            else f"; the encoder's own are {_names(own.text.prompts)}"
+        )
+        parts.append(f"prompts {shown} ({'of the encoder' if typed.prompts is None else 'model.prompts'}{hidden})")
     if text.default_prompt is not None:
-        origin = "the encoder's" if typed.default_prompt is None else "model.default_prompt"
+        origin = "of the encoder" if typed.default_prompt is None else "model.default_prompt"
         parts.append(f"default prompt {text.default_prompt} ({origin})")
     return [*lines, f"texts: {'; '.join(parts)}"] if parts else lines
 

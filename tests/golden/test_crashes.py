@@ -198,7 +198,7 @@ def check_positions(probe):
     for family, first in (("bert", 0), ("roberta", 2)):
         encoder = encoder_of(probe, family=family).eval()
         tokens = tokens_for(encoder, [5, 3])
-        assert encoder.backbone.positions(tokens.ids_NT, encoder.position_offset)[0, 0] == first + 5
+        assert encoder.backbone.positions(tokens.ids_NT, tokens.mask_NT, encoder.position_offset)[0, 0] == first + 5
         vectors, unshifted = encoder(tokens)[0], encoder_of(probe, family=family, position_offset=0).eval()(tokens)[0]
         assert (vectors - unshifted).abs().max() > 1e-3
 

@@ -145,8 +145,10 @@ def test_prompts_and_the_default_prompt_are_those_of_sentence_transformers(tmp_p
     model = frozen(folder)
     default, document = (model.encode("w5 w6", prompt_name=name) for name in (None, "document"))
     assert np.abs(default - document).max() > 1e-3
-    with pytest.raises(ConfigError, match=r"there is no prompt 'q' \(known: document, none, query\)"):
-        model.encode("w5", prompt_name="q")
+    with pytest.raises(
+        ConfigError, match=r"there is no prompt 'qury' \(known: document, none, query\). Try: prompt_name='query'"
+    ):
+        model.encode("w5", prompt_name="qury")
     with pytest.raises(ConfigError, match="mutually exclusive"):
         model.encode("w5", prompt_name="query", prompt="w5 ")
 
@@ -326,7 +328,7 @@ def test_a_json_file_of_a_hundred_megabytes_and_a_fifo_are_refused(folder):
     ("file", "changes", "expected"),
     [
         ("1_Pooling/config.json", {"include_prompt": False}, "include_prompt is false"),
-        ("1_Pooling/config.json", {"include_prompt": "no"}, "include_prompt must be of type bool, got 'no'"),
+        ("1_Pooling/config.json", {"include_prompt": "no"}, "include_prompt must be true or false, got 'no'"),
         ("1_Pooling/config.json", {"pooling_mode": "median"}, "pooling_mode is 'median'; allowed: cls, max, mean"),
         ("1_Pooling/config.json", {"pooling_mode": ["mean", "mean"]}, "pooling_mode is ['mean', 'mean']"),
         ("1_Pooling/config.json", {"pooling_mode": [3]}, "pooling_mode is [3]"),
@@ -334,19 +336,19 @@ def test_a_json_file_of_a_hundred_megabytes_and_a_fifo_are_refused(folder):
         ("1_Pooling/config.json", {"pooling_mode_median": True}, "unknown setting 'pooling_mode_median'"),
         ("3_Dense/config.json", {"activation_function": "torch.nn.Softmax"}, "'torch.nn.Softmax'; supported: Identity"),
         ("3_Dense/config.json", {"activation_function": "os.Tanh"}, "'os.Tanh'; supported: Identity"),
-        ("3_Dense/config.json", {"activation_function": 1}, "activation_function must be of type str"),
+        ("3_Dense/config.json", {"activation_function": 1}, "activation_function must be text"),
         ("3_Dense/config.json", {"use_residual": True}, "use_residual is set"),
         ("3_Dense/config.json", {"module_input_name": "token_embeddings"}, "'token_embeddings'; supported"),
         ("4_Normalize/config.json", {"module_output_name": "other"}, "module_output_name is 'other'"),
-        ("3_Dense/config.json", {"in_features": "16"}, "in_features must be of type int"),
-        ("3_Dense/config.json", {"in_features": True}, "in_features must be of type int"),
+        ("3_Dense/config.json", {"in_features": "16"}, "in_features must be an integer"),
+        ("3_Dense/config.json", {"in_features": True}, "in_features must be an integer"),
         ("3_Dense/config.json", {"out_features": 10**12}, "must be in [1, 1048576]"),
         ("3_Dense/config.json", {"out_features": 0}, "must be in [1, 1048576]"),
         ("3_Dense/config.json", {"out_features": 13}, "its config.json declares"),
         ("3_Dense/config.json", {"bias": False}, "its config.json declares"),
-        ("sentence_bert_config.json", {"max_seq_length": "9"}, "max_seq_length must be of type int"),
+        ("sentence_bert_config.json", {"max_seq_length": "9"}, "max_seq_length must be an integer"),
         ("sentence_bert_config.json", {"max_seq_length": 2}, "must be at least 3, got 2"),
-        ("sentence_bert_config.json", {"do_lower_case": 1}, "do_lower_case must be of type bool"),
+        ("sentence_bert_config.json", {"do_lower_case": 1}, "do_lower_case must be true or false"),
         ("sentence_bert_config.json", {"transformer_task": "fill-mask"}, "'transformer_task' is 'fill-mask'"),
         ("sentence_bert_config.json", {"module_output_name": "logits"}, "'module_output_name' is 'logits'"),
         ("sentence_bert_config.json", {"query_length": 8}, "'query_length' is 8"),
@@ -356,11 +358,15 @@ def test_a_json_file_of_a_hundred_megabytes_and_a_fifo_are_refused(folder):
         ("sentence_bert_config.json", {"modality_config": {"message": {}}}, "'modality_config' is {'message'"),
         ("config_sentence_transformers.json", {"model_type": "SparseEncoder"}, "model_type is 'SparseEncoder'"),
         ("config_sentence_transformers.json", {"truncate_dim": 8}, "truncate_dim is 8"),
-        ("config_sentence_transformers.json", {"prompts": ["query"]}, "prompts must be of type"),
+        ("config_sentence_transformers.json", {"prompts": ["query"]}, "prompts must be an object or null"),
         ("config_sentence_transformers.json", {"prompts": {"query": 3}}, "the prompt 'query' must be text, got 3"),
         ("config_sentence_transformers.json", {"default_prompt_name": "q"}, "default_prompt_name is 'q'"),
-        ("config_sentence_transformers.json", {"default_prompt_name": 3}, "default_prompt_name must be of type"),
-        ("tokenizer_config.json", {"model_max_length": "512"}, "model_max_length must be of type"),
+        ("config_sentence_transformers.json", {"default_prompt_name": 3}, "default_prompt_name must be text or null"),
+        (
+            "tokenizer_config.json",
+            {"model_max_length": "512"},
+            "model_max_length must be an integer or a number or null",
+        ),
     ],
     ids=lambda value: str(value)[:60],
 )
@@ -395,7 +401,10 @@ def test_weights_of_dense_layers_are_checked(folder):
     assert "3_Dense/model.safetensors cannot be read" in refusal(folder)
     path.unlink()
     torch.save(tensors, path.with_name("pytorch_model.bin"))
-    assert "pickled weights are not read. Try: SentenceTransformer(OLD).save_pretrained(NEW)" in refusal(folder)
+    assert (
+        "pickled weights (pytorch_model.bin) are not read. Try: SentenceTransformer(OLD).save_pretrained(NEW)"
+        in refusal(folder)
+    )
 
 
 def test_an_encoder_with_dense_layers_is_not_saved_without_them(folder, tmp_path):

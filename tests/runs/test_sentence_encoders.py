@@ -61,8 +61,9 @@ def test_a_run_takes_pooling_length_and_prompts_from_the_folder_and_records_them
     assert about["text"] == {"max_length": 16, "lower_case": True, "prompts": PROMPTS, "default_prompt": None}
     assert PromCSE.load(folder / "run", device="cpu").encode("w5").shape == (DENSE,)
     assert "\npooling: cls (modules.json of the encoder)\n" in printed
+    shown = ", ".join(f"{name} {prompt!r}" for name, prompt in sorted(PROMPTS.items()))
     texts = "at most 16 tokens (max_seq_length of the encoder); lower case (do_lower_case of the encoder)"
-    assert f"\ntexts: {texts}; prompts document, query (the encoder's)\n" in printed
+    assert f"\ntexts: {texts}; prompts {shown} (of the encoder)\n" in printed
 
 
 def test_the_frozen_encoder_of_a_run_equals_sentence_transformers(folder):
@@ -107,7 +108,7 @@ def test_the_default_prompt_is_in_front_of_training_and_dev_texts(tmp_path):
     (tmp_path / "dev.tsv").write_text("a\tb\tscore\n" + "".join(f"w{i} w9\tw{i} w10\t{i}\n" for i in range(10, 20)))
     _, printed = run_small(tmp_path, model=OWN, data={"dev": str(tmp_path / "dev.tsv")})
     assert "first row: anchor 'w90 w91 w5 w6 w10', positive 'w90 w91 w8 w6 w11'" in printed
-    assert "default prompt query (the encoder's)\n" in printed
+    assert "default prompt query (of the encoder)\n" in printed
     assert resolved(tmp_path / "run")["model.default_prompt"] == "query"
     model = PromCSE.load(tmp_path / "run", device="cpu")
     assert (model.encode("w5") == model.encode("w5", prompt_name="query")).all()
@@ -124,7 +125,10 @@ def test_settings_win_over_the_folder_and_the_log_names_both(folder):
     assert "model." not in str(yaml.safe_load((folder / "run/config.yaml").read_text())["resolved"])
     assert "\npooling: avg (model.pooling; the encoder's own is cls)\n" in printed
     assert "\ntexts: at most 9 tokens (model.max_length; the encoder's own is 16); lower case" in printed
-    assert "; prompts mine (model.prompts); default prompt mine (model.default_prompt)\n" in printed
+    assert (
+        "; prompts mine 'w93 ' (model.prompts; the encoder's own are document, query); default prompt mine (model.default_prompt)\n"
+        in printed
+    )
     about = adapter(folder / "run")
     assert about["pooling"] == "avg"
     assert about["text"] == {"max_length": 9, "lower_case": True, "prompts": {"mine": "w93 "}, "default_prompt": "mine"}
@@ -153,7 +157,7 @@ def test_an_encoder_without_modules_json_gets_the_usual_pooling_of_its_family(tm
         (
             {"model": {**OWN, "default_prompt": "passage"}},
             r"^model\.default_prompt must be the name of a prompt of the encoder \(document, query\), got 'passage'\. Try: "
-            r"'model\.prompts=\{passage: \"TEXT\"\}'$",
+            r"model\.default_prompt=document$",
         ),
     ],
 )

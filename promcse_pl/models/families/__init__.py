@@ -40,5 +40,5 @@ def unsupported(model_type: str, name: str) -> EncoderError:
     reason = _REASONS.get(model_type)
     return EncoderError(
         f"{name} has model_type {model_type!r}, which is not supported{': ' + reason if reason else ''}. "
-        f"Supported: {', '.join(sorted(SUPPORTED))}"
+        f"Supported: {', '.join(sorted(SUPPORTED))}. To add a family: docs/adding-an-encoder.md"
     )
