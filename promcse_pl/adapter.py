@@ -65,6 +65,7 @@ def describe(encoder: PromptEncoder) -> dict[str, Any]:
             "sha256": backbone.identity.sha256,
             "config": dict(backbone.identity.config),
             "tokenizer": backbone.identity.tokenizer,
+            "pipeline": backbone.has_pipeline,
         },
         "prompt": {
             "length": prompt.length,
@@ -207,7 +208,7 @@ def _load(folder: Path, encoder: str | None, dtype: torch.dtype) -> PromptEncode
         name,
         revision=None if encoder else about["encoder"]["revision"],
         dtype=dtype,
-        with_pipeline=about["format"] > 2,
+        with_pipeline=about["encoder"].get("pipeline", False),
     )
     _check_encoder(about["encoder"], backbone, folder)
     if bundled:
@@ -303,6 +304,7 @@ def _checked(about: dict[str, Any], path: Path) -> dict[str, Any]:
     if about["format"] > 1:
         template["encoder"] |= {"config": dict, "tokenizer": str | None}
     if about["format"] > 2:
+        template["encoder"]["pipeline"] = bool
         template["prompt"]["keys"] = str | None
         text = {"max_length": int | None, "lower_case": bool, "prompts": dict, "default_prompt": str | None}
         template["text"] = text

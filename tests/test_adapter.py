@@ -122,7 +122,7 @@ def test_every_setting_comes_back(backbone, tmp_path, options):
 
 
 def as_format_2(folder: Path) -> None:
-    for key, value in {"format": 2, "prompt.keys": ..., "text": ..., "checksum": ...}.items():
+    for key, value in {"format": 2, "encoder.pipeline": ..., "prompt.keys": ..., "text": ..., "checksum": ...}.items():
         change_description(folder, key, value)
 
 
@@ -165,6 +165,8 @@ def test_an_adapter_of_format_2_is_loaded_without_the_pipeline_of_its_encoder(wi
     assert torch.equal(vectors_of(loaded), vectors_of(some_encoder(backbone)))
     (with_dense / "modules.json").write_text("damaged")
     assert torch.equal(vectors_of(load_adapter(folder, encoder=with_dense)), vectors_of(loaded))
+    save_adapter(loaded, folder.with_name("saved again"))
+    assert torch.equal(vectors_of(load_adapter(folder.with_name("saved again"))), vectors_of(loaded))
 
 
 @pytest.mark.parametrize(("family", "keys"), [("bert", None), ("modernbert", "after_rotation")])
@@ -494,6 +496,7 @@ def test_an_adapter_of_format_1_identifies_its_encoder_by_weights_and_family(fol
     del (
         about["encoder"]["config"],
         about["encoder"]["tokenizer"],
+        about["encoder"]["pipeline"],
         about["checksum"],
         about["prompt"]["keys"],
         about["text"],

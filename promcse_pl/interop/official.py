@@ -332,6 +332,8 @@ def _no_export(encoder: PromptEncoder) -> str:
         return f"its encoder is {backbone.model_type}, allowed: {', '.join(CLASSES)}"
     if len(backbone.dense):
         return "its encoder has dense layers after the pooling (export to sentence-transformers instead)"
+    if encoder.text.changes_texts:
+        return "its texts get a default prompt or are converted to lower case (export to sentence-transformers instead)"
     if encoder.pooling not in ("cls", "cls_before_pooler"):
         return (
             f"it does not support the pooling {encoder.pooling}, only cls and cls_before_pooler (export to sentence-transformers "

@@ -40,7 +40,7 @@ CONFIG, WEIGHTS, PICKLED, TENSOR = (
 def export_peft(encoder: PromptEncoder, folder: str | Path) -> None:
     """Write a prompt as a folder that `peft.PeftModel.from_pretrained(base_model, folder)` reads.
 
-    PEFT does not store pooling, text settings and the prompt's dropout; users of the folder must know pooling and text settings.
+    PEFT stores neither pooling and maximum length, which users of the folder must know, nor the prompt's dropout.
     A projected prompt is stored as the output of the projection. A head for training only (`mlp_train_only`) is dropped. An
     encoder inside the adapter's folder is not copied and has no name in the config.
 
@@ -49,8 +49,9 @@ def export_peft(encoder: PromptEncoder, folder: str | Path) -> None:
         folder: Absent or empty.
 
     Raises:
-        AdapterError: The head is used at test time, the encoder has dense layers, several poolings are joined, the positions are
-            not shifted by P, there is no prompt, PEFT does not support the family, or the folder cannot be written.
+        AdapterError: The head is used at test time, texts are changed before tokenisation, the encoder has dense layers, several
+            poolings are concatenated, the positions are not shifted by P, there is no prompt, PEFT does not support the family,
+            or the folder cannot be written.
 
     Example:
         >>> from promcse_pl.adapter import load_adapter
@@ -68,6 +69,11 @@ def export_peft(encoder: PromptEncoder, folder: str | Path) -> None:
         what = "dense layers of the encoder" if len(backbone.dense) else f"concatenated poolings ({encoder.pooling})"
         raise AdapterError(
             f"the {what} cannot be stored by PEFT, and the embeddings depend on them. Export to sentence-transformers instead"
+        )
+    if encoder.text.changes_texts:
+        raise AdapterError(
+            "the default prompt and the lower case of texts cannot be stored by PEFT, and the embeddings depend on them. Export "
+            "to sentence-transformers instead"
         )
     if length == 0 or encoder.position_offset != length:
         raise AdapterError(

@@ -52,6 +52,7 @@ class FrozenBackbone(nn.Module):
         pipeline: Settings of its sentence-transformers folder; None: the default ones.
 
     Attributes:
+        has_pipeline: Whether the pipeline of the encoder's folder was read; adapters store it.
         dense: Frozen dense layers after the pooling; empty for most encoders.
         use_fused_layers: Whether `forward` may use the fused CPU layers, which it does where they apply and no module of the
             encoder has hooks; False: always the modules of transformers.
@@ -71,6 +72,7 @@ class FrozenBackbone(nn.Module):
         self.family.check(config)
         self._adapt(model)
         self.model = model.requires_grad_(False)
+        self.has_pipeline = pipeline is not None
         self.pipeline = pipeline or Pipeline()
         self.dense = load_dense_layers(self.pipeline.dense)
         self.identity = dataclasses.replace(identity, config=output_config(config, self.dense))

@@ -87,6 +87,11 @@ class TextSettings:
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt: str | None = None
 
+    @property
+    def changes_texts(self) -> bool:
+        """Whether texts are changed before tokenisation if no prompt is given."""
+        return self.lower_case or bool(self.prompt_text())
+
     def prompt_text(self, name: str | None = None, text: str | None = None) -> str:
         """Return the text to put in front of sentences: `text` if given, else the prompt of a name, else the default prompt.
 

@@ -19,6 +19,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from promcse_pl.config import Config
 from promcse_pl.data.module import PromcseDataModule
 from promcse_pl.models.backbone import FrozenBackbone
+from promcse_pl.models.cpu.dropout import Dropout
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.mlm import MlmHead
 from promcse_pl.run_folder import ADAPTER
@@ -88,7 +89,8 @@ def build_encoder(config: Config, *, with_pipeline: bool = True) -> PromptEncode
 
     Raises:
         EncoderError: The encoder cannot be loaded, or it does not support prompts.
-        ConfigError: With the prompt, no token position is left for a sentence, or the encoder has no `model.default_prompt`.
+        ConfigError: With the prompt, no token position is left for a sentence; the encoder has no `model.default_prompt`; or
+            unsupervised training without dropout.
     """
     dtype = torch.bfloat16 if config.trainer.precision == "bfloat16" else torch.float32
     backbone = FrozenBackbone.load(
@@ -110,7 +112,19 @@ def build_encoder(config: Config, *, with_pipeline: bool = True) -> PromptEncode
             f"prompt.length={config.prompt.length} shifts the positions so far that no sentence fits the encoder. "
             f"Try: prompt.length={max(0, config.prompt.length + encoder.longest_input - config.data.max_length)}"
         )
+    if config.data.kind == "sentences" and not _has_dropout(encoder):
+        raise ConfigError(
+            f"data.kind=sentences needs dropout, which makes the two views of a sentence differ, but {config.model.path} has "
+            "none. Try: prompt.dropout=0.1"
+        )
     return encoder
+
+
+def _has_dropout(encoder: PromptEncoder) -> bool:
+    """Return whether two passes of an encoder in train mode differ."""
+    modules = any(isinstance(module, Dropout) and module.p > 0 for module in encoder.backbone.modules())
+    attention = getattr(encoder.backbone.model.config, "attention_dropout", None) or 0.0
+    return modules or attention > 0 or (encoder.prompt.length > 0 and encoder.prompt.dropout > 0)
 
 
 def build_mlm_head(config: Config, backbone: FrozenBackbone) -> MlmHead | None:

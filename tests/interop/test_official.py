@@ -20,6 +20,7 @@ from promcse_pl.embedder import PromCSE
 from promcse_pl.interop.official import export_official, import_official
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import PromptEncoder
+from promcse_pl.models.pipeline import TextSettings
 from promcse_pl.utils.errors import AdapterError, EncoderError
 
 P, D, LAYERS = 4, 16, 3
@@ -437,6 +438,13 @@ def test_dense_layers_are_not_exported(tmp_path):
     backbone = FrozenBackbone.load(add_pipeline(save_small_encoder(tmp_path / "encoder")))
     with pytest.raises(AdapterError, match="its encoder has dense layers after the pooling"):
         export_official(PromptEncoder(backbone, length=P), tmp_path / "out")
+
+
+def test_a_default_prompt_and_lower_case_are_not_exported(tmp_path):
+    backbone = FrozenBackbone.load(save_small_encoder(tmp_path / "encoder"))
+    for text in (TextSettings(lower_case=True), TextSettings(prompts={"query": "w5 "}, default_prompt="query")):
+        with pytest.raises(AdapterError, match="a default prompt or are converted to lower case"):
+            export_official(PromptEncoder(backbone, length=P, text=text), tmp_path / "out")
 
 
 def test_nothing_is_overwritten(checkpoint, tmp_path):

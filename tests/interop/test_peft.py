@@ -10,10 +10,11 @@ from support.encoders import add_pipeline, save_small_encoder, small_backbone, s
 from support.limits import memory_limit
 from transformers import AutoModel
 
-from promcse_pl.adapter import load_adapter, save_adapter
+from promcse_pl.adapter import adapter_hash, load_adapter, save_adapter
 from promcse_pl.interop.peft import FAMILIES, export_peft, import_peft
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import PromptEncoder
+from promcse_pl.models.pipeline import TextSettings
 from promcse_pl.utils.errors import AdapterError, ConfigError
 
 P = 5
@@ -157,10 +158,25 @@ def test_what_peft_cannot_hold_is_refused(tmp_path):
     dense = FrozenBackbone.load(add_pipeline(save_small_encoder(tmp_path / "dense")))
     with pytest.raises(AdapterError, match="the dense layers of the encoder cannot be stored by PEFT"):
         export_peft(PromptEncoder(dense, length=P), tmp_path / "peft")
+    for text in (TextSettings(lower_case=True), TextSettings(prompts={"query": "w5 "}, default_prompt="query")):
+        with pytest.raises(
+            AdapterError, match="the default prompt and the lower case of texts cannot be stored by PEFT"
+        ):
+            export_peft(prompt_encoder(tmp_path / "encoder", text=text), tmp_path / "peft")
     assert not (tmp_path / "peft").exists()
     export_peft(
         prompt_encoder(tmp_path / "encoder", head="mlp_train_only"), tmp_path / "peft"
     )  # the vectors have no head
+
+
+def test_an_import_on_an_encoder_with_a_pipeline_is_saved_without_it(tmp_path):
+    export_peft(prompt_encoder(tmp_path / "encoder"), tmp_path / "peft")
+    add_pipeline(tmp_path / "encoder")
+    imported = import_peft(tmp_path / "peft")
+    save_adapter(imported, tmp_path / "adapter")
+    loaded = load_adapter(tmp_path / "adapter")
+    assert (loaded.width, loaded.text) == (imported.width, TextSettings())
+    assert adapter_hash(loaded) == adapter_hash(imported)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import yaml
 from rich.console import Console
+from support.encoders import save_small_encoder
 from support.runs import outcome, run_small, small_config
 
 pytest.importorskip("sentence_transformers", reason="needs the extra: pip install -e '.[st]'", exc_type=ImportError)
@@ -18,6 +19,7 @@ from support.sentence_encoders import DENSE, PROMPTS, save_sentence_encoder
 
 import promcse_pl
 from promcse_pl import PromCSE
+from promcse_pl.config import Config
 from promcse_pl.evaluation import suite
 from promcse_pl.evaluation.targets import frozen_target
 from promcse_pl.models.texts import tokenize
@@ -126,12 +128,26 @@ def test_settings_win_over_the_folder_and_the_log_names_both(folder):
     assert "\npooling: avg (model.pooling; the encoder's own is cls)\n" in printed
     assert "\ntexts: at most 9 tokens (model.max_length; the encoder's own is 16); lower case" in printed
     assert (
-        "; prompts mine 'w93 ' (model.prompts; the encoder's own are document, query); default prompt mine (model.default_prompt)\n"
-        in printed
+        "; prompts mine 'w93 ' (model.prompts; the encoder's own are document, query); default prompt mine" in printed
     )
     about = adapter(folder / "run")
     assert about["pooling"] == "avg"
     assert about["text"] == {"max_length": 9, "lower_case": True, "prompts": {"mine": "w93 "}, "default_prompt": "mine"}
+
+
+def test_unsupervised_training_without_any_dropout_is_refused(tmp_path):
+    (tmp_path / "train.txt").write_text("".join(f"w{i} w{i + 1}\n" for i in range(5, 25)))
+    encoder = save_small_encoder(tmp_path / "encoder", "nomic_bert")
+    config = {
+        "model": {"path": str(encoder), "pooling": "avg", "head": "none"},
+        "data": {"kind": "sentences", "train": str(tmp_path / "train.txt")},
+        "loss": {"hinge_weight": 0},
+    }
+    with pytest.raises(ConfigError, match=r"data\.kind=sentences needs dropout.* has none\. Try: prompt\.dropout=0\.1"):
+        build_encoder(Config.from_dict(config))
+    assert build_encoder(Config.from_dict({**config, "prompt": {"dropout": 0.1}})).prompt.dropout == 0.1
+    bert = save_small_encoder(tmp_path / "bert")
+    assert build_encoder(Config.from_dict({**config, "model": {**config["model"], "path": str(bert)}}))
 
 
 def test_an_encoder_without_modules_json_gets_the_usual_pooling_of_its_family(tmp_path):
@@ -216,11 +232,15 @@ def test_a_run_of_an_earlier_version_is_resumed_without_the_pipeline(encoder, tm
     """That version did not read modules.json, had no settings for it and recorded none."""
     run_small(tmp_path, "straight", evaluation={"tasks": ["demo"]})
     failed = fail_in_evaluation(tmp_path)
-    for name in ("sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling"):
+    for name in (
+        "sentence_bert_config.json",
+        "config_sentence_transformers.json",
+        "modules.json",
+        "1_Pooling",
+        "2_Dense",
+    ):
         copy = shutil.copytree if (encoder / name).is_dir() else shutil.copy
         copy(encoder / name, tmp_path / "encoder" / name)
-    modules = json.loads((encoder / "modules.json").read_text())[:2]
-    (tmp_path / "encoder/modules.json").write_text(json.dumps(modules))
     config, inputs = (
         yaml.safe_load((failed / "config.yaml").read_text()),
         json.loads((failed / "inputs.json").read_text()),
