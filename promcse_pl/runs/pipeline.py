@@ -231,7 +231,7 @@ def _score_frozen(run: RunContext, parts: Parts) -> None:
     elif warning := score_warning(score, f"data.dev={run.config.data.dev} and data.train"):
         log.warning("frozen encoder: dev %s", warning)
     else:
-        log.info("frozen encoder: dev Spearman %.2f", 100 * score)
+        log.info("frozen encoder (pooling %s): dev Spearman %.2f", model.encoder.pooling, 100 * score)
 
 
 # --- track, evaluate, record ------------------------------------------------------------------------------------------

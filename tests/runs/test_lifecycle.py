@@ -372,7 +372,7 @@ def test_a_frozen_encoder_score_below_zero_is_a_warning(tmp_path):
         f"Check the columns of data.dev={tmp_path}/dev-1.csv and data.train, and that higher scores mean more similar"
         in reverse
     )
-    assert right.index("frozen encoder: dev Spearman") < right.index("step 1: dev Spearman")
+    assert right.index("frozen encoder") < right.index("step 1: dev Spearman")
 
 
 def test_a_usual_frozen_encoder_score_is_logged_before_training(tmp_path):
@@ -383,7 +383,7 @@ def test_a_usual_frozen_encoder_score_is_logged_before_training(tmp_path):
     path.write_text("\n".join([header, *(f"{text},{score}" for text, score in zip(texts, mixed, strict=True))]) + "\n")
     run_small(tmp_path, data={"dev": str(path)})
     log = (tmp_path / "run/run.log").read_text()
-    assert re.search(r"INFO frozen encoder: dev Spearman 9\d\.\d\d$", log, re.MULTILINE)
+    assert re.search(r"INFO frozen encoder \(pooling \w+\): dev Spearman 9\d\.\d\d$", log, re.MULTILINE)
 
 
 def test_scoring_the_frozen_encoder_changes_no_generator_and_no_mode_and_encodes_once(tmp_path, monkeypatch):
