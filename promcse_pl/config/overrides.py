@@ -47,7 +47,9 @@ def unquoted_dictionary(argument: str) -> ConfigError:
     """Return the error for an override with a dictionary that the shell has split or stripped of its quotes."""
     key = argument.partition("=")[0]
     example = f'{key}={{query: "query: "}}'
-    return ConfigError(f"{argument[:200]}: put the whole setting in single quotes. Try: {run_command()} '{example}'")
+    return ConfigError(
+        f"{argument[:200]} is not a dictionary: put the whole setting in single quotes. Try: {run_command()} '{example}'"
+    )
 
 
 def flat_settings(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
