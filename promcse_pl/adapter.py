@@ -48,6 +48,8 @@ layers included, so they are loaded without it.
 """
 ROTATED_KEYS = "after_rotation"
 """Value of `prompt.keys` for encoders with rotary positions: the prompt's keys enter the attention after the rotation."""
+_OTHER_ENCODER = "--encoder FOLDER (in Python: PromCSE.load(..., encoder=FOLDER))"
+"""How to use an encoder that is not found under the name in the adapter."""
 HUB_FILES = ("adapter*", "encoder/*")
 """File patterns of an adapter on the hub: at the top of a repository, or in its folder adapter/."""
 
@@ -204,6 +206,11 @@ def _load(folder: Path, encoder: str | None, dtype: torch.dtype) -> PromptEncode
     about = _read_description(folder)
     bundled = encoder is None and about["encoder"]["name"] == BUNDLED
     name = str(current(folder, BUNDLED_NAME).absolute()) if bundled else encoder or about["encoder"]["name"]
+    if looks_like_path(name) and not is_folder(expand(name)):
+        origin = "" if encoder else f"named in {folder / DESCRIPTION}, "
+        raise EncoderError(
+            f"the encoder folder {name} does not exist ({origin}current folder: {Path.cwd()}). Try: {_OTHER_ENCODER}"
+        )
     backbone = FrozenBackbone.load(
         name,
         revision=None if encoder else about["encoder"]["revision"],
@@ -245,14 +252,14 @@ def _check_encoder(stored: dict[str, Any], backbone: FrozenBackbone, folder: Pat
     if actual.sha256 != expected.sha256:
         raise AdapterError(
             f"{folder} was trained on {expected.name} with weights {expected.sha256[:12]}…, but "
-            f"{actual.name} has {actual.sha256[:12]}…. Try: PromCSE.load(..., encoder=FOLDER)"
+            f"{actual.name} has {actual.sha256[:12]}…. Try: {_OTHER_ENCODER}"
         )
     found = differences(expected, actual, owner="the adapter was trained with")
     if found:
         raise AdapterError(
             f"{folder} was trained on {expected.name}, and {actual.name} has the same weights but would produce different "
-            f"embeddings: {'; '.join(found)}. Use an unmodified copy of the encoder: PromCSE.load({str(folder)!r}, "
-            "encoder=FOLDER)"
+            f"embeddings: {'; '.join(found)}. Use an unmodified copy of the encoder: --encoder FOLDER (in Python: "
+            f"PromCSE.load({str(folder)!r}, encoder=FOLDER))"
         )
 
 

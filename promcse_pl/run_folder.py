@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +47,8 @@ RESOLVED_KEYS = (
     *("trainer.device", "trainer.precision", "trainer.chunk_tokens"),
 )
 _BEFORE_START = {DATA, START, OUTPUT, STATUS, LOCK, LOG, ".hydra"}
+_FIRST_FILES = re.compile("|".join(map(re.escape, (CONFIG, STATUS, LOCK, LOG, BAD_ROWS))) + r"|run-rank\d+\.log")
+"""Files that a run writes before inputs.json."""
 _NEW_FOLDER = "the same command with hydra.run.dir=NEW_FOLDER (promcse train: --out NEW_FOLDER)"
 State = Literal["running", "finished", "failed", "stopped", "pruned"]
 
@@ -172,6 +174,21 @@ def check_run_folder(folder: Path, *, advice: str = _NEW_FOLDER) -> None:
     if foreign:
         shown = ", ".join(foreign[:5]) + (", ..." if len(foreign) > 5 else "")
         raise ConfigError(f"a run needs a new or empty folder, but {folder.absolute()} contains {shown}. Try: {advice}")
+
+
+def remove_first_files(folder: Path, *, before: Collection[str] | None) -> None:
+    """Remove the files that a new run wrote before inputs.json; all other entries of its folder are kept.
+
+    Args:
+        folder: Run folder; this process must hold its lock.
+        before: Names of the entries before the run started; None: the folder was absent and is removed too if it is then empty.
+    """
+    with suppress(OSError):
+        for path in folder.iterdir():
+            if path.name not in (before or ()) and _FIRST_FILES.fullmatch(path.name):
+                path.unlink()
+        if before is None:
+            folder.rmdir()
 
 
 def checkpoint_folders(run: Path) -> list[Path]:

@@ -7,14 +7,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from promcse_pl.cli.inputs import SENTENCES_HELP, add_prompt_options, load_model, prompt_text, read_sentences
+from promcse_pl.cli.inputs import (
+    SENTENCES_HELP,
+    add_adapter,
+    add_prompt_options,
+    load_model,
+    prompt_text,
+    read_sentences,
+)
 from promcse_pl.utils.errors import DataError
 
 
 def add_parser(commands: Any) -> None:  # noqa: ANN401  (argparse's type is private)
     """Add the command's parser."""
     parser = commands.add_parser("encode", help="embeddings of the sentences in a file")
-    parser.add_argument("adapter", type=Path, help="adapter folder or run folder")
+    add_adapter(parser)
     parser.add_argument("sentences", metavar="FILE", help=SENTENCES_HELP)
     parser.add_argument(
         "--out",
@@ -41,7 +48,7 @@ def run(options: argparse.Namespace) -> None:
     if not out.absolute().parent.is_dir():
         raise DataError(f"the folder of --out {out} does not exist")
     sentences = read_sentences(options.sentences)
-    model = load_model(options.adapter)
+    model = load_model(options)
     prompt = prompt_text(model, options)
     with progress_bar(Console(stderr=True), "encoding", len(sentences)) as progress:
         embeddings_ND = model.encode(sentences, prompt=prompt, progress=progress)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from promcse_pl.cli.inputs import add_encoder_option
 from promcse_pl.utils.errors import ConfigError
 from promcse_pl.utils.imports import without_gc
 from promcse_pl.utils.paths import hide_home
@@ -50,6 +51,7 @@ def add_parser(commands: Any) -> None:  # noqa: ANN401  (argparse's type is priv
         help="cls, avg, max, lasttoken, cls+avg, ...: pooling of frozen encoders (default: from modules.json, else the default "
         "of the family) and of official checkpoints (default: read or inferred)",
     )
+    add_encoder_option(parser)
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps, or auto: a GPU if there is one")
     parser.set_defaults(run=run)
 
@@ -84,7 +86,7 @@ def run(options: argparse.Namespace) -> None:
     from promcse_pl.utils.files import write_text
     from promcse_pl.utils.terminal import output_console, stages
 
-    targets = find_targets(options.targets, pooling=options.pooling, device=options.device)
+    targets = find_targets(options.targets, pooling=options.pooling, encoder=options.encoder, device=options.device)
     cache = EmbeddingCache(cache_dir(None) / "vectors")
     with stages(Console(stderr=True)) as report:
         tree = hide_home(evaluate(targets, loaded, cache, report))

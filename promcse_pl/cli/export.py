@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from promcse_pl.cli.inputs import load_model
+from promcse_pl.cli.inputs import add_adapter, load_model
 
 
 def add_parser(commands: Any) -> None:  # noqa: ANN401  (argparse's type is private)
     """Add the command's parser."""
     parser = commands.add_parser("export", help="an adapter to the format of other software")
-    parser.add_argument("adapter", type=Path, help="adapter folder or run folder")
+    add_adapter(parser)
     parser.add_argument(
         "--to",
         choices=("official", "sentence-transformers", "peft"),
@@ -32,14 +32,14 @@ def run(options: argparse.Namespace) -> None:
     if options.to == "official":
         from promcse_pl.interop.official import export_official
 
-        sys.stdout.write(export_official(load_adapter(options.adapter), out))
+        sys.stdout.write(export_official(load_adapter(options.adapter, encoder=options.encoder), out))
     elif options.to == "peft":
         from promcse_pl.interop.peft import export_peft
 
-        export_peft(load_adapter(options.adapter), out)
+        export_peft(load_adapter(options.adapter, encoder=options.encoder), out)
         sys.stdout.write(f"{out}: PeftModel.from_pretrained(encoder, {str(out)!r}); PEFT does not pool: add it\n")
     else:
         from promcse_pl.interop.sentence_transformers import export_sentence_transformers
 
-        export_sentence_transformers(load_model(options.adapter, device="cpu"), out)
+        export_sentence_transformers(load_model(options, device="cpu"), out)
         sys.stdout.write(f"{out}: SentenceTransformer({str(out)!r}, trust_remote_code=True)\n")

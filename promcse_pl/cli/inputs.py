@@ -7,7 +7,7 @@ import os
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from promcse_pl.utils.errors import ConfigError, DataError
 from promcse_pl.utils.imports import without_gc
@@ -19,19 +19,34 @@ if TYPE_CHECKING:
 SENTENCES_HELP = "one sentence a line (csv, jsonl, .gz... too); - reads standard input"
 
 
-def load_model(adapter: Path, **options: Any) -> PromCSE:  # noqa: ANN401
-    """Return an adapter with its encoder. Call it after the other inputs were read: it imports torch, which takes seconds."""
+def load_model(options: argparse.Namespace, device: str = "auto") -> PromCSE:
+    """Return the adapter of `add_adapter` with its encoder. Call it after other inputs were read: it imports torch."""
+    from promcse_pl.adapter_folder import find_adapter
     from promcse_pl.run_folder import ADAPTER, read_status
 
+    adapter: Path = options.adapter
     folder = expand(adapter)
     with suppress(DataError):  # an intact adapter can be used even if the status is damaged
         status = read_status(folder.parent if folder.name == ADAPTER else folder)
-        if status is not None and status.state != "finished":
+        if status is not None and status.state != "finished" and find_adapter(folder):
             sys.stderr.write("the run is not finished: this is its best adapter so far\n")
     with without_gc():
         from promcse_pl.embedder import PromCSE
 
-    return PromCSE.load(adapter, **options)
+    return PromCSE.load(adapter, encoder=options.encoder, device=device)
+
+
+def add_adapter(parser: argparse.ArgumentParser) -> None:
+    """Add the argument for an adapter and the option --encoder."""
+    parser.add_argument("adapter", type=Path, help="adapter folder or run folder")
+    add_encoder_option(parser)
+
+
+def add_encoder_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option --encoder."""
+    parser.add_argument(
+        "--encoder", metavar="FOLDER", help="folder or hub id of the frozen encoder (default: the name in adapter.json)"
+    )
 
 
 def add_prompt_options(parser: argparse.ArgumentParser, of: str, prefix: str = "") -> None:

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given = _completion(given)
     parser = Parser(prog="promcse", description="Sentence embeddings from a soft prompt on a frozen encoder.")
     parser.add_argument("--version", action="version", version=f"promcse {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for command in COMMANDS:
         command.add_parser(commands)
     options, rest = parser.parse_known_args(given)
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.overrides = [argument for argument in rest if not argument.startswith("-")]
         rest = [argument for argument in rest if argument.startswith("-")]
     if rest:
-        getattr(options, "parser", parser).error(f"unrecognized arguments: {' '.join(rest)}")
+        commands.choices[options.command].error(f"unrecognized arguments: {' '.join(rest)}")
     return exit_code(lambda: options.run(options))
 
 

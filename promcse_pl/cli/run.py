@@ -7,6 +7,8 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from promcse_pl.cli.config_file import file_overrides
-from promcse_pl.config import check_overrides
+from promcse_pl.config import check_overrides, is_dictionary, unquoted_dictionary
 from promcse_pl.runs.compose import (
     CONF,
     TYPED,
@@ -35,6 +37,9 @@ from promcse_pl.sweeps.plan import resumed_arguments, without_home
 from promcse_pl.utils.errors import ConfigError, PromcseError
 from promcse_pl.utils.exit_codes import exit_code
 from promcse_pl.utils.paths import expand, run_command
+
+_EXISTING: ContextVar[Path | None] = ContextVar("_EXISTING", default=None)
+"""Folder of --out if it existed before Hydra was called."""
 
 
 def compose_and_run(
@@ -61,6 +66,7 @@ def compose_and_run(
     if config_file is not None:
         given = _with_file(config_file, given, folders, "--multirun" in flags)
     if out is not None:
+        _EXISTING.set(out.absolute() if out.is_dir() else None)
         given.append(f"hydra.{'sweep' if '--multirun' in flags else 'run'}.dir={quoted(str(out))}")
     if any(override.startswith("sweep.resume=") for override in given):
         _, *given = resumed_arguments(given)
@@ -111,6 +117,8 @@ def _refusal(error: Exception, arguments: Sequence[str]) -> ConfigError:
         try:
             override = parser.parse_override(argument)
         except HydraException as reason:
+            if is_dictionary(key):
+                return unquoted_dictionary(argument)
             return ConfigError(
                 f"{argument}: {reason}. A value with special characters needs quotes. "
                 f"Try: {run_command()} {shlex.quote(f'{key}={quoted(value)}')}"
@@ -175,8 +183,9 @@ def _check_single() -> None:
 def _remove_empty(folder: Path) -> None:
     """Remove the folder that Hydra created for a run that did not start, and its parents below the current folder if empty."""
     here = Path.cwd()
-    while folder.is_dir() and folder != here and not any(folder.iterdir()):
-        folder.rmdir()
-        folder = folder.parent
-        if here not in folder.parents:
-            return
+    with suppress(OSError):  # a link, a mount point, or removed by another rank
+        while folder.is_dir() and folder not in (here, _EXISTING.get()) and not any(folder.iterdir()):
+            folder.rmdir()
+            folder = folder.parent
+            if here not in folder.parents:
+                return

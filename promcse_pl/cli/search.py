@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 from promcse_pl.cli.inputs import (
     SENTENCES_HELP,
+    add_adapter,
     add_prompt_options,
     load_model,
     prompt_text,
@@ -21,7 +21,7 @@ from promcse_pl.utils.streams import visible
 def add_parser(commands: Any) -> None:  # noqa: ANN401  (argparse's type is private)
     """Add the command's parser."""
     parser = commands.add_parser("search", help="the sentences of a file that are nearest to a query")
-    parser.add_argument("adapter", type=Path, help="adapter folder or run folder")
+    add_adapter(parser)
     parser.add_argument("corpus", metavar="FILE", help=SENTENCES_HELP)
     parser.add_argument(
         "query", help="a sentence: prints score, tab, sentence; - reads queries and prints one JSON object each"
@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> None:
     require_single_stdin(options.corpus, options.query)
     corpus = read_sentences(options.corpus)
     queries = read_sentences("-") if options.query == "-" else [options.query]
-    model = load_model(options.adapter)
+    model = load_model(options)
     query_prompt, document_prompt = prompt_text(model, options), prompt_text(model, options, "document-")
     with progress_bar(Console(stderr=True), "encoding", len(corpus)) as progress:
         model.build_index(corpus, prompt=document_prompt, progress=progress)

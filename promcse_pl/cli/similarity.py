@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 from promcse_pl.cli.inputs import (
+    add_adapter,
     add_prompt_options,
     is_file_argument,
     load_model,
@@ -21,7 +21,7 @@ from promcse_pl.utils.errors import DataError
 def add_parser(commands: Any) -> None:  # noqa: ANN401  (argparse's type is private)
     """Add the command's parser."""
     parser = commands.add_parser("similarity", help="cosine of two sentences, or of two files line by line")
-    parser.add_argument("adapter", type=Path, help="adapter folder or run folder")
+    add_adapter(parser)
     parser.add_argument("first", help="a sentence, a file as for encode, or - for standard input")
     parser.add_argument("second", help="the same")
     add_prompt_options(parser, "all sentences")
@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> None:
         raise DataError(
             f"the files must have the same number of lines, got {len(first)} in {given[0]} and {len(second)} in {given[1]}"
         )
-    model = load_model(options.adapter)
+    model = load_model(options)
     embeddings_ND = model.encode([*first, *second], prompt=prompt_text(model, options))
     cosines_N = (embeddings_ND[: len(first)] * embeddings_ND[len(first) :]).sum(1)
     sys.stdout.write("".join(f"{cosine:.4f}\n" for cosine in cosines_N))

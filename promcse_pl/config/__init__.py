@@ -1,6 +1,15 @@
 """The settings of a run and of a sweep: schema, defaults, ranges and messages. May import `utils` only."""
 
-from promcse_pl.config.overrides import check_overrides, decides, flat_settings, is_integer, path_advice, resumed_with
+from promcse_pl.config.overrides import (
+    check_overrides,
+    decides,
+    flat_settings,
+    is_dictionary,
+    is_integer,
+    path_advice,
+    resumed_with,
+    unquoted_dictionary,
+)
 from promcse_pl.config.schema import (
     DATA_SUITES,
     SUITES,
@@ -32,7 +41,9 @@ __all__ = [
     "check_tasks",
     "decides",
     "flat_settings",
+    "is_dictionary",
     "is_integer",
     "path_advice",
     "resumed_with",
+    "unquoted_dictionary",
 ]

@@ -38,6 +38,20 @@ def _dictionaries() -> set[str]:
     return {key for key, options in kinds.items() if any(get_origin(option) is dict for option in options)}
 
 
+def is_dictionary(key: str) -> bool:
+    """Return whether a dotted key of a job's config is a setting that holds a dictionary."""
+    return key in _dictionaries()
+
+
+def unquoted_dictionary(argument: str) -> ConfigError:
+    """Return the error for an override with a dictionary that the shell has split or stripped of its quotes."""
+    key = argument.partition("=")[0]
+    example = f'{key}={{query: "query: "}}'
+    return ConfigError(
+        f"{argument[:200]} is not a dictionary: put the whole setting in single quotes. Try: {run_command()} '{example}'"
+    )
+
+
 def flat_settings(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     """Return a tree of settings by dotted key; a dictionary that is the value of a setting stays one."""
     flat: dict[str, Any] = {}
@@ -95,6 +109,8 @@ def check_overrides(arguments: Sequence[str], groups: Mapping[str, Sequence[str]
         if argument.startswith("-") or not equals:
             continue
         key = key.lstrip("+~").partition("@")[0]
+        if is_dictionary(key) and value.startswith("{") and not value.rstrip().endswith("}"):
+            raise unquoted_dictionary(argument)
         section = re.split("[./]", key, maxsplit=1)[0]
         if groups.get(key):
             _check_choice(key, value, groups[key])

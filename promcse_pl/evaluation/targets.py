@@ -53,13 +53,16 @@ class Target:
     members: tuple[Member, ...]
 
 
-def find_targets(names: Sequence[str], *, pooling: str | None = None, device: str = "auto") -> list[Target]:
+def find_targets(
+    names: Sequence[str], *, pooling: str | None = None, encoder: str | None = None, device: str = "auto"
+) -> list[Target]:
     """Resolve names to targets without reading weights.
 
     Args:
         names: Adapter or run folders, encoders (folder or hub id), official checkpoints (folder or hub id), folders of runs.
         pooling: Pooling of frozen encoders (None: their own in modules.json, else the usual one of their family) and official
             checkpoints (None: as in `promcse import`).
+        encoder: Folder or hub id of the frozen encoder of all adapters (None: the name in each).
         device: Device of the models.
 
     Raises:
@@ -72,7 +75,9 @@ def find_targets(names: Sequence[str], *, pooling: str | None = None, device: st
     if len(set(names)) < len(names):
         raise ConfigError(f"a target is given twice: {' '.join(names)}")
     pick_device(device)
-    found = [_find(name, pooling, device) for name in names]
+    found = [_find(name, pooling, encoder, device) for name in names]
+    if encoder is not None and not {"adapter", "runs over seeds"} & {target.kind for target in found}:
+        raise ConfigError(f"--encoder {encoder} has no effect, since no target is an adapter. Try: leave it out")
     labels = [target.name for target in found]
     return [
         dataclasses.replace(target, name=name) if labels.count(target.name) > 1 else target
@@ -91,14 +96,14 @@ def frozen_target(model: PromCSE) -> Target:
     return Target("frozen encoder", "frozen encoder", (Member(lambda: PromCSE(plain, model.tokenizer)),))
 
 
-def _find(name: str, pooling: str | None, device: str) -> Target:
+def _find(name: str, pooling: str | None, encoder: str | None, device: str) -> Target:
     folder = expand(name)
     real = Path(os.path.realpath(folder))  # Path.resolve raises for a link that leads to itself
     label = real.parent.name if real.name == "adapter" else real.name  # a run's adapter gets the name of its run
     if find_adapter(folder):
-        return Target(label, "adapter", (_adapter_member(folder, device),))
+        return Target(label, "adapter", (_adapter_member(folder, encoder, device),))
     if folder.is_dir() and not (folder / "config.json").is_file():
-        return Target(label, "runs over seeds", _seed_members(folder, device))
+        return Target(label, "runs over seeds", _seed_members(folder, encoder, device))
     is_path = looks_like_path(name) or ("/" in name and folder.parent.is_dir())
     if is_path and not folder.is_dir():
         raise AdapterError(f"the target {name} does not exist (current folder: {Path.cwd()})")
@@ -121,7 +126,7 @@ def _find(name: str, pooling: str | None, device: str) -> Target:
     return Target(label, f"frozen encoder, pooling {chosen}", (Member(load_frozen),))
 
 
-def _adapter_member(folder: Path, device: str) -> Member:
+def _adapter_member(folder: Path, encoder: str | None, device: str) -> Member:
     adapter = find_adapter(folder)
     assert adapter is not None
     try:
@@ -129,17 +134,17 @@ def _adapter_member(folder: Path, device: str) -> Member:
         seed = training.get("seed")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         seed = None  # loading the adapter reports what is wrong
-    return Member(lambda: PromCSE.load(folder, device=device), seed)
+    return Member(lambda: PromCSE.load(folder, encoder=encoder, device=device), seed)
 
 
-def _seed_members(folder: Path, device: str) -> tuple[Member, ...]:
+def _seed_members(folder: Path, encoder: str | None, device: str) -> tuple[Member, ...]:
     runs = sorted(path for path in folder.iterdir() if find_adapter(path))
     if len(runs) < 2:
         raise AdapterError(
             f"{folder} is not an adapter ({DESCRIPTION}), run (adapter/{DESCRIPTION}), encoder or official checkpoint "
             f"(config.json), and holds {len(runs)} runs; a folder of seeds holds two or more"
         )
-    members = [_adapter_member(run, device) for run in runs]
+    members = [_adapter_member(run, encoder, device) for run in runs]
     seeds = [member.seed for member in members]
     for run, seed in zip(runs, seeds, strict=True):
         if seed is None or seeds.count(seed) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 import signal
@@ -18,9 +19,9 @@ from promcse_pl.run_folder import CONFIG, DATA, check_run_folder
 from promcse_pl.runs.compose import compose_config, config_groups, recipe_note
 from promcse_pl.runs.lifecycle import run_job
 from promcse_pl.training.distributed import find_ranks
-from promcse_pl.utils.errors import ConfigError, DataError
+from promcse_pl.utils.errors import ConfigError, DataError, EncoderError
 from promcse_pl.utils.files import write_text
-from promcse_pl.utils.paths import expand, file_suffix, run_command
+from promcse_pl.utils.paths import expand, file_suffix, is_folder, run_command
 from promcse_pl.utils.signals import Stopped
 
 if TYPE_CHECKING:
@@ -88,6 +89,8 @@ def train(
     groups = {"data": kind, "model": str(model) if is_known_model else "minilm"}.items()
     defaults = [f"{group}={choice}" for group, choice in groups if group not in typed]
     config = compose_config([*defaults, *overrides], values)
+    if not is_known_model:
+        _check_encoder_name(str(model), config.model.revision)
     (*_, choice) = (line.partition("=")[2] for line in [*defaults, *overrides] if line.startswith("model="))
     with _saved_rows(rows or [], folder):
         _run(config, folder, callbacks, loggers, recipe_note(config, choice))
@@ -110,6 +113,28 @@ def _check_effects(overrides: Sequence[str], values: Mapping[str, str]) -> None:
                 f"{override[:200]} has no effect in train(). Try: the argument folder for the run folder, "
                 f"or {run_command('-m')} for a sweep"
             )
+
+
+def _check_encoder_name(name: str, revision: str | None) -> None:
+    """Check that a name that resembles one in conf/model is an encoder, such as t5-base, and no typing error.
+
+    Raises:
+        ConfigError: There is no encoder of that name; the message has the nearest names.
+    """
+    choices = config_groups()["model"]
+    near = difflib.get_close_matches(name, choices, n=3)
+    if not near or "/" in name or is_folder(expand(name)):
+        return
+    from promcse_pl.models.hub import locate  # late: it imports torch
+
+    try:
+        locate(name, revision, weights=())
+    except EncoderError as error:
+        meant = " or ".join(f"model={choice!r}" for choice in near)
+        raise ConfigError(
+            f"model={name!r} is neither a model in conf/model nor an encoder. Did you mean {meant}? Allowed: "
+            f"{', '.join(choices)}, a folder, or a hub id"
+        ) from error
 
 
 def _data_group(data: object) -> str:
@@ -140,6 +165,7 @@ def _saved_rows(rows: list[tuple[str, ...]], folder: Path) -> Iterator[None]:
         yield
         return
     check_run_folder(folder)
+    is_new = not folder.exists()
     titles = TRAINING_ROWS[len(rows[0])].titles
     lines = [json.dumps(dict(zip(titles, row, strict=True)), ensure_ascii=False) + "\n" for row in rows]
     write_text(folder / DATA, "".join(lines))
@@ -148,8 +174,9 @@ def _saved_rows(rows: list[tuple[str, ...]], folder: Path) -> Iterator[None]:
     finally:
         if not (folder / CONFIG).exists():
             (folder / DATA).unlink()
-            with suppress(OSError):
-                folder.rmdir()
+            if is_new:
+                with suppress(OSError):
+                    folder.rmdir()
 
 
 def _to_tuples(rows: Iterable[Row]) -> list[tuple[str, ...]]:

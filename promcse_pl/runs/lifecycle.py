@@ -25,6 +25,8 @@ from promcse_pl.run_folder import (
     INPUTS,
     LOG,
     RESULTS,
+    START,
+    STATUS,
     State,
     Status,
     check_run_folder,
@@ -33,6 +35,7 @@ from promcse_pl.run_folder import (
     read_results,
     read_status,
     remove_checkpoints,
+    remove_first_files,
     write_config,
     write_status,
 )
@@ -83,7 +86,8 @@ def run_job(
         The content of results.json.
 
     Raises:
-        PromcseError: An error that the user can correct; the message says how.
+        ConfigError: A setting is not valid; if the encoder or the data show it before training, the folder is as it was before.
+        PromcseError: Another error that the user can correct; the message says how.
         Stopped: A signal stopped the run; `resume_job` resumes it.
     """
     folder, console = Path(folder), console or output_console()
@@ -111,10 +115,16 @@ def run_job(
         )
         if not run.is_main:
             return _run_as_follower(run)
+    before = {path.name for path in folder.iterdir()} if folder.is_dir() else None
     with locked(folder) as lock:
         check_run_folder(folder)
-        write_config(config, folder / CONFIG)
-        return _launch(config, folder, lock) if ranks is None else _run_as_main(run)
+        try:
+            write_config(config, folder / CONFIG)
+            return _launch(config, folder, lock) if ranks is None else _run_as_main(run)
+        except ConfigError:  # resuming would refuse the corrected setting; a sweep needs the status of its job
+            if not (folder / INPUTS).exists() and START not in (before or ()):
+                remove_first_files(folder, before=before)
+            raise
 
 
 def resume_job(folder: str | Path, console: Console | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -201,6 +211,7 @@ def _run_as_main(run: RunContext) -> dict[str, Any]:
     missing = run.status.callbacks
     if passed := [type(part).__name__ for part in (*run.callbacks, *run.loggers)]:
         run, missing = dataclasses.replace(run, status=dataclasses.replace(run.status, callbacks=passed)), []
+    is_new = not (run.folder / STATUS).exists()
     with logging_to(run.folder / LOG, run.console), run.stop:
         if missing:
             log.warning(
@@ -215,7 +226,8 @@ def _run_as_main(run: RunContext) -> dict[str, Any]:
             raise
         except BaseException as error:
             _record_end(run.folder, "failed", f"{type(error).__name__}: {error}")
-            if isinstance(error, PromcseError) and not (run.folder / INPUTS).exists():
+            is_resumable = isinstance(error, PromcseError) and not (is_new and isinstance(error, ConfigError))
+            if is_resumable and not (run.folder / INPUTS).exists():
                 retry = run_command(f"resume={run.folder}")
                 log.info("nothing was trained yet. Fix the cause, then run in this folder again: %s", retry)
             raise

@@ -9,9 +9,14 @@ import time
 
 import numpy as np
 import pytest
+from support.encoders import save_small_encoder
 
 from promcse_pl import PromCSE, __version__
+from promcse_pl.adapter import save_adapter
 from promcse_pl.cli.main import main
+from promcse_pl.models.backbone import FrozenBackbone
+from promcse_pl.models.encoder import PromptEncoder
+from promcse_pl.run_folder import Status, write_status
 
 SENTENCES = ["A woman is reading.", "Someone reads a book.", "The dog sleeps."]
 
@@ -136,3 +141,61 @@ def test_a_command_or_option_that_does_not_exist_names_the_nearest_in_one_line(a
     assert message.count("\n") == 1
     assert message.startswith("error: ")
     assert f". Did you mean {meant}? Try: promcse " in message
+
+
+@pytest.mark.parametrize("command", ["evaluate a --tasks sts", "export a --to peft --out b"])
+def test_an_option_of_another_command_is_refused_with_the_help_of_the_command(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([*command.split(), "--prompt-name", "query"])
+    assert caught.value.code == 2
+    expected = f"error: unrecognized arguments: --prompt-name query. Try: promcse {command.split()[0]} --help\n"
+    assert capsys.readouterr().err == expected
+
+
+@pytest.fixture
+def moved_encoder(tmp_path) -> tuple[str, str]:
+    """A run whose encoder has been moved, and the new folder of the encoder."""
+    encoder = save_small_encoder(tmp_path / "encoder")
+    adapter = PromptEncoder(FrozenBackbone.load(encoder), length=3, pooling="cls")
+    save_adapter(adapter, tmp_path / "run/adapter", training={"seed": 1})
+    encoder.rename(tmp_path / "moved")
+    return str(tmp_path / "run"), str(tmp_path / "moved")
+
+
+@pytest.mark.parametrize("command", ["similarity", "encode", "search", "evaluate", "export"])
+def test_the_encoder_of_an_adapter_can_be_given_if_it_was_moved(command, moved_encoder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    run, moved = moved_encoder
+    lines, pairs, out = tmp_path / "lines.txt", tmp_path / "pairs.csv", tmp_path / "out.npy"
+    lines.write_text("w5 w6\nw7\n")
+    pairs.write_text("sentence1,sentence2,score\nw5,w6,1\nw7,w8,2\nw9,w5,3\n")
+    arguments = {
+        "similarity": [run, "w5", "w6"],
+        "encode": [run, str(lines), "--out", str(out)],
+        "search": [run, str(lines), "w5"],
+        "evaluate": [run, "--tasks", str(pairs), "--device", "cpu"],
+        "export": [run, "--to", "sentence-transformers", "--out", str(out)],
+    }[command]
+    assert main([command, *arguments]) == 2
+    message = capsys.readouterr().err
+    where = f"the encoder folder {tmp_path}/encoder does not exist (named in {tmp_path}/run/adapter/adapter.json, "
+    assert where in message
+    assert "Try: --encoder FOLDER (in Python: PromCSE.load(..., encoder=FOLDER))\n" in message
+    assert main([command, *arguments, "--encoder", f"{moved}2"]) == 2
+    assert f"the encoder folder {moved}2 does not exist (current folder" in capsys.readouterr().err
+    assert main([command, *arguments, "--encoder", moved]) == 0
+
+
+def test_an_encoder_for_targets_without_adapter_is_refused(moved_encoder, tmp_path, capsys):
+    _, moved = moved_encoder
+    (tmp_path / "pairs.csv").write_text("sentence1,sentence2,score\nw5,w6,1\nw7,w8,2\nw9,w5,3\n")
+    assert main(["evaluate", moved, "--tasks", str(tmp_path / "pairs.csv"), "--encoder", moved]) == 2
+    assert "--encoder" in capsys.readouterr().err
+
+
+def test_a_run_without_an_adapter_is_not_said_to_have_one(tmp_path, capsys):
+    write_status(tmp_path, Status(state="failed"))
+    assert main(["export", str(tmp_path), "--to", "sentence-transformers", "--out", str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err
+    assert "best adapter so far" not in message
+    assert f"{tmp_path} is not an adapter: it has no adapter.json" in message

@@ -59,6 +59,7 @@ MISTAKES = {
     "tracking.wandb=onlin": "tracking.wandb must be one of auto, online, offline, disabled, got 'onlin'. Try: ",
     "seed=-1": "seed must be in [0, 2**32), got -1. Try: python run.py seed=42",
     "data.train=": "data.train must be `demo` or a file, got ''. Try: ",
+    'model.prompts={query: "query: "': "model.prompts={query: is not a dictionary: put the whole setting in single quotes. Try: ",
     "seed": "Error parsing override 'seed' missing EQUAL",
     "seed=[1": "seed=[1: no viable alternative at input '[1'. A value with special characters needs quotes. Try: python run.py ",
     "seed=${x}": "seed: Interpolation key 'x' not found. Try: a value in place of ${...}",

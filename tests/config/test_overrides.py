@@ -100,3 +100,11 @@ def test_what_a_setting_decides_is_marked_on_its_field():
     assert {decides(key) for key in ("seed", "optim.lr", "trainer.precision", "data", "no.such", "seed.x")} == {
         "training"
     }
+
+
+@pytest.mark.parametrize("argument", ["model.prompts={query:", 'model.prompts={query: "a: ", document:'])
+def test_a_dictionary_that_the_shell_has_split_gets_a_command_with_quotes(argument):
+    advice = r"put the whole setting in single quotes\. Try: python run\.py 'model\.prompts=\{query: \"query: \"\}'$"
+    with pytest.raises(ConfigError, match=advice):
+        check_overrides([argument, "query: }"], {})
+    check_overrides(['model.prompts={query: "query: "}', "model.prompts={}", "model.prompts=null"], {})

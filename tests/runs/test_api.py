@@ -264,6 +264,33 @@ def test_wrong_overrides_are_reported_before_a_folder_is_left(override, message,
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("existed", [False, True])
+def test_a_setting_that_the_encoder_refuses_can_be_corrected_in_the_same_folder(existed, train, tmp_path):
+    if existed:
+        (tmp_path / "run").mkdir()
+    with pytest.raises(ConfigError, match=r"data\.prompts: 'qurey' is not the name of a prompt"):
+        train(ROWS, "data.prompts=[qurey,'','']")
+    assert (tmp_path / "run").exists() == existed
+    assert not existed or list((tmp_path / "run").iterdir()) == []
+    train(ROWS)
+    assert read_status(tmp_path / "run").state == "finished"
+
+
+def test_a_model_that_resembles_a_name_of_conf_gets_the_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    message = r"^model='mpnett' is neither a model in conf/model nor an encoder\. Did you mean model='mpnet'"
+    with pytest.raises(ConfigError, match=message):
+        promcse_pl.train(ROWS, model="mpnett", overrides=SETTINGS, folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_encoder_whose_name_resembles_one_of_conf_is_trained(train, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "encoder").rename("mpnett")
+    model = promcse_pl.train(ROWS, model="mpnett", overrides=SETTINGS, folder=tmp_path / "run")
+    assert model.encode(["w5 w6"]).shape == (1, 16)
+
+
 def test_overrides_given_as_text_are_reported_with_the_list_to_type():
     with pytest.raises(
         ConfigError, match=r"overrides must be a list, got 'loss\.margin=0\.1'\. Try: overrides=\['loss"

@@ -209,8 +209,11 @@ def test_ranks_with_different_settings_stop_before_training(what, tmp_path):
         assert error.startswith("error: rank 1 differs from rank 0 (")
         assert ("loss.temperature: 0.05 and 0.1; config sha256: " if what == "config" else "data.train: ") in error
         assert "Traceback" not in error
-    assert read_status(tmp_path / "run").state == "failed"
-    assert not (tmp_path / "run/metrics.jsonl").exists()
+    if what == "config":  # corrected settings can be run in the same folder
+        assert not (tmp_path / "run").exists()
+    else:
+        assert read_status(tmp_path / "run").state == "failed"
+        assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
 def test_another_number_of_processes_than_the_run_began_with_is_refused_by_name(long_run, tmp_path):
@@ -247,6 +250,15 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.slow
+def test_a_setting_that_the_encoder_refuses_leaves_no_folder_of_a_run_on_two_ranks(tmp_path):
+    config = write_config(distributed(tmp_path, model={"default_prompt": "qury"}), tmp_path / "wrong.yaml")
+    refused = promcse(tmp_path / "log", "train", config, "--out", tmp_path / "run")
+    assert refused.code == 2
+    assert refused.stderr.startswith("error: model.default_prompt must be the name of a prompt")
+    assert "nothing was trained" not in refused.stdout
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_launcher_stops_all_ranks_if_one_dies_and_leaves_no_orphan_if_killed(long_run, tmp_path):
     config, straight = long_run
     folder = tmp_path / "run"

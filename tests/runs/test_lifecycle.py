@@ -26,7 +26,7 @@ from promcse_pl.data.sources import load_sources
 from promcse_pl.evaluation.sts import score_pairs
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import PromptEncoder
-from promcse_pl.run_folder import read_config, read_history, write_config
+from promcse_pl.run_folder import read_config, read_history, read_status, write_config
 from promcse_pl.runs.lifecycle import run_job
 from promcse_pl.runs.pipeline import _score_frozen
 from promcse_pl.training.context import RunContext
@@ -198,6 +198,39 @@ def test_missing_inputs_are_reported_before_a_folder_is_created(sections, kind, 
         run_small(tmp_path, **sections)
     assert "Try: " in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_a_setting_that_the_encoder_refuses_can_be_corrected_in_the_same_folder(existed, tmp_path):
+    if existed:
+        (tmp_path / "run").mkdir()
+    printed = io.StringIO()
+    with pytest.raises(ConfigError, match=r"model\.default_prompt must be the name of a prompt"):
+        run_job(small_config(tmp_path, model={"default_prompt": "qury"}), tmp_path / "run", Console(file=printed))
+    assert "nothing was trained" not in printed.getvalue()
+    assert (tmp_path / "run").exists() == existed
+    assert not existed or list((tmp_path / "run").iterdir()) == []
+    assert run_small(tmp_path)[0]["steps"] == 3
+
+
+def test_a_setting_that_the_encoder_refuses_removes_no_file_that_was_there_before(tmp_path):
+    folder = tmp_path / "run"
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / "run.log").write_text("earlier\n")
+    with pytest.raises(ConfigError, match=r"model\.default_prompt"):
+        run_job(small_config(tmp_path, model={"default_prompt": "qury"}), folder)
+    assert {path.name for path in folder.iterdir()} == {".hydra", "run.log"}
+    assert (folder / "run.log").read_text().startswith("earlier\n")
+
+
+def test_a_job_of_a_sweep_keeps_the_status_of_a_setting_that_the_encoder_refuses(tmp_path):
+    config = small_config(tmp_path, model={"default_prompt": "qury"})
+    start = write_config(config, tmp_path / "run/start.yaml")
+    printed = io.StringIO()
+    with pytest.raises(ConfigError, match=r"model\.default_prompt"):
+        run_job(read_config(start), tmp_path / "run", Console(file=printed))
+    assert read_status(tmp_path / "run").state == "failed"
+    assert "nothing was trained" not in printed.getvalue()
 
 
 def test_bad_rows_stop_a_run_unless_they_are_skipped_and_then_they_are_listed(tmp_path):

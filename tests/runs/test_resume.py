@@ -409,6 +409,19 @@ def test_a_run_that_fails_before_training_can_be_resumed_when_the_cause_is_fixed
     assert resume_job(tmp_path / "run")["steps"] == 3
 
 
+def test_a_setting_that_the_encoder_refuses_on_resume_keeps_the_folder(tmp_path):
+    config = small_config(tmp_path, model={"default_prompt": "qury"})
+    weights = tmp_path / "encoder/model.safetensors"
+    weights.rename(tmp_path / "model.safetensors")
+    with pytest.raises(PromcseError):
+        run_job(config, tmp_path / "run")
+    (tmp_path / "model.safetensors").rename(weights)
+    before = left(tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"model\.default_prompt"):
+        resume_job(tmp_path / "run")
+    assert left(tmp_path / "run") == before
+
+
 def test_a_folder_without_a_run_is_refused_and_a_damaged_status_too(tmp_path, stopped_run):
     with pytest.raises(ConfigError, match=r"contains no run to resume: it has no config.yaml"):
         resume_job(tmp_path)
