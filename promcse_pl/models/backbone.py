@@ -68,7 +68,7 @@ class FrozenBackbone(nn.Module):
         if config.model_type not in SUPPORTED:
             raise unsupported(config.model_type, identity.name)
         self.family: Family = FAMILIES[config.model_type]
-        self.family.check(config)
+        self.family.require_supported(config)
         self._adapt(model)
         self.model = model.requires_grad_(False)
         self.pipeline = pipeline or Pipeline()
