@@ -388,7 +388,7 @@ class PromCSE:
         return self._index
 
     def _encode_block(self, sentences: Sequence[str], batch_size: int | None, unit_length: bool) -> Vectors:
-        tokens = tokenize(self.tokenizer, sentences, self.max_tokens)
+        tokens = tokenize(self.tokenizer, sentences, self.max_tokens, len(self.encoder.backbone.word_embeddings))
         with self._lock, eval_mode(self.encoder), torch.inference_mode():
             device = self.encoder.backbone.device
             embeddings_ND, _ = self.encoder(

@@ -142,6 +142,7 @@ def build_data(config: Config, encoder: PromptEncoder, progress: Callable[[int],
         prepare=text.prepare,
         seed=config.seed,
         mlm=bool(config.loss.mlm_weight),
+        vocabulary=len(encoder.backbone.word_embeddings),
         progress=progress,
     )
     data.setup()
