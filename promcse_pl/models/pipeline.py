@@ -132,13 +132,15 @@ class Pipeline:
     dense: tuple[DenseSpec, ...] = ()
 
 
-def read_pipeline(folder: Path) -> Pipeline:
+def read_pipeline(folder: Path, max_positions: int | None = None) -> Pipeline:
     """Read modules.json of an encoder's folder and the settings of its modules; no weights are read and no code is run.
 
     A Normalize module at the end is ignored: `encode` normalises embeddings by default.
 
     Args:
         folder: Folder of the encoder.
+        max_positions: `max_position_embeddings` of the encoder. As in sentence-transformers, it limits a maximum length that
+            only the tokenizer declares, but not `max_seq_length`.
 
     Returns:
         The pipeline; the default one without modules.json.
@@ -168,7 +170,8 @@ def read_pipeline(folder: Path) -> Pipeline:
         else:
             _check_names(_read_optional(module_folder / "config.json"), module_folder / "config.json")
         normalize = kind == "Normalize"
-    return Pipeline(pooling=_pooling(modules[1][1] / "config.json"), text=_text(folder), dense=tuple(dense))
+    text = _text(folder, max_positions)
+    return Pipeline(pooling=_pooling(modules[1][1] / "config.json"), text=text, dense=tuple(dense))
 
 
 def _module(entry: object, path: Path) -> tuple[str, Path]:
@@ -250,7 +253,7 @@ def _check_names(config: Mapping[str, Any], path: Path) -> None:
             raise EncoderError(f"{path}: {key} is {_shown(config[key])}; supported: 'sentence_embedding'. {_ADVICE}")
 
 
-def _text(folder: Path) -> TextSettings:
+def _text(folder: Path, max_positions: int | None) -> TextSettings:
     """Return the text settings: those of the Transformer module, and the prompts."""
     path = next(
         (path for name in _TRANSFORMER_FILES if is_there(path := folder / name)), folder / _TRANSFORMER_FILES[0]
@@ -258,15 +261,14 @@ def _text(folder: Path) -> TextSettings:
     config = _read_optional(path)
     limit = _value(config, "max_seq_length", int | None, None, path)
     lower_case = _value(config, "do_lower_case", bool, False, path)
-    # written by sentence-transformers 6, which stores the maximum length in the tokenizer's file
     options = _checked_options(config, path)
     tokenizer = folder / "tokenizer_config.json"
-    limit = options.get("model_max_length") if limit is None else limit
-    limit = (
-        _value(_read_optional(tokenizer), "model_max_length", int | float | None, None, tokenizer)
-        if limit is None
-        else limit
-    )
+    if "model_max_length" in options:
+        limit = options["model_max_length"]
+    elif limit is None:  # sentence-transformers 6 stores the maximum length in the tokenizer's file
+        limit = _value(_read_optional(tokenizer), "model_max_length", int | float | None, None, tokenizer)
+        if limit is not None and limit < _NO_LIMIT and max_positions not in (None, -1):
+            limit = min(limit, max_positions)
     if limit is not None and not limit >= SHORTEST_INPUT:  # also rejects NaN
         raise EncoderError(
             f"{path}: max_seq_length (or model_max_length of {tokenizer.name}) must be at least {SHORTEST_INPUT}, got {limit}"

@@ -14,7 +14,7 @@ pytest.importorskip("sentence_transformers", reason="needs the extra: pip instal
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
-from support.encoders import save_small_encoder
+from support.encoders import save_small_encoder, small_backbone
 
 from promcse_pl.embedder import PromCSE
 from promcse_pl.evaluation.targets import find_targets
@@ -196,6 +196,41 @@ def test_the_maximum_length_is_that_of_sentence_transformers(tmp_path):
     edit(folder / "tokenizer_config.json", model_max_length=10**30)
     assert (read_pipeline(folder).text.max_length, frozen(folder).max_tokens) == (None, 40)
     assert_equal_embeddings(folder)
+
+
+@pytest.mark.parametrize("options", ["processor_kwargs", "tokenizer_args"])
+def test_the_maximum_length_of_the_tokenizer_options_wins(tmp_path, options):
+    folder = write_folder(tmp_path / "folder", Pooling(16))
+    edit(folder / "sentence_bert_config.json", max_seq_length=20, **{options: {"model_max_length": 8}})
+    assert frozen(folder).max_tokens == 8
+    assert_equal_embeddings(folder)
+
+
+@pytest.mark.parametrize("family", ["nomic_bert", "modernbert", "qwen3"])
+def test_rotary_positions_are_not_limited_to_those_of_the_config(tmp_path, family):
+    folder = write_folder(tmp_path / "folder", Pooling(16), family=family)
+    text = " ".join(f"w{i}" for i in range(5, 75))
+    edit(folder / "sentence_bert_config.json", max_seq_length=60)
+    assert frozen(folder).max_tokens == 60
+    assert_equal_embeddings(folder, [text, "w5 w6"])
+    edit(folder / "sentence_bert_config.json", max_seq_length=None)
+    edit(folder / "tokenizer_config.json", model_max_length=60)
+    assert frozen(folder).max_tokens == 40
+    assert_equal_embeddings(folder, [text, "w5 w6"])
+    text_settings = TextSettings(max_length=60)
+    prompted = PromptEncoder(FrozenBackbone.load(folder), length=4, pooling="avg", text=text_settings)
+    assert (prompted.longest_input, PromCSE(prompted).max_tokens) == (60, 60)
+    assert np.isfinite(PromCSE(prompted).encode(text)).all()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"), [("bert", {}), ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}})]
+)
+def test_a_maximum_length_beyond_a_matrix_of_positions_or_a_dynamic_rotation_is_limited(family, changes):
+    encoder = PromptEncoder(
+        small_backbone(family, **changes), length=4, pooling="avg", text=TextSettings(max_length=60)
+    )
+    assert encoder.longest_input == 36
 
 
 def test_a_folder_without_modules_is_pooled_by_the_mean(tmp_path):
