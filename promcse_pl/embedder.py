@@ -259,7 +259,8 @@ class PromCSE:
         bar = progress_bar(Console(stderr=True), "encoding", len(texts)) if show_progress_bar else nullcontext()
         with bar as report:
             for start in range(0, len(texts), BLOCK_SENTENCES):
-                block = self.encoder.text.prepare(texts[start : start + BLOCK_SENTENCES], front)
+                block = texts[start : start + BLOCK_SENTENCES]
+                block = self.encoder.text.prepare(block, front, tokenizer=self.tokenizer)
                 embeddings_ND[start : start + len(block)] = self._encode_block(block, batch_size, unit_length)
                 for function in filter(None, (report, progress)):
                     function(start + len(block))

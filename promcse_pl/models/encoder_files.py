@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,8 @@ from promcse_pl.models.families import FAMILIES, SUPPORTED, unsupported
 from promcse_pl.models.weights import file_sha256, read_header, read_json_object
 from promcse_pl.utils.errors import EncoderError
 from promcse_pl.utils.paths import is_there
+
+log = logging.getLogger(__name__)
 
 _LARGEST = {"num_hidden_layers": 1000, "num_labels": 100_000}
 """Maximum of fields in config.json for which transformers builds lists of that length before it reads the weights."""
@@ -186,6 +189,14 @@ def read_model(folder: Path, config: Any, name: str, dtype: torch.dtype) -> nn.M
         raise EncoderError(
             f"the weights of {name} lack {len(report['missing_keys'])} tensors of the encoder, such as "
             f"{min(report['missing_keys'])}: they would be random"
+        )
+    if auto_map := getattr(config, "auto_map", None):
+        log.warning(
+            "config.json of %s names code (auto_map: %s), which is not executed. The encoder is transformers' %s; if the code "
+            "computes something else, such as attention in both directions, the embeddings differ",
+            name,
+            repr(auto_map)[:200],
+            type(model).__name__,
         )
     found: nn.Module = model
     return found

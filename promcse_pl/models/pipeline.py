@@ -107,14 +107,25 @@ class TextSettings:
             raise ConfigError(f"there is no prompt {name!r} (known: {known}). Try: {advice}")
         return self.prompts[name]
 
-    def prepare(self, texts: Sequence[str], prompt: str = "") -> list[str]:
-        """Prepend a prompt text, and convert texts to lower case if set.
+    def prepare(self, texts: Sequence[str], prompt: str = "", *, tokenizer: Any) -> list[str]:  # noqa: ANN401
+        """Prepend a prompt text, and convert texts to lower case if set, except special and other added tokens in them.
 
-        Special tokens in a text, such as [MASK], are converted to lower case too.
+        Args:
+            texts: N texts.
+            prompt: Text to prepend.
+            tokenizer: The transformers tokenizer of the texts; it is not changed.
         """
         prepared = [prompt + text for text in texts]
-        # character by character, like the tokenizers library: str.lower on a whole word maps a final sigma differently
-        return ["".join(map(str.lower, text)) for text in prepared] if self.lower_case else prepared
+        if not self.lower_case:
+            return prepared
+        names = sorted((token.content for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
+        added = re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
+        # every second part is an added token. Character by character, like the tokenizers library: str.lower on a whole word
+        # maps a final sigma differently
+        return [
+            "".join(part if i % 2 else "".join(map(str.lower, part)) for i, part in enumerate(added.split(text)))
+            for text in prepared
+        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -350,6 +350,19 @@ def test_the_advice_on_a_peft_adapter_gives_the_adapted_encoder(folder, tmp_path
     torch.testing.assert_close(found, adapted(input_ids=tokens.ids_NT).last_hidden_state, rtol=0, atol=1e-5)
 
 
+def test_code_named_in_the_config_is_reported_and_not_executed(folder, caplog):
+    FrozenBackbone.load(folder)
+    assert not caplog.records
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModel": "modeling_bidirectional.Bidirectional"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "modeling_bidirectional.py").write_text("raise SystemExit\n")
+    FrozenBackbone.load(folder)
+    (record,) = caplog.records
+    assert (record.name.partition(".")[0], record.levelname) == ("promcse_pl", "WARNING")
+    assert re.search(r"'modeling_bidirectional.Bidirectional'}\), .* transformers' BertModel;", record.getMessage())
+
+
 def test_a_model_in_memory_has_no_tokenizer():
     with pytest.raises(EncoderError, match="small-bert has no tokenizer"):
         _ = small_backbone().tokenizer
