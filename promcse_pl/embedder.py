@@ -259,7 +259,8 @@ class PromCSE:
         bar = progress_bar(Console(stderr=True), "encoding", len(texts)) if show_progress_bar else nullcontext()
         with bar as report:
             for start in range(0, len(texts), BLOCK_SENTENCES):
-                block = self.encoder.text.prepare(texts[start : start + BLOCK_SENTENCES], front)
+                block = texts[start : start + BLOCK_SENTENCES]
+                block = self.encoder.text.prepare(block, front, tokenizer=self.tokenizer)
                 embeddings_ND[start : start + len(block)] = self._encode_block(block, batch_size, unit_length)
                 for function in filter(None, (report, progress)):
                     function(start + len(block))
@@ -388,7 +389,7 @@ class PromCSE:
         return self._index
 
     def _encode_block(self, sentences: Sequence[str], batch_size: int | None, unit_length: bool) -> Vectors:
-        tokens = tokenize(self.tokenizer, sentences, self.max_tokens)
+        tokens = tokenize(self.tokenizer, sentences, self.max_tokens, len(self.encoder.backbone.word_embeddings))
         with self._lock, eval_mode(self.encoder), torch.inference_mode():
             device = self.encoder.backbone.device
             embeddings_ND, _ = self.encoder(

@@ -114,11 +114,12 @@ class PromcseDataModule(pl.LightningDataModule):
         longest_input: Maximum number of tokens that fit the encoder after its prompt; max_length must not exceed it.
         seed: Seed of the order, the masks and the held-out rows.
         mlm: Whether batches include masked tokens.
+        vocabulary: V, the rows of the encoder's embedding matrix; None: the tokenizer has no token without one.
         prepare: See `promcse_pl.data.tokens.prepared`; None: texts are tokenised as they are.
         progress: Called with the number of sentences tokenised so far.
     """
 
-    # seven parameters: everything that affects a batch, and the progress
+    # eight parameters: everything that affects a batch, and the progress
     def __init__(
         self,
         config: DataConfig,
@@ -127,6 +128,7 @@ class PromcseDataModule(pl.LightningDataModule):
         longest_input: int,
         seed: int,
         mlm: bool = False,
+        vocabulary: int | None = None,
         prepare: Prepare | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> None:
@@ -139,10 +141,9 @@ class PromcseDataModule(pl.LightningDataModule):
         if mlm and tokenizer.mask_token_id is None:
             raise ConfigError("loss.mlm_weight > 0 needs a tokenizer with a mask token. Try: loss.mlm_weight=0")
         self.config, self.tokenizer, self.seed, self.progress = config, tokenizer, seed, progress
-        self.prepare = prepare
-        self.masking = (
-            Masking(tokenizer.mask_token_id, len(tokenizer), tuple(tokenizer.all_special_ids)) if mlm else None
-        )
+        self.prepare, self.vocabulary = prepare, vocabulary
+        tokens = len(tokenizer) if vocabulary is None else min(vocabulary, len(tokenizer))
+        self.masking = Masking(tokenizer.mask_token_id, tokens, tuple(tokenizer.all_special_ids)) if mlm else None
         self.start_step = 0
         """Completed steps of a resumed run."""
         self.rows: TokenRows | None = None
@@ -166,6 +167,7 @@ class PromcseDataModule(pl.LightningDataModule):
             self.tokenizer,
             max_length=self.config.max_length,
             cache_dir=cache_dir(self.config.cache_dir),
+            vocabulary=self.vocabulary,
             progress=self.progress,
         )
 

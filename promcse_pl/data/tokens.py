@@ -173,6 +173,7 @@ def load_tokens(
     *,
     max_length: int,
     cache_dir: Path,
+    vocabulary: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> TokenRows:
     """Map the token ids of a source, tokenising it first unless cache_dir has them.
@@ -184,6 +185,7 @@ def load_tokens(
         tokenizer: Its truncation side and special tokens are used, and its padding token is stored with the cache.
         max_length: Maximum number of tokens of a sentence, special tokens included.
         cache_dir: Folder of caches; created if absent.
+        vocabulary: V, the rows of the encoder's embedding matrix, if the tokenizer may have special tokens without one.
         progress: Called with the number of sentences done so far.
 
     Raises:
@@ -194,7 +196,9 @@ def load_tokens(
         raise DataError(f"data.max_length must exceed the {special} special tokens of the tokenizer, got {max_length}")
     if tokenizer.pad_token_id is None:
         raise DataError("the tokenizer has no padding token. Try: tokenizer.pad_token = tokenizer.eos_token")
-    key = _sha256([_FORMAT, source.fingerprint, source.width, tokenizer_fingerprint(tokenizer), max_length])
+    limit = vocabulary if vocabulary is not None and vocabulary < len(tokenizer) else None
+    described = [_FORMAT, source.fingerprint, source.width, tokenizer_fingerprint(tokenizer), max_length]
+    key = _sha256(described if limit is None else [*described, limit])
     folder = cache_dir / "tokens" / key
     if _is_whole(folder):
         return TokenRows(folder, source.name, reused=True)
@@ -204,7 +208,7 @@ def load_tokens(
         with staging_folder(folder.parent) as staged:
             # A running writer updates its files all the time.
             remove_leftovers(folder.parent, older_than=_STALE_SECONDS)
-            _write(staged, source, tokenizer, max_length, progress)
+            _write(staged, source, tokenizer, max_length, limit, progress)
             try:
                 publish(staged, folder)
             except OSError:
@@ -215,11 +219,34 @@ def load_tokens(
     return TokenRows(folder, source.name, reused=False)
 
 
+def require_embeddings(
+    tokenizer: PreTrainedTokenizerBase, ids: npt.NDArray[np.integer[Any]], vocabulary: int, texts: str
+) -> None:
+    """Check that the encoder has an embedding for every token.
+
+    Args:
+        tokenizer: Names the token in the message.
+        ids: Token ids, of any shape.
+        vocabulary: V, the rows of the encoder's embedding matrix.
+        texts: The texts in the message.
+
+    Raises:
+        DataError: An id is not in [0, V).
+    """
+    largest = int(ids.max(initial=0))
+    if largest >= vocabulary:
+        raise DataError(
+            f"{texts}: the encoder has no embedding for the token {tokenizer.convert_ids_to_tokens(largest)!r} (id {largest}; "
+            f"the largest id with an embedding is {vocabulary - 1}). Remove this token from the texts"
+        )
+
+
 def _write(
     folder: Path,
     source: RowSource,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
+    vocabulary: int | None,
     progress: Callable[[int], None] | None,
 ) -> None:
     bad_rows: list[BadRow] = []
@@ -233,10 +260,13 @@ def _write(
             lengths_N = np.fromiter(map(len, ids), np.int64, len(ids))
             if not lengths_N.all():
                 raise DataError(f"{source.name}: no token is left of the text {batch[int(lengths_N.argmin())]!r}")
+            ids_all = np.fromiter(chain.from_iterable(ids), np.int32)
+            if vocabulary is not None:
+                require_embeddings(tokenizer, ids_all, vocabulary, source.name)
             ends_N = tokens + np.cumsum(lengths_N)
             sentences, tokens, truncated = sentences + len(batch), int(ends_N[-1]), truncated + cut
             for file, digest, content in (
-                (ids_file, ids_hash, np.fromiter(chain.from_iterable(ids), np.int32).tobytes()),
+                (ids_file, ids_hash, ids_all.tobytes()),
                 (offsets_file, offsets_hash, ends_N.tobytes()),
             ):
                 file.write(content)

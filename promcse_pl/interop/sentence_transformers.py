@@ -106,7 +106,9 @@ class PromptTransformer(InputModule):  # type: ignore[misc]
         for text in inputs:
             if not isinstance(text, str):
                 raise DataError(f"this model encodes single texts, got {type(text).__name__} ({text!r})")
-        tokens = tokenize(self.tokenizer, self.encoder.text.prepare(inputs, prompt or ""), self.max_seq_length)
+        texts = self.encoder.text.prepare(inputs, prompt or "", tokenizer=self.tokenizer)
+        vocabulary = len(self.encoder.backbone.word_embeddings)
+        tokens = tokenize(self.tokenizer, texts, self.max_seq_length, vocabulary)
         return {"input_ids": tokens.ids_NT, "attention_mask": tokens.mask_NT}
 
     def forward(self, features: dict[str, Tensor], **_: object) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ from promcse_pl.models.encoder_files import (
     weights_sha256,
 )
 from promcse_pl.models.families import FAMILIES, SUPPORTED, Family, unsupported
+from promcse_pl.models.families.family import rope_types
 from promcse_pl.models.hooks import first_token_only, has_hooks, register_first_token_hook
 from promcse_pl.models.hub import locate
 from promcse_pl.models.identity import EncoderId, output_config
@@ -69,7 +70,7 @@ class FrozenBackbone(nn.Module):
         if config.model_type not in SUPPORTED:
             raise unsupported(config.model_type, identity.name)
         self.family: Family = FAMILIES[config.model_type]
-        self.family.check(config)
+        self.family.require_supported(config)
         self._adapt(model)
         self.model = model.requires_grad_(False)
         self.has_pipeline = pipeline is not None
@@ -120,7 +121,7 @@ class FrozenBackbone(nn.Module):
         name = str(name)
         source, commit = locate(name, revision)
         config = read_config(source, name)
-        pipeline = read_pipeline(source) if with_pipeline else None
+        pipeline = read_pipeline(source, getattr(config, "max_position_embeddings", None)) if with_pipeline else None
         sha256 = weights_sha256(source)
         model = read_model(source, config, name, dtype)
         # absolute, since adapters store the name
@@ -246,13 +247,22 @@ class FrozenBackbone(nn.Module):
             )
         return self.pipeline.dense[-1].outputs
 
-    def longest_input(self, position_offset: int) -> int:
-        """Return the maximum number of tokens, special ones included, for a position offset."""
+    def longest_input(self, position_offset: int, text_limit: int | None = None) -> int:
+        """Return the maximum number of tokens, special ones included.
+
+        Args:
+            position_offset: Added to every position.
+            text_limit: Maximum length in the text settings; rotary positions are computed up to it even beyond
+                `max_position_embeddings`.
+        """
         if not self.family.has_limit:
             return UNLIMITED_INPUT
         config: Any = self.model.config
         reserved = self.pad_id + 1 if self.family.positions == "after_padding_id" else 0
-        return int(config.max_position_embeddings) - reserved - position_offset
+        limit = int(config.max_position_embeddings) - reserved - position_offset
+        # with dynamic, positions beyond the limit would change the rotation of the other texts of the batch
+        extends = self.family.is_rotary and "dynamic" not in rope_types(config)
+        return max(limit, text_limit or 0) if extends else limit
 
     def positions(self, ids_BT: Tensor, mask_BT: Tensor, offset: int) -> Tensor:
         """Return the position ids of the tokens, shifted by `offset`, wherever the padding is.

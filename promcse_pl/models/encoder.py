@@ -105,7 +105,7 @@ class PromptEncoder(nn.Module):
     @property
     def longest_input(self) -> int:
         """Maximum number of tokens that fit the encoder after its prompt, special ones included."""
-        return self.backbone.longest_input(self.position_offset)
+        return self.backbone.longest_input(self.position_offset, self.text.max_length)
 
     def forward(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,11 +16,16 @@ from promcse_pl.models.attention import PROMPT_ATTENTION
 from promcse_pl.models.families import FAMILIES, SUPPORTED, unsupported
 from promcse_pl.models.weights import file_sha256, read_header, read_json_object
 from promcse_pl.utils.errors import EncoderError
+from promcse_pl.utils.paths import is_there
+
+log = logging.getLogger(__name__)
 
 _LARGEST = {"num_hidden_layers": 1000, "num_labels": 100_000}
 """Maximum of fields in config.json for which transformers builds lists of that length before it reads the weights."""
 _UNSUPPORTED_FIELDS = ("quantization_config", "per_layer_config")
 """Fields of config.json that replace layers without changing the other fields; no supported encoder needs them."""
+
+_PEFT_ADAPTER = "adapter_config.json"
 
 
 def first_line(error: BaseException) -> str:
@@ -52,10 +58,12 @@ def read_config(source: str | Path, name: str, revision: str | None = None) -> A
         revision: Commit, tag or branch on the hub.
 
     Raises:
-        EncoderError: The config cannot be read, or is of an unsupported family.
+        EncoderError: The config cannot be read, is of an unsupported family, or has a PEFT adapter beside it.
     """
     from transformers import AutoConfig
 
+    if isinstance(source, Path):
+        _refuse_peft_adapter(source, name)
     try:
         if isinstance(source, Path):
             _check_config_file(source / "config.json")
@@ -75,10 +83,21 @@ def read_config(source: str | Path, name: str, revision: str | None = None) -> A
     if config.model_type not in SUPPORTED:
         raise unsupported(config.model_type, name)
     try:
-        FAMILIES[config.model_type].check(config)
+        FAMILIES[config.model_type].require_supported(config)
     except EncoderError as error:
         raise EncoderError(f"{name}: {error}") from None
     return config
+
+
+def _refuse_peft_adapter(folder: Path, name: str) -> None:
+    """Reject a folder with a PEFT adapter, which transformers applies if peft is installed and ignores if it is not."""
+    if is_there(folder / _PEFT_ADAPTER):
+        raise EncoderError(
+            f"{name} has a PEFT adapter in its folder ({_PEFT_ADAPTER}), which transformers applies only if peft is installed. "
+            f"Use the encoder without {_PEFT_ADAPTER}, or merge the adapter into a copy: PeftModel.from_pretrained("
+            f"AutoModel.from_pretrained(BASE), {str(folder)!r}).merge_and_unload().save_pretrained(NEW), where BASE has no "
+            f"{_PEFT_ADAPTER}, and AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained(NEW)"
+        )
 
 
 def _unknown_model_type(path: Path) -> str | None:
@@ -171,6 +190,14 @@ def read_model(folder: Path, config: Any, name: str, dtype: torch.dtype) -> nn.M
             f"the weights of {name} lack {len(report['missing_keys'])} tensors of the encoder, such as "
             f"{min(report['missing_keys'])}: they would be random"
         )
+    if auto_map := getattr(config, "auto_map", None):
+        log.warning(
+            "config.json of %s names code (auto_map: %s), which is not executed. The encoder is transformers' %s; if the code "
+            "computes something else, such as attention in both directions, the embeddings differ",
+            name,
+            repr(auto_map)[:200],
+            type(model).__name__,
+        )
     found: nn.Module = model
     return found
 
@@ -199,7 +226,8 @@ def read_tokenizer(folder: Path | None, name: str, vocabulary: int) -> Any:  # n
         vocabulary: V, the rows of the encoder's embedding matrix.
 
     Raises:
-        EncoderError: There is none, it cannot be read, it has more tokens than the embedding matrix, or no token for padding.
+        EncoderError: There is none, it cannot be read, it has more tokens than the embedding matrix (special tokens without an
+            embedding are allowed, texts with them are not), or no token for padding.
     """
     from transformers import AutoTokenizer
 
@@ -216,7 +244,9 @@ def read_tokenizer(folder: Path | None, name: str, vocabulary: int) -> Any:  # n
         raise EncoderError(
             f"{name} has no tokenizer. Try: AutoTokenizer.from_pretrained(OLD).save_pretrained({str(folder)!r})"
         )
-    if len(tokenizer) > vocabulary:
+    # Gemma 3 adds special tokens for images, which its text encoders have no embeddings for
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    if len(tokenizer) > vocabulary and not special.issuperset(range(vocabulary, len(tokenizer))):
         raise EncoderError(
             f"the tokenizer of {name} knows {len(tokenizer)} tokens, its embedding matrix only {vocabulary}: they do not "
             "belong together"

@@ -112,14 +112,25 @@ class TextSettings:
             raise ConfigError(f"there is no prompt {name!r} (known: {known}). Try: {advice}")
         return self.prompts[name]
 
-    def prepare(self, texts: Sequence[str], prompt: str = "") -> list[str]:
-        """Prepend a prompt text, and convert texts to lower case if set.
+    def prepare(self, texts: Sequence[str], prompt: str = "", *, tokenizer: Any) -> list[str]:  # noqa: ANN401
+        """Prepend a prompt text, and convert texts to lower case if set, except special and other added tokens in them.
 
-        Special tokens in a text, such as [MASK], are converted to lower case too.
+        Args:
+            texts: N texts.
+            prompt: Text to prepend.
+            tokenizer: The transformers tokenizer of the texts; it is not changed.
         """
         prepared = [prompt + text for text in texts]
-        # character by character, like the tokenizers library: str.lower on a whole word maps a final sigma differently
-        return ["".join(map(str.lower, text)) for text in prepared] if self.lower_case else prepared
+        if not self.lower_case:
+            return prepared
+        names = sorted((token.content for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
+        added = re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
+        # every second part is an added token. Character by character, like the tokenizers library: str.lower on a whole word
+        # maps a final sigma differently
+        return [
+            "".join(part if i % 2 else "".join(map(str.lower, part)) for i, part in enumerate(added.split(text)))
+            for text in prepared
+        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,13 +148,15 @@ class Pipeline:
     dense: tuple[DenseSpec, ...] = ()
 
 
-def read_pipeline(folder: Path) -> Pipeline:
+def read_pipeline(folder: Path, max_positions: int | None = None) -> Pipeline:
     """Read modules.json of an encoder's folder and the settings of its modules; no weights are read and no code is run.
 
     A Normalize module at the end is ignored: `encode` normalises embeddings by default.
 
     Args:
         folder: Folder of the encoder.
+        max_positions: `max_position_embeddings` of the encoder. As in sentence-transformers, it limits a maximum length that
+            only the tokenizer declares, but not `max_seq_length`.
 
     Returns:
         The pipeline; the default one without modules.json.
@@ -173,7 +186,8 @@ def read_pipeline(folder: Path) -> Pipeline:
         else:
             _check_names(_read_optional(module_folder / "config.json"), module_folder / "config.json")
         normalize = kind == "Normalize"
-    return Pipeline(pooling=_pooling(modules[1][1] / "config.json"), text=_text(folder), dense=tuple(dense))
+    text = _text(folder, max_positions)
+    return Pipeline(pooling=_pooling(modules[1][1] / "config.json"), text=text, dense=tuple(dense))
 
 
 def _module(entry: object, path: Path) -> tuple[str, Path]:
@@ -255,7 +269,7 @@ def _check_names(config: Mapping[str, Any], path: Path) -> None:
             raise EncoderError(f"{path}: {key} is {_shown(config[key])}; supported: 'sentence_embedding'. {_ADVICE}")
 
 
-def _text(folder: Path) -> TextSettings:
+def _text(folder: Path, max_positions: int | None) -> TextSettings:
     """Return the text settings: those of the Transformer module, and the prompts."""
     path = next(
         (path for name in _TRANSFORMER_FILES if is_there(path := folder / name)), folder / _TRANSFORMER_FILES[0]
@@ -263,15 +277,14 @@ def _text(folder: Path) -> TextSettings:
     config = _read_optional(path)
     limit = _value(config, "max_seq_length", int | None, None, path)
     lower_case = _value(config, "do_lower_case", bool, False, path)
-    # written by sentence-transformers 6, which stores the maximum length in the tokenizer's file
     options = _checked_options(config, path)
     tokenizer = folder / "tokenizer_config.json"
-    limit = options.get("model_max_length") if limit is None else limit
-    limit = (
-        _value(_read_optional(tokenizer), "model_max_length", int | float | None, None, tokenizer)
-        if limit is None
-        else limit
-    )
+    if "model_max_length" in options:
+        limit = options["model_max_length"]
+    elif limit is None:  # sentence-transformers 6 stores the maximum length in the tokenizer's file
+        limit = _value(_read_optional(tokenizer), "model_max_length", int | float | None, None, tokenizer)
+        if limit is not None and limit < _NO_LIMIT and max_positions not in (None, -1):
+            limit = min(limit, max_positions)
     if limit is not None and not limit >= SHORTEST_INPUT:  # also rejects NaN
         raise EncoderError(
             f"{path}: max_seq_length (or model_max_length of {tokenizer.name}) must be at least {SHORTEST_INPUT}, got {limit}"

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from promcse_pl.data.batch import Tokens
+from promcse_pl.data.tokens import require_embeddings
 from promcse_pl.utils.errors import DataError, TextTypeError
 
 
@@ -38,8 +39,21 @@ def list_of_texts(sentences: Iterable[str], caller: str) -> list[str]:
     return texts
 
 
-def tokenize(tokenizer: Any, sentences: Sequence[str], longest: int) -> Tokens:  # noqa: ANN401  (a transformers tokenizer)
-    """Return the token ids of sentences, truncated to `longest` tokens and padded at the end."""
+def tokenize(tokenizer: Any, sentences: Sequence[str], longest: int, vocabulary: int | None = None) -> Tokens:  # noqa: ANN401
+    """Return the token ids of sentences.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        sentences: N texts.
+        longest: Maximum number of tokens; longer texts are truncated.
+        vocabulary: V, the rows of the encoder's embedding matrix; None: not checked.
+
+    Returns:
+        Tokens, padded at the end.
+
+    Raises:
+        DataError: The encoder has no embedding for a token.
+    """
     encoded = tokenizer(
         list(sentences),
         truncation=True,
@@ -49,4 +63,6 @@ def tokenize(tokenizer: Any, sentences: Sequence[str], longest: int) -> Tokens: 
         return_token_type_ids=False,
         return_tensors="pt",
     )
+    if vocabulary is not None:
+        require_embeddings(tokenizer, encoded["input_ids"].numpy(), vocabulary, "the texts cannot be encoded")
     return Tokens(encoded["input_ids"], encoded["attention_mask"])

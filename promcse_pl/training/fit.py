@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -153,9 +154,10 @@ def build_data(config: Config, encoder: PromptEncoder, progress: Callable[[int],
         dataclasses.replace(config.data, max_length=max_length, prompts=training_prompts(config.data, text)),
         encoder.backbone.tokenizer,
         longest_input=encoder.longest_input,
-        prepare=text.prepare,
+        prepare=partial(text.prepare, tokenizer=encoder.backbone.tokenizer),
         seed=config.seed,
         mlm=bool(config.loss.mlm_weight),
+        vocabulary=len(encoder.backbone.word_embeddings),
         progress=progress,
     )
     data.setup()

@@ -118,6 +118,13 @@ def test_sentences_longer_than_the_encoder_takes_are_refused_with_the_length_tha
         PromcseDataModule(config, small_tokenizer(), longest_input=20, seed=0)
 
 
+def test_masked_tokens_are_not_replaced_by_a_token_without_an_embedding():
+    config = DataConfig(kind="triplets", train="demo", max_length=16)
+    for vocabulary, expected in ((90, 90), (None, 97), (200, 97)):
+        module = PromcseDataModule(config, small_tokenizer(), longest_input=20, seed=0, mlm=True, vocabulary=vocabulary)
+        assert module.masking.vocabulary == expected
+
+
 def test_the_mlm_task_needs_a_mask_token():
     tokenizer = small_tokenizer()
     tokenizer.mask_token = None

@@ -59,6 +59,25 @@ def csv_source(path: Path, **changes) -> RowSource:
 # --- content
 
 
+def test_rows_with_a_token_that_the_encoder_has_no_embedding_for_are_refused(tokenizer, tmp_path):
+    vocabulary = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    rows = [("the man",), ("the <image> man",)]
+    options = {"max_length": 9, "cache_dir": tmp_path}
+    load_tokens(memory_source("rows", rows), tokenizer, **options)  # cached by an encoder with more embeddings
+    for _ in range(2):
+        with pytest.raises(DataError, match=rf"rows: .* no embedding for the token '<image>' \(id {vocabulary};"):
+            load_tokens(memory_source("rows", rows), tokenizer, vocabulary=vocabulary, **options)
+    cached = load_tokens(memory_source("rows", rows[:1]), tokenizer, vocabulary=vocabulary, **options)
+    assert cached.fetch(np.array([0]))[0].tolist() == [[1, 4, 6, 2]]
+
+
+def test_a_vocabulary_as_large_as_the_tokenizer_does_not_change_the_cache(tokenizer, tmp_path):
+    source = memory_source("rows", [("the man",)])
+    load_tokens(source, tokenizer, max_length=9, cache_dir=tmp_path)
+    assert load_tokens(source, tokenizer, max_length=9, cache_dir=tmp_path, vocabulary=len(tokenizer)).reused
+
+
 @pytest.mark.parametrize("width", [1, 2, 3])
 def test_fetch_equals_the_tokenizers_own_padding(tokenizer, tmp_path, monkeypatch, width):
     monkeypatch.setattr(module, "_BATCH", 7)  # batches end inside rows

@@ -1,6 +1,7 @@
 """The frozen backbone: locating and reading encoders, and errors for unsupported ones."""
 
 import json
+import re
 import shutil
 import sys
 from importlib.util import find_spec
@@ -17,16 +18,26 @@ from support.encoders import (
     small_config,
     small_encoder,
     small_tokenizer,
+    small_tokens,
 )
-from transformers import AutoConfig, BertForMaskedLM, T5EncoderModel, T5ForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    BertForMaskedLM,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
+)
 
 from promcse_pl.data.tokenizer import tokenizer_fingerprint
+from promcse_pl.embedder import PromCSE
 from promcse_pl.models.backbone import SUPPORTED, FrozenBackbone
+from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.families import FAMILIES
 from promcse_pl.models.hub import WEIGHT_WHEELS
 from promcse_pl.models.identity import EncoderId, output_config
 from promcse_pl.models.weights import file_sha256
-from promcse_pl.utils.errors import EncoderError
+from promcse_pl.utils.errors import DataError, EncoderError
 
 NOMIC_NAMES = {
     "embeddings.LayerNorm": "emb_ln",
@@ -303,6 +314,53 @@ def test_a_tokenizer_larger_than_the_embeddings_is_refused(folder):
     backbone = FrozenBackbone.load(str(folder))
     with pytest.raises(EncoderError, match="knows 98 tokens, its embedding matrix only 97"):
         _ = backbone.tokenizer
+
+
+def test_special_tokens_without_an_embedding_are_refused_only_in_texts(folder):
+    tokenizer = small_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
+    tokenizer.save_pretrained(folder)
+    model = PromCSE(PromptEncoder(FrozenBackbone.load(str(folder)), length=2, pooling="avg"))
+    assert len(model.tokenizer) == 98
+    assert model.encode(["w5 w6", "w7"]).shape == (2, 16)
+    with pytest.raises(DataError, match=r"no embedding for the token '<image_soft_token>' \(id 97; .* is 96\). Remove"):
+        model.encode(["w5 w6", "w5 <image_soft_token> w6"])
+
+
+def test_a_folder_with_a_peft_adapter_is_refused(folder):
+    (folder / "adapter_config.json").write_text("{}")
+    assert "has a PEFT adapter in its folder (adapter_config.json), which transformers applies only if" in refusal(
+        folder
+    )
+
+
+def test_the_advice_on_a_peft_adapter_gives_the_adapted_encoder(folder, tmp_path):
+    peft = pytest.importorskip("peft", reason="needs the extra: pip install -e '.[peft]'")
+    base = shutil.copytree(folder, tmp_path / "BASE")
+    adapted = peft.get_peft_model(
+        AutoModel.from_pretrained(base), peft.LoraConfig(target_modules=["query"], r=2, init_lora_weights=False)
+    )
+    adapted.save_pretrained(folder)
+    advice = re.search(r"(PeftModel\..*?\.save_pretrained)\(NEW\).* and (AutoTokenizer\..*)\(NEW\)", refusal(folder))
+    names = {"PeftModel": peft.PeftModel, "AutoModel": AutoModel, "AutoTokenizer": AutoTokenizer, "BASE": base}
+    for command in advice.groups():
+        eval(command, names)(tmp_path / "NEW")
+    tokens = small_tokens([7])
+    (found,) = FrozenBackbone.load(tmp_path / "NEW")(tokens.ids_NT, tokens.mask_NT, None)
+    torch.testing.assert_close(found, adapted(input_ids=tokens.ids_NT).last_hidden_state, rtol=0, atol=1e-5)
+
+
+def test_code_named_in_the_config_is_reported_and_not_executed(folder, caplog):
+    FrozenBackbone.load(folder)
+    assert not caplog.records
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModel": "modeling_bidirectional.Bidirectional"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "modeling_bidirectional.py").write_text("raise SystemExit\n")
+    FrozenBackbone.load(folder)
+    (record,) = caplog.records
+    assert (record.name.partition(".")[0], record.levelname) == ("promcse_pl", "WARNING")
+    assert re.search(r"'modeling_bidirectional.Bidirectional'}\), .* transformers' BertModel;", record.getMessage())
 
 
 def test_a_model_in_memory_has_no_tokenizer():

@@ -216,6 +216,9 @@ LONGROPE = {
 }
 
 
+ENCODERS = ("eurobert", "nomic_bert", "gte", "jina_embeddings_v3")
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "reason"),
     [
@@ -223,6 +226,12 @@ LONGROPE = {
         (
             "gemma3_text",
             {"rope_parameters": {"full_attention": LONGROPE, "sliding_attention": {"rope_type": "default"}}},
+            "rope_type=longrope",
+        ),
+        *((family, {"rope_parameters": LONGROPE}, "rope_type=longrope") for family in ENCODERS),
+        (
+            "modernbert",
+            {"rope_parameters": {"full_attention": {"rope_type": "default"}, "sliding_attention": LONGROPE}},
             "rope_type=longrope",
         ),
         ("qwen2", {"is_causal": False}, "is_causal=false"),
@@ -242,7 +251,7 @@ def test_embeddings_with_a_scaled_rotation_do_not_depend_on_the_batch(rope_type)
     rope = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 10}
     factors = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if rope_type == "llama3" else {}
     backbone = backbone_of("llama", rope_parameters={**rope, **factors})
-    decoders.FAMILIES["llama"].check(backbone.model.config)
+    decoders.FAMILIES["llama"].require_supported(backbone.model.config)
     tokens, prompt = small_tokens([4, 40]), prompt_for(backbone)
     (together,) = backbone(tokens.ids_NT, tokens.mask_NT, prompt)
     (alone,) = backbone(tokens.ids_NT[:1, :4], tokens.mask_NT[:1, :4], prompt)

@@ -14,8 +14,9 @@ pytest.importorskip("sentence_transformers", reason="needs the extra: pip instal
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
-from support.encoders import save_small_encoder
+from support.encoders import save_small_encoder, small_backbone, small_tokenizer
 
+from promcse_pl.data.tokenizer import tokenizer_fingerprint
 from promcse_pl.embedder import PromCSE
 from promcse_pl.evaluation.targets import find_targets
 from promcse_pl.models.backbone import FrozenBackbone
@@ -169,21 +170,26 @@ def test_lower_case_is_that_of_sentence_transformers(tmp_path):
     folder = write_folder(tmp_path / "folder", Pooling(16), prompts={"document": "W30 "})
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokenizer["normalizer"] = None
+    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 96, "content": "<Added>", "special": False})
+    tokenizer["model"]["vocab"]["<Added>"] = tokenizer["model"]["vocab"].pop("w96")
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     cased = frozen(folder).encode(TEXTS)
     old_format(folder, "mean_tokens", lower_case=True)
     assert np.abs(frozen(folder).encode(TEXTS) - cased).max() > 1e-3
-    assert_equal_embeddings(folder)
-    assert_equal_embeddings(folder, prompt_name="document")
+    texts = [*TEXTS, "w5 [MASK] W6", "w5 [SEP] W6[MASK]w7 [mask]", "W5 <Added> w6", "[PAD]"]
+    assert_equal_embeddings(folder, texts)
+    assert_equal_embeddings(folder, texts, prompt_name="document")
+    model = frozen(folder)
+    assert tokenizer_fingerprint(model.tokenizer) == model.encoder.backbone.identity.tokenizer
 
 
 def test_characters_are_converted_to_lower_case_as_the_tokenizers_library_does():
     from tokenizers.normalizers import Lowercase
 
     texts = ["ΟΔΟΣ", "İstanbul", "STRASSE ẞ", "ǅ", "Ａ", "AbC"]
-    prepared = TextSettings(lower_case=True).prepare(texts)
+    prepared = TextSettings(lower_case=True).prepare(texts, tokenizer=small_tokenizer())
     assert prepared == [Lowercase().normalize_str(text) for text in texts]
-    assert TextSettings().prepare(texts, "q: ") == [f"q: {text}" for text in texts]
+    assert TextSettings().prepare(texts, "q: ", tokenizer=small_tokenizer()) == [f"q: {text}" for text in texts]
 
 
 def test_the_maximum_length_is_that_of_sentence_transformers(tmp_path):
@@ -196,6 +202,41 @@ def test_the_maximum_length_is_that_of_sentence_transformers(tmp_path):
     edit(folder / "tokenizer_config.json", model_max_length=10**30)
     assert (read_pipeline(folder).text.max_length, frozen(folder).max_tokens) == (None, 40)
     assert_equal_embeddings(folder)
+
+
+@pytest.mark.parametrize("options", ["processor_kwargs", "tokenizer_args"])
+def test_the_maximum_length_of_the_tokenizer_options_wins(tmp_path, options):
+    folder = write_folder(tmp_path / "folder", Pooling(16))
+    edit(folder / "sentence_bert_config.json", max_seq_length=20, **{options: {"model_max_length": 8}})
+    assert frozen(folder).max_tokens == 8
+    assert_equal_embeddings(folder)
+
+
+@pytest.mark.parametrize("family", ["nomic_bert", "modernbert", "qwen3"])
+def test_rotary_positions_are_not_limited_to_those_of_the_config(tmp_path, family):
+    folder = write_folder(tmp_path / "folder", Pooling(16), family=family)
+    text = " ".join(f"w{i}" for i in range(5, 75))
+    edit(folder / "sentence_bert_config.json", max_seq_length=60)
+    assert frozen(folder).max_tokens == 60
+    assert_equal_embeddings(folder, [text, "w5 w6"])
+    edit(folder / "sentence_bert_config.json", max_seq_length=None)
+    edit(folder / "tokenizer_config.json", model_max_length=60)
+    assert frozen(folder).max_tokens == 40
+    assert_equal_embeddings(folder, [text, "w5 w6"])
+    text_settings = TextSettings(max_length=60)
+    prompted = PromptEncoder(FrozenBackbone.load(folder), length=4, pooling="avg", text=text_settings)
+    assert (prompted.longest_input, PromCSE(prompted).max_tokens) == (60, 60)
+    assert np.isfinite(PromCSE(prompted).encode(text)).all()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"), [("bert", {}), ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}})]
+)
+def test_a_maximum_length_beyond_a_matrix_of_positions_or_a_dynamic_rotation_is_limited(family, changes):
+    encoder = PromptEncoder(
+        small_backbone(family, **changes), length=4, pooling="avg", text=TextSettings(max_length=60)
+    )
+    assert encoder.longest_input == 36
 
 
 def test_a_folder_without_modules_is_pooled_by_the_mean(tmp_path):
@@ -233,6 +274,10 @@ def test_mpnet_gives_the_embeddings_of_sentence_transformers():
     np.testing.assert_allclose(fused[:-1], theirs[:-1], rtol=0, atol=1e-6)
     # 384 tokens in float32 are 1.2e-6 from the result in float64 in sentence-transformers too
     np.testing.assert_allclose(fused, theirs, rtol=0, atol=3e-6)
+    model.encoder.double()
+    model.encoder.backbone.use_fused_layers = True
+    double = SentenceTransformer(str(folder), device="cpu").double().encode(ENGLISH[-1:])
+    np.testing.assert_allclose(model.encode(ENGLISH[-1:]), double, rtol=0, atol=1e-7)
 
 
 @pytest.fixture(scope="module")

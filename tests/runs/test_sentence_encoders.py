@@ -87,7 +87,9 @@ def test_the_adapter_encodes_texts_as_the_tokens_of_training_were_made(folder):
     run_job(config, folder / "run")
     model = PromCSE.load(folder / "run", device="cpu")
     for position, (text, prompt) in enumerate(zip(row, ["w90 w91 ", "w91 W93 ", ""], strict=True)):
-        tokens = tokenize(model.tokenizer, model.encoder.text.prepare([text], prompt), model.max_tokens)
+        tokens = tokenize(
+            model.tokenizer, model.encoder.text.prepare([text], prompt, tokenizer=model.tokenizer), model.max_tokens
+        )
         assert tokens.ids_NT[0].tolist() == ids[position, : lengths[position]].tolist()
     assert lengths.tolist() == [7, 7, 16]
     assert 1 not in ids, "every word is known: texts were converted to lower case"

@@ -16,13 +16,6 @@ _FIELDS = (*COMMON_FIELDS, "num_key_value_heads", "head_dim", "rms_norm_eps", "r
 
 
 def _check(config: Any) -> None:  # noqa: ANN401
-    rope = config.rope_parameters
-    per_layer_type = rope.values() if "rope_type" not in rope else [rope]
-    if any(parameters["rope_type"] == "longrope" for parameters in per_layer_type if parameters):
-        raise EncoderError(
-            "config.json has rope_type=longrope, with which an embedding depends on the longest sentence of its batch. Use an "
-            "encoder with another rope_type, such as default, llama3 or yarn"
-        )
     if not getattr(config, "is_causal", True):
         raise EncoderError(
             "config.json has is_causal=false, with which transformers attends in both directions only in batches with padding. "

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from promcse_pl.models.cpu.layers import FusedLayers
+from promcse_pl.utils.errors import EncoderError
 
 Positions = Literal["from_zero", "after_padding_id", "none"]
 COMMON_FIELDS = (
@@ -22,6 +23,13 @@ COMMON_FIELDS = (
     "pad_token_id",
 )
 """Fields of config.json, under the names that transformers gives them in every family."""
+
+
+def rope_types(config: Any) -> set[str]:  # noqa: ANN401  (a transformers config)
+    """Return the types of the rotary position embeddings of a config, such as `default`; empty without any."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    per_layer_type = [rope] if "rope_type" in rope else rope.values()
+    return {parameters["rope_type"] for parameters in per_layer_type if parameters}
 
 
 def _nothing(_: object) -> None:  # a lambda could not be pickled for a worker process
@@ -46,7 +54,7 @@ class Family:
         in_call_order: Whether layers share one attention module, so that the prompt is selected by the order of the calls.
         replace_attention: Replaces the attention modules of a loaded model with modules that call `prepend_prompt`, for encoders
             without transformers' attention interface.
-        check: Raises EncoderError for a config that is not supported.
+        check: Raises EncoderError for a config that is not supported; see also `require_supported`.
         first_token: Name of the module that adds the residual after attention in the last layer, after which `cls` pooling
             computes only the first token; {} is replaced by the layer index. None: transformers' modules compute all tokens.
         fused: Module names for the fused CPU layers; None: transformers' modules are used.
@@ -67,3 +75,17 @@ class Family:
     first_token: str | None = None
     fused: FusedLayers | None = None
     mlm_head: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_rotary(self) -> bool:
+        """Whether positions are rotary: there is no matrix of positions, so `max_position_embeddings` is not a hard limit."""
+        return "rope_parameters" in self.fields
+
+    def require_supported(self, config: Any) -> None:  # noqa: ANN401  (a transformers config)
+        """Raise an EncoderError for a config of this family that is not supported."""
+        if "longrope" in rope_types(config):
+            raise EncoderError(
+                "config.json has rope_type=longrope, with which an embedding depends on the longest sentence of its batch. Use "
+                "an encoder with another rope_type, such as default, llama3 or yarn"
+            )
+        self.check(config)
