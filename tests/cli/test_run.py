@@ -240,7 +240,7 @@ def test_jobs_with_prompts_on_the_command_line_resolve_their_encoder_as_a_single
     ]
     single = start(here, *arguments, 'data.prompts=[query,"w93 ",other]', "hydra.run.dir=single")
     assert single.returncode == 0, single.stderr
-    assert "made for sentence-transformers/all-MiniLM-L6-v2; it is not tuned for encoder\n" in single.stdout
+    assert "for sentence-transformers/all-MiniLM-L6-v2; it is not tuned for encoder\n" in single.stdout
     assert "first row: anchor 'w90: w5 w7', positive 'w93 w5 w8', negative 'w45'\n" in single.stdout
     sweep = start(
         here, "-m", *arguments, "data.prompts=[query,query,other],[other,other,query]", "hydra.sweep.dir=sweep"

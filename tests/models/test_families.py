@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from promcse_pl import PromCSE
 from promcse_pl.adapter import load_adapter, save_adapter
+from promcse_pl.config.pooling import POOLINGS
 from promcse_pl.data.batch import Tokens
 from promcse_pl.losses.hybrid import hybrid_loss
 from promcse_pl.models.backbone import SUPPORTED, UNLIMITED_INPUT, FrozenBackbone
@@ -28,7 +29,6 @@ from promcse_pl.models.cpu.layers import can_fuse
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.encoder_files import auto_class
 from promcse_pl.models.families import FAMILIES as ROWS
-from promcse_pl.models.pooling import POOLINGS
 from promcse_pl.utils.errors import ConfigError
 
 LENGTHS = [9, 4, 12, 5, 9, 3]
