@@ -73,13 +73,15 @@ def prompt_text(model: PromCSE, options: argparse.Namespace, prefix: str = "") -
         ConfigError: The adapter has no prompt of that name.
     """
     name, text = (getattr(options, f"{prefix}{option}".replace("-", "_")) for option in ("prompt-name", "prompt"))
-    prompts = model.encoder.text.prompts
-    if name is not None and name not in prompts:
+    settings = model.encoder.text
+    if name is not None and name not in settings.prompts:
+        near = settings.nearest_prompt(name)
+        advice = f"--{prefix}prompt-name {near}" if near else f"--{prefix}prompt '{name}: ' for the text itself"
         raise ConfigError(
-            f"--{prefix}prompt-name {name}: the adapter has no such prompt (known: {', '.join(prompts) or 'none'}). "
-            f"Try: --{prefix}prompt '{name}: ' for the text itself"
+            f"--{prefix}prompt-name {name}: the adapter has no such prompt (known: {', '.join(settings.prompts) or 'none'}). "
+            f"Try: {advice}"
         )
-    return model.encoder.text.prompt_text(name, text)
+    return settings.prompt_text(name, text)
 
 
 def is_file_argument(text: str) -> bool:

@@ -61,24 +61,14 @@ def prompt_entry(family: Family) -> str:
 
 def presets_table() -> Table:
     """Return the presets: encoder, pooling, and whether they were run on the published weights."""
-    from promcse_pl.runs.compose import config_groups
+    from promcse_pl.runs.compose import config_groups, preset_section
 
     table = _table("Presets (python run.py model=NAME)", "model=", "encoder", "pooling", "weights")
     for name in config_groups()["model"]:
-        model = _preset(name)
+        model = preset_section("model", name, "model")
         table.add_row(name, model["path"], model["pooling"], "tested" if name in TESTED else "not run")
     table.caption = "pooling: auto reads modules.json; weights: whether the preset was run with the published weights"
     return table
-
-
-def _preset(name: str) -> dict[str, str]:
-    import yaml
-
-    from promcse_pl.runs.compose import CONF
-
-    tree = yaml.safe_load((CONF / "model" / f"{name}.yaml").read_text(encoding="utf-8"))
-    model: dict[str, str] = tree["model"] if "model" in tree else _preset(tree["defaults"][0])
-    return model
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -92,6 +92,10 @@ class TextSettings:
         """Whether texts are changed before tokenisation if no prompt is given."""
         return self.lower_case or bool(self.prompt_text())
 
+    def nearest_prompt(self, name: str) -> str | None:
+        """Return the name of a prompt that is close to an unknown one; None if there is none."""
+        return next(iter(difflib.get_close_matches(name, self.prompts, n=1)), None)
+
     def prompt_text(self, name: str | None = None, text: str | None = None) -> str:
         """Return the text to put in front of sentences: `text` if given, else the prompt of a name, else the default prompt.
 
@@ -107,8 +111,8 @@ class TextSettings:
             return ""
         if name not in self.prompts:
             known = ", ".join(self.prompts) or "none"
-            near = difflib.get_close_matches(str(name), self.prompts, n=1)
-            advice = f"prompt_name={near[0]!r}" if near else 'prompt="TEXT: " with the text itself'
+            near = self.nearest_prompt(str(name))
+            advice = f"prompt_name={near!r}" if near else 'prompt="TEXT: " with the text itself'
             raise ConfigError(f"there is no prompt {name!r} (known: {known}). Try: {advice}")
         return self.prompts[name]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Iterable
 
 from promcse_pl.config import WIDTH, DataConfig, ModelConfig
@@ -39,21 +38,20 @@ def resolve_text(model: ModelConfig, backbone: FrozenBackbone) -> TextSettings:
     """
     own = backbone.pipeline.text
     prompts = own.prompts if model.prompts is None else model.prompts
-    default = own.default_prompt if own.default_prompt in prompts else None
-    if model.default_prompt is not None:
-        default = model.default_prompt
-        if default not in prompts:
-            near = difflib.get_close_matches(default, prompts, n=1) or [*prompts][:1]
-            raise ConfigError(
-                f"model.default_prompt must be the name of a prompt of the encoder ({_names(prompts)}), got {default!r}. "
-                f"Try: {f'model.default_prompt={near[0]}' if near else _PROMPTS_EXAMPLE}"
-            )
-    return dataclasses.replace(
+    text = dataclasses.replace(
         own,
         max_length=own.max_length if model.max_length == "auto" else model.max_length,
         prompts=prompts,
-        default_prompt=default,
+        default_prompt=own.default_prompt if own.default_prompt in prompts else None,
     )
+    default = model.default_prompt
+    if default is not None and default not in prompts:
+        near = text.nearest_prompt(default) or next(iter(prompts), None)
+        raise ConfigError(
+            f"model.default_prompt must be the name of a prompt of the encoder ({_names(prompts)}), got {default!r}. "
+            f"Try: {f'model.default_prompt={near}' if near else _PROMPTS_EXAMPLE}"
+        )
+    return text if default is None else dataclasses.replace(text, default_prompt=default)
 
 
 def resolved_model(model: ModelConfig, encoder: PromptEncoder) -> ModelConfig:
@@ -122,8 +120,7 @@ def _training_prompt(entry: str, entries: list[str], text: TextSettings) -> str:
         return text.prompts[entry]
     if not entry or " " in entry or ":" in entry:
         return entry
-    near = difflib.get_close_matches(entry, text.prompts, n=1)
-    instead = near[0] if near else f'"{entry}: "'
+    instead = text.nearest_prompt(entry) or f'"{entry}: "'
     typed = ",".join(instead if other == entry else f'"{other}"' for other in entries)
     raise ConfigError(
         f"data.prompts: {entry!r} is not the name of a prompt (known: {_names(text.prompts)}), and a text must contain a space "

@@ -83,6 +83,8 @@ def test_an_unknown_prompt_name_is_refused_with_the_known_ones(command, adapter,
             f"error: --{prefix}prompt-name passage: the adapter has no such prompt (known: query, document). "
             f"Try: --{prefix}prompt 'passage: ' for the text itself\n"
         )
+        assert main([command, str(adapter), *inputs, f"--{prefix}prompt-name", "qury"]) == 2
+        assert f"no such prompt (known: query, document). Try: --{prefix}prompt-name query\n" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
