@@ -295,12 +295,14 @@ class FrozenBackbone(nn.Module):
             position_offset: Added to every position.
             types_BT: Token types (BERT, ELECTRA); zeros if None.
             all_layers: Also return the embedding output and every layer.
-            first_token: The caller reads only the first token of the last layer, so the others need not be computed.
+            first_token: The caller reads only the first token of the last layer, so the others need not be computed; without
+                effect if a sentence is padded at the start.
 
         Returns:
             Hidden states (B, T, D), the last layer last; that one is (B, 1, D) if only the first token was computed. Values at
             padding are undefined.
         """
+        first_token = first_token and bool(mask_BT[:, 0].all())  # else a sentence is padded at the start
         inputs = {"input_ids": ids_BT}
         if self.family.positions != "none":
             inputs["position_ids"] = self.positions(ids_BT, mask_BT, position_offset)

@@ -184,7 +184,7 @@ class PromptEncoder(nn.Module):
             tokens.ids_NT,
             prompt_kv,
             all_layers=needs_all_layers(self.pooling),
-            first_token=needs_first_token(self.pooling) and bool(tokens.mask_NT[:, 0].all()),
+            first_token=needs_first_token(self.pooling),
         )
         pooled: Tensor = self.backbone.dense(pool([_float(state) for state in states], tokens.mask_NT, self.pooling))
         return pooled

@@ -166,15 +166,14 @@ def run_fused_layers(
         mask_BT: 1 for real tokens, 0 for padding at the end.
         prompt_kv: Keys and values of each layer, (2, B or 1, N, P, H), or None.
         all_layers: Also return the input of each layer.
-        first_token: Compute only the first token after the last layer's attention; not allowed with `all_layers`, and ignored
-            if a sentence has no first token.
+        first_token: Compute only the first token after the last layer's attention; not allowed with `all_layers`, or if a
+            sentence is padded at the start.
 
     Returns:
         Hidden states (B, T, D), the last layer last, with zeros for padding in the outputs of layers; the last one is (B, 1, D)
         if only the first token was computed.
     """
     assert not (all_layers and first_token)
-    first_token = first_token and bool(mask_BT[:, 0].all())
     length = 0 if prompt_kv is None else prompt_kv[0].shape[-2]
     bias_NTT = None if fused.position_bias is None else fused.position_bias(model, embedded_BTD)
     packing = _Packing.of(mask_BT, length, embedded_BTD.dtype, bias_NTT)
