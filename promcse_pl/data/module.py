@@ -19,7 +19,7 @@ from promcse_pl.data.batch import Tokens, TrainBatch
 from promcse_pl.data.masking import mask_tokens
 from promcse_pl.data.pairs import ScoredPairs
 from promcse_pl.data.sources import cache_dir, load_sources
-from promcse_pl.data.tokens import Prepare, TokenRows, load_tokens, prepared
+from promcse_pl.data.tokens import Prepare, TokenRows, load_tokens, prepare_rows
 from promcse_pl.utils.errors import ConfigError
 
 
@@ -115,7 +115,7 @@ class PromcseDataModule(pl.LightningDataModule):
         seed: Seed of the order, the masks and the held-out rows.
         mlm: Whether batches include masked tokens.
         vocabulary: V, the rows of the encoder's embedding matrix; None: the tokenizer has no token without one.
-        prepare: See `promcse_pl.data.tokens.prepared`; None: texts are tokenised as they are.
+        prepare: See `promcse_pl.data.tokens.prepare_rows`; None: texts are tokenised as they are.
         progress: Called with the number of sentences tokenised so far.
     """
 
@@ -160,7 +160,7 @@ class PromcseDataModule(pl.LightningDataModule):
             return
         source, self.dev = load_sources(self.config, self.seed)
         if self.prepare is not None:
-            source = prepared(source, self.config.prompts or [""] * source.width, self.prepare)
+            source = prepare_rows(source, self.config.prompts or [""] * source.width, self.prepare)
         self.example, self.notes = source.example, source.notes
         self.rows = load_tokens(
             source,

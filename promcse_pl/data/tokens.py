@@ -87,7 +87,7 @@ def memory_source(name: str, rows: Sequence[tuple[str, ...]]) -> RowSource:
     return RowSource(name, digest.hexdigest(), lambda _: iter(rows), width, rows[0])
 
 
-def prepared(source: RowSource, prompts: Sequence[str], prepare: Prepare) -> RowSource:
+def prepare_rows(source: RowSource, prompts: Sequence[str], prepare: Prepare) -> RowSource:
     """Return a source whose texts have their prompts prepended and are in lower case if the encoder needs that.
 
     Args:

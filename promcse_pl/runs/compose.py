@@ -85,6 +85,19 @@ def compose_config(overrides: Sequence[str], values: Mapping[str, str]) -> Confi
     return config_of(composed)
 
 
+def preset_section(group: str, name: str, section: str) -> dict[str, Any]:
+    """Return a section of a file in conf/, or of the file that it is based on.
+
+    Args:
+        group: Folder in conf/: `model` or `recipe`.
+        name: File in it, without suffix.
+        section: Section of the settings.
+    """
+    tree = read_yaml(CONF / group / f"{name}.yaml")
+    found: dict[str, Any] = tree[section] if section in tree else preset_section(group, tree["defaults"][0], section)
+    return found
+
+
 def recipe_note(config: Config, model: str) -> str | None:
     """Return a note if the learning rate comes from the recipe of another encoder; otherwise None.
 
@@ -96,8 +109,10 @@ def recipe_note(config: Config, model: str) -> str | None:
     preset, recipe = CONF / "model" / f"{model}.yaml", CONF / "recipe" / mode / f"{model}.yaml"
     if not (preset.is_file() and recipe.is_file()):
         return None
-    encoder = read_yaml(preset).get("model", {}).get("path", config.model.path)
-    lr = read_yaml(recipe).get("optim", {}).get("lr")
+    encoder, lr = (
+        preset_section("model", model, "model")["path"],
+        preset_section("recipe", f"{mode}/{model}", "optim")["lr"],
+    )
     if encoder == config.model.path or lr != config.optim.lr:
         return None
     return (

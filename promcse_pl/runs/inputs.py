@@ -73,8 +73,6 @@ def describe_inputs(config: Config, encoder: PromptEncoder, data: PromcseDataMod
     backbone = encoder.backbone
     encoder_config: Any = backbone.model.config  # all fields: dropout rates affect training, though not the embeddings
     fields = {name: value for name, value in encoder_config.to_dict().items() if name not in _IGNORED_FIELDS}
-    if len(backbone.dense):
-        fields["dense"] = backbone.identity.config["dense"]
     return {
         "data.train": {"name": config.data.train, "sha256": data.token_rows.fingerprint},
         "data.dev": {"name": config.data.dev, "sha256": data.dev.sha256 if data.dev else None},

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 from promcse_pl.data import tokens as module
 from promcse_pl.data.readers import BadRow
 from promcse_pl.data.tokenizer import tokenizer_fingerprint
-from promcse_pl.data.tokens import RowSource, file_source, load_tokens, memory_source, prepared
+from promcse_pl.data.tokens import RowSource, file_source, load_tokens, memory_source, prepare_rows
 from promcse_pl.utils.errors import DataError
 
 WORDS = ["the", "a", "man", "woman", "dog", "cat", "sings", "runs", "sleeps", "in", "on", "garden", "street", "red"]
@@ -188,14 +188,14 @@ def test_prompts_are_part_of_the_cache_key_only_if_they_change_texts(tokenizer, 
     def lower(texts: Sequence[str], prompt: str) -> list[str]:
         return [text.lower() for text in front(texts, prompt)]
 
-    assert prepared(source, ["", ""], front) is source
+    assert prepare_rows(source, ["", ""], front) is source
     found = {
-        prepared(source, prompts, function).fingerprint
+        prepare_rows(source, prompts, function).fingerprint
         for function in (front, lower)
         for prompts in (["", ""], ["the: ", ""], ["", "the: "], ["the: ", "a: "])
     }
     assert len(found) == 8
-    query = prepared(source, ["a ", ""], front)
+    query = prepare_rows(source, ["a ", ""], front)
     assert query.example == ("a the man", "a man")
     assert list(query.rows([])) == [("a the man", "a man"), ("a the", "a")]
 
