@@ -63,8 +63,12 @@ def resolve_mode(setting: str) -> str:
 
 
 def new_run_id() -> str:
-    """Return a unique id for a W&B run, without using the generators that training seeds."""
-    return secrets.token_hex(6)
+    """Return the id that a W&B agent chose for this trial of a W&B sweep, else a unique one.
+
+    It does not use the generators that training seeds.
+    """
+    assigned = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
+    return assigned or secrets.token_hex(6)
 
 
 def start_wandb(config: Config, folder: Path, run_id: str) -> WandbRun | None:
