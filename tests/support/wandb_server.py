@@ -90,7 +90,6 @@ class Server(ThreadingHTTPServer):
             return {"createArtifact": {"artifact": artifact}}
         return {}
 
-
     def commands(self, heartbeat: dict[str, Any]) -> list[dict[str, Any]]:
         """Return what an agent has to do next: wait for its trial, run another one, or exit."""
         if json.loads(heartbeat["runState"]):
