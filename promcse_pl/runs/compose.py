@@ -105,20 +105,18 @@ def recipe_note(config: Config, model: str) -> str | None:
         config: The composed config.
         model: Choice of the group model, which selects the recipe.
     """
-    mode, preset = (
-        ("unsupervised" if config.data.kind == "sentences" else "supervised"),
-        CONF / "model" / f"{model}.yaml",
-    )
-    if not preset.is_file():
+    preset = CONF / "model" / f"{model}.yaml"
+    encoder = preset_section("model", model, "model")["path"] if preset.is_file() else config.model.path
+    if encoder == config.model.path:
         return None
-    encoder = preset_section("model", model, "model")["path"]
-    for group, name in (("recipe", f"{mode}/{model}"), ("recipe/tuning", f"full/{mode}/{model}")):
-        if encoder == config.model.path or not (CONF / group / f"{name}.yaml").is_file():
+    name = f"{'unsupervised' if config.data.kind == 'sentences' else 'supervised'}/{model}"
+    for group, recipe in (("recipe", name), ("recipe/tuning", f"full/{name}")):
+        if not (CONF / group / f"{recipe}.yaml").is_file():
             continue
-        if (lr := preset_section(group, name, "optim")["lr"]) == config.optim.lr:
-            return (
-                f"optim.lr={lr:g} comes from the recipe {name} for {encoder}; it is not tuned for {config.model.path}"
-            )
+        lr = preset_section(group, recipe, "optim")["lr"]
+        if lr == config.optim.lr:
+            origin = f"the recipe {recipe} for {encoder}"
+            return f"optim.lr={lr:g} comes from {origin}; it is not tuned for {config.model.path}"
     return None
 
 

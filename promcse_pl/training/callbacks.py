@@ -55,9 +55,8 @@ class WeightAverage(pl.Callback):
         if not self.steps:
             self.mean = {name: tensor.clone() for name, tensor in tensors.items()}
         else:
-            self.mean = {
-                name: mean.to(tensors[name].device) for name, mean in self.mean.items()
-            }  # a checkpoint's: on the CPU
+            # a mean from a checkpoint is on the CPU
+            self.mean = {name: mean.to(tensors[name].device) for name, mean in self.mean.items()}
             self._add(list(self.mean.values()), [tensors[name] for name in self.mean], self.steps)
         self.steps += 1
 

@@ -269,9 +269,8 @@ def _dev_evaluation(run: RunContext, parts: Parts, steps: int, average: WeightAv
         every = max(1, steps // SHORT_RUN_EVALUATIONS)
         log.info("evaluating on the dev set every %d of %d steps", every, steps)
     evaluations = -(-steps // every)
-    if (
-        patience is not None and patience > evaluations - 2
-    ):  # the first one is the best so far, and after the last training is done
+    # the first evaluation is the best so far, and the last one is at the last step
+    if patience is not None and patience > evaluations - 2:
         log.warning("trainer.patience=%d has no effect on a run of %d dev evaluations", patience, evaluations)
     save_to = run.folder / ADAPTER
     return BestByDev(
