@@ -61,6 +61,7 @@ class Status:
         state: `running`, `finished`, `failed` (by an error), `stopped` (by a signal, after a save) or `pruned` (by a search).
         step, steps: Optimiser steps at the last save, and of the whole run; `steps` is None until they are known.
         error: Class and message of the error of a failed run.
+        stopped_early: Why the training of a finished run has fewer steps than planned; None if it has not.
         wandb_id: Id of the W&B run, chosen before training starts; None without tracking.
         callbacks: Class names of the callbacks and loggers passed to `promcse_pl.train`; resuming the run does not recreate them.
         started, updated: Seconds since 1970. Resuming moves `started` forward by the time between the two processes.
@@ -71,6 +72,7 @@ class Status:
     step: int = 0
     steps: int | None = None
     error: str | None = None
+    stopped_early: str | None = None
     wandb_id: str | None = None
     callbacks: list[str] = dataclasses.field(default_factory=list)
     started: float = dataclasses.field(default_factory=time.time)

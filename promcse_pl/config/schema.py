@@ -194,10 +194,18 @@ class PromptConfig(Section):
 
 @dataclass(kw_only=True, slots=True)
 class OptimConfig(Section):
-    """AdamW (β 0.9 and 0.999, ε 1e-8, no weight decay) with linear decay of the learning rate to 0 and no warm-up (official)."""
+    """AdamW (β 0.9 and 0.999, ε 1e-8) and the schedule of its learning rate."""
 
     lr: Annotated[float, Range(gt=0, le=1)] = 1e-2
-    """Learning rate at step 0 (paper: 5e-3 to 3e-2)."""
+    """Maximum learning rate: at step 0, or after the warm-up (paper: 5e-3 to 3e-2)."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Learning rate after the warm-up. `linear`: decays to 0 in a straight line (official). `cosine`: decays to 0 along half a
+    cosine. `constant`: does not change. The schedules are those of transformers."""
+    warmup: Annotated[float, Range(ge=0, lt=1, note="(fraction of the steps)", example=0.1)] = 0.0
+    """Fraction of the steps, rounded up, in which the learning rate rises linearly from 0 (official: 0, no warm-up)."""
+    weight_decay: Annotated[float, Range(ge=0, le=1, example=0.01)] = 0.0
+    """Decoupled weight decay of AdamW (official: 0). It applies to matrices, which include the prompt and the weights of the
+    head, but not to vectors such as biases and LayerNorm weights."""
     clip_norm: Annotated[float, Range(gt=0)] = 1.0
     """Maximum global gradient norm; larger gradients are scaled down to it (official: 1.0)."""
 
@@ -209,10 +217,19 @@ class TrainerConfig(Section):
     epochs: Annotated[int, Range(ge=1)] = 10
     """Number of passes over the training data (official: 10 supervised, 1 unsupervised)."""
     max_steps: Annotated[int | None, Range(ge=1, example=1000)] = None
-    """Maximum number of optimiser steps; the learning rate reaches 0 at the last one. `null`: until all epochs are done."""
+    """Maximum number of optimiser steps; the learning-rate schedule ends at the last one. `null`: until all epochs are done."""
     eval_every: Annotated[int, Range(ge=1)] = 125
     """Number of optimiser steps between two dev evaluations (official: 125). A run shorter than two intervals evaluates four
     times."""
+    patience: Annotated[int | None, Range(ge=1, note="dev evaluations", example=5)] = None
+    """Early stopping: training stops after this number of consecutive dev evaluations without a better score. The learning-rate
+    schedule is that of the planned number of steps. `null`: training never stops early."""
+    average: Annotated[float | None, Range(gt=0, le=1, note="(fraction of the steps)", example=0.25)] = None
+    """Weight averaging: the trained tensors are averaged over the steps in this last fraction of the training, rounded up, with
+    equal weights (Izmailov et al. 2018, arXiv 1803.05407). The mean is evaluated on the dev set after the last step and kept if
+    it is better than the best step; without a dev set it is kept. With `trainer.patience`, the fraction is that of the planned
+    steps: a run that stops in it keeps the mean so far as a candidate, and one that stops before it has none. `null`: no
+    averaging."""
     log_every: Annotated[int, Range(ge=1), EXECUTION] = 10
     """Number of optimiser steps between two entries in `metrics.jsonl`, and between two progress lines."""
     save_every: Annotated[int | None, Range(ge=1), EXECUTION] = 100
@@ -343,6 +360,11 @@ class Config(Section):
             raise ConfigError("data.columns and data.header have no effect on the demo data. Try: data.train=FILE")
         if data.train == "demo" and data.kind != "triplets":
             raise ConfigError(f"the demo data are triplets, got data.kind={data.kind}. Try: data=demo alone")
+        if self.trainer.patience is not None and data.dev is None:
+            raise ConfigError(
+                f"trainer.patience={self.trainer.patience} needs a dev set, but data.dev is null. Try: trainer.patience=null, or "
+                f"data.dev={'holdout' if data.kind == 'triplets' else 'FILE'}"
+            )
         if data.batch_size < self.trainer.world_size:
             raise ConfigError(
                 f"data.batch_size={data.batch_size} rows cannot be split among {self.trainer.world_size} processes "

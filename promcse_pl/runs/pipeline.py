@@ -169,7 +169,9 @@ def _report_data(run: RunContext, data: PromcseDataModule, max_length: int | Non
             write_text(run.folder / BAD_ROWS, "".join(f"{hide_home(str(row))}\n" for row in rows.bad_rows))
         log.warning("%d bad rows were skipped; they are listed in %s", len(rows.bad_rows), run.folder / BAD_ROWS)
     if data.dev is None:
-        log.info("no dev set: the last step is kept")
+        log.info(
+            "no dev set: %s is kept", "the mean of the last steps" if run.config.trainer.average else "the last step"
+        )
     else:
         log.info("dev set: %s, %s pairs", data.dev.name, f"{len(data.dev):,}")
 
@@ -281,7 +283,9 @@ def _summarize(config: Config, data: PromcseDataModule, fitted: Fitted) -> dict[
     return {
         "rows": len(data.token_rows),
         "steps": fitted.steps,
+        "stopped_early": fitted.stopped_early,
         "best_step": fitted.best_step,
+        "average": fitted.average and dataclasses.asdict(fitted.average),
         "dev": data.dev.name if data.dev else None,
         "dev_spearman": None if fitted.dev_score is None else round(100 * fitted.dev_score, 4),
         "seed": config.seed,

@@ -40,8 +40,16 @@ STOP_SECONDS = 10
 """The same for a run that failed or was stopped: schedulers kill soon after SIGTERM."""
 MAX_TAG_LENGTH = 64
 """Characters of a tag that W&B accepts."""
-SUMMARY = ("best_step", "steps", "trained_parameters", "training_seconds", "seconds", "rows_per_second")
-"""Numbers of results.json that go into the summary."""
+SUMMARY = (
+    "best_step",
+    "steps",
+    "stopped_early",
+    "trained_parameters",
+    "training_seconds",
+    "seconds",
+    "rows_per_second",
+)
+"""Entries of results.json that go into the summary, if they are not null."""
 
 
 def resolve_mode(setting: str) -> str:

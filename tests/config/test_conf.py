@@ -39,7 +39,18 @@ def test_every_model_composes_with_every_kind_of_data(model, data):
     "override",
     [
         f"{group}={choice}"
-        for group in ("debug", "evaluation", "experiment", "loss", "optim", "prompt", "sweep", "tracking", "trainer")
+        for group in (
+            "debug",
+            "evaluation",
+            "experiment",
+            "loss",
+            "optim",
+            "prompt",
+            "sweep",
+            "tracking",
+            "trainer",
+            "tuning",
+        )
         for choice in choices(group)
     ],
 )
@@ -49,7 +60,7 @@ def test_every_other_choice_composes_into_a_valid_config(override):
     config = config_of(override, *extra)
     own = yaml.safe_load((CONF / group / f"{choice}.yaml").read_text())
     recipe = yaml.safe_load((CONF / "recipe/supervised/minilm.yaml").read_text())
-    for key, value in own.items():
+    for key, value in (own or {}).items():
         if key in ("defaults", "hydra", "sweep"):
             continue
         for name, wanted in value.items() if isinstance(value, dict) else [(key, value)]:
@@ -61,7 +72,7 @@ def test_every_other_choice_composes_into_a_valid_config(override):
 
 
 def test_no_group_of_conf_is_left_without_a_test():
-    tested = {"debug", "evaluation", "experiment", "loss", "optim", "prompt", "sweep", "tracking", "trainer"}
+    tested = {"debug", "evaluation", "experiment", "loss", "optim", "prompt", "sweep", "tracking", "trainer", "tuning"}
     assert {path.name for path in CONF.iterdir() if path.is_dir()} == tested | {"data", "model", "mode", "recipe"}
 
 
@@ -117,6 +128,47 @@ def test_model_and_data_alone_select_the_published_recipe(pair, recipe):
     assert (config.data.kind, config.data.dev) == ("triplets" if supervised else "sentences", "stsb")
     assert (config.prompt.kind, config.prompt.dropout, config.prompt.position_offset) == ("deep", None, None)
     assert config.trainer.max_steps is None
+
+
+# batch, lr, epochs (SimCSE, Gao et al. 2021: README and example scripts)
+SIMCSE_RECIPES = {
+    ("wiki", "bert-base"): (64, 3e-5, 1),
+    ("wiki", "bert-large"): (64, 1e-5, 1),
+    ("wiki", "roberta-base"): (512, 1e-5, 1),
+    ("wiki", "roberta-large"): (512, 3e-5, 1),
+    ("nli", "bert-base"): (512, 5e-5, 3),
+    ("nli", "bert-large"): (512, 1e-5, 3),
+    ("nli", "roberta-base"): (512, 5e-5, 3),
+    ("nli", "roberta-large"): (512, 1e-5, 3),
+}
+
+
+@pytest.mark.parametrize(("pair", "recipe"), SIMCSE_RECIPES.items(), ids=map("-".join, SIMCSE_RECIPES))
+def test_full_fine_tuning_selects_the_recipe_of_simcse(pair, recipe):
+    data, model = pair
+    config = config_of("tuning=full", f"model={model}", f"data={data}", "data.dir=d")
+    assert (config.data.batch_size, config.optim.lr, config.trainer.epochs) == recipe
+    optim = config.optim
+    assert (optim.schedule, optim.warmup, optim.weight_decay, optim.clip_norm) == ("linear", 0.0, 0.0, 1.0)
+    assert (config.loss.temperature, config.loss.mlm_weight, config.data.max_length) == (0.05, 0.0, 32)
+    assert (config.model.pooling, config.model.head) == ("cls", "mlp" if data == "nli" else "mlp_train_only")
+    assert config_of("tuning=full", f"model={model}", f"data={data}", "data.dir=d", "optim.lr=0.1").optim.lr == 0.1
+
+
+@pytest.mark.parametrize("model", ["bert-base", "bert-large"])
+def test_the_short_name_of_a_model_selects_the_same_full_fine_tuning(model):
+    for data in ("nli", "wiki"):
+        rest = ["tuning=full", f"data={data}", "data.dir=d"]
+        assert composed(f"model={model}", *rest) == composed(f"model={model}-uncased", *rest)
+
+
+@pytest.mark.parametrize(("tuning", "lr"), [("full", 2e-5), ("lora", 3e-4), ("bitfit", 1e-3)])
+def test_other_trained_weights_have_a_starting_point(tuning, lr):
+    for model in ("minilm", "mpnet", *(() if tuning == "full" else ("bert-base",))):
+        config = config_of(f"tuning={tuning}", f"model={model}", "data=nli", "data.dir=d")
+        assert (config.optim.lr, config.optim.warmup) == (lr, 0.1)
+        if model != "bert-base":
+            assert (config.data.batch_size, config.trainer.epochs, config.model.head) == (128, 1, "none")
 
 
 SENTENCE_ENCODERS = [model for model in MODELS if not model.startswith(("bert-", "roberta-"))]
