@@ -19,10 +19,11 @@ from torch import Tensor
 
 from promcse_pl.adapter import save_adapter
 from promcse_pl.data.batch import TrainBatch
-from promcse_pl.data.pairs import ScoredPairs
+from promcse_pl.data.retrieval import DevSet
 from promcse_pl.embedder import PromCSE
-from promcse_pl.evaluation.sts import score_pairs
+from promcse_pl.evaluation.dev import score_dev
 from promcse_pl.models.cpu.chunks import padded_tokens
+from promcse_pl.run_folder import DEV_METRICS
 from promcse_pl.training.gather import sum_over_ranks
 from promcse_pl.training.module import PromcseModule
 from promcse_pl.utils.terminal import stages
@@ -43,7 +44,7 @@ class BestByDev(pl.Callback):
             disk; None to save nothing.
     """
 
-    def __init__(self, dev: ScoredPairs, tokenizer: Any, *, every: int, save_to: Path | None = None) -> None:
+    def __init__(self, dev: DevSet, tokenizer: Any, *, every: int, save_to: Path | None = None) -> None:
         self.dev, self.tokenizer, self.every, self.save_to = dev, tokenizer, every, save_to
         self.best_score: float | None = None
         self.best_step: int | None = None
@@ -58,20 +59,22 @@ class BestByDev(pl.Callback):
             self._evaluate(trainer, pl_module, step)
 
     def _evaluate(self, trainer: pl.Trainer, module: PromcseModule, step: int) -> None:
-        score = score_pairs(PromCSE(module.encoder, self.tokenizer).encode, self.dev).spearman
+        metric = self.dev.metric
+        score = score_dev(PromCSE(module.encoder, self.tokenizer), self.dev)
         self.history.append((step, score))
         if self.best_score is None or score > self.best_score:
             self.best_score, self.best_step = score, step
             self._best = {name: tensor.detach().clone() for name, tensor in module.encoder.state_dict().items()}
             if self.save_to is not None:
-                training = {"best_step": step, "dev_spearman": round(100 * score, 4)}
+                training = {"best_step": step, f"dev_{metric}": round(100 * score, 4)}
                 save_adapter(module.encoder, self.save_to, training=training)
         percent, best = 100 * score, 100 * self.best_score
         for logger in trainer.loggers:
-            logger.log_metrics({"dev/spearman": percent, "dev/best_spearman": best}, step=step)
+            logger.log_metrics({f"dev/{metric}": percent, f"dev/best_{metric}": best}, step=step)
         module.log("dev", percent, prog_bar=True, logger=False)
-        module.log("dev/spearman", percent, logger=False)  # the name in the history, for callbacks that monitor it
-        log.info("step %d: dev Spearman %.2f (best %.2f at step %d)", step, percent, best, self.best_step)
+        module.log(f"dev/{metric}", percent, logger=False)  # the name in the history, for callbacks that monitor it
+        name = DEV_METRICS[metric]
+        log.info("step %d: dev %s %.2f (best %.2f at step %d)", step, name, percent, best, self.best_step)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the scores so far and the tensors of the best step."""

@@ -67,7 +67,7 @@ class Fitted:
     Attributes:
         steps: Optimiser steps of the run.
         best_step: Step whose tensors are kept: the best by dev score, or the last without a dev set.
-        dev_score: Dev Spearman of that step in [-1, 1]; None without a dev set.
+        dev_score: Dev score of that step in its metric, in [-1, 1]; None without a dev set.
         seconds: Training time, dev evaluation included.
         earlier_seconds: Duration of the run in earlier processes, up to the checkpoint that this one resumed from.
         rows_per_second: Training rows per second, dev evaluation excluded.
