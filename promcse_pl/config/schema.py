@@ -97,8 +97,8 @@ class DataConfig(Section):
     dev: str | None = None
     """Dev set that selects the best step: `demo`, `stsb` (STS-B dev, needs `data.dir`), `holdout` (10 % of the training triplets,
     at most 500, are held out), a file with two texts and a score per row, or a folder in BEIR layout
-    ([retrieval](evaluation.md#retrieval); its split `dev`, else its only one, or the file FOLDER/qrels/SPLIT.tsv). Pairs are scored
-    by Spearman, retrieval by nDCG@10. `null`: no dev evaluation, the last step is kept."""
+    ([retrieval](evaluation.md#retrieval): its split `dev`, else its only one, or the file FOLDER/qrels/SPLIT.tsv). Pairs are
+    scored by Spearman, retrieval by nDCG@10. `null`: no dev evaluation, the last step is kept."""
     dir: str | None = None
     """Folder with the data sets `nli/`, `wiki/`, `senteval/` and `retrieval/`."""
     columns: list[str | int] | None = None
@@ -295,8 +295,9 @@ def check_tasks(tasks: Sequence[str], command: str) -> None:
         if task not in SUITES and not is_path and not (task.startswith(MTEB) and task != MTEB):
             (near,) = difflib.get_close_matches(task[:60], SUITES, n=1, cutoff=0) or SUITES[:1]
             raise ConfigError(
-                f"a task must be a suite ({', '.join(SUITES)}), a file of two texts and a score ({', '.join(SUFFIXES)}), the folder of "
-                f"a saved dataset or of retrieval data with a / in its path, or {MTEB}NAME, got {shown(task)}. Try: {command.format(near)}"
+                f"a task must be a suite ({', '.join(SUITES)}), a file of two texts and a score ({', '.join(SUFFIXES)}), the "
+                f"folder of a saved dataset or of retrieval data with a / in its path, or {MTEB}NAME, got {shown(task)}. "
+                f"Try: {command.format(near)}"
             )
 
 

@@ -239,8 +239,8 @@ def retrieval_task(data: RetrievalSet, name: str | None = None, suite: str = "re
         name=name,
         suite=suite,
         unit="nDCG@10 x 100",
-        protocol=f"exact search by cosine among {len(data.documents)} documents, metrics of trec_eval, means over the queries with a "
-        f"relevant document; interval: percentile bootstrap of the queries, {RESAMPLES} resamples, seed {SEED}"
+        protocol=f"exact search by cosine among {len(data.documents)} documents, metrics of trec_eval, means over the queries "
+        f"with a relevant document; interval: percentile bootstrap of the queries, {RESAMPLES} resamples, seed {SEED}"
         + ("; the adapter was selected on these queries" if suite == "dev" else ""),
         files=[_file(data.name, len(data), data.sha256)],
         expected_rows=None,
@@ -260,7 +260,7 @@ def _mteb_task(name: str) -> Task:
     except ImportError:
         raise ConfigError(f"{name} needs the package mteb. Try: pip install 'promcse_pl[mteb]'") from None
     task = mteb.find_task(name.removeprefix(MTEB))
-    metadata = task.metadata
+    metadata, splits = task.metadata, ", ".join(task.metadata.eval_splits)
 
     def score_model(model: PromCSE, folder: Path) -> Score:
         return Score(100 * mteb.main_score(model, task, folder))
@@ -269,8 +269,8 @@ def _mteb_task(name: str) -> Task:
         name=name,
         suite="mteb",
         unit=f"{metadata.main_score} x 100",
-        protocol=f"MTEB {metadata.type}, main score over the splits {', '.join(metadata.eval_splits)} of {metadata.dataset['path']}, "
-        f"revision {metadata.dataset['revision']}; no interval",
+        protocol=f"MTEB {metadata.type}, main score over the splits {splits} of {metadata.dataset['path']}, revision "
+        f" {metadata.dataset['revision']}; no interval",
         files=[],
         expected_rows=None,
         sentences=(),

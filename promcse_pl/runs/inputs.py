@@ -52,9 +52,12 @@ def check_inputs(config: Config) -> None:
     # evaluation files are read at the end of the run, but a missing one is reported now
     for task in load_tasks(config.evaluation.tasks, data_dir(config.data)):
         if dev is not None and dev.sha256 in {file["sha256"] for file in task.files}:
+            advice = (
+                "FILE with other pairs" if isinstance(dev, ScoredPairs) else "FOLDER/qrels/SPLIT.tsv with another split"
+            )
             raise ConfigError(
                 f"data.dev={config.data.dev} is also in evaluation.tasks ({task.name}), but the best step is selected on the dev "
-                f"set. Try: {'data.dev=FILE with other pairs' if isinstance(dev, ScoredPairs) else 'data.dev=FOLDER with another set or split'}"
+                f"set. Try: data.dev={advice}"
             )
     check_training_file(config.data, config.seed)
 
