@@ -9,7 +9,8 @@ import pytest
 import torch
 from rich.console import Console
 from support.encoders import prompt_encoder, small_tokenizer
-from support.retrieval import small_beir, write_beir
+from support.folders import DATA
+from support.retrieval import nli_beir, small_beir, write_beir
 
 from promcse_pl import PromCSE
 from promcse_pl.data.retrieval import RoleText, load_retrieval
@@ -20,12 +21,15 @@ from promcse_pl.evaluation.report import render, tables
 from promcse_pl.evaluation.retrieval import METRICS, score_queries
 from promcse_pl.evaluation.statistics import resample_counts
 from promcse_pl.evaluation.suite import evaluate
-from promcse_pl.evaluation.targets import Member, Target
+from promcse_pl.evaluation.targets import Member, Target, find_targets
 from promcse_pl.evaluation.tasks import load_tasks, retrieval_task
 from promcse_pl.models.pipeline import TextSettings
 from promcse_pl.utils.errors import ConfigError, DataError
 
 pytest.importorskip("pytrec_eval", reason="needs the extra: pip install -e '.[retrieval]'")
+
+MINILM_NDCG = 50.0
+"""nDCG@10 x 100 of the frozen MiniLM on 300 premises and 3,000 hypotheses of the NLI data."""
 
 
 def model_of(**settings):
@@ -183,3 +187,14 @@ def test_the_dev_score_is_the_mean_ndcg_with_and_without_the_cache(model, tmp_pa
     cached = EmbeddingCache(tmp_path / "cache").embeddings(model, dev_texts(dev))
     score = retrieval_task(dev, "dev", "dev").score(cached, lambda *_: None)
     assert score_dev(model, dev) == pytest.approx(dev_score(dev, cached)) == pytest.approx(score.value / 100)
+
+
+@pytest.mark.realdata
+def test_frozen_minilm_finds_the_hypothesis_of_an_nli_premise(tmp_path):
+    folder = nli_beir(tmp_path / "nli", DATA / "nli/nli_train.csv")
+    targets = find_targets(["sentence-transformers/all-MiniLM-L6-v2"])
+    tree = evaluate(targets, load_tasks([str(folder)], None), EmbeddingCache(tmp_path / "cache"))
+    score = tree["targets"]["all-MiniLM-L6-v2"]["scores"]["nli test"]
+    print(score)
+    assert score["low"] < MINILM_NDCG < score["high"]
+    assert score["value"] == pytest.approx(MINILM_NDCG, abs=0.1)

@@ -1,5 +1,6 @@
 """Small folders in BEIR layout."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -27,3 +28,21 @@ def small_beir(folder: Path) -> Path:
     }
     dev = {pair: score for pair, score in scores.items() if int(pair[0][1:]) < 6}
     return write_beir(folder, corpus, queries, dev=dev, test={pair: scores[pair] for pair in scores if pair not in dev})
+
+
+def nli_beir(folder: Path, nli: Path, queries: int = 300, documents: int = 3000) -> Path:
+    """Entailments of NLI triplets: the premise is the query, its hypothesis the relevant document among those of other rows."""
+    corpus: dict[str, str] = {}
+    ids: dict[str, str] = {}
+    wanted: dict[str, str] = {}
+    scores: dict[tuple[str, str], int] = {}
+    with nli.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            document = ids.setdefault(row["sent1"], f"d{len(ids)}")
+            corpus[document] = row["sent1"]
+            if len(wanted) < queries and row["sent0"] not in wanted.values():
+                wanted[f"q{len(wanted)}"] = row["sent0"]
+                scores[f"q{len(wanted) - 1}", document] = 1
+            if len(corpus) == documents:
+                break
+    return write_beir(folder, corpus, wanted, test=scores)
