@@ -83,7 +83,8 @@ def find_task(name: str) -> AbsTask:
     try:
         return mteb.get_task(name)
     except KeyError as error:
-        near = difflib.get_close_matches(name, {task.metadata.name for task in mteb.get_tasks(exclude_superseded=False)}, n=1, cutoff=0)
+        names = {task.metadata.name for task in mteb.get_tasks(exclude_superseded=False)}
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0)
         raise ConfigError(f"there is no MTEB task {name!r}. Try: mteb:{near[0] if near else 'STSBenchmark'}") from error
 
 
