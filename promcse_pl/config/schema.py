@@ -19,9 +19,13 @@ from promcse_pl.utils.paths import SUFFIXES, file_suffix, run_command
 Kind = Literal["sentences", "pairs", "triplets"]
 WIDTH: dict[Kind, int] = {"sentences": 1, "pairs": 2, "triplets": 3}
 """Number of texts in a training row."""
-DATA_SUITES = ("sts", "sick", "cxc", "transfer", "geometry")
+SENTEVAL_SUITES = ("sts", "sick", "cxc", "transfer", "geometry")
+"""Evaluation suites that are read from data.dir with senteval/ in it."""
+DATA_SUITES = (*SENTEVAL_SUITES, "retrieval")
 """Evaluation suites that are read from data.dir."""
 SUITES = (*DATA_SUITES, "demo")
+MTEB = "mteb:"
+"""Prefix of the name of an MTEB task."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -92,9 +96,11 @@ class DataConfig(Section):
     folder."""
     dev: str | None = None
     """Dev set that selects the best step: `demo`, `stsb` (STS-B dev, needs `data.dir`), `holdout` (10 % of the training triplets,
-    at most 500, are held out), or a file with two texts and a score per row. `null`: no dev evaluation, the last step is kept."""
+    at most 500, are held out), a file with two texts and a score per row, or a folder in BEIR layout
+    ([retrieval](evaluation.md#retrieval): its split `dev`, else its only one, or the file FOLDER/qrels/SPLIT.tsv). Pairs are
+    scored by Spearman, retrieval by nDCG@10. `null`: no dev evaluation, the last step is kept."""
     dir: str | None = None
-    """Folder with the data sets `nli/`, `wiki/` and `senteval/`."""
+    """Folder with the data sets `nli/`, `wiki/`, `senteval/` and `retrieval/`."""
     columns: list[str | int] | None = None
     """Columns of the training file with the texts of a row, by name or by position from 0. `null`: known column names such as
     `sent0`, `sent1` and `hard_neg` are recognised; without names the order of the columns counts."""
@@ -112,7 +118,8 @@ class DataConfig(Section):
     """Prompts of the texts of a training row, one for each text: the name of a prompt (`model.prompts`), or the text itself,
     which must contain a space or a colon; `""` for none. For pairs: `data.prompts=[query,document]`, or
     `'data.prompts=["query: ","passage: "]'`. `null`: the default prompt (`model.default_prompt`) for all texts, if there is
-    one. Dev set and evaluation always use the default prompt."""
+    one. Dev set and evaluation use the default prompt; in retrieval, queries use the prompt `query` if there is one, and
+    documents `document`, `passage` or `corpus`."""
     batch_size: Annotated[int, Range(ge=2, note="(the other rows of a batch are the negatives)")] = 256
     """Number of training rows per optimiser step, over all processes (paper: 256 or 512; official README also 64)."""
     cache_dir: Annotated[str | None, EXECUTION] = None
@@ -291,21 +298,23 @@ class TrackingConfig(Section):
 
 
 def check_tasks(tasks: Sequence[str], command: str) -> None:
-    """Check that every task is a suite or a file of pairs.
+    """Check that every task is a suite, a file of pairs, a folder or an MTEB task.
 
     Args:
-        tasks: Suites, or files of two texts and a score.
+        tasks: The tasks.
         command: Command for the message, with {} in place of the tasks.
 
     Raises:
         ConfigError: A task is neither; the message names the nearest suite.
     """
     for task in tasks:
-        if task not in SUITES and file_suffix(Path(task)) not in SUFFIXES and "/" not in task:  # / : a saved dataset
+        is_path = file_suffix(Path(task)) in SUFFIXES or "/" in task  # / : a folder
+        if task not in SUITES and not is_path and not (task.startswith(MTEB) and task != MTEB):
             (near,) = difflib.get_close_matches(task[:60], SUITES, n=1, cutoff=0) or SUITES[:1]
             raise ConfigError(
-                f"a task must be a suite ({', '.join(SUITES)}) or a file of two texts and a score ({', '.join(SUFFIXES)}, "
-                f"or the folder of a saved dataset with a / in its path), got {shown(task)}. Try: {command.format(near)}"
+                f"a task must be a suite ({', '.join(SUITES)}), a file of two texts and a score ({', '.join(SUFFIXES)}), the "
+                f"folder of a saved dataset or of retrieval data with a / in its path, or {MTEB}NAME, got {shown(task)}. "
+                f"Try: {command.format(near)}"
             )
 
 
@@ -314,9 +323,9 @@ class EvaluationConfig(Section):
     """Final evaluation of the adapter ([details](evaluation.md)). The dev score is always part of it."""
 
     tasks: list[str] = field(default_factory=list)
-    """Suites, or files with two texts and a score per row. `sts`: STS12 to STS16 and STS-B. `sick`: SICK-R. `cxc`: CxC-STS.
-    `transfer`: seven classification tasks. `geometry`: alignment and uniformity on STS-B. `demo`: the demo test set. All but
-    `demo` are read from `data.dir`."""
+    """Suites, files with two texts and a score per row, folders in BEIR layout, or `mteb:NAME`. `sts`: STS12 to STS16 and STS-B.
+    `sick`: SICK-R. `cxc`: CxC-STS. `transfer`: seven classification tasks. `geometry`: alignment and uniformity on STS-B.
+    `retrieval`: every folder in `retrieval/`. `demo`: the demo test set. All suites but `demo` are read from `data.dir`."""
     frozen: bool = True
     """Whether the frozen encoder is evaluated too, for comparison."""
 
@@ -375,13 +384,18 @@ class Config(Section):
                 "prompt.length=0 with model.head=none leaves nothing to train. Try: prompt.length=10, or model.head=mlp"
             )
         needs_dir = ["data.dev=stsb"] if data.dev == "stsb" else []
-        if tasks := [task for task in self.evaluation.tasks if task in DATA_SUITES]:
+        if tasks := [task for task in self.evaluation.tasks if task in SENTEVAL_SUITES]:
             needs_dir.append(f"evaluation.tasks=[{','.join(tasks)}]")
         if needs_dir and data.dir is None:
             train = "" if data.train == "demo" or data.train.startswith(("/", ".", "~")) else " data.train=FILE"
             raise ConfigError(
                 f"{' and '.join(needs_dir)} read data.dir/senteval, but data.dir is not set. Try: data.dir=FOLDER with "
                 f"senteval/ in it, or data.dev=null 'evaluation.tasks=[]'{train}"
+            )
+        if "retrieval" in self.evaluation.tasks and data.dir is None:
+            raise ConfigError(
+                "evaluation.tasks=[retrieval] reads the folders of data.dir/retrieval, but data.dir is not set. Try: "
+                "data.dir=FOLDER with retrieval/ in it, or 'evaluation.tasks=[FOLDER]'"
             )
 
 

@@ -23,7 +23,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from promcse_pl.config import Config, TrackingConfig
-from promcse_pl.run_folder import HISTORY
+from promcse_pl.run_folder import HISTORY, find_dev
 from promcse_pl.utils.errors import ConfigError
 from promcse_pl.utils.interpreter import python_command
 from promcse_pl.utils.paths import looks_like_path
@@ -287,7 +287,8 @@ def finish_wandb(run: WandbRun, results: Mapping[str, Any], adapter: Path) -> No
             "columns": ["model", *scores["adapter"]],
             "data": [[name, *row.values()] for name, row in scores.items()],
         }
-        summary |= {score_key(task): value for task, value in scores["adapter"].items()}
+        metric, _ = find_dev(results, "dev_") or ("spearman", None)
+        summary |= {score_key(task, metric): value for task, value in scores["adapter"].items()}
     artifact = {
         "name": f"adapter-{run.id}",
         "path": str(adapter.absolute()),
@@ -297,6 +298,6 @@ def finish_wandb(run: WandbRun, results: Mapping[str, Any], adapter: Path) -> No
     run.finish(summary=summary, tables=tables, artifacts=[artifact])
 
 
-def score_key(task: str) -> str:
-    """Return the key of a final score in W&B: test/STS12, test/avg; dev/spearman for the dev score of the saved adapter."""
-    return "dev/spearman" if task == "dev" else f"test/{re.sub('^Avg', 'avg', task).replace(' ', '_')}"
+def score_key(task: str, metric: str = "spearman") -> str:
+    """Return the key of a final score in W&B: test/STS12, test/avg; dev/METRIC for the dev score of the saved adapter."""
+    return f"dev/{metric}" if task == "dev" else f"test/{re.sub('^Avg', 'avg', task).replace(' ', '_')}"

@@ -20,10 +20,11 @@ from torch.optim.swa_utils import get_swa_multi_avg_fn
 
 from promcse_pl.adapter import save_adapter
 from promcse_pl.data.batch import TrainBatch
-from promcse_pl.data.pairs import ScoredPairs
+from promcse_pl.data.retrieval import DevSet
 from promcse_pl.embedder import PromCSE
-from promcse_pl.evaluation.sts import score_pairs
+from promcse_pl.evaluation.dev import score_dev
 from promcse_pl.models.cpu.chunks import padded_tokens
+from promcse_pl.run_folder import DEV_METRICS
 from promcse_pl.training.gather import sum_over_ranks
 from promcse_pl.training.module import PromcseModule
 from promcse_pl.utils.terminal import stages
@@ -94,7 +95,7 @@ class BestByDev(pl.Callback):
 
     def __init__(
         self,
-        dev: ScoredPairs,
+        dev: DevSet,
         tokenizer: Any,
         *,
         every: int,
@@ -137,19 +138,20 @@ class BestByDev(pl.Callback):
         trainer.should_stop = trainer.should_stop or bool(has_stopped)
 
     def _evaluate(self, trainer: pl.Trainer, module: PromcseModule, step: int) -> None:
-        score = self._score(module)
+        score, metric = self._score(module), self.dev.metric
         self.history.append((step, score))
         self._keep_if_better(module, step, score)
         assert self.best_score is not None
         percent, best = 100 * score, 100 * self.best_score
-        self._log(trainer, step, {"dev/spearman": percent, "dev/best_spearman": best})
+        self._log(trainer, step, {f"dev/{metric}": percent, f"dev/best_{metric}": best})
         module.log("dev", percent, prog_bar=True, logger=False)
-        module.log("dev/spearman", percent, logger=False)  # the name in the history, for callbacks that monitor it
-        log.info("step %d: dev Spearman %.2f (best %.2f at step %d)", step, percent, best, self.best_step)
+        module.log(f"dev/{metric}", percent, logger=False)  # the name in the history, for callbacks that monitor it
+        name = DEV_METRICS[metric]
+        log.info("step %d: dev %s %.2f (best %.2f at step %d)", step, name, percent, best, self.best_step)
 
     def _score(self, module: PromcseModule) -> float:
-        """Return the dev Spearman of the encoder's present tensors."""
-        return score_pairs(PromCSE(module.encoder, self.tokenizer).encode, self.dev).spearman
+        """Return the dev score of the encoder's present tensors."""
+        return score_dev(PromCSE(module.encoder, self.tokenizer), self.dev)
 
     def _keep_if_better(self, module: PromcseModule, step: int, score: float) -> bool:
         """Keep the encoder's present tensors if their score is the best so far; return whether it is."""
@@ -158,7 +160,7 @@ class BestByDev(pl.Callback):
             self.best_score, self.best_step = score, step
             self._best = {name: tensor.detach().clone() for name, tensor in module.encoder.state_dict().items()}
             if self.save_to is not None:
-                training = {"best_step": step, "dev_spearman": round(100 * score, 4)}
+                training = {"best_step": step, f"dev_{self.dev.metric}": round(100 * score, 4)}
                 save_adapter(module.encoder, self.save_to, training=training)
         return is_better
 
@@ -193,11 +195,13 @@ class BestByDev(pl.Callback):
         self.average_kept = self._keep_if_better(module, step, self.average_score)
         assert self.best_score is not None
         percent, best = 100 * self.average_score, 100 * self.best_score
-        self._log(trainer, step, {"dev/average_spearman": percent, "dev/best_spearman": best})
+        metric = self.dev.metric
+        self._log(trainer, step, {f"dev/average_{metric}": percent, f"dev/best_{metric}": best})
         log.info(
-            "mean of steps %d to %d: dev Spearman %.2f (%s; best step: %.2f)",
+            "mean of steps %d to %d: dev %s %.2f (%s; best step: %.2f)",
             average.first_step,
             step,
+            DEV_METRICS[metric],
             percent,
             "kept" if self.average_kept else "not kept",
             100 * before if before is not None else float("nan"),

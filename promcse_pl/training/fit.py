@@ -67,13 +67,13 @@ class Average:
 
     Attributes:
         first_step, last_step: Steps of the mean.
-        dev_spearman: Its dev Spearman x 100; None without a dev set.
+        dev_score: Its dev score x 100; None without a dev set.
         kept: Whether the trained encoder holds the mean instead of the best step.
     """
 
     first_step: int
     last_step: int
-    dev_spearman: float | None
+    dev_score: float | None
     kept: bool
 
 
@@ -85,7 +85,7 @@ class Fitted:
         steps: Optimiser steps of the run.
         stopped_early: Why it has fewer steps than planned; None if it has not.
         best_step: Step whose tensors are kept: the best by dev score, or the last without a dev set or if the mean is kept.
-        dev_score: Dev Spearman of the kept tensors in [-1, 1]; None without a dev set.
+        dev_score: Dev score of the kept tensors in its metric, in [-1, 1]; None without a dev set.
         average: The mean over the last steps; None without one.
         seconds: Training time, dev evaluation included.
         earlier_seconds: Duration of the run in earlier processes, up to the checkpoint that this one resumed from.

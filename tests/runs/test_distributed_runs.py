@@ -426,7 +426,7 @@ def test_all_ranks_stop_early_after_the_same_step_with_the_same_mean(tmp_path):
     assert means[0] == means[1]
     results = json.loads((straight / "results.json").read_text())
     assert (results["steps"], results["best_step"]) == (15, 5)
-    assert results["average"] == {"first_step": 3, "last_step": 15, "dev_spearman": -10.0, "kept": False}
+    assert results["average"] == {"first_step": 3, "last_step": 15, "dev_score": -10.0, "kept": False}
     killed = begin_ranks(tmp_path / "log", *train(path, folder), before=patch + KILL_AT_STEP.format(step=9))
     assert ended(killed) == [143, 143]
     assert ended(begin_ranks(tmp_path / "log", *train(path, folder), before=patch)) == [0, 0]

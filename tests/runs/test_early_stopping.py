@@ -70,7 +70,7 @@ def test_an_early_stop_is_recorded_and_exact_on_resume(tmp_path, monkeypatch):
     config, straight = stopping(tmp_path), tmp_path / "straight"
     results = run_job(config, straight)
     assert (results["steps"], results["best_step"], results["stopped_early"]) == (12, 6, REASON)
-    assert results["average"] == {"first_step": 7, "last_step": 12, "dev_spearman": -6.0, "kept": False}
+    assert results["average"] == {"first_step": 7, "last_step": 12, "dev_score": -6.0, "kept": False}
     status = read_status(straight)
     assert (status.state, status.stopped_early, status.step, status.steps) == ("finished", REASON, 12, 27)
     log = (straight / "run.log").read_text()
@@ -93,7 +93,7 @@ def test_an_early_stop_is_recorded_and_exact_on_resume(tmp_path, monkeypatch):
 def test_the_mean_of_the_last_steps_is_exact_on_resume_and_changes_no_step(tmp_path, monkeypatch):
     config, straight = averaging(tmp_path), tmp_path / "straight"
     results = run_job(config, straight)
-    assert results["average"] == {"first_step": 7, "last_step": 27, "dev_spearman": None, "kept": True}
+    assert results["average"] == {"first_step": 7, "last_step": 27, "dev_score": None, "kept": True}
     assert (results["steps"], results["best_step"], results["stopped_early"]) == (27, 27, None)
     interrupt(monkeypatch, config, tmp_path / "interrupted", 14)
     resume_job(tmp_path / "interrupted")

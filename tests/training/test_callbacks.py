@@ -11,7 +11,6 @@ from support.encoders import small_backbone, small_tokenizer
 from promcse_pl.config import DataConfig, LossConfig, OptimConfig
 from promcse_pl.data.module import PromcseDataModule
 from promcse_pl.data.pairs import ScoredPairs
-from promcse_pl.evaluation.sts import PairScores
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.training import callbacks
 from promcse_pl.training.callbacks import BestByDev, History, WeightAverage
@@ -51,12 +50,11 @@ def train(tmp_path, steps: int, *watching: pl.Callback, loggers: bool | list = F
 def test_the_strictly_better_step_is_kept_and_restored_at_the_end(scores, best, tmp_path, monkeypatch):
     states = []
 
-    def scripted(encode, pairs):
-        encoder = encode.__self__.encoder
-        states.append({name: tensor.clone() for name, tensor in encoder.state_dict().items()})
-        return PairScores(len(pairs), scores[len(states) - 1], 0.0)
+    def scripted(model, dev):
+        states.append({name: tensor.clone() for name, tensor in model.encoder.state_dict().items()})
+        return scores[len(states) - 1]
 
-    monkeypatch.setattr(callbacks, "score_pairs", scripted)
+    monkeypatch.setattr(callbacks, "score_dev", scripted)
     watch = BestByDev(PAIRS, small_tokenizer(), every=1)
     module = train(tmp_path, 4, watch)
     assert (watch.best_step, watch.best_score) == (best, scores[best - 1])
@@ -178,7 +176,7 @@ class StopAt(pl.Callback):
 
 def test_an_interrupted_run_has_its_best_adapter_on_disk(tmp_path, monkeypatch):
     scores = iter([0.1, 0.4, 0.3])
-    monkeypatch.setattr(callbacks, "score_pairs", lambda _, pairs: PairScores(len(pairs), next(scores), 0.0))
+    monkeypatch.setattr(callbacks, "score_dev", lambda _, dev: next(scores))
     watch = BestByDev(PAIRS, small_tokenizer(), every=1, save_to=tmp_path / "adapter")
     with pytest.raises(RuntimeError, match="on purpose"):
         train(tmp_path, 4, watch, StopAt(3))
