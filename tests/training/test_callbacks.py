@@ -103,7 +103,7 @@ def equals(module: PromcseModule, expected: dict[str, torch.Tensor]) -> bool:
 
 def script(monkeypatch, scores: list[float]) -> None:
     given = iter(scores)
-    monkeypatch.setattr(callbacks, "score_pairs", lambda _, pairs: PairScores(len(pairs), next(given), 0.0))
+    monkeypatch.setattr(callbacks, "score_dev", lambda _, dev: next(given))
 
 
 @pytest.mark.parametrize(
