@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from study import PRESETS, PROMCSE_EH, RESULTS, Row, Tree, folder_of, read_results
+from study import PRESETS, PROMCSE_EH, RESULTS, Row, Tree, path_of, read_results
 from training import Workspace, adapter_member, frozen_member, score, train, write_sample
 
 from promcse_pl import PromCSE
 from promcse_pl.evaluation.targets import Member
-from promcse_pl.models.prompt import DeepPrompt
+from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.utils.files import write_text
 
 ROW = Row(PROMCSE_EH, PRESETS[PROMCSE_EH])
@@ -47,8 +47,7 @@ def untrained(folder: Path, seed: int) -> PromCSE:
     model = PromCSE.load(folder)
     torch.manual_seed(seed)
     encoder = model.encoder
-    assert isinstance(encoder.prompt, DeepPrompt)
-    fresh = type(encoder)(
+    fresh = PromptEncoder(
         encoder.backbone,
         length=encoder.prompt.length,
         pooling=encoder.pooling,
@@ -88,7 +87,7 @@ def run_diagnostics(place: Workspace, seeds: tuple[int, ...], say: Callable[[str
                 scores = score(member, suite, place.data, base / f"{suite}.json")
                 tree["variants"][name][suite].append(scores["dev" if suite == "dev" else "Avg"])
         results[place.model] = tree
-        write_text(folder_of("diagnostics") / RESULTS, json.dumps(results, indent=2) + "\n")
+        write_text(path_of("diagnostics") / RESULTS, json.dumps(results, indent=2) + "\n")
 
 
 def _variants(place: Workspace, folders: dict[int, Path]) -> dict[str, dict[int, Member]]:

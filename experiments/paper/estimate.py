@@ -1,6 +1,6 @@
 """Dry run: compose every config of a study, and estimate steps, time and memory of a run without training."""
 
-from study import Row, Study
+from study import MODELS, Row, Study
 from training import Workspace
 
 from promcse_pl.config import Config
@@ -8,15 +8,6 @@ from promcse_pl.runs.compose import compose_config
 from promcse_pl.utils.errors import PromcseError
 from promcse_pl.utils.paths import run_command
 
-SIZES = {
-    "minilm": (6, 384, 30_522),
-    "mpnet": (12, 768, 30_527),
-    "bert-base": (12, 768, 30_522),
-    "bert-large": (24, 1024, 30_522),
-    "roberta-base": (12, 768, 50_265),
-    "roberta-large": (24, 1024, 50_265),
-}
-"""Layers, width and vocabulary; the feed-forward layers are four times as wide."""
 ROWS = {"triplets": 275_601, "sentences": 1_000_000}
 """Rows of the files of the paper: nli_for_simcse.csv and wiki1m_for_simcse.txt."""
 TOKENS = {"triplets": 47, "sentences": 52}
@@ -35,7 +26,7 @@ def estimate(model: str, config: Config, sample: int) -> tuple[int, float, float
         config: The composed config.
         sample: Rows of the sample; 0 for the whole data.
     """
-    layers, width, vocabulary = SIZES[model]
+    layers, width, vocabulary = MODELS[model]
     weights = 12 * layers * width**2
     rows, batch = sample or ROWS[config.data.kind], config.data.batch_size
     steps = config.trainer.epochs * -(-rows // batch)
@@ -58,7 +49,9 @@ def dry_run(name: str, study: Study, place: Workspace, seeds: tuple[int, ...]) -
             failed.append(problem)
         else:
             hours += problem * len(seeds)
-    print(f"{name}: {len(study.rows)} rows x {len(seeds)} seeds, about {hours:.1f} hours of training without dev evaluations")
+    print(
+        f"{name}: {len(study.rows)} rows x {len(seeds)} seeds, about {hours:.1f} hours of training without dev evaluations"
+    )
     return failed
 
 

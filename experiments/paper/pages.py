@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from study import STUDIES, Claim, Expected, Study, Tree, folder_of, read_results
+from study import DEV, STUDIES, Claim, Expected, Study, Tree, path_of, read_results
 
 from promcse_pl.evaluation.statistics import Difference, mean_over_seeds, seed_difference
 from promcse_pl.utils.files import write_text
 
-DEV = "dev"
 REFERENCE = "bert-base"
 """Encoder of the paper whose numbers stand beside ours, for models that the paper does not have."""
 SMALL = {"alignment", "uniformity"}
@@ -100,18 +99,20 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def score_tables(study: Study, model: Tree, name: str) -> list[str]:
     """Return the tables of scores: dev score and settings, then each task with the paper's number."""
     encoder, rows = encoder_of(study, name), [row.name for row in study.rows]
-    headline = study.tasks[-1] if study.tasks == () or study.tasks[-1] != "CxC-STS" else study.tasks[0]
-    columns = ["row", f"paper ({encoder})", f"{name}: {headline}", "STS-B dev", "learning rate", "seeds"]
-    frozen = model["frozen"].get(headline)
-    lines = [["frozen encoder", "", "not run" if frozen is None else number(frozen, headline), "", "", ""]]
+    headline, measured = study.headline, list(dict.fromkeys([study.headline, DEV]))
+    columns = ["row", f"paper ({encoder})", *measured, "learning rate", "seeds"]
+    frozen = model["frozen"]
+    lines = [
+        ["frozen encoder", "", *(number(frozen[task], task) if task in frozen else "" for task in measured), "", ""]
+    ]
     for row in rows:
         runs = model["rows"].get(row, {"runs": []})["runs"]
         rate = next((line[9:] for run in runs for line in run["overrides"] if line.startswith("optim.lr=")), "recipe")
         paper = paper_scores(study, row, encoder).get(headline)
         seeds = ", ".join(str(run["seed"]) for run in runs) or "none"
         lines.append(
-            [row, "" if paper is None else number(paper, headline), cell(values(model, row, headline), headline),
-             cell(values(model, row, DEV), DEV), rate, seeds]
+            [row, "" if paper is None else number(paper, headline), *(cell(values(model, row, task), task) for task in measured),
+             rate, seeds]
         )  # fmt: skip
     text = table(columns, lines)
     if len(study.tasks) > 1:
@@ -122,8 +123,12 @@ def score_tables(study: Study, model: Tree, name: str) -> list[str]:
                 scores = [values(model, row, task) for task in study.tasks]
                 paper = paper_scores(study, row, encoder)
                 if paper:
-                    detail.append([f"{row} (paper)", *("" if t not in paper else number(paper[t], t) for t in study.tasks)])
-            means = (number(sum(one) / len(one), task) if one else "–" for one, task in zip(scores, study.tasks, strict=True))
+                    detail.append(
+                        [f"{row} (paper)", *("" if t not in paper else number(paper[t], t) for t in study.tasks)]
+                    )
+            means = (
+                number(sum(one) / len(one), task) if one else "–" for one, task in zip(scores, study.tasks, strict=True)
+            )
             detail.append([row, *means])
         text += ["Means over the seeds:", *table(["", *study.tasks], detail)]
     return text
@@ -177,14 +182,14 @@ def draw_curves(study: Study, results: Tree, folder: Path) -> list[str]:
     for name, model in results.items():
         figure, axis = plt.subplots(figsize=(5, 3.2), layout="constrained")
         for label, points in study.curves:
-            known = [(x, values(model, row, study.tasks[-1])) for x, row in points]
+            known = [(x, values(model, row, study.headline)) for x, row in points]
             known = [(x, scores) for x, scores in known if scores]
             means = [sum(scores) / len(scores) for _, scores in known]
             spread = [mean_over_seeds(scores)[1] if len(scores) > 1 else 0 for _, scores in known]
             axis.errorbar([x for x, _ in known], means, yerr=spread, marker="o", capsize=3, label=label)
-        if study.tasks[-1] in model["frozen"]:
-            axis.axhline(model["frozen"][study.tasks[-1]], color="gray", linestyle=":", label="frozen encoder")
-        axis.set(xlabel=study.axis, ylabel=f"{study.tasks[-1]}, Spearman x 100\nmean ± sd over seeds", title=name)
+        if study.headline in model["frozen"]:
+            axis.axhline(model["frozen"][study.headline], color="gray", linestyle=":", label="frozen encoder")
+        axis.set(xlabel=study.axis, ylabel=f"{study.headline}, Spearman x 100\nmean ± sd over seeds", title=name)
         axis.legend()
         figure.savefig(folder / f"{name}.png", dpi=130)
         plt.close(figure)
@@ -197,15 +202,16 @@ def page(name: str, study: Study, results: Tree) -> str:
     lines = [
         f"# {study.title}",
         "",
-        f"The paper: {study.about}",
+        f"The paper: {study.about}" if study.claims else study.about,
         "",
         f"Limits: {study.limits}",
         "",
-        "Rows show mean ± standard deviation and 95 % interval over seeds (Student's t). Differences are between the means over "
-        f"seeds (Welch's t-test). The default of this study is {study.seeds} seeds. The best step of a run is chosen on STS-B dev.",
+        "Rows show mean ± standard deviation and 95 % interval over seeds (Student's t). Differences are between the means "
+        f"over seeds (Welch's t-test). The default of this study is {study.seeds} seeds. The best step of a run "
+        "is chosen on STS-B dev.",
     ]
     if study.curves and results:
-        lines += draw_curves(study, results, folder_of(name))
+        lines += draw_curves(study, results, path_of(name))
     for model_name, model in results.items():
         lines += ["", f"## {model_name}", *score_tables(study, model, model_name)]
         if study.claims:
@@ -220,7 +226,7 @@ def summary() -> str:
     """Return the page that lists every claim of the paper beside what was found."""
     rows = []
     for name, study in STUDIES.items():
-        title = f"[{study.title}]({name}/README.md)" if (folder_of(name) / "README.md").is_file() else study.title
+        title = f"[{study.title}]({name}/README.md)" if (path_of(name) / "README.md").is_file() else study.title
         for model_name, model in (read_results(name) or {"–": {"rows": {}, "frozen": {}}}).items():
             rows += [
                 [title, model_name, f"{what}, {task}", paper, ours, word]
@@ -233,9 +239,12 @@ def summary() -> str:
         [
             "# The paper in miniature",
             "",
-            "Every comparison of the paper is one command with several seeds; `python experiments/paper/run.py --help` lists them. "
-            "Small encoders are trained on a sample; `--model bert-base` or `--model roberta-large` with the original data is "
-            "the full replication (`--dry-run` prints its commands with estimates of time and memory).",
+            "Every comparison of the paper is one command with several seeds; `python experiments/paper/run.py --help` lists "
+            "them. Small encoders are trained on a sample; `--model bert-base` or `--model roberta-large` with the original data "
+            "is the full replication (`--dry-run` prints its commands with estimates of time and memory).",
+            "",
+            "A table is also one sweep: `python run.py -m experiment=table1/prompt,table1/prompt_eh seed=42,43,44 "
+            "model=bert-base data.dir=DATA`.",
             "",
             "A claim is confirmed or contradicted if the 95 % interval of the difference over seeds excludes 0. With many "
             "comparisons, one in twenty does so by chance.",
@@ -244,7 +253,9 @@ def summary() -> str:
             "",
             *(f"- {', '.join(titles)}: {text}" for text, titles in limits.items()),
             "",
-            "Further page: [diagnostics](diagnostics/README.md)." if (folder_of("diagnostics") / "README.md").is_file() else "",
+            "Further page: [diagnostics](diagnostics/README.md)."
+            if (path_of("diagnostics") / "README.md").is_file()
+            else "",
             "",
             "Generated by `python experiments/paper/run.py --draw` from the results of all studies.",
             "",
@@ -257,8 +268,8 @@ def draw(names: Sequence[str]) -> None:
     for name in names:
         results = read_results(name)
         if results:
-            write_text(folder_of(name) / "README.md", page(name, STUDIES[name], results))
-    write_text(folder_of("README.md"), summary())
+            write_text(path_of(name) / "README.md", page(name, STUDIES[name], results))
+    write_text(path_of("README.md"), summary())
 
 
 def draw_diagnostics() -> None:
@@ -284,4 +295,4 @@ def draw_diagnostics() -> None:
         lines += ["", f"## {name}", *table(header, rows), f"Seeds {seeds}."]
     if results:
         lines += ["", "Generated by `python experiments/paper/run.py diagnostics --draw` from `results.json`.", ""]
-        write_text(folder_of("diagnostics") / "README.md", "\n".join(lines))
+        write_text(path_of("diagnostics") / "README.md", "\n".join(lines))

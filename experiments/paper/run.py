@@ -7,15 +7,15 @@
 Run `learning_rate` first: its choices are used by the tables of the same model. Finished runs and scores are skipped, unfinished
 runs are resumed, and results.json is written after every run, so that the command can be stopped and repeated. `table5`,
 `table7` and `domain` score the adapters of `table1`. minilm and mpnet are trained on a sample (--rows), other models on the
-whole data with the recipe of the paper. --draw generates the pages from the results alone.
+whole data with the recipe of the paper; for its own data, DATA/nli/nli_train.csv is its nli_for_simcse.csv and
+DATA/wiki/wiki.txt.gz its wiki1m_for_simcse.txt, compressed. --draw generates the pages from the results alone.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
-from study import SEEDS, STUDIES
+from study import MODELS, SEEDS, STUDIES
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE_ROWS = 5120
@@ -26,13 +26,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("studies", nargs="*", metavar="STUDY", help=", ".join([*STUDIES, "diagnostics", "all"]))
     parser.add_argument("--data", type=Path, help="folder with nli/, wiki/ and senteval/")
-    parser.add_argument("--runs", type=Path, default=ROOT / "outputs" / "paper", help="folder of the runs, kept between calls")
-    parser.add_argument("--model", default="minilm", help="choice of `model` (default minilm)")
+    parser.add_argument(
+        "--runs", type=Path, default=ROOT / "outputs" / "paper", help="folder of the runs, kept between calls"
+    )
+    parser.add_argument("--model", default="minilm", choices=MODELS, help="choice of `model` (default minilm)")
     parser.add_argument("--encoder", type=Path, help="folder of the encoder, if it cannot be downloaded")
-    parser.add_argument("--seeds", type=int, choices=range(1, len(SEEDS) + 1), help="number of seeds (default: of the study)")
+    parser.add_argument(
+        "--seeds", type=int, choices=range(1, len(SEEDS) + 1), help="number of seeds (default: of the study)"
+    )
     parser.add_argument("--rows", type=int, default=SAMPLE_ROWS, help="rows of the sample for minilm and mpnet")
     parser.add_argument("--dry-run", action="store_true", help="compose every config and print commands and estimates")
-    parser.add_argument("--draw", action="store_true", help="generate the pages from the results, without running anything")
+    parser.add_argument(
+        "--draw", action="store_true", help="generate the pages from the results, without running anything"
+    )
     options = parser.parse_args(arguments)
     every = [*STUDIES, "diagnostics"]
     options.studies = every if options.studies in ([], ["all"]) else options.studies
@@ -69,7 +75,6 @@ def _run(options: argparse.Namespace) -> list[str]:
     rows = options.rows if options.model in MINIATURE else 0
     encoder = options.encoder.resolve() if options.encoder else None
     place = Workspace(options.model, options.data.resolve(), options.runs.resolve(), rows, encoder)
-    os.environ.setdefault("XDG_CACHE_HOME", str(place.runs / "cache"))
     failed = []
     for name in options.studies:
         if name == "diagnostics":
@@ -77,7 +82,7 @@ def _run(options: argparse.Namespace) -> list[str]:
                 run_diagnostics(place, SEEDS[: options.seeds or 3], say)
             continue
         study = STUDIES[name]
-        seeds = SEEDS[: min(options.seeds or study.seeds, study.seeds)] if study.seeds == 1 else SEEDS[: options.seeds or study.seeds]
+        seeds = SEEDS[: 1 if study.seeds == 1 else options.seeds or study.seeds]
         if options.dry_run:
             failed += dry_run(name, study, place, seeds)
         else:

@@ -14,7 +14,17 @@ TRANSFER = ("MR", "CR", "SUBJ", "MPQA", "SST-2", "TREC", "MRPC", "Avg transfer")
 SHIFTED, OTHER = "forums and SICK", "other subsets"
 """Proxy of the domain shift: mean Spearman of SICK-R and of the subsets in SHIFTED_PARTS, and of all other subsets and STS-B."""
 SHIFTED_PARTS = ("STS14 deft-forum", "STS15 answers-forums", "SICK-R")
+DEV = "dev"
 SEEDS = (42, 43, 44, 45, 46)
+MODELS = {
+    "minilm": (6, 384, 30_522),
+    "mpnet": (12, 768, 30_527),
+    "bert-base": (12, 768, 30_522),
+    "bert-large": (24, 1024, 30_522),
+    "roberta-base": (12, 768, 50_265),
+    "roberta-large": (24, 1024, 50_265),
+}
+"""Layers, width and vocabulary of the models; the feed-forward layers are four times as wide."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +72,7 @@ class Study:
         rows: Its rows; each is trained with every seed.
         claims: Comparisons of rows.
         tasks: Columns; none for the dev score alone.
+        headline: Task of the first table and of the curves; `dev` for the dev score.
         suites: Suites that are scored: `sts` (with SICK-R), `transfer`, `geometry`, `cxc`.
         limits: What cannot be compared, and why.
         seeds: Number of seeds.
@@ -74,6 +85,7 @@ class Study:
     rows: tuple[Row, ...]
     claims: tuple[Claim, ...] = ()
     tasks: tuple[str, ...] = STS
+    headline: str = "Avg"
     suites: tuple[str, ...] = ("sts",)
     limits: str = ""
     seeds: int = 5
@@ -82,9 +94,7 @@ class Study:
 
 
 def _scores(tasks: tuple[str, ...], *lines: tuple[str, str]) -> dict[str, dict[str, float]]:
-    return {
-        encoder: dict(zip(tasks, map(float, values.split()), strict=True)) for encoder, values in lines
-    }
+    return {encoder: dict(zip(tasks, map(float, values.split()), strict=True)) for encoder, values in lines}
 
 
 SIMCSE, SIMCSE_EH, PROMCSE, PROMCSE_EH = "SimCSE", "SimCSE + EH", "PromCSE", "PromCSE + EH"
@@ -138,7 +148,7 @@ _MARGINS = {"0": 81.56, "0.05": 81.73, "0.1": 81.75, "0.15": 81.87, "0.2": 81.94
 _DEFAULT_MARGIN = "0.2"
 
 
-def _margin_rows(method: str, preset: str, paper: bool) -> tuple[Row, ...]:  # noqa: FBT001
+def _margin_rows(method: str, preset: str, paper: bool) -> tuple[Row, ...]:
     """Return the rows of table 4 for a method; the default margin is the row of table 1, whose runs it shares."""
     return (
         Row(f"{method}, without EH", preset.removesuffix("_eh"), paper=_average(81.53) if paper else None),
@@ -170,6 +180,7 @@ STUDIES: dict[str, Study] = {
             for lr in (("3e-3", "1e-2", "3e-2") if "Prom" in name else ("1e-5", "2e-5", "5e-5", "1e-4", "2e-4"))
         ),
         tasks=(),
+        headline=DEV,
         suites=(),
         seeds=1,
         limits="One seed; no test set is used.",
@@ -221,7 +232,8 @@ STUDIES: dict[str, Study] = {
         limits=_MINIATURE,
         seeds=3,
         curves=tuple(
-            (method, tuple((float(margin), f"{method}, m = {margin}") for margin in _MARGINS)) for method in (SIMCSE, PROMCSE)
+            (method, tuple((float(margin), f"{method}, m = {margin}") for margin in _MARGINS))
+            for method in (SIMCSE, PROMCSE)
         ),
         axis="margin m",
     ),
@@ -275,6 +287,7 @@ STUDIES: dict[str, Study] = {
             )
         ),
         tasks=("alignment", "uniformity"),
+        headline="uniformity",
         suites=("geometry",),
         limits="Both depend on the pre-training of the encoder. Positive pairs: gold score of 4 or more.",
     ),
@@ -296,6 +309,7 @@ STUDIES: dict[str, Study] = {
             Claim(UNSUP_SIMCSE, UNSUP_PROMCSE, "lower", "Avg transfer"),
         ),
         tasks=TRANSFER,
+        headline="Avg transfer",
         suites=("transfer",),
         limits="The paper's classifier is trained by Adam on unnormalised embeddings; ours is a logistic regression on unit "
         "embeddings.",
@@ -322,6 +336,7 @@ STUDIES: dict[str, Study] = {
             )
         ),
         tasks=(SHIFTED, OTHER, "CxC-STS"),
+        headline=SHIFTED,
         limits="A proxy: the subsets deft-forum (STS14) and answers-forums (STS15) and SICK-R, against the mean of all other "
         "subsets. CxC-STS is scored as well where DATA/cxc exists.",
     ),
@@ -336,12 +351,12 @@ LEARNING_RATE_OF = {
 """Presets that use the learning rate chosen for another preset."""
 
 
-def folder_of(name: str) -> Path:
-    """Return the folder with the results and the page of a study."""
+def path_of(name: str) -> Path:
+    """Return the folder with the results and the page of a study, or another path beside it."""
     return HERE / name
 
 
 def read_results(name: str) -> Tree:
     """Return the results of a study by model; empty if it was not run."""
-    path = folder_of(name) / RESULTS
+    path = path_of(name) / RESULTS
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from study import LEARNING_RATE_OF, OTHER, SHIFTED, SHIFTED_PARTS, RESULTS, Row, Study, Tree, folder_of, read_results
+from study import DEV, LEARNING_RATE_OF, OTHER, RESULTS, SHIFTED, SHIFTED_PARTS, Row, Study, Tree, path_of, read_results
 
 from promcse_pl.evaluation.embeddings import EmbeddingCache
 from promcse_pl.evaluation.suite import evaluate
@@ -71,7 +71,9 @@ class Workspace:
     def overrides(self, row: Row, seed: int) -> list[str]:
         """Return the overrides of a run: `python run.py OVERRIDES` repeats it."""
         source = "nli" if is_supervised(row) else "wiki"
-        rate = None if any(line.startswith("optim.lr=") for line in row.overrides) else chosen_rate(self.model, row.preset)
+        rate = (
+            None if any(line.startswith("optim.lr=") for line in row.overrides) else chosen_rate(self.model, row.preset)
+        )
         return [
             f"experiment={row.preset}",
             f"model={self.model}",
@@ -155,7 +157,7 @@ def train(place: Workspace, row: Row, seed: int) -> Tree:
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         subprocess.run([sys.executable, "run.py", *arguments], cwd=ROOT, env=environment, check=True)
     results = json.loads((folder / "results.json").read_text())
-    local = (str(place.data), str(place.runs), str(place.encoder))
+    local = [str(path) for path in (place.data, place.runs, place.encoder) if path]
     kept = [line for line in overrides if not any(path in line for path in local)]
     return {"seed": seed, "overrides": kept, **{name: results[name] for name in KEPT}}
 
@@ -174,11 +176,11 @@ def adapter_member(folder: Path) -> Member:
 @cache
 def tasks_of(suite: str, data: Path) -> list[Task]:
     """Return the tasks of a suite of `SUITES`, or `dev`: STS-B dev."""
-    if suite == "dev":
+    if suite == DEV:
         from promcse_pl.data.pairs import load_stsb
         from promcse_pl.evaluation.tasks import pair_task
 
-        return [pair_task("dev", "dev", [load_stsb(data / "senteval", "dev")])]
+        return [pair_task(DEV, "dev", [load_stsb(data / "senteval", "dev")])]
     return load_tasks(SUITES[suite], data)
 
 
@@ -210,7 +212,9 @@ def suites_of(study: Study, data: Path) -> tuple[str, ...]:
     return (*study.suites, "cxc") if "CxC-STS" in study.tasks and (data / "cxc").is_dir() else study.suites
 
 
-def run_study(name: str, study: Study, place: Workspace, seeds: tuple[int, ...], say: Callable[[str], None]) -> list[str]:
+def run_study(
+    name: str, study: Study, place: Workspace, seeds: tuple[int, ...], say: Callable[[str], None]
+) -> list[str]:
     """Train and score all runs of a study that are not finished; results.json is written after each.
 
     Args:
@@ -231,7 +235,7 @@ def run_study(name: str, study: Study, place: Workspace, seeds: tuple[int, ...],
         "frozen": {},
         "rows": {row.name: {"preset": row.preset, "overrides": [*row.overrides], "runs": []} for row in study.rows},
     }
-    for suite in suites:
+    for suite in (DEV, *suites):
         file = place.folder / "frozen" / "scores" / f"{suite}.json"
         tree["frozen"] |= score(frozen_member(place), suite, place.data, file)
         described = json.loads(file.read_text())["tasks"]
@@ -252,5 +256,5 @@ def run_study(name: str, study: Study, place: Workspace, seeds: tuple[int, ...],
                 continue
             tree["rows"][row.name]["runs"].append(record)
             results[place.model] = tree
-            write_text(folder_of(name) / RESULTS, json.dumps(results, indent=2) + "\n")
+            write_text(path_of(name) / RESULTS, json.dumps(results, indent=2) + "\n")
     return failed
