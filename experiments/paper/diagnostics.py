@@ -42,27 +42,28 @@ class Ensemble(PromCSE):
         return np.hstack(parts) / np.float32(len(parts) ** 0.5)
 
 
-def untrained(folder: Path, seed: int) -> PromCSE:
-    """Return the adapter of a run with a prompt that is initialised anew with a seed."""
-    model = PromCSE.load(folder)
-    torch.manual_seed(seed)
-    encoder = model.encoder
-    fresh = PromptEncoder(
-        encoder.backbone,
-        length=encoder.prompt.length,
-        pooling=encoder.pooling,
-        head=encoder.head_mode,
-        position_offset=encoder.position_offset,
-        text=encoder.text,
+def variant(folder: Path, *, pooling: str | None = None, seed: int | None = None) -> PromCSE:
+    """Return the adapter of a run with another pooling, or with a prompt that is initialised anew.
+
+    Args:
+        folder: Run folder.
+        pooling: Pooling; None: that of the adapter. Concatenations need an encoder without a head.
+        seed: Seed of a new prompt; None: the trained one.
+    """
+    trained = PromCSE.load(folder).encoder
+    if seed is not None:
+        torch.manual_seed(seed)
+    encoder = PromptEncoder(
+        trained.backbone,
+        length=trained.prompt.length,
+        pooling=pooling or trained.pooling,
+        head=trained.head_mode,
+        position_offset=trained.position_offset,
+        text=trained.text,
     )
-    return PromCSE(fresh.eval())
-
-
-def pooled(folder: Path, pooling: str) -> PromCSE:
-    """Return the adapter of a run with another pooling."""
-    model = PromCSE.load(folder)
-    model.encoder.pooling = pooling
-    return model
+    if seed is None:
+        encoder.load_state_dict(trained.state_dict())
+    return PromCSE(encoder.eval())
 
 
 def run_diagnostics(place: Workspace, seeds: tuple[int, ...], say: Callable[[str], None]) -> None:
@@ -96,14 +97,14 @@ def _variants(place: Workspace, folders: dict[int, Path]) -> dict[str, dict[int,
     variants = {
         "frozen encoder": {first: frozen_member(place)},
         "random prompt, not trained": {
-            seed: Member(lambda folder=folder, seed=seed: untrained(folder, seed), seed)  # type: ignore[misc]
+            seed: Member(lambda folder=folder, seed=seed: variant(folder, seed=seed), seed)  # type: ignore[misc]
             for seed, folder in folders.items()
         },
         "trained": {seed: adapter_member(folder) for seed, folder in folders.items()},
     }
     for pooling in POOLINGS:
         variants[f"trained, pooling {pooling}"] = {
-            seed: Member(lambda folder=folder, pooling=pooling: pooled(folder, pooling), seed)  # type: ignore[misc]
+            seed: Member(lambda folder=folder, pooling=pooling: variant(folder, pooling=pooling), seed)  # type: ignore[misc]
             for seed, folder in folders.items()
         }
     if len(folders) > 1:

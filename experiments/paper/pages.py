@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from study import DEV, STUDIES, Claim, Expected, Study, Tree, path_of, read_results
+from study import COMMON_LIMITS, DEV, STUDIES, Claim, Expected, Study, Tree, path_of, read_results
 
 from promcse_pl.evaluation.statistics import Difference, mean_over_seeds, seed_difference
 from promcse_pl.utils.files import write_text
@@ -140,7 +140,13 @@ def claim_rows(study: Study, name: str, model: Tree) -> list[list[str]]:
     for claim in study.claims:
         difference = compare(model, claim)
         over = f", {difference.over}" if difference else ""
-        p = "" if difference is None or difference.p is None else f"{difference.p:.3f}"
+        p = (
+            ""
+            if difference is None or difference.p is None
+            else "< 0.001"
+            if difference.p < 0.0005
+            else f"{difference.p:.3f}"
+        )
         rows.append(
             [f"{claim.second} against {claim.first}", claim.task, paper_difference(study, claim, encoder_of(study, name)),
              shown(difference, claim.task) + over, p, verdict(difference, claim.expected)]
@@ -204,7 +210,7 @@ def page(name: str, study: Study, results: Tree) -> str:
         "",
         f"The paper: {study.about}" if study.claims else study.about,
         "",
-        f"Limits: {study.limits}",
+        f"Limits: {COMMON_LIMITS} {study.limits}".rstrip(),
         "",
         "Rows show mean ± standard deviation and 95 % interval over seeds (Student's t). Differences are between the means "
         f"over seeds (Welch's t-test). The default of this study is {study.seeds} seeds. The best step of a run "
@@ -232,9 +238,7 @@ def summary() -> str:
                 [title, model_name, f"{what}, {task}", paper, ours, word]
                 for what, task, paper, ours, _, word in claim_rows(study, model_name, model)
             ]
-    limits: dict[str, list[str]] = {}
-    for study in STUDIES.values():
-        limits.setdefault(study.limits, []).append(study.title.partition(":")[0])
+    limits = [f"- {study.title.partition(':')[0]}: {study.limits}" for study in STUDIES.values() if study.limits]
     return "\n".join(
         [
             "# The paper in miniature",
@@ -251,7 +255,8 @@ def summary() -> str:
             *table(["study", "model", "comparison", "paper", "difference", "verdict"], rows),
             "## What cannot be compared",
             "",
-            *(f"- {', '.join(titles)}: {text}" for text, titles in limits.items()),
+            f"- {COMMON_LIMITS}",
+            *limits,
             "",
             "Further page: [diagnostics](diagnostics/README.md)."
             if (path_of("diagnostics") / "README.md").is_file()

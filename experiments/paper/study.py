@@ -14,6 +14,11 @@ TRANSFER = ("MR", "CR", "SUBJ", "MPQA", "SST-2", "TREC", "MRPC", "Avg transfer")
 SHIFTED, OTHER = "forums and SICK", "other subsets"
 """Proxy of the domain shift: mean Spearman of SICK-R and of the subsets in SHIFTED_PARTS, and of all other subsets and STS-B."""
 SHIFTED_PARTS = ("STS14 deft-forum", "STS15 answers-forums", "SICK-R")
+COMMON_LIMITS = (
+    "The small sentence encoders were trained contrastively on a billion pairs, NLI among them, whereas the paper starts from "
+    "masked language models. Levels are therefore not comparable, and a difference shows only whether the paper's sign holds for "
+    "such an encoder and a small sample."
+)
 DEV = "dev"
 SEEDS = (42, 43, 44, 45, 46)
 MODELS = {
@@ -165,10 +170,6 @@ def _margin_rows(method: str, preset: str, paper: bool) -> tuple[Row, ...]:
 
 
 _LENGTHS = (1, 4, 8, 12, 16)
-_MINIATURE = (
-    "The sentence encoder was trained contrastively on a billion pairs, NLI among them, before this study; the paper starts from "
-    "masked language models. Levels are therefore not comparable; the signs of differences are."
-)
 
 STUDIES: dict[str, Study] = {
     "learning_rate": Study(
@@ -196,7 +197,6 @@ STUDIES: dict[str, Study] = {
             Claim(SIMCSE_EH, PROMCSE_EH),
             Claim(UNSUP_SIMCSE, UNSUP_PROMCSE),
         ),
-        limits=_MINIATURE,
     ),
     "table3": Study(
         title="Table 3: kinds of prompts",
@@ -213,7 +213,7 @@ STUDIES: dict[str, Study] = {
             Claim(UNSUP_SIMCSE, "one prompt for all layers"),
             Claim(UNSUP_SIMCSE, "input layer only", "lower"),
         ),
-        limits=_MINIATURE + " All kinds use the learning rate of the prompt per layer.",
+        limits="All kinds use the learning rate of the prompt per layer.",
     ),
     "table4": Study(
         title="Table 4: margins",
@@ -229,7 +229,6 @@ STUDIES: dict[str, Study] = {
             Claim(f"{PROMCSE}, m = 0", f"{PROMCSE}, m = 0.2"),
             Claim(f"{PROMCSE}, m = 0.2", f"{PROMCSE}, m = 0.4", "lower"),
         ),
-        limits=_MINIATURE,
         seeds=3,
         curves=tuple(
             (method, tuple((float(margin), f"{method}, m = {margin}") for margin in _MARGINS))
@@ -257,7 +256,7 @@ STUDIES: dict[str, Study] = {
             Claim("P = 1", "P = 12"),
             Claim("P = 12", "P = 16", "equal"),
         ),
-        limits=_MINIATURE + " The paper's score of P = 1 is read from its figure.",
+        limits="The paper's score of P = 1 is read from its figure.",
         curves=(("PromCSE", tuple((length, f"P = {length}") for length in _LENGTHS)),),
         axis="prompt length P",
     ),

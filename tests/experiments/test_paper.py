@@ -178,7 +178,7 @@ def test_a_page_shows_the_paper_beside_means_intervals_and_verdicts(place):
     text = (study.path_of("table1") / "README.md").read_text()
     assert "| PromCSE + EH | 82.13 | 82.10 ± 0.10 [81.85, 82.35] |" in text
     assert (
-        "| PromCSE + EH against PromCSE | Avg | +0.32 | +1.00 [0.77, 1.23], 3 seeds | 0.000 | **confirmed** |" in text
+        "| PromCSE + EH against PromCSE | Avg | +0.32 | +1.00 [0.77, 1.23], 3 seeds | < 0.001 | **confirmed** |" in text
     )
     assert "| PromCSE against SimCSE | Avg | +0.28 | not run |  | not run |" in text
     assert "| SimCSE | 81.53 | not run | not run | recipe | none |" in text
@@ -245,7 +245,7 @@ def test_a_dry_run_estimates_the_steps_and_reports_invalid_rows(place, capsys):
 
 
 def test_the_cosine_of_an_ensemble_is_the_mean_of_the_cosines(trained_run):
-    models = [diagnostics.untrained(trained_run.folder, seed) for seed in (1, 2)]
+    models = [diagnostics.variant(trained_run.folder, seed=seed) for seed in (1, 2)]
     texts = ["A woman is reading.", "Someone reads.", "A dog barks."]
     cosines = [model.encode(texts) @ model.encode(texts).T for model in models]
     assert np.abs(cosines[0] - cosines[1]).max() > 1e-4
@@ -255,13 +255,16 @@ def test_the_cosine_of_an_ensemble_is_the_mean_of_the_cosines(trained_run):
     np.testing.assert_allclose(embeddings @ embeddings.T, np.mean(cosines, axis=0), atol=1e-6)
 
 
-def test_a_variant_of_an_adapter_differs_from_it(trained_run):
+def test_a_variant_keeps_the_trained_prompt_unless_it_gets_a_seed(trained_run):
     texts = ["A woman is reading.", "Someone reads."]
     trained = training.adapter_member(trained_run.folder).load().encode(texts)
-    for variant in (diagnostics.pooled(trained_run.folder, "cls+avg"), diagnostics.untrained(trained_run.folder, 42)):
-        found = variant.encode(texts)
-        assert found.shape[1] == variant.width
-        assert found.shape != trained.shape or np.abs(found - trained).max() > 1e-3
+    np.testing.assert_array_equal(diagnostics.variant(trained_run.folder).encode(texts), trained)
+    assert np.abs(diagnostics.variant(trained_run.folder, seed=42).encode(texts) - trained).max() > 1e-3
+    both = diagnostics.variant(trained_run.folder, pooling="cls+avg")
+    embeddings = both.encode(texts)
+    assert embeddings.shape == (2, 2 * trained.shape[1])
+    mean = embeddings[:, trained.shape[1] :]
+    np.testing.assert_allclose(mean / np.linalg.norm(mean, axis=1, keepdims=True), trained, atol=1e-6)
 
 
 @pytest.mark.realdata
