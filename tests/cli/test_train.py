@@ -134,7 +134,7 @@ def test_a_run_of_a_config_file_gets_the_given_folder_or_one_named_after_the_fil
         ("model: ../other", "file.yaml: model=../other is not a choice. Allowed: bert-base, "),
         ("model: [minilm, ../other]", "file.yaml: model=../other is not a choice. Allowed: bert-base, "),
         ("model: 'minilm,../other'", "file.yaml: model=minilm,../other is not a choice."),
-        ("recipe: ../../../evil", "file.yaml: recipe=../../../evil is not a choice. Allowed: supervised/bert-base"),
+        ("recipe: ../../../evil", "recipe=../../../evil is not a choice. Allowed: supervised/bert-base"),
         (
             "experiment: table1/prompteh",
             "experiment=table1/prompteh is not a choice. Did you mean experiment=table1/prompt_eh",

@@ -275,9 +275,6 @@ def test_a_study_trains_scores_and_is_not_repeated(place, monkeypatch):
     )
     monkeypatch.setenv("XDG_CACHE_HOME", str(place.runs / "cache"))
     monkeypatch.setitem(training.SUITES, "sts", ["demo"])
-    monkeypatch.setattr(
-        training, "DEV", "geometry"
-    )  # STS-B test instead of dev, for a shorter test of the frozen encoder
     monkeypatch.setattr(training, "domain_scores", lambda _: {})
     table = study.Study("t", "a", (EH,), tasks=("demo test",), headline="demo test")
     said: list[str] = []
