@@ -92,7 +92,7 @@ class Workspace:
         """Return the folder of a run, named after all that differs between runs: tables share runs."""
         local = ("seed=", "model", "data.", "evaluation=", "tracking=", *MINIATURE_OVERRIDES, *self.extra)
         varying = [line for line in self.overrides(row, seed) if not line.startswith(local)]
-        return self.folder / "_".join(varying).replace("/", "-") / f"seed{seed}"
+        return self.folder / "_".join(varying).replace("/", "-").replace("=", "-") / f"seed{seed}"
 
 
 def is_supervised(row: Row) -> bool:
@@ -153,7 +153,7 @@ def train(place: Workspace, row: Row, seed: int) -> Tree:
     folder, overrides = place.run_folder(row, seed), place.overrides(row, seed)
     if not (folder / "results.json").is_file():
         started = (folder / "config.yaml").is_file()
-        arguments = [f"resume={folder}"] if started else [*overrides, f"hydra.run.dir={folder}"]
+        arguments = [f"resume={folder}"] if started else [*overrides, "--out", str(folder)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         subprocess.run([sys.executable, "run.py", *arguments], cwd=ROOT, env=environment, check=True)
     results = json.loads((folder / "results.json").read_text())

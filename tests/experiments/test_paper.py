@@ -122,7 +122,7 @@ def test_the_learning_rate_is_the_one_with_the_best_dev_score(place):
     write("learning_rate", **{"PromCSE + EH, lr = 3e-3": [87.0], "PromCSE + EH, lr = 1e-2": [87.5]})
     for row in (EH, PLAIN):
         assert "optim.lr=1e-2" in place.overrides(row, 42)
-        assert "optim.lr=1e-2" in place.run_folder(row, 42).parts[-2]
+        assert "optim.lr-1e-2" in place.run_folder(row, 42).parts[-2]
     fixed = next(row for row in STUDIES["learning_rate"].rows if row.overrides == ("optim.lr=3e-3",))
     assert [line for line in place.overrides(fixed, 42) if "optim.lr" in line] == ["optim.lr=3e-3"]
     assert not any("optim.lr" in line for line in Workspace("mpnet", place.data, place.runs, 3).overrides(EH, 42))
