@@ -31,10 +31,11 @@ _NOT_OF_A_RUN = ("hydra", "sweep")
 
 
 def config_groups(folders: Sequence[Path] = (CONF,)) -> dict[str, list[str]]:
-    """Return the groups of configuration folders and the choices of each; recipe/ is selected by mode, model and tuning."""
+    """Return the groups of configuration folders and the choices of each; those in a subfolder are FOLDER/CHOICE."""
     groups: dict[str, list[str]] = {}
     for path in sorted(path for folder in folders if folder.is_dir() for path in folder.iterdir() if path.is_dir()):
-        groups.setdefault(path.name, []).extend(sorted(file.stem for file in path.glob("[!_]*.yaml")))
+        names = (file.relative_to(path).with_suffix("").as_posix() for file in path.rglob("[!_]*.yaml"))
+        groups.setdefault(path.name, []).extend(sorted(names))
     return groups
 
 

@@ -18,7 +18,25 @@ DATA_CHOICES = sorted(path.stem for path in (CONF / "data").glob("*.yaml") if pa
 
 
 def choices(group: str) -> list[str]:
-    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    return sorted(path.relative_to(CONF / group).with_suffix("").as_posix() for path in (CONF / group).rglob("*.yaml"))
+
+
+def missing_groups(preset: str) -> bool:
+    """Whether a preset selects a group or choice that conf/ does not have."""
+    entries = yaml.safe_load((CONF / "experiment" / f"{preset}.yaml").read_text()).get("defaults", [])
+    chosen = [entry.items() for entry in entries if isinstance(entry, dict)]
+    return not all(
+        (CONF / key.removeprefix("override /") / f"{choice}.yaml").is_file()
+        for items in chosen
+        for key, choice in items
+    )
+
+
+PRESETS = [
+    pytest.param(preset, marks=pytest.mark.skipif(missing_groups(preset), reason="its group is not in conf/"))
+    for preset in choices("experiment")
+    if "/" in preset
+]
 
 
 def with_files(data: str) -> list[str]:
@@ -52,6 +70,7 @@ def test_every_model_composes_with_every_kind_of_data(model, data):
             "tuning",
         )
         for choice in choices(group)
+        if "/" not in choice
     ],
 )
 def test_every_other_choice_composes_into_a_valid_config(override):
@@ -69,6 +88,33 @@ def test_every_other_choice_composes_into_a_valid_config(override):
                 part, {}
             ):  # the recipe of the pair wins over a plain group
                 assert getattr(getattr(config, part), name) == wanted
+
+
+@pytest.mark.parametrize("model", ["minilm", "bert-base", "roberta-large"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_row_of_a_table_composes_for_every_kind_of_encoder(preset, model):
+    config = config_of(f"experiment={preset}", f"model={model}", "data.dir=d")
+    table, _, row = preset.partition("/")
+    is_supervised = table == "table1" and not row.startswith("unsup")
+    assert config.data.kind == ("triplets" if is_supervised else "sentences")
+    assert (config.data.dev, config.evaluation.tasks) == ("stsb", ["sts", "sick"])
+    assert config.loss.hinge_weight == (10 if row.endswith("_eh") else 0)
+    assert (config.loss.temperature, config.loss.margin) == (0.05, 0.2)
+    tuning = getattr(config, "tuning", None)
+    assert (tuning is not None and tuning.weights == "full") == ("full" in row)
+    assert "full" in row or config.prompt.kind == (row if row in ("shared", "input") else "deep")
+
+
+@pytest.mark.parametrize("model", ["minilm", "bert-base"])
+def test_a_row_that_two_tables_share_is_one_config(model):
+    ours, theirs = (
+        config_of(f"experiment={preset}", f"model={model}", "data.dir=d")
+        for preset in ("table3/per_layer", "table1/unsup_prompt")
+    )
+    assert ours == theirs
+    assert config_of("experiment=table1/prompt", f"model={model}", "data.dir=d") == config_of(
+        "experiment=no_hinge", f"model={model}", "data=nli", "data.dir=d"
+    )
 
 
 def test_no_group_of_conf_is_left_without_a_test():
