@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from promcse_pl.config import LossConfig
 from promcse_pl.data.batch import TrainBatch
 from promcse_pl.data.module import EpochBatches, TrainBatches
 from promcse_pl.data.readers import read_rows
@@ -113,7 +114,7 @@ def our_step(
         tokens = work[number % len(work)].tokens
         vectors, _ = encoder(tokens, train_head=True, chunk_tokens=chunk_tokens, recompute=recompute)
         views = vectors.view(3, -1, vectors.shape[1])
-        hybrid_loss(*views, temperature=0.05, margin=0.2, hinge_weight=10.0).total.backward()
+        hybrid_loss(*views, LossConfig(temperature=0.05, margin=0.2, hinge_weight=10.0)).total.backward()
         optimizer.step()
         optimizer.zero_grad()
 

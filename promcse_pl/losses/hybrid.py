@@ -4,11 +4,14 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
+from functools import reduce
 
 from torch import Tensor
 from torch.nn import functional as F
 
+from promcse_pl.config import LossConfig
 from promcse_pl.losses.contrastive import ntxent, ntxent_logits
 from promcse_pl.losses.hinge import energy_hinge
 
@@ -51,18 +54,13 @@ def mlm_weight_at(step: int, weight: float) -> float:
     return float(weight * MLM_DECAY ** (step / MLM_DECAY_STEPS))
 
 
-# nine parameters: three views, and the terms of the equation; a pure function of them needs no config
 def hybrid_loss(
     anchor_BD: Tensor,
     positive_BD: Tensor,
     negative_BD: Tensor | None,
+    config: LossConfig,
     *,
-    temperature: float,
-    margin: float,
-    hinge_weight: float,
-    hard_negative_logit: float = 0.0,
     mlm: Tensor | None = None,
-    mlm_weight: float = 0.0,
 ) -> LossParts:
     """Sum the loss terms (Jiang et al. 2022, eq. 12, and the official code's MLM term).
 
@@ -70,12 +68,9 @@ def hybrid_loss(
 
     Args:
         anchor_BD, positive_BD, negative_BD: Unnormalised embeddings, one row per example; no negatives for pairs.
-        temperature: Divides the cosines in NT-Xent, > 0.
-        margin: Cosine gap of the hinge, in [0, 2].
-        hinge_weight: Lambda >= 0; 0 disables the hinge. Must be 0 without hard negatives.
-        hard_negative_logit: See `ntxent_logits`; it does not affect the hinge.
-        mlm: The unweighted MLM loss, or None.
-        mlm_weight: Weight of the MLM loss at this step.
+        config: Weights and parameters of the terms. Its `hinge_weight` must be 0 without hard negatives; its `mlm_weight` is not
+            used, since that weight depends on the step.
+        mlm: The weighted MLM loss, or None.
 
     Returns:
         The total and its weighted terms.
@@ -83,20 +78,21 @@ def hybrid_loss(
     Raises:
         ValueError: hinge_weight is not 0 without hard negatives.
     """
-    if negative_BD is None and hinge_weight:
+    if negative_BD is None and config.hinge_weight:
         raise ValueError("the energy hinge needs hard negatives (triplets); set hinge_weight to 0 for pairs")
     anchor_BD, positive_BD = F.normalize(anchor_BD, dim=1), F.normalize(positive_BD, dim=1)
     negative_BD = None if negative_BD is None else F.normalize(negative_BD, dim=1)
-    contrastive = ntxent(
-        ntxent_logits(
-            anchor_BD, positive_BD, negative_BD, temperature=temperature, hard_negative_logit=hard_negative_logit
-        )
+    logits_BC = ntxent_logits(
+        anchor_BD,
+        positive_BD,
+        negative_BD,
+        temperature=config.temperature,
+        hard_negative_logit=config.hard_negative_logit,
     )
-    total, hinge = contrastive, None
-    if negative_BD is not None and hinge_weight:
-        hinge = hinge_weight * energy_hinge(anchor_BD, positive_BD, negative_BD, margin=margin)
-        total = total + hinge
-    weighted_mlm = None if mlm is None else mlm_weight * mlm
-    if weighted_mlm is not None:
-        total = total + weighted_mlm
-    return LossParts(total, contrastive, hinge, weighted_mlm)
+    terms = {"contrastive": ntxent(logits_BC)}
+    if negative_BD is not None and config.hinge_weight:
+        hinge = energy_hinge(anchor_BD, positive_BD, negative_BD, margin=config.margin)
+        terms["hinge"] = config.hinge_weight * hinge
+    if mlm is not None:
+        terms["mlm"] = mlm
+    return LossParts(reduce(operator.add, terms.values()), **terms)

@@ -69,12 +69,8 @@ class PromcseModule(pl.LightningModule):
             views[0],
             views[1],
             views[2] if batch.views == 3 else None,
-            temperature=self.loss.temperature,
-            margin=self.loss.margin,
-            hinge_weight=self.loss.hinge_weight,
-            hard_negative_logit=self.loss.hard_negative_logit,
+            self.loss,
             mlm=self._mlm_loss(hidden_MD, batch.tokens.mlm_labels_NT),
-            mlm_weight=mlm_weight_at(self.global_step, self.loss.mlm_weight),
         )
         total = parts.total
         if not rows:
@@ -87,15 +83,19 @@ class PromcseModule(pl.LightningModule):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def _mlm_loss(self, hidden_MD: Tensor | None, labels_NT: Tensor | None) -> Tensor | None:
+        """Return the weighted MLM loss over all ranks, or None without the MLM task."""
         if self.mlm_head is None or hidden_MD is None or labels_NT is None:
             return None
+        weight = mlm_weight_at(self.global_step, self.loss.mlm_weight)
         labels_M = labels_NT[labels_NT != IGNORED]
         loss = mlm_loss(self.mlm_head(hidden_MD), labels_M)
         if self.official_gradient or world_size() == 1:
-            return loss
+            return weight * loss
         fraction = len(labels_M) / sum_over_ranks(loss.new_tensor(float(len(labels_M)))).clamp(min=1)
         loss = loss * fraction
-        return loss + (sum_over_ranks(loss) - loss).detach()  # the value over all ranks, the gradient of this rank
+        return weight * (
+            loss + (sum_over_ranks(loss) - loss).detach()
+        )  # the value over all ranks, the gradient of this rank
 
     def on_fit_start(self) -> None:
         """Enable dropout: encoders are loaded in eval mode, and Lightning does not change the mode."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from promcse_pl.config import LossConfig
 from promcse_pl.losses.contrastive import ntxent, ntxent_logits
 from promcse_pl.losses.hinge import energy_hinge
 from promcse_pl.losses.hybrid import hybrid_loss, mlm_loss, mlm_weight_at
@@ -184,7 +185,7 @@ def test_hybrid_loss_equals_the_loop_on_unnormalised_embeddings(batch, views, hi
     def ours(anchor, positive, negative=None):
         return hybrid_loss(
             anchor, positive, negative,
-            temperature=TEMPERATURE, margin=0.3, hinge_weight=hinge_weight, hard_negative_logit=logit,
+            LossConfig(temperature=TEMPERATURE, margin=0.3, hinge_weight=hinge_weight, hard_negative_logit=logit),
         ).total  # fmt: skip
 
     def slow(anchor, positive, negative=None):
@@ -194,9 +195,8 @@ def test_hybrid_loss_equals_the_loop_on_unnormalised_embeddings(batch, views, hi
 
 
 def test_the_parts_are_weighted_and_sum_to_the_total():
-    mlm = torch.tensor(3.0, dtype=torch.float64)
-    options = {"temperature": TEMPERATURE, "margin": 0.4}
-    parts = hybrid_loss(*some_views(4, 3), **options, hinge_weight=10.0, mlm=mlm, mlm_weight=0.1)
+    mlm = torch.tensor(0.3, dtype=torch.float64)
+    parts = hybrid_loss(*some_views(4, 3), LossConfig(temperature=TEMPERATURE, margin=0.4, hinge_weight=10.0), mlm=mlm)
     assert parts.named().keys() == {"loss", "contrastive", "hinge", "mlm"}
     assert parts.mlm.item() == pytest.approx(0.3)
     assert parts.hinge.item() == pytest.approx(10 * slow_hinge(*(unit(v.tolist()) for v in some_views(4, 3)), 0.4))
@@ -204,15 +204,15 @@ def test_the_parts_are_weighted_and_sum_to_the_total():
 
 
 def test_unused_loss_terms_are_not_named():
-    parts = hybrid_loss(*some_views(4, 3), temperature=TEMPERATURE, margin=0.2, hinge_weight=0.0)
+    parts = hybrid_loss(*some_views(4, 3), LossConfig(temperature=TEMPERATURE, hinge_weight=0.0))
     assert parts.named().keys() == {"loss", "contrastive"}
     assert parts.total is parts.contrastive
 
 
 def test_the_hinge_sees_neither_temperature_nor_hard_negative_logit():
     views = some_views(4, 3)
-    one = hybrid_loss(*views, temperature=0.05, margin=0.3, hinge_weight=2.0)
-    two = hybrid_loss(*views, temperature=0.5, margin=0.3, hinge_weight=2.0, hard_negative_logit=3.0)
+    one = hybrid_loss(*views, LossConfig(temperature=0.05, margin=0.3, hinge_weight=2.0))
+    two = hybrid_loss(*views, LossConfig(temperature=0.5, margin=0.3, hinge_weight=2.0, hard_negative_logit=3.0))
     assert one.hinge.item() > 0
     assert torch.equal(one.hinge, two.hinge)
     assert not torch.equal(one.contrastive, two.contrastive)
@@ -221,12 +221,12 @@ def test_the_hinge_sees_neither_temperature_nor_hard_negative_logit():
 def test_a_hinge_without_hard_negatives_is_refused():
     anchor, positive = some_views(4, 2)
     with pytest.raises(ValueError, match=r"needs hard negatives.*hinge_weight to 0"):
-        hybrid_loss(anchor, positive, None, temperature=TEMPERATURE, margin=0.2, hinge_weight=10.0)
+        hybrid_loss(anchor, positive, None, LossConfig(hinge_weight=10.0))
 
 
 def test_equal_vectors_everywhere_give_a_finite_gradient():
     views = [torch.ones(4, 3, dtype=torch.float64).requires_grad_() for _ in range(3)]
-    parts = hybrid_loss(*views, temperature=0.05, margin=0.2, hinge_weight=10.0)
+    parts = hybrid_loss(*views, LossConfig(temperature=0.05, margin=0.2, hinge_weight=10.0))
     parts.total.backward()
     assert parts.hinge.item() == pytest.approx(10 * 0.2)
     assert all(torch.isfinite(view.grad).all() for view in views)
