@@ -156,9 +156,17 @@ class LossConfig(Section):
     """λ: weight of the energy hinge; 0 switches it off. It needs triplets (paper, section 4.2)."""
     hard_negative_logit: Annotated[float, Range(ge=-1000, le=1000)] = 0.0
     """Added to the NT-Xent logit of an anchor with its own hard negative (official: `--hard_negative_weight`)."""
+    mask_false_negatives: bool = False
+    """Whether candidates that the frozen encoder finds more similar to an anchor than its own positive are removed from the
+    negatives, in NT-Xent and in the hinge (GISTEmbed; Solatorio 2024, arXiv 2402.16829)."""
     mlm_weight: Annotated[float, Range(ge=0, le=10, example=0.1)] = 0.0
     """Weight of the masked language modelling loss at step 0; 0 switches it off. It is multiplied by 0.95 every 100 steps
     (official: 0.1 for unsupervised RoBERTa)."""
+
+    @property
+    def needs_guide(self) -> bool:
+        """Whether a term compares with the frozen encoder's embeddings of the training sentences."""
+        return self.mask_false_negatives
 
 
 @dataclass(kw_only=True, slots=True)
@@ -333,6 +341,11 @@ class Config(Section):
             raise ConfigError(
                 f"loss.hard_negative_logit={loss.hard_negative_logit:g} has no effect with data.kind={data.kind}: there are no "
                 "hard negatives. Try: loss.hard_negative_logit=0"
+            )
+        if loss.mask_false_negatives and data.kind == "sentences":
+            raise ConfigError(
+                "loss.mask_false_negatives=true has no effect with data.kind=sentences: a sentence is its own positive, and no "
+                "other one is more similar. Try: loss.mask_false_negatives=false"
             )
         if not loss.hinge_weight and loss.margin != LossConfig().margin:
             raise ConfigError(

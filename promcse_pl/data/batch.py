@@ -7,7 +7,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -27,6 +29,12 @@ class Tokens:
     types_NT: Tensor | None = None
     mlm_ids_NT: Tensor | None = None
     mlm_labels_NT: Tensor | None = None
+
+    @classmethod
+    def padded(cls, ids_NT: NDArray[np.int64], lengths_N: NDArray[np.int64]) -> Tokens:
+        """Build from ids that are padded on the right, and the number of real tokens of each sentence."""
+        mask_NT = (torch.arange(ids_NT.shape[1]) < torch.from_numpy(lengths_N).unsqueeze(1)).long()
+        return cls(torch.from_numpy(ids_NT), mask_NT)
 
     def select(self, rows: Tensor, length: int) -> Tokens:
         """Return some sentences, truncated to a length."""

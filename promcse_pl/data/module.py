@@ -85,17 +85,14 @@ class TrainBatches(Dataset[TrainBatch]):
         self.rows, self.seed, self.masking, self.rank, self.world_size = rows, seed, masking, rank, world_size
 
     def __getitem__(self, position: BatchPosition) -> TrainBatch:
-        ids, lengths = self.rows.fetch(position.rows_B)
-        ids_NT = torch.from_numpy(ids)
-        mask_NT = (torch.arange(ids_NT.shape[1]) < torch.from_numpy(lengths).unsqueeze(1)).long()
+        tokens = Tokens.padded(*self.rows.fetch(position.rows_B))
         if self.rows.width == 1:
-            ids_NT, mask_NT = ids_NT.repeat(2, 1), mask_NT.repeat(2, 1)
-        tokens = Tokens(ids_NT, mask_NT)
+            tokens = Tokens(tokens.ids_NT.repeat(2, 1), tokens.mask_NT.repeat(2, 1))
         if self.masking is not None:
-            special_NT = torch.isin(ids_NT, torch.tensor(self.masking.special_ids)) | (mask_NT == 0)
+            special_NT = torch.isin(tokens.ids_NT, torch.tensor(self.masking.special_ids)) | (tokens.mask_NT == 0)
             seed = np.random.SeedSequence([self.seed, position.epoch, position.index]).generate_state(1, np.uint64)[0]
             tokens.mlm_ids_NT, tokens.mlm_labels_NT = mask_tokens(
-                ids_NT,
+                tokens.ids_NT,
                 special_NT,
                 mask_id=self.masking.mask_id,
                 vocabulary=self.masking.vocabulary,

@@ -1,6 +1,6 @@
 """The training loss: NT-Xent + hinge weight x energy hinge + MLM weight x masked-language-model loss."""
 
-# B anchors, D width, M masked tokens, V vocabulary
+# B anchors, D width, C candidates, M masked tokens, V vocabulary
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import operator
 from dataclasses import dataclass
 from functools import reduce
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from promcse_pl.config import LossConfig
 from promcse_pl.losses.contrastive import ntxent, ntxent_logits
+from promcse_pl.losses.guide import false_negatives
 from promcse_pl.losses.hinge import energy_hinge
 
 MLM_DECAY, MLM_DECAY_STEPS = 0.95, 100
@@ -60,6 +62,7 @@ def hybrid_loss(
     negative_BD: Tensor | None,
     config: LossConfig,
     *,
+    guide_BC: Tensor | None = None,
     mlm: Tensor | None = None,
 ) -> LossParts:
     """Sum the loss terms (Jiang et al. 2022, eq. 12, and the official code's MLM term).
@@ -70,6 +73,7 @@ def hybrid_loss(
         anchor_BD, positive_BD, negative_BD: Unnormalised embeddings, one row per example; no negatives for pairs.
         config: Weights and parameters of the terms. Its `hinge_weight` must be 0 without hard negatives; its `mlm_weight` is not
             used, since that weight depends on the step.
+        guide_BC: Cosines of the guide, see `candidate_cosines`; used by `mask_false_negatives`.
         mlm: The weighted MLM loss, or None.
 
     Returns:
@@ -89,9 +93,13 @@ def hybrid_loss(
         temperature=config.temperature,
         hard_negative_logit=config.hard_negative_logit,
     )
+    excluded_BC = None
+    if config.mask_false_negatives and guide_BC is not None:
+        excluded_BC = false_negatives(guide_BC)
+        logits_BC = logits_BC.masked_fill(excluded_BC, -torch.inf)
     terms = {"contrastive": ntxent(logits_BC)}
     if negative_BD is not None and config.hinge_weight:
-        hinge = energy_hinge(anchor_BD, positive_BD, negative_BD, margin=config.margin)
+        hinge = energy_hinge(anchor_BD, positive_BD, negative_BD, margin=config.margin, excluded_BC=excluded_BC)
         terms["hinge"] = config.hinge_weight * hinge
     if mlm is not None:
         terms["mlm"] = mlm

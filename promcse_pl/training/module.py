@@ -14,10 +14,12 @@ from torch import Tensor
 from promcse_pl.config import LossConfig, OptimConfig
 from promcse_pl.data.batch import TrainBatch
 from promcse_pl.data.masking import IGNORED
+from promcse_pl.losses.guide import candidate_cosines
 from promcse_pl.losses.hybrid import LossParts, hybrid_loss, mlm_loss, mlm_weight_at
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.mlm import MlmHead
 from promcse_pl.training.gather import average_gradients, gather_rows, scaled_gradient, sum_over_ranks, world_size
+from promcse_pl.training.guide import Guide
 from promcse_pl.utils.errors import NonFiniteError
 
 
@@ -31,11 +33,12 @@ class PromcseModule(pl.LightningModule):
         total_steps: Step at which the learning rate reaches 0.
         chunk_tokens, recompute: See `PromptEncoder.forward`.
         mlm_head: Head of the MLM task; trained with the prompt, but not part of the adapter.
+        guide: Embeddings of the training sentences by the frozen encoder, for the terms that need them.
         official_gradient: With several ranks, scale the gradient by 1 / ranks and average the MLM loss per rank, as the official
             code does. By default, loss and gradient equal those of a single process.
     """
 
-    def __init__(  # 8 parameters: each is independent, and most have a default
+    def __init__(  # 9 parameters: each is independent, and most have a default
         self,
         encoder: PromptEncoder,
         *,
@@ -45,10 +48,12 @@ class PromcseModule(pl.LightningModule):
         chunk_tokens: int | None = None,
         recompute: bool = False,
         mlm_head: MlmHead | None = None,
+        guide: Guide | None = None,
         official_gradient: bool = False,
     ) -> None:
         super().__init__()
         self.encoder, self.mlm_head, self.official_gradient = encoder, mlm_head, official_gradient
+        self.guide = guide
         self.loss, self.optim, self.total_steps = loss, optim, total_steps
         self.chunk_tokens, self.recompute = chunk_tokens, recompute
         self.entry: dict[str, Tensor] = {}
@@ -70,6 +75,7 @@ class PromcseModule(pl.LightningModule):
             views[1],
             views[2] if batch.views == 3 else None,
             self.loss,
+            guide_BC=self._guide_cosines(batch.rows_B, vectors_ND.device),
             mlm=self._mlm_loss(hidden_MD, batch.tokens.mlm_labels_NT),
         )
         total = parts.total
@@ -81,6 +87,12 @@ class PromcseModule(pl.LightningModule):
 
     def _trained(self) -> list[Tensor]:
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def _guide_cosines(self, rows_B: Tensor, device: torch.device) -> Tensor | None:
+        """Return the cosines of the guide between all anchors and candidates of the batch, or None without a guide."""
+        if self.guide is None:
+            return None
+        return candidate_cosines(*gather_rows(self.guide.views(rows_B).to(device)))
 
     def _mlm_loss(self, hidden_MD: Tensor | None, labels_NT: Tensor | None) -> Tensor | None:
         """Return the weighted MLM loss over all ranks, or None without the MLM task."""
