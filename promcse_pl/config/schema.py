@@ -159,6 +159,10 @@ class LossConfig(Section):
     mask_false_negatives: bool = False
     """Whether candidates that the frozen encoder finds more similar to an anchor than its own positive are removed from the
     negatives, in NT-Xent and in the hinge (GISTEmbed; Solatorio 2024, arXiv 2402.16829)."""
+    distillation_weight: Annotated[float, Range(ge=0, le=10_000, example=0.3)] = 0.0
+    """Weight of the KL divergence between the softmax over the in-batch cosines of the frozen encoder and that of the model, both
+    with `loss.temperature`; 0 switches it off. It keeps the embeddings close to the frozen encoder (distillation as in SEED; Fang
+    et al. 2021, arXiv 2101.04731)."""
     mlm_weight: Annotated[float, Range(ge=0, le=10, example=0.1)] = 0.0
     """Weight of the masked language modelling loss at step 0; 0 switches it off. It is multiplied by 0.95 every 100 steps
     (official: 0.1 for unsupervised RoBERTa)."""
@@ -166,7 +170,7 @@ class LossConfig(Section):
     @property
     def needs_guide(self) -> bool:
         """Whether a term compares with the frozen encoder's embeddings of the training sentences."""
-        return self.mask_false_negatives
+        return self.mask_false_negatives or self.distillation_weight > 0
 
 
 @dataclass(kw_only=True, slots=True)

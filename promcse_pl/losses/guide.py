@@ -1,4 +1,4 @@
-"""What a guide, the frozen encoder without a prompt, contributes to the loss: a mask of false negatives."""
+"""Terms that compare with a guide, the frozen encoder without a prompt: a mask of false negatives, and distillation."""
 
 # B anchors, D width, C candidates (B without hard negatives, 2B with)
 
@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def candidate_cosines(anchor_BD: Tensor, positive_BD: Tensor, negative_BD: Tensor | None = None) -> Tensor:
@@ -32,3 +33,20 @@ def false_negatives(guide_BC: Tensor) -> Tensor:
         (B, C) boolean; False for the positive of each row.
     """
     return guide_BC > guide_BC.diagonal().unsqueeze(1)
+
+
+def distillation_loss(cosines_BC: Tensor, guide_BC: Tensor, *, temperature: float) -> Tensor:
+    """Mean KL divergence of the candidates' distribution from that of the guide (as SEED; Fang et al. 2021, arXiv 2101.04731).
+
+        L = 1/B sum_i sum_c p_ic log(p_ic / q_ic),  p_i = softmax(cos_guide_i / temperature),  q_i = softmax(cos_i / temperature)
+
+    Args:
+        cosines_BC: Cosines of the trained model, from `candidate_cosines`.
+        guide_BC: Those of the guide.
+        temperature: Divides both cosines, > 0.
+
+    Returns:
+        A scalar >= 0; 0 if the distributions are equal.
+    """
+    model_BC, target_BC = (F.log_softmax(cosines / temperature, dim=1) for cosines in (cosines_BC, guide_BC))
+    return F.kl_div(model_BC, target_BC, reduction="batchmean", log_target=True)

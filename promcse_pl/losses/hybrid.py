@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from promcse_pl.config import LossConfig
 from promcse_pl.losses.contrastive import ntxent, ntxent_logits
-from promcse_pl.losses.guide import false_negatives
+from promcse_pl.losses.guide import candidate_cosines, distillation_loss, false_negatives
 from promcse_pl.losses.hinge import energy_hinge
 
 MLM_DECAY, MLM_DECAY_STEPS = 0.95, 100
@@ -28,11 +28,13 @@ class LossParts:
     total: Tensor
     contrastive: Tensor
     hinge: Tensor | None = None
+    distillation: Tensor | None = None
     mlm: Tensor | None = None
 
     def named(self) -> dict[str, Tensor]:
         """Return the terms that are used, by name."""
-        parts = {"loss": self.total, "contrastive": self.contrastive, "hinge": self.hinge, "mlm": self.mlm}
+        names = ("contrastive", "hinge", "distillation", "mlm")
+        parts = {"loss": self.total, **{name: getattr(self, name) for name in names}}
         return {name: part for name, part in parts.items() if part is not None}
 
 
@@ -67,23 +69,25 @@ def hybrid_loss(
 ) -> LossParts:
     """Sum the loss terms (Jiang et al. 2022, eq. 12, and the official code's MLM term).
 
-        L = L_NT-Xent + lambda * L_hinge + w_mlm * L_MLM
+        L = L_NT-Xent + lambda * L_hinge + w_kl * L_distillation + w_mlm * L_MLM
 
     Args:
         anchor_BD, positive_BD, negative_BD: Unnormalised embeddings, one row per example; no negatives for pairs.
         config: Weights and parameters of the terms. Its `hinge_weight` must be 0 without hard negatives; its `mlm_weight` is not
             used, since that weight depends on the step.
-        guide_BC: Cosines of the guide, see `candidate_cosines`; used by `mask_false_negatives`.
+        guide_BC: Cosines of the guide, see `candidate_cosines`; needed by `mask_false_negatives` and the distillation.
         mlm: The weighted MLM loss, or None.
 
     Returns:
         The total and its weighted terms.
 
     Raises:
-        ValueError: hinge_weight is not 0 without hard negatives.
+        ValueError: hinge_weight is not 0 without hard negatives, or a term needs the guide.
     """
     if negative_BD is None and config.hinge_weight:
         raise ValueError("the energy hinge needs hard negatives (triplets); set hinge_weight to 0 for pairs")
+    if config.needs_guide and guide_BC is None:
+        raise ValueError("mask_false_negatives and distillation_weight need the cosines of the guide, guide_BC")
     anchor_BD, positive_BD = F.normalize(anchor_BD, dim=1), F.normalize(positive_BD, dim=1)
     negative_BD = None if negative_BD is None else F.normalize(negative_BD, dim=1)
     logits_BC = ntxent_logits(
@@ -101,6 +105,10 @@ def hybrid_loss(
     if negative_BD is not None and config.hinge_weight:
         hinge = energy_hinge(anchor_BD, positive_BD, negative_BD, margin=config.margin, excluded_BC=excluded_BC)
         terms["hinge"] = config.hinge_weight * hinge
+    if config.distillation_weight and guide_BC is not None:
+        cosines_BC = candidate_cosines(anchor_BD, positive_BD, negative_BD)
+        kl = distillation_loss(cosines_BC, guide_BC, temperature=config.temperature)
+        terms["distillation"] = config.distillation_weight * kl
     if mlm is not None:
         terms["mlm"] = mlm
     return LossParts(reduce(operator.add, terms.values()), **terms)
