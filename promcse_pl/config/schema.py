@@ -16,8 +16,8 @@ from promcse_pl.config.pooling import ALLOWED_POOLINGS, AUTO, is_pooling, neares
 from promcse_pl.utils.errors import ConfigError
 from promcse_pl.utils.paths import SUFFIXES, file_suffix, run_command
 
-Kind = Literal["sentences", "pairs", "triplets"]
-WIDTH: dict[Kind, int] = {"sentences": 1, "pairs": 2, "triplets": 3}
+Kind = Literal["sentences", "pairs", "triplets", "scored_pairs"]
+WIDTH: dict[Kind, int] = {"sentences": 1, "pairs": 2, "triplets": 3, "scored_pairs": 2}
 """Number of texts in a training row."""
 DATA_SUITES = ("sts", "sick", "cxc", "transfer", "geometry")
 """Evaluation suites that are read from data.dir."""
@@ -85,7 +85,8 @@ class DataConfig(Section):
 
     kind: Kind
     """Texts in a training row. `sentences`: one sentence, encoded twice with different dropout masks. `pairs`: anchor and
-    positive. `triplets`: anchor, positive and hard negative."""
+    positive. `triplets`: anchor, positive and hard negative. `scored_pairs`: two texts and a similarity score (any scale, higher
+    is more similar), trained with CoSENT instead of NT-Xent."""
     train: str
     """Training data: `demo`, a .csv, .tsv, .txt, .jsonl or .parquet file (also compressed as .gz), or a folder written by
     `save_to_disk` of the datasets library (its `train` split). A relative path is searched in `data.dir`, then in the current
@@ -124,10 +125,15 @@ class DataConfig(Section):
                 f"data.train must be `demo` or a file, got {self.train!r}. Try: {run_command()} data.train=my.csv"
             )
         width = WIDTH[self.kind]
-        if self.columns is not None and len(self.columns) != width:
+        names = (
+            ("sentence1", "sentence2", "score")
+            if self.kind == "scored_pairs"
+            else ("sent0", "sent1", "hard_neg")[:width]
+        )
+        if self.columns is not None and len(self.columns) != len(names):
             raise ConfigError(
-                f"data.columns must name {width} columns for data.kind={self.kind}, got {shown(self.columns)}. "
-                f"Try: 'data.columns=[{','.join(('sent0', 'sent1', 'hard_neg')[:width])}]'"
+                f"data.columns must name {len(names)} columns for data.kind={self.kind}, got {shown(self.columns)}. "
+                f"Try: 'data.columns=[{','.join(names)}]'"
             )
         if self.prompts is not None and len(self.prompts) != width:
             example = ",".join(("query", "document", "document")[:width])
@@ -144,11 +150,14 @@ class DataConfig(Section):
 
 @dataclass(kw_only=True, slots=True)
 class LossConfig(Section):
-    """Training loss: NT-Xent + λ · energy hinge (paper, eq. 12) + weighted masked language modelling (official code)."""
+    """Training loss: NT-Xent + λ · energy hinge (paper, eq. 12) + weighted masked language modelling (official code).
+
+    Pairs with scores (`data=scored_pairs`) are trained with CoSENT in place of NT-Xent.
+    """
 
     temperature: Annotated[float, Range(ge=0.001, le=10, note="(cosines are divided by it)")] = 0.05
-    """τ: divides the cosine similarities in NT-Xent (paper, section 4.1). Values below 0.001 overflow or saturate float32
-    logits."""
+    """τ: divides the cosine similarities in NT-Xent (paper, section 4.1) and in CoSENT (as 1/scale). Values below 0.001
+    overflow or saturate float32 logits."""
     margin: Annotated[float, Range(ge=0, le=2, note="(a difference of cosines)")] = 0.2
     """m: gap required by the energy hinge between the cosine of an anchor with its positive and with its hardest negative (paper,
     section 4.2)."""
@@ -345,6 +354,11 @@ class Config(Section):
             raise ConfigError(
                 f"loss.hard_negative_logit={loss.hard_negative_logit:g} has no effect with data.kind={data.kind}: there are no "
                 "hard negatives. Try: loss.hard_negative_logit=0"
+            )
+        if loss.mask_false_negatives and data.kind == "scored_pairs":
+            raise ConfigError(
+                "loss.mask_false_negatives=true has no effect with data.kind=scored_pairs: CoSENT has no negatives. "
+                "Try: loss.mask_false_negatives=false"
             )
         if loss.mask_false_negatives and data.kind == "sentences":
             raise ConfigError(

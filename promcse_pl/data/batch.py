@@ -61,11 +61,13 @@ class TrainBatch:
         tokens: Their sentences, view-major: all anchors, then all positives, then all hard negatives.
         views: 2 or 3.
         rows_B: Row numbers in the training data.
+        scores_B: Score of each row, float32; None for rows without scores.
     """
 
     tokens: Tokens
     views: int
     rows_B: Tensor
+    scores_B: Tensor | None = None
 
     def for_rank(self, rank: int, world_size: int) -> TrainBatch:
         """Return the rows of one rank.
@@ -76,8 +78,9 @@ class TrainBatch:
         sentences = torch.cat([rows + view * len(self.rows_B) for view in range(self.views)])
         lengths = self.tokens.mask_NT[sentences].sum(1)
         longest = int(lengths.max()) if len(lengths) else self.tokens.mask_NT.shape[1]
-        return TrainBatch(self.tokens.select(sentences, longest), self.views, self.rows_B[rows])
+        scores = None if self.scores_B is None else self.scores_B[rows]
+        return TrainBatch(self.tokens.select(sentences, longest), self.views, self.rows_B[rows], scores)
 
     def pin_memory(self) -> TrainBatch:
         """Return the batch in page-locked memory; called by the DataLoader."""
-        return TrainBatch(self.tokens.pin_memory(), self.views, self.rows_B)
+        return TrainBatch(self.tokens.pin_memory(), self.views, self.rows_B, self.scores_B)

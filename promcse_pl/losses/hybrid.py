@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from promcse_pl.config import LossConfig
 from promcse_pl.losses.contrastive import ntxent, ntxent_logits
+from promcse_pl.losses.cosent import cosent
 from promcse_pl.losses.guide import candidate_cosines, distillation_loss, false_negatives
 from promcse_pl.losses.hinge import energy_hinge
 
@@ -26,14 +27,15 @@ class LossParts:
     """The total loss and its weighted terms, scalars; None for a term that is not used."""
 
     total: Tensor
-    contrastive: Tensor
+    contrastive: Tensor | None = None
+    cosent: Tensor | None = None
     hinge: Tensor | None = None
     distillation: Tensor | None = None
     mlm: Tensor | None = None
 
     def named(self) -> dict[str, Tensor]:
         """Return the terms that are used, by name."""
-        names = ("contrastive", "hinge", "distillation", "mlm")
+        names = ("contrastive", "cosent", "hinge", "distillation", "mlm")
         parts = {"loss": self.total, **{name: getattr(self, name) for name in names}}
         return {name: part for name, part in parts.items() if part is not None}
 
@@ -64,6 +66,7 @@ def hybrid_loss(
     negative_BD: Tensor | None,
     config: LossConfig,
     *,
+    scores_B: Tensor | None = None,
     guide_BC: Tensor | None = None,
     mlm: Tensor | None = None,
 ) -> LossParts:
@@ -75,6 +78,7 @@ def hybrid_loss(
         anchor_BD, positive_BD, negative_BD: Unnormalised embeddings, one row per example; no negatives for pairs.
         config: Weights and parameters of the terms. Its `hinge_weight` must be 0 without hard negatives; its `mlm_weight` is not
             used, since that weight depends on the step.
+        scores_B: Scores of the pairs, which are then trained with CoSENT in place of NT-Xent; None for rows without scores.
         guide_BC: Cosines of the guide, see `candidate_cosines`; needed by `mask_false_negatives` and the distillation.
         mlm: The weighted MLM loss, or None.
 
@@ -90,6 +94,25 @@ def hybrid_loss(
         raise ValueError("mask_false_negatives and distillation_weight need the cosines of the guide, guide_BC")
     anchor_BD, positive_BD = F.normalize(anchor_BD, dim=1), F.normalize(positive_BD, dim=1)
     negative_BD = None if negative_BD is None else F.normalize(negative_BD, dim=1)
+    terms = {}
+    if scores_B is not None:
+        cosines_B = (anchor_BD * positive_BD).sum(1)
+        terms["cosent"] = cosent(cosines_B, scores_B, temperature=config.temperature)
+    else:
+        terms |= _contrastive_terms(anchor_BD, positive_BD, negative_BD, config, guide_BC)
+    if config.distillation_weight and guide_BC is not None:
+        cosines_BC = candidate_cosines(anchor_BD, positive_BD, negative_BD)
+        kl = distillation_loss(cosines_BC, guide_BC, temperature=config.temperature)
+        terms["distillation"] = config.distillation_weight * kl
+    if mlm is not None:
+        terms["mlm"] = mlm
+    return LossParts(reduce(operator.add, terms.values()), **terms)
+
+
+def _contrastive_terms(
+    anchor_BD: Tensor, positive_BD: Tensor, negative_BD: Tensor | None, config: LossConfig, guide_BC: Tensor | None
+) -> dict[str, Tensor]:
+    """Return NT-Xent and, with hard negatives, the weighted hinge; the embeddings are unit vectors."""
     logits_BC = ntxent_logits(
         anchor_BD,
         positive_BD,
@@ -105,10 +128,4 @@ def hybrid_loss(
     if negative_BD is not None and config.hinge_weight:
         hinge = energy_hinge(anchor_BD, positive_BD, negative_BD, margin=config.margin, excluded_BC=excluded_BC)
         terms["hinge"] = config.hinge_weight * hinge
-    if config.distillation_weight and guide_BC is not None:
-        cosines_BC = candidate_cosines(anchor_BD, positive_BD, negative_BD)
-        kl = distillation_loss(cosines_BC, guide_BC, temperature=config.temperature)
-        terms["distillation"] = config.distillation_weight * kl
-    if mlm is not None:
-        terms["mlm"] = mlm
-    return LossParts(reduce(operator.add, terms.values()), **terms)
+    return terms

@@ -18,7 +18,7 @@ from pytorch_lightning.loggers import Logger
 
 from promcse_pl.adapter import save_adapter
 from promcse_pl.config import Config
-from promcse_pl.data.columns import TRAINING_ROWS
+from promcse_pl.data.columns import ROW_KINDS
 from promcse_pl.data.module import PromcseDataModule
 from promcse_pl.data.sources import cache_dir, data_dir
 from promcse_pl.embedder import PromCSE
@@ -151,7 +151,7 @@ def _report_data(run: RunContext, data: PromcseDataModule, max_length: int | Non
     rows = data.token_rows
     for note in data.notes:
         log.info("%s", note)
-    titles = TRAINING_ROWS[rows.width].titles
+    titles = ROW_KINDS[data.config.kind].titles
     texts = (f"{title} {_excerpt(text)}" for title, text in zip(titles, data.example, strict=True))
     log.info("first row: %s", ", ".join(texts))
     origin = "from the cache" if rows.reused else "tokenised now"
@@ -174,8 +174,10 @@ def _report_data(run: RunContext, data: PromcseDataModule, max_length: int | Non
         log.info("dev set: %s, %s pairs", data.dev.name, f"{len(data.dev):,}")
 
 
-def _excerpt(text: str) -> str:
-    """Return the start of a text in quotes, control characters escaped."""
+def _excerpt(text: str | float) -> str:
+    """Return the start of a text in quotes, control characters escaped; or a score."""
+    if not isinstance(text, str):
+        return f"{text:g}"
     return repr(text if len(text) <= EXCERPT_LENGTH else f"{text[: EXCERPT_LENGTH - 1]}…")
 
 

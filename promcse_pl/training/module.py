@@ -75,6 +75,7 @@ class PromcseModule(pl.LightningModule):
             views[1],
             views[2] if batch.views == 3 else None,
             self.loss,
+            scores_B=None if batch.scores_B is None else gather_rows(batch.scores_B.view(1, -1, 1)).flatten(),
             guide_BC=self._guide_cosines(batch.rows_B, vectors_ND.device),
             mlm=self._mlm_loss(hidden_MD, batch.tokens.mlm_labels_NT),
         )
