@@ -172,6 +172,9 @@ class LossConfig(Section):
     """Weight of the KL divergence between the softmax over the in-batch cosines of the frozen encoder and that of the model, both
     with `loss.temperature`; 0 switches it off. It keeps the embeddings close to the frozen encoder (distillation as in SEED; Fang
     et al. 2021, arXiv 2101.04731)."""
+    symmetric: bool = False
+    """Whether NT-Xent is the mean of two directions, from anchors to candidates and from positives to anchors, as in CLIP (Radford
+    et al. 2021, arXiv 2103.00020)."""
     mlm_weight: Annotated[float, Range(ge=0, le=10, example=0.1)] = 0.0
     """Weight of the masked language modelling loss at step 0; 0 switches it off. It is multiplied by 0.95 every 100 steps
     (official: 0.1 for unsupervised RoBERTa)."""
@@ -355,10 +358,12 @@ class Config(Section):
                 f"loss.hard_negative_logit={loss.hard_negative_logit:g} has no effect with data.kind={data.kind}: there are no "
                 "hard negatives. Try: loss.hard_negative_logit=0"
             )
-        if loss.mask_false_negatives and data.kind == "scored_pairs":
+        without_effect = {"mask_false_negatives": loss.mask_false_negatives, "symmetric": loss.symmetric}
+        if data.kind == "scored_pairs" and (
+            name := next((name for name, is_on in without_effect.items() if is_on), None)
+        ):
             raise ConfigError(
-                "loss.mask_false_negatives=true has no effect with data.kind=scored_pairs: CoSENT has no negatives. "
-                "Try: loss.mask_false_negatives=false"
+                f"loss.{name}=true has no effect with data.kind=scored_pairs: CoSENT has no negatives. Try: loss.{name}=false"
             )
         if loss.mask_false_negatives and data.kind == "sentences":
             raise ConfigError(

@@ -112,7 +112,10 @@ def hybrid_loss(
 def _contrastive_terms(
     anchor_BD: Tensor, positive_BD: Tensor, negative_BD: Tensor | None, config: LossConfig, guide_BC: Tensor | None
 ) -> dict[str, Tensor]:
-    """Return NT-Xent and, with hard negatives, the weighted hinge; the embeddings are unit vectors."""
+    """Return NT-Xent and, with hard negatives, the weighted hinge; the embeddings are unit vectors.
+
+    With `symmetric`, NT-Xent is the mean of both directions, as in CLIP (Radford et al. 2021, figure 3).
+    """
     logits_BC = ntxent_logits(
         anchor_BD,
         positive_BD,
@@ -120,12 +123,22 @@ def _contrastive_terms(
         temperature=config.temperature,
         hard_negative_logit=config.hard_negative_logit,
     )
-    excluded_BC = None
-    if config.mask_false_negatives and guide_BC is not None:
-        excluded_BC = false_negatives(guide_BC)
-        logits_BC = logits_BC.masked_fill(excluded_BC, -torch.inf)
-    terms = {"contrastive": ntxent(logits_BC)}
+    mask_guide_BC = guide_BC if config.mask_false_negatives else None
+    contrastive = _guided_ntxent(logits_BC, mask_guide_BC)
+    if config.symmetric:
+        square = slice(len(logits_BC))  # the positives; hard negatives are no anchors
+        reverse = _guided_ntxent(logits_BC[:, square].T, None if mask_guide_BC is None else mask_guide_BC[:, square].T)
+        contrastive = (contrastive + reverse) / 2
+    terms = {"contrastive": contrastive}
     if negative_BD is not None and config.hinge_weight:
+        excluded_BC = None if mask_guide_BC is None else false_negatives(mask_guide_BC)
         hinge = energy_hinge(anchor_BD, positive_BD, negative_BD, margin=config.margin, excluded_BC=excluded_BC)
         terms["hinge"] = config.hinge_weight * hinge
     return terms
+
+
+def _guided_ntxent(logits_BC: Tensor, guide_BC: Tensor | None) -> Tensor:
+    """Return NT-Xent without the false negatives of the guide."""
+    if guide_BC is not None:
+        logits_BC = logits_BC.masked_fill(false_negatives(guide_BC), -torch.inf)
+    return ntxent(logits_BC)
