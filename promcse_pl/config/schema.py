@@ -175,6 +175,9 @@ class LossConfig(Section):
     symmetric: bool = False
     """Whether NT-Xent is the mean of two directions, from anchors to candidates and from positives to anchors, as in CLIP (Radford
     et al. 2021, arXiv 2103.00020)."""
+    hardness: Annotated[float, Range(ge=0, le=10, example=0.5)] = 0.0
+    """β: weights the negatives of NT-Xent by exp(β · logit), normalised to a mean of 1 over the negatives of an anchor; 0 weights
+    all equally (Robinson et al. 2021, arXiv 2010.04592, eq. 4)."""
     mlm_weight: Annotated[float, Range(ge=0, le=10, example=0.1)] = 0.0
     """Weight of the masked language modelling loss at step 0; 0 switches it off. It is multiplied by 0.95 every 100 steps
     (official: 0.1 for unsupervised RoBERTa)."""
@@ -359,6 +362,11 @@ class Config(Section):
                 "hard negatives. Try: loss.hard_negative_logit=0"
             )
         without_effect = {"mask_false_negatives": loss.mask_false_negatives, "symmetric": loss.symmetric}
+        if data.kind == "scored_pairs" and loss.hardness:
+            raise ConfigError(
+                f"loss.hardness={loss.hardness:g} has no effect with data.kind=scored_pairs: CoSENT has no negatives. "
+                "Try: loss.hardness=0"
+            )
         if data.kind == "scored_pairs" and (
             name := next((name for name, is_on in without_effect.items() if is_on), None)
         ):

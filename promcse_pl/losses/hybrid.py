@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from promcse_pl.config import LossConfig
-from promcse_pl.losses.contrastive import ntxent, ntxent_logits
+from promcse_pl.losses.contrastive import ntxent, ntxent_logits, weight_by_hardness
 from promcse_pl.losses.cosent import cosent
 from promcse_pl.losses.guide import candidate_cosines, distillation_loss, false_negatives
 from promcse_pl.losses.hinge import energy_hinge
@@ -124,10 +124,11 @@ def _contrastive_terms(
         hard_negative_logit=config.hard_negative_logit,
     )
     mask_guide_BC = guide_BC if config.mask_false_negatives else None
-    contrastive = _guided_ntxent(logits_BC, mask_guide_BC)
+    contrastive = _guided_ntxent(logits_BC, mask_guide_BC, config.hardness)
     if config.symmetric:
         square = slice(len(logits_BC))  # the positives; hard negatives are no anchors
-        reverse = _guided_ntxent(logits_BC[:, square].T, None if mask_guide_BC is None else mask_guide_BC[:, square].T)
+        reverse_guide_BB = None if mask_guide_BC is None else mask_guide_BC[:, square].T
+        reverse = _guided_ntxent(logits_BC[:, square].T, reverse_guide_BB, config.hardness)
         contrastive = (contrastive + reverse) / 2
     terms = {"contrastive": contrastive}
     if negative_BD is not None and config.hinge_weight:
@@ -137,8 +138,8 @@ def _contrastive_terms(
     return terms
 
 
-def _guided_ntxent(logits_BC: Tensor, guide_BC: Tensor | None) -> Tensor:
-    """Return NT-Xent without the false negatives of the guide."""
+def _guided_ntxent(logits_BC: Tensor, guide_BC: Tensor | None, hardness: float) -> Tensor:
+    """Return NT-Xent without the false negatives of the guide, and with its negatives weighted by their hardness."""
     if guide_BC is not None:
         logits_BC = logits_BC.masked_fill(false_negatives(guide_BC), -torch.inf)
-    return ntxent(logits_BC)
+    return ntxent(weight_by_hardness(logits_BC, hardness) if hardness else logits_BC)
