@@ -173,8 +173,8 @@ class LossConfig(Section):
     with `loss.temperature`; 0 switches it off. It keeps the embeddings close to the frozen encoder (distillation as in SEED; Fang
     et al. 2021, arXiv 2101.04731)."""
     symmetric: bool = False
-    """Whether NT-Xent is the mean of two directions, from anchors to candidates and from positives to anchors, as in CLIP (Radford
-    et al. 2021, arXiv 2103.00020)."""
+    """Whether NT-Xent is the mean of two directions, from anchors to candidates and from positives to anchors, as in CLIP
+    (Radford et al. 2021, arXiv 2103.00020)."""
     hardness: Annotated[float, Range(ge=0, le=10, example=0.5)] = 0.0
     """β: weights the negatives of NT-Xent by exp(β · logit), normalised to a mean of 1 over the negatives of an anchor; 0 weights
     all equally (Robinson et al. 2021, arXiv 2010.04592, eq. 4)."""
@@ -350,39 +350,8 @@ class Config(Section):
     """Seed of trained weights, dropout, token masking and batch order (official: 42)."""
 
     def _check_combinations(self) -> None:
-        loss, data = self.loss, self.data
-        if loss.hinge_weight and data.kind != "triplets":
-            raise ConfigError(
-                f"loss.hinge_weight={loss.hinge_weight:g} needs hard negatives, but data.kind={data.kind} has none. "
-                "Try: loss.hinge_weight=0, or data=triplets data.train=FILE"
-            )
-        if loss.hard_negative_logit and data.kind != "triplets":
-            raise ConfigError(
-                f"loss.hard_negative_logit={loss.hard_negative_logit:g} has no effect with data.kind={data.kind}: there are no "
-                "hard negatives. Try: loss.hard_negative_logit=0"
-            )
-        without_effect = {"mask_false_negatives": loss.mask_false_negatives, "symmetric": loss.symmetric}
-        if data.kind == "scored_pairs" and loss.hardness:
-            raise ConfigError(
-                f"loss.hardness={loss.hardness:g} has no effect with data.kind=scored_pairs: CoSENT has no negatives. "
-                "Try: loss.hardness=0"
-            )
-        if data.kind == "scored_pairs" and (
-            name := next((name for name, is_on in without_effect.items() if is_on), None)
-        ):
-            raise ConfigError(
-                f"loss.{name}=true has no effect with data.kind=scored_pairs: CoSENT has no negatives. Try: loss.{name}=false"
-            )
-        if loss.mask_false_negatives and data.kind == "sentences":
-            raise ConfigError(
-                "loss.mask_false_negatives=true has no effect with data.kind=sentences: a sentence is its own positive, and no "
-                "other one is more similar. Try: loss.mask_false_negatives=false"
-            )
-        if not loss.hinge_weight and loss.margin != LossConfig().margin:
-            raise ConfigError(
-                f"loss.margin={loss.margin:g} has no effect with loss.hinge_weight=0. Try: loss.hinge_weight=10 (triplets only), "
-                "or leave loss.margin out"
-            )
+        self._check_loss()
+        data = self.data
         if data.train == "demo" and (data.columns is not None or data.header is not None):
             raise ConfigError("data.columns and data.header have no effect on the demo data. Try: data.train=FILE")
         if data.train == "demo" and data.kind != "triplets":
@@ -404,6 +373,38 @@ class Config(Section):
             raise ConfigError(
                 f"{' and '.join(needs_dir)} read data.dir/senteval, but data.dir is not set. Try: data.dir=FOLDER with "
                 f"senteval/ in it, or data.dev=null 'evaluation.tasks=[]'{train}"
+            )
+
+    def _check_loss(self) -> None:
+        """Raise ConfigError for settings of the loss that the training rows do not allow, or that have no effect."""
+        loss, data = self.loss, self.data
+        if loss.hinge_weight and data.kind != "triplets":
+            raise ConfigError(
+                f"loss.hinge_weight={loss.hinge_weight:g} needs hard negatives, but data.kind={data.kind} has none. "
+                "Try: loss.hinge_weight=0, or data=triplets data.train=FILE"
+            )
+        if loss.hard_negative_logit and data.kind != "triplets":
+            raise ConfigError(
+                f"loss.hard_negative_logit={loss.hard_negative_logit:g} has no effect with data.kind={data.kind}: there are no "
+                "hard negatives. Try: loss.hard_negative_logit=0"
+            )
+        contrastive = {name: getattr(loss, name) for name in ("mask_false_negatives", "symmetric", "hardness")}
+        unused = next((name for name, value in contrastive.items() if value), None)
+        if data.kind == "scored_pairs" and unused:
+            default = str(getattr(LossConfig(), unused)).lower()
+            raise ConfigError(
+                f"loss.{unused}={str(contrastive[unused]).lower()} has no effect with data.kind=scored_pairs: CoSENT has no "
+                f"negatives. Try: loss.{unused}={default}"
+            )
+        if loss.mask_false_negatives and data.kind == "sentences":
+            raise ConfigError(
+                "loss.mask_false_negatives=true has no effect with data.kind=sentences: a sentence is its own positive, and no "
+                "other one is more similar. Try: loss.mask_false_negatives=false"
+            )
+        if not loss.hinge_weight and loss.margin != LossConfig().margin:
+            raise ConfigError(
+                f"loss.margin={loss.margin:g} has no effect with loss.hinge_weight=0. Try: loss.hinge_weight=10 (triplets only), "
+                "or leave loss.margin out"
             )
 
 
