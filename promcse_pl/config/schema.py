@@ -195,6 +195,10 @@ class PromptConfig(Section):
     kind: Literal["deep", "projected"] = "deep"
     """`deep`: every layer has its own keys and values. `projected`: an MLP computes them from one embedding per slot (official:
     `--prefix_projection`)."""
+    init: Literal["random", "data"] = "random"
+    """Initial keys and values. `random`: N(0, 0.02) (official). `data`: the same noise around the mean key and value that the
+    frozen encoder computes for the last token ([SEP] in BERT) of training sentences, so that the slots start in the range of the
+    tokens' keys; attention to [SEP] changes the output little (Clark et al. 2019, arXiv 1906.04341). Needs `prompt.kind=deep`."""
     length: Annotated[int, Range(ge=0, le=256, note="slots")] = 10
     """P: number of prompt slots per layer; 0 trains the head alone (paper: 10 to 16)."""
     projection_size: Annotated[int | None, Range(ge=1, example=512)] = None
@@ -209,6 +213,11 @@ class PromptConfig(Section):
             raise ConfigError(
                 "prompt.kind=projected needs prompt.projection_size, got null. Try: prompt=projected, or "
                 "prompt.projection_size=512"
+            )
+        if self.init == "data" and (self.kind != "deep" or self.length == 0):
+            raise ConfigError(
+                f"prompt.init=data needs prompt.kind=deep and prompt.length of at least 1, got kind {self.kind} and length "
+                f"{self.length}. Try: prompt.init=random"
             )
         if self.kind == "projected" and self.length == 0:
             raise ConfigError("prompt.kind=projected needs prompt.length of at least 1, got 0. Try: prompt.length=10")

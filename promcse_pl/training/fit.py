@@ -18,10 +18,11 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy
 
 from promcse_pl.config import Config
-from promcse_pl.data.module import PromcseDataModule
+from promcse_pl.data.batch import Tokens
+from promcse_pl.data.module import PromcseDataModule, epoch_order
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.cpu.dropout import Dropout
-from promcse_pl.models.encoder import PromptEncoder
+from promcse_pl.models.encoder import PromptEncoder, eval_mode
 from promcse_pl.models.mlm import MlmHead
 from promcse_pl.run_folder import ADAPTER
 from promcse_pl.training.callbacks import BestByDev, History, Progress
@@ -41,6 +42,8 @@ log = logging.getLogger("promcse_pl")
 
 SHORT_RUN_EVALUATIONS = 4
 """Number of dev evaluations in a run of fewer than two `trainer.eval_every`."""
+INIT_ROWS = 64
+"""Training rows whose last tokens `prompt.init=data` averages; their number hardly changes the mean."""
 MIN_INPUT_TOKENS = 3
 """Tokens of the shortest useful sentence: one word between two special tokens."""
 
@@ -196,6 +199,8 @@ def fit(run: RunContext, parts: Parts, loggers: Sequence[Logger]) -> Fitted:
         mlm_head=parts.mlm_head,
         guide=_guide(run, parts, chunk_tokens) if config.loss.needs_guide else None,
     )
+    if config.prompt.init == "data" and not run.checkpoint:
+        _start_prompt_from_data(run, parts)
     data.start_step = run.checkpoint.step if run.checkpoint else 0
     log_every = min(config.trainer.log_every, steps)  # at least one entry in a short run
     history, best, saver = History(log_every, chunk_tokens), _dev_evaluation(run, parts, steps), Saver(run)
@@ -220,6 +225,20 @@ def fit(run: RunContext, parts: Parts, loggers: Sequence[Logger]) -> Fitted:
         seconds=saver.total_training_seconds(),
         earlier_seconds=saver.seconds,
         rows_per_second=history.total_rows / history.total_seconds,
+    )
+
+
+def _start_prompt_from_data(run: RunContext, parts: Parts) -> None:
+    """Move the prompt slots to the keys and values of the last tokens of training sentences (`prompt.init=data`)."""
+    rows, encoder = parts.data.token_rows, parts.encoder
+    sample = epoch_order(len(rows), run.config.seed, 0)[:INIT_ROWS]
+    tokens = Tokens.padded(*rows.fetch(sample)).to(parts.device)
+    with eval_mode(encoder):
+        encoder.prompt.add_to_slots(
+            encoder.backbone.last_token_keys_values(tokens.ids_NT, tokens.mask_NT, encoder.position_offset)
+        )
+    log.info(
+        "the prompt starts at the mean key and value of the last token of %d training sentences", len(tokens.ids_NT)
     )
 
 
