@@ -1,4 +1,4 @@
-"""The training loss: NT-Xent + hinge weight x energy hinge + MLM weight x masked-language-model loss."""
+"""The training loss: the weighted sum of its terms."""
 
 # B anchors, D width, C candidates, M masked tokens, V vocabulary
 
