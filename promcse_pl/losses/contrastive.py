@@ -68,5 +68,6 @@ def weight_by_hardness(logits_BC: Tensor, hardness: float) -> Tensor:
     weights_BC = hardness * logits_BC  # logarithms
     # not -inf: a row without negatives would have the gradient NaN
     among_negatives_BC = weights_BC.masked_fill(~negatives_BC, torch.finfo(logits_BC.dtype).min)
-    log_mean_B1 = among_negatives_BC.logsumexp(1, keepdim=True) - negatives_BC.sum(1, keepdim=True).clamp(min=1).log()
+    count_B1 = negatives_BC.sum(1, keepdim=True, dtype=logits_BC.dtype).clamp(min=1)
+    log_mean_B1 = among_negatives_BC.logsumexp(1, keepdim=True) - count_B1.log()
     return torch.where(negatives_BC, logits_BC + weights_BC - log_mean_B1, logits_BC)
