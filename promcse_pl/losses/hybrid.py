@@ -94,7 +94,7 @@ def hybrid_loss(
         raise ValueError("mask_false_negatives and distillation_weight need the cosines of the guide, guide_BC")
     anchor_BD, positive_BD = F.normalize(anchor_BD, dim=1), F.normalize(positive_BD, dim=1)
     negative_BD = None if negative_BD is None else F.normalize(negative_BD, dim=1)
-    terms = {}
+    terms: dict[str, Tensor] = {}
     if scores_B is not None:
         cosines_B = (anchor_BD * positive_BD).sum(1)
         terms["cosent"] = cosent(cosines_B, scores_B, temperature=config.temperature)
