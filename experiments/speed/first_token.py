@@ -17,6 +17,7 @@ import torch
 from machine import describe, seconds
 from shapes import LENGTH, SEED, random_batch, random_encoder
 
+from promcse_pl.config import LossConfig
 from promcse_pl.data.batch import Tokens
 from promcse_pl.losses.hybrid import hybrid_loss
 from promcse_pl.models import encoder as module
@@ -33,7 +34,7 @@ LEVERS = {"every token": False, "first token": True}
 def training(encoder: PromptEncoder, tokens: Tokens) -> None:
     vectors, _ = encoder.train()(tokens, chunk_tokens=CHUNK_TOKENS["cpu"])
     views = vectors.view(3, -1, vectors.shape[1])
-    hybrid_loss(*views, temperature=0.05, margin=0.2, hinge_weight=10.0).total.backward()
+    hybrid_loss(*views, LossConfig(temperature=0.05, margin=0.2, hinge_weight=10.0)).total.backward()
     encoder.zero_grad()
 
 

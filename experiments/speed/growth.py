@@ -19,6 +19,7 @@ from machine import describe, in_own_process, peak_bytes, seconds
 from rows import NAME
 from transformers import AutoConfig, AutoModel
 
+from promcse_pl.data.columns import TRAINING_ROWS
 from promcse_pl.data.readers import read_rows
 from promcse_pl.data.tokens import file_source, load_tokens
 from promcse_pl.embedder import PromCSE
@@ -48,7 +49,7 @@ def measure(what: str, sentences: int, data: Path) -> dict[str, object]:
             path = Path(folder) / "text.txt"
             path.write_text("\n".join(text) + "\n", encoding="utf-8")
             del text
-            source = file_source(path, width=1, columns=None, header=None, on_bad_row="stop")
+            source = file_source(path, kind=TRAINING_ROWS[1], columns=None, header=None, on_bad_row="stop")
             before = peak_bytes()
             took = seconds(lambda: load_tokens(source, tokenizer, max_length=32, cache_dir=Path(folder)))
         result = 0  # on disk

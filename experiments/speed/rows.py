@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from promcse_pl.config import LossConfig
 from promcse_pl.data.batch import TrainBatch
+from promcse_pl.data.columns import TRAINING_ROWS
 from promcse_pl.data.module import EpochBatches, TrainBatches
 from promcse_pl.data.readers import read_rows
 from promcse_pl.data.tokens import file_source, load_tokens
@@ -49,7 +51,9 @@ def prompt_encoder(dtype: torch.dtype = torch.float32) -> PromptEncoder:
 
 
 def batches(data: Path, cache: Path, count: int) -> list[TrainBatch]:
-    source = file_source(data / "nli" / "nli_train.csv", width=3, columns=None, header=None, on_bad_row="stop")
+    source = file_source(
+        data / "nli" / "nli_train.csv", kind=TRAINING_ROWS[3], columns=None, header=None, on_bad_row="stop"
+    )
     rows = load_tokens(source, FrozenBackbone.load(NAME).tokenizer, max_length=MAX_LENGTH, cache_dir=cache)
     places = iter(EpochBatches(len(rows), TRIPLETS, SEED))
     return [TrainBatches(rows, SEED, None)[next(places)] for _ in range(count)]
@@ -113,7 +117,7 @@ def our_step(
         tokens = work[number % len(work)].tokens
         vectors, _ = encoder(tokens, train_head=True, chunk_tokens=chunk_tokens, recompute=recompute)
         views = vectors.view(3, -1, vectors.shape[1])
-        hybrid_loss(*views, temperature=0.05, margin=0.2, hinge_weight=10.0).total.backward()
+        hybrid_loss(*views, LossConfig(temperature=0.05, margin=0.2, hinge_weight=10.0)).total.backward()
         optimizer.step()
         optimizer.zero_grad()
 

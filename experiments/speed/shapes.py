@@ -16,6 +16,7 @@ import torch
 from machine import describe, in_own_process, matrix_rate, peak_bytes, seconds
 from transformers import AutoConfig, AutoModel
 
+from promcse_pl.config import LossConfig
 from promcse_pl.data.batch import Tokens
 from promcse_pl.losses.hybrid import hybrid_loss
 from promcse_pl.models.backbone import FrozenBackbone
@@ -96,7 +97,7 @@ def measure(shape: str, sentences: int, recompute: bool, device: str) -> dict[st
     def step() -> None:
         vectors, _ = encoder(tokens, chunk_tokens=CHUNK_TOKENS[device], recompute=recompute)
         views = vectors.view(3, -1, vectors.shape[1])
-        hybrid_loss(*views, temperature=0.05, margin=0.2, hinge_weight=10.0).total.backward()
+        hybrid_loss(*views, LossConfig(temperature=0.05, margin=0.2, hinge_weight=10.0)).total.backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -16,8 +16,8 @@ from promcse_pl.config.pooling import ALLOWED_POOLINGS, AUTO, is_pooling, neares
 from promcse_pl.utils.errors import ConfigError
 from promcse_pl.utils.paths import SUFFIXES, file_suffix, run_command
 
-Kind = Literal["sentences", "pairs", "triplets"]
-WIDTH: dict[Kind, int] = {"sentences": 1, "pairs": 2, "triplets": 3}
+Kind = Literal["sentences", "pairs", "triplets", "scored_pairs"]
+WIDTH: dict[Kind, int] = {"sentences": 1, "pairs": 2, "triplets": 3, "scored_pairs": 2}
 """Number of texts in a training row."""
 SENTEVAL_SUITES = ("sts", "sick", "cxc", "transfer", "geometry")
 """Evaluation suites that are read from data.dir with senteval/ in it."""
@@ -89,7 +89,8 @@ class DataConfig(Section):
 
     kind: Kind
     """Texts in a training row. `sentences`: one sentence, encoded twice with different dropout masks. `pairs`: anchor and
-    positive. `triplets`: anchor, positive and hard negative."""
+    positive. `triplets`: anchor, positive and hard negative. `scored_pairs`: two texts and a similarity score (any scale, higher
+    is more similar), trained with CoSENT instead of NT-Xent."""
     train: str
     """Training data: `demo`, a .csv, .tsv, .txt, .jsonl or .parquet file (also compressed as .gz), or a folder written by
     `save_to_disk` of the datasets library (its `train` split). A relative path is searched in `data.dir`, then in the current
@@ -131,10 +132,15 @@ class DataConfig(Section):
                 f"data.train must be `demo` or a file, got {self.train!r}. Try: {run_command()} data.train=my.csv"
             )
         width = WIDTH[self.kind]
-        if self.columns is not None and len(self.columns) != width:
+        names = (
+            ("sentence1", "sentence2", "score")
+            if self.kind == "scored_pairs"
+            else ("sent0", "sent1", "hard_neg")[:width]
+        )
+        if self.columns is not None and len(self.columns) != len(names):
             raise ConfigError(
-                f"data.columns must name {width} columns for data.kind={self.kind}, got {shown(self.columns)}. "
-                f"Try: 'data.columns=[{','.join(('sent0', 'sent1', 'hard_neg')[:width])}]'"
+                f"data.columns must name {len(names)} columns for data.kind={self.kind}, got {shown(self.columns)}. "
+                f"Try: 'data.columns=[{','.join(names)}]'"
             )
         if self.prompts is not None and len(self.prompts) != width:
             example = ",".join(("query", "document", "document")[:width])
@@ -151,11 +157,14 @@ class DataConfig(Section):
 
 @dataclass(kw_only=True, slots=True)
 class LossConfig(Section):
-    """Training loss: NT-Xent + λ · energy hinge (paper, eq. 12) + weighted masked language modelling (official code)."""
+    """Training loss: NT-Xent + λ · energy hinge (paper, eq. 12) + weighted masked language modelling (official code).
+
+    Pairs with scores (`data=scored_pairs`) are trained with CoSENT in place of NT-Xent.
+    """
 
     temperature: Annotated[float, Range(ge=0.001, le=10, note="(cosines are divided by it)")] = 0.05
-    """τ: divides the cosine similarities in NT-Xent (paper, section 4.1). Values below 0.001 overflow or saturate float32
-    logits."""
+    """τ: divides the cosine similarities in NT-Xent (paper, section 4.1) and in CoSENT (as 1/scale). Values below 0.001
+    overflow or saturate float32 logits."""
     margin: Annotated[float, Range(ge=0, le=2, note="(a difference of cosines)")] = 0.2
     """m: gap required by the energy hinge between the cosine of an anchor with its positive and with its hardest negative (paper,
     section 4.2)."""
@@ -163,9 +172,27 @@ class LossConfig(Section):
     """λ: weight of the energy hinge; 0 switches it off. It needs triplets (paper, section 4.2)."""
     hard_negative_logit: Annotated[float, Range(ge=-1000, le=1000)] = 0.0
     """Added to the NT-Xent logit of an anchor with its own hard negative (official: `--hard_negative_weight`)."""
+    mask_false_negatives: bool = False
+    """Whether candidates that the frozen encoder finds more similar to an anchor than its own positive are removed from the
+    negatives, in NT-Xent and in the hinge (GISTEmbed; Solatorio 2024, arXiv 2402.16829)."""
+    distillation_weight: Annotated[float, Range(ge=0, le=10_000, example=0.3)] = 0.0
+    """Weight of the KL divergence between the softmax over the in-batch cosines of the frozen encoder and that of the model, both
+    with `loss.temperature`; 0 switches it off. It keeps the embeddings close to the frozen encoder (distillation as in SEED; Fang
+    et al. 2021, arXiv 2101.04731)."""
+    symmetric: bool = False
+    """Whether NT-Xent is the mean of two directions, from anchors to candidates and from positives to anchors, as in CLIP
+    (Radford et al. 2021, arXiv 2103.00020)."""
+    hardness: Annotated[float, Range(ge=0, le=10, example=0.5)] = 0.0
+    """β: weights the negatives of NT-Xent by exp(β · logit), normalised to a mean of 1 over the negatives of an anchor; 0 weights
+    all equally (Robinson et al. 2021, arXiv 2010.04592, eq. 4)."""
     mlm_weight: Annotated[float, Range(ge=0, le=10, example=0.1)] = 0.0
     """Weight of the masked language modelling loss at step 0; 0 switches it off. It is multiplied by 0.95 every 100 steps
     (official: 0.1 for unsupervised RoBERTa)."""
+
+    @property
+    def needs_guide(self) -> bool:
+        """Whether a term compares with the frozen encoder's embeddings of the training sentences."""
+        return self.mask_false_negatives or self.distillation_weight > 0
 
 
 @dataclass(kw_only=True, slots=True)
@@ -175,6 +202,10 @@ class PromptConfig(Section):
     kind: Literal["deep", "projected"] = "deep"
     """`deep`: every layer has its own keys and values. `projected`: an MLP computes them from one embedding per slot (official:
     `--prefix_projection`)."""
+    init: Literal["random", "data"] = "random"
+    """Initial keys and values. `random`: N(0, 0.02) (official). `data`: the same noise around the mean key and value that the
+    frozen encoder computes for the last token ([SEP] in BERT) of training sentences, so that the slots start in the range of the
+    tokens' keys; attention to [SEP] changes the output little (Clark et al. 2019, arXiv 1906.04341). Needs `prompt.kind=deep`."""
     length: Annotated[int, Range(ge=0, le=256, note="slots")] = 10
     """P: number of prompt slots per layer; 0 trains the head alone (paper: 10 to 16)."""
     projection_size: Annotated[int | None, Range(ge=1, example=512)] = None
@@ -189,6 +220,11 @@ class PromptConfig(Section):
             raise ConfigError(
                 "prompt.kind=projected needs prompt.projection_size, got null. Try: prompt=projected, or "
                 "prompt.projection_size=512"
+            )
+        if self.init == "data" and (self.kind != "deep" or self.length == 0):
+            raise ConfigError(
+                f"prompt.init=data needs prompt.kind=deep and prompt.length of at least 1, got kind {self.kind} and length "
+                f"{self.length}. Try: prompt.init=random"
             )
         if self.kind == "projected" and self.length == 0:
             raise ConfigError("prompt.kind=projected needs prompt.length of at least 1, got 0. Try: prompt.length=10")
@@ -349,22 +385,8 @@ class Config(Section):
     """Seed of trained weights, dropout, token masking and batch order (official: 42)."""
 
     def _check_combinations(self) -> None:
-        loss, data = self.loss, self.data
-        if loss.hinge_weight and data.kind != "triplets":
-            raise ConfigError(
-                f"loss.hinge_weight={loss.hinge_weight:g} needs hard negatives, but data.kind={data.kind} has none. "
-                "Try: loss.hinge_weight=0, or data=triplets data.train=FILE"
-            )
-        if loss.hard_negative_logit and data.kind != "triplets":
-            raise ConfigError(
-                f"loss.hard_negative_logit={loss.hard_negative_logit:g} has no effect with data.kind={data.kind}: there are no "
-                "hard negatives. Try: loss.hard_negative_logit=0"
-            )
-        if not loss.hinge_weight and loss.margin != LossConfig().margin:
-            raise ConfigError(
-                f"loss.margin={loss.margin:g} has no effect with loss.hinge_weight=0. Try: loss.hinge_weight=10 (triplets only), "
-                "or leave loss.margin out"
-            )
+        self._check_loss()
+        data = self.data
         if data.train == "demo" and (data.columns is not None or data.header is not None):
             raise ConfigError("data.columns and data.header have no effect on the demo data. Try: data.train=FILE")
         if data.train == "demo" and data.kind != "triplets":
@@ -396,6 +418,38 @@ class Config(Section):
             raise ConfigError(
                 "evaluation.tasks=[retrieval] reads the folders of data.dir/retrieval, but data.dir is not set. Try: "
                 "data.dir=FOLDER with retrieval/ in it, or 'evaluation.tasks=[FOLDER]'"
+            )
+
+    def _check_loss(self) -> None:
+        """Raise ConfigError for settings of the loss that the training rows do not allow, or that have no effect."""
+        loss, data = self.loss, self.data
+        if loss.hinge_weight and data.kind != "triplets":
+            raise ConfigError(
+                f"loss.hinge_weight={loss.hinge_weight:g} needs hard negatives, but data.kind={data.kind} has none. "
+                "Try: loss.hinge_weight=0, or data=triplets data.train=FILE"
+            )
+        if loss.hard_negative_logit and data.kind != "triplets":
+            raise ConfigError(
+                f"loss.hard_negative_logit={loss.hard_negative_logit:g} has no effect with data.kind={data.kind}: there are no "
+                "hard negatives. Try: loss.hard_negative_logit=0"
+            )
+        contrastive = {name: getattr(loss, name) for name in ("mask_false_negatives", "symmetric", "hardness")}
+        unused = next((name for name, value in contrastive.items() if value), None)
+        if data.kind == "scored_pairs" and unused:
+            default = str(getattr(LossConfig(), unused)).lower()
+            raise ConfigError(
+                f"loss.{unused}={str(contrastive[unused]).lower()} has no effect with data.kind=scored_pairs: CoSENT has no "
+                f"negatives. Try: loss.{unused}={default}"
+            )
+        if loss.mask_false_negatives and data.kind == "sentences":
+            raise ConfigError(
+                "loss.mask_false_negatives=true has no effect with data.kind=sentences: a sentence is its own positive, and no "
+                "other one is more similar. Try: loss.mask_false_negatives=false"
+            )
+        if not loss.hinge_weight and loss.margin != LossConfig().margin:
+            raise ConfigError(
+                f"loss.margin={loss.margin:g} has no effect with loss.hinge_weight=0. Try: loss.hinge_weight=10 (triplets only), "
+                "or leave loss.margin out"
             )
 
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -27,6 +29,12 @@ class Tokens:
     types_NT: Tensor | None = None
     mlm_ids_NT: Tensor | None = None
     mlm_labels_NT: Tensor | None = None
+
+    @classmethod
+    def padded(cls, ids_NT: NDArray[np.int64], lengths_N: NDArray[np.int64]) -> Tokens:
+        """Build from ids that are padded on the right, and the number of real tokens of each sentence."""
+        mask_NT = (torch.arange(ids_NT.shape[1]) < torch.from_numpy(lengths_N).unsqueeze(1)).long()
+        return cls(torch.from_numpy(ids_NT), mask_NT)
 
     def select(self, rows: Tensor, length: int) -> Tokens:
         """Return some sentences, truncated to a length."""
@@ -53,11 +61,13 @@ class TrainBatch:
         tokens: Their sentences, view-major: all anchors, then all positives, then all hard negatives.
         views: 2 or 3.
         rows_B: Row numbers in the training data.
+        scores_B: Score of each row, float32; None for rows without scores.
     """
 
     tokens: Tokens
     views: int
     rows_B: Tensor
+    scores_B: Tensor | None = None
 
     def for_rank(self, rank: int, world_size: int) -> TrainBatch:
         """Return the rows of one rank.
@@ -68,8 +78,9 @@ class TrainBatch:
         sentences = torch.cat([rows + view * len(self.rows_B) for view in range(self.views)])
         lengths = self.tokens.mask_NT[sentences].sum(1)
         longest = int(lengths.max()) if len(lengths) else self.tokens.mask_NT.shape[1]
-        return TrainBatch(self.tokens.select(sentences, longest), self.views, self.rows_B[rows])
+        scores = None if self.scores_B is None else self.scores_B[rows]
+        return TrainBatch(self.tokens.select(sentences, longest), self.views, self.rows_B[rows], scores)
 
     def pin_memory(self) -> TrainBatch:
         """Return the batch in page-locked memory; called by the DataLoader."""
-        return TrainBatch(self.tokens.pin_memory(), self.views, self.rows_B)
+        return TrainBatch(self.tokens.pin_memory(), self.views, self.rows_B, self.scores_B)

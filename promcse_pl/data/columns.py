@@ -44,7 +44,7 @@ class RowKind:
     """Roles of the values in a row.
 
     Attributes:
-        name: Name in messages; for training rows, also the value of `data=`.
+        name: Name in messages.
         roles: Role of each value, in order; see `ROLES`.
         titles: Name of each role in messages; each is also a known column name.
     """
@@ -52,6 +52,16 @@ class RowKind:
     name: str
     roles: tuple[str, ...]
     titles: tuple[str, ...]
+
+    @property
+    def choice(self) -> str:
+        """Value of `data=` and of `data.kind` for training rows of this kind."""
+        return self.name.replace(" ", "_")
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether the last value of a row is a score."""
+        return "score" in self.roles
 
 
 TRAINING_ROWS = {
@@ -61,6 +71,8 @@ TRAINING_ROWS = {
 }
 """Kinds of training rows by their number of texts."""
 SCORED_PAIRS = RowKind("scored pairs", ("anchor", "positive", "score"), ("sentence1", "sentence2", "score"))
+ROW_KINDS = {kind.choice: kind for kind in (*TRAINING_ROWS.values(), SCORED_PAIRS)}
+"""Kinds of training rows by `data.kind`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +244,7 @@ class ColumnRequest:
             raise DataError(
                 f"{self.path} has a column {label} (columns: {columns}), which training on {self.kind.name} cannot use: every "
                 f"row would be a positive pair, whatever its {label}. Keep only the rows that are positive pairs. "
-                f"{self._advice(columns)}"
+                f"{self._advice(columns)}{self._scored_advice(columns)}"
             )
 
     def _reject_duplicates(self, columns: Columns) -> None:
@@ -254,8 +266,9 @@ class ColumnRequest:
             )
         if count < needed:
             if self.configurable:
-                without = "hard negatives" if count == 2 else "pairs (each sentence is its own positive)"
-                advice = f"To train without {without}: {self.command(TRAINING_ROWS[count].name)}"
+                pairs = "scores (every row is a positive pair)" if self.kind.is_scored else "hard negatives"
+                without = pairs if count == 2 else "pairs (each sentence is its own positive)"
+                advice = f"To train without {without}: {self.command(TRAINING_ROWS[count].choice)}"
             else:
                 advice = f"Add the missing columns; their names are {titles}"
             raise DataError(
@@ -277,11 +290,19 @@ class ColumnRequest:
             plural = "s" * (len(self.kind.titles) > 1)
             return f"Rename the column{plural} to read to {', '.join(self.kind.titles)}"
         positions = columns.guess(self.kind)
-        kind = TRAINING_ROWS[len(positions)]
+        kind = self.kind if len(positions) == len(self.kind.roles) else TRAINING_ROWS[len(positions)]
         shown, titles = ", ".join(map(columns.label, positions)), ", ".join(kind.titles)
         condition = f"If {shown} are {titles} in this order" if len(positions) > 1 else f"If {shown} is the {titles}"
         without = "" if kind.name == self.kind.name else f" (no column is left for {self.kind.name})"
-        return f"{condition}{without}: {self.command(kind.name, map(columns.typed, positions))}"
+        return f"{condition}{without}: {self.command(kind.choice, map(columns.typed, positions))}"
+
+    def _scored_advice(self, columns: Columns) -> str:
+        """Return the command that trains on scores, if the file has exactly one column for each value of a scored pair."""
+        positions = columns.match(SCORED_PAIRS)
+        if positions is None or not self.configurable:
+            return ""
+        label = columns.label(positions[-1])
+        return f". If {label} is a similarity score: {self.command(SCORED_PAIRS.choice)}"
 
 
 def _fits(role: str, wanted: str) -> bool:

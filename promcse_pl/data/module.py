@@ -20,7 +20,7 @@ from promcse_pl.data.masking import mask_tokens
 from promcse_pl.data.retrieval import DevSet
 from promcse_pl.data.sources import cache_dir, load_sources
 from promcse_pl.data.tokens import Prepare, TokenRows, load_tokens, prepare_rows
-from promcse_pl.utils.errors import ConfigError
+from promcse_pl.utils.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,23 +85,21 @@ class TrainBatches(Dataset[TrainBatch]):
         self.rows, self.seed, self.masking, self.rank, self.world_size = rows, seed, masking, rank, world_size
 
     def __getitem__(self, position: BatchPosition) -> TrainBatch:
-        ids, lengths = self.rows.fetch(position.rows_B)
-        ids_NT = torch.from_numpy(ids)
-        mask_NT = (torch.arange(ids_NT.shape[1]) < torch.from_numpy(lengths).unsqueeze(1)).long()
+        tokens = Tokens.padded(*self.rows.fetch(position.rows_B))
         if self.rows.width == 1:
-            ids_NT, mask_NT = ids_NT.repeat(2, 1), mask_NT.repeat(2, 1)
-        tokens = Tokens(ids_NT, mask_NT)
+            tokens = Tokens(tokens.ids_NT.repeat(2, 1), tokens.mask_NT.repeat(2, 1))
         if self.masking is not None:
-            special_NT = torch.isin(ids_NT, torch.tensor(self.masking.special_ids)) | (mask_NT == 0)
+            special_NT = torch.isin(tokens.ids_NT, torch.tensor(self.masking.special_ids)) | (tokens.mask_NT == 0)
             seed = np.random.SeedSequence([self.seed, position.epoch, position.index]).generate_state(1, np.uint64)[0]
             tokens.mlm_ids_NT, tokens.mlm_labels_NT = mask_tokens(
-                ids_NT,
+                tokens.ids_NT,
                 special_NT,
                 mask_id=self.masking.mask_id,
                 vocabulary=self.masking.vocabulary,
                 generator=torch.Generator().manual_seed(int(seed)),
             )
-        batch = TrainBatch(tokens, max(2, self.rows.width), torch.from_numpy(position.rows_B))
+        scores = None if self.rows.scores_R is None else torch.from_numpy(self.rows.scores_R[position.rows_B])
+        batch = TrainBatch(tokens, max(2, self.rows.width), torch.from_numpy(position.rows_B), scores)
         return batch if self.world_size == 1 else batch.for_rank(self.rank, self.world_size)
 
 
@@ -147,7 +145,7 @@ class PromcseDataModule(pl.LightningDataModule):
         self.start_step = 0
         """Completed steps of a resumed run."""
         self.rows: TokenRows | None = None
-        self.example: tuple[str, ...] = ()
+        self.example: tuple[Any, ...] = ()
         """The first training row, with text prompts."""
         self.notes: tuple[str, ...] = ()
         """How the training file is read: its columns and delimiter."""
@@ -170,6 +168,12 @@ class PromcseDataModule(pl.LightningDataModule):
             vocabulary=self.vocabulary,
             progress=self.progress,
         )
+        scores_R = self.rows.scores_R
+        if scores_R is not None and scores_R.min() == scores_R.max():
+            raise DataError(
+                f"{source.name}: all scores ({len(scores_R)} rows) are {scores_R[0]:g}, but CoSENT needs pairs with different "
+                "scores. Check that the column of the scores is named score, or name the columns: data.columns=[TEXT,TEXT,SCORE]"
+            )
 
     @property
     def token_rows(self) -> TokenRows:
@@ -194,4 +198,5 @@ class PromcseDataModule(pl.LightningDataModule):
 
     def transfer_batch_to_device(self, batch: TrainBatch, device: torch.device, dataloader_idx: int) -> TrainBatch:  # noqa: ARG002
         """Return the batch on a device."""
-        return TrainBatch(batch.tokens.to(device, non_blocking=True), batch.views, batch.rows_B)
+        scores = None if batch.scores_B is None else batch.scores_B.to(device)
+        return TrainBatch(batch.tokens.to(device, non_blocking=True), batch.views, batch.rows_B, scores)

@@ -68,7 +68,7 @@ def read_rows(
         DataError: While iterating, for a file, setting or row that cannot be used, or when no row is good.
     """
     request = ColumnRequest(path, TRAINING_ROWS[width], columns, header, configurable, [] if notes is None else notes)
-    return _read(request, on_bad_row, bad_rows)
+    return stream_rows(request, on_bad_row, bad_rows)
 
 
 def read_scored_pairs(path: Path) -> list[tuple[str, str, float]]:
@@ -80,7 +80,7 @@ def read_scored_pairs(path: Path) -> list[tuple[str, str, float]]:
         DataError: A file or row that cannot be used, or no row is good.
     """
     request = ColumnRequest(path, SCORED_PAIRS, configurable=False)
-    rows = list(_read(request))
+    rows = list(stream_rows(request))
     for line in request.notes:
         log.info("%s", line)
     return rows
@@ -90,9 +90,10 @@ class _UnusableError(ValueError):
     """Why a row cannot be used."""
 
 
-def _read(
+def stream_rows(
     request: ColumnRequest, on_bad_row: OnBadRow = "stop", bad_rows: list[BadRow] | None = None
 ) -> Iterator[tuple[Any, ...]]:
+    """Stream the rows of a request, with a float in place of each score; see `read_rows`."""
     good, bad, first_bad = 0, 0, None
     for line, record in _records(request):
         try:

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from promcse_pl.config import WIDTH, DataConfig
+from promcse_pl.config import DataConfig
 from promcse_pl.data.arrow import train_split
-from promcse_pl.data.columns import TRAINING_ROWS, is_number
+from promcse_pl.data.columns import ROW_KINDS, ColumnRequest, is_number
 from promcse_pl.data.demo import demo_pairs, demo_triplets
 from promcse_pl.data.pairs import ScoredPairs, load_pairs, load_stsb
-from promcse_pl.data.readers import BadRow, read_rows
+from promcse_pl.data.readers import BadRow, stream_rows
 from promcse_pl.data.retrieval import DevSet, is_retrieval, load_retrieval
 from promcse_pl.data.test_sets import refuse_test_set
 from promcse_pl.data.tokens import RowSource, file_source, memory_source
@@ -118,19 +118,17 @@ def check_training_file(config: DataConfig, seed: int) -> None:
     if config.train == "demo":
         return
     path = train_split(find_file(config.train, config, "data.train"))
-    rows = read_rows(
-        path, width=WIDTH[config.kind], columns=config.columns, header=config.header, on_bad_row=config.on_bad_row
-    )
+    kind = ROW_KINDS[config.kind]
+    rows = stream_rows(ColumnRequest(path, kind, config.columns, config.header), config.on_bad_row)
     first = list(islice(rows, FIRST_ROWS))
     if len(first) < 2:
         raise DataError(f"{path} has {len(first)} row; a batch needs at least 2")
-    titles = TRAINING_ROWS[WIDTH[config.kind]].titles
-    for title, texts in zip(titles, zip(*first, strict=True), strict=True):
+    for role, title, texts in zip(kind.roles, kind.titles, zip(*first, strict=True), strict=True):
         # ids or labels under an unknown column name
-        if config.columns is None and all(map(is_number, texts)):
+        if config.columns is None and role != "score" and all(map(is_number, texts)):
             raise DataError(
                 f"{path}: each {title} of the first {len(first)} rows is a number, such as {texts[0][:40]!r}, not a text. "
-                f"Name the columns to read: data.columns=[{','.join(['NAME'] * len(titles))}] (also if numbers are meant)"
+                f"Name the columns to read: data.columns=[{','.join(['NAME'] * len(kind.titles))}] (also if numbers are meant)"
             )
     if len(first) < FIRST_ROWS and config.dev == "holdout":
         _hold_out(_train_source(config), seed)
@@ -141,7 +139,7 @@ def _train_source(config: DataConfig) -> RowSource:
         return memory_source("demo", demo_triplets())
     return file_source(
         train_split(find_file(config.train, config, "data.train")),
-        width=WIDTH[config.kind],
+        kind=ROW_KINDS[config.kind],
         columns=config.columns,
         header=config.header,
         on_bad_row=config.on_bad_row,

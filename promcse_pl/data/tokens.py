@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from promcse_pl.data.arrow import content_sha256
-from promcse_pl.data.readers import BadRow, OnBadRow, read_rows
+from promcse_pl.data.columns import ColumnRequest, RowKind
+from promcse_pl.data.readers import BadRow, OnBadRow, stream_rows
 from promcse_pl.data.tokenizer import tokenizer_fingerprint
 from promcse_pl.utils.errors import DataError
 from promcse_pl.utils.files import publish, remove_leftovers, staging_folder
@@ -40,35 +42,41 @@ Prepare = Callable[[Sequence[str], str], list[str]]
 
 @dataclass(frozen=True)
 class RowSource:
-    """Rows of `width` texts that can be read repeatedly, and a fingerprint of everything that affects them."""
+    """Rows of `width` texts that can be read repeatedly, and a fingerprint of everything that affects them.
+
+    The last value of each row is its score if `is_scored`.
+    """
 
     name: str
     fingerprint: str
-    rows: Callable[[list[BadRow]], Iterator[tuple[str, ...]]]
+    rows: Callable[[list[BadRow]], Iterator[tuple[Any, ...]]]
     """Called with a list that the bad rows are appended to."""
     width: int
-    example: tuple[str, ...] = ()
+    example: tuple[Any, ...] = ()
     """The first row."""
     notes: tuple[str, ...] = ()
     """How the file is read: its columns and delimiter."""
+    is_scored: bool = False
 
 
 def file_source(
-    path: Path, *, width: int, columns: Sequence[str | int] | None, header: bool | None, on_bad_row: OnBadRow
+    path: Path, *, kind: RowKind, columns: Sequence[str | int] | None, header: bool | None, on_bad_row: OnBadRow
 ) -> RowSource:
-    """Return the rows of a data file; arguments and errors as in `read_rows`."""
+    """Return the rows of a data file; `kind` is that of its rows, other arguments and errors are as in `read_rows`."""
     notes: list[str] = []
+    width = len(kind.roles) - kind.is_scored
 
-    def rows(bad_rows: list[BadRow], notes: list[str] | None = None) -> Iterator[tuple[str, ...]]:
-        return read_rows(
-            path, width=width, columns=columns, header=header, on_bad_row=on_bad_row, bad_rows=bad_rows, notes=notes
-        )
+    def rows(bad_rows: list[BadRow], notes: list[str] | None = None) -> Iterator[tuple[Any, ...]]:
+        request = ColumnRequest(path, kind, columns, header, notes=[] if notes is None else notes)
+        return stream_rows(request, on_bad_row, bad_rows)
 
     content = content_sha256(path)
     example = next(rows([], notes))
     # The path is not part of the fingerprint: a moved file is not tokenised again.
     options = [file_suffix(path), width, None if columns is None else list(columns), header, on_bad_row]
-    return RowSource(str(path), _sha256([content, *options]), rows, width, example, tuple(notes))
+    scored = ["scored"] if kind.is_scored else []  # caches of rows without scores keep their names
+    fingerprint = _sha256([content, *options, *scored])
+    return RowSource(str(path), fingerprint, rows, width, example, tuple(notes), kind.is_scored)
 
 
 def memory_source(name: str, rows: Sequence[tuple[str, ...]]) -> RowSource:
@@ -103,8 +111,9 @@ def prepare_rows(source: RowSource, prompts: Sequence[str], prepare: Prepare) ->
     if all(effect == probe for effect in effects):
         return source
 
-    def prepare_row(row: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(prepare([text], prompt)[0] for text, prompt in zip(row, prompts, strict=True))
+    def prepare_row(row: tuple[Any, ...]) -> tuple[Any, ...]:
+        texts = (prepare([text], prompt)[0] for text, prompt in zip(row, prompts, strict=not source.is_scored))
+        return (*texts, *row[source.width :])
 
     return replace(
         source,
@@ -119,6 +128,7 @@ class TokenRows:
 
     Attributes:
         width: Texts per row.
+        scores_R: Score of each row, float32; None for rows without scores.
         bad_rows: Rows of the source that were skipped.
         truncated: Sentences that lost tokens to max_length.
         tokens_total: Tokens of all sentences, special tokens included.
@@ -138,6 +148,9 @@ class TokenRows:
         self.reused = reused
         self._ids: npt.NDArray[np.int32] = np.memmap(folder / "ids.bin", np.int32, "r")
         self._offsets: npt.NDArray[np.int64] = np.memmap(folder / "offsets.bin", np.int64, "r")
+        self.scores_R: npt.NDArray[np.float32] | None = None
+        if "scores.bin" in meta["sha256"]:
+            self.scores_R = np.memmap(folder / "scores.bin", np.float32, "r")
 
     def __len__(self) -> int:
         return self._rows
@@ -251,7 +264,8 @@ def _write(
 ) -> None:
     bad_rows: list[BadRow] = []
     sentences = tokens = truncated = 0
-    texts = chain.from_iterable(source.rows(bad_rows))
+    scores = array("f")  # 4 bytes per row
+    texts = _texts(source, bad_rows, scores)
     ids_hash, offsets_hash = hashlib.sha256(), hashlib.sha256(first := np.zeros(1, np.int64).tobytes())
     with (folder / "ids.bin").open("wb") as ids_file, (folder / "offsets.bin").open("wb") as offsets_file:
         offsets_file.write(first)
@@ -273,7 +287,7 @@ def _write(
                 digest.update(content)
             if progress is not None:
                 progress(sentences)
-    meta = {
+    meta: dict[str, Any] = {
         "format": _FORMAT,
         "source": hide_home(source.name),
         "rows": sentences // source.width,
@@ -285,8 +299,21 @@ def _write(
         "bad_rows": [[bad.line, bad.reason] for bad in bad_rows],
         "sha256": {"ids.bin": ids_hash.hexdigest(), "offsets.bin": offsets_hash.hexdigest()},
     }
+    if source.is_scored:
+        (folder / "scores.bin").write_bytes(content := scores.tobytes())
+        meta["sha256"]["scores.bin"] = hashlib.sha256(content).hexdigest()
     meta["checksum"] = _sha256(meta)
     (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+
+
+def _texts(source: RowSource, bad_rows: list[BadRow], scores: array[float]) -> Iterator[str]:
+    """Yield the texts of all rows, and append the scores of scored rows."""
+    if not source.is_scored:
+        yield from chain.from_iterable(source.rows(bad_rows))
+        return
+    for *texts, score in source.rows(bad_rows):
+        scores.append(score)
+        yield from texts
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int) -> tuple[list[list[int]], int]:

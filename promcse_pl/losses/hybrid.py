@@ -1,15 +1,21 @@
-"""The training loss: NT-Xent + hinge weight x energy hinge + MLM weight x masked-language-model loss."""
+"""The training loss: the weighted sum of its terms."""
 
-# B anchors, D width, M masked tokens, V vocabulary
+# B anchors, D width, C candidates, M masked tokens, V vocabulary
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
+from functools import reduce
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from promcse_pl.losses.contrastive import ntxent, ntxent_logits
+from promcse_pl.config import LossConfig
+from promcse_pl.losses.contrastive import ntxent, ntxent_logits, weight_by_hardness
+from promcse_pl.losses.cosent import cosent
+from promcse_pl.losses.guide import candidate_cosines, distillation_loss, false_negatives
 from promcse_pl.losses.hinge import energy_hinge
 
 MLM_DECAY, MLM_DECAY_STEPS = 0.95, 100
@@ -21,13 +27,16 @@ class LossParts:
     """The total loss and its weighted terms, scalars; None for a term that is not used."""
 
     total: Tensor
-    contrastive: Tensor
+    contrastive: Tensor | None = None
+    cosent: Tensor | None = None
     hinge: Tensor | None = None
+    distillation: Tensor | None = None
     mlm: Tensor | None = None
 
     def named(self) -> dict[str, Tensor]:
         """Return the terms that are used, by name."""
-        parts = {"loss": self.total, "contrastive": self.contrastive, "hinge": self.hinge, "mlm": self.mlm}
+        names = ("contrastive", "cosent", "hinge", "distillation", "mlm")
+        parts = {"loss": self.total, **{name: getattr(self, name) for name in names}}
         return {name: part for name, part in parts.items() if part is not None}
 
 
@@ -51,52 +60,86 @@ def mlm_weight_at(step: int, weight: float) -> float:
     return float(weight * MLM_DECAY ** (step / MLM_DECAY_STEPS))
 
 
-# nine parameters: three views, and the terms of the equation; a pure function of them needs no config
 def hybrid_loss(
     anchor_BD: Tensor,
     positive_BD: Tensor,
     negative_BD: Tensor | None,
+    config: LossConfig,
     *,
-    temperature: float,
-    margin: float,
-    hinge_weight: float,
-    hard_negative_logit: float = 0.0,
+    scores_B: Tensor | None = None,
+    guide_BC: Tensor | None = None,
     mlm: Tensor | None = None,
-    mlm_weight: float = 0.0,
 ) -> LossParts:
     """Sum the loss terms (Jiang et al. 2022, eq. 12, and the official code's MLM term).
 
-        L = L_NT-Xent + lambda * L_hinge + w_mlm * L_MLM
+        L = L_NT-Xent + lambda * L_hinge + w_kl * L_distillation + w_mlm * L_MLM
 
     Args:
         anchor_BD, positive_BD, negative_BD: Unnormalised embeddings, one row per example; no negatives for pairs.
-        temperature: Divides the cosines in NT-Xent, > 0.
-        margin: Cosine gap of the hinge, in [0, 2].
-        hinge_weight: Lambda >= 0; 0 disables the hinge. Must be 0 without hard negatives.
-        hard_negative_logit: See `ntxent_logits`; it does not affect the hinge.
-        mlm: The unweighted MLM loss, or None.
-        mlm_weight: Weight of the MLM loss at this step.
+        config: Weights and parameters of the terms. Its `hinge_weight` must be 0 without hard negatives; its `mlm_weight` is not
+            used, since that weight depends on the step.
+        scores_B: Scores of the pairs, which are then trained with CoSENT in place of NT-Xent; None for rows without scores.
+        guide_BC: Cosines of the guide, see `candidate_cosines`; needed by `mask_false_negatives` and the distillation.
+        mlm: The weighted MLM loss, or None.
 
     Returns:
         The total and its weighted terms.
 
     Raises:
-        ValueError: hinge_weight is not 0 without hard negatives.
+        ValueError: hinge_weight is not 0 without hard negatives, or a term needs the guide.
     """
-    if negative_BD is None and hinge_weight:
+    if negative_BD is None and config.hinge_weight:
         raise ValueError("the energy hinge needs hard negatives (triplets); set hinge_weight to 0 for pairs")
+    if config.needs_guide and guide_BC is None:
+        raise ValueError("mask_false_negatives and distillation_weight need the cosines of the guide, guide_BC")
     anchor_BD, positive_BD = F.normalize(anchor_BD, dim=1), F.normalize(positive_BD, dim=1)
     negative_BD = None if negative_BD is None else F.normalize(negative_BD, dim=1)
-    contrastive = ntxent(
-        ntxent_logits(
-            anchor_BD, positive_BD, negative_BD, temperature=temperature, hard_negative_logit=hard_negative_logit
-        )
+    terms: dict[str, Tensor] = {}
+    if scores_B is not None:
+        cosines_B = (anchor_BD * positive_BD).sum(1)
+        terms["cosent"] = cosent(cosines_B, scores_B, temperature=config.temperature)
+    else:
+        terms |= _contrastive_terms(anchor_BD, positive_BD, negative_BD, config, guide_BC)
+    if config.distillation_weight and guide_BC is not None:
+        cosines_BC = candidate_cosines(anchor_BD, positive_BD, negative_BD)
+        kl = distillation_loss(cosines_BC, guide_BC, temperature=config.temperature)
+        terms["distillation"] = config.distillation_weight * kl
+    if mlm is not None:
+        terms["mlm"] = mlm
+    return LossParts(reduce(operator.add, terms.values()), **terms)
+
+
+def _contrastive_terms(
+    anchor_BD: Tensor, positive_BD: Tensor, negative_BD: Tensor | None, config: LossConfig, guide_BC: Tensor | None
+) -> dict[str, Tensor]:
+    """Return NT-Xent and, with hard negatives, the weighted hinge; the embeddings are unit vectors.
+
+    With `symmetric`, NT-Xent is the mean of both directions, as in CLIP (Radford et al. 2021, figure 3).
+    """
+    logits_BC = ntxent_logits(
+        anchor_BD,
+        positive_BD,
+        negative_BD,
+        temperature=config.temperature,
+        hard_negative_logit=config.hard_negative_logit,
     )
-    total, hinge = contrastive, None
-    if negative_BD is not None and hinge_weight:
-        hinge = hinge_weight * energy_hinge(anchor_BD, positive_BD, negative_BD, margin=margin)
-        total = total + hinge
-    weighted_mlm = None if mlm is None else mlm_weight * mlm
-    if weighted_mlm is not None:
-        total = total + weighted_mlm
-    return LossParts(total, contrastive, hinge, weighted_mlm)
+    mask_guide_BC = guide_BC if config.mask_false_negatives else None
+    contrastive = _guided_ntxent(logits_BC, mask_guide_BC, config.hardness)
+    if config.symmetric:
+        square = slice(len(logits_BC))  # the positives; hard negatives are no anchors
+        reverse_guide_BB = None if mask_guide_BC is None else mask_guide_BC[:, square].T
+        reverse = _guided_ntxent(logits_BC[:, square].T, reverse_guide_BB, config.hardness)
+        contrastive = (contrastive + reverse) / 2
+    terms = {"contrastive": contrastive}
+    if negative_BD is not None and config.hinge_weight:
+        excluded_BC = None if mask_guide_BC is None else false_negatives(mask_guide_BC)
+        hinge = energy_hinge(anchor_BD, positive_BD, negative_BD, margin=config.margin, excluded_BC=excluded_BC)
+        terms["hinge"] = config.hinge_weight * hinge
+    return terms
+
+
+def _guided_ntxent(logits_BC: Tensor, guide_BC: Tensor | None, hardness: float) -> Tensor:
+    """Return NT-Xent without the false negatives of the guide, and with its negatives weighted by their hardness."""
+    if guide_BC is not None:
+        logits_BC = logits_BC.masked_fill(false_negatives(guide_BC), -torch.inf)
+    return ntxent(weight_by_hardness(logits_BC, hardness) if hardness else logits_BC)

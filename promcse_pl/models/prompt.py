@@ -57,6 +57,11 @@ class DeepPrompt(nn.Module):
         prompt = flat.view(self.length, self.layers, 2, self.heads, self.head_size).permute(1, 2, 3, 0, 4)
         return prompt.unsqueeze(2)
 
+    @torch.no_grad()
+    def add_to_slots(self, kv_L2NH: Tensor) -> None:
+        """Add a key and value of every layer to all slots of a prompt without re-parametrisation."""
+        self.embedding.weight += kv_L2NH.reshape(1, -1).to(self.embedding.weight)
+
     def drop(self, prompt_kv: Tensor, sentences: int) -> Tensor:
         """Apply dropout in training, with an independent mask for every sentence, layer, K/V, head, slot and channel.
 

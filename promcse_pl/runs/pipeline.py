@@ -17,7 +17,7 @@ from pytorch_lightning.loggers import Logger
 
 from promcse_pl.adapter import save_adapter
 from promcse_pl.config import Config
-from promcse_pl.data.columns import TRAINING_ROWS
+from promcse_pl.data.columns import ROW_KINDS
 from promcse_pl.data.module import PromcseDataModule
 from promcse_pl.data.pairs import ScoredPairs
 from promcse_pl.data.retrieval import RetrievalSet
@@ -153,7 +153,7 @@ def _report_data(run: RunContext, data: PromcseDataModule, max_length: int | Non
     rows = data.token_rows
     for note in data.notes:
         log.info("%s", note)
-    titles = TRAINING_ROWS[rows.width].titles
+    titles = ROW_KINDS[data.config.kind].titles
     texts = (f"{title} {_excerpt(text)}" for title, text in zip(titles, data.example, strict=True))
     log.info("first row: %s", ", ".join(texts))
     origin = "from the cache" if rows.reused else "tokenised now"
@@ -180,8 +180,10 @@ def _report_data(run: RunContext, data: PromcseDataModule, max_length: int | Non
             log.warning("the best step is selected on the split test: its score does not measure generalisation")
 
 
-def _excerpt(text: str) -> str:
-    """Return the start of a text in quotes, control characters escaped."""
+def _excerpt(text: str | float) -> str:
+    """Return the start of a text in quotes, control characters escaped; or a score."""
+    if not isinstance(text, str):
+        return f"{text:g}"
     return repr(text if len(text) <= EXCERPT_LENGTH else f"{text[: EXCERPT_LENGTH - 1]}…")
 
 

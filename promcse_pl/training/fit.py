@@ -19,27 +19,32 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy
 
 from promcse_pl.config import Config, TrainerConfig
-from promcse_pl.data.module import PromcseDataModule
+from promcse_pl.data.batch import Tokens
+from promcse_pl.data.module import PromcseDataModule, epoch_order
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.cpu.dropout import Dropout
-from promcse_pl.models.encoder import PromptEncoder
+from promcse_pl.models.encoder import PromptEncoder, eval_mode
 from promcse_pl.models.mlm import MlmHead
 from promcse_pl.run_folder import ADAPTER
 from promcse_pl.training.callbacks import BestByDev, History, Progress, WeightAverage
 from promcse_pl.training.checkpoint import RunCheckpoints, Saver, check_callbacks
 from promcse_pl.training.context import RunContext
-from promcse_pl.training.distributed import Ranks
+from promcse_pl.training.distributed import Ranks, rank_zero_first
 from promcse_pl.training.encoder_settings import resolve_pooling, resolve_text, training_prompts
 from promcse_pl.training.gather import collective
+from promcse_pl.training.guide import Guide, load_guide
 from promcse_pl.training.machine import must_recompute
 from promcse_pl.training.module import PromcseModule
 from promcse_pl.utils.errors import ConfigError
 from promcse_pl.utils.signals import Stopped
+from promcse_pl.utils.terminal import progress_bar
 
 log = logging.getLogger("promcse_pl")
 
 SHORT_RUN_EVALUATIONS = 4
 """Number of dev evaluations in a run of fewer than two `trainer.eval_every`."""
+INIT_ROWS = 64
+"""Training rows whose last tokens `prompt.init=data` averages; their number hardly changes the mean."""
 MIN_INPUT_TOKENS = 3
 """Tokens of the shortest useful sentence: one word between two special tokens."""
 
@@ -204,15 +209,19 @@ def fit(run: RunContext, parts: Parts, loggers: Sequence[Logger]) -> Fitted:
     steps = min(epoch_steps * config.trainer.epochs, config.trainer.max_steps or epoch_steps * config.trainer.epochs)
     chunk_tokens = config.trainer.chunk_tokens
     assert chunk_tokens != "auto", "call resolve_machine first"
+    parts.encoder.to(parts.device)
     module = PromcseModule(
-        parts.encoder.to(parts.device),
+        parts.encoder,
         loss=config.loss,
         optim=config.optim,
         total_steps=steps,
         chunk_tokens=chunk_tokens,
         recompute=must_recompute(config, parts.encoder, data.token_rows, parts.device),
         mlm_head=parts.mlm_head,
+        guide=_guide(run, parts, chunk_tokens) if config.loss.needs_guide else None,
     )
+    if config.prompt.init == "data" and not run.checkpoint:
+        _start_prompt_from_data(run, parts)
     data.start_step = run.checkpoint.step if run.checkpoint else 0
     log_every = min(config.trainer.log_every, steps)  # at least one entry in a short run
     history, average, saver = History(log_every, chunk_tokens), _weight_average(config.trainer, steps), Saver(run)
@@ -245,6 +254,31 @@ def fit(run: RunContext, parts: Parts, loggers: Sequence[Logger]) -> Fitted:
         earlier_seconds=saver.seconds,
         rows_per_second=history.total_rows / history.total_seconds,
     )
+
+
+def _start_prompt_from_data(run: RunContext, parts: Parts) -> None:
+    """Move the prompt slots to the keys and values of the last tokens of training sentences (`prompt.init=data`)."""
+    rows, encoder = parts.data.token_rows, parts.encoder
+    sample = epoch_order(len(rows), run.config.seed, 0)[:INIT_ROWS]
+    tokens = Tokens.padded(*rows.fetch(sample)).to(parts.device)
+    with eval_mode(encoder):
+        encoder.prompt.add_to_slots(
+            encoder.backbone.last_token_keys_values(tokens.ids_NT, tokens.mask_NT, encoder.position_offset)
+        )
+    log.info(
+        "the prompt starts at the mean key and value of the last token of %d training sentences", len(tokens.ids_NT)
+    )
+
+
+def _guide(run: RunContext, parts: Parts, chunk_tokens: int | None) -> Guide:
+    """Return the frozen encoder's embeddings of the training sentences, which rank 0 computes if the cache has none."""
+    rows = parts.data.token_rows
+    title = "encoding the training sentences with the frozen encoder"
+    with (
+        rank_zero_first(run.ranks),
+        progress_bar(run.console, title, len(rows) * rows.width) as progress,
+    ):
+        return load_guide(parts.encoder, parts.data, chunk_tokens, progress)
 
 
 def _weight_average(trainer: TrainerConfig, steps: int) -> WeightAverage | None:

@@ -14,10 +14,12 @@ from torch import Tensor
 from promcse_pl.config import LossConfig, OptimConfig
 from promcse_pl.data.batch import TrainBatch
 from promcse_pl.data.masking import IGNORED
+from promcse_pl.losses.guide import candidate_cosines
 from promcse_pl.losses.hybrid import LossParts, hybrid_loss, mlm_loss, mlm_weight_at
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.mlm import MlmHead
 from promcse_pl.training.gather import average_gradients, gather_rows, scaled_gradient, sum_over_ranks, world_size
+from promcse_pl.training.guide import Guide
 from promcse_pl.training.optimizer import build_optimizer, learning_rate_factor
 from promcse_pl.utils.errors import NonFiniteError
 
@@ -32,11 +34,12 @@ class PromcseModule(pl.LightningModule):
         total_steps: Number of steps of the schedule.
         chunk_tokens, recompute: See `PromptEncoder.forward`.
         mlm_head: Head of the MLM task; trained with the prompt, but not part of the adapter.
+        guide: Embeddings of the training sentences by the frozen encoder, for the terms that need them.
         official_gradient: With several ranks, scale the gradient by 1 / ranks and average the MLM loss per rank, as the official
             code does. By default, loss and gradient equal those of a single process.
     """
 
-    def __init__(  # 8 parameters: each is independent, and most have a default
+    def __init__(  # 9 parameters: each is independent, and most have a default
         self,
         encoder: PromptEncoder,
         *,
@@ -46,10 +49,12 @@ class PromcseModule(pl.LightningModule):
         chunk_tokens: int | None = None,
         recompute: bool = False,
         mlm_head: MlmHead | None = None,
+        guide: Guide | None = None,
         official_gradient: bool = False,
     ) -> None:
         super().__init__()
         self.encoder, self.mlm_head, self.official_gradient = encoder, mlm_head, official_gradient
+        self.guide = guide
         self.loss, self.optim, self.total_steps = loss, optim, total_steps
         self.chunk_tokens, self.recompute = chunk_tokens, recompute
         self.entry: dict[str, Tensor] = {}
@@ -70,12 +75,10 @@ class PromcseModule(pl.LightningModule):
             views[0],
             views[1],
             views[2] if batch.views == 3 else None,
-            temperature=self.loss.temperature,
-            margin=self.loss.margin,
-            hinge_weight=self.loss.hinge_weight,
-            hard_negative_logit=self.loss.hard_negative_logit,
+            self.loss,
+            scores_B=None if batch.scores_B is None else gather_rows(batch.scores_B.view(1, -1, 1)).flatten(),
+            guide_BC=self._guide_cosines(batch.rows_B, vectors_ND.device),
             mlm=self._mlm_loss(hidden_MD, batch.tokens.mlm_labels_NT),
-            mlm_weight=mlm_weight_at(self.global_step, self.loss.mlm_weight),
         )
         total = parts.total
         if not rows:
@@ -87,16 +90,26 @@ class PromcseModule(pl.LightningModule):
     def _trained(self) -> list[Tensor]:
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
+    def _guide_cosines(self, rows_B: Tensor, device: torch.device) -> Tensor | None:
+        """Return the cosines of the guide between all anchors and candidates of the batch, or None without a guide."""
+        if self.guide is None:
+            return None
+        return candidate_cosines(*gather_rows(self.guide.views(rows_B).to(device)))
+
     def _mlm_loss(self, hidden_MD: Tensor | None, labels_NT: Tensor | None) -> Tensor | None:
+        """Return the weighted MLM loss over all ranks, or None without the MLM task."""
         if self.mlm_head is None or hidden_MD is None or labels_NT is None:
             return None
+        weight = mlm_weight_at(self.global_step, self.loss.mlm_weight)
         labels_M = labels_NT[labels_NT != IGNORED]
         loss = mlm_loss(self.mlm_head(hidden_MD), labels_M)
         if self.official_gradient or world_size() == 1:
-            return loss
+            return weight * loss
         fraction = len(labels_M) / sum_over_ranks(loss.new_tensor(float(len(labels_M)))).clamp(min=1)
         loss = loss * fraction
-        return loss + (sum_over_ranks(loss) - loss).detach()  # the value over all ranks, the gradient of this rank
+        return weight * (
+            loss + (sum_over_ranks(loss) - loss).detach()
+        )  # the value over all ranks, the gradient of this rank
 
     def on_fit_start(self) -> None:
         """Enable dropout: encoders are loaded in eval mode, and Lightning does not change the mode."""

@@ -358,9 +358,10 @@ def test_a_txt_file_of_pairs_says_how_to_train_on_sentences(tmp_path, monkeypatc
 
 
 def test_a_cache_of_another_reading_is_not_reused(tmp_path):
+    from promcse_pl.data.columns import TRAINING_ROWS
     from promcse_pl.data.tokens import file_source
 
-    options = {"width": 3, "columns": None, "header": None, "on_bad_row": "stop"}
+    options = {"kind": TRAINING_ROWS[3], "columns": None, "header": None, "on_bad_row": "stop"}
     write(tmp_path / "one.csv", "negative,anchor,positive", [["n", "a", "p"]])
     write(tmp_path / "two.csv", "anchor,positive,negative", [["n", "a", "p"]])
     one, two = (file_source(tmp_path / name, **options) for name in ("one.csv", "two.csv"))

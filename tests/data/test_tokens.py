@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from promcse_pl.data import tokens as module
+from promcse_pl.data.columns import TRAINING_ROWS
 from promcse_pl.data.readers import BadRow
 from promcse_pl.data.tokenizer import tokenizer_fingerprint
 from promcse_pl.data.tokens import RowSource, file_source, load_tokens, memory_source, prepare_rows
@@ -53,7 +54,9 @@ def folders(cache: Path) -> list[str]:
 
 
 def csv_source(path: Path, **changes) -> RowSource:
-    return file_source(path, **{"width": 2, "columns": None, "header": None, "on_bad_row": "skip", **changes})
+    return file_source(
+        path, **{"kind": TRAINING_ROWS[2], "columns": None, "header": None, "on_bad_row": "skip", **changes}
+    )
 
 
 # --- content
@@ -166,14 +169,14 @@ def test_whatever_changes_the_ids_builds_another_cache(tokenizer, tmp_path):
         key(csv_source(path), max_length=8),
         key(csv_source(path), tokenizer=word_tokenizer([*WORDS, "bird"])),
         key(csv_source(path, columns=["b", "a"])),
-        key(csv_source(path, width=1, columns=["a"])),
+        key(csv_source(path, kind=TRAINING_ROWS[1], columns=["a"])),
         key(csv_source(path, header=False)),
         key(csv_source(path, on_bad_row="stop")),
     }
     single = tmp_path / "single.csv"
     single.write_text("a\nthe man\n", encoding="utf-8")
     shutil.copy(single, single.with_suffix(".tsv"))
-    keys |= {key(csv_source(single.with_suffix(suffix), width=1)) for suffix in (".csv", ".tsv")}
+    keys |= {key(csv_source(single.with_suffix(suffix), kind=TRAINING_ROWS[1])) for suffix in (".csv", ".tsv")}
     path.write_text("a,b\nthe man,the cat\n", encoding="utf-8")
     keys.add(key(csv_source(path)))
     assert len(keys) == 10
@@ -397,7 +400,7 @@ def test_a_wordpiece_tokenizer_with_its_own_padding_and_unicode(tmp_path):
     texts = ["👩‍👩‍👧 naïve café", "שלום עולם", "tokenisation " * 40, "NA", "\u2028mixed\u2028lines", "a"]
     path = tmp_path / "texts.txt.gz"
     path.write_bytes(gzip.compress("\n".join(texts).encode()))
-    source = file_source(path, width=1, columns=None, header=None, on_bad_row="stop")
+    source = file_source(path, kind=TRAINING_ROWS[1], columns=None, header=None, on_bad_row="stop")
     cached = load_tokens(source, tokenizer, max_length=16, cache_dir=tmp_path)
     expected = tokenizer(texts, truncation=True, max_length=16, padding=True, return_tensors="np")["input_ids"]
     np.testing.assert_array_equal(cached.fetch(np.arange(6))[0], expected)
@@ -407,6 +410,8 @@ def test_a_wordpiece_tokenizer_with_its_own_padding_and_unicode(tmp_path):
 
 @pytest.mark.realdata
 def test_the_nli_file_is_tokenised(tokenizer, tmp_path):
-    source = file_source(DATA / "nli/nli_train.csv", width=3, columns=None, header=None, on_bad_row="stop")
+    source = file_source(
+        DATA / "nli/nli_train.csv", kind=TRAINING_ROWS[3], columns=None, header=None, on_bad_row="stop"
+    )
     cached = load_tokens(source, tokenizer, max_length=32, cache_dir=tmp_path)
     assert (len(cached), cached.width, cached.bad_rows) == (29_316, 3, [])

@@ -16,6 +16,7 @@ from support.official import (
 )
 from torch.nn import functional as F
 
+from promcse_pl.config import LossConfig
 from promcse_pl.data.masking import IGNORED
 from promcse_pl.losses.contrastive import ntxent_logits
 from promcse_pl.losses.hybrid import hybrid_loss, mlm_loss
@@ -52,12 +53,13 @@ def test_equals_the_official_code(case, chunk_tokens):
         mlm = mlm_loss(head(hidden), labels[labels != IGNORED])
     parts = hybrid_loss(
         anchor, positive, negative,
-        temperature=args["temp"],
-        margin=args["eh_loss_margin"] or 0.0,
-        hinge_weight=args["eh_loss_weight"] if args["do_eh_loss"] else 0.0,
-        hard_negative_logit=hard_negative_logit,
-        mlm=mlm,
-        mlm_weight=args["mlm_weight"],
+        LossConfig(
+            temperature=args["temp"],
+            margin=args["eh_loss_margin"] or 0.0,
+            hinge_weight=args["eh_loss_weight"] if args["do_eh_loss"] else 0.0,
+            hard_negative_logit=hard_negative_logit,
+        ),
+        mlm=None if mlm is None else args["mlm_weight"] * mlm,
     )  # fmt: skip
     unit = [None if x is None else F.normalize(x, dim=1) for x in (anchor, positive, negative)]
     logits = ntxent_logits(*unit, temperature=args["temp"], hard_negative_logit=hard_negative_logit)

@@ -4,85 +4,24 @@ import math
 
 import pytest
 import torch
+from support.losses import (
+    assert_equal_with_gradients,
+    dot,
+    slow_hinge,
+    slow_hybrid,
+    slow_ntxent,
+    some_views,
+    unit,
+    unit_views,
+)
 from torch.nn import functional as F
 
-from promcse_pl.losses.contrastive import ntxent, ntxent_logits
+from promcse_pl.config import LossConfig
+from promcse_pl.losses.contrastive import ntxent, ntxent_logits, weight_by_hardness
 from promcse_pl.losses.hinge import energy_hinge
 from promcse_pl.losses.hybrid import hybrid_loss, mlm_loss, mlm_weight_at
 
-TEMPERATURE, STEP = 0.2, 1e-5
-
-
-# --- the formulas, on lists of floats
-
-
-def dot(u, v):
-    return sum(a * b for a, b in zip(u, v, strict=True))
-
-
-def unit(rows):
-    return None if rows is None else [[x / math.sqrt(dot(row, row)) for x in row] for row in rows]
-
-
-def slow_ntxent(anchors, positives, negatives, temperature, logit=0.0):
-    total = 0.0
-    for i, anchor in enumerate(anchors):
-        scores = [dot(anchor, positive) / temperature for positive in positives]
-        for j, negative in enumerate(negatives or []):
-            scores.append(dot(anchor, negative) / temperature + (logit if i == j else 0.0))
-        total -= math.log(math.exp(scores[i]) / sum(math.exp(score) for score in scores))
-    return total / len(anchors)
-
-
-def slow_hinge(anchors, positives, negatives, margin):
-    total = 0.0
-    for i, anchor in enumerate(anchors):
-        hardest = -math.inf
-        for j, positive in enumerate(positives):
-            if j != i:
-                hardest = max(hardest, dot(anchor, positive))
-        for negative in negatives:
-            hardest = max(hardest, dot(anchor, negative))
-        total += max(0.0, margin + hardest - dot(anchor, positives[i]))
-    return total / len(anchors)
-
-
-def slow_hybrid(anchors, positives, negatives, temperature, logit, margin, hinge_weight):
-    anchors, positives, negatives = unit(anchors), unit(positives), unit(negatives)
-    loss = slow_ntxent(anchors, positives, negatives, temperature, logit)
-    return loss + hinge_weight * slow_hinge(anchors, positives, negatives, margin) if hinge_weight else loss
-
-
-# --- comparison
-
-
-def some_views(batch, views, seed=0, width=4):
-    """Vectors whose anchor and positive are near, and not of length 1."""
-    generator = torch.Generator().manual_seed(seed)
-    noise = [torch.randn(batch, width, dtype=torch.float64, generator=generator) for _ in range(4)]
-    return [noise[0] + 0.6 * noise[1], noise[0] + 0.6 * noise[2], 0.5 * noise[0] + noise[3]][:views]
-
-
-def unit_views(batch, views, seed=0):
-    return [F.normalize(view, dim=1) for view in some_views(batch, views, seed)]
-
-
-def assert_equal_with_gradients(ours, slow, tensors):
-    """ours(*tensors) and slow(*lists) agree, and so do autograd and central differences of the slow one."""
-    tensors = [tensor.clone().requires_grad_() for tensor in tensors]
-    value = ours(*tensors)
-    lists = [tensor.tolist() for tensor in tensors]
-    assert value.item() == pytest.approx(slow(*lists), rel=1e-12, abs=1e-14)
-    grads = torch.autograd.grad(value, tensors)
-    for rows, grad in zip(lists, grads, strict=True):
-        for i, row in enumerate(rows):
-            for j, entry in enumerate(row):
-                row[j] = entry + STEP
-                above = slow(*lists)
-                row[j] = entry - STEP
-                below = slow(*lists)
-                row[j] = entry
-                assert grad[i, j].item() == pytest.approx((above - below) / (2 * STEP), rel=1e-6, abs=1e-8)
+TEMPERATURE = 0.2
 
 
 # --- NT-Xent
@@ -124,6 +63,54 @@ def test_ntxent_of_equal_candidates_is_the_logarithm_of_their_number():
     same = F.normalize(torch.ones(6, 4, dtype=torch.float64), dim=1)
     loss = ntxent(ntxent_logits(same, same, same, temperature=0.05))
     assert loss.item() == pytest.approx(math.log(12), rel=1e-12)
+
+
+# --- hardness
+
+
+def slow_hard_ntxent(anchors, positives, negatives, beta, excluded=()):
+    total = 0.0
+    for i, anchor in enumerate(anchors):
+        logits = [dot(anchor, candidate) / TEMPERATURE for candidate in [*positives, *(negatives or [])]]
+        wrong = [logit for c, logit in enumerate(logits) if c != i and (i, c) not in excluded]
+        mean = sum(math.exp(beta * logit) for logit in wrong) / max(1, len(wrong))
+        weighted = sum(math.exp(beta * logit) / mean * math.exp(logit) for logit in wrong)
+        total -= math.log(math.exp(logits[i]) / (math.exp(logits[i]) + weighted))
+    return total / len(anchors)
+
+
+@pytest.mark.parametrize("beta", [0.3, 1.0])
+@pytest.mark.parametrize("views", [2, 3])
+@pytest.mark.parametrize("batch", [1, 5])
+def test_hardness_weighting_equals_the_loop(batch, views, beta):
+    config = LossConfig(temperature=TEMPERATURE, hinge_weight=0.0, hardness=beta)
+
+    def ours(anchor, positive, negative=None):
+        return hybrid_loss(anchor, positive, negative, config).total
+
+    def slow(anchor, positive, negative=None):
+        return slow_hard_ntxent(unit(anchor), unit(positive), unit(negative), beta)
+
+    assert_equal_with_gradients(ours, slow, some_views(batch, views))
+
+
+def test_hardness_weighting_leaves_out_candidates_that_are_no_negatives():
+    excluded = {(0, 1), (1, 2), (2, 0), (2, 1)}  # the last row keeps no negative
+    mask_BC = torch.tensor([[(i, c) in excluded for c in range(3)] for i in range(3)])
+
+    def ours(anchor, positive):
+        logits_BC = ntxent_logits(anchor, positive, temperature=TEMPERATURE).masked_fill(mask_BC, -torch.inf)
+        return ntxent(weight_by_hardness(logits_BC, 0.5))
+
+    def slow(anchor, positive):
+        return slow_hard_ntxent(anchor, positive, None, 0.5, excluded)
+
+    assert_equal_with_gradients(ours, slow, unit_views(3, 2))
+
+
+def test_weighting_with_hardness_zero_changes_nothing():
+    logits_BC = ntxent_logits(*unit_views(4, 3), temperature=TEMPERATURE)
+    torch.testing.assert_close(weight_by_hardness(logits_BC, 0.0), logits_BC)
 
 
 # --- energy hinge
@@ -184,7 +171,7 @@ def test_hybrid_loss_equals_the_loop_on_unnormalised_embeddings(batch, views, hi
     def ours(anchor, positive, negative=None):
         return hybrid_loss(
             anchor, positive, negative,
-            temperature=TEMPERATURE, margin=0.3, hinge_weight=hinge_weight, hard_negative_logit=logit,
+            LossConfig(temperature=TEMPERATURE, margin=0.3, hinge_weight=hinge_weight, hard_negative_logit=logit),
         ).total  # fmt: skip
 
     def slow(anchor, positive, negative=None):
@@ -194,9 +181,8 @@ def test_hybrid_loss_equals_the_loop_on_unnormalised_embeddings(batch, views, hi
 
 
 def test_the_parts_are_weighted_and_sum_to_the_total():
-    mlm = torch.tensor(3.0, dtype=torch.float64)
-    options = {"temperature": TEMPERATURE, "margin": 0.4}
-    parts = hybrid_loss(*some_views(4, 3), **options, hinge_weight=10.0, mlm=mlm, mlm_weight=0.1)
+    mlm = torch.tensor(0.3, dtype=torch.float64)
+    parts = hybrid_loss(*some_views(4, 3), LossConfig(temperature=TEMPERATURE, margin=0.4, hinge_weight=10.0), mlm=mlm)
     assert parts.named().keys() == {"loss", "contrastive", "hinge", "mlm"}
     assert parts.mlm.item() == pytest.approx(0.3)
     assert parts.hinge.item() == pytest.approx(10 * slow_hinge(*(unit(v.tolist()) for v in some_views(4, 3)), 0.4))
@@ -204,15 +190,15 @@ def test_the_parts_are_weighted_and_sum_to_the_total():
 
 
 def test_unused_loss_terms_are_not_named():
-    parts = hybrid_loss(*some_views(4, 3), temperature=TEMPERATURE, margin=0.2, hinge_weight=0.0)
+    parts = hybrid_loss(*some_views(4, 3), LossConfig(temperature=TEMPERATURE, hinge_weight=0.0))
     assert parts.named().keys() == {"loss", "contrastive"}
     assert parts.total is parts.contrastive
 
 
 def test_the_hinge_sees_neither_temperature_nor_hard_negative_logit():
     views = some_views(4, 3)
-    one = hybrid_loss(*views, temperature=0.05, margin=0.3, hinge_weight=2.0)
-    two = hybrid_loss(*views, temperature=0.5, margin=0.3, hinge_weight=2.0, hard_negative_logit=3.0)
+    one = hybrid_loss(*views, LossConfig(temperature=0.05, margin=0.3, hinge_weight=2.0))
+    two = hybrid_loss(*views, LossConfig(temperature=0.5, margin=0.3, hinge_weight=2.0, hard_negative_logit=3.0))
     assert one.hinge.item() > 0
     assert torch.equal(one.hinge, two.hinge)
     assert not torch.equal(one.contrastive, two.contrastive)
@@ -221,12 +207,12 @@ def test_the_hinge_sees_neither_temperature_nor_hard_negative_logit():
 def test_a_hinge_without_hard_negatives_is_refused():
     anchor, positive = some_views(4, 2)
     with pytest.raises(ValueError, match=r"needs hard negatives.*hinge_weight to 0"):
-        hybrid_loss(anchor, positive, None, temperature=TEMPERATURE, margin=0.2, hinge_weight=10.0)
+        hybrid_loss(anchor, positive, None, LossConfig(hinge_weight=10.0))
 
 
 def test_equal_vectors_everywhere_give_a_finite_gradient():
     views = [torch.ones(4, 3, dtype=torch.float64).requires_grad_() for _ in range(3)]
-    parts = hybrid_loss(*views, temperature=0.05, margin=0.2, hinge_weight=10.0)
+    parts = hybrid_loss(*views, LossConfig(temperature=0.05, margin=0.2, hinge_weight=10.0))
     parts.total.backward()
     assert parts.hinge.item() == pytest.approx(10 * 0.2)
     assert all(torch.isfinite(view.grad).all() for view in views)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.encoders import NO_DROPOUT, SMALL, prompt_encoder, small_backbone, small_tokens, trained
 
+from promcse_pl.config import LossConfig
 from promcse_pl.config.pooling import POOLINGS
 from promcse_pl.data.batch import Tokens
 from promcse_pl.data.masking import IGNORED
@@ -251,7 +252,7 @@ def test_chunks_change_neither_vectors_nor_loss_nor_gradients(pooling, head, fam
         # each hidden vector has its own weight, so that their order matters
         mlm = (hidden @ direction * torch.arange(1, len(hidden) + 1)).mean() / len(hidden)
         views = vectors.view(3, 2, -1)
-        loss = hybrid_loss(*views, temperature=0.5, margin=0.2, hinge_weight=1.0, mlm=mlm, mlm_weight=1.0).total
+        loss = hybrid_loss(*views, LossConfig(temperature=0.5, margin=0.2, hinge_weight=1.0), mlm=mlm).total
         loss.backward()
         return [vectors, hidden, loss, *(parameter.grad.clone() for parameter in trained(encoder).values())]
 

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from promcse_pl import PromCSE
 from promcse_pl.adapter import load_adapter, save_adapter
+from promcse_pl.config import LossConfig
 from promcse_pl.config.pooling import POOLINGS
 from promcse_pl.data.batch import Tokens
 from promcse_pl.losses.hybrid import hybrid_loss
@@ -48,7 +49,7 @@ def states_of(encoder: PromptEncoder, ids_NT: torch.Tensor, mask_NT: torch.Tenso
 
 def loss_of(encoder: PromptEncoder, tokens: Tokens, **options: object) -> torch.Tensor:
     vectors, _ = encoder(tokens, train_head=True, **options)
-    return hybrid_loss(*vectors.view(3, 2, -1), temperature=0.05, margin=0.2, hinge_weight=10.0).total
+    return hybrid_loss(*vectors.view(3, 2, -1), LossConfig(temperature=0.05, margin=0.2, hinge_weight=10.0)).total
 
 
 def gradients_of(encoder: PromptEncoder, tokens: Tokens, **options: object) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.encoders import FAMILIES, small_backbone, small_tokens
 
+from promcse_pl.config import LossConfig
 from promcse_pl.data.batch import TrainBatch
 from promcse_pl.embedder import PromCSE
 from promcse_pl.losses.hybrid import hybrid_loss
@@ -24,7 +25,7 @@ FLOAT64 = {
 def loss_and_gradient(encoder, device, **options):
     encoder.to(device).zero_grad()
     vectors, _ = encoder(small_tokens(LENGTHS, encoder.backbone.pad_id).to(device), train_head=True, **options)
-    loss = hybrid_loss(*vectors.view(3, 3, -1), temperature=0.5, margin=0.2, hinge_weight=10.0).total
+    loss = hybrid_loss(*vectors.view(3, 3, -1), LossConfig(temperature=0.5, margin=0.2, hinge_weight=10.0)).total
     loss.backward()
     return loss.detach().cpu(), encoder.prompt.embedding.weight.grad.cpu()
 

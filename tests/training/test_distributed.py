@@ -3,6 +3,7 @@
 import multiprocessing as mp
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.mlm import MlmHead
 from promcse_pl.training.distributed import Ranks, find_ranks, refuse_sweep
 from promcse_pl.training.gather import average_gradients
+from promcse_pl.training.guide import Guide
 from promcse_pl.training.module import PromcseModule
 from promcse_pl.utils.errors import ConfigError
 
@@ -24,22 +26,30 @@ TOLERANCE = {torch.float32: (1e-6, 1e-5), torch.float64: (1e-12, 4e-12)}
 """Of losses and of gradients. Rounding in float32 depends on the processor's kernels: up to 4.1e-6 with AVX-512 on AMD, below
 4e-6 on others; float64 is what proves the equality."""
 JOBS = [
-    (width, mlm, rows, ranks, dtype, chunk_tokens, official)
+    (width, mlm, rows, ranks, dtype, chunk_tokens, official, term)
     for ranks in (2, 3)
     for dtype in TOLERANCE
-    for width, mlm, rows, chunk_tokens, official in [
-        (3, False, 8, None, False),
-        (3, True, 7, 30, False),
-        (2, True, 5, 30, False),
-        (1, False, 3, 30, False),
-        (3, True, 2, 30, False),  # of three ranks one has no row
-        (3, True, 1, None, False),  # and here all but one
-        (2, False, 7, 30, True),
+    for width, mlm, rows, chunk_tokens, official, term in [
+        (3, False, 8, None, False, ""),
+        (3, True, 7, 30, False, ""),
+        (2, True, 5, 30, False, ""),
+        (1, False, 3, 30, False, ""),
+        (3, True, 2, 30, False, ""),  # of three ranks one has no row
+        (3, True, 1, None, False, ""),  # and here all but one
+        (2, False, 7, 30, True, ""),
+        (3, False, 7, 30, False, "guide"),
+        (3, False, 2, None, False, "guide"),
+        (2, False, 7, 30, False, "scores"),
+        (2, False, 2, None, False, "scores"),
     ]
+    if dtype is torch.float64
+    or term != "scores"  # CoSENT magnifies the rounding of nearly equal cosines by 1/temperature
 ]
 
 
-def make_module(width: int, mlm: bool, dtype: torch.dtype, chunk_tokens: int | None, official: bool) -> PromcseModule:
+def make_module(
+    width: int, mlm: bool, dtype: torch.dtype, chunk_tokens: int | None, official: bool, term: str
+) -> PromcseModule:
     backbone = small_backbone(**NO_DROPOUT)
     torch.manual_seed(3)
     encoder = PromptEncoder(backbone, length=4, head="mlp")
@@ -48,7 +58,10 @@ def make_module(width: int, mlm: bool, dtype: torch.dtype, chunk_tokens: int | N
         hinge_weight=10.0 if width == 3 else 0.0,
         hard_negative_logit=0.3 if width == 3 else 0.0,
         mlm_weight=0.1 * mlm,
+        mask_false_negatives=term == "guide",
+        distillation_weight=0.5 if term == "guide" else 0.0,
     )
+    vectors_RWD = np.random.default_rng(0).normal(size=(20, width, 6)).astype(np.float16)
     module = PromcseModule(
         encoder,
         loss=loss,
@@ -56,20 +69,24 @@ def make_module(width: int, mlm: bool, dtype: torch.dtype, chunk_tokens: int | N
         total_steps=1,
         chunk_tokens=chunk_tokens,
         mlm_head=head,
+        guide=Guide(vectors_RWD) if term == "guide" else None,
         official_gradient=official,
     )
     return module.to(dtype).train()
 
 
-def whole_batch(folder: Path, width: int, mlm: bool, rows: int) -> TrainBatch:
+def whole_batch(folder: Path, width: int, mlm: bool, rows: int, term: str = "") -> TrainBatch:
     """A ragged last batch of an epoch; the row count is the data's."""
-    path = folder / f"{width}-{rows}.csv"
+    path = folder / f"{width}-{rows}-{term}.csv"
     if not path.exists():
         cells = [
             [f"w{5 + row} w{6 + position}" + " w20" * (row % 4) for position in range(width)] for row in range(rows)
         ]
-        path.write_text("\n".join(",".join(row) for row in [["a", "b", "c"][:width], *cells]) + "\n")
-    kind = {1: "sentences", 2: "pairs", 3: "triplets"}[width]
+        names = ["a", "b", "c"][:width]
+        if term == "scores":
+            names, cells = [*names, "score"], [[*row, str(number % 5)] for number, row in enumerate(cells)]
+        path.write_text("\n".join(",".join(row) for row in [names, *cells]) + "\n")
+    kind = "scored_pairs" if term == "scores" else {1: "sentences", 2: "pairs", 3: "triplets"}[width]
     config = DataConfig(
         kind=kind, train=str(path), batch_size=20, max_length=12, cache_dir=str(folder / "cache"), header=True
     )
@@ -89,11 +106,12 @@ def step(module: PromcseModule, batch: TrainBatch) -> dict[str, torch.Tensor]:
 
 def run_rank(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    for number, (width, mlm, rows, ranks, dtype, chunk_tokens, official) in enumerate(JOBS):
+    for number, (width, mlm, rows, ranks, dtype, chunk_tokens, official, term) in enumerate(JOBS):
         if rank < ranks:
             dist.init_process_group("gloo", init_method=f"file://{folder}/store{number}", rank=rank, world_size=ranks)
-            share = whole_batch(folder, width, mlm, rows).for_rank(rank, ranks)
-            torch.save(step(make_module(width, mlm, dtype, chunk_tokens, official), share), folder / f"{number}-{rank}")
+            share = whole_batch(folder, width, mlm, rows, term).for_rank(rank, ranks)
+            module = make_module(width, mlm, dtype, chunk_tokens, official, term)
+            torch.save(step(module, share), folder / f"{number}-{rank}")
             dist.destroy_process_group()
 
 
@@ -101,8 +119,8 @@ def run_rank(rank: int, folder: Path) -> None:
 def folder(tmp_path_factory) -> Path:
     """What every rank has computed for every job; the processes start once."""
     folder = tmp_path_factory.mktemp("ranks")
-    for width, mlm, rows, *_ in JOBS:
-        whole_batch(folder, width, mlm, rows)
+    for width, mlm, rows, *_, term in JOBS:
+        whole_batch(folder, width, mlm, rows, term)
     processes: list[mp.Process] = [PROCESSES.Process(target=run_rank, args=(rank, folder)) for rank in range(3)]
     for process in processes:
         process.start()
@@ -111,14 +129,15 @@ def folder(tmp_path_factory) -> Path:
 
 
 def name_of(job: tuple) -> str:
-    width, mlm, rows, ranks, dtype, _, official = job
-    return f"{ranks} ranks-{rows} rows of {width}{'-mlm' * mlm}{'-official' * official}-{str(dtype)[6:]}"
+    width, mlm, rows, ranks, dtype, _, official, term = job
+    return f"{ranks} ranks-{rows} rows of {width}{'-mlm' * mlm}{f'-{term}' * bool(term)}{'-official' * official}-{str(dtype)[6:]}"
 
 
 @pytest.mark.parametrize("job", JOBS, ids=name_of)
 def test_loss_and_gradient_are_those_of_one_process(job, folder):
-    width, mlm, rows, ranks, dtype, chunk_tokens, official = job
-    alone = step(make_module(width, mlm, dtype, chunk_tokens, official), whole_batch(folder, width, mlm, rows))
+    width, mlm, rows, ranks, dtype, chunk_tokens, official, term = job
+    module = make_module(width, mlm, dtype, chunk_tokens, official, term)
+    alone = step(module, whole_batch(folder, width, mlm, rows, term))
     scale = ranks if official else 1
     for rank in range(ranks):
         found = torch.load(folder / f"{JOBS.index(job)}-{rank}")

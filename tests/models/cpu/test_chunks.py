@@ -7,6 +7,7 @@ import pytest
 import torch
 from support.encoders import small_backbone, small_tokens
 
+from promcse_pl.config import LossConfig
 from promcse_pl.data.batch import Tokens
 from promcse_pl.losses.hybrid import hybrid_loss
 from promcse_pl.models.cpu.chunks import _workers, plan_chunks, run_chunks
@@ -39,7 +40,7 @@ def batch(encoder, *, mlm=False) -> Tokens:
 
 
 def loss_of(vectors, hidden):
-    loss = hybrid_loss(*vectors.view(3, 3, -1), temperature=0.05, margin=0.2, hinge_weight=10.0).total
+    loss = hybrid_loss(*vectors.view(3, 3, -1), LossConfig(temperature=0.05, margin=0.2, hinge_weight=10.0)).total
     return loss if hidden is None else loss + hidden.square().mean()
 
 

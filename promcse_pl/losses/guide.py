@@ -1,0 +1,52 @@
+"""Terms that compare with a guide, the frozen encoder without a prompt: a mask of false negatives, and distillation."""
+
+# B anchors, D width, C candidates (B without hard negatives, 2B with)
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def candidate_cosines(anchor_BD: Tensor, positive_BD: Tensor, negative_BD: Tensor | None = None) -> Tensor:
+    """Return the cosine of every anchor with every candidate, in the column order of `ntxent_logits`.
+
+    Args:
+        anchor_BD, positive_BD, negative_BD: Unit vectors, one row per example; no negatives for pairs.
+
+    Returns:
+        (B, C): columns are the positives of the batch, then its hard negatives.
+    """
+    return anchor_BD @ (positive_BD if negative_BD is None else torch.cat([positive_BD, negative_BD])).T
+
+
+def false_negatives(guide_BC: Tensor) -> Tensor:
+    """Return which candidates are probably no negatives (GISTEmbed; Solatorio 2024, section 3).
+
+        mask_ic = cos_guide(anchor_i, candidate_c) > cos_guide(anchor_i, positive_i)
+
+    Args:
+        guide_BC: Cosines of the guide, from `candidate_cosines`.
+
+    Returns:
+        (B, C) boolean; False for the positive of each row.
+    """
+    return guide_BC > guide_BC.diagonal().unsqueeze(1)
+
+
+def distillation_loss(cosines_BC: Tensor, guide_BC: Tensor, *, temperature: float) -> Tensor:
+    """Mean KL divergence of the candidates' distribution from that of the guide (as SEED; Fang et al. 2021, arXiv 2101.04731).
+
+        L = 1/B sum_i sum_c p_ic log(p_ic / q_ic),  p_i = softmax(cos_guide_i / temperature),  q_i = softmax(cos_i / temperature)
+
+    Args:
+        cosines_BC: Cosines of the trained model, from `candidate_cosines`.
+        guide_BC: Those of the guide.
+        temperature: Divides both cosines, > 0.
+
+    Returns:
+        A scalar >= 0; 0 if the distributions are equal.
+    """
+    model_BC, target_BC = (F.log_softmax(cosines / temperature, dim=1) for cosines in (cosines_BC, guide_BC))
+    return F.kl_div(model_BC, target_BC, reduction="batchmean", log_target=True)

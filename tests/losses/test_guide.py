@@ -1,0 +1,127 @@
+"""Terms that compare with a guide, against plain loops; gradients against finite differences."""
+
+import math
+
+import pytest
+import torch
+from support.losses import assert_equal_with_gradients, dot, slow_hinge, slow_ntxent, some_views, unit, unit_views
+
+from promcse_pl.config import LossConfig
+from promcse_pl.losses.guide import candidate_cosines, distillation_loss, false_negatives
+from promcse_pl.losses.hinge import energy_hinge
+from promcse_pl.losses.hybrid import hybrid_loss
+
+TEMPERATURE, MARGIN = 0.2, 0.3
+
+
+def slow_cosines(anchors, positives, negatives=None):
+    return [[dot(anchor, candidate) for candidate in [*positives, *(negatives or [])]] for anchor in anchors]
+
+
+def slow_false_negatives(guide):
+    return {(i, c) for i, row in enumerate(guide) for c, cosine in enumerate(row) if cosine > row[i]}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("views", [2, 3])
+def test_symmetric_loss_equals_the_loop_in_both_directions(views, masked):
+    guide = unit_views(5, views, seed=1)
+    config = LossConfig(temperature=TEMPERATURE, hinge_weight=0.0, symmetric=True, mask_false_negatives=masked)
+    anchors, positives, *negatives = (view.tolist() for view in guide)
+    forward = slow_false_negatives(slow_cosines(anchors, positives, *negatives)) if masked else ()
+    backward = slow_false_negatives(slow_cosines(positives, anchors)) if masked else ()
+
+    def ours(anchor, positive, negative=None):
+        return hybrid_loss(anchor, positive, negative, config, guide_BC=candidate_cosines(*guide)).total
+
+    def slow(anchor, positive, negative=None):
+        anchor, positive, negative = unit(anchor), unit(positive), unit(negative)
+        there = slow_ntxent(anchor, positive, negative, TEMPERATURE, excluded=forward)
+        return (there + slow_ntxent(positive, anchor, None, TEMPERATURE, excluded=backward)) / 2
+
+    assert_equal_with_gradients(ours, slow, some_views(5, views))
+
+
+@pytest.mark.parametrize("views", [2, 3])
+@pytest.mark.parametrize("batch", [1, 2, 6])
+def test_masked_loss_equals_the_loop(batch, views):
+    guide = unit_views(batch, views, seed=1)
+    config = LossConfig(
+        temperature=TEMPERATURE, margin=MARGIN, hinge_weight=2.0 if views == 3 else 0.0, mask_false_negatives=True
+    )
+    excluded = slow_false_negatives(slow_cosines(*(view.tolist() for view in guide)))
+    assert excluded or batch < 6
+
+    def ours(anchor, positive, negative=None):
+        return hybrid_loss(anchor, positive, negative, config, guide_BC=candidate_cosines(*guide)).total
+
+    def slow(anchor, positive, negative=None):
+        anchor, positive, negative = unit(anchor), unit(positive), unit(negative)
+        loss = slow_ntxent(anchor, positive, negative, TEMPERATURE, excluded=excluded)
+        return loss + 2 * slow_hinge(anchor, positive, negative, MARGIN, excluded) if negative else loss
+
+    assert_equal_with_gradients(ours, slow, some_views(batch, views))
+
+
+def test_a_candidate_as_similar_as_the_positive_stays_a_negative():
+    guide_BC = torch.tensor([[0.5, 0.5, 0.6, 0.4], [0.2, 0.3, 0.3, 0.31]])
+    assert false_negatives(guide_BC).tolist() == [[False, False, True, False], [False, False, False, True]]
+
+
+def test_an_anchor_without_negatives_has_no_hinge_and_a_finite_gradient():
+    views = [view.requires_grad_() for view in unit_views(2, 3)]
+    excluded_BC = torch.tensor([[False, True, True, True], [False, False, False, False]])
+    loss = energy_hinge(*views, margin=2.0, excluded_BC=excluded_BC)
+    loss.backward()
+    anchors, positives, negatives = (view.tolist() for view in views)
+    cosines = slow_cosines(anchors, positives, negatives)[1]
+    assert loss.item() == pytest.approx((2.0 + max(cosines[0], *cosines[2:]) - cosines[1]) / 2)
+    assert all(math.isfinite(value) for view in views for value in view.grad.flatten().tolist())
+    assert not views[0].grad[0].any()
+
+
+def slow_distillation(cosines, guide):
+    def softmax(row):
+        exponentials = [math.exp(cosine / TEMPERATURE) for cosine in row]
+        return [value / sum(exponentials) for value in exponentials]
+
+    total = 0.0
+    for row, guide_row in zip(cosines, guide, strict=True):
+        total += sum(p * math.log(p / q) for q, p in zip(softmax(row), softmax(guide_row), strict=True))
+    return total / len(cosines)
+
+
+@pytest.mark.parametrize("views", [2, 3])
+def test_distillation_equals_the_loop(views):
+    guide_BC = candidate_cosines(*unit_views(4, views, seed=1))
+
+    def ours(*tensors):
+        return distillation_loss(candidate_cosines(*tensors), guide_BC, temperature=TEMPERATURE)
+
+    def slow(*rows):
+        return slow_distillation(slow_cosines(*rows), guide_BC.tolist())
+
+    assert_equal_with_gradients(ours, slow, unit_views(4, views))
+
+
+def test_distillation_is_zero_for_the_guide_itself():
+    cosines_BC = candidate_cosines(*unit_views(4, 3))
+    assert distillation_loss(cosines_BC, cosines_BC, temperature=0.05).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_the_weighted_distillation_is_added_to_the_total():
+    views, guide_BC = some_views(4, 3), candidate_cosines(*unit_views(4, 3, seed=1))
+    config = LossConfig(temperature=TEMPERATURE, distillation_weight=0.5)
+    parts, plain = (
+        hybrid_loss(*views, config, guide_BC=guide_BC),
+        hybrid_loss(*views, LossConfig(temperature=TEMPERATURE)),
+    )
+    expected = slow_distillation(slow_cosines(*(unit(view.tolist()) for view in views)), guide_BC.tolist())
+    assert parts.distillation.item() == pytest.approx(0.5 * expected)
+    assert parts.total.item() == pytest.approx(plain.total.item() + 0.5 * expected)
+
+
+@pytest.mark.parametrize("setting", [{"mask_false_negatives": True}, {"distillation_weight": 0.1}])
+def test_a_term_with_a_guide_is_refused_without_its_cosines(setting):
+    with pytest.raises(ValueError, match="need the cosines of the guide"):
+        hybrid_loss(*some_views(4, 3), LossConfig(**setting))
