@@ -88,7 +88,10 @@ def describe(encoder: PromptEncoder) -> dict[str, Any]:
 
 
 def _projection_size(prompt: Prompt) -> int | None:
-    return prompt.trans[0].out_features if isinstance(prompt, DeepPrompt) and prompt.trans is not None else None
+    if not isinstance(prompt, DeepPrompt) or prompt.trans is None:
+        return None
+    hidden: int = prompt.trans[0].out_features
+    return hidden
 
 
 def _keys(backbone: FrozenBackbone) -> str | None:

@@ -39,7 +39,18 @@ def test_every_model_composes_with_every_kind_of_data(model, data):
     "override",
     [
         f"{group}={choice}"
-        for group in ("debug", "evaluation", "experiment", "loss", "optim", "prompt", "sweep", "tracking", "trainer")
+        for group in (
+            "debug",
+            "evaluation",
+            "experiment",
+            "loss",
+            "optim",
+            "prompt",
+            "sweep",
+            "tracking",
+            "trainer",
+            "tuning",
+        )
         for choice in choices(group)
     ],
 )
@@ -60,8 +71,14 @@ def test_every_other_choice_composes_into_a_valid_config(override):
                 assert getattr(getattr(config, part), name) == wanted
 
 
+@pytest.mark.parametrize(("model", "data"), [("minilm", "demo"), ("bert-base", "wiki"), ("roberta-large", "nli")])
+def test_a_head_alone_wins_over_the_recipe(model, data):
+    config = config_of(f"model={model}", f"data={data}", "data.dir=d", "tuning=head")
+    assert (config.prompt.length, config.model.head, config.model.head_rank) == (0, "low_rank", 8)
+
+
 def test_no_group_of_conf_is_left_without_a_test():
-    tested = {"debug", "evaluation", "experiment", "loss", "optim", "prompt", "sweep", "tracking", "trainer"}
+    tested = {"debug", "evaluation", "experiment", "loss", "optim", "prompt", "sweep", "tracking", "trainer", "tuning"}
     assert {path.name for path in CONF.iterdir() if path.is_dir()} == tested | {"data", "model", "mode", "recipe"}
 
 

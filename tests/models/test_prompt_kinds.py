@@ -237,9 +237,7 @@ def test_a_bfloat16_encoder_gives_nearly_the_same_embeddings_and_gradients(kind)
 
 def test_a_shared_prompt_trains_2_d_numbers_per_slot_and_an_input_prompt_one_vector():
     width = SMALL["hidden_size"]
-    sizes = {
-        kind: sum(p.numel() for p in trained(prompt_encoder(kind=kind)).values()) for kind in ("shared", "input")
-    }
+    sizes = {kind: sum(p.numel() for p in trained(prompt_encoder(kind=kind)).values()) for kind in ("shared", "input")}
     assert sizes == {"shared": P * 2 * width, "input": P * width}
 
 
