@@ -174,15 +174,15 @@ class LossConfig(Section):
 
 @dataclass(kw_only=True, slots=True)
 class PromptConfig(Section):
-    """The trained prompt: keys and values in front of the attention keys and values of every layer, or vectors in front of the input
+    """The trained prompt: keys and values in front of those of the tokens in every layer, or vectors in front of their
     embeddings.
     """
 
     kind: PromptKind = "deep"
     """`deep`: every layer has its own keys and values. `projected`: an MLP computes them from one embedding per slot (official:
-    `--prefix_projection`). `shared`: all layers have the same keys and values. `input`: vectors in front of the input embeddings of
-    the tokens, which pass through all layers; only for encoders with absolute positions, such as BERT and RoBERTa. The paper
-    compares `deep`, `shared` and `input` (table 3)."""
+    `--prefix_projection`). `shared`: all layers have the same keys and values. `input`: vectors in front of the input embeddings,
+    which pass through all layers; only for encoders with absolute positions, such as BERT and RoBERTa. The paper compares `deep`,
+    `shared` and `input` (table 3)."""
     length: Annotated[int, Range(ge=0, le=256, note="slots")] = 10
     """P: number of prompt slots per layer; 0 trains the head alone, with `deep` (paper: 10 to 16)."""
     projection_size: Annotated[int | None, Range(ge=1, example=512)] = None

@@ -304,7 +304,7 @@ class FrozenBackbone(nn.Module):
         Args:
             ids_BT, mask_BT: Token ids, and attention mask (1 for real tokens, 0 for padding).
             prompt: Keys and values of every layer, (L, 2, B or 1, K, P, H); or vectors in front of the input embeddings,
-                (B or 1, P, E); or None for the plain encoder.
+                (B or 1, P, E), for a family with `embeddings`; or None for the plain encoder.
             position_offset: Added to every position.
             types_BT: Token types (BERT, ELECTRA); zeros if None.
             all_layers: Also return the embedding output and every layer.

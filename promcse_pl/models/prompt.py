@@ -1,4 +1,4 @@
-"""The trained prompt: keys and values in front of those of the tokens in every layer, or vectors in front of the input embeddings."""
+"""The trained prompt: keys and values in front of those of the tokens in every layer, or vectors in front of their embeddings."""
 
 # B sentences, P prompt length, L layers, N key/value heads, H head size, D = N * H, E width of the input embeddings
 
@@ -121,7 +121,7 @@ class SharedPrompt(DeepPrompt):
 
 
 class InputPrompt(Prompt):
-    """Trainable vectors in front of the input embeddings of the tokens (Jiang et al. 2022, table 3: prompt of the input layer only).
+    """Trainable vectors in front of the input embeddings (Jiang et al. 2022, table 3: prompt of the input layer only).
 
     They have query rows in every layer, and no positions: they follow the embedding layer with its positions and LayerNorm.
     `embedding.weight` is (P, E).

@@ -97,12 +97,12 @@ def test_a_resumed_run_of_another_kind_of_prompt_is_bit_identical(tmp_path, sect
         tmp_path,
         data={"dev": "holdout", "batch_size": 2},
         trainer={"save_every": 1, "eval_every": 2},
-        **{name: {**small_config(tmp_path).to_dict()[name], **values} for name, values in sections.items()},
+        **sections,
     )
     path = write_config(config, tmp_path / "start.yaml")
     assert end(start(path, tmp_path / "straight")) == 0
-    folder = tmp_path / "killed"
-    assert end(start(path, folder, None, "promcse_pl.runs.pipeline:evaluate")) == -signal.SIGKILL
+    folder = tmp_path / "killed"  # at the first dev evaluation, step 2, with the checkpoint of step 1
+    assert end(start(path, folder, None, "promcse_pl.training.callbacks:save_adapter")) == -signal.SIGKILL
     assert end(start(path, folder)) == 0
     assert outcome(folder) == outcome(tmp_path / "straight")
 
