@@ -90,8 +90,8 @@ def describe(encoder: PromptEncoder) -> dict[str, Any]:
 def _projection_size(prompt: Prompt) -> int | None:
     if not isinstance(prompt, DeepPrompt) or prompt.trans is None:
         return None
-    hidden: int = prompt.trans[0].out_features
-    return hidden
+    first: Any = prompt.trans[0]
+    return int(first.out_features)
 
 
 def _keys(backbone: FrozenBackbone) -> str | None:
