@@ -30,21 +30,23 @@ from promcse_pl.adapter_folder import (
 from promcse_pl.config.pooling import ALLOWED_POOLINGS, is_pooling
 from promcse_pl.data.tokenizer import tokenizer_fingerprint
 from promcse_pl.models.backbone import FrozenBackbone
-from promcse_pl.models.encoder import HEADS, PromptEncoder
+from promcse_pl.models.encoder import HEADS, LowRankHead, PromptEncoder
 from promcse_pl.models.hub import download
 from promcse_pl.models.identity import EncoderId, differences
 from promcse_pl.models.pipeline import SHORTEST_INPUT, TextSettings
+from promcse_pl.models.prompt import KINDS, DeepPrompt, Prompt
 from promcse_pl.models.weights import read_header, read_json_object
 from promcse_pl.utils.errors import AdapterError, EncoderError
 from promcse_pl.utils.files import current, read_unchanged, update_folder
 from promcse_pl.utils.paths import expand, is_folder, looks_like_path
 from promcse_pl.version import __version__
 
-FORMAT = 3
+FORMAT = 4
 """Incremented when older versions could misread a newer folder.
 
 Format 1 identified the encoder by its weights only. Formats 1 and 2 ignored the pipeline of a sentence-transformers folder, dense
-layers included, so they are loaded without it.
+layers included, so they are loaded without it. Formats 1 to 3 stored neither the kind of the prompt, which was deep or projected,
+nor the rank of a head.
 """
 ROTATED_KEYS = "after_rotation"
 """Value of `prompt.keys` for encoders with rotary positions: the prompt's keys enter the attention after the rotation."""
@@ -70,17 +72,26 @@ def describe(encoder: PromptEncoder) -> dict[str, Any]:
             "pipeline": backbone.has_pipeline,
         },
         "prompt": {
+            "kind": prompt.kind,
             "length": prompt.length,
-            "projection_size": None if prompt.trans is None else prompt.trans[0].out_features,
+            "projection_size": _projection_size(prompt),
             "dropout": prompt.dropout,
             "keys": _keys(backbone),
         },
         "pooling": encoder.pooling,
         "head": encoder.head_mode,
+        "head_rank": encoder.head.rank if isinstance(encoder.head, LowRankHead) else None,
         "position_offset": encoder.position_offset,
         "text": dataclasses.asdict(encoder.text),
         "dtype": "float32",
     }
+
+
+def _projection_size(prompt: Prompt) -> int | None:
+    if not isinstance(prompt, DeepPrompt) or prompt.trans is None:
+        return None
+    first: Any = prompt.trans[0]
+    return int(first.out_features)
 
 
 def _keys(backbone: FrozenBackbone) -> str | None:
@@ -145,7 +156,7 @@ def adapter_hash(encoder: PromptEncoder, tokenizer: Any | None = None) -> str:  
     """
     identity = encoder.backbone.identity
     fingerprint = identity.tokenizer if tokenizer is None else tokenizer_fingerprint(tokenizer)
-    head_is_used = encoder.head_mode == "mlp"
+    head_is_used = encoder.has_test_head
     settings: list[object] = [
         identity.sha256,
         dict(identity.config),
@@ -156,6 +167,8 @@ def adapter_hash(encoder: PromptEncoder, tokenizer: Any | None = None) -> str:  
     ]
     if encoder.text != TextSettings():  # so that the hashes of adapters of formats 1 and 2 do not change
         settings.append(dataclasses.asdict(encoder.text))
+    if encoder.prompt.kind in ("shared", "input"):  # as above: those of formats 1 to 3
+        settings.append(encoder.prompt.kind)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, tensor in sorted(encoder.state_dict().items()):
         if name.startswith("head.") and not head_is_used:
@@ -224,9 +237,11 @@ def _load(folder: Path, encoder: str | None, dtype: torch.dtype) -> PromptEncode
         )  # so that the next save bundles it again
     options: dict[str, Any] = {
         "length": about["prompt"]["length"],
+        "kind": about["prompt"].get("kind", "deep"),
         "projection_size": about["prompt"]["projection_size"],
         "pooling": about["pooling"],
         "head": about["head"],
+        "head_rank": about.get("head_rank"),
         "dropout": about["prompt"]["dropout"],
         "position_offset": about["position_offset"],
         "text": TextSettings(**about.get("text", {})),
@@ -315,6 +330,9 @@ def _checked(about: dict[str, Any], path: Path) -> dict[str, Any]:
         template["prompt"]["keys"] = str | None
         text = {"max_length": int | None, "lower_case": bool, "prompts": dict, "default_prompt": str | None}
         template["text"] = text
+    if about["format"] > 3:
+        template["prompt"]["kind"] = str
+        template["head_rank"] = int | None
     if "checksum" in about:  # older adapters have none
         template["checksum"] = str
     check(about, template, "")
@@ -322,23 +340,39 @@ def _checked(about: dict[str, Any], path: Path) -> dict[str, Any]:
         raise AdapterError(f"{path}: pooling is {about['pooling']!r}; allowed: {ALLOWED_POOLINGS}")
     for key, value, allowed in (
         ("head", about["head"], HEADS),
+        ("prompt.kind", about["prompt"].get("kind", "deep"), KINDS),
         ("dtype", about["dtype"], ("float32",)),
         ("prompt.keys", about["prompt"].get("keys"), (None, ROTATED_KEYS)),
     ):
         if value not in allowed:
             raise AdapterError(f"{path}: {key} is {value!r}; allowed: {', '.join(map(str, allowed))}")
     _check_text(about.get("text", {}), path)
-    prompt = about["prompt"]
+    _check_ranges(about, path)
+    return about
+
+
+def _check_ranges(about: dict[str, Any], path: Path) -> None:
+    """Check the numbers of a description, and which of them are set; their types have been checked."""
+    prompt, rank = about["prompt"], about.get("head_rank")
     ranges = (
         ("prompt.length", prompt["length"], 0, 4096),
         ("prompt.projection_size", prompt["projection_size"] or 1, 1, 2**20),
         ("prompt.dropout", prompt["dropout"], 0, 1),
         ("position_offset", about["position_offset"], 0, 2**20),
+        ("head_rank", rank if rank is not None else 1, 1, 2**20),
     )
     for key, value, low, high in ranges:
         if not low <= value <= high:
             raise AdapterError(f"{path}: {key} is {value}; allowed: {low} to {high}")
-    return about
+    if "kind" in prompt and (prompt["kind"] == "projected") != (prompt["projection_size"] is not None):
+        raise AdapterError(
+            f"{path}: prompt.projection_size is {prompt['projection_size']} with prompt.kind {prompt['kind']}; allowed: a number "
+            "with projected, null with other kinds"
+        )
+    if (about["head"] == "low_rank") != (rank is not None):
+        raise AdapterError(
+            f"{path}: head_rank is {rank} with head {about['head']}; allowed: a number with low_rank, null with other heads"
+        )
 
 
 def _check_text(text: dict[str, Any], path: Path) -> None:

@@ -24,7 +24,12 @@ from promcse_pl.utils.errors import AdapterError, EncoderError
 from promcse_pl.utils.files import COMMIT
 
 TEXT = TextSettings(max_length=9, lower_case=True, prompts={"query": "Q: ", "none": ""}, default_prompt="query")
-KINDS = {"deep": None, "projected": 7}
+KINDS: dict[str, dict] = {
+    "deep": {},
+    "projected": {"projection_size": 7},
+    "shared": {"kind": "shared"},
+    "input": {"kind": "input"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -87,11 +92,11 @@ def refusal(folder: Path, **options) -> str:
 # --- saved and loaded
 
 
-@pytest.mark.parametrize("projection_size", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("pooling", [*POOLINGS, "cls+max+weightedmean"])
-def test_a_loaded_adapter_gives_the_same_vectors_bit_by_bit(backbone, tmp_path, pooling, head, projection_size):
-    encoder = some_encoder(backbone, pooling=pooling, head=head, projection_size=projection_size)
+def test_a_loaded_adapter_gives_the_same_vectors_bit_by_bit(backbone, tmp_path, pooling, head, kind):
+    encoder = some_encoder(backbone, pooling=pooling, head=head, **kind)
     save_adapter(encoder, tmp_path / "adapter")
     loaded = load_adapter(tmp_path / "adapter")
     assert torch.equal(vectors_of(loaded), vectors_of(encoder))
@@ -109,7 +114,15 @@ def test_an_adapter_of_every_family_comes_back_exactly(family, tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{"length": 0}, {"length": 1, "position_offset": 0}, {"position_offset": 7}, {"dropout": 0.35}, {"text": TEXT}],
+    [
+        {"length": 0},
+        {"length": 1, "position_offset": 0},
+        {"position_offset": 7},
+        {"dropout": 0.35},
+        {"text": TEXT},
+        {"length": 0, "head": "low_rank", "head_rank": 3},
+        {"kind": "input", "position_offset": 2},
+    ],
     ids=str,
 )
 def test_every_setting_comes_back(backbone, tmp_path, options):
@@ -121,8 +134,44 @@ def test_every_setting_comes_back(backbone, tmp_path, options):
     assert torch.equal(vectors_of(loaded), vectors_of(encoder))
 
 
+def test_the_kind_of_a_prompt_and_its_head_are_part_of_the_description_and_of_the_hash(backbone):
+    encoders = [some_encoder(backbone, **kind, head=head) for kind in KINDS.values() for head in ("mlp", "low_rank")]
+    assert [describe(encoder)["prompt"]["kind"] for encoder in encoders[::2]] == list(KINDS)
+    assert [describe(encoder)["head_rank"] for encoder in encoders[:2]] == [None, 8]
+    assert len({adapter_hash(encoder) for encoder in encoders}) == len(encoders)
+
+
+@pytest.mark.parametrize("projection_size", [None, 7])
+def test_an_adapter_of_format_3_is_read_with_the_same_hash(backbone, folder, projection_size):
+    encoder = some_encoder(backbone, projection_size=projection_size)
+    save_adapter(encoder, folder)
+    for key, value in {"format": 3, "prompt.kind": ..., "head_rank": ..., "checksum": ...}.items():
+        change_description(folder, key, value)
+    loaded = load_adapter(folder)
+    assert (describe(loaded), adapter_hash(loaded)) == (describe(encoder), adapter_hash(encoder))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("prompt.kind", "input_only", "prompt.kind is 'input_only'; allowed: deep, projected, shared, input"),
+        ("prompt.kind", "projected", "prompt.projection_size is None with prompt.kind projected"),
+        ("prompt.projection_size", 5, "prompt.projection_size is 5 with prompt.kind deep"),
+        ("prompt.kind", "shared", r"prompt.embedding.weight has shape \(4, 96\), the encoder needs \(4, 32\)"),
+        ("head_rank", 5, "head_rank is 5 with head mlp"),
+        ("head_rank", 0, "head_rank is 0; allowed: 1 to"),
+        ("head", "low_rank", "head_rank is None with head low_rank"),
+    ],
+)
+def test_kinds_and_ranks_that_do_not_fit_are_refused(folder, key, value, message):
+    change_description(folder, key, value)
+    with pytest.raises(AdapterError, match=message):
+        load_adapter(folder)
+
+
 def as_format_2(folder: Path) -> None:
-    for key, value in {"format": 2, "encoder.pipeline": ..., "prompt.keys": ..., "text": ..., "checksum": ...}.items():
+    removed = ("encoder.pipeline", "prompt.keys", "prompt.kind", "head_rank", "text", "checksum")
+    for key, value in {"format": 2, **dict.fromkeys(removed, ...)}.items():
         change_description(folder, key, value)
 
 

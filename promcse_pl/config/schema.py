@@ -19,6 +19,8 @@ from promcse_pl.utils.paths import SUFFIXES, file_suffix, run_command
 Kind = Literal["sentences", "pairs", "triplets", "scored_pairs"]
 WIDTH: dict[Kind, int] = {"sentences": 1, "pairs": 2, "triplets": 3, "scored_pairs": 2}
 """Number of texts in a training row."""
+Head = Literal["none", "mlp", "mlp_train_only", "low_rank"]
+PromptKind = Literal["deep", "projected", "shared", "input"]
 SENTEVAL_SUITES = ("sts", "sick", "cxc", "transfer", "geometry")
 """Evaluation suites that are read from data.dir with senteval/ in it."""
 DATA_SUITES = (*SENTEVAL_SUITES, "retrieval")
@@ -45,9 +47,13 @@ class ModelConfig(Section):
     `mean_sqrt_len`, `weightedmean` (by position) and `lasttoken`. `+` concatenates several of `cls`, `max`, `avg`,
     `mean_sqrt_len`, `weightedmean` and `lasttoken`, such as `cls+avg`. `auto`: the pooling in the encoder's modules.json
     (sentence-transformers), else the default of its family."""
-    head: Literal["none", "mlp", "mlp_train_only"] = "mlp"
-    """Trained MLP (linear layer and tanh) on the pooled embedding. `mlp`: part of the sentence embedding (supervised recipes).
-    `mlp_train_only`: used by the training loss only (unsupervised recipes)."""
+    head: Head = "mlp"
+    """Trained head on the pooled embedding. `mlp`: linear layer and tanh, part of the sentence embedding (supervised recipes).
+    `mlp_train_only`: the same, used by the training loss only (unsupervised recipes). `low_rank`: h + U V h with V of
+    `model.head_rank` rows, part of the sentence embedding; U starts at zero, so training starts from the encoder's own embedding
+    h."""
+    head_rank: Annotated[int | None, Range(ge=1, le=1024, example=8)] = None
+    """Rank of `model.head=low_rank`; `null`: 8."""
     max_length: Annotated[int | Literal["auto"] | None, Range(ge=3, le=2**30, note="tokens", example=128)] = None
     """Maximum number of tokens of a sentence in `encode`, special tokens and prompt text included; longer sentences are
     truncated. `auto`: `max_seq_length` of the encoder (sentence-transformers). `null`: the limit of the encoder. Training
@@ -80,6 +86,11 @@ class ModelConfig(Section):
             raise ConfigError(
                 f"model.pooling=cls_before_pooler is the embedding before the head, so model.head={self.head} has no effect. "
                 "Try: model.pooling=cls_before_pooler model.head=none, or model.pooling=cls model.head=mlp_train_only"
+            )
+        if self.head_rank is not None and self.head != "low_rank":
+            raise ConfigError(
+                f"model.head_rank={self.head_rank} has no effect with model.head={self.head}. Try: model.head=low_rank, or "
+                "model.head_rank=null"
             )
 
 
@@ -197,23 +208,29 @@ class LossConfig(Section):
 
 @dataclass(kw_only=True, slots=True)
 class PromptConfig(Section):
-    """The trained prompt: keys and values in front of the attention keys and values of every layer."""
+    """The trained prompt: keys and values in front of those of the tokens in every layer, or vectors in front of their
+    embeddings.
+    """
 
-    kind: Literal["deep", "projected"] = "deep"
+    kind: PromptKind = "deep"
     """`deep`: every layer has its own keys and values. `projected`: an MLP computes them from one embedding per slot (official:
-    `--prefix_projection`)."""
+    `--prefix_projection`). `shared`: all layers have the same keys and values. `input`: vectors in front of the input embeddings,
+    which pass through all layers; only for encoders with absolute positions, such as BERT and RoBERTa. The paper compares `deep`,
+    `shared` and `input` (table 3)."""
     init: Literal["random", "data"] = "random"
     """Initial keys and values. `random`: N(0, 0.02) (official). `data`: the same noise around the mean key and value that the
     frozen encoder computes for the last token ([SEP] in BERT) of training sentences, so that the slots start in the range of the
     tokens' keys; attention to [SEP] changes the output little (Clark et al. 2019, arXiv 1906.04341). Needs `prompt.kind=deep`."""
     length: Annotated[int, Range(ge=0, le=256, note="slots")] = 10
-    """P: number of prompt slots per layer; 0 trains the head alone (paper: 10 to 16)."""
+    """P: number of prompt slots per layer; 0 trains the head alone, with `deep` (paper: 10 to 16)."""
     projection_size: Annotated[int | None, Range(ge=1, example=512)] = None
-    """Hidden units of the MLP of `prompt.kind=projected` (official: 512); `null` with `deep`."""
+    """Hidden units of the MLP of `prompt.kind=projected` (official: 512); `null` with other kinds."""
     dropout: Annotated[float | None, Range(ge=0, lt=1, example=0.1)] = None
-    """Dropout probability of the prompt keys and values; `null` for the hidden dropout of the encoder (official)."""
+    """Dropout probability of the prompt's entries, separate for every sentence and layer; `null` for the hidden dropout of the
+    encoder (official)."""
     position_offset: Annotated[int | None, Range(ge=0, example=10)] = None
-    """Number of positions by which the tokens are shifted; `null` for P (official). It is saved with the adapter."""
+    """Number of positions by which the tokens are shifted; `null` for P (official), or 0 with `input`. It is saved with the
+    adapter."""
 
     def _check_combinations(self) -> None:
         if self.kind == "projected" and self.projection_size is None:
@@ -226,11 +243,14 @@ class PromptConfig(Section):
                 f"prompt.init=data needs prompt.kind=deep and prompt.length of at least 1, got kind {self.kind} and length "
                 f"{self.length}. Try: prompt.init=random"
             )
-        if self.kind == "projected" and self.length == 0:
-            raise ConfigError("prompt.kind=projected needs prompt.length of at least 1, got 0. Try: prompt.length=10")
-        if self.kind == "deep" and self.projection_size is not None:
+        if self.kind != "deep" and self.length == 0:
             raise ConfigError(
-                f"prompt.projection_size={self.projection_size} has no effect with prompt.kind=deep. "
+                f"prompt.kind={self.kind} needs prompt.length of at least 1, got 0. Try: prompt.length=10, or prompt=deep "
+                "prompt.length=0 for no prompt"
+            )
+        if self.kind != "projected" and self.projection_size is not None:
+            raise ConfigError(
+                f"prompt.projection_size={self.projection_size} has no effect with prompt.kind={self.kind}. "
                 "Try: prompt.kind=projected, or prompt.projection_size=null"
             )
 

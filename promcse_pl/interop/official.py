@@ -19,14 +19,16 @@ import torch
 from torch import Tensor
 
 from promcse_pl.adapter_folder import BUNDLED, find_adapter
+from promcse_pl.config import Head
 from promcse_pl.config.pooling import ALLOWED_POOLINGS, is_pooling
 from promcse_pl.data.tokenizer import tokenizer_fingerprint
 from promcse_pl.interop.files import read_json, read_tensors
 from promcse_pl.models.backbone import FrozenBackbone
-from promcse_pl.models.encoder import Head, PromptEncoder
+from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.encoder_files import first_line, model_on_meta, quiet_transformers, read_config, without_pooler
 from promcse_pl.models.hub import locate, refuse_special_files
 from promcse_pl.models.identity import EncoderId, differences
+from promcse_pl.models.prompt import DeepPrompt, SharedPrompt
 from promcse_pl.models.weights import file_sha256
 from promcse_pl.utils.errors import AdapterError, EncoderError
 from promcse_pl.utils.files import new_folder
@@ -278,6 +280,8 @@ def _difference(inner: FrozenBackbone, named: FrozenBackbone) -> str:
 def export_official(encoder: PromptEncoder, folder: str | Path) -> str:
     """Write a folder that the official code (transformers 4.2.1) loads.
 
+    A shared prompt is stored as a deep one with equal keys and values in every layer.
+
     Args:
         encoder: The prompt encoder; its backbone is BERT or RoBERTa in float32.
         folder: Absent or empty.
@@ -299,6 +303,8 @@ def export_official(encoder: PromptEncoder, folder: str | Path) -> str:
     for name, tensor in encoder.state_dict().items():
         official, ours = next((o, u) for o, u in _TRAINED.items() if name.startswith(u))
         state[official + name.removeprefix(ours)] = tensor
+    if isinstance(encoder.prompt, SharedPrompt):
+        state["prefix_encoder.embedding.weight"] = encoder.prompt.flat()
     known = {key: getattr(config, key, None) for key in _CONFIG_KEYS}
     described = {
         "architectures": [CLASSES[family]],
@@ -309,6 +315,7 @@ def export_official(encoder: PromptEncoder, folder: str | Path) -> str:
     }
     pooler = "cls" if encoder.head_mode == "mlp" else "cls_before_pooler"
     options = f"--pooler_type {pooler} --pre_seq_len {encoder.prompt.length}"
+    assert isinstance(encoder.prompt, DeepPrompt)  # others are refused
     if encoder.prompt.trans is not None:
         options += f" --prefix_projection --prefix_hidden_size {encoder.prompt.trans[0].out_features}"
     usage = (
@@ -330,6 +337,13 @@ def _no_export(encoder: PromptEncoder) -> str:
     backbone, prompt = encoder.backbone, encoder.prompt
     if backbone.model_type not in CLASSES:
         return f"its encoder is {backbone.model_type}, allowed: {', '.join(CLASSES)}"
+    if not isinstance(prompt, DeepPrompt):
+        return (
+            f"it has a prompt in every layer, this adapter has prompt.kind={prompt.kind} (export to sentence-transformers "
+            "instead)"
+        )
+    if encoder.head_mode == "low_rank":
+        return "it has no head of the kind low_rank (export to sentence-transformers instead)"
     if len(backbone.dense):
         return "its encoder has dense layers after the pooling (export to sentence-transformers instead)"
     if encoder.text.changes_texts:

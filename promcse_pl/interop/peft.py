@@ -24,6 +24,7 @@ from promcse_pl.interop.files import read_json, read_tensors
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.pooling import count_pooled_parts
+from promcse_pl.models.prompt import DeepPrompt
 from promcse_pl.utils.errors import AdapterError, ConfigError
 from promcse_pl.utils.files import new_folder
 
@@ -41,17 +42,18 @@ def export_peft(encoder: PromptEncoder, folder: str | Path) -> None:
     """Write a prompt as a folder that `peft.PeftModel.from_pretrained(base_model, folder)` reads.
 
     PEFT stores neither pooling and maximum length, which users of the folder must know, nor the prompt's dropout.
-    A projected prompt is stored as the output of the projection. A head for training only (`mlp_train_only`) is dropped. An
-    encoder inside the adapter's folder is not copied and has no name in the config.
+    A projected prompt is stored as the output of the projection, a shared prompt with equal keys and values in every layer. A
+    head for training only (`mlp_train_only`) is dropped. An encoder inside the adapter's folder is not copied and has no name in
+    the config.
 
     Args:
         encoder: The prompt encoder.
         folder: Absent or empty.
 
     Raises:
-        AdapterError: The head is used at test time, texts are changed before tokenisation, the encoder has dense layers, several
-            poolings are concatenated, the positions are not shifted by P, there is no prompt, PEFT does not support the family,
-            or the folder cannot be written.
+        AdapterError: The prompt is one of the input embeddings, the head is used at test time, texts are changed before
+            tokenisation, the encoder has dense layers, several poolings are concatenated, the positions are not shifted by P,
+            there is no prompt, PEFT does not support the family, or the folder cannot be written.
 
     Example:
         >>> from promcse_pl.adapter import load_adapter
@@ -60,9 +62,15 @@ def export_peft(encoder: PromptEncoder, folder: str | Path) -> None:
     folder = Path(folder)
     backbone, length = encoder.backbone, encoder.prompt.length
     _check_family(backbone)
-    if encoder.head_mode == "mlp":
+    if not isinstance(encoder.prompt, DeepPrompt):
         raise AdapterError(
-            "the MLP head cannot be stored by PEFT, and the embeddings depend on it. Train with model.head=none, or export to "
+            f"PEFT's prefix tuning has keys and values in every layer, this adapter has prompt.kind={encoder.prompt.kind}. Train "
+            "with prompt.kind=deep or prompt.kind=shared, or export to sentence-transformers"
+        )
+    if encoder.has_test_head:
+        head = "MLP head" if encoder.head_mode == "mlp" else "low-rank head"
+        raise AdapterError(
+            f"the {head} cannot be stored by PEFT, and the embeddings depend on it. Train with model.head=none, or export to "
             "sentence-transformers"
         )
     if len(backbone.dense) or count_pooled_parts(encoder.pooling) > 1:
@@ -82,7 +90,7 @@ def export_peft(encoder: PromptEncoder, folder: str | Path) -> None:
             "or export to sentence-transformers"
         )
     with torch.no_grad():
-        prompt_PLXNH = encoder.prompt().squeeze(2).permute(3, 0, 1, 2, 4)  # X: key or value
+        flat = encoder.prompt.flat().float().cpu().contiguous()
     config = {
         "peft_type": "PREFIX_TUNING",
         "task_type": "FEATURE_EXTRACTION",
@@ -96,7 +104,7 @@ def export_peft(encoder: PromptEncoder, folder: str | Path) -> None:
         **_shape_of(backbone),
     }
     with new_folder(folder, error=AdapterError) as new:
-        (new / WEIGHTS).write_bytes(save({TENSOR: prompt_PLXNH.reshape(length, -1).float().cpu().contiguous()}))
+        (new / WEIGHTS).write_bytes(save({TENSOR: flat}))
         (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,6 +1,6 @@
-"""The frozen pre-trained encoder with deep prompts as an input."""
+"""The frozen pre-trained encoder with a prompt as an input."""
 
-# B sentences, T tokens, P prompt length, L layers, K key/value heads, H head size, D width
+# B sentences, T tokens, P prompt length, L layers, K key/value heads, H head size, D width, E width of the input embeddings
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from promcse_pl.data.tokenizer import tokenizer_fingerprint
 from promcse_pl.models.attention import PROMPT_ATTENTION, Prompts, observe_keys_values, prompt_in_attention
@@ -30,7 +31,13 @@ from promcse_pl.models.encoder_files import (
 )
 from promcse_pl.models.families import FAMILIES, SUPPORTED, Family, unsupported
 from promcse_pl.models.families.family import rope_types
-from promcse_pl.models.hooks import first_token_only, has_hooks, register_first_token_hook
+from promcse_pl.models.hooks import (
+    first_token_only,
+    has_hooks,
+    input_prompt,
+    register_first_token_hook,
+    register_input_prompt_hook,
+)
 from promcse_pl.models.hub import locate
 from promcse_pl.models.identity import EncoderId, output_config
 from promcse_pl.models.mlm import MlmHead
@@ -44,7 +51,7 @@ UNLIMITED_INPUT = 2**16
 
 
 class FrozenBackbone(nn.Module):
-    """A frozen pre-trained encoder, with deep prompts as an input.
+    """A frozen pre-trained encoder, with a prompt as an input.
 
     Args:
         model: A transformers encoder of a supported family. It is changed in place: prompt attention, no gradients.
@@ -214,6 +221,11 @@ class FrozenBackbone(nn.Module):
         weight: Tensor = self.model.get_input_embeddings().weight  # type: ignore[operator]
         return weight
 
+    @property
+    def input_width(self) -> int:
+        """E, the width of the input embeddings: D, or less in ELECTRA and ALBERT."""
+        return self.word_embeddings.shape[1]
+
     @cached_property
     def tokenizer(self) -> Any:  # noqa: ANN401  (a transformers tokenizer)
         """The encoder's own tokenizer, read at the first access."""
@@ -280,18 +292,19 @@ class FrozenBackbone(nn.Module):
         self,
         ids_BT: Tensor,
         mask_BT: Tensor,
-        prompt_kv: Tensor | None,
+        prompt: Tensor | None,
         *,
         position_offset: int = 0,
         types_BT: Tensor | None = None,
         all_layers: bool = False,
         first_token: bool = False,
     ) -> tuple[Tensor, ...]:
-        """Encode sentences with a prompt in front.
+        """Encode sentences with a prompt.
 
         Args:
             ids_BT, mask_BT: Token ids, and attention mask (1 for real tokens, 0 for padding).
-            prompt_kv: (L, 2, B or 1, K, P, H), or None for the plain encoder.
+            prompt: Keys and values of every layer, (L, 2, B or 1, K, P, H); or vectors in front of the input embeddings,
+                (B or 1, P, E), for a family with `embeddings`; or None for the plain encoder.
             position_offset: Added to every position.
             types_BT: Token types (BERT, ELECTRA); zeros if None.
             all_layers: Also return the embedding output and every layer.
@@ -299,8 +312,8 @@ class FrozenBackbone(nn.Module):
                 effect if a sentence is padded at the start.
 
         Returns:
-            Hidden states (B, T, D), the last layer last; that one is (B, 1, D) if only the first token was computed. Values at
-            padding are undefined.
+            Hidden states of the tokens (B, T, D), the last layer last; that one is (B, 1, D) if only the first token was
+            computed. Values at padding are undefined.
         """
         first_token = first_token and bool(mask_BT[:, 0].all())  # else a sentence is padded at the start
         inputs = {"input_ids": ids_BT}
@@ -308,6 +321,23 @@ class FrozenBackbone(nn.Module):
             inputs["position_ids"] = self.positions(ids_BT, mask_BT, position_offset)
         if types_BT is not None:
             inputs["token_type_ids"] = types_BT
+        if prompt is None or prompt.dim() > 3:
+            return self._run(inputs, mask_BT, prompt, all_layers=all_layers, first_token=first_token)
+        with input_prompt(prompt):
+            mask_BS = F.pad(mask_BT, (0, prompt.shape[1]), value=1)
+            states = self._run(inputs, mask_BS, None, all_layers=all_layers, first_token=first_token)
+        return tuple(state[:, : ids_BT.shape[1]] for state in states)
+
+    def _run(
+        self,
+        inputs: dict[str, Tensor],
+        mask_BT: Tensor,
+        prompt_kv: Tensor | None,
+        *,
+        all_layers: bool,
+        first_token: bool,
+    ) -> tuple[Tensor, ...]:
+        """Return the hidden states, from the fused CPU layers where they apply, else from transformers' modules."""
         prompts = None if prompt_kv is None else prompt_kv.unbind(0)
         unobserved, fused = not has_hooks(self.model), self.family.fused
         if self.use_fused_layers and unobserved and fused and can_fuse(self.model, fused):
@@ -355,6 +385,8 @@ class FrozenBackbone(nn.Module):
             for number, module in enumerate(numbered):
                 module.layer_idx = number
         use_fast_dropout(model)
+        if self.family.embeddings:
+            register_input_prompt_hook(model.get_submodule(self.family.embeddings))
         if self.family.first_token and not getattr(model.config, "chunk_size_feed_forward", 0):
             name = self.family.first_token.format(model.config.num_hidden_layers - 1)
             register_first_token_hook(model.get_submodule(name))
@@ -363,25 +395,37 @@ class FrozenBackbone(nn.Module):
         return iter(prompts) if prompts is not None and self.family.in_call_order else prompts
 
     def _check_prompt_reaches_every_layer(self) -> None:
-        """Reject an encoder that ignores the prompt: the output must have a gradient with respect to every layer's prompt."""
+        """Reject an encoder that ignores the prompt: the output must have a gradient with respect to every layer's prompt.
+
+        If the family takes an input prompt, also with respect to its vectors.
+        """
         with torch.enable_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             shape = (self.layers, 2, 1, self.kv_heads, 1, self.head_size)
             prompt_kv = torch.randn(shape, dtype=self.dtype).to(self.device).requires_grad_()
             ids = torch.full((1, 4), min(5, len(self.word_embeddings) - 1), device=self.device)
             training = self.model.training
+            vectors = torch.randn(1, int(self.family.embeddings is not None), self.input_width, dtype=self.dtype)
+            vectors = vectors.to(self.device).requires_grad_()
+            mask = torch.ones(1, 4 + vectors.shape[1], dtype=ids.dtype, device=self.device)
             # always transformers' modules: the fused layers use the prompt in every layer
-            with prompt_in_attention(self._in_order(prompt_kv.unbind(0))):
-                state = self.model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+            with prompt_in_attention(self._in_order(prompt_kv.unbind(0))), input_prompt(vectors):
+                state = self.model.eval()(input_ids=ids, attention_mask=mask).last_hidden_state[:, :4]
             self.model.train(training)
             # a random direction: the sum over a LayerNorm's outputs is constant and has no gradient
             weights = torch.randn(state.shape, dtype=torch.float32).to(self.device)
-            (grad,) = torch.autograd.grad((state.float() * weights).sum(), prompt_kv, allow_unused=True)
+            grad, input_grad = torch.autograd.grad(
+                (state.float() * weights).sum(), (prompt_kv, vectors), allow_unused=True
+            )
         reached = grad is not None and bool(grad.flatten(2).ne(0).any(-1).all())
         if not reached:
             raise EncoderError(
                 f"{self.identity.name} ({self.model_type}) ignores the prompt in at least one layer; its outputs would be those "
                 "of the frozen encoder"
+            )
+        if self.family.embeddings and (input_grad is None or not bool(input_grad.ne(0).any())):
+            raise EncoderError(
+                f"{self.identity.name} ({self.model_type}) ignores vectors in front of its input embeddings (prompt.kind=input)"
             )
 
 

@@ -1,27 +1,29 @@
-"""The prompt encoder: frozen backbone, deep prompt, pooling and head, from token ids to sentence embeddings."""
+"""The prompt encoder: frozen backbone, prompt, pooling and head, from token ids to sentence embeddings."""
 
-# N sentences, T tokens, D width, M masked tokens
+# N sentences, T tokens, D width, M masked tokens, R rank
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
+from promcse_pl.config import Head, PromptKind
 from promcse_pl.data.batch import Tokens
 from promcse_pl.data.masking import IGNORED
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.cpu.chunks import plan_chunks, run_chunks
 from promcse_pl.models.pipeline import TextSettings
 from promcse_pl.models.pooling import needs_all_layers, needs_first_token, pool
-from promcse_pl.models.prompt import INIT_STD, DeepPrompt
+from promcse_pl.models.prompt import INIT_STD, DeepPrompt, InputPrompt, Prompt, SharedPrompt
 from promcse_pl.utils.errors import ConfigError
 
-Head = Literal["none", "mlp", "mlp_train_only"]
 HEADS: tuple[Head, ...] = get_args(Head)
+HEAD_RANK = 8
+"""Default rank of the head `low_rank`."""
 
 STATE_PREFIX = "backbone."
 
@@ -40,6 +42,31 @@ class MlpHead(nn.Module):
         return torch.tanh(self.dense(pooled_ND))
 
 
+class LowRankHead(nn.Module):
+    """h + U V h for a pooled embedding h; U is zero at first, so the embedding is unchanged before training.
+
+    Args:
+        width: D.
+        rank: R, the number of rows of V, (R, D).
+    """
+
+    def __init__(self, width: int, rank: int) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(width, rank, bias=False), nn.Linear(rank, width, bias=False)
+        nn.init.normal_(self.down.weight, std=INIT_STD)
+        nn.init.zeros_(self.up.weight)
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.down.out_features
+
+    def forward(self, pooled_ND: Tensor) -> Tensor:
+        """Return (N, D) embeddings."""
+        changed: Tensor = pooled_ND + self.up(self.down(pooled_ND))
+        return changed
+
+
 class PromptEncoder(nn.Module):
     """Sentence embeddings from a frozen encoder with a trained prompt.
 
@@ -48,19 +75,22 @@ class PromptEncoder(nn.Module):
     Args:
         backbone: The frozen encoder.
         length: Prompt length P >= 0.
-        projection_size: Hidden width of the prompt's re-parametrisation, or None.
+        kind: `deep`, `projected`, `shared` or `input`; a deep prompt with a `projection_size` is projected.
+        projection_size: Hidden width of the re-parametrisation of a deep prompt, or None.
         pooling: See `promcse_pl.models.pooling.pool`.
-        head: `none`; `mlp`: used in training and at test time; `mlp_train_only`: used in training only.
+        head: `none`; `mlp` and `low_rank`: used in training and at test time; `mlp_train_only`: used in training only.
+        head_rank: Rank of the head `low_rank`; None: 8.
         dropout: Prompt dropout; None: the encoder's hidden dropout, as in the official code.
-        position_offset: Shift of all positions; None: P, as in the official code, or 0 for an encoder without position ids.
+        position_offset: Shift of all positions; None: P, as in the official code, or 0 for an input prompt or an encoder without
+            position ids.
         text: How texts become token ids at encode time; None: as in the encoder's pipeline.
 
     Attributes:
         width: Dimension of an embedding: after the pooling, and after the dense layers of the encoder.
 
     Raises:
-        ConfigError: A position offset for an encoder without position ids, or dense layers of the encoder that do not take the
-            width of this pooling.
+        ConfigError: A position offset for an encoder without position ids, an input prompt for an encoder without absolute
+            positions, or dense layers of the encoder that do not take the width of this pooling.
     """
 
     # the parameters are the settings of model and prompt that decide an embedding
@@ -69,38 +99,39 @@ class PromptEncoder(nn.Module):
         backbone: FrozenBackbone,
         *,
         length: int,
+        kind: PromptKind = "deep",
         projection_size: int | None = None,
         pooling: str = "cls",
         head: Head = "none",
+        head_rank: int | None = None,
         dropout: float | None = None,
         position_offset: int | None = None,
         text: TextSettings | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.prompt = DeepPrompt(
-            length,
-            layers=backbone.layers,
-            heads=backbone.kv_heads,
-            head_size=backbone.head_size,
-            projection_size=projection_size,
-            dropout=backbone.hidden_dropout if dropout is None else dropout,
-        )
+        dropout = backbone.hidden_dropout if dropout is None else dropout
+        self.prompt = build_prompt(kind, length, backbone, projection_size=projection_size, dropout=dropout)
         self.pooling = pooling
         self.text = backbone.pipeline.text if text is None else text
         self.width = backbone.embedding_width(pooling)
         self.head_mode: Head = head
-        self.head = None if head == "none" else MlpHead(self.width)
+        self.head = _build_head(head, self.width, head_rank)
         has_positions = backbone.family.positions != "none"
         if position_offset and not has_positions:
             raise ConfigError(
                 f"prompt.position_offset={position_offset}: {backbone.model_type} encoders have no position ids to shift. "
                 "Try: prompt.position_offset=null"
             )
-        default = length if has_positions else 0
+        default = length if has_positions and self.prompt.kind != "input" else 0
         self.position_offset = default if position_offset is None else position_offset
         self.register_state_dict_post_hook(_drop_backbone)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_expect_no_backbone)  # type: ignore[no-untyped-call]
+
+    @property
+    def has_test_head(self) -> bool:
+        """Whether the head is part of the test-time embedding."""
+        return self.head_mode in ("mlp", "low_rank")
 
     @property
     def longest_input(self) -> int:
@@ -135,34 +166,32 @@ class PromptEncoder(nn.Module):
         chunks = plan_chunks(lengths_N, chunk_tokens, chunk_sentences)
         whole = tokens.mask_NT.shape[1]
 
-        def run(rows: Tensor, prompt_kv: Tensor) -> tuple[Tensor, ...]:
-            return self.encode_chunk(
-                tokens.select(rows, int(lengths_N[rows].max()) if chunk_tokens else whole), prompt_kv
-            )
+        def run(rows: Tensor, prompt: Tensor) -> tuple[Tensor, ...]:
+            return self.encode_chunk(tokens.select(rows, int(lengths_N[rows].max()) if chunk_tokens else whole), prompt)
 
         found = run_chunks(run, self.prompt(), chunks, dropout=self.training, recompute=recompute)
         pooled, hidden = [outputs[0] for outputs in found], [outputs[1] for outputs in found if len(outputs) > 1]
         order = torch.cat(chunks)
         embeddings_ND = _float(torch.cat(pooled))[torch.argsort(order).to(pooled[0].device)]
-        if self.head is not None and (train_head or self.head_mode == "mlp"):
+        if self.head is not None and (train_head or self.has_test_head):
             embeddings_ND = self.head(embeddings_ND)
         return embeddings_ND, self._in_row_order(hidden, tokens, chunks) if hidden else None
 
-    def encode_chunk(self, chunk: Tokens, prompt_kv: Tensor) -> tuple[Tensor, ...]:
+    def encode_chunk(self, chunk: Tokens, prompt: Tensor) -> tuple[Tensor, ...]:
         """Return the pooled embeddings of a chunk before the head and, with an MLM task, the hidden states of masked tokens."""
         # the MLM pass gets the same prompt with the same dropout mask
-        dropped_kv = self.prompt.drop(prompt_kv.to(self.backbone.dtype), len(chunk.ids_NT))
-        pooled = self._pool(chunk, dropped_kv)
+        dropped = self.prompt.drop(prompt.to(self.backbone.dtype), len(chunk.ids_NT))
+        pooled = self._pool(chunk, dropped)
         if chunk.mlm_ids_NT is None or chunk.mlm_labels_NT is None:
             return (pooled,)
-        (states,) = self._states(chunk, chunk.mlm_ids_NT, dropped_kv)
+        (states,) = self._states(chunk, chunk.mlm_ids_NT, dropped)
         return pooled, states[chunk.mlm_labels_NT != IGNORED]
 
     def _states(
         self,
         tokens: Tokens,
         ids_NT: Tensor,
-        prompt_kv: Tensor,
+        prompt: Tensor,
         *,
         all_layers: bool = False,
         first_token: bool = False,
@@ -170,7 +199,7 @@ class PromptEncoder(nn.Module):
         states: tuple[Tensor, ...] = self.backbone(
             ids_NT,
             tokens.mask_NT,
-            prompt_kv,
+            prompt,
             position_offset=self.position_offset,
             types_BT=tokens.types_NT,
             all_layers=all_layers,
@@ -178,11 +207,11 @@ class PromptEncoder(nn.Module):
         )
         return states
 
-    def _pool(self, tokens: Tokens, prompt_kv: Tensor) -> Tensor:
+    def _pool(self, tokens: Tokens, prompt: Tensor) -> Tensor:
         states = self._states(
             tokens,
             tokens.ids_NT,
-            prompt_kv,
+            prompt,
             all_layers=needs_all_layers(self.pooling),
             first_token=needs_first_token(self.pooling),
         )
@@ -196,6 +225,33 @@ class PromptEncoder(nn.Module):
         counts = (tokens.mlm_labels_NT != IGNORED).sum(1).cpu()
         row_of_hidden = torch.cat([torch.repeat_interleave(rows, counts[rows]) for rows in chunks])
         return _float(torch.cat(hidden))[torch.argsort(row_of_hidden, stable=True).to(hidden[0].device)]
+
+
+def build_prompt(
+    kind: PromptKind, length: int, backbone: FrozenBackbone, *, projection_size: int | None = None, dropout: float
+) -> Prompt:
+    """Return an untrained prompt for an encoder; see `PromptEncoder`.
+
+    Raises:
+        ConfigError: The encoder's family does not take an input prompt.
+    """
+    if kind == "input":
+        if not backbone.family.embeddings:
+            raise ConfigError(
+                f"prompt.kind=input needs an encoder whose positions are absolute, but {backbone.identity.name} "
+                f"({backbone.model_type}) has relative or rotary positions. Try: prompt.kind=shared"
+            )
+        return InputPrompt(length, width=backbone.input_width, dropout=dropout)
+    shape = {"layers": backbone.layers, "heads": backbone.kv_heads, "head_size": backbone.head_size}
+    if kind == "shared":
+        return SharedPrompt(length, **shape, dropout=dropout)
+    return DeepPrompt(length, **shape, projection_size=projection_size, dropout=dropout)
+
+
+def _build_head(head: Head, width: int, rank: int | None) -> nn.Module | None:
+    if head == "none":
+        return None
+    return LowRankHead(width, rank or HEAD_RANK) if head == "low_rank" else MlpHead(width)
 
 
 @contextmanager

@@ -1,6 +1,9 @@
-"""Hooks on the frozen encoder's modules: detect those of others, and compute only the first token in the last layer."""
+"""Hooks on the frozen encoder's modules: detect those of others, append an input prompt, compute only the first token.
 
-# B sentences, T tokens, D width
+The hooks of this package do nothing outside of their context managers, which affect the current thread only.
+"""
+
+# B sentences, T tokens, P prompt length, D width, E width of the input embeddings
 
 from __future__ import annotations
 
@@ -8,10 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 _first_token_only: ContextVar[bool] = ContextVar("first_token_only", default=False)
+_input_prompt: ContextVar[Tensor | None] = ContextVar("input_prompt", default=None)
 _INACTIVE_HOOKS = (__name__, "transformers.utils.output_capturing")
 """Python modules whose hooks do nothing unless this package enables them: this one, and that of `output_hidden_states`."""
 
@@ -61,3 +66,30 @@ def first_token_only(enabled: bool) -> Iterator[None]:
 def _cut_to_first_token(_module: nn.Module, states: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
     """Cut the attention output and the residual, each (B, T, D), to (B, 1, D)."""
     return tuple(state_BTD[:, :1] for state_BTD in states) if _first_token_only.get() else None
+
+
+def register_input_prompt_hook(embeddings: nn.Module) -> None:
+    """Make an embedding layer append the vectors of `input_prompt` to its output.
+
+    Args:
+        embeddings: The module that embeds the tokens, positions included.
+    """
+    embeddings.register_forward_hook(_append_input_prompt)
+
+
+@contextmanager
+def input_prompt(vectors_BPE: Tensor | None) -> Iterator[None]:
+    """Set the vectors that the hook of `register_input_prompt_hook` appends, (B or 1, P, E); None: nothing is appended."""
+    token = _input_prompt.set(vectors_BPE)
+    try:
+        yield
+    finally:
+        _input_prompt.reset(token)
+
+
+def _append_input_prompt(_module: nn.Module, _inputs: object, embedded_BTE: Tensor) -> Tensor | None:
+    """Return (B, T + P, E). The tokens stay first: in an encoder with absolute positions, the order of its rows has no effect."""
+    vectors = _input_prompt.get()
+    if vectors is None:
+        return None
+    return torch.cat([embedded_BTE, vectors.to(embedded_BTE.dtype).expand(len(embedded_BTE), -1, -1)], dim=1)

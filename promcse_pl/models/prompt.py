@@ -1,30 +1,73 @@
-"""The deep prompt: P trained keys and values in front of those of the tokens, in every layer."""
+"""The trained prompt: keys and values in front of those of the tokens in every layer, or vectors in front of their embeddings."""
 
-# B sentences, P prompt length, L layers, N key/value heads, H head size, D = N * H
+# B sentences, P prompt length, L layers, N key/value heads, H head size, D = N * H, E width of the input embeddings
 
 from __future__ import annotations
+
+from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
 
+from promcse_pl.config import PromptKind
 from promcse_pl.models.cpu.dropout import dropout
 
+KINDS: tuple[PromptKind, ...] = get_args(PromptKind)
 INIT_STD = 0.02
 """Standard deviation of newly initialised weights, as in BERT and the official PromCSE code."""
 
 
-class DeepPrompt(nn.Module):
+class Prompt(nn.Module):
+    """P trained vectors, with dropout.
+
+    A kind of prompt defines `forward`: one tensor, shared by all sentences, that `FrozenBackbone.forward` takes.
+
+    Args:
+        length: P >= 0; 0 is the plain encoder.
+        width: Entries of a slot in `embedding.weight`, (P, width).
+        dropout: Probability in [0, 1) of dropping a prompt channel in training.
+    """
+
+    kind: PromptKind
+    sentence_dim: ClassVar[int]
+    """Dimension of the prompt that has size 1, or B after `drop`."""
+
+    def __init__(self, length: int, *, width: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.length, self.dropout = length, dropout
+        self.embedding = nn.Embedding(length, width)
+        nn.init.normal_(self.embedding.weight, std=INIT_STD)
+
+    def drop(self, prompt: Tensor, sentences: int) -> Tensor:
+        """Apply dropout in training, with an independent mask for every sentence and every entry of the prompt.
+
+        Args:
+            prompt: Output of `forward`.
+            sentences: B, the number of sentences.
+
+        Returns:
+            The prompt of every sentence; the unchanged `prompt` without dropout or in eval mode.
+        """
+        if not self.training or self.dropout == 0.0:
+            return prompt
+        shape = list(prompt.shape)
+        shape[self.sentence_dim] = sentences
+        return dropout(prompt, self.dropout, torch.Size(shape))
+
+
+class DeepPrompt(Prompt):
     """Trainable keys and values for every layer of an encoder (Jiang et al. 2022, eq. 1).
 
     The parameter names and shapes are the official ones: `embedding.weight` is (P, L * 2 * D), in the order K0, V0, K1, V1,
     ...; with re-parametrisation it is (P, D) and an MLP `trans` (Linear, Tanh, Linear) computes the keys and values from it.
 
     Args:
-        length: P >= 0; 0 is the plain encoder.
+        length, dropout: See `Prompt`.
         layers, heads, head_size: L, N and H of the encoder.
         projection_size: Width of the MLP's hidden layer, or None for no re-parametrisation.
-        dropout: Probability in [0, 1) of dropping a prompt channel in training.
     """
+
+    sentence_dim = 2
 
     def __init__(
         self,
@@ -36,13 +79,10 @@ class DeepPrompt(nn.Module):
         projection_size: int | None = None,
         dropout: float = 0.0,
     ) -> None:
-        super().__init__()
-        self.length, self.layers, self.heads, self.head_size = length, layers, heads, head_size
-        self.dropout = dropout
-        width = heads * head_size
-        flat = layers * 2 * width
-        self.embedding = nn.Embedding(length, flat if projection_size is None else width)
-        nn.init.normal_(self.embedding.weight, std=INIT_STD)
+        width, flat = heads * head_size, layers * 2 * heads * head_size
+        super().__init__(length, width=flat if projection_size is None else width, dropout=dropout)
+        self.kind = "deep" if projection_size is None else "projected"
+        self.layers, self.heads, self.head_size = layers, heads, head_size
         self.trans: nn.Sequential | None = None
         if projection_size is not None:
             layers_in_out = nn.Linear(width, projection_size), nn.Linear(projection_size, flat)
@@ -51,10 +91,14 @@ class DeepPrompt(nn.Module):
                 nn.init.zeros_(layer.bias)
             self.trans = nn.Sequential(layers_in_out[0], nn.Tanh(), layers_in_out[1])
 
+    def flat(self) -> Tensor:
+        """Return the keys and values in the layout of the official code and of PEFT, (P, L * 2 * D)."""
+        weight = self.embedding.weight
+        return weight if self.trans is None else self.trans(weight)
+
     def forward(self) -> Tensor:
-        """Return the keys and values shared by all sentences, (L, 2, 1, N, P, H), before dropout."""
-        flat = self.embedding.weight if self.trans is None else self.trans(self.embedding.weight)
-        prompt = flat.view(self.length, self.layers, 2, self.heads, self.head_size).permute(1, 2, 3, 0, 4)
+        """Return the keys and values, (L, 2, 1, N, P, H), before dropout."""
+        prompt = self.flat().view(self.length, self.layers, 2, self.heads, self.head_size).permute(1, 2, 3, 0, 4)
         return prompt.unsqueeze(2)
 
     @torch.no_grad()
@@ -62,17 +106,35 @@ class DeepPrompt(nn.Module):
         """Add a key and value of every layer to all slots of a prompt without re-parametrisation."""
         self.embedding.weight += kv_L2NH.reshape(1, -1).to(self.embedding.weight)
 
-    def drop(self, prompt_kv: Tensor, sentences: int) -> Tensor:
-        """Apply dropout in training, with an independent mask for every sentence, layer, K/V, head, slot and channel.
 
-        Args:
-            prompt_kv: Output of `forward`.
-            sentences: B, the number of sentences.
+class SharedPrompt(DeepPrompt):
+    """The same trainable keys and values in all layers (Jiang et al. 2022, table 3); `embedding.weight` is (P, 2 * D): K, V.
 
-        Returns:
-            (L, 2, B, N, P, H); the unchanged (L, 2, 1, N, P, H) without dropout or in eval mode.
-        """
-        if not self.training or self.dropout == 0.0:
-            return prompt_kv
-        shape = torch.Size((*prompt_kv.shape[:2], sentences, *prompt_kv.shape[3:]))
-        return dropout(prompt_kv, self.dropout, shape)
+    Dropout masks are those of a deep prompt: every layer has its own.
+
+    Args:
+        length, layers, heads, head_size, dropout: See `DeepPrompt`.
+    """
+
+    def __init__(self, length: int, *, layers: int, heads: int, head_size: int, dropout: float = 0.0) -> None:
+        super().__init__(length, layers=1, heads=heads, head_size=head_size, dropout=dropout)
+        self.kind, self.layers = "shared", layers
+
+    def flat(self) -> Tensor:
+        """Return the keys and values, repeated for every layer, (P, L * 2 * D)."""
+        return self.embedding.weight.repeat(1, self.layers)
+
+
+class InputPrompt(Prompt):
+    """Trainable vectors in front of the input embeddings (Jiang et al. 2022, table 3: prompt of the input layer only).
+
+    They have query rows in every layer, and no positions: they follow the embedding layer with its positions and LayerNorm.
+    `embedding.weight` is (P, E).
+    """
+
+    kind = "input"
+    sentence_dim = 0
+
+    def forward(self) -> Tensor:
+        """Return the vectors, (1, P, E), before dropout."""
+        return self.embedding.weight.unsqueeze(0)

@@ -126,9 +126,11 @@ def build_encoder(config: Config, *, with_pipeline: bool = True) -> PromptEncode
     encoder = PromptEncoder(
         backbone,
         length=config.prompt.length,
+        kind=config.prompt.kind,
         projection_size=config.prompt.projection_size,
         pooling=resolve_pooling(config.model, backbone),
         head=config.model.head,
+        head_rank=config.model.head_rank,
         dropout=config.prompt.dropout,
         position_offset=config.prompt.position_offset,
         text=resolve_text(config.model, backbone),

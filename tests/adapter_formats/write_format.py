@@ -28,8 +28,10 @@ if __name__ == "__main__":
         backbone.identity = dataclasses.replace(backbone.identity, name=BUNDLED)
         torch.manual_seed(0)
         text = TextSettings(max_length=5, lower_case=True, prompts={"query": "Q: "}, default_prompt="query")
-        encoder = PromptEncoder(backbone, length=3, projection_size=5, pooling="cls+avg", head="mlp", text=text)
+        settings = {"kind": "input", "pooling": "cls+avg", "head": "low_rank", "head_rank": 2, "text": text}
+        encoder = PromptEncoder(backbone, length=3, **settings)
         torch.nn.init.normal_(encoder.prompt.embedding.weight)
+        torch.nn.init.normal_(encoder.head.up.weight)
         save_adapter(encoder, HERE / "adapter", training={"steps": 0})
     vectors = PromCSE.load(HERE / "adapter", device="cpu").encode(SENTENCES)
     (HERE / "vectors.json").write_text(json.dumps({"sentences": SENTENCES, "vectors": vectors.tolist()}) + "\n")

@@ -117,6 +117,12 @@ def test_a_row_that_two_tables_share_is_one_config(model):
     )
 
 
+@pytest.mark.parametrize(("model", "data"), [("minilm", "demo"), ("bert-base", "wiki"), ("roberta-large", "nli")])
+def test_a_head_alone_wins_over_the_recipe(model, data):
+    config = config_of(f"model={model}", f"data={data}", "data.dir=d", "tuning=head")
+    assert (config.prompt.length, config.model.head, config.model.head_rank) == (0, "low_rank", 8)
+
+
 def test_no_group_of_conf_is_left_without_a_test():
     tested = {"debug", "evaluation", "experiment", "loss", "optim", "prompt", "sweep", "tracking", "trainer", "tuning"}
     assert {path.name for path in CONF.iterdir() if path.is_dir()} == tested | {"data", "model", "mode", "recipe"}

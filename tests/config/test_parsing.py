@@ -76,6 +76,8 @@ OUT_OF_RANGE = [
     ("data.train", ""),
     ("model.max_length", 2),
     ("model.max_length", 2**30 + 1),
+    ("model.head_rank", 0),
+    ("model.head_rank", 1025),
     ("data.max_length", 2),
     ("data.max_length", 513),
     ("data.batch_size", 1),
@@ -119,7 +121,8 @@ OUT_OF_RANGE = [
 
 @pytest.mark.parametrize(("key", "value"), OUT_OF_RANGE)
 def test_a_value_out_of_range_is_refused_and_the_remedy_is_valid(key, value):
-    raw = composed("prompt=projected") if key == "prompt.projection_size" else valid()
+    needed = {"prompt.projection_size": "prompt=projected", "model.head_rank": "model.head=low_rank"}
+    raw = composed(needed[key]) if key in needed else valid()
     with pytest.raises(ConfigError) as caught:
         Config.from_dict(put(raw, key, value))
     message = str(caught.value)
@@ -244,6 +247,9 @@ def test_every_setting_with_a_range_has_a_test_of_it():
         (["model.pooling=cls_before_pooler", "model.head=mlp"], ["model.pooling=cls_before_pooler", "model.head=mlp"]),
         (["prompt.projection_size=8"], ["prompt.projection_size=8", "prompt.kind=deep"]),
         (["prompt.kind=projected"], ["prompt.projection_size", "prompt.kind=projected"]),
+        (["prompt=shared", "prompt.projection_size=8"], ["prompt.projection_size=8", "prompt.kind=shared"]),
+        (["prompt=input", "prompt.length=0"], ["prompt.kind=input", "got 0", "prompt=deep prompt.length=0"]),
+        (["model.head=mlp", "model.head_rank=4"], ["model.head_rank=4", "model.head=mlp"]),
         (["prompt.length=0"], ["prompt.length=0", "model.head=none"]),
         (["data=pairs", "data.train=x.csv", "data.dev=holdout"], ["data.dev=holdout", "data.kind=pairs"]),
         (["data=pairs", "data.train=demo"], ["demo", "data.kind=pairs"]),

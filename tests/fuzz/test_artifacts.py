@@ -43,6 +43,8 @@ def base(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     encoder = PromptEncoder(backbone, length=2, pooling="avg", head="mlp").eval()
     save_adapter(encoder, base / "adapter", training={"steps": 3})
+    for kind in ("shared", "input"):
+        save_adapter(PromptEncoder(backbone, length=2, kind=kind, head="low_rank").eval(), base / kind)
     plain = PromptEncoder(backbone, length=2, pooling="avg", head="none").eval()
     export_peft(plain, base / "peft")
     official = base / "official"
@@ -144,8 +146,9 @@ def same(one: PromptEncoder, other: PromptEncoder) -> bool:
 @examples(900)
 @given(data=st.data())
 def test_a_damaged_adapter_is_noticed_or_is_the_same(base, scratch, data):
-    folder = damaged(data, base / "adapter", scratch)
-    whole = load_adapter(base / "adapter")
+    kind = data.draw(st.sampled_from(["adapter", "shared", "input"]))
+    folder = damaged(data, base / kind, scratch)
+    whole = load_adapter(base / kind)
     with only_our_errors("adapters"):
         assert same(load_adapter(folder), whole)
 
@@ -155,7 +158,7 @@ def test_a_damaged_adapter_is_noticed_or_is_the_same(base, scratch, data):
 def test_a_damaged_adapter_without_checksum_loads_or_is_refused(base, scratch, data):
     whole = scratch / "older"
     shutil.rmtree(whole, ignore_errors=True)
-    shutil.copytree(base / "adapter", whole)
+    shutil.copytree(base / data.draw(st.sampled_from(["adapter", "shared", "input"])), whole)
     about = json.loads((whole / "adapter.json").read_text())
     del about["checksum"]
     (whole / "adapter.json").write_text(json.dumps(about))

@@ -419,12 +419,25 @@ def test_an_export_is_a_checkpoint_again(checkpoint, tmp_path):
     assert np.array_equal(PromCSE(again).encode(SENTENCES), PromCSE(encoder).encode(SENTENCES))
 
 
+def test_a_shared_prompt_is_exported_as_a_deep_one(checkpoint, tmp_path):
+    imported = import_official(checkpoint, pooling="cls_before_pooler").encoder
+    encoder = PromptEncoder(imported.backbone, length=P, kind="shared").eval()
+    torch.nn.init.normal_(encoder.prompt.embedding.weight)
+    export_official(encoder, tmp_path / "unsup-bert")
+    again = import_official(tmp_path / "unsup-bert").encoder
+    assert again.prompt.kind == "deep"
+    assert torch.equal(again.prompt(), encoder.prompt())
+    assert np.array_equal(PromCSE(again).encode(SENTENCES), PromCSE(encoder).encode(SENTENCES))
+
+
 @pytest.mark.parametrize(
     ("family", "settings", "message"),
     [
         ("electra", {}, "its encoder is electra, allowed: bert, roberta"),
         ("bert", {"pooling": "avg"}, "it does not support the pooling avg, only cls and cls_before_pooler"),
         ("bert", {"pooling": "cls+avg"}, r"it does not support the pooling cls\+avg, only cls and cls_before_pooler"),
+        ("bert", {"kind": "input"}, r"this adapter has prompt.kind=input \(export to sentence-transformers"),
+        ("bert", {"head": "low_rank"}, "it has no head of the kind low_rank"),
         ("bert", {"position_offset": 0}, "it shifts positions by the prompt length 4, this adapter by 0"),
     ],
 )

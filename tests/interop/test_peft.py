@@ -60,6 +60,25 @@ def test_peft_reads_an_export_and_gives_our_hidden_states(tmp_path, family):
     assert (states(ours.backbone, ours.prompt(), 0) - theirs).abs().max() > 0.1  # and so do the positions
 
 
+def test_a_shared_prompt_is_exported_as_a_deep_one(tmp_path):
+    ours = prompt_encoder(tmp_path / "encoder", kind="shared")
+    export_peft(ours, tmp_path / "peft")
+    again = import_peft(tmp_path / "peft")
+    assert again.prompt.kind == "deep"
+    assert torch.equal(again.prompt(), ours.prompt())
+    assert len(again.prompt().unique(dim=0)) == 1
+
+
+def test_an_input_prompt_and_a_low_rank_head_are_not_exported(tmp_path):
+    for settings, message in (
+        ({"kind": "input"}, r"prompt\.kind=input.*sentence-transformers"),
+        ({"head": "low_rank"}, "the low-rank head cannot be stored"),
+    ):
+        with pytest.raises(AdapterError, match=message):
+            export_peft(PromptEncoder(small_backbone(), length=P, **settings), tmp_path / "peft")
+    assert not (tmp_path / "peft").exists()
+
+
 def test_an_adapter_that_peft_trained_and_saved_is_read_with_its_outputs(tmp_path, family):
     peft = pytest.importorskip("peft")
     save_small_encoder(tmp_path / "encoder", family)

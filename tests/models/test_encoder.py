@@ -17,7 +17,8 @@ from promcse_pl.models.encoder import HEADS, PromptEncoder
 
 every_family = pytest.mark.parametrize("family", SUPPORTED)
 LENGTHS = [9, 4, 12, 5, 9, 3]
-KINDS = {"deep": None, "projected": 7}
+KINDS = {"deep": {}, "projected": {"projection_size": 7}, "shared": {"kind": "shared"}}
+every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 
 def batch_for(encoder, lengths=None) -> Tokens:
@@ -37,9 +38,9 @@ def with_mlm(tokens: Tokens, pad_id: int) -> Tokens:
 
 
 @every_family
-@pytest.mark.parametrize("projection_size", KINDS.values(), ids=KINDS)
-def test_the_prompt_moves_the_vectors(family, projection_size):
-    encoder = prompt_encoder(family, projection_size=projection_size)
+@every_kind
+def test_the_prompt_moves_the_vectors(family, kind):
+    encoder = prompt_encoder(family, **kind)
     tokens = batch_for(encoder)
     before, _ = encoder(tokens)
     with torch.no_grad():
@@ -70,14 +71,14 @@ def slow_attention(attention, hidden_BTD, mask_BT, key_NPH, value_NPH):
     return mixed_BTD
 
 
-@pytest.mark.parametrize("projection_size", KINDS.values(), ids=KINDS)
+@every_kind
 @torch.no_grad()
-def test_a_prompted_bert_equals_a_loop_with_the_prompt_in_front_of_keys_and_values(projection_size):
+def test_a_prompted_bert_equals_a_loop_with_the_prompt_in_front_of_keys_and_values(kind):
     length, heads = 3, SMALL["num_attention_heads"]
-    encoder = prompt_encoder(length=length, projection_size=projection_size)
+    encoder = prompt_encoder(length=length, **kind)
     tokens = batch_for(encoder, [5, 3])
     flat = encoder.prompt.embedding.weight
-    if projection_size is not None:
+    if "projection_size" in kind:
         first, _, second = encoder.prompt.trans
         flat = torch.tanh(flat @ first.weight.T + first.bias) @ second.weight.T + second.bias
     bert = encoder.backbone.model
@@ -87,8 +88,8 @@ def test_a_prompted_bert_equals_a_loop_with_the_prompt_in_front_of_keys_and_valu
     states = [hidden]
     for number, layer in enumerate(bert.encoder.layer):
         width = SMALL["hidden_size"]
-        key_PD = flat[:, 2 * number * width : (2 * number + 1) * width]  # the official order: K0, V0, K1, V1, ...
-        value_PD = flat[:, (2 * number + 1) * width : (2 * number + 2) * width]
+        start = 0 if kind == KINDS["shared"] else 2 * number * width  # the official order: K0, V0, K1, V1, ...
+        key_PD, value_PD = flat[:, start : start + width], flat[:, start + width : start + 2 * width]
         key_NPH, value_NPH = (part.view(length, heads, -1).transpose(0, 1) for part in (key_PD, value_PD))
         mixed = slow_attention(layer.attention.self, hidden, tokens.mask_NT, key_NPH, value_NPH)
         hidden = layer.attention.output(mixed, hidden)
@@ -150,13 +151,13 @@ def test_the_longest_input_fits_and_one_more_token_does_not(family, longest):
 # --- state
 
 
-@pytest.mark.parametrize("projection_size", KINDS.values(), ids=KINDS)
-def test_the_state_holds_the_trained_part_alone_and_round_trips(projection_size):
-    encoder = prompt_encoder(head="mlp", projection_size=projection_size)
+@pytest.mark.parametrize("kind", [*KINDS.values(), {"kind": "input"}], ids=[*KINDS, "input"])
+def test_the_state_holds_the_trained_part_alone_and_round_trips(kind):
+    encoder = prompt_encoder(head="mlp", **kind)
     state = encoder.state_dict()
     assert state.keys() == trained(encoder).keys()
     assert not any("backbone" in name for name in torch.nn.ModuleDict({"inner": encoder}).state_dict())
-    other = PromptEncoder(encoder.backbone, length=4, pooling="avg", head="mlp", projection_size=projection_size)
+    other = PromptEncoder(encoder.backbone, length=4, pooling="avg", head="mlp", **kind)
     other = other.double().eval()
     tokens = batch_for(encoder)
     assert not torch.equal(other(tokens)[0], encoder(tokens)[0])
@@ -208,8 +209,21 @@ def test_the_test_time_vector_leaves_out_a_head_for_training_only(head):
     tokens = batch_for(encoder)
     same = torch.equal(encoder(tokens, train_head=True)[0], encoder(tokens)[0])
     assert same == (head != "mlp_train_only")
-    if head != "mlp":
+    if not encoder.has_test_head:
         assert torch.equal(encoder(tokens)[0], prompt_encoder(head="none")(tokens)[0])
+
+
+def test_a_low_rank_head_starts_as_the_identity_and_adds_a_low_rank_product():
+    torch.manual_seed(0)
+    encoder = PromptEncoder(small_backbone(), length=0, head="low_rank", head_rank=3, pooling="avg").double().eval()
+    plain = PromptEncoder(encoder.backbone, length=0, pooling="avg").double().eval()
+    tokens = batch_for(encoder)
+    assert torch.equal(encoder(tokens)[0], plain(tokens)[0])
+    up, down = encoder.head.up.weight, encoder.head.down.weight
+    assert (tuple(up.shape), tuple(down.shape)) == ((SMALL["hidden_size"], 3), (3, SMALL["hidden_size"]))
+    torch.nn.init.normal_(up)
+    expected = torch.stack([h + up @ (down @ h) for h in plain(tokens)[0]])
+    torch.testing.assert_close(encoder(tokens)[0], expected, rtol=0, atol=1e-12)
 
 
 # --- chunks

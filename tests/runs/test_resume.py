@@ -87,6 +87,26 @@ def test_the_uninterrupted_run_covers_the_hard_cases_of_resuming(long_run):
     assert not (straight / "checkpoints").exists()
 
 
+@pytest.mark.parametrize(
+    "sections",
+    [{"prompt": {"kind": "shared"}}, {"prompt": {"kind": "input"}, "model": {"head": "low_rank", "head_rank": 2}}],
+    ids=["shared", "input and low_rank"],
+)
+def test_a_resumed_run_of_another_kind_of_prompt_is_bit_identical(tmp_path, sections):
+    config = small_config(
+        tmp_path,
+        data={"dev": "holdout", "batch_size": 2},
+        trainer={"save_every": 1, "eval_every": 2},
+        **sections,
+    )
+    path = write_config(config, tmp_path / "start.yaml")
+    assert end(start(path, tmp_path / "straight")) == 0
+    folder = tmp_path / "killed"  # at the first dev evaluation, step 2, with the checkpoint of step 1
+    assert end(start(path, folder, None, "promcse_pl.training.callbacks:save_adapter")) == -signal.SIGKILL
+    assert end(start(path, folder)) == 0
+    assert outcome(folder) == outcome(tmp_path / "straight")
+
+
 @pytest.mark.slow
 def test_a_run_killed_at_any_moment_and_resumed_is_bit_identical_to_an_uninterrupted_run(long_run, tmp_path):
     config, straight = long_run

@@ -23,7 +23,7 @@ from promcse_pl.models.cpu.dropout import seeded_dropout
 Result = TypeVar("Result")
 Outputs = tuple[Tensor, ...]
 Run = Callable[[Tensor, Tensor], Outputs]
-"""Function of the row numbers of a chunk and the prompt's keys and values that returns the chunk's outputs."""
+"""Function of the row numbers of a chunk and the prompt (`Prompt.forward`) that returns the chunk's outputs."""
 
 
 CHUNK_TOKENS = {"cpu": 512, "cuda": 16384, "mps": 8192}
@@ -68,7 +68,7 @@ def run_chunks(
 
     Args:
         run: See `Run`. It must not depend on other tensors that require a gradient. On a CPU, several threads call it.
-        prompt_kv: The prompt's keys and values.
+        prompt_kv: The prompt's keys and values, or its vectors in front of the input embeddings.
         chunks: Row numbers of each chunk.
         dropout: Whether `run` draws dropout masks; a chunk's masks depend on its position, not on threads.
         recompute: Compute each chunk's activations again in the backward pass instead of keeping them: 1.5x the computation.

@@ -30,5 +30,6 @@ FAMILIES = {
         has_pooler=True,
         in_call_order=True,
         check=_check,
+        embeddings="embeddings",
     ),
 }

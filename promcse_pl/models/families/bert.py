@@ -63,6 +63,7 @@ BERT = Family(
     positions="from_zero",
     has_pooler=True,
     check=_check,
+    embeddings="embeddings",
     first_token="encoder.layer.{}.attention.output",
     fused=_fused("bert.modeling_bert", "Bert"),
     mlm_head=_MLM_HEAD,

@@ -27,6 +27,7 @@ FAMILIES = {
         fields=(*COMMON_FIELDS, "activation"),
         positions="from_zero",
         attention="DistilBertSelfAttention",
+        embeddings="embeddings",
         fused=FusedLayers(
             "transformers.models.distilbert.modeling_distilbert.DistilBertModel",
             ("Transformer", "TransformerBlock", "DistilBertSelfAttention", "FFN"),

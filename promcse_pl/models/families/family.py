@@ -55,6 +55,8 @@ class Family:
         replace_attention: Replaces the attention modules of a loaded model with modules that call `prepend_prompt`, for encoders
             without transformers' attention interface.
         check: Raises EncoderError for a config that is not supported; see also `require_supported`.
+        embeddings: Name of the module that embeds the tokens with absolute positions, to whose output `prompt.kind=input` appends
+            its vectors. None: not supported; relative and rotary positions would depend on where the vectors are inserted.
         first_token: Name of the module that adds the residual after attention in the last layer, after which `cls` pooling
             computes only the first token; {} is replaced by the layer index. None: transformers' modules compute all tokens.
         fused: Module names for the fused CPU layers; None: transformers' modules are used.
@@ -72,6 +74,7 @@ class Family:
     in_call_order: bool = False
     replace_attention: Callable[[nn.Module], None] | None = None
     check: Callable[[Any], None] = _nothing
+    embeddings: str | None = None
     first_token: str | None = None
     fused: FusedLayers | None = None
     mlm_head: Mapping[str, str] = field(default_factory=dict)
