@@ -34,16 +34,16 @@ def add_parser(commands: Any) -> None:  # noqa: ANN401  (argparse's type is priv
         "files",
         metavar="FILE",
         nargs="+",
-        help="one sentence a line (csv, jsonl, parquet, .gz... too); - reads standard input; with --out FOLDER also several files, "
-        "folders and patterns in quotes",
+        help="one sentence a line (csv, jsonl, parquet, .gz... too); - reads standard input; with --out FOLDER also several "
+        "files, folders and patterns in quotes",
     )
     parser.add_argument(
         "--out",
         metavar="FILE|FOLDER",
         type=Path,
         required=True,
-        help="where to write the unit vectors: FILE.npy (sentences, width) float32; - prints one JSON list a line; FOLDER: shards "
-        "with all columns, which an interrupted command continues",
+        help="where to write the unit vectors: FILE.npy (sentences, width) float32; - prints one JSON list a line; FOLDER: "
+        "shards with all columns, which an interrupted command continues",
     )
     add_prompt_options(parser, "the sentences")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps, or auto: a GPU if there is one")
@@ -55,13 +55,17 @@ def add_parser(commands: Any) -> None:  # noqa: ANN401  (argparse's type is priv
     )
     corpus = parser.add_argument_group("options of --out FOLDER (docs/corpus.md)")
     corpus.add_argument("--text", metavar="COLUMN", help="text column (default: recognised by its name)")
-    corpus.add_argument("--output-dtype", choices=("float32", "float16"), help="type of the embeddings (default float32)")
+    corpus.add_argument(
+        "--output-dtype", choices=("float32", "float16"), help="type of the embeddings (default float32)"
+    )
     corpus.add_argument(
         "--format",
         choices=("parquet", "npy"),
         help="parquet: columns and embeddings in one file (default); npy: embeddings alone, other columns in parquet",
     )
-    corpus.add_argument("--rows-per-shard", metavar="N", type=int, help="input rows of an output shard (default 100000)")
+    corpus.add_argument(
+        "--rows-per-shard", metavar="N", type=int, help="input rows of an output shard (default 100000)"
+    )
     corpus.add_argument(
         "--on-bad-row", choices=("stop", "skip"), help="what to do with a row without a text (default stop)"
     )
@@ -133,9 +137,7 @@ def _encode_corpus(options: argparse.Namespace) -> None:
 def _corpus_options(options: argparse.Namespace) -> CorpusOptions:
     from promcse_pl.corpus.encode import CorpusOptions
 
-    given = {
-        key: getattr(options, name) for name, key in _CORPUS_OPTIONS.items() if getattr(options, name) is not None
-    }
+    given = {key: getattr(options, name) for name, key in _CORPUS_OPTIONS.items() if getattr(options, name) is not None}
     if "task" in given:
         match = re.fullmatch(r"(\d+)/(\d+)", given["task"])
         if match is None:

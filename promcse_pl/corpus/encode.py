@@ -37,6 +37,7 @@ from promcse_pl.data.arrow import content_sha256, dataset_files, is_saved_datase
 from promcse_pl.data.readers import OnBadRow
 from promcse_pl.utils.errors import ConfigError, DataError
 from promcse_pl.utils.files import atomic_file, remove_leftovers
+from promcse_pl.utils.paths import hide_home
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -55,8 +56,8 @@ class CorpusOptions:
         text_column: Name of the text column; None: recognised by its name.
         prompt: Text in front of every text; None: the adapter's default prompt, "": none.
         output_dtype: `float32`, or `float16` with half the size (cosines change by less than 0.001).
-        shard_format: `parquet`: all columns and the embeddings in one file; `npy`: embeddings in a .npy file, and the other columns
-            in a parquet file.
+        shard_format: `parquet`: all columns and the embeddings in one file; `npy`: embeddings in a .npy file, other columns in a
+            parquet file.
         rows_per_shard: Input rows of an output shard, at least 1. An interruption loses at most one shard.
         on_bad_row: "stop" raises at a row without a text, "skip" leaves it out.
         task: (i, n): encode part i of n, from 0; every part may run in another process or on another machine.
@@ -165,7 +166,7 @@ def corpus_settings(model: PromCSE, options: CorpusOptions) -> CorpusSettings:
     backbone = model.encoder.backbone
     return CorpusSettings(
         adapter=model.adapter_hash(),
-        encoder=backbone.identity.name,
+        encoder=hide_home(backbone.identity.name),
         width=model.width,
         prompt=model.encoder.text.prompt_text(None, options.prompt),
         precision=backbone.precision,
@@ -259,7 +260,9 @@ class _Task:
                     vectors.write(embeddings_ND)
                 table = block.table if is_npy else block.table.append_column(EMBEDDING, _lists(embeddings_ND))
                 if writer is None:
-                    writer = stack.enter_context(pq.ParquetWriter(temporary[0], table.schema, **_compression(table.schema)))
+                    writer = stack.enter_context(
+                        pq.ParquetWriter(temporary[0], table.schema, **_compression(table.schema))
+                    )
                 writer.write_table(table)
         files = {path.name: {"bytes": path.stat().st_size, "sha256": content_sha256(path)} for path in paths}
         columns = table.schema.names

@@ -18,7 +18,7 @@ from promcse_pl.version import __version__
 
 FORMAT = 1
 """Incremented when older versions could misread a newer folder."""
-MANIFEST = "manifest.json"
+MANIFEST, INDEX_DESCRIPTION = "manifest.json", "corpus-index.json"
 ShardFormat = Literal["parquet", "npy"]
 SHARD_FORMATS: tuple[ShardFormat, ...] = get_args(ShardFormat)
 OutputType = Literal["float32", "float16"]
@@ -92,7 +92,10 @@ class Shard:
 
     def is_intact(self, folder: Path) -> bool:
         """Return whether its files exist with their sizes."""
-        return all((folder / name).is_file() and (folder / name).stat().st_size == about["bytes"] for name, about in self.files.items())
+        return all(
+            (folder / name).is_file() and (folder / name).stat().st_size == about["bytes"]
+            for name, about in self.files.items()
+        )
 
 
 def shard_name(input_name: str, number: int) -> str:
@@ -112,6 +115,12 @@ def check_out(folder: Path) -> None:
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
     return own_description(folder, MANIFEST, {"format", "promcse_pl", "settings", "inputs"})
+
+
+def is_corpus(folder: Path) -> bool:
+    """Return whether a folder is an encoded corpus or an index of one."""
+    is_index = own_description(folder, INDEX_DESCRIPTION, {"format", "promcse_pl", "adapter"}) is not None
+    return is_index or _manifest(folder) is not None
 
 
 def read_settings(folder: Path) -> CorpusSettings | None:
@@ -184,7 +193,9 @@ def complete_shards(folder: Path) -> list[Shard]:
     """
     about = _manifest(folder)
     if about is None:
-        raise DataError(f"{folder} is not an encoded corpus: it has no {MANIFEST}. Write one with promcse encode --out FOLDER")
+        raise DataError(
+            f"{folder} is not an encoded corpus: it has no {MANIFEST}. promcse encode --out FOLDER writes one"
+        )
     shards = finished_shards(folder)
     of_inputs: dict[str, list[Shard]] = {name: [] for name in about["inputs"]}
     for shard in shards:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -55,7 +54,7 @@ def find_inputs(given: Sequence[str | Path], *, out: Path) -> list[InputFile]:
         if not is_folder(file.path) and file_suffix(file.path) not in SUFFIXES:
             raise DataError(f"{file.path}: unknown format. Allowed: {', '.join(SUFFIXES)}, each also with .gz")
         if file.name in by_name:
-            common = shlex.quote(f"{_common(by_name[file.name], file.path)}/**/*{file.path.suffix}")
+            common = shlex.quote(f"{_common(by_name[file.name], file.path)}/**/{file.path.name}")
             raise DataError(
                 f"{by_name[file.name]} and {file.path} would have the same output names. Try: {common} (one pattern in quotes, "
                 "so that the names contain the folders)"
@@ -69,16 +68,20 @@ def _matches(entry: str | Path) -> Iterator[InputFile]:
     if is_folder(path) and not is_saved_dataset(path):
         for file in sorted(path.rglob("*")):
             below = file.relative_to(path)
-            if file_suffix(file) in SUFFIXES and file.is_file() and not any(p.startswith((".", "_")) for p in below.parts):
+            if (
+                file_suffix(file) in SUFFIXES
+                and file.is_file()
+                and not any(p.startswith((".", "_")) for p in below.parts)
+            ):
                 yield InputFile(_name(below), file)
     elif is_there(path):
         yield InputFile(path.name, path)
     elif _WILDCARD.search(str(entry)):
-        fixed = [part for part in path.parts[: next(i for i, p in enumerate(path.parts) if _WILDCARD.search(p))]]
-        base = Path(*fixed)
-        for found in sorted(glob.glob(str(path), recursive=True)):
-            if Path(found).is_file() or is_saved_dataset(Path(found)):
-                yield InputFile(_name(Path(found).relative_to(base)), Path(found))
+        first = next(position for position, part in enumerate(path.parts) if _WILDCARD.search(part))
+        base = Path(*path.parts[:first])
+        for found in sorted(base.glob(str(path.relative_to(base)))):
+            if found.is_file() or is_saved_dataset(found):
+                yield InputFile(_name(found.relative_to(base)), found)
     else:
         where = "" if path.is_absolute() else f"; the current folder is {Path.cwd()}"
         raise DataError(f"{entry} does not exist{where}")

@@ -156,7 +156,9 @@ def _text_blocks(
             rows.append((line, dict(record)))
         if not columns:  # also if the shard is not wanted: the first block decides the types
             if not rows:
-                raise DataError(f"{request.path}: none of the first {bad_rows:,} rows is good. Check its format and columns")
+                raise DataError(
+                    f"{request.path}: none of the first {bad_rows:,} rows is good. Check its format and columns"
+                )
             columns = _column_types(request.path, rows)
         table = _table(request.path, rows, columns) if is_wanted(shard) else None
         yield Block(shard, table, next(iter(columns)), bad_rows)
@@ -241,7 +243,7 @@ def _dataset_pieces(request: ColumnRequest) -> Iterator[_Piece]:
 def _parquet_pieces(
     stream: io.BufferedReader[Any], request: ColumnRequest, rows_per_shard: int, is_wanted: IsWanted
 ) -> Iterator[_Piece]:
-    """Yield the batches of row groups with rows of wanted shards, and the last row of every other row group without its content."""
+    """Yield the batches of row groups with rows of wanted shards, and of every other row group its last row without content."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -104,7 +104,9 @@ def dataset_batches(folder: Path, request: ColumnRequest) -> Iterator[tuple[pa.R
                     raise DataError(f"{path} and {files[0]} have different columns")
                 for batch in reader:
                     for position in range(batch.num_columns) if request.with_others else positions:
-                        batch.column(position).validate(full=True)  # Arrow does not check the offsets of a stream by default
+                        batch.column(position).validate(
+                            full=True
+                        )  # Arrow does not check the offsets of a stream by default
                     yield batch, positions
                     rows += batch.num_rows
             except (pa.ArrowException, OSError, UnicodeDecodeError, MemoryError, OverflowError) as error:

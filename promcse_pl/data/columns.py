@@ -209,14 +209,14 @@ class ColumnRequest:
         for column in chosen:
             found = [i for i in range(len(columns)) if column == i or column in columns.names[i : i + 1]]
             if len(found) != 1:
-                found_as = f"{self.path} has {'several columns' if found else 'no column'} {column!r} (columns: {columns})"
+                found_as = (
+                    f"{self.path} has {'several columns' if found else 'no column'} {column!r} (columns: {columns})"
+                )
                 if self.option:
                     raise DataError(f"{found_as}. {self._advice(columns)}")
                 needed = len(self.kind.roles)
                 example = map(columns.typed, range(min(needed, len(columns)) if columns.names else needed))
-                raise DataError(
-                    f"{found_as}. {needed} are needed, for example data.columns=[{','.join(example)}]"
-                )
+                raise DataError(f"{found_as}. {needed} are needed, for example data.columns=[{','.join(example)}]")
             positions += found
         return positions
 

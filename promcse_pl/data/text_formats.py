@@ -196,7 +196,9 @@ def _requested(lines: _Lines, request: ColumnRequest, header: bool | None, delim
         if isinstance(cells, dict):
             missing = next((label for label in labels if label not in cells), None)
             if missing is None:
-                others = [(key, cell) for key, cell in cells.items() if key not in labels] if request.with_others else []
+                others = (
+                    [(key, cell) for key, cell in cells.items() if key not in labels] if request.with_others else []
+                )
                 yield line, [*((label, cells[label]) for label in labels), *others]
             else:
                 yield line, f"column {short_name(missing)} is missing, got {listed(list(cells))}"
