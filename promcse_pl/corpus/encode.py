@@ -249,7 +249,8 @@ class _Task:
         with ExitStack() as stack:
             temporary = [stack.enter_context(atomic_file(path)) for path in paths]
             vectors = stack.enter_context(NpyWriter(temporary[1], width, self.options.output_dtype)) if is_npy else None
-            for block, is_last in blocks:
+            for entry in blocks:
+                block, is_last = entry
                 assert block.table is not None
                 texts = block.texts
                 embeddings_ND = self.model.encode(texts, prompt=self.options.prompt, progress=self.meter.encoded)

@@ -154,8 +154,8 @@ def check_settings(folder: Path, settings: CorpusSettings) -> None:
         return
     if stored.adapter != settings.adapter:
         raise AdapterError(
-            f"the shards in {folder} were computed with another adapter ({stored.adapter[:12]}…, encoder {stored.encoder}; this one "
-            f"is {settings.adapter[:12]}…, encoder {settings.encoder}). Load that adapter, or give another --out"
+            f"the shards in {folder} were computed with another adapter ({stored.adapter[:12]}…, encoder {stored.encoder}; "
+            f"this one is {settings.adapter[:12]}…, encoder {settings.encoder}). Load that adapter, or give another --out"
         )
     for key, option in _OPTIONS.items():
         old, new = getattr(stored, key), getattr(settings, key)

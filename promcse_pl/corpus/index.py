@@ -57,8 +57,8 @@ def build_corpus_index(
 ) -> Path:
     """Build a FAISS index of all shards of an encoded corpus and write it to a subfolder with the name of the kind.
 
-    The centroids and the product quantiser of `ivfpq` are trained on a random sample; then the shards are added one by one, so the
-    memory is that of the index.
+    The centroids and the product quantiser of `ivfpq` are trained on a random sample; then the shards are added one by one, so
+    the memory is that of the index.
 
     Args:
         folder: Output folder of `encode_corpus`; every input must be complete.

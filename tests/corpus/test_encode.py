@@ -59,7 +59,11 @@ def test_shards_hold_all_columns_and_the_embeddings_of_encode(model, corpus, tmp
         np.testing.assert_allclose(embeddings, model.encode(table.column("text").to_pylist()), atol=1e-6)
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     assert manifest["settings"]["adapter"] == model.adapter_hash()
-    assert (manifest["inputs"], manifest["rows"], len(manifest["shards"])) == (["a.txt", "b.parquet", "c.jsonl"], 51, 11)
+    assert (manifest["inputs"], manifest["rows"], len(manifest["shards"])) == (
+        ["a.txt", "b.parquet", "c.jsonl"],
+        51,
+        11,
+    )
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
 
 
@@ -241,4 +245,3 @@ def test_progress_reports_every_shard_and_ends_at_one(model, corpus, tmp_path):
     assert (reports[-1].rows, reports[-1].done) == (51, pytest.approx(1))
     assert reports[-1].seconds_left == pytest.approx(0, abs=1e-6)
     assert [report.done for report in reports] == sorted(report.done for report in reports)
-

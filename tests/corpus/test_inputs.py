@@ -8,7 +8,15 @@ from promcse_pl.utils.errors import DataError
 
 @pytest.fixture
 def corpus(tmp_path) -> Path:
-    for name in ("a.txt", "sub/b.csv.gz", "sub/deep/c.jsonl", ".hidden/d.txt", "_tmp/e.txt", "notes.md", "out/a.txt-00000.parquet"):
+    for name in (
+        "a.txt",
+        "sub/b.csv.gz",
+        "sub/deep/c.jsonl",
+        ".hidden/d.txt",
+        "_tmp/e.txt",
+        "notes.md",
+        "out/a.txt-00000.parquet",
+    ):
         path = tmp_path / "corpus" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("w5\n")

@@ -36,7 +36,9 @@ def write(path: Path, row_group_size: int = 5) -> Path:
     return path
 
 
-def read(path: Path, rows_per_shard: int = 10, wanted: object = lambda shard: True, **settings: str) -> list[rows.Block]:
+def read(
+    path: Path, rows_per_shard: int = 10, wanted: object = lambda shard: True, **settings: str
+) -> list[rows.Block]:
     chosen = RowSettings(**{"text_column": None, "on_bad_row": "stop", "rows_per_shard": rows_per_shard, **settings})
     return list(read_blocks(path, chosen, wanted))
 
@@ -88,7 +90,9 @@ def test_missing_json_values_are_null_and_new_names_are_an_error(tmp_path):
     (block,) = read(path)
     assert block.table.to_pylist()[1] == {"text": "w2", "a": None, "b": None}
     path.write_text(path.read_text() + json.dumps({"text": "w5", "c": 1}) + "\n")
-    with pytest.raises(DataError, match=r"c\.jsonl:5: column c does not occur in the first 4 rows \(columns: text, a, b\)"):
+    with pytest.raises(
+        DataError, match=r"c\.jsonl:5: column c does not occur in the first 4 rows \(columns: text, a, b\)"
+    ):
         read(path)
     path.write_text("".join(json.dumps({"text": "w", "a": a}) + "\n" for a in (1, 2, 3, 4, "x")))
     with pytest.raises(DataError, match=r"column a must have one type \(int64\); in the lines 5 to 5"):
