@@ -12,7 +12,7 @@ from promcse_pl.cli.main import main
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import PromptEncoder
 
-TEXTS = [f"w{i} w{i + 1}" for i in range(12)]
+TEXTS = [f"w{i + 10} w{i + 11}" for i in range(12)]
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +46,12 @@ def test_a_corpus_is_encoded_indexed_and_searched(adapter, corpus, tmp_path, cap
     assert "0 h 00 min left" in printed.err
     assert main(["index", out, "--kind", "flat"]) == 0
     command = capsys.readouterr().out.split("promcse ")[1].split()
-    assert main(["search", str(adapter), command[2], "w3 w4", "--top-k", "1"]) == 0
-    assert capsys.readouterr().out == "1.0000\tw3 w4\n"
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"w3 w4\n")))
+    assert main(["search", str(adapter), command[2], "w13 w14", "--top-k", "1"]) == 0
+    assert capsys.readouterr().out == "1.0000\tw13 w14\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"w13 w14\n")))
     assert main(["search", str(adapter), f"{out}/flat", "-", "--top-k", "1"]) == 0
-    hit = {"sentence": "w3 w4", "score": 1.0, "columns": {"id": 3}}
-    assert json.loads(capsys.readouterr().out) == {"query": "w3 w4", "hits": [hit]}
+    hit = {"sentence": "w13 w14", "score": 1.0, "columns": {"id": 3}}
+    assert json.loads(capsys.readouterr().out) == {"query": "w13 w14", "hits": [hit]}
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_errors_exit_with_2_and_say_what_to_type(arguments, message, adapter, co
 def test_options_of_documents_have_no_effect_on_an_index(adapter, corpus, tmp_path, capsys):
     out = str(tmp_path / "out")
     assert main(["encode", str(adapter), str(corpus), "--out", out]) == 0
-    assert main(["search", str(adapter), out, "w1", "--document-prompt", "x"]) == 2
+    assert main(["search", str(adapter), out, "w11", "--document-prompt", "x"]) == 2
     assert "have no effect on an index" in capsys.readouterr().err
-    assert main(["search", str(adapter), out, "w1"]) == 2
+    assert main(["search", str(adapter), out, "w11"]) == 2
     assert f"Try: promcse index {out} --kind ivfpq" in capsys.readouterr().err
