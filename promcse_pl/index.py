@@ -68,7 +68,7 @@ class SentenceIndex:
         if kind not in KINDS:
             raise ConfigError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
         if kind != "exact":
-            _faiss()  # raises if it is not installed, before a million sentences are encoded
+            faiss_library()  # raises if it is not installed, before a million sentences are encoded
         self.kind = kind
         self.sentences: list[str] = []
         self._vectors: Any = None  # (N, D) float32 of an exact index, else the FAISS index
@@ -126,7 +126,7 @@ class SentenceIndex:
             else:
                 scores_QR, rows_QR = self._vectors.search(queries_QD, min(top_k, len(self)))
                 found = [  # FAISS pads with row number -1
-                    _best(scores_R[rows_R >= 0], rows_R[rows_R >= 0], top_k, threshold)
+                    best_hits(scores_R[rows_R >= 0], rows_R[rows_R >= 0], top_k, threshold)
                     for scores_R, rows_R in zip(scores_QR, rows_QR, strict=True)
                 ]
             return [
@@ -147,7 +147,7 @@ class SentenceIndex:
                     scores_R = np.einsum("rd,d->r", block_ND[rows_R], queries_QD[query], dtype=np.float64)
                     scores_R = np.concatenate([found[query][0], scores_R])
                     rows_R = np.concatenate([found[query][1], rows_R + first_row])
-                    found[query] = _best(scores_R, rows_R, top_k, threshold)
+                    found[query] = best_hits(scores_R, rows_R, top_k, threshold)
         return found
 
     def save(self, folder: str | Path, *, adapter: str) -> None:
@@ -173,7 +173,7 @@ class SentenceIndex:
             if self.kind == "exact":
                 np.save(new / names[1], self._vectors)
             else:
-                _write_faiss(self._vectors, new / names[1])
+                write_faiss(self._vectors, new / names[1])
             about = {"format": FORMAT, "promcse_pl": __version__, "kind": self.kind, "adapter": adapter}
             about |= {"sha256": {name: file_sha256(new / name) for name in names}}
             (new / DESCRIPTION).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
@@ -222,7 +222,7 @@ class SentenceIndex:
             if not isinstance(index.sentences, list) or not all(isinstance(text, str) for text in index.sentences):
                 raise DataError(f"{sentences} must contain a list of strings. Build the index again")
             shape = len(index.sentences), width
-            index._vectors = _read_npy(vectors, shape) if index.kind == "exact" else _read_faiss(vectors, shape)
+            index._vectors = _read_npy(vectors, shape) if index.kind == "exact" else read_faiss(vectors, shape)
         except FileNotFoundError as error:
             raise DataError(
                 f"{folder} is not a complete index: {error.filename} is missing. Write one with save_index"
@@ -245,14 +245,24 @@ def _read_npy(path: Path, shape: tuple[int, int]) -> NDArray[np.float32]:
     return vectors_ND
 
 
-def _read_faiss(path: Path, shape: tuple[int, int]) -> Any:  # noqa: ANN401
-    """Read a FAISS index; its header consists of the kind (4 bytes), the width (int32) and the number of vectors (int64)."""
+def read_faiss(path: Path, shape: tuple[int, int], *, compressed: bool = False) -> Any:  # noqa: ANN401
+    """Read a FAISS index; its header consists of the kind (4 bytes), the width (int32) and the number of vectors (int64).
+
+    Args:
+        path: The file.
+        shape: (N, D).
+        compressed: Whether it stores codes instead of float32 vectors.
+
+    Raises:
+        ValueError: It has another shape, or is truncated.
+        OSError, RuntimeError: It cannot be read.
+    """
     with path.open("rb") as file:
         header = file.read(16)
     width, rows = (int.from_bytes(part, "little", signed=True) for part in (header[4:8], header[8:16]))
-    if (rows, width) != shape or 4 * rows * width > path.stat().st_size:
+    if (rows, width) != shape or (1 if compressed else 4 * width) * rows > path.stat().st_size:
         raise ValueError(f"{path} declares {rows} vectors of width {width}, expected {shape}")
-    index = _faiss().read_index(str(path))
+    index = faiss_library().read_index(str(path))
     if (index.ntotal, index.d) != shape:
         raise ValueError(f"{path} contains {index.ntotal} vectors of width {index.d}, expected {shape}")
     return index
@@ -269,7 +279,7 @@ def check_search(top_k: int, threshold: float | None) -> None:
 _Ranked = tuple[NDArray[np.float64], NDArray[np.intp]]
 
 
-def _best(scores_R: NDArray[Any], rows_R: NDArray[np.intp], top_k: int, threshold: float) -> _Ranked:
+def best_hits(scores_R: NDArray[Any], rows_R: NDArray[np.intp], top_k: int, threshold: float) -> _Ranked:
     """Return the `top_k` highest scores >= `threshold` and their rows; for equal scores, the lower rows."""
     scores_R = scores_R.astype(np.float64).round(DECIMALS).clip(-1, 1)
     keep_R = scores_R >= threshold
@@ -282,7 +292,7 @@ def _best(scores_R: NDArray[Any], rows_R: NDArray[np.intp], top_k: int, threshol
 
 def _new_faiss_index(vectors_ND: NDArray[np.float32], kind: Kind) -> Any:  # noqa: ANN401
     """Return an empty FAISS index; the centroids of an `ivf` index are trained on the embeddings."""
-    faiss, (rows, width) = _faiss(), vectors_ND.shape
+    faiss, (rows, width) = faiss_library(), vectors_ND.shape
     flat = faiss.IndexFlatIP(width)
     if kind == "flat":
         return flat
@@ -295,17 +305,25 @@ def _new_faiss_index(vectors_ND: NDArray[np.float32], kind: Kind) -> Any:  # noq
     return index
 
 
-def _write_faiss(index: Any, path: Path) -> None:  # noqa: ANN401
+def write_faiss(index: Any, path: Path) -> None:  # noqa: ANN401
+    """Write a FAISS index.
+
+    Raises:
+        OSError: It cannot be written.
+    """
     try:
-        _faiss().write_index(index, str(path))
+        faiss_library().write_index(index, str(path))
     except RuntimeError as error:  # raised by FAISS if the disk is full
         raise OSError(str(error)) from error
 
 
-def _faiss() -> Any:  # noqa: ANN401
+def faiss_library() -> Any:  # noqa: ANN401
+    """Return the module faiss.
+
+    Raises:
+        ConfigError: It is not installed.
+    """
     try:
         return importlib.import_module("faiss")
     except ImportError:
-        raise ConfigError(
-            "the index kinds flat and ivf need FAISS. Try: pip install 'promcse_pl[faiss]', or kind=\"exact\""
-        ) from None
+        raise ConfigError("all index kinds but exact need FAISS. Try: pip install 'promcse_pl[faiss]'") from None

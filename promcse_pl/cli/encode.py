@@ -1,54 +1,105 @@
-"""`promcse encode`: sentences to embeddings."""
+"""`promcse encode`: the embeddings of a file, or of a corpus of any size."""
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from promcse_pl.cli.inputs import (
-    SENTENCES_HELP,
-    add_adapter,
-    add_prompt_options,
-    load_model,
-    prompt_text,
-    read_sentences,
-)
-from promcse_pl.utils.errors import DataError
+from promcse_pl.cli.inputs import add_adapter, add_prompt_options, load_model, prompt_text, read_sentences
+from promcse_pl.utils.errors import ConfigError, DataError
+from promcse_pl.utils.paths import SUFFIXES, file_suffix
+
+if TYPE_CHECKING:
+    from promcse_pl.corpus.encode import CorpusOptions, CorpusProgress
+
+_CORPUS_OPTIONS = {
+    "text": "text_column",
+    "output_dtype": "output_dtype",
+    "format": "shard_format",
+    "rows_per_shard": "rows_per_shard",
+    "on_bad_row": "on_bad_row",
+    "shard": "task",
+}
+"""Options that only a corpus has, and the attributes of `CorpusOptions`."""
 
 
 def add_parser(commands: Any) -> None:  # noqa: ANN401  (argparse's type is private)
     """Add the command's parser."""
-    parser = commands.add_parser("encode", help="embeddings of the sentences in a file")
+    parser = commands.add_parser("encode", help="embeddings of the texts in files")
     add_adapter(parser)
-    parser.add_argument("sentences", metavar="FILE", help=SENTENCES_HELP)
+    parser.add_argument(
+        "files",
+        metavar="FILE",
+        nargs="+",
+        help="one sentence a line (csv, jsonl, parquet, .gz... too); - reads standard input; with --out FOLDER also several "
+        "files, folders and patterns in quotes",
+    )
     parser.add_argument(
         "--out",
-        metavar="FILE",
+        metavar="FILE|FOLDER",
         type=Path,
         required=True,
-        help="file for the unit vectors: .npy, (sentences, width) float32; - prints one JSON list a line",
+        help="where to write the unit vectors: FILE.npy (sentences, width) float32; - prints one JSON list a line; FOLDER: "
+        "shards with all columns, which an interrupted command continues",
     )
     add_prompt_options(parser, "the sentences")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps, or auto: a GPU if there is one")
+    parser.add_argument(
+        "--precision",
+        default="float32",
+        choices=("float32", "bfloat16", "float16", "int8"),
+        help="type that the encoder computes in (default float32)",
+    )
+    corpus = parser.add_argument_group("options of --out FOLDER (docs/corpus.md)")
+    corpus.add_argument("--text", metavar="COLUMN", help="text column (default: recognised by its name)")
+    corpus.add_argument(
+        "--output-dtype", choices=("float32", "float16"), help="type of the embeddings (default float32)"
+    )
+    corpus.add_argument(
+        "--format",
+        choices=("parquet", "npy"),
+        help="parquet: columns and embeddings in one file (default); npy: embeddings alone, other columns in parquet",
+    )
+    corpus.add_argument(
+        "--rows-per-shard", metavar="N", type=int, help="input rows of an output shard (default 100000)"
+    )
+    corpus.add_argument(
+        "--on-bad-row", choices=("stop", "skip"), help="what to do with a row without a text (default stop)"
+    )
+    corpus.add_argument("--shard", metavar="I/N", help="encode part I of N, from 0: one per GPU or job of an array")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
     """Encode the sentences and write their embeddings."""
+    out: Path = options.out
+    if out != Path("-") and out.suffix != ".npy":
+        if file_suffix(out) in SUFFIXES:
+            raise DataError(f"--out must end in .npy, be - for standard output, or be a folder, got {out}")
+        _encode_corpus(options)
+        return
+    given = next((name for name in _CORPUS_OPTIONS if getattr(options, name) is not None), None)
+    if given is not None:
+        raise ConfigError(f"--{given.replace('_', '-')} has no effect with --out {out}. Try: --out FOLDER")
+    if len(options.files) > 1:
+        raise DataError(f"--out {out} takes one file, got {len(options.files)}. Try: --out FOLDER")
+    _encode_file(options, options.files[0], out)
+
+
+def _encode_file(options: argparse.Namespace, file: str, out: Path) -> None:
     import numpy as np
     from rich.console import Console
 
     from promcse_pl.utils.files import atomic_file
     from promcse_pl.utils.terminal import progress_bar
 
-    out: Path = options.out
-    if out != Path("-") and out.suffix != ".npy":
-        raise DataError(f"--out must end in .npy, or be - for standard output, got {out}")
     if not out.absolute().parent.is_dir():
         raise DataError(f"the folder of --out {out} does not exist")
-    sentences = read_sentences(options.sentences)
-    model = load_model(options)
+    sentences = read_sentences(file)
+    model = load_model(options, options.device, options.precision)
     prompt = prompt_text(model, options)
     with progress_bar(Console(stderr=True), "encoding", len(sentences)) as progress:
         embeddings_ND = model.encode(sentences, prompt=prompt, progress=progress)
@@ -59,3 +110,70 @@ def run(options: argparse.Namespace) -> None:
     with atomic_file(out) as temporary:
         np.save(temporary, embeddings_ND)
     sys.stdout.write(f"{out}: {embeddings_ND.shape[0]} x {embeddings_ND.shape[1]} float32, unit length\n")
+
+
+def _encode_corpus(options: argparse.Namespace) -> None:
+    import dataclasses
+
+    from promcse_pl.corpus.encode import encode_corpus
+    from promcse_pl.corpus.folder import check_out
+    from promcse_pl.corpus.inputs import find_inputs
+    from promcse_pl.utils.signals import StopSignals
+
+    chosen = _corpus_options(options)
+    find_inputs(options.files, out=options.out)  # errors before the model is loaded
+    check_out(options.out)
+    model = load_model(options, options.device, options.precision)
+    chosen = dataclasses.replace(chosen, prompt=prompt_text(model, options))
+    with StopSignals(), _corpus_progress() as report:
+        done = encode_corpus(model, options.files, options.out, options=chosen, report=report)
+    skipped = f"; {done.skipped} shards were finished before" if done.skipped else ""
+    bad = f"; {done.bad_rows} bad rows left out" if done.bad_rows else ""
+    sys.stdout.write(
+        f"{options.out}: {done.rows} x {model.width} {chosen.output_dtype}, unit length, in {done.shards} shards{skipped}{bad}\n"
+    )
+
+
+def _corpus_options(options: argparse.Namespace) -> CorpusOptions:
+    from promcse_pl.corpus.encode import CorpusOptions
+
+    given = {key: getattr(options, name) for name, key in _CORPUS_OPTIONS.items() if getattr(options, name) is not None}
+    if "task" in given:
+        match = re.fullmatch(r"(\d+)/(\d+)", given["task"])
+        if match is None:
+            raise ConfigError(f"--shard must be I/N, such as 0/8, got {given['task']}")
+        given["task"] = (int(match[1]), int(match[2]))
+    return CorpusOptions(**given)
+
+
+def _corpus_progress() -> Any:  # noqa: ANN401
+    """Show a bar on a terminal, and elsewhere a line for every finished shard, both on standard error."""
+    from contextlib import contextmanager
+
+    from rich.console import Console
+
+    from promcse_pl.utils.terminal import stages
+
+    console = Console(stderr=True)
+
+    @contextmanager
+    def shown() -> Any:  # noqa: ANN401
+        with stages(console) as bar:
+
+            def report(progress: CorpusProgress) -> None:
+                text = _progress_text(progress)
+                bar(f"encoding: {text}", round(100 * progress.done), 100)
+                if progress.shard is not None and not console.is_terminal:
+                    sys.stderr.write(f"{progress.shard}: {text}\n")
+
+            yield report
+
+    return shown()
+
+
+def _progress_text(progress: CorpusProgress) -> str:
+    left = ""
+    if progress.seconds_left is not None:
+        minutes = round(progress.seconds_left / 60)
+        left = f", {minutes // 60} h {minutes % 60:02d} min left"
+    return f"{progress.rows:,} texts, {progress.rows_per_second:,.0f} texts/s{left}"

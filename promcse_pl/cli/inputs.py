@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 SENTENCES_HELP = "one sentence a line (csv, jsonl, .gz... too); - reads standard input"
 
 
-def load_model(options: argparse.Namespace, device: str = "auto") -> PromCSE:
+def load_model(options: argparse.Namespace, device: str = "auto", dtype: str = "float32") -> PromCSE:
     """Return the adapter of `add_adapter` with its encoder. Call it after other inputs were read: it imports torch."""
     from promcse_pl.adapter_folder import find_adapter
     from promcse_pl.run_folder import ADAPTER, read_status
@@ -33,7 +33,7 @@ def load_model(options: argparse.Namespace, device: str = "auto") -> PromCSE:
     with without_gc():
         from promcse_pl.embedder import PromCSE
 
-    return PromCSE.load(adapter, encoder=options.encoder, device=device)
+    return PromCSE.load(adapter, encoder=options.encoder, device=device, dtype=dtype)
 
 
 def add_adapter(parser: argparse.ArgumentParser) -> None:

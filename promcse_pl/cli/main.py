@@ -11,14 +11,26 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from promcse_pl.cli import dashboard, encode, evaluate, export, import_, models, report, search, similarity, train
+from promcse_pl.cli import (
+    dashboard,
+    encode,
+    evaluate,
+    export,
+    import_,
+    index,
+    models,
+    report,
+    search,
+    similarity,
+    train,
+)
 from promcse_pl.utils.errors import ConfigError, write_error
 from promcse_pl.utils.exit_codes import exit_code
 from promcse_pl.utils.paths import ENTRY_POINT
 from promcse_pl.utils.streams import open_streams
 from promcse_pl.version import __version__
 
-COMMANDS = (train, encode, search, similarity, evaluate, report, dashboard, import_, export, models)
+COMMANDS = (train, encode, index, search, similarity, evaluate, report, dashboard, import_, export, models)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,31 +72,45 @@ def content_sha256(path: Path) -> str:
 
 def dataset_records(folder: Path, request: ColumnRequest) -> Records:
     """Stream the requested columns of a saved dataset."""
+    row = 0
+    for batch, positions in dataset_batches(folder, request):
+        names = batch.schema.names
+        for start in range(0, batch.num_rows, _BATCH):
+            values = (batch.column(position).slice(start, _BATCH).to_pylist() for position in positions)
+            for cells in zip(*values, strict=True):
+                row += 1
+                yield row, [(names[i], cell) for i, cell in zip(positions, cells, strict=True)]
+
+
+def dataset_batches(folder: Path, request: ColumnRequest) -> Iterator[tuple[pa.RecordBatch, list[int]]]:
+    """Stream the record batches of a saved dataset, each with the positions of the requested columns.
+
+    Raises:
+        DataError: While iterating, for damaged files, files with different columns, and columns that cannot be selected.
+    """
     import pyarrow as pa
 
     files = dataset_files(folder)
     schema: pa.Schema | None = None
-    row = 0
+    rows = 0
     for path in files:
         with open_file(path) as stream:
             try:
                 reader = pa.ipc.open_stream(stream)
                 if schema is None:
                     schema = reader.schema
-                    positions = _select(schema, request)
+                    positions = select_columns(schema, request)
                 elif reader.schema.names != schema.names or reader.schema.types != schema.types:
                     raise DataError(f"{path} and {files[0]} have different columns")
                 for batch in reader:
-                    columns = [batch.column(position) for position in positions]
-                    for column in columns:
-                        column.validate(full=True)  # Arrow does not check the offsets of a stream by default
-                    for start in range(0, batch.num_rows, _BATCH):
-                        values = (column.slice(start, _BATCH).to_pylist() for column in columns)
-                        for cells in zip(*values, strict=True):
-                            row += 1
-                            yield row, [(schema.names[i], cell) for i, cell in zip(positions, cells, strict=True)]
+                    for position in range(batch.num_columns) if request.with_others else positions:
+                        batch.column(position).validate(
+                            full=True
+                        )  # Arrow does not check the offsets of a stream by default
+                    yield batch, positions
+                    rows += batch.num_rows
             except (pa.ArrowException, OSError, UnicodeDecodeError, MemoryError, OverflowError) as error:
-                raise DataError(f"{path} is not a complete UTF-8 Arrow stream: {error} (after row {row})") from error
+                raise DataError(f"{path} is not a complete UTF-8 Arrow stream: {error} (after row {rows})") from error
 
 
 def parquet_records(stream: io.BufferedIOBase, request: ColumnRequest) -> Records:
@@ -108,7 +123,7 @@ def parquet_records(stream: io.BufferedIOBase, request: ColumnRequest) -> Record
     try:
         file = pq.ParquetFile(source)
         names = file.schema_arrow.names
-        positions = _select(file.schema_arrow, request)
+        positions = select_columns(file.schema_arrow, request)
         labels = [names[position] for position in positions]
         # pyarrow selects columns by name alone; where a name is not unique, all are read
         unique = all(names.count(label) == 1 for label in labels)
@@ -121,8 +136,12 @@ def parquet_records(stream: io.BufferedIOBase, request: ColumnRequest) -> Record
         raise DataError(f"{request.path} is not a complete UTF-8 parquet file: {error} (after row {row})") from error
 
 
-def _select(schema: pa.Schema, request: ColumnRequest) -> list[int]:
-    """Return the positions of the requested columns after checking that texts are strings."""
+def select_columns(schema: pa.Schema, request: ColumnRequest) -> list[int]:
+    """Return the positions of the requested columns.
+
+    Raises:
+        DataError: They cannot be selected, or a text column does not hold strings.
+    """
     import pyarrow.types as types
 
     positions = request.select(schema.names, len(schema.names))

@@ -170,6 +170,8 @@ class ColumnRequest:
         header: Value of `data.header`, repeated in the commands of messages.
         configurable: Whether messages may suggest data.columns, data.header and so on, which apply only to the training file.
         notes: `select` appends a line that describes the selected columns.
+        with_others: Whether each record ends with the other columns of the row, for text formats.
+        option: Command-line option that selects the column, for messages; empty: there is none.
     """
 
     path: Path
@@ -178,6 +180,8 @@ class ColumnRequest:
     header: bool | None = None
     configurable: bool = True
     notes: list[str] = field(default_factory=list)
+    with_others: bool = False
+    option: str = ""
 
     def select(self, names: Sequence[str] | None, count: int) -> list[int]:
         """Return the position of each role's column, and append a note about columns that are not obvious.
@@ -217,12 +221,14 @@ class ColumnRequest:
         for column in chosen:
             found = [i for i in range(len(columns)) if column == i or column in columns.names[i : i + 1]]
             if len(found) != 1:
+                found_as = (
+                    f"{self.path} has {'several columns' if found else 'no column'} {column!r} (columns: {columns})"
+                )
+                if self.option:
+                    raise DataError(f"{found_as}. {self._advice(columns)}")
                 needed = len(self.kind.roles)
                 example = map(columns.typed, range(min(needed, len(columns)) if columns.names else needed))
-                raise DataError(
-                    f"{self.path} has {'several columns' if found else 'no column'} {column!r} (columns: {columns}). "
-                    f"{needed} are needed, for example data.columns=[{','.join(example)}]"
-                )
+                raise DataError(f"{found_as}. {needed} are needed, for example data.columns=[{','.join(example)}]")
             positions += found
         return positions
 
@@ -252,7 +258,8 @@ class ColumnRequest:
         for role, title in zip(self.kind.roles, self.kind.titles, strict=True):
             if len(found[role]) > 1:
                 names = listed([columns.names[i] for i in found[role]])
-                advice = self._advice(columns) if self.configurable else "Rename or remove all but one of them"
+                is_option = self.configurable or self.option
+                advice = self._advice(columns) if is_option else "Rename or remove all but one of them"
                 raise DataError(
                     f"{self.path}: {len(found[role])} columns match the {title}: {names} (columns: {columns}). {advice}"
                 )
@@ -285,7 +292,9 @@ class ColumnRequest:
                 )
 
     def _advice(self, columns: Columns) -> str:
-        """Return the command with the most plausible columns, or the names to rename columns to."""
+        """Return the command or option with the most plausible columns, or the names to rename columns to."""
+        if self.option and columns.names:
+            return f"Try: {self.option} {shlex.quote(columns.names[columns.guess(self.kind)[0]])}"
         if not self.configurable:
             plural = "s" * (len(self.kind.titles) > 1)
             return f"Rename the column{plural} to read to {', '.join(self.kind.titles)}"

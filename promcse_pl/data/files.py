@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from promcse_pl.utils.errors import DataError
 from promcse_pl.utils.paths import NotARegularFileError, require_regular_file
@@ -42,6 +43,12 @@ def open_file(path: Path) -> Iterator[io.BufferedReader]:
         raise DataError(f"{path} is not a complete gzip file ({error}). Copy or compress it again") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def decompressed(raw: io.BufferedReader, path: Path) -> io.BufferedReader[Any]:
+    """Return the stream of an open file, decompressed if its name ends in .gz."""
+    # GzipFile.readline is Python code; the buffer in front of it saves a third of the time.
+    return io.BufferedReader(gzip.GzipFile(fileobj=raw)) if path.suffix.lower() == ".gz" else raw
 
 
 def read_text(path: Path, hint: str, encoding: str = "utf-8") -> tuple[str, str]:

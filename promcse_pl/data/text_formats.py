@@ -188,13 +188,18 @@ def _requested(lines: _Lines, request: ColumnRequest, header: bool | None, delim
             is_header = isinstance(cells, list) and _is_header(cells, request, header)
             names, count = list(cells) if is_header or isinstance(cells, dict) else None, len(cells)
             positions = request.select(names, count)
+            if request.with_others and not isinstance(cells, dict):
+                positions += [position for position in range(count) if position not in positions]
             labels = [names[position] if names else str(position) for position in positions]
             if is_header:
                 continue
         if isinstance(cells, dict):
             missing = next((label for label in labels if label not in cells), None)
             if missing is None:
-                yield line, [(label, cells[label]) for label in labels]
+                others = (
+                    [(key, cell) for key, cell in cells.items() if key not in labels] if request.with_others else []
+                )
+                yield line, [*((label, cells[label]) for label in labels), *others]
             else:
                 yield line, f"column {short_name(missing)} is missing, got {listed(list(cells))}"
         elif len(cells) == count:

@@ -134,7 +134,10 @@ def test_errors_say_what_was_given_and_exit_with_2(promcse, corpus, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("w5\n")
     for arguments, message in (
-        (("encode", corpus, "--out", "v.txt"), "--out must end in .npy, or be - for standard output, got v.txt"),
+        (
+            ("encode", corpus, "--out", "v.txt"),
+            "--out must end in .npy, be - for standard output, or be a folder, got v.txt",
+        ),
         (("encode", corpus, "--out", tmp_path / "no" / "v.npy"), "does not exist"),
         (("encode", tmp_path / "no.txt", "--out", "-"), "no.txt does not exist"),
         (("encode", "-", "--out", "-"), "standard input is empty"),

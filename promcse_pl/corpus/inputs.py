@@ -1,0 +1,96 @@
+"""Find the input files of a corpus: files, folders and patterns."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from promcse_pl.data.arrow import is_saved_dataset
+from promcse_pl.utils.errors import DataError
+from promcse_pl.utils.paths import SUFFIXES, expand, file_suffix, is_folder, is_there
+
+_WILDCARD = re.compile(r"[*?\[]")
+
+
+@dataclass(frozen=True, slots=True)
+class InputFile:
+    """A file of a corpus, or a folder written by `save_to_disk` of the datasets library.
+
+    Attributes:
+        name: Start of the names of its shards: the path below the given folder or pattern, with -- for /.
+        path: Where it is.
+    """
+
+    name: str
+    path: Path
+
+
+def find_inputs(given: Sequence[str | Path], *, out: Path) -> list[InputFile]:
+    """Return the input files, sorted by name.
+
+    Args:
+        given: Files, folders (all data files below them) and patterns such as `corpus/*.parquet` or `corpus/**/*.jsonl`.
+        out: Output folder; files in it are not inputs.
+
+    Raises:
+        DataError: Nothing matches, a file has an unknown format, or two files have the same name.
+    """
+    inputs: dict[Path, InputFile] = {}
+    for entry in given:
+        if str(entry) == "-":
+            raise DataError(
+                "standard input cannot be read again after an interruption. Try: a file instead of -, or --out FILE.npy"
+            )
+        found = [file for file in _matches(entry) if not file.path.resolve().is_relative_to(out.resolve())]
+        if not found:
+            raise DataError(f"{entry} matches no data file. Allowed: {', '.join(SUFFIXES)}, each also with .gz")
+        for file in found:
+            inputs.setdefault(file.path.resolve(), file)
+    by_name: dict[str, Path] = {}
+    for file in inputs.values():
+        if not is_folder(file.path) and file_suffix(file.path) not in SUFFIXES:
+            raise DataError(f"{file.path}: unknown format. Allowed: {', '.join(SUFFIXES)}, each also with .gz")
+        if file.name in by_name:
+            common = shlex.quote(f"{_common(by_name[file.name], file.path)}/**/{file.path.name}")
+            raise DataError(
+                f"{by_name[file.name]} and {file.path} would have the same output names. Try: {common} (one pattern in quotes, "
+                "so that the names contain the folders)"
+            )
+        by_name[file.name] = file.path
+    return sorted(inputs.values(), key=lambda file: file.name)
+
+
+def _matches(entry: str | Path) -> Iterator[InputFile]:
+    path = expand(entry)
+    if is_folder(path) and not is_saved_dataset(path):
+        for file in sorted(path.rglob("*")):
+            below = file.relative_to(path)
+            if (
+                file_suffix(file) in SUFFIXES
+                and file.is_file()
+                and not any(p.startswith((".", "_")) for p in below.parts)
+            ):
+                yield InputFile(_name(below), file)
+    elif is_there(path):
+        yield InputFile(path.name, path)
+    elif _WILDCARD.search(str(entry)):
+        first = next(position for position, part in enumerate(path.parts) if _WILDCARD.search(part))
+        base = Path(*path.parts[:first])
+        for found in sorted(base.glob(str(path.relative_to(base)))):
+            if found.is_file() or is_saved_dataset(found):
+                yield InputFile(_name(found.relative_to(base)), found)
+    else:
+        where = "" if path.is_absolute() else f"; the current folder is {Path.cwd()}"
+        raise DataError(f"{entry} does not exist{where}")
+
+
+def _name(below: Path) -> str:
+    return "--".join(below.parts)
+
+
+def _common(first: Path, second: Path) -> Path:
+    parts = [a for a, b in zip(first.parts[:-1], second.parts[:-1], strict=False) if a == b]
+    return Path(*parts)
