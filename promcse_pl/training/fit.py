@@ -25,6 +25,7 @@ from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.cpu.dropout import Dropout
 from promcse_pl.models.encoder import PromptEncoder, eval_mode
 from promcse_pl.models.mlm import MlmHead
+from promcse_pl.models.prompt import DeepPrompt
 from promcse_pl.run_folder import ADAPTER
 from promcse_pl.training.callbacks import BestByDev, History, Progress, WeightAverage
 from promcse_pl.training.checkpoint import RunCheckpoints, Saver, check_callbacks
@@ -261,6 +262,7 @@ def fit(run: RunContext, parts: Parts, loggers: Sequence[Logger]) -> Fitted:
 def _start_prompt_from_data(run: RunContext, parts: Parts) -> None:
     """Move the prompt slots to the keys and values of the last tokens of training sentences (`prompt.init=data`)."""
     rows, encoder = parts.data.token_rows, parts.encoder
+    assert isinstance(encoder.prompt, DeepPrompt)
     sample = epoch_order(len(rows), run.config.seed, 0)[:INIT_ROWS]
     tokens = Tokens.padded(*rows.fetch(sample)).to(parts.device)
     with eval_mode(encoder):
