@@ -302,7 +302,7 @@ class FrozenBackbone(nn.Module):
             Hidden states (B, T, D), the last layer last; that one is (B, 1, D) if only the first token was computed. Values at
             padding are undefined.
         """
-        first_token = first_token and bool(mask_BT[:, 0].all())  # else a sentence is padded at the start
+        first_token = first_token and not torch.compiler.is_exporting() and bool(mask_BT[:, 0].all())
         inputs = {"input_ids": ids_BT}
         if self.family.positions != "none":
             inputs["position_ids"] = self.positions(ids_BT, mask_BT, position_offset)
