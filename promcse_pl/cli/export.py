@@ -25,7 +25,10 @@ def add_parser(commands: Any) -> None:  # noqa: ANN401  (argparse's type is priv
     )
     parser.add_argument("--int8", action="store_true", help="with --to onnx: also write a graph in 8-bit integers")
     parser.add_argument(
-        "--data", metavar="FOLDER", type=Path, help="with --int8: report its STS-B dev score (FOLDER has senteval/ in it)"
+        "--data",
+        metavar="FOLDER",
+        type=Path,
+        help="with --int8: report its STS-B dev score (FOLDER has senteval/ in it)",
     )
     parser.add_argument("-o", "--out", metavar="FOLDER", type=Path, required=True, help="the new folder")
     parser.set_defaults(run=run)
@@ -66,7 +69,9 @@ def _check_options(options: argparse.Namespace) -> None:
 def _export_graph(options: argparse.Namespace) -> None:
     from promcse_pl.data.pairs import load_stsb
 
-    pairs = load_stsb(options.data / "senteval", "dev") if options.data else None  # before the export, which takes longer
+    pairs = (
+        load_stsb(options.data / "senteval", "dev") if options.data else None
+    )  # before the export, which takes longer
     model = load_model(options, device="cpu")
     from promcse_pl.interop.onnx import GRAPH, OPENVINO, QUANTIZED, GraphEncoder, export_onnx, export_openvino
 

@@ -232,7 +232,10 @@ def _write_graph(model: PromCSE, path: Path) -> None:
     try:
         with _quiet(), eval_mode(model.encoder), torch.no_grad():
             program = torch.export.export(
-                EmbeddingGraph(model.encoder), (ids, torch.ones_like(ids)), dynamic_shapes=(dynamic, dynamic), strict=False
+                EmbeddingGraph(model.encoder),
+                (ids, torch.ones_like(ids)),
+                dynamic_shapes=(dynamic, dynamic),
+                strict=False,
             )
             graph: Any = torch.onnx.export(program, input_names=_INPUTS, output_names=[_OUTPUT], verbose=False)
             for value in (*graph.model.graph.inputs, *graph.model.graph.outputs):
