@@ -302,6 +302,7 @@ class FrozenBackbone(nn.Module):
             Hidden states (B, T, D), the last layer last; that one is (B, 1, D) if only the first token was computed. Values at
             padding are undefined.
         """
+        # a sentence may be padded at the start, and an exported graph cannot depend on that
         first_token = first_token and not torch.compiler.is_exporting() and bool(mask_BT[:, 0].all())
         inputs = {"input_ids": ids_BT}
         if self.family.positions != "none":
