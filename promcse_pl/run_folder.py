@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,11 +46,25 @@ RESOLVED_KEYS = (
     *("model.revision", "model.pooling", "model.max_length", "model.prompts", "model.default_prompt"),
     *("trainer.device", "trainer.precision", "trainer.chunk_tokens"),
 )
+DEV_METRICS = {"spearman": "Spearman", "ndcg_at_10": "nDCG@10"}
+"""Metrics of dev sets: name in keys -> name in texts. Scores under these keys are x 100."""
 _BEFORE_START = {DATA, START, OUTPUT, STATUS, LOCK, LOG, ".hydra"}
 _FIRST_FILES = re.compile("|".join(map(re.escape, (CONFIG, STATUS, LOCK, LOG, BAD_ROWS))) + r"|run-rank\d+\.log")
 """Files that a run writes before inputs.json."""
 _NEW_FOLDER = "the same command with hydra.run.dir=NEW_FOLDER (promcse train: --out NEW_FOLDER)"
 State = Literal["running", "finished", "failed", "stopped", "pruned"]
+
+
+def find_dev(values: Mapping[str, Any], prefix: str) -> tuple[str, Any] | None:
+    """Return metric and value of a dev score; None without one.
+
+    Args:
+        values: Content of results.json, or an entry of metrics.jsonl.
+        prefix: What precedes the metric in its key: `dev_` or `dev/`.
+    """
+    return next(
+        ((metric, values[prefix + metric]) for metric in DEV_METRICS if values.get(prefix + metric) is not None), None
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +75,7 @@ class Status:
         state: `running`, `finished`, `failed` (by an error), `stopped` (by a signal, after a save) or `pruned` (by a search).
         step, steps: Optimiser steps at the last save, and of the whole run; `steps` is None until they are known.
         error: Class and message of the error of a failed run.
+        stopped_early: Why the training of a finished run has fewer steps than planned; None if it has not.
         wandb_id: Id of the W&B run, chosen before training starts; None without tracking.
         callbacks: Class names of the callbacks and loggers passed to `promcse_pl.train`; resuming the run does not recreate them.
         started, updated: Seconds since 1970. Resuming moves `started` forward by the time between the two processes.
@@ -71,6 +86,7 @@ class Status:
     step: int = 0
     steps: int | None = None
     error: str | None = None
+    stopped_early: str | None = None
     wandb_id: str | None = None
     callbacks: list[str] = dataclasses.field(default_factory=list)
     started: float = dataclasses.field(default_factory=time.time)

@@ -132,10 +132,11 @@ def group_lines() -> list[str]:
         if group == "recipe":
             lines += [*recipe_table(), ""]
             continue
-        for path in sorted((CONF / group).glob("[!_]*.yaml")):
+        for path in sorted((CONF / group).rglob("[!_]*.yaml")):
             comments = [line for line in path.read_text().splitlines() if line.startswith("# ")]
             texts = [line.removeprefix("# ") for line in comments if "@package" not in line]
-            lines.append(list_item(f"`{path.stem}` — {' '.join(texts)}"))
+            name = path.relative_to(CONF / group).with_suffix("").as_posix()
+            lines.append(list_item(f"`{name}` — {' '.join(texts)}"))
         lines.append("")
     return lines
 

@@ -72,7 +72,7 @@ def _check_choice(file: str, group: str, value: object, groups: Mapping[str, Seq
 
 def _is_word(key: str, value: object) -> bool:
     """Return whether a value is the choice of a group, or text for a setting that takes none: YAML reads 1e-3 as text."""
-    if not isinstance(value, str) or not re.fullmatch(r"[-+\w.]+", value):
+    if not isinstance(value, str) or not re.fullmatch(r"[-+\w./]+", value):
         return False
     section, _, name = key.partition(".")
     schema = get_type_hints(Config).get(section)

@@ -28,9 +28,12 @@ def add_parser(commands: Any) -> None:  # noqa: ANN401  (argparse's type is priv
         "--tasks",
         metavar="NAMES",
         required=True,
-        help="comma-separated: sts, sick, cxc, transfer, geometry, demo, or files (csv, tsv, jsonl) of two texts and a score",
+        help="comma-separated: sts, sick, cxc, transfer, geometry, retrieval, demo, files (csv, tsv, jsonl) of two texts and a "
+        "score, folders in BEIR layout (or FOLDER/qrels/SPLIT.tsv), or mteb:NAME",
     )
-    parser.add_argument("--data", metavar="FOLDER", type=Path, help="data sets: senteval/, and cxc/ for cxc")
+    parser.add_argument(
+        "--data", metavar="FOLDER", type=Path, help="data sets: senteval/, cxc/ for cxc, retrieval/ for retrieval"
+    )
     parser.add_argument(
         "--out", metavar="FOLDER", type=Path, help="folder for results.json and the tables in the --format chosen"
     )

@@ -12,6 +12,8 @@ from promcse_pl.config.overrides import (
 )
 from promcse_pl.config.schema import (
     DATA_SUITES,
+    MTEB,
+    SENTEVAL_SUITES,
     SUITES,
     WIDTH,
     Config,
@@ -27,6 +29,8 @@ from promcse_pl.config.schema import (
 
 __all__ = [
     "DATA_SUITES",
+    "MTEB",
+    "SENTEVAL_SUITES",
     "SUITES",
     "WIDTH",
     "Config",

@@ -130,9 +130,11 @@ def path_advice(group: str, value: str) -> str | None:
 
 def _check_choice(group: str, value: str, choices: Sequence[str]) -> None:
     """Check one choice, or those of a sweep, of a group of conf/; Hydra's own syntax is left to Hydra."""
+    # a slash is part of a choice, or of a path or hub id, for which Hydra's refusal has advice
+    syntax = r"[\w./-]+" if any("/" in choice for choice in choices) else r"[\w.-]+"
     for choice in value.split(","):
         name = choice.strip().removesuffix(".yaml")[:100]
-        if re.fullmatch(r"[\w.-]+", name) and name not in (*choices, "null"):
+        if re.fullmatch(syntax, name) and name not in (*choices, "null"):
             if advice := path_advice(group, name):
                 raise ConfigError(f"{group}={name} is not a choice. {advice}")
             near = difflib.get_close_matches(name, choices, n=3)

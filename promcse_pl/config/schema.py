@@ -19,9 +19,13 @@ from promcse_pl.utils.paths import SUFFIXES, file_suffix, run_command
 Kind = Literal["sentences", "pairs", "triplets"]
 WIDTH: dict[Kind, int] = {"sentences": 1, "pairs": 2, "triplets": 3}
 """Number of texts in a training row."""
-DATA_SUITES = ("sts", "sick", "cxc", "transfer", "geometry")
+SENTEVAL_SUITES = ("sts", "sick", "cxc", "transfer", "geometry")
+"""Evaluation suites that are read from data.dir with senteval/ in it."""
+DATA_SUITES = (*SENTEVAL_SUITES, "retrieval")
 """Evaluation suites that are read from data.dir."""
 SUITES = (*DATA_SUITES, "demo")
+MTEB = "mteb:"
+"""Prefix of the name of an MTEB task."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -92,9 +96,11 @@ class DataConfig(Section):
     folder."""
     dev: str | None = None
     """Dev set that selects the best step: `demo`, `stsb` (STS-B dev, needs `data.dir`), `holdout` (10 % of the training triplets,
-    at most 500, are held out), or a file with two texts and a score per row. `null`: no dev evaluation, the last step is kept."""
+    at most 500, are held out), a file with two texts and a score per row, or a folder in BEIR layout
+    ([retrieval](evaluation.md#retrieval): its split `dev`, else its only one, or the file FOLDER/qrels/SPLIT.tsv). Pairs are
+    scored by Spearman, retrieval by nDCG@10. `null`: no dev evaluation, the last step is kept."""
     dir: str | None = None
-    """Folder with the data sets `nli/`, `wiki/` and `senteval/`."""
+    """Folder with the data sets `nli/`, `wiki/`, `senteval/` and `retrieval/`."""
     columns: list[str | int] | None = None
     """Columns of the training file with the texts of a row, by name or by position from 0. `null`: known column names such as
     `sent0`, `sent1` and `hard_neg` are recognised; without names the order of the columns counts."""
@@ -112,7 +118,8 @@ class DataConfig(Section):
     """Prompts of the texts of a training row, one for each text: the name of a prompt (`model.prompts`), or the text itself,
     which must contain a space or a colon; `""` for none. For pairs: `data.prompts=[query,document]`, or
     `'data.prompts=["query: ","passage: "]'`. `null`: the default prompt (`model.default_prompt`) for all texts, if there is
-    one. Dev set and evaluation always use the default prompt."""
+    one. Dev set and evaluation use the default prompt; in retrieval, queries use the prompt `query` if there is one, and
+    documents `document`, `passage` or `corpus`."""
     batch_size: Annotated[int, Range(ge=2, note="(the other rows of a batch are the negatives)")] = 256
     """Number of training rows per optimiser step, over all processes (paper: 256 or 512; official README also 64)."""
     cache_dir: Annotated[str | None, EXECUTION] = None
@@ -194,10 +201,18 @@ class PromptConfig(Section):
 
 @dataclass(kw_only=True, slots=True)
 class OptimConfig(Section):
-    """AdamW (β 0.9 and 0.999, ε 1e-8, no weight decay) with linear decay of the learning rate to 0 and no warm-up (official)."""
+    """AdamW (β 0.9 and 0.999, ε 1e-8) and the schedule of its learning rate."""
 
     lr: Annotated[float, Range(gt=0, le=1)] = 1e-2
-    """Learning rate at step 0 (paper: 5e-3 to 3e-2)."""
+    """Maximum learning rate: at step 0, or after the warm-up (paper: 5e-3 to 3e-2)."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Learning rate after the warm-up. `linear`: decays to 0 in a straight line (official). `cosine`: decays to 0 along half a
+    cosine. `constant`: does not change. The schedules are those of transformers."""
+    warmup: Annotated[float, Range(ge=0, lt=1, note="(fraction of the steps)", example=0.1)] = 0.0
+    """Fraction of the steps, rounded up, in which the learning rate rises linearly from 0 (official: 0, no warm-up)."""
+    weight_decay: Annotated[float, Range(ge=0, le=1, example=0.01)] = 0.0
+    """Decoupled weight decay of AdamW (official: 0). It applies to matrices, which include the prompt and the weights of the
+    head, but not to vectors such as biases and LayerNorm weights."""
     clip_norm: Annotated[float, Range(gt=0)] = 1.0
     """Maximum global gradient norm; larger gradients are scaled down to it (official: 1.0)."""
 
@@ -209,10 +224,19 @@ class TrainerConfig(Section):
     epochs: Annotated[int, Range(ge=1)] = 10
     """Number of passes over the training data (official: 10 supervised, 1 unsupervised)."""
     max_steps: Annotated[int | None, Range(ge=1, example=1000)] = None
-    """Maximum number of optimiser steps; the learning rate reaches 0 at the last one. `null`: until all epochs are done."""
+    """Maximum number of optimiser steps; the learning-rate schedule ends at the last one. `null`: until all epochs are done."""
     eval_every: Annotated[int, Range(ge=1)] = 125
     """Number of optimiser steps between two dev evaluations (official: 125). A run shorter than two intervals evaluates four
     times."""
+    patience: Annotated[int | None, Range(ge=1, note="dev evaluations", example=5)] = None
+    """Early stopping: training stops after this number of consecutive dev evaluations without a better score. The learning-rate
+    schedule is that of the planned number of steps. `null`: training never stops early."""
+    average: Annotated[float | None, Range(gt=0, le=1, note="(fraction of the steps)", example=0.25)] = None
+    """Weight averaging: the trained tensors are averaged over the steps in this last fraction of the training, rounded up, with
+    equal weights (Izmailov et al. 2018, arXiv 1803.05407). The mean is evaluated on the dev set after the last step and kept if
+    it is better than the best step; without a dev set it is kept. With `trainer.patience`, the fraction is that of the planned
+    steps: a run that stops in it keeps the mean so far as a candidate, and one that stops before it has none. `null`: no
+    averaging."""
     log_every: Annotated[int, Range(ge=1), EXECUTION] = 10
     """Number of optimiser steps between two entries in `metrics.jsonl`, and between two progress lines."""
     save_every: Annotated[int | None, Range(ge=1), EXECUTION] = 100
@@ -274,21 +298,23 @@ class TrackingConfig(Section):
 
 
 def check_tasks(tasks: Sequence[str], command: str) -> None:
-    """Check that every task is a suite or a file of pairs.
+    """Check that every task is a suite, a file of pairs, a folder or an MTEB task.
 
     Args:
-        tasks: Suites, or files of two texts and a score.
+        tasks: The tasks.
         command: Command for the message, with {} in place of the tasks.
 
     Raises:
         ConfigError: A task is neither; the message names the nearest suite.
     """
     for task in tasks:
-        if task not in SUITES and file_suffix(Path(task)) not in SUFFIXES and "/" not in task:  # / : a saved dataset
+        is_path = file_suffix(Path(task)) in SUFFIXES or "/" in task  # / : a folder
+        if task not in SUITES and not is_path and not (task.startswith(MTEB) and task != MTEB):
             (near,) = difflib.get_close_matches(task[:60], SUITES, n=1, cutoff=0) or SUITES[:1]
             raise ConfigError(
-                f"a task must be a suite ({', '.join(SUITES)}) or a file of two texts and a score ({', '.join(SUFFIXES)}, "
-                f"or the folder of a saved dataset with a / in its path), got {shown(task)}. Try: {command.format(near)}"
+                f"a task must be a suite ({', '.join(SUITES)}), a file of two texts and a score ({', '.join(SUFFIXES)}), the "
+                f"folder of a saved dataset or of retrieval data with a / in its path, or {MTEB}NAME, got {shown(task)}. "
+                f"Try: {command.format(near)}"
             )
 
 
@@ -297,9 +323,9 @@ class EvaluationConfig(Section):
     """Final evaluation of the adapter ([details](evaluation.md)). The dev score is always part of it."""
 
     tasks: list[str] = field(default_factory=list)
-    """Suites, or files with two texts and a score per row. `sts`: STS12 to STS16 and STS-B. `sick`: SICK-R. `cxc`: CxC-STS.
-    `transfer`: seven classification tasks. `geometry`: alignment and uniformity on STS-B. `demo`: the demo test set. All but
-    `demo` are read from `data.dir`."""
+    """Suites, files with two texts and a score per row, folders in BEIR layout, or `mteb:NAME`. `sts`: STS12 to STS16 and STS-B.
+    `sick`: SICK-R. `cxc`: CxC-STS. `transfer`: seven classification tasks. `geometry`: alignment and uniformity on STS-B.
+    `retrieval`: every folder in `retrieval/`. `demo`: the demo test set. All suites but `demo` are read from `data.dir`."""
     frozen: bool = True
     """Whether the frozen encoder is evaluated too, for comparison."""
 
@@ -343,6 +369,11 @@ class Config(Section):
             raise ConfigError("data.columns and data.header have no effect on the demo data. Try: data.train=FILE")
         if data.train == "demo" and data.kind != "triplets":
             raise ConfigError(f"the demo data are triplets, got data.kind={data.kind}. Try: data=demo alone")
+        if self.trainer.patience is not None and data.dev is None:
+            raise ConfigError(
+                f"trainer.patience={self.trainer.patience} needs a dev set, but data.dev is null. Try: trainer.patience=null, or "
+                f"data.dev={'holdout' if data.kind == 'triplets' else 'FILE'}"
+            )
         if data.batch_size < self.trainer.world_size:
             raise ConfigError(
                 f"data.batch_size={data.batch_size} rows cannot be split among {self.trainer.world_size} processes "
@@ -353,13 +384,18 @@ class Config(Section):
                 "prompt.length=0 with model.head=none leaves nothing to train. Try: prompt.length=10, or model.head=mlp"
             )
         needs_dir = ["data.dev=stsb"] if data.dev == "stsb" else []
-        if tasks := [task for task in self.evaluation.tasks if task in DATA_SUITES]:
+        if tasks := [task for task in self.evaluation.tasks if task in SENTEVAL_SUITES]:
             needs_dir.append(f"evaluation.tasks=[{','.join(tasks)}]")
         if needs_dir and data.dir is None:
             train = "" if data.train == "demo" or data.train.startswith(("/", ".", "~")) else " data.train=FILE"
             raise ConfigError(
                 f"{' and '.join(needs_dir)} read data.dir/senteval, but data.dir is not set. Try: data.dir=FOLDER with "
                 f"senteval/ in it, or data.dev=null 'evaluation.tasks=[]'{train}"
+            )
+        if "retrieval" in self.evaluation.tasks and data.dir is None:
+            raise ConfigError(
+                "evaluation.tasks=[retrieval] reads the folders of data.dir/retrieval, but data.dir is not set. Try: "
+                "data.dir=FOLDER with retrieval/ in it, or 'evaluation.tasks=[FOLDER]'"
             )
 
 

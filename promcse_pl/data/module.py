@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from promcse_pl.config import DataConfig
 from promcse_pl.data.batch import Tokens, TrainBatch
 from promcse_pl.data.masking import mask_tokens
-from promcse_pl.data.pairs import ScoredPairs
+from promcse_pl.data.retrieval import DevSet
 from promcse_pl.data.sources import cache_dir, load_sources
 from promcse_pl.data.tokens import Prepare, TokenRows, load_tokens, prepare_rows
 from promcse_pl.utils.errors import ConfigError
@@ -106,7 +106,7 @@ class TrainBatches(Dataset[TrainBatch]):
 
 
 class PromcseDataModule(pl.LightningDataModule):
-    """Training batches and dev pairs of a run.
+    """Training batches and dev set of a run.
 
     Args:
         config: The data settings; `prompts` holds texts, not names.
@@ -152,10 +152,10 @@ class PromcseDataModule(pl.LightningDataModule):
         self.notes: tuple[str, ...] = ()
         """How the training file is read: its columns and delimiter."""
         self.longest_input = longest_input
-        self.dev: ScoredPairs | None = None
+        self.dev: DevSet | None = None
 
     def setup(self, stage: str | None = None) -> None:  # noqa: ARG002  (Lightning's signature)
-        """Read the dev pairs, and tokenise the training rows or map them from the cache."""
+        """Read the dev set, and tokenise the training rows or map them from the cache."""
         if self.rows is not None:
             return
         source, self.dev = load_sources(self.config, self.seed)

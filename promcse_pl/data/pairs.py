@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from promcse_pl.data.arrow import content_sha256
 from promcse_pl.data.columns import is_number
@@ -36,6 +37,8 @@ class ScoredPairs:
         sha256: Of the file's bytes, recorded with results; of the pairs if there is no file.
     """
 
+    metric: ClassVar[str] = "spearman"
+    """Name of the metric if this is a dev set; see `promcse_pl.run_folder.DEV_METRICS`."""
     name: str
     first: tuple[str, ...]
     second: tuple[str, ...]
@@ -44,6 +47,11 @@ class ScoredPairs:
 
     def __len__(self) -> int:
         return len(self.gold)
+
+    @property
+    def size(self) -> str:
+        """The size in words, such as "1,500 pairs"."""
+        return f"{len(self):,} pairs"
 
     @classmethod
     def of(cls, name: str, rows: Iterable[tuple[str, str, float]], sha256: str | None = None) -> ScoredPairs:

@@ -1,4 +1,4 @@
-"""Training rows and dev pairs of a run, from its settings."""
+"""Training rows and dev set of a run, from its settings."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from promcse_pl.data.columns import TRAINING_ROWS, is_number
 from promcse_pl.data.demo import demo_pairs, demo_triplets
 from promcse_pl.data.pairs import ScoredPairs, load_pairs, load_stsb
 from promcse_pl.data.readers import BadRow, read_rows
+from promcse_pl.data.retrieval import DevSet, is_retrieval, load_retrieval
 from promcse_pl.data.test_sets import refuse_test_set
 from promcse_pl.data.tokens import RowSource, file_source, memory_source
 from promcse_pl.utils.errors import ConfigError, DataError
@@ -90,8 +91,8 @@ def find_file(name: str, config: DataConfig, key: str) -> Path:
     raise DataError(f"{key}={name} does not exist; searched {searched}. Try: {key}=FILE{hint}")
 
 
-def load_sources(config: DataConfig, seed: int) -> tuple[RowSource, ScoredPairs | None]:
-    """Return the training rows and the dev pairs of the settings.
+def load_sources(config: DataConfig, seed: int) -> tuple[RowSource, DevSet | None]:
+    """Return the training rows and the dev set of the settings.
 
     Args:
         config: The data settings.
@@ -104,7 +105,7 @@ def load_sources(config: DataConfig, seed: int) -> tuple[RowSource, ScoredPairs 
     if config.max_rows is not None:
         source = _first_rows(source, config.max_rows)
     if config.dev != "holdout":
-        return source, dev_pairs(config)
+        return source, dev_set(config)
     return _hold_out(source, seed)
 
 
@@ -152,8 +153,8 @@ def _first_rows(source: RowSource, most: int) -> RowSource:
     return dataclasses.replace(source, fingerprint=fingerprint, rows=lambda bad: islice(source.rows(bad), most))
 
 
-def dev_pairs(config: DataConfig) -> ScoredPairs | None:
-    """Return the dev pairs that do not depend on the training rows; None for none.
+def dev_set(config: DataConfig) -> DevSet | None:
+    """Return the dev set that does not depend on the training rows; None for none.
 
     Raises:
         ConfigError: The file is a published test set.
@@ -166,6 +167,8 @@ def dev_pairs(config: DataConfig) -> ScoredPairs | None:
     if config.dev == "stsb":
         return load_stsb(senteval_dir(config), "dev")
     path = find_file(config.dev, config, "data.dev")
+    if is_retrieval(path):
+        return load_retrieval(path, "dev")
     dev = load_pairs(path)
     folder = data_dir(config)
     refuse_test_set(path, dev, None if folder is None else folder / "senteval")

@@ -1,4 +1,4 @@
-"""Cache of sentence embeddings on disk: every distinct sentence is encoded once per model.
+"""Cache of sentence embeddings on disk: every distinct sentence is encoded once per model and prompt.
 
 A cache file contains hashes of sentences and their embeddings, never a sentence. It is written atomically, and a damaged one is
 replaced.
@@ -13,6 +13,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from promcse_pl.data.retrieval import RoleText, Text
 from promcse_pl.embedder import PromCSE
 from promcse_pl.evaluation.sts import Embeddings
 from promcse_pl.models.vectors import require_finite
@@ -45,7 +47,7 @@ class EmbeddingCache:
     folder: str | Path
     encoded: int = 0
 
-    def embeddings(self, model: PromCSE, sentences: Iterable[str], progress: Progress | None = None) -> Embeddings:
+    def embeddings(self, model: PromCSE, sentences: Iterable[Text], progress: Progress | None = None) -> Embeddings:
         """Return the embedding of every distinct sentence; those that the file lacks are encoded in one call.
 
         Args:
@@ -58,19 +60,65 @@ class EmbeddingCache:
             NonFiniteError: An embedding is not finite.
         """
         # the longest first, so that an out-of-memory error occurs early
-        distinct = sorted(set(sentences), key=lambda text: (-len(text), text))
+        distinct = sorted(set(sentences), key=_longest_first)
         path = Path(self.folder) / f"{model_hash(model)}.safetensors"
         known = _read(path, model.width)
-        digests = [hashlib.sha256(text.encode()).digest() for text in distinct]
+        digests = [_digest(model, text) for text in distinct]
         missing = [(text, digest) for text, digest in zip(distinct, digests, strict=True) if digest not in known]
         if missing:
-            encoded_ND = model.encode([text for text, _ in missing], progress=progress)
+            encoded = encode_texts(model, [text for text, _ in missing], progress)
             self.encoded += len(missing)
-            known.update(zip((digest for _, digest in missing), encoded_ND, strict=True))
+            known.update((digest, encoded[text]) for text, digest in missing)
             _write(path, known)
         found = {text: known[digest] for text, digest in zip(distinct, digests, strict=True)}
         check_embeddings(found)
         return found
+
+
+def encode_texts(model: PromCSE, texts: Iterable[Text], progress: Progress | None = None) -> Embeddings:
+    """Encode distinct texts, those with the same prompt in one call.
+
+    Args:
+        model: The model.
+        texts: Each once.
+        progress: Called with the number of texts encoded so far.
+    """
+    by_prompt: dict[str | None, list[Text]] = {}
+    for text in texts:
+        by_prompt.setdefault(_prompt_name(model, text), []).append(text)
+    encoded: dict[Text, NDArray[np.float32]] = {}
+    for name, part in by_prompt.items():
+        report = partial(_report_after, progress, len(encoded)) if progress else None
+        embeddings_ND = model.encode([_plain(text) for text in part], prompt_name=name, progress=report)
+        encoded.update(zip(part, embeddings_ND, strict=True))
+    return encoded
+
+
+def _report_after(progress: Progress, before: int, done: int) -> None:
+    progress(before + done)
+
+
+def _plain(text: Text) -> str:
+    return text.text if isinstance(text, RoleText) else text
+
+
+def _longest_first(text: Text) -> tuple[int, str, str]:
+    plain = _plain(text)
+    return -len(plain), plain, text.role if isinstance(text, RoleText) else ""
+
+
+def _prompt_name(model: PromCSE, text: Text) -> str | None:
+    """Return the name of a text's prompt; None for the default prompt."""
+    settings = model.encoder.text
+    name = settings.role_prompt(text.role) if isinstance(text, RoleText) else None
+    return None if name == settings.default_prompt else name
+
+
+def _digest(model: PromCSE, text: Text) -> bytes:
+    """Return the sha256 of a text, with its prompt if that is not the default one (no text contains the byte between)."""
+    name = _prompt_name(model, text)
+    prompt = b"" if name is None else model.encoder.text.prompt_text(name).encode() + b"\xff"
+    return hashlib.sha256(prompt + _plain(text).encode()).digest()
 
 
 def check_embeddings(embeddings: Embeddings) -> None:
@@ -83,7 +131,7 @@ def check_embeddings(embeddings: Embeddings) -> None:
     first_D: NDArray[np.float32] | None = None
     constant = len(embeddings) > 1
     for text, embedding_D in embeddings.items():
-        require_finite([text], embedding_D[None])
+        require_finite([_plain(text)], embedding_D[None])
         first_D = embedding_D if first_D is None else first_D
         constant = constant and bool(np.abs(embedding_D - first_D).max() < ROUNDING)
     if constant:

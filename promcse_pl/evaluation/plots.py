@@ -87,7 +87,9 @@ def _bars(tree: dict[str, Any]) -> Any:  # noqa: ANN401  (a figure)
     for number, name in enumerate(names):
         scores = [tree["targets"][name]["scores"][task] for task in tasks]
         values = np.array([score["value"] for score in scores])
-        edges = np.array([[score["low"], score["high"]] for score in scores]).T
+        edges = np.array(
+            [[score["value"] if score[end] is None else score[end] for score in scores] for end in ("low", "high")]
+        )
         lowest, highest = min(lowest, float(edges.min())), max(highest, float(edges.max()))
         axes.bar(
             np.arange(len(tasks)) + (number - (len(names) - 1) / 2) * width,

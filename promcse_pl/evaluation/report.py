@@ -9,10 +9,12 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from promcse_pl.evaluation.retrieval import METRICS
 from promcse_pl.utils.terminal import plain
 
 Tree = dict[str, Any]
 FORMATS = ("markdown", "latex")
+RETRIEVAL_TITLE = "MRR and Recall x 100"
 
 
 def headline(tree: Tree) -> dict[str, dict[str, float]]:
@@ -33,7 +35,13 @@ def tables(tree: Tree) -> list[Table]:
         for task in tasks:
             scores.add_row(plain(task), *(_cell(tree, name, task) for name in names))
         scores.add_section()
-    return [scores, *(_differences(tree, name) for name in names[1:])]
+    found = [scores, *(_differences(tree, name) for name in names[1:])]
+    if rows := _retrieval_details(tree):
+        details = _table(RETRIEVAL_TITLE, ["", *names])
+        for row in rows:
+            details.add_row(plain(row[0]), *row[1:])
+        found.insert(1, details)
+    return found
 
 
 def _differences(tree: Tree, name: str) -> Table:
@@ -55,10 +63,10 @@ def _table(title: str, columns: Sequence[str]) -> Table:
 
 def _groups(tree: Tree) -> list[tuple[str, list[str]]]:
     """Return the tasks by what they measure, in the order of the first target's scores."""
-    titles = {"transfer": "Transfer, accuracy x 100", "geometry": "Geometry of STS-B"}
+    titles = {"transfer": "Transfer, accuracy x 100", "geometry": "Geometry of STS-B", "mteb": "MTEB, main score x 100"}
     groups: dict[str, list[str]] = {}
     for task in next(iter(tree["targets"].values()))["scores"]:
-        title = titles.get(tree["tasks"][task]["suite"], "Spearman x 100")
+        title = titles.get(tree["tasks"][task]["suite"], tree["tasks"][task]["unit"])
         groups.setdefault(title, []).append(task)
     return list(groups.items())
 
@@ -84,6 +92,8 @@ def render(tree: Tree, form: str) -> str:
     details = _details(tree)
     if details:
         blocks.append(grid(["Spearman / Pearson x 100", *names], details))
+    if retrieval := _retrieval_details(tree):
+        blocks.append(grid([RETRIEVAL_TITLE, *names], retrieval))
     return "\n\n".join(blocks) + "\n"
 
 
@@ -100,6 +110,20 @@ def _sentences(tree: Tree) -> list[str]:
         f"promcse_pl {tree['versions']['promcse_pl']}, torch {tree['versions']['torch']}"
     )
     return lines
+
+
+def _retrieval_details(tree: Tree) -> list[list[str]]:
+    """Return a row for each further metric of each retrieval task; targets of several seeds show their first seed."""
+    rows = []
+    for task, score in next(iter(tree["targets"].values()))["scores"].items():
+        scores = [target["scores"][task] for target in tree["targets"].values()]
+        first = [score.get("seeds", [score])[0] for score in scores]
+        rows += [
+            [f"{task} {title}", *(f"{one[metric]:.2f}" for one in first)]
+            for metric, title in METRICS.items()
+            if metric in first[0]
+        ]
+    return rows
 
 
 def _details(tree: Tree) -> list[list[str]]:

@@ -15,12 +15,13 @@ import scipy
 from numpy.typing import ArrayLike, NDArray
 
 from promcse_pl.data.pairs import ScoredPairs
+from promcse_pl.data.retrieval import Text
 from promcse_pl.utils.errors import DataError, NonFiniteError
 
 Encode = Callable[[Sequence[str]], NDArray[np.float32]]
 """Unit embeddings (N, D) of N sentences."""
-Embeddings = Mapping[str, NDArray[np.float32]]
-"""The unit embedding (D,) of each sentence."""
+Embeddings = Mapping[Text, NDArray[np.float32]]
+"""The unit embedding (D,) of each text."""
 LOWEST_PLAUSIBLE = 0.05
 """Spearman correlation that every pre-trained encoder exceeds on pairs whose scores mean similarity."""
 

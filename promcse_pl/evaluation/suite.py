@@ -8,6 +8,7 @@ import platform
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -105,7 +106,11 @@ def _score(
     for task in tasks:
         stage = f"{label}: {task.name}"
         report(stage, 0, 1)
-        scores[task.name] = task.score(embeddings, partial(report, stage))
+        if task.score_model is not None:
+            scores[task.name] = task.score_model(model, Path(cache.folder) / "mteb")
+        else:
+            assert task.score is not None
+            scores[task.name] = task.score(embeddings, partial(report, stage))
     encoder = model.encoder
     about = {
         "sha256": model.adapter_hash(),

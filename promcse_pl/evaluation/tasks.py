@@ -8,20 +8,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from promcse_pl.config import DATA_SUITES
+from promcse_pl.config import DATA_SUITES, MTEB, SENTEVAL_SUITES
 from promcse_pl.data.demo import demo_pairs
 from promcse_pl.data.pairs import TASKS, ScoredPairs, load_pairs, load_stsb, load_task
+from promcse_pl.data.retrieval import DevSet, RetrievalSet, Text, is_retrieval, load_retrieval
 from promcse_pl.evaluation import cxc
 from promcse_pl.evaluation.geometry import POSITIVE, alignment, cosine_density, effective_rank, mean_cosine, uniformity
+from promcse_pl.evaluation.retrieval import score_queries
 from promcse_pl.evaluation.statistics import RESAMPLES, SEED, Floats, bootstrap_spearman, interval, resample_counts
 from promcse_pl.evaluation.sts import Embeddings, cosines, score_task
 from promcse_pl.evaluation.transfer_data import TRANSFER_TASKS, TransferData, load_transfer
-from promcse_pl.utils.errors import ConfigError
+from promcse_pl.utils.errors import ConfigError, DataError
 from promcse_pl.utils.paths import expand, is_there
+
+if TYPE_CHECKING:
+    from promcse_pl.embedder import PromCSE
 
 PUBLISHED_PAIRS = dict(zip(TASKS, (3108, 1500, 3750, 3000, 1186, 1379, 4927), strict=True))
 """Scored test pairs of the tasks as they were published."""
@@ -58,13 +63,14 @@ class Task:
 
     Attributes:
         name: Name in tables.
-        suite: One of `promcse_pl.config.schema.SUITES`, `own` or `dev`.
+        suite: One of `promcse_pl.config.schema.SUITES`, `mteb`, `own` or `dev`.
         unit: Unit of the score.
         protocol: How it is measured, in a sentence or two.
         files: The data: name, rows and sha256 of each file.
         expected_rows: Rows of all files as they were published; None if that is not known.
-        sentences: All sentences to encode, repeated or not.
-        score: From the embeddings of the sentences to the score.
+        sentences: All texts to encode, repeated or not.
+        score: From the embeddings of the texts to the score.
+        score_model: Instead, from a model and a folder for cached results to the score: the task encodes its own texts.
     """
 
     name: str
@@ -73,8 +79,9 @@ class Task:
     protocol: str
     files: list[dict[str, Any]]
     expected_rows: int | None
-    sentences: tuple[str, ...]
-    score: Callable[[Embeddings, Progress], Score]
+    sentences: tuple[Text, ...]
+    score: Callable[[Embeddings, Progress], Score] | None = None
+    score_model: Callable[[PromCSE, Path], Score] | None = None
 
     @property
     def rows(self) -> int:
@@ -86,20 +93,22 @@ def load_tasks(names: Sequence[str], data: str | Path | None) -> list[Task]:
     """Read the data of suites and files.
 
     Args:
-        names: Suites of `promcse_pl.config.schema.SUITES`, or files of two texts and a score, in any format of `read_rows`.
+        names: Suites of `promcse_pl.config.schema.SUITES`, files of two texts and a score, in any format of `read_rows`, folders
+            in BEIR layout (split `test`) or files FOLDER/qrels/SPLIT.tsv, or `mteb:NAME`.
         data: Folder with senteval/ (and cxc/ for `cxc`); files are searched there first, then in the current folder.
 
     Returns:
         The tasks, in the order of the names.
 
     Raises:
-        ConfigError: A suite that needs the folder without it.
+        ConfigError: A suite that needs the folder without it, an unknown MTEB task, or a package is not installed.
         DataError: A file is missing or broken.
     """
     needed = [name for name in names if name in DATA_SUITES]
     if needed and data is None:
+        inside = "senteval" if set(needed) & set(SENTEVAL_SUITES) else "retrieval"
         raise ConfigError(
-            f"the tasks {', '.join(needed)} are read from a data folder with senteval/ in it, but none is given. "
+            f"the tasks {', '.join(needed)} are read from a data folder with {inside}/ in it, but none is given. "
             "Try: --data FOLDER (of a run: data.dir=FOLDER)"
         )
     folder = Path() if data is None else Path(data)
@@ -125,7 +134,13 @@ def _load(name: str, folder: Path) -> list[Task]:
         return _geometry_tasks(load_stsb(senteval, "test"))
     if name == "transfer":
         return [transfer_task(load_transfer(senteval, task)) for task in TRANSFER_TASKS]
+    if name == "retrieval":
+        return _retrieval_tasks(folder / "retrieval")
+    if name.startswith(MTEB):
+        return [_mteb_task(name)]
     path = next((path for path in (folder / name, expand(name)) if is_there(path)), Path(name))
+    if is_retrieval(path):
+        return [retrieval_task(load_retrieval(path, "test"))]
     return [pair_task(path.name, "own", [load_pairs(path)])]
 
 
@@ -198,6 +213,68 @@ def _cxc_task(data: cxc.CxcData) -> Task:
         expected_rows=None,
         sentences=_both_sides(data.pairs),
         score=score,
+    )
+
+
+def _retrieval_tasks(folder: Path) -> list[Task]:
+    paths = sorted(path for path in folder.glob("*/") if is_retrieval(path))
+    if not paths:
+        raise DataError(f"{folder} has no folder in BEIR layout (corpus.jsonl, queries.jsonl, qrels/test.tsv)")
+    return [retrieval_task(load_retrieval(path, "test")) for path in paths]
+
+
+def retrieval_task(data: RetrievalSet, name: str | None = None, suite: str = "retrieval") -> Task:
+    """Return the task of finding the relevant documents of queries by exact search."""
+    name = data.name if name is None else name
+
+    def score(embeddings: Embeddings, progress: Progress) -> Score:
+        values = {metric: 100 * scores_q for metric, scores_q in score_queries(data, embeddings, progress).items()}
+        main_q = values.pop(data.metric)
+        blocks = resample_counts(len(data), resamples=RESAMPLES, seed=_seed(name))
+        values_b: Floats = np.concatenate([counts_bq @ main_q / len(data) for counts_bq in blocks])
+        details = {metric: float(scores_q.mean()) for metric, scores_q in values.items()}
+        return Score.of(float(main_q.mean()), values_b, {**details, "documents": len(data.documents)})
+
+    return Task(
+        name=name,
+        suite=suite,
+        unit="nDCG@10 x 100",
+        protocol=f"exact search by cosine among {len(data.documents)} documents, metrics of trec_eval, means over the queries "
+        f"with a relevant document; interval: percentile bootstrap of the queries, {RESAMPLES} resamples, seed {SEED}"
+        + ("; the adapter was selected on these queries" if suite == "dev" else ""),
+        files=[_file(data.name, len(data), data.sha256)],
+        expected_rows=None,
+        sentences=data.texts,
+        score=score,
+    )
+
+
+def dev_task(dev: DevSet) -> Task:
+    """Return the task of a dev set."""
+    return pair_task("dev", "dev", [dev]) if isinstance(dev, ScoredPairs) else retrieval_task(dev, "dev", "dev")
+
+
+def _mteb_task(name: str) -> Task:
+    try:
+        from promcse_pl.interop import mteb
+    except ImportError:
+        raise ConfigError(f"{name} needs the package mteb. Try: pip install 'promcse_pl[mteb]'") from None
+    task = mteb.find_task(name.removeprefix(MTEB))
+    metadata, splits = task.metadata, ", ".join(task.metadata.eval_splits)
+
+    def score_model(model: PromCSE, folder: Path) -> Score:
+        return Score(100 * mteb.main_score(model, task, folder))
+
+    return Task(
+        name=name,
+        suite="mteb",
+        unit=f"{metadata.main_score} x 100",
+        protocol=f"MTEB {metadata.type}, main score over the splits {splits} of {metadata.dataset['path']}, revision "
+        f" {metadata.dataset['revision']}; no interval",
+        files=[],
+        expected_rows=None,
+        sentences=(),
+        score_model=score_model,
     )
 
 

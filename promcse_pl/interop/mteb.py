@@ -1,25 +1,33 @@
-"""An adapter as a model of the MTEB benchmark (mteb 2)."""
+"""An adapter as a model of the MTEB benchmark (mteb 2), and its score on an MTEB task."""
 
 from __future__ import annotations
 
+import difflib
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import mteb
+from mteb.abstasks import AbsTask
+from mteb.cache import ResultCache
 from mteb.models import ModelMeta
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.types import PromptType
 
 from promcse_pl.embedder import PromCSE
+from promcse_pl.models.encoder_files import first_line
+from promcse_pl.models.hub import why_unreachable
 from promcse_pl.models.vectors import Vectors
+from promcse_pl.utils.errors import ConfigError, DataError
 
 
 class MtebModel(AbsEncoder):  # type: ignore[misc]
     """Model for `mteb.evaluate`: embeddings are those of `PromCSE.encode`, similarities are cosines.
 
     Its revision is the adapter's content hash, so that mteb, which keeps results by name and revision, never shows those of
-    another adapter. In retrieval tasks, queries and documents are encoded with the prompts `query` and `document` of the
-    model; without such a prompt, and in other tasks, with its default prompt. The task's instructions and mteb's batch size have
-    no effect.
+    another adapter. In retrieval tasks, queries are encoded with the model's prompt `query`, and documents with `document`,
+    `passage` or `corpus`; without such a prompt, and in other tasks, with its default prompt. The task's instructions and mteb's
+    batch size have no effect.
 
     Args:
         model: The model.
@@ -61,6 +69,56 @@ class MtebModel(AbsEncoder):  # type: ignore[misc]
             inputs: Batches with the texts under `text`.
             prompt_type: `query` or `document` in retrieval tasks; the name of the prompt to use. None: the default prompt.
         """
-        name = prompt_type.value if prompt_type is not None else None
+        name = self.model.encoder.text.role_prompt(prompt_type.value) if prompt_type is not None else None
         texts = [text for batch in inputs for text in batch["text"]]
-        return self.model.encode(texts, prompt_name=name if name in self.model.encoder.text.prompts else None)
+        return self.model.encode(texts, prompt_name=name)
+
+
+def find_task(name: str) -> AbsTask:
+    """Return an MTEB task by its name; its data are not loaded.
+
+    Raises:
+        ConfigError: There is no task of this name.
+    """
+    try:
+        return mteb.get_task(name)
+    except KeyError as error:
+        names = {task.metadata.name for task in mteb.get_tasks(exclude_superseded=False)}
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0)
+        raise ConfigError(f"there is no MTEB task {name!r}. Try: mteb:{near[0] if near else 'STSBenchmark'}") from error
+
+
+def main_score(model: PromCSE, task: AbsTask, folder: Path) -> float:
+    """Return the main score of a model on an MTEB task, the mean over its subsets and splits.
+
+    Args:
+        model: The model.
+        task: The task.
+        folder: Folder of the results of earlier calls, which are found by the content hash of the adapter.
+
+    Raises:
+        DataError: The data set cannot be loaded.
+    """
+    wrapped, cache = MtebModel(model), ResultCache(folder)
+    if cache.load_task_result(task.metadata.name, wrapped.mteb_model_meta) is None and not task.data_loaded:
+        _load_data(task)
+    found = mteb.evaluate(wrapped, task, cache=cache, show_progress_bar=False)
+    return float(found.task_results[0].get_score())
+
+
+def _load_data(task: AbsTask) -> None:
+    data = task.metadata.dataset
+    name, revision = data["path"], data.get("revision")
+    why = why_unreachable(name, revision, kind="dataset")
+    if why is None or why.startswith("HF_HUB_OFFLINE"):
+        try:
+            task.load_data()
+            return
+        except Exception as error:  # depends on the task and on the version of datasets
+            why = f"{type(error).__name__}: {first_line(error)[:200]}"
+    chosen = ["--revision", revision] if revision else []
+    command = shlex.join(["hf", "download", name, "--repo-type", "dataset", *chosen])
+    raise DataError(
+        f"mteb:{task.metadata.name} needs the data set {name} of the hub, which cannot be loaded ({why}). Try: {command} on a "
+        "machine with network access; then copy its HF_HOME here and set HF_HOME and HF_HUB_OFFLINE=1"
+    )

@@ -128,18 +128,11 @@ def _cached_without_network(name: str, revision: str | None, patterns: Sequence[
     Raises:
         EncoderError: The hub cannot be reached and the encoder is not cached; the message has the download command.
     """
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub import constants, snapshot_download
 
-    try:
-        get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=SECONDS)
+    why = why_unreachable(name, revision)
+    if why is None:
         return None
-    except (HfHubHTTPError, HFValidationError):
-        return None
-    except OfflineModeIsEnabled:
-        why = "HF_HUB_OFFLINE is set"
-    except Exception as error:  # depends on the HTTP client of huggingface_hub
-        why = f"no network ({type(error).__name__}: {first_line(error)[:200]})"
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns), local_files_only=True))
     except Exception as error:
@@ -151,6 +144,29 @@ def _cached_without_network(name: str, revision: str | None, patterns: Sequence[
             f"{shlex.join(['hf', 'download', name, *chosen, '--local-dir', 'FOLDER'])}. Then copy FOLDER here and set "
             "model.path=FOLDER (or HF_HOME=FOLDER if another cache has it)"
         ) from error
+
+
+def why_unreachable(name: str, revision: str | None, kind: str = "model") -> str | None:
+    """Return why the hub cannot be reached; None if it can be reached or rejects the name.
+
+    Args:
+        name: Repository that is asked for.
+        revision: Its commit, tag or branch.
+        kind: `model` or `dataset`.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    file = "config.json" if kind == "model" else "README.md"
+    try:
+        get_hf_file_metadata(hf_hub_url(name, file, repo_type=kind, revision=revision), timeout=SECONDS)
+    except (HfHubHTTPError, HFValidationError):
+        return None
+    except OfflineModeIsEnabled:
+        return "HF_HUB_OFFLINE is set"
+    except Exception as error:  # depends on the HTTP client of huggingface_hub
+        return f"no network ({type(error).__name__}: {first_line(error)[:200]})"
+    return None
 
 
 @contextmanager

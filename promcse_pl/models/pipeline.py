@@ -51,6 +51,8 @@ _OLD_POOLINGS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
+ROLE_PROMPTS = {"query": ("query",), "document": ("document", "passage", "corpus")}
+"""Role of a text in retrieval -> names of its prompt, the first that exists, as in sentence-transformers."""
 _KINDS = {int: "an integer", float: "a number", str: "text", bool: "true or false", dict: "an object", NoneType: "null"}
 _LARGEST = 2**20
 """Maximum width of a dense layer."""
@@ -115,6 +117,10 @@ class TextSettings:
             advice = f"prompt_name={near!r}" if near else 'prompt="TEXT: " with the text itself'
             raise ConfigError(f"there is no prompt {name!r} (known: {known}). Try: {advice}")
         return self.prompts[name]
+
+    def role_prompt(self, role: str) -> str | None:
+        """Return the name of the prompt of queries or documents (`ROLE_PROMPTS`), else that of the default prompt."""
+        return next((name for name in ROLE_PROMPTS[role] if name in self.prompts), self.default_prompt)
 
     def prepare(self, texts: Sequence[str], prompt: str = "", *, tokenizer: Any) -> list[str]:  # noqa: ANN401
         """Prepend a prompt text, and convert texts to lower case if set, except special and other added tokens in them.

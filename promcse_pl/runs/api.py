@@ -54,8 +54,10 @@ def train(
         overrides: Settings as on the command line, for example `["loss.margin=0.3", "trainer.epochs=1"]`.
         callbacks: Additional Lightning callbacks. Their state is saved in the checkpoints and must be plain values or tensors.
             `python run.py resume=FOLDER` resumes the run without callbacks and loggers and logs a warning that names them.
-            `trainer.callback_metrics["dev/spearman"]` (x 100) is updated in `on_train_batch_end` of the evaluated steps, so
-            `EarlyStopping(monitor="dev/spearman", mode="max")` needs an evaluation in the first epoch (`trainer.eval_every`).
+            `trainer.callback_metrics["dev/spearman"]` (x 100; of a retrieval set `dev/ndcg_at_10`) is updated in
+            `on_train_batch_end` of the evaluated steps, so `EarlyStopping(monitor="dev/spearman", mode="max")` needs an
+            evaluation in the first epoch (`trainer.eval_every`); `trainer.patience` stops early without a callback, and exactly
+            on resume.
         loggers: Additional Lightning loggers; they get the training and dev metrics and the test scores.
         folder: Run folder, absent or empty; None for outputs/DATE/TIME-MODEL-DATA in the current folder. Rows in memory are
             written to data.jsonl in it, so that config.yaml repeats the run and `python run.py resume=FOLDER` resumes it.

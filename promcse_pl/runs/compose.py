@@ -31,10 +31,11 @@ _NOT_OF_A_RUN = ("hydra", "sweep")
 
 
 def config_groups(folders: Sequence[Path] = (CONF,)) -> dict[str, list[str]]:
-    """Return the groups of configuration folders and the choices of each; recipe/ is selected by mode and model."""
+    """Return the groups of configuration folders and the choices of each; those in a subfolder are FOLDER/CHOICE."""
     groups: dict[str, list[str]] = {}
     for path in sorted(path for folder in folders if folder.is_dir() for path in folder.iterdir() if path.is_dir()):
-        groups.setdefault(path.name, []).extend(sorted(file.stem for file in path.glob("[!_]*.yaml")))
+        names = (file.relative_to(path).with_suffix("").as_posix() for file in path.rglob("[!_]*.yaml"))
+        groups.setdefault(path.name, []).extend(sorted(names))
     return groups
 
 
@@ -89,7 +90,7 @@ def preset_section(group: str, name: str, section: str) -> dict[str, Any]:
     """Return a section of a file in conf/, or of the file that it is based on.
 
     Args:
-        group: Folder in conf/: `model` or `recipe`.
+        group: Folder in conf/: `model`, `recipe` or `recipe/tuning`.
         name: File in it, without suffix.
         section: Section of the settings.
     """
@@ -105,19 +106,19 @@ def recipe_note(config: Config, model: str) -> str | None:
         config: The composed config.
         model: Choice of the group model, which selects the recipe.
     """
-    mode = "unsupervised" if config.data.kind == "sentences" else "supervised"
-    preset, recipe = CONF / "model" / f"{model}.yaml", CONF / "recipe" / mode / f"{model}.yaml"
-    if not (preset.is_file() and recipe.is_file()):
+    preset = CONF / "model" / f"{model}.yaml"
+    encoder = preset_section("model", model, "model")["path"] if preset.is_file() else config.model.path
+    if encoder == config.model.path:
         return None
-    encoder, lr = (
-        preset_section("model", model, "model")["path"],
-        preset_section("recipe", f"{mode}/{model}", "optim")["lr"],
-    )
-    if encoder == config.model.path or lr != config.optim.lr:
-        return None
-    return (
-        f"optim.lr={lr:g} comes from the recipe {mode}/{model} for {encoder}; it is not tuned for {config.model.path}"
-    )
+    name = f"{'unsupervised' if config.data.kind == 'sentences' else 'supervised'}/{model}"
+    for group, recipe in (("recipe", name), ("recipe/tuning", f"full/{name}")):
+        if not (CONF / group / f"{recipe}.yaml").is_file():
+            continue
+        lr = preset_section(group, recipe, "optim")["lr"]
+        if lr == config.optim.lr:
+            origin = f"the recipe {recipe} for {encoder}"
+            return f"optim.lr={lr:g} comes from {origin}; it is not tuned for {config.model.path}"
+    return None
 
 
 @contextmanager

@@ -11,8 +11,9 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from promcse_pl.config import DATA_SUITES, SUITES, Config, decides, flat_settings
-from promcse_pl.data.sources import check_training_file, data_dir, dev_pairs, senteval_dir
+from promcse_pl.config import SENTEVAL_SUITES, SUITES, Config, decides, flat_settings
+from promcse_pl.data.pairs import ScoredPairs
+from promcse_pl.data.sources import check_training_file, data_dir, dev_set, senteval_dir
 from promcse_pl.evaluation.tasks import load_tasks
 from promcse_pl.run_folder import INPUTS, read_json
 from promcse_pl.tracking.wandb import resolve_mode
@@ -45,15 +46,18 @@ def check_inputs(config: Config) -> None:
         raise EncoderError(
             f"the encoder folder {path} does not exist (current folder: {Path.cwd()}). Try: model.path=FOLDER"
         )
-    if set(config.evaluation.tasks) & set(DATA_SUITES):
+    if set(config.evaluation.tasks) & set(SENTEVAL_SUITES):
         senteval_dir(config.data)
-    dev = None if config.data.dev == "holdout" else dev_pairs(config.data)
+    dev = None if config.data.dev == "holdout" else dev_set(config.data)
     # evaluation files are read at the end of the run, but a missing one is reported now
     for task in load_tasks(config.evaluation.tasks, data_dir(config.data)):
         if dev is not None and dev.sha256 in {file["sha256"] for file in task.files}:
+            advice = (
+                "FILE with other pairs" if isinstance(dev, ScoredPairs) else "FOLDER/qrels/SPLIT.tsv with another split"
+            )
             raise ConfigError(
                 f"data.dev={config.data.dev} is also in evaluation.tasks ({task.name}), but the best step is selected on the dev "
-                "set. Try: data.dev=FILE with other pairs"
+                f"set. Try: data.dev={advice}"
             )
     check_training_file(config.data, config.seed)
 
@@ -105,7 +109,7 @@ def _evaluation_files(config: Config) -> dict[str, str]:
     """Return the sha256 of each file in `evaluation.tasks` by its name as typed; suites are left out."""
     names = [name for name in dict.fromkeys(config.evaluation.tasks) if name not in SUITES]
     tasks = load_tasks(names, data_dir(config.data))
-    return {name: task.files[0]["sha256"] for name, task in zip(names, tasks, strict=True)}
+    return {name: task.files[0]["sha256"] for name, task in zip(names, tasks, strict=True) if task.files}
 
 
 def record_inputs(folder: Path, inputs: dict[str, Any]) -> None:

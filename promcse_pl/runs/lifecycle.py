@@ -231,7 +231,7 @@ def _run_as_main(run: RunContext) -> dict[str, Any]:
                 retry = run_command(f"resume={run.folder}")
                 log.info("nothing was trained yet. Fix the cause, then run in this folder again: %s", retry)
             raise
-        _record_end(run.folder, "finished")
+        _record_end(run.folder, "finished", stopped_early=results["stopped_early"])
         remove_checkpoints(run.folder)
         return results
 
@@ -281,8 +281,8 @@ def _finished_results(folder: Path, console: Console) -> dict[str, Any]:
     return read_results(folder)
 
 
-def _record_end(folder: Path, state: State, error: str | None = None) -> None:
+def _record_end(folder: Path, state: State, error: str | None = None, *, stopped_early: str | None = None) -> None:
     """Write to status.json how the run ended; a failure to write must not hide its error."""
     with suppress(PromcseError):
         status = read_status(folder) or Status(state=state)
-        write_status(folder, dataclasses.replace(status, state=state, error=error))
+        write_status(folder, dataclasses.replace(status, state=state, error=error, stopped_early=stopped_early))

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import Logger
@@ -20,15 +19,18 @@ from promcse_pl.adapter import save_adapter
 from promcse_pl.config import Config
 from promcse_pl.data.columns import TRAINING_ROWS
 from promcse_pl.data.module import PromcseDataModule
+from promcse_pl.data.pairs import ScoredPairs
+from promcse_pl.data.retrieval import RetrievalSet
 from promcse_pl.data.sources import cache_dir, data_dir
 from promcse_pl.embedder import PromCSE
 from promcse_pl.evaluation import suite
+from promcse_pl.evaluation.dev import dev_score, dev_texts, highest_score
 from promcse_pl.evaluation.embeddings import EmbeddingCache
 from promcse_pl.evaluation.report import headline, tables
-from promcse_pl.evaluation.sts import score_task, score_warning, spearman
+from promcse_pl.evaluation.sts import score_warning
 from promcse_pl.evaluation.targets import Member, Target, frozen_target
-from promcse_pl.evaluation.tasks import load_tasks, pair_task
-from promcse_pl.run_folder import ADAPTER, BAD_ROWS, CONFIG, HISTORY, RESULTS, write_config
+from promcse_pl.evaluation.tasks import dev_task, load_tasks
+from promcse_pl.run_folder import ADAPTER, BAD_ROWS, CONFIG, DEV_METRICS, HISTORY, RESULTS, write_config
 from promcse_pl.runs.inputs import describe_inputs, ignores_pipeline, record_inputs
 from promcse_pl.tracking.lightning import build_logger
 from promcse_pl.tracking.local import JsonlLogger
@@ -169,9 +171,13 @@ def _report_data(run: RunContext, data: PromcseDataModule, max_length: int | Non
             write_text(run.folder / BAD_ROWS, "".join(f"{hide_home(str(row))}\n" for row in rows.bad_rows))
         log.warning("%d bad rows were skipped; they are listed in %s", len(rows.bad_rows), run.folder / BAD_ROWS)
     if data.dev is None:
-        log.info("no dev set: the last step is kept")
+        log.info(
+            "no dev set: %s is kept", "the mean of the last steps" if run.config.trainer.average else "the last step"
+        )
     else:
-        log.info("dev set: %s, %s pairs", data.dev.name, f"{len(data.dev):,}")
+        log.info("dev set: %s, %s", data.dev.name, data.dev.size)
+        if isinstance(data.dev, RetrievalSet) and data.dev.name.endswith(" test"):
+            log.warning("the best step is selected on the split test: its score does not measure generalisation")
 
 
 def _excerpt(text: str) -> str:
@@ -205,33 +211,37 @@ def _score_frozen(run: RunContext, parts: Parts) -> None:
     the mode of the encoder are not changed.
     """
     data, encoder = parts.data, parts.encoder
-    assert data.dev is not None
+    dev = data.dev
+    assert dev is not None
     modes = [(module, module.training) for module in encoder.modules()]
     model = frozen_target(PromCSE(encoder.to(parts.device), data.tokenizer)).members[0].load()
-    sentences = [*data.dev.first, *data.dev.second]
+    texts = dev_texts(dev)
     try:
-        with progress_bar(run.console, "scoring the frozen encoder on the dev set", len(set(sentences))) as progress:
-            vectors = EmbeddingCache(cache_dir(run.config.data.cache_dir) / "vectors").embeddings(
-                model, sentences, progress
-            )
-        score = score_task([data.dev], vectors).all.spearman
-        highest = spearman(np.argsort(np.argsort(data.dev.gold, kind="stable")), data.dev.gold)
+        with progress_bar(run.console, "scoring the frozen encoder on the dev set", len(set(texts))) as progress:
+            cache = EmbeddingCache(cache_dir(run.config.data.cache_dir) / "vectors")
+            score = dev_score(dev, cache.embeddings(model, texts, progress))
+        highest = highest_score(dev)
     except DataError as error:
         log.warning("the frozen encoder cannot be scored on the dev set: %s", error)
         return
     finally:
         for module, training in modes:
             module.training = training
+    name = DEV_METRICS[dev.metric]
     if score >= highest - 1e-9:
         log.warning(
-            "frozen encoder: dev Spearman %.2f, the highest possible on this dev set: it cannot rank training steps. Set "
-            "data.dev=FILE with more or harder pairs",
+            "frozen encoder: dev %s %.2f, the highest possible on this dev set: it cannot rank training steps. Set "
+            "data.dev=FILE with more or harder %s",
+            name,
             100 * score,
+            "pairs" if isinstance(dev, ScoredPairs) else "queries and more documents",
         )
-    elif warning := score_warning(score, f"data.dev={run.config.data.dev} and data.train"):
+    elif isinstance(dev, ScoredPairs) and (
+        warning := score_warning(score, f"data.dev={run.config.data.dev} and data.train")
+    ):
         log.warning("frozen encoder: dev %s", warning)
     else:
-        log.info("frozen encoder (pooling %s): dev Spearman %.2f", model.encoder.pooling, 100 * score)
+        log.info("frozen encoder (pooling %s): dev %s %.2f", model.encoder.pooling, name, 100 * score)
 
 
 # --- track, evaluate, record ------------------------------------------------------------------------------------------
@@ -264,7 +274,7 @@ def _evaluate(run: RunContext, parts: Parts) -> dict[str, Any]:
     config, adapter = run.config, run.folder / ADAPTER
     tasks = load_tasks(config.evaluation.tasks, data_dir(config.data))
     if parts.data.dev is not None:
-        tasks.append(pair_task("dev", "dev", [parts.data.dev]))
+        tasks.append(dev_task(parts.data.dev))
     if not tasks:
         return {}
     log.info("evaluating %s", "the adapter and the frozen encoder" if config.evaluation.frozen else "the adapter")
@@ -281,9 +291,13 @@ def _summarize(config: Config, data: PromcseDataModule, fitted: Fitted) -> dict[
     return {
         "rows": len(data.token_rows),
         "steps": fitted.steps,
+        "stopped_early": fitted.stopped_early,
         "best_step": fitted.best_step,
+        "average": fitted.average and dataclasses.asdict(fitted.average),
         "dev": data.dev.name if data.dev else None,
-        "dev_spearman": None if fitted.dev_score is None else round(100 * fitted.dev_score, 4),
+        f"dev_{data.dev.metric if data.dev else 'spearman'}": None
+        if fitted.dev_score is None
+        else round(100 * fitted.dev_score, 4),
         "seed": config.seed,
     }
 

@@ -16,6 +16,7 @@ from promcse_pl.run_folder import (
     HISTORY,
     RESULTS,
     START,
+    find_dev,
     is_number,
     is_running,
     read_history,
@@ -50,7 +51,8 @@ class Run:
         problems: Messages on files that cannot be read.
         started: Start time in seconds since 1970; None: unknown.
         seconds: Duration up to now or the last status; None: unknown.
-        dev: Spearman x 100 on the dev set at the best step; for unfinished runs the best so far; None: none measured.
+        metric: Metric of the dev set, one of `promcse_pl.run_folder.DEV_METRICS`.
+        dev: Score x 100 on the dev set at the best step; for unfinished runs the best so far; None: none measured.
         dev_name, dev_sha256: Name and content of the dev set; None: unknown.
         tests: Final test scores x 100 of the adapter by task.
         frozen: Scores x 100 of the frozen encoder by task, with `dev`.
@@ -70,6 +72,7 @@ class Run:
     problems: list[str] = field(default_factory=list)
     started: float | None = None
     seconds: float | None = None
+    metric: str = "spearman"
     dev: float | None = None
     dev_name: str | None = None
     dev_sha256: str | None = None
@@ -192,8 +195,12 @@ def _read_run(sweep: Path, name: str, overrides: dict[str, Any] | None) -> Run:
     if run.finished:
         _read_results(run)
     if run.dev is None and not run.finished:
-        scores = [entry["dev/spearman"] for entry in run.history if is_number(entry.get("dev/spearman"))]
-        run.dev = max((score for score in scores if score == score), default=None)
+        found = [score for entry in run.history if (score := find_dev(entry, "dev/")) and is_number(score[1])]
+        run.metric, run.dev = max(
+            ((metric, score) for metric, score in found if score == score),
+            key=lambda score: score[1],
+            default=(run.metric, None),
+        )
     return run
 
 
@@ -231,7 +238,8 @@ def _read_state(run: Run) -> None:
 def _read_results(run: Run) -> None:
     try:
         results = read_results(run.folder)
-        dev, seconds = results["dev_spearman"], results["seconds"]
+        metric, dev = find_dev(results, "dev_") or ("spearman", results["dev_spearman"])
+        seconds = results["seconds"]
         scores, frozen = (results["scores"].get(name, {}) for name in ("adapter", FROZEN))
         if not all(value is None or is_number(value) for value in (dev, seconds, *scores.values(), *frozen.values())):
             raise ValueError("a score or time is not a number")
@@ -245,6 +253,6 @@ def _read_results(run: Run) -> None:
         run.problems.append(f"{run.folder / RESULTS} cannot be read as results: {type(error).__name__}: {error}")
         return
     run.dev, run.dev_name, run.dev_sha256, run.precision, run.versions = dev, name, sha256, precision, versions
-    run.seconds = run.seconds if seconds is None else seconds
+    run.metric, run.seconds = metric, run.seconds if seconds is None else seconds
     run.tests = {task: score for task, score in scores.items() if task != "dev" and score is not None}
     run.frozen = {task: score for task, score in frozen.items() if score is not None}

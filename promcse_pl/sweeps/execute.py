@@ -20,6 +20,7 @@ from promcse_pl.run_folder import (
     OUTPUT,
     START,
     Status,
+    find_dev,
     is_running,
     locked,
     read_config,
@@ -132,7 +133,7 @@ def run_single(folder: Path, job: SweepJob) -> float:
     """Run one job in its own process, for launchers and sweepers of Hydra; a failure is recorded and does not raise.
 
     Returns:
-        Its dev score, Spearman x 100; nan if there is none.
+        Its dev score, x 100; nan if there is none.
     """
     wait_for_earlier(folder, [job])
     pool = Pool(1, can_fork=False)
@@ -260,12 +261,12 @@ def _error(output: Path, code: int) -> str:
 
 
 def dev_score(run: Path) -> float | None:
-    """Return the dev score of a finished job, Spearman x 100; None if there is none."""
+    """Return the dev score of a finished job, x 100; None if there is none."""
     try:
-        score = read_results(run).get("dev_spearman")
+        found = find_dev(read_results(run), "dev_")
     except DataError:
         return None
-    return None if score is None else float(score)
+    return None if found is None else float(found[1])
 
 
 def wait_for_earlier(folder: Path, jobs: Iterable[SweepJob]) -> None:

@@ -22,7 +22,7 @@ from promcse_pl.version import __version__
 REPORT = "report.html"
 MAX_POINTS, MAX_CURVE, MIN_CURVE = 150_000, 400, 20
 """Maximum number of points of all training curves together (about 2 MB), and limits for one curve."""
-NOT_DRAWN = "dev/best_spearman"  # the running maximum of dev/spearman
+NOT_DRAWN = "dev/best_"  # the running maximum of the dev score
 _MARK = 'aria-labelledby="runs-title"'
 """Text that every report contains."""
 
@@ -169,7 +169,7 @@ def _curves(run: Run) -> dict[str, tuple[list[float], list[float]]]:
     for entry in run.history:
         step = entry.get("step")
         for name, value in entry.items():
-            is_drawn = name.startswith(("train/", "dev/")) and name != NOT_DRAWN
+            is_drawn = name.startswith(("train/", "dev/")) and not name.startswith(NOT_DRAWN)
             if is_drawn and isinstance(step, int) and is_number(step) and is_number(value):
                 steps, values = curves.setdefault(name, ([], []))
                 steps.append(step)

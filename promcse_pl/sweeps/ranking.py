@@ -23,7 +23,7 @@ class Row:
     Attributes:
         runs: Runs in the order of the sweep; at least one.
         rank: Rank by dev score, from 1; None without a score, and if the runs used different dev sets.
-        dev: Mean dev score of the finished runs, Spearman x 100; NaN if one of them is NaN; None: no score.
+        dev: Mean dev score of the finished runs, x 100; NaN if one of them is NaN; None: no score.
         std: Sample standard deviation of these scores; None for fewer than two.
         n: Number of these scores.
         seconds: Mean duration of the finished runs, or of all runs if none is finished.

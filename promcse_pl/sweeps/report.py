@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from promcse_pl.run_folder import CONFIG
+from promcse_pl.run_folder import CONFIG, DEV_METRICS
 from promcse_pl.sweeps.collect import Run, Sweep
 from promcse_pl.sweeps.ranking import (
     SEED,
@@ -104,7 +104,8 @@ def notes(sweep: Sweep, rows: Sequence[Row], *, tests: bool) -> list[str]:
     elif not any(row.rank for row in rows):
         lines.append("no finished run has a dev score, so nothing is ranked (data.dev names a dev set)")
     else:
-        lines.append(f"ranked by {sets[0] if sets else 'dev'}, Spearman x 100")
+        metric = next(run.metric for row in rows if row.rank for run in row.runs if run.finished)
+        lines.append(f"ranked by {sets[0] if sets else 'dev'}, {DEV_METRICS[metric]} x 100")
     precisions = sorted({run.precision for run in sweep.runs if run.precision})
     if len(precisions) > 1 and "trainer.precision" not in varied_settings(sweep.runs):
         lines.append(

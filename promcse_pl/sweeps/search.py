@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from promcse_pl.config import SweepConfig, is_integer
-from promcse_pl.run_folder import HISTORY, START, Status, locked, read_history, read_status
+from promcse_pl.run_folder import HISTORY, START, Status, find_dev, locked, read_history, read_status
 from promcse_pl.sweeps.execute import (
     Launch,
     describe_shared,
@@ -312,9 +312,9 @@ def dev_evaluations(run: Path) -> list[tuple[int, float]]:
         status = read_status(run)
         if status is not None and status.steps:
             return [
-                (round(100 * entry["step"] / status.steps), float(entry["dev/spearman"]))
+                (round(100 * entry["step"] / status.steps), float(found[1]))
                 for entry in read_history(run / HISTORY)
-                if "dev/spearman" in entry and entry["step"] < status.steps
+                if (found := find_dev(entry, "dev/")) and entry["step"] < status.steps
             ]
     return []
 

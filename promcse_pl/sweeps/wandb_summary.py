@@ -79,7 +79,7 @@ def _summarise(
     if best is None or best.run.folder.name not in columns["job"]:
         return summary, []
     index = columns["job"].index(best.run.folder.name)
-    summary |= {"best/job": best.run.folder.name, "best/dev/spearman": best.run.dev}
+    summary |= {"best/job": best.run.folder.name, f"best/dev/{best.run.metric}": best.run.dev}
     summary |= {f"best/{key}": columns[key][index] for key in varied}
     if best.row.n > 1:
         summary |= {"best/dev/mean": best.row.dev, "best/dev/std": best.row.std, "best/seeds": best.row.n}

@@ -23,7 +23,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from promcse_pl.config import Config, TrackingConfig
-from promcse_pl.run_folder import HISTORY
+from promcse_pl.run_folder import HISTORY, find_dev
 from promcse_pl.utils.errors import ConfigError
 from promcse_pl.utils.interpreter import python_command
 from promcse_pl.utils.paths import looks_like_path
@@ -40,8 +40,16 @@ STOP_SECONDS = 10
 """The same for a run that failed or was stopped: schedulers kill soon after SIGTERM."""
 MAX_TAG_LENGTH = 64
 """Characters of a tag that W&B accepts."""
-SUMMARY = ("best_step", "steps", "trained_parameters", "training_seconds", "seconds", "rows_per_second")
-"""Numbers of results.json that go into the summary."""
+SUMMARY = (
+    "best_step",
+    "steps",
+    "stopped_early",
+    "trained_parameters",
+    "training_seconds",
+    "seconds",
+    "rows_per_second",
+)
+"""Entries of results.json that go into the summary, if they are not null."""
 
 
 def resolve_mode(setting: str) -> str:
@@ -63,8 +71,12 @@ def resolve_mode(setting: str) -> str:
 
 
 def new_run_id() -> str:
-    """Return a unique id for a W&B run, without using the generators that training seeds."""
-    return secrets.token_hex(6)
+    """Return the id that a W&B agent chose for this trial of a W&B sweep, else a unique one.
+
+    It does not use the generators that training seeds.
+    """
+    assigned = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
+    return assigned or secrets.token_hex(6)
 
 
 def start_wandb(config: Config, folder: Path, run_id: str) -> WandbRun | None:
@@ -275,7 +287,8 @@ def finish_wandb(run: WandbRun, results: Mapping[str, Any], adapter: Path) -> No
             "columns": ["model", *scores["adapter"]],
             "data": [[name, *row.values()] for name, row in scores.items()],
         }
-        summary |= {score_key(task): value for task, value in scores["adapter"].items()}
+        metric, _ = find_dev(results, "dev_") or ("spearman", None)
+        summary |= {score_key(task, metric): value for task, value in scores["adapter"].items()}
     artifact = {
         "name": f"adapter-{run.id}",
         "path": str(adapter.absolute()),
@@ -285,6 +298,6 @@ def finish_wandb(run: WandbRun, results: Mapping[str, Any], adapter: Path) -> No
     run.finish(summary=summary, tables=tables, artifacts=[artifact])
 
 
-def score_key(task: str) -> str:
-    """Return the key of a final score in W&B: test/STS12, test/avg; dev/spearman for the dev score of the saved adapter."""
-    return "dev/spearman" if task == "dev" else f"test/{re.sub('^Avg', 'avg', task).replace(' ', '_')}"
+def score_key(task: str, metric: str = "spearman") -> str:
+    """Return the key of a final score in W&B: test/STS12, test/avg; dev/METRIC for the dev score of the saved adapter."""
+    return f"dev/{metric}" if task == "dev" else f"test/{re.sub('^Avg', 'avg', task).replace(' ', '_')}"

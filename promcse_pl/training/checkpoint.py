@@ -229,7 +229,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 class Saver(pl.Callback):
-    """Save a checkpoint every `trainer.save_every` steps, at the last step and when a signal stops the run.
+    """Save a checkpoint every `trainer.save_every` steps, after the last step and when a signal stops the run.
 
     All ranks stop after the same step, whichever of them received the signal. It must be the last callback: a checkpoint contains
     the state of the others after the step.
@@ -268,7 +268,7 @@ class Saver(pl.Callback):
         assert isinstance(pl_module, PromcseModule)
         step, steps, every = trainer.global_step, pl_module.total_steps, self.run.config.trainer.save_every
         signum = max(sum_over_ranks(self._received(trainer)).tolist())
-        if signum or step >= steps or (every and step % every == 0):
+        if signum or step >= steps or trainer.should_stop or (every and step % every == 0):
             trainer.save_checkpoint(self.run.folder / CHECKPOINTS / f"step-{step}")
             if trainer.is_global_zero:
                 write_status(self.run.folder, self.run.status.at(step, steps))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,14 +18,14 @@ from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy
 
-from promcse_pl.config import Config
+from promcse_pl.config import Config, TrainerConfig
 from promcse_pl.data.module import PromcseDataModule
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.cpu.dropout import Dropout
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.mlm import MlmHead
 from promcse_pl.run_folder import ADAPTER
-from promcse_pl.training.callbacks import BestByDev, History, Progress
+from promcse_pl.training.callbacks import BestByDev, History, Progress, WeightAverage
 from promcse_pl.training.checkpoint import RunCheckpoints, Saver, check_callbacks
 from promcse_pl.training.context import RunContext
 from promcse_pl.training.distributed import Ranks
@@ -61,21 +62,41 @@ class Parts:
 
 
 @dataclass(frozen=True, slots=True)
+class Average:
+    """Mean of the trained tensors over the last steps.
+
+    Attributes:
+        first_step, last_step: Steps of the mean.
+        dev_score: Its dev score x 100; None without a dev set.
+        kept: Whether the trained encoder holds the mean instead of the best step.
+    """
+
+    first_step: int
+    last_step: int
+    dev_score: float | None
+    kept: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Fitted:
     """Statistics of a training run; the encoder is trained in place.
 
     Attributes:
         steps: Optimiser steps of the run.
-        best_step: Step whose tensors are kept: the best by dev score, or the last without a dev set.
-        dev_score: Dev Spearman of that step in [-1, 1]; None without a dev set.
+        stopped_early: Why it has fewer steps than planned; None if it has not.
+        best_step: Step whose tensors are kept: the best by dev score, or the last without a dev set or if the mean is kept.
+        dev_score: Dev score of the kept tensors in its metric, in [-1, 1]; None without a dev set.
+        average: The mean over the last steps; None without one.
         seconds: Training time, dev evaluation included.
         earlier_seconds: Duration of the run in earlier processes, up to the checkpoint that this one resumed from.
         rows_per_second: Training rows per second, dev evaluation excluded.
     """
 
     steps: int
+    stopped_early: str | None
     best_step: int
     dev_score: float | None
+    average: Average | None
     seconds: float
     earlier_seconds: float
     rows_per_second: float
@@ -165,7 +186,7 @@ def build_data(config: Config, encoder: PromptEncoder, progress: Callable[[int],
 
 
 def fit(run: RunContext, parts: Parts, loggers: Sequence[Logger]) -> Fitted:
-    """Train the prompt in place; at the end, it holds the tensors of the best step.
+    """Train the prompt in place; at the end, it holds the tensors of the best step, or the mean of the last steps.
 
     Args:
         run: The run; its config must be resolved, and all ranks must have joined.
@@ -194,9 +215,11 @@ def fit(run: RunContext, parts: Parts, loggers: Sequence[Logger]) -> Fitted:
     )
     data.start_step = run.checkpoint.step if run.checkpoint else 0
     log_every = min(config.trainer.log_every, steps)  # at least one entry in a short run
-    history, best, saver = History(log_every, chunk_tokens), _dev_evaluation(run, parts, steps), Saver(run)
+    history, average, saver = History(log_every, chunk_tokens), _weight_average(config.trainer, steps), Saver(run)
+    best = _dev_evaluation(run, parts, steps, average)
     progress = Progress(run.console, log_every, saver.total_training_seconds)
-    callbacks: list[pl.Callback] = [history, *([best] if best else []), progress, *run.callbacks]
+    measured = [part for part in (history, average, best) if part]  # best restores its tensors after average
+    callbacks: list[pl.Callback] = [*measured, progress, *run.callbacks]
     check_callbacks(run.callbacks)
     callbacks.append(saver)  # the last: a checkpoint contains the state of the others after the step
     with warnings.catch_warnings():
@@ -209,25 +232,50 @@ def fit(run: RunContext, parts: Parts, loggers: Sequence[Logger]) -> Fitted:
             run.stop.deferred = False
     if run.stop.received:
         raise Stopped(run.stop.received)
+    step, early = trainer.global_step, None
+    if step < steps:
+        early = best.stopped_early if best and best.stopped_early else "a callback stopped the training"
     return Fitted(
-        steps=trainer.global_step,  # fewer than planned if a callback has stopped the training
-        best_step=best.best_step if best and best.best_step is not None else trainer.global_step,
+        steps=step,
+        stopped_early=early,
+        best_step=best.best_step if best and best.best_step is not None else step,
         dev_score=best.best_score if best else None,
+        average=_describe_average(average, best, step),
         seconds=saver.total_training_seconds(),
         earlier_seconds=saver.seconds,
         rows_per_second=history.total_rows / history.total_seconds,
     )
 
 
-def _dev_evaluation(run: RunContext, parts: Parts, steps: int) -> BestByDev | None:
+def _weight_average(trainer: TrainerConfig, steps: int) -> WeightAverage | None:
+    """Return the callback that averages the trained tensors; None without `trainer.average`."""
+    return WeightAverage(steps - math.ceil(trainer.average * steps) + 1) if trainer.average else None
+
+
+def _describe_average(average: WeightAverage | None, best: BestByDev | None, step: int) -> Average | None:
+    """Return the mean over the last steps, up to `step`, and whether it is kept; None if there is none."""
+    if average is None or not average.steps:
+        return None
+    score = None if best is None or best.average_score is None else round(100 * best.average_score, 4)
+    return Average(average.first_step, step, score, best is None or best.average_kept)
+
+
+def _dev_evaluation(run: RunContext, parts: Parts, steps: int, average: WeightAverage | None) -> BestByDev | None:
     """Return the callback that evaluates on the dev set; None without one."""
     if parts.data.dev is None:
         return None
-    every = run.config.trainer.eval_every
+    every, patience = run.config.trainer.eval_every, run.config.trainer.patience
     if 2 * every > steps:
         every = max(1, steps // SHORT_RUN_EVALUATIONS)
         log.info("evaluating on the dev set every %d of %d steps", every, steps)
-    return BestByDev(parts.data.dev, parts.data.tokenizer, every=every, save_to=run.folder / ADAPTER)
+    evaluations = -(-steps // every)
+    # the first evaluation is the best so far, and the last one is at the last step
+    if patience is not None and patience > evaluations - 2:
+        log.warning("trainer.patience=%d has no effect on a run of %d dev evaluations", patience, evaluations)
+    save_to = run.folder / ADAPTER
+    return BestByDev(
+        parts.data.dev, parts.data.tokenizer, every=every, save_to=save_to, patience=patience, average=average
+    )
 
 
 def _build_trainer(

@@ -18,6 +18,7 @@ from promcse_pl.losses.hybrid import LossParts, hybrid_loss, mlm_loss, mlm_weigh
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.mlm import MlmHead
 from promcse_pl.training.gather import average_gradients, gather_rows, scaled_gradient, sum_over_ranks, world_size
+from promcse_pl.training.optimizer import build_optimizer, learning_rate_factor
 from promcse_pl.utils.errors import NonFiniteError
 
 
@@ -27,8 +28,8 @@ class PromcseModule(pl.LightningModule):
     Args:
         encoder: The model; its backbone has no gradient and is not part of checkpoints.
         loss: Weights of the loss terms.
-        optim: Learning rate and gradient clipping.
-        total_steps: Step at which the learning rate reaches 0.
+        optim: Optimiser, learning-rate schedule and gradient clipping.
+        total_steps: Number of steps of the schedule.
         chunk_tokens, recompute: See `PromptEncoder.forward`.
         mlm_head: Head of the MLM task; trained with the prompt, but not part of the adapter.
         official_gradient: With several ranks, scale the gradient by 1 / ranks and average the MLM loss per rank, as the official
@@ -120,9 +121,11 @@ class PromcseModule(pl.LightningModule):
         average_gradients(self._trained())
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401  (Lightning's own union of dictionaries)
-        """Return AdamW on the trained tensors, with linear decay of the learning rate to 0."""
-        optimizer = torch.optim.AdamW(self._trained(), lr=self.optim.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / self.total_steps))
+        """Return AdamW on the trained tensors, and the schedule of its learning rate."""
+        optimizer = build_optimizer(self._trained(), self.optim)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: learning_rate_factor(step, self.optim, self.total_steps)
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: ARG002

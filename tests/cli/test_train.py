@@ -91,6 +91,13 @@ def test_a_partial_file_chooses_groups_by_name(jobs, tmp_path):
     assert composed(jobs, "--config", "partial.yaml", "model=minilm", "data=demo").model.path.endswith("MiniLM-L6-v2")
 
 
+def test_a_file_chooses_a_preset_in_a_subfolder(jobs, tmp_path):
+    (tmp_path / "row.yaml").write_text("experiment: table1/prompt\nmodel: bert-base\n")
+    config = composed(jobs, "--config", "row.yaml", "data.dir=x")
+    assert config == composed(jobs, "experiment=table1/prompt", "model=bert-base", "data.dir=x")
+    assert config.loss.hinge_weight == 0
+
+
 def test_a_group_chosen_on_the_command_line_replaces_what_the_file_sets(jobs):
     write_config(composed(jobs), "config.yaml")
     config = composed(jobs, "--config", "config.yaml", "debug=fast", "model=bert-base", "data=demo", "optim.lr=0.2")
@@ -127,7 +134,12 @@ def test_a_run_of_a_config_file_gets_the_given_folder_or_one_named_after_the_fil
         ("model: ../other", "file.yaml: model=../other is not a choice. Allowed: bert-base, "),
         ("model: [minilm, ../other]", "file.yaml: model=../other is not a choice. Allowed: bert-base, "),
         ("model: 'minilm,../other'", "file.yaml: model=minilm,../other is not a choice."),
-        ("recipe: ../../../evil", "file.yaml: recipe=../../../evil is not a choice. Allowed: none"),
+        ("recipe: ../../../evil", "recipe=../../../evil is not a choice. Allowed: supervised/bert-base"),
+        (
+            "experiment: table1/prompteh",
+            "experiment=table1/prompteh is not a choice. Did you mean experiment=table1/prompt_eh",
+        ),
+        ("experiment: ../model/minilm", "experiment=../model/minilm is not a choice. Allowed: no_hinge, "),
         ("model: &a {x: *a}", "file.yaml: a value contains itself."),
         ("evaluation: {tasks: &a [*a]}", "file.yaml: a value contains itself."),
         ("seed: 2026-11-27", "seed must be text, a number, true, false, null or a list of these, got 2026-11-27"),

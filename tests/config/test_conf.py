@@ -18,7 +18,25 @@ DATA_CHOICES = sorted(path.stem for path in (CONF / "data").glob("*.yaml") if pa
 
 
 def choices(group: str) -> list[str]:
-    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    return sorted(path.relative_to(CONF / group).with_suffix("").as_posix() for path in (CONF / group).rglob("*.yaml"))
+
+
+def missing_groups(preset: str) -> bool:
+    """Whether a preset selects a group or choice that conf/ does not have."""
+    entries = yaml.safe_load((CONF / "experiment" / f"{preset}.yaml").read_text()).get("defaults", [])
+    chosen = [entry.items() for entry in entries if isinstance(entry, dict)]
+    return not all(
+        (CONF / key.removeprefix("override /") / f"{choice}.yaml").is_file()
+        for items in chosen
+        for key, choice in items
+    )
+
+
+PRESETS = [
+    pytest.param(preset, marks=pytest.mark.skipif(missing_groups(preset), reason="its group is not in conf/"))
+    for preset in choices("experiment")
+    if "/" in preset
+]
 
 
 def with_files(data: str) -> list[str]:
@@ -39,8 +57,20 @@ def test_every_model_composes_with_every_kind_of_data(model, data):
     "override",
     [
         f"{group}={choice}"
-        for group in ("debug", "evaluation", "experiment", "loss", "optim", "prompt", "sweep", "tracking", "trainer")
+        for group in (
+            "debug",
+            "evaluation",
+            "experiment",
+            "loss",
+            "optim",
+            "prompt",
+            "sweep",
+            "tracking",
+            "trainer",
+            "tuning",
+        )
         for choice in choices(group)
+        if "/" not in choice
     ],
 )
 def test_every_other_choice_composes_into_a_valid_config(override):
@@ -49,7 +79,7 @@ def test_every_other_choice_composes_into_a_valid_config(override):
     config = config_of(override, *extra)
     own = yaml.safe_load((CONF / group / f"{choice}.yaml").read_text())
     recipe = yaml.safe_load((CONF / "recipe/supervised/minilm.yaml").read_text())
-    for key, value in own.items():
+    for key, value in (own or {}).items():
         if key in ("defaults", "hydra", "sweep"):
             continue
         for name, wanted in value.items() if isinstance(value, dict) else [(key, value)]:
@@ -60,8 +90,35 @@ def test_every_other_choice_composes_into_a_valid_config(override):
                 assert getattr(getattr(config, part), name) == wanted
 
 
+@pytest.mark.parametrize("model", ["minilm", "bert-base", "roberta-large"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_row_of_a_table_composes_for_every_kind_of_encoder(preset, model):
+    config = config_of(f"experiment={preset}", f"model={model}", "data.dir=d")
+    table, _, row = preset.partition("/")
+    is_supervised = table == "table1" and not row.startswith("unsup")
+    assert config.data.kind == ("triplets" if is_supervised else "sentences")
+    assert (config.data.dev, config.evaluation.tasks) == ("stsb", ["sts", "sick"])
+    assert config.loss.hinge_weight == (10 if row.endswith("_eh") else 0)
+    assert (config.loss.temperature, config.loss.margin) == (0.05, 0.2)
+    tuning = getattr(config, "tuning", None)
+    assert (tuning is not None and tuning.weights == "full") == ("full" in row)
+    assert "full" in row or config.prompt.kind == (row if row in ("shared", "input") else "deep")
+
+
+@pytest.mark.parametrize("model", ["minilm", "bert-base"])
+def test_a_row_that_two_tables_share_is_one_config(model):
+    ours, theirs = (
+        config_of(f"experiment={preset}", f"model={model}", "data.dir=d")
+        for preset in ("table3/per_layer", "table1/unsup_prompt")
+    )
+    assert ours == theirs
+    assert config_of("experiment=table1/prompt", f"model={model}", "data.dir=d") == config_of(
+        "experiment=no_hinge", f"model={model}", "data=nli", "data.dir=d"
+    )
+
+
 def test_no_group_of_conf_is_left_without_a_test():
-    tested = {"debug", "evaluation", "experiment", "loss", "optim", "prompt", "sweep", "tracking", "trainer"}
+    tested = {"debug", "evaluation", "experiment", "loss", "optim", "prompt", "sweep", "tracking", "trainer", "tuning"}
     assert {path.name for path in CONF.iterdir() if path.is_dir()} == tested | {"data", "model", "mode", "recipe"}
 
 
@@ -117,6 +174,47 @@ def test_model_and_data_alone_select_the_published_recipe(pair, recipe):
     assert (config.data.kind, config.data.dev) == ("triplets" if supervised else "sentences", "stsb")
     assert (config.prompt.kind, config.prompt.dropout, config.prompt.position_offset) == ("deep", None, None)
     assert config.trainer.max_steps is None
+
+
+# batch, lr, epochs (SimCSE, Gao et al. 2021: README and example scripts)
+SIMCSE_RECIPES = {
+    ("wiki", "bert-base"): (64, 3e-5, 1),
+    ("wiki", "bert-large"): (64, 1e-5, 1),
+    ("wiki", "roberta-base"): (512, 1e-5, 1),
+    ("wiki", "roberta-large"): (512, 3e-5, 1),
+    ("nli", "bert-base"): (512, 5e-5, 3),
+    ("nli", "bert-large"): (512, 1e-5, 3),
+    ("nli", "roberta-base"): (512, 5e-5, 3),
+    ("nli", "roberta-large"): (512, 1e-5, 3),
+}
+
+
+@pytest.mark.parametrize(("pair", "recipe"), SIMCSE_RECIPES.items(), ids=map("-".join, SIMCSE_RECIPES))
+def test_full_fine_tuning_selects_the_recipe_of_simcse(pair, recipe):
+    data, model = pair
+    config = config_of("tuning=full", f"model={model}", f"data={data}", "data.dir=d")
+    assert (config.data.batch_size, config.optim.lr, config.trainer.epochs) == recipe
+    optim = config.optim
+    assert (optim.schedule, optim.warmup, optim.weight_decay, optim.clip_norm) == ("linear", 0.0, 0.0, 1.0)
+    assert (config.loss.temperature, config.loss.mlm_weight, config.data.max_length) == (0.05, 0.0, 32)
+    assert (config.model.pooling, config.model.head) == ("cls", "mlp" if data == "nli" else "mlp_train_only")
+    assert config_of("tuning=full", f"model={model}", f"data={data}", "data.dir=d", "optim.lr=0.1").optim.lr == 0.1
+
+
+@pytest.mark.parametrize("model", ["bert-base", "bert-large"])
+def test_the_short_name_of_a_model_selects_the_same_full_fine_tuning(model):
+    for data in ("nli", "wiki"):
+        rest = ["tuning=full", f"data={data}", "data.dir=d"]
+        assert composed(f"model={model}", *rest) == composed(f"model={model}-uncased", *rest)
+
+
+@pytest.mark.parametrize(("tuning", "lr"), [("full", 2e-5), ("lora", 3e-4), ("bitfit", 1e-3)])
+def test_other_trained_weights_have_a_starting_point(tuning, lr):
+    for model in ("minilm", "mpnet", *(() if tuning == "full" else ("bert-base",))):
+        config = config_of(f"tuning={tuning}", f"model={model}", "data=nli", "data.dir=d")
+        assert (config.optim.lr, config.optim.warmup) == (lr, 0.1)
+        if model != "bert-base":
+            assert (config.data.batch_size, config.trainer.epochs, config.model.head) == (128, 1, "none")
 
 
 SENTENCE_ENCODERS = [model for model in MODELS if not model.startswith(("bert-", "roberta-"))]

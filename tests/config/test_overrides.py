@@ -72,6 +72,15 @@ def test_an_unknown_choice_of_a_group_names_the_nearest_and_all(argument):
     assert str(caught.value) == "model=minlm is not a choice. Did you mean model=minilm? Allowed: bert-base, minilm"
 
 
+def test_a_choice_in_a_subfolder_is_checked_with_its_folder():
+    groups = {"experiment": ["no_hinge", "table1/full", "table1/prompt_eh"]}
+    check_overrides(["experiment=table1/full,no_hinge,table1/prompt_eh"], groups)
+    with pytest.raises(ConfigError, match="Did you mean experiment=table1/prompt_eh"):
+        check_overrides(["experiment=table1/full,table1/prompteh"], groups)
+    with pytest.raises(ConfigError, match=r"experiment=\.\./x is not a choice"):
+        check_overrides(["experiment=../x"], groups)
+
+
 def test_every_alias_refers_to_an_existing_setting():
     every = set(settings(Config))
     assert set(parsing.OTHER_NAMES) <= every

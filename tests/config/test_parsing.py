@@ -333,3 +333,15 @@ def test_an_empty_config_file_is_refused(tmp_path):
     (tmp_path / "config.yaml").write_text("")
     with pytest.raises(ConfigError, match="the config must hold settings"):
         read_config(tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize(("data", "remedy"), [("data=demo", "data.dev=holdout"), ("data=wiki", "data.dev=FILE")])
+def test_a_patience_without_a_dev_set_is_refused(data, remedy):
+    raw = composed(data, "trainer.patience=3", "data.dir=d")
+    raw["data"]["dev"] = None
+    with pytest.raises(ConfigError) as caught:
+        Config.from_dict(raw)
+    expected = f"trainer.patience=3 needs a dev set, but data.dev is null. Try: trainer.patience=null, or {remedy}"
+    assert str(caught.value) == expected
+    for key, value in (("trainer.patience", None), ("data.dev", remedy.partition("=")[2])):
+        Config.from_dict(put({**raw, "trainer": dict(raw["trainer"]), "data": dict(raw["data"])}, key, value))

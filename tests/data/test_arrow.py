@@ -13,7 +13,7 @@ from support.encoders import save_small_encoder
 from promcse_pl.config import DataConfig
 from promcse_pl.data.arrow import content_sha256, train_split
 from promcse_pl.data.readers import read_rows, read_scored_pairs
-from promcse_pl.data.sources import check_training_file, dev_pairs, load_sources
+from promcse_pl.data.sources import check_training_file, dev_set, load_sources
 from promcse_pl.evaluation.tasks import load_tasks
 from promcse_pl.utils.errors import DataError
 
@@ -100,7 +100,7 @@ def test_a_saved_dataset_of_scored_pairs_is_a_dev_set_and_a_task(tmp_path):
     columns = {"label": [0.5, 1.0], "sentence2": ["b", "d"], "sentence1": ["a", "c"], "idx": [0, 1]}
     folder = save(tmp_path / "dev", columns)
     assert read_scored_pairs(folder) == [("a", "b", 0.5), ("c", "d", 1.0)]
-    dev = dev_pairs(DataConfig(kind="pairs", train="demo", dev=str(folder)))
+    dev = dev_set(DataConfig(kind="pairs", train="demo", dev=str(folder)))
     assert (dev.name, len(dev)) == ("dev", 2)
     (task,) = load_tasks([str(folder)], None)
     assert (task.name, task.rows, task.files[0]["sha256"]) == ("dev", 2, dev.sha256)

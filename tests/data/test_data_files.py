@@ -12,7 +12,7 @@ from promcse_pl.cli.main import main
 from promcse_pl.config import DataConfig
 from promcse_pl.data.pairs import STSB_FILES, load_stsb
 from promcse_pl.data.readers import read_rows, read_scored_pairs
-from promcse_pl.data.sources import check_training_file, dev_pairs
+from promcse_pl.data.sources import check_training_file, dev_set
 from promcse_pl.evaluation.cxc import PAIRS, load_cxc
 from promcse_pl.evaluation.tasks import load_tasks
 from promcse_pl.evaluation.transfer_data import load_transfer
@@ -24,7 +24,7 @@ READERS = {
     "parquet": ("my.parquet", lambda path: list(read_rows(path, width=2))),
     "scored pairs": ("my.tsv", read_scored_pairs),
     "data.train": ("my.csv", lambda path: check_training_file(DataConfig(kind="pairs", train=str(path)), 0)),
-    "data.dev": ("my.csv", lambda path: dev_pairs(DataConfig(kind="pairs", train="demo", dev=str(path)))),
+    "data.dev": ("my.csv", lambda path: dev_set(DataConfig(kind="pairs", train="demo", dev=str(path)))),
     "task": ("my.csv", lambda path: load_tasks([str(path)], None)),
     "STS-B": (f"STS/STSBenchmark/{STSB_FILES['dev']}", lambda path: load_stsb(path.parents[2], "dev")),
     "CxC": (PAIRS, lambda path: load_cxc(path.parent)),

@@ -7,7 +7,7 @@ import pytest
 
 from promcse_pl.config import DataConfig
 from promcse_pl.data import sources
-from promcse_pl.data.sources import FIRST_ROWS, check_training_file, dev_pairs, find_file
+from promcse_pl.data.sources import FIRST_ROWS, check_training_file, dev_set, find_file
 from promcse_pl.utils.errors import ConfigError, DataError
 
 
@@ -69,4 +69,4 @@ def test_a_file_that_cannot_be_trained_on_is_refused(tmp_path, content, settings
 def test_a_dev_file_without_a_correlation_is_refused_before_training(tmp_path, content, message):
     (tmp_path / "dev.csv").write_text(content)
     with pytest.raises((DataError, ConfigError), match=re.escape(message)):
-        dev_pairs(config(dev=str(tmp_path / "dev.csv")))
+        dev_set(config(dev=str(tmp_path / "dev.csv")))

@@ -17,10 +17,17 @@ from support.encoders import save_small_encoder
 
 from promcse_pl import PromCSE
 from promcse_pl.adapter import adapter_hash, load_adapter, save_adapter
+from promcse_pl.evaluation.embeddings import EmbeddingCache
+from promcse_pl.evaluation.report import render
+from promcse_pl.evaluation.suite import evaluate
+from promcse_pl.evaluation.targets import Member, Target
+from promcse_pl.evaluation.tasks import load_tasks
+from promcse_pl.interop import mteb as wrapper
 from promcse_pl.interop.mteb import MtebModel
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.pipeline import TextSettings
+from promcse_pl.utils.errors import ConfigError, DataError
 
 FIRST = [f"w{i} w{i + 1} w{i + 2}" for i in range(5, 85, 4)]
 SECOND = [f"w{i} w{90 - i // 2} w{i * 7 % 80 + 5}" for i in range(5, 85, 4)]
@@ -132,3 +139,46 @@ def test_the_hash_follows_what_decides_the_vectors_and_nothing_else(tmp_path):
     changed[-1].prompt.load_state_dict(encoder.prompt.state_dict())  # the last one differs in its head alone
     hashes = {adapter_hash(other) for other in [encoder, *changed]}
     assert len(hashes) == 1 + len(changes)
+
+
+# --- as tasks of an evaluation ---------------------------------------------------------------------------------------
+
+
+def test_an_mteb_task_is_scored_beside_others_and_its_result_is_cached_by_the_adapter(tmp_path, monkeypatch):
+    monkeypatch.setattr(mteb, "get_task", lambda name: {"SmallSTS": SmallSTS}[name]())
+    monkeypatch.setattr(wrapper, "why_unreachable", lambda *_, **__: None)
+    model = PromCSE(small_prompt_encoder(tmp_path / "encoder"))
+    rows = "".join(f"{a},{b},{score}\n" for a, b, score in zip(FIRST, SECOND, SCORES, strict=True))
+    (tmp_path / "own.csv").write_text(rows)
+    target, cache = Target("a", "adapter", (Member(lambda: model),)), EmbeddingCache(tmp_path / "cache")
+    names = ["mteb:SmallSTS", str(tmp_path / "own.csv")]
+    tree = evaluate([target], load_tasks(names, None), cache)
+    scores = tree["targets"]["a"]["scores"]
+    assert scores["mteb:SmallSTS"]["value"] == pytest.approx(scores["own.csv"]["value"], abs=1e-4)
+    assert (scores["mteb:SmallSTS"]["low"], scores["mteb:SmallSTS"]["high"]) == (None, None)
+    assert f"| a | {scores['mteb:SmallSTS']['value']:.2f} |" in render(tree, "markdown")
+    monkeypatch.setattr(SmallSTS, "load_data", lambda *_, **__: pytest.fail("the data are not needed again"))
+    again = evaluate([target], load_tasks(names[:1], None), cache)
+    cached = again["targets"]["a"]["scores"]["mteb:SmallSTS"]["value"]
+    assert cached == pytest.approx(scores["mteb:SmallSTS"]["value"], abs=1e-3)  # mteb stores rounded scores
+
+
+@pytest.mark.parametrize("why", ["no network (ConnectError: refused)", "HF_HUB_OFFLINE is set"])
+def test_a_data_set_that_cannot_be_loaded_is_one_line_with_the_download_command(why, tmp_path, monkeypatch):
+    def unreachable(*_, **__):
+        raise ConnectionError("could not reach the hub\nmore lines")
+
+    monkeypatch.setattr(wrapper, "why_unreachable", lambda *_, **__: why)
+    monkeypatch.setattr(SmallSTS, "load_data", unreachable)
+    model = PromCSE(small_prompt_encoder(tmp_path / "encoder"))
+    with pytest.raises(DataError) as raised:
+        wrapper.main_score(model, SmallSTS(), tmp_path / "cache")
+    message = str(raised.value)
+    assert "mteb:SmallSTS needs the data set memory of the hub, which cannot be loaded (" in message
+    assert "Try: hf download memory --repo-type dataset --revision 1 on a machine" in message
+    assert "\n" not in message
+
+
+def test_an_unknown_mteb_task_names_the_nearest():
+    with pytest.raises(ConfigError, match=r"there is no MTEB task 'STSBenchmrk'\. Try: mteb:STSBenchmark$"):
+        load_tasks(["mteb:STSBenchmrk"], None)

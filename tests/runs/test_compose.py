@@ -12,7 +12,7 @@ from hydra.version import VersionBase
 from support.folders import ROOT
 
 from promcse_pl.runs import api
-from promcse_pl.runs.compose import TYPED, compose_config, typed_command
+from promcse_pl.runs.compose import TYPED, compose_config, recipe_note, typed_command
 from promcse_pl.utils.errors import ConfigError
 
 
@@ -71,3 +71,14 @@ def test_the_run_folder_of_python_is_named_as_that_of_the_command_line(monkeypat
         layout = layout.replace(f"${{hydra:runtime.choices.{group}}}", choice)
     layout = re.sub(r"\$\{now:([^}]*)\}", r"\1", layout)
     assert api._new_folder("bert-base", "nli") == Path(f"{Clock.now():{layout}}")
+
+
+def test_the_note_on_a_recipe_of_another_encoder_names_the_recipe_of_full_fine_tuning():
+    rest = ["model=bert-base", "data.dir=d", "tuning=full"]
+    config = compose_config(rest, {"model.path": "mine"})
+    assert recipe_note(config, "bert-base") == (
+        "optim.lr=5e-05 comes from the recipe full/supervised/bert-base for google-bert/bert-base-uncased; it is not "
+        "tuned for mine"
+    )
+    assert recipe_note(compose_config([*rest, "optim.lr=0.5"], {"model.path": "mine"}), "bert-base") is None
+    assert recipe_note(compose_config(rest, {}), "bert-base") is None

@@ -18,7 +18,7 @@ import pytest
 from support.encoders import NO_DROPOUT, save_small_encoder
 from support.folders import ROOT
 from support.processes import begin, end, promcse
-from support.runs import outcome, small_config, word_rows
+from support.runs import KILL_AT_STEP, outcome, small_config, word_rows
 
 from promcse_pl.config import Config
 from promcse_pl.run_folder import is_running, read_config, read_history, read_status, write_config
@@ -401,3 +401,34 @@ def test_a_rank_that_is_killed_while_it_reports_has_no_error(sent, tmp_path, mon
     process = RankProcess(tmp_path, 0, 2, 0, tmp_path / "store")
     assert [process.poll(), process.poll()] == [-9, -9]
     assert process.error is None
+
+
+BEST_AT_STEP_5 = """
+import os
+from safetensors.torch import save_file
+from promcse_pl.training.callbacks import BestByDev, WeightAverage
+BestByDev._score = lambda watch, module: -abs(module.global_step - 5) / 100
+load = WeightAverage.on_fit_end
+def save_mean(average, *arguments):
+    save_file(average.mean, "{folder}/mean" + os.environ["RANK"])
+    load(average, *arguments)
+WeightAverage.on_fit_end = save_mean
+"""
+
+
+@pytest.mark.slow
+def test_all_ranks_stop_early_after_the_same_step_with_the_same_mean(tmp_path):
+    path = write_config(distributed(tmp_path, trainer={"patience": 2, "average": 0.9}), tmp_path / "start.yaml")
+    patch = BEST_AT_STEP_5.format(folder=tmp_path)
+    straight, folder = tmp_path / "straight", tmp_path / "run"
+    assert ended(begin_ranks(tmp_path / "log", *train(path, straight), before=patch)) == [0, 0]
+    means = [(tmp_path / f"mean{rank}").read_bytes() for rank in (0, 1)]
+    assert means[0] == means[1]
+    results = json.loads((straight / "results.json").read_text())
+    assert (results["steps"], results["best_step"]) == (15, 5)
+    assert results["average"] == {"first_step": 3, "last_step": 15, "dev_score": -10.0, "kept": False}
+    killed = begin_ranks(tmp_path / "log", *train(path, folder), before=patch + KILL_AT_STEP.format(step=9))
+    assert ended(killed) == [143, 143]
+    assert ended(begin_ranks(tmp_path / "log", *train(path, folder), before=patch)) == [0, 0]
+    assert outcome(folder) == outcome(straight)
+    assert [(tmp_path / f"mean{rank}").read_bytes() for rank in (0, 1)] == means

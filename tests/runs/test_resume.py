@@ -119,7 +119,7 @@ def test_a_run_killed_at_any_moment_and_resumed_is_bit_identical_to_an_uninterru
 
 
 PARTS = {
-    "a dev evaluation": "promcse_pl.training.callbacks:score_pairs",
+    "a dev evaluation": "promcse_pl.training.callbacks:score_dev",
     "a save, before its files": "promcse_pl.training.checkpoint:save",
     "a save, behind its files": "promcse_pl.training.checkpoint:publish",
     "the saving of the adapter": "promcse_pl.adapter:_checksum",

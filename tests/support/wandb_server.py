@@ -16,6 +16,8 @@ class Server(ThreadingHTTPServer):
     Attributes:
         runs: Id -> the run's fields as they were last sent, `history` (lines by position), `summary` and `complete`.
         uploads: Addresses that files were put to.
+        sweep: Content of the YAML file of a W&B sweep; an agent that asks for it gets its trials.
+        trials: Trials that no agent has started yet: the id of the run, and its parameters.
         hangs: Set: nothing is answered any more.
     """
 
@@ -25,6 +27,8 @@ class Server(ThreadingHTTPServer):
         self.runs: dict[str, dict[str, Any]] = {}
         self.operations: list[tuple[str, dict[str, Any]]] = []
         self.uploads: list[str] = []
+        self.sweep = ""
+        self.trials: list[tuple[str, dict[str, Any]]] = []
         self.hangs = threading.Event()
         self.closed = threading.Event()
         super().__init__(("127.0.0.1", 0), Handler)
@@ -48,6 +52,12 @@ class Server(ThreadingHTTPServer):
                 "historyLineCount": len(run["history"]),
             }
             return {"upsertBucket": {"bucket": bucket, "inserted": new}}
+        if operation == "SweepWithRuns":
+            return {"project": {"sweep": {"id": "s", "name": "s", "config": self.sweep, "runs": {"edges": []}}}}
+        if operation == "CreateAgent":
+            return {"createAgent": {"agent": {"id": "agent"}}}
+        if operation == "Heartbeat":
+            return {"agentHeartbeat": {"agent": {"id": "agent"}, "commands": json.dumps(self.commands(variables))}}
         if operation == "RunResumeStatus":
             run = self.runs.get(variables["name"])
             bucket = run and {
@@ -79,6 +89,16 @@ class Server(ThreadingHTTPServer):
             artifact = {"id": "a", "state": "COMMITTED", "artifactSequence": {"id": "s", "latestArtifact": None}}
             return {"createArtifact": {"artifact": artifact}}
         return {}
+
+    def commands(self, heartbeat: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return what an agent has to do next: wait for its trial, run another one, or exit."""
+        if json.loads(heartbeat["runState"]):
+            return []
+        if not self.trials:
+            return [{"type": "exit"}]
+        run_id, parameters = self.trials.pop(0)
+        arguments = {name: {"value": value} for name, value in parameters.items()}
+        return [{"type": "run", "run_id": run_id, "program": "promcse", "args": arguments}]
 
 
 class Handler(BaseHTTPRequestHandler):

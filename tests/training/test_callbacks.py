@@ -1,4 +1,4 @@
-"""Selection of the best step, and measurement of the speed."""
+"""Selection of the best step, early stopping, weight averaging, and measurement of the speed."""
 
 import json
 
@@ -11,10 +11,9 @@ from support.encoders import small_backbone, small_tokenizer
 from promcse_pl.config import DataConfig, LossConfig, OptimConfig
 from promcse_pl.data.module import PromcseDataModule
 from promcse_pl.data.pairs import ScoredPairs
-from promcse_pl.evaluation.sts import PairScores
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.training import callbacks
-from promcse_pl.training.callbacks import BestByDev, History
+from promcse_pl.training.callbacks import BestByDev, History, WeightAverage
 from promcse_pl.training.module import PromcseModule
 
 PAIRS = ScoredPairs.of("dev", [("w5 w6", "w7", 1.0), ("w8", "w9 w10", 0.0), ("w11", "w12", 0.5)])
@@ -51,12 +50,11 @@ def train(tmp_path, steps: int, *watching: pl.Callback, loggers: bool | list = F
 def test_the_strictly_better_step_is_kept_and_restored_at_the_end(scores, best, tmp_path, monkeypatch):
     states = []
 
-    def scripted(encode, pairs):
-        encoder = encode.__self__.encoder
-        states.append({name: tensor.clone() for name, tensor in encoder.state_dict().items()})
-        return PairScores(len(pairs), scores[len(states) - 1], 0.0)
+    def scripted(model, dev):
+        states.append({name: tensor.clone() for name, tensor in model.encoder.state_dict().items()})
+        return scores[len(states) - 1]
 
-    monkeypatch.setattr(callbacks, "score_pairs", scripted)
+    monkeypatch.setattr(callbacks, "score_dev", scripted)
     watch = BestByDev(PAIRS, small_tokenizer(), every=1)
     module = train(tmp_path, 4, watch)
     assert (watch.best_step, watch.best_score) == (best, scores[best - 1])
@@ -83,6 +81,83 @@ def test_a_dev_evaluation_changes_no_random_state_and_no_training_mode(tmp_path)
     assert evaluated.encoder.training == without.encoder.training
 
 
+class States(pl.Callback):
+    """Keeps the trained tensors after every step."""
+
+    def __init__(self) -> None:
+        self.after: list[dict[str, torch.Tensor]] = []
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.after.append({name: tensor.clone() for name, tensor in pl_module.encoder.state_dict().items()})
+
+    def mean(self, first: int) -> dict[str, torch.Tensor]:
+        """Return the mean over the steps from `first`, in float64."""
+        kept = self.after[first - 1 :]
+        return {name: sum(state[name].double() for state in kept) / len(kept) for name in kept[0]}
+
+
+def equals(module: PromcseModule, expected: dict[str, torch.Tensor]) -> bool:
+    tensors = module.encoder.state_dict()
+    return all(torch.allclose(tensors[name].double(), tensor.double(), atol=1e-7) for name, tensor in expected.items())
+
+
+def script(monkeypatch, scores: list[float]) -> None:
+    given = iter(scores)
+    monkeypatch.setattr(callbacks, "score_dev", lambda _, dev: next(given))
+
+
+@pytest.mark.parametrize(
+    ("scores", "patience", "last", "best"),
+    [
+        ([0.1, 0.4, 0.3, 0.4, 0.9, 0.9], 2, 4, 2),
+        ([0.5, 0.4, 0.9, 0.9, 0.9, 0.9], 1, 2, 1),
+        ([0.5, 0.4, 0.6, 0.5, 0.7, 0.6], 2, None, 5),
+        ([0.1, 0.2, 0.3, 0.4, 0.5, 0.4], 1, None, 5),  # the last step is not an early stop
+        ([0.5, 0.4, 0.3, 0.2, 0.1, 0.0], None, None, 1),
+    ],
+)
+def test_training_stops_when_the_patience_is_exhausted(scores, patience, last, best, tmp_path, monkeypatch):
+    script(monkeypatch, scores)
+    states, watch = States(), BestByDev(PAIRS, small_tokenizer(), every=1, patience=patience)
+    module = train(tmp_path, len(scores), watch, states)
+    assert len(states.after) == len(watch.history) == (last or len(scores))
+    reason = f"no better dev score in {patience} evaluations since step {best}"
+    assert watch.stopped_early == (reason if last else None)
+    assert watch.best_step == best
+    assert equals(module, states.after[best - 1])
+
+
+@pytest.mark.parametrize(("first", "steps"), [(1, 4), (3, 5), (5, 5)])
+def test_without_a_dev_set_the_mean_of_the_last_steps_is_kept(first, steps, tmp_path):
+    states, average = States(), WeightAverage(first)
+    module = train(tmp_path, steps, average, states)
+    assert average.steps == steps - first + 1
+    assert equals(module, states.mean(first))
+    assert not equals(module, states.after[0])
+
+
+@pytest.mark.parametrize(("score", "kept"), [(0.5, True), (0.4, False), (0.3, False)])
+def test_the_mean_is_kept_if_it_is_strictly_better_than_the_best_step(score, kept, tmp_path, monkeypatch):
+    script(monkeypatch, [0.1, 0.4, 0.3, 0.2, score])
+    states, average = States(), WeightAverage(2)
+    watch = BestByDev(PAIRS, small_tokenizer(), every=1, average=average)
+    module = train(tmp_path, 4, average, watch, states)
+    assert (watch.average_kept, watch.average_score) == (kept, score)
+    assert (watch.best_step, watch.best_score) == ((4, 0.5) if kept else (2, 0.4))
+    assert equals(module, states.mean(2) if kept else states.after[1])
+
+
+@pytest.mark.parametrize("first", [3, 5])
+def test_a_run_that_stops_early_has_the_mean_so_far_if_it_has_one(first, tmp_path, monkeypatch):
+    script(monkeypatch, [0.5, 0.4, 0.3, 0.2, 0.9])  # the last is that of the mean
+    states, average = States(), WeightAverage(first)
+    watch = BestByDev(PAIRS, small_tokenizer(), every=1, patience=3, average=average)
+    module = train(tmp_path, 6, average, watch, states)
+    assert len(states.after) == 4
+    assert watch.average_kept == (first == 3)
+    assert equals(module, states.mean(3) if first == 3 else states.after[0])
+
+
 def test_the_history_counts_rows_and_tokens_and_leaves_the_ragged_batch_in(tmp_path):
     watch = History(1, None)
     train(tmp_path, 3, watch)
@@ -101,7 +176,7 @@ class StopAt(pl.Callback):
 
 def test_an_interrupted_run_has_its_best_adapter_on_disk(tmp_path, monkeypatch):
     scores = iter([0.1, 0.4, 0.3])
-    monkeypatch.setattr(callbacks, "score_pairs", lambda _, pairs: PairScores(len(pairs), next(scores), 0.0))
+    monkeypatch.setattr(callbacks, "score_dev", lambda _, dev: next(scores))
     watch = BestByDev(PAIRS, small_tokenizer(), every=1, save_to=tmp_path / "adapter")
     with pytest.raises(RuntimeError, match="on purpose"):
         train(tmp_path, 4, watch, StopAt(3))

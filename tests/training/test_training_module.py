@@ -128,6 +128,23 @@ def test_the_rate_falls_in_a_line_from_the_first_step_to_zero_after_the_last():
     assert parts["lr_scheduler"]["interval"] == "step"
 
 
+def test_the_default_optimiser_trains_to_the_bits_of_earlier_versions(data, monkeypatch):
+    def earlier(module):
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=module.optim.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / module.total_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    modules = []
+    for configure in (PromcseModule.configure_optimizers, earlier):
+        monkeypatch.setattr(PromcseModule, "configure_optimizers", configure)
+        modules.append(module_of(small_backbone()))
+        fit(modules[-1], data)
+    now, before = (module.state_dict() for module in modules)
+    assert now.keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in now.items())
+
+
 def test_the_gradient_is_clipped_to_the_joint_norm_and_logged_as_it_was_before(data):
     watch = Watch()
     fit(module_of(small_backbone(), clip_norm=1e-3), data, watch)

@@ -1,0 +1,94 @@
+"""Reproduce the tables and figures of the paper, with several seeds, intervals and verdicts.
+
+    python experiments/paper/run.py table1 --data DATA [--runs FOLDER] [--seeds N] [--model minilm]
+    python experiments/paper/run.py table1 table3 --data DATA --model bert-base --dry-run
+    python experiments/paper/run.py --draw
+
+Run `learning_rate` first: its choices are used by the tables of the same model. Finished runs and scores are skipped, unfinished
+runs are resumed, and results.json is written after every run, so that the command can be stopped and repeated. `table5`,
+`table7` and `domain` score the adapters of `table1`. minilm and mpnet are trained on a sample (--rows), other models on the
+whole data with the recipe of the paper; for its own data, DATA/nli/nli_train.csv is its nli_for_simcse.csv and
+DATA/wiki/wiki.txt.gz its wiki1m_for_simcse.txt, compressed. --draw generates the pages from the results alone.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from study import MODELS, SEEDS, STUDIES
+
+ROOT = Path(__file__).resolve().parents[2]
+SAMPLE_ROWS = 5120
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Return the options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("studies", nargs="*", metavar="STUDY", help=", ".join([*STUDIES, "diagnostics", "all"]))
+    parser.add_argument("--data", type=Path, help="folder with nli/, wiki/ and senteval/")
+    parser.add_argument(
+        "--runs", type=Path, default=ROOT / "outputs" / "paper", help="folder of the runs, kept between calls"
+    )
+    parser.add_argument("--model", default="minilm", choices=MODELS, help="choice of `model` (default minilm)")
+    parser.add_argument("--encoder", type=Path, help="folder of the encoder, if it cannot be downloaded")
+    parser.add_argument(
+        "--seeds", type=int, choices=range(1, len(SEEDS) + 1), help="number of seeds (default: of the study)"
+    )
+    parser.add_argument("--rows", type=int, default=SAMPLE_ROWS, help="rows of the sample for minilm and mpnet")
+    parser.add_argument("--dry-run", action="store_true", help="compose every config and print commands and estimates")
+    parser.add_argument(
+        "--draw", action="store_true", help="generate the pages from the results, without running anything"
+    )
+    options = parser.parse_args(arguments)
+    every = [*STUDIES, "diagnostics"]
+    options.studies = every if options.studies in ([], ["all"]) else options.studies
+    if unknown := [name for name in options.studies if name not in every]:
+        parser.error(f"unknown study {unknown[0]}; allowed: {', '.join(every)}, all")
+    if options.data is None and not options.draw:
+        parser.error("--data is required without --draw")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run, draw or describe studies; return an exit code."""
+    options = parse(arguments)
+    from pages import draw, draw_diagnostics
+
+    failed = [] if options.draw else _run(options)
+    if not options.dry_run:
+        draw([name for name in options.studies if name in STUDIES])
+        draw_diagnostics()
+    for line in failed:
+        sys.stderr.write(f"failed: {line}\n")
+    return 1 if failed else 0
+
+
+def _run(options: argparse.Namespace) -> list[str]:
+    """Run or describe the studies; return what failed."""
+    from diagnostics import run_diagnostics
+    from estimate import dry_run
+    from training import MINIATURE, Workspace, run_study
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    rows = options.rows if options.model in MINIATURE else 0
+    encoder = options.encoder.resolve() if options.encoder else None
+    place = Workspace(options.model, options.data.resolve(), options.runs.resolve(), rows, encoder)
+    failed = []
+    for name in options.studies:
+        if name == "diagnostics":
+            if not options.dry_run:
+                run_diagnostics(place, SEEDS[: options.seeds or 3], say)
+            continue
+        study = STUDIES[name]
+        seeds = SEEDS[: 1 if study.seeds == 1 else options.seeds or study.seeds]
+        if options.dry_run:
+            failed += dry_run(name, study, place, seeds)
+        else:
+            failed += run_study(name, study, place, seeds, say)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

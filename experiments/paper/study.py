@@ -1,0 +1,361 @@
+"""The studies: what the paper says, the runs that test it, and how the results are compared."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+HERE = Path(__file__).resolve().parent
+RESULTS = "results.json"
+Tree = dict[str, Any]
+Expected = Literal["higher", "lower", "equal"]
+STS = ("STS12", "STS13", "STS14", "STS15", "STS16", "STS-B", "SICK-R", "Avg")
+TRANSFER = ("MR", "CR", "SUBJ", "MPQA", "SST-2", "TREC", "MRPC", "Avg transfer")
+SHIFTED, OTHER = "forums and SICK", "other subsets"
+"""Proxy of the domain shift: mean Spearman of SICK-R and of the subsets in SHIFTED_PARTS, and of all other subsets and STS-B."""
+SHIFTED_PARTS = ("STS14 deft-forum", "STS15 answers-forums", "SICK-R")
+COMMON_LIMITS = (
+    "The small sentence encoders were trained contrastively on a billion pairs, NLI among them, whereas the paper starts from "
+    "masked language models. Levels are therefore not comparable, and a difference shows only whether the paper's sign holds for "
+    "such an encoder and a small sample."
+)
+DEV = "dev"
+SEEDS = (42, 43, 44, 45, 46)
+MODELS = {
+    "minilm": (6, 384, 30_522),
+    "mpnet": (12, 768, 30_527),
+    "bert-base": (12, 768, 30_522),
+    "bert-large": (24, 1024, 30_522),
+    "roberta-base": (12, 768, 50_265),
+    "roberta-large": (24, 1024, 50_265),
+}
+"""Layers, width and vocabulary of the models; the feed-forward layers are four times as wide."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row of a table.
+
+    Attributes:
+        name: Name on the page.
+        preset: Choice of `experiment`.
+        overrides: Further overrides.
+        paper: The paper's scores by encoder and task.
+    """
+
+    name: str
+    preset: str
+    overrides: tuple[str, ...] = ()
+    paper: dict[str, dict[str, float]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A comparison that the paper makes: how the score of `second` compares with that of `first`.
+
+    Attributes:
+        first, second: Names of two rows.
+        expected: Score of `second` according to the paper.
+        task: Task whose scores are compared.
+        paper_task: Task of the paper's scores, where it is another one.
+    """
+
+    first: str
+    second: str
+    expected: Expected = "higher"
+    task: str = "Avg"
+    paper_task: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """A table or figure of the paper.
+
+    Attributes:
+        title: Title of its page.
+        about: What the paper reports, in a sentence.
+        rows: Its rows; each is trained with every seed.
+        claims: Comparisons of rows.
+        tasks: Columns; none for the dev score alone.
+        headline: Task of the first table and of the curves; `dev` for the dev score.
+        suites: Suites that are scored: `sts` (with SICK-R), `transfer`, `geometry`, `cxc`.
+        limits: What cannot be compared, and why.
+        seeds: Number of seeds.
+        curves: For a figure: the label of each curve, and its points: value on the horizontal axis and name of the row.
+        axis: Label of the horizontal axis.
+    """
+
+    title: str
+    about: str
+    rows: tuple[Row, ...]
+    claims: tuple[Claim, ...] = ()
+    tasks: tuple[str, ...] = STS
+    headline: str = "Avg"
+    suites: tuple[str, ...] = ("sts",)
+    limits: str = ""
+    seeds: int = 5
+    curves: tuple[tuple[str, tuple[tuple[float, str], ...]], ...] = ()
+    axis: str = ""
+
+
+def _scores(tasks: tuple[str, ...], *lines: tuple[str, str]) -> dict[str, dict[str, float]]:
+    return {encoder: dict(zip(tasks, map(float, values.split()), strict=True)) for encoder, values in lines}
+
+
+SIMCSE, SIMCSE_EH, PROMCSE, PROMCSE_EH = "SimCSE", "SimCSE + EH", "PromCSE", "PromCSE + EH"
+UNSUP_SIMCSE, UNSUP_PROMCSE = "unsupervised SimCSE", "unsupervised PromCSE"
+PRESETS = {
+    SIMCSE: "table1/full",
+    SIMCSE_EH: "table1/full_eh",
+    PROMCSE: "table1/prompt",
+    PROMCSE_EH: "table1/prompt_eh",
+    UNSUP_SIMCSE: "table1/unsup_full",
+    UNSUP_PROMCSE: "table1/unsup_prompt",
+}
+"""Rows of table 1, which other tables share."""
+
+
+def _methods(**paper: dict[str, dict[str, float]]) -> tuple[Row, ...]:
+    return tuple(Row(name, preset, paper=paper.get(preset.removeprefix("table1/"))) for name, preset in PRESETS.items())
+
+
+_TABLE1 = _methods(
+    full=_scores(STS, ("bert-base", "75.13 84.35 80.26 85.45 80.83 84.29 80.39 81.53")),
+    full_eh=_scores(
+        STS,
+        ("bert-base", "75.22 84.93 81.37 85.94 80.94 84.78 80.38 81.94"),
+        ("roberta-base", "76.83 85.67 81.57 86.35 82.72 86.84 80.56 82.86"),
+        ("roberta-large", "78.01 87.65 82.55 87.21 84.19 86.95 82.03 84.08"),
+    ),
+    prompt=_scores(
+        STS,
+        ("bert-base", "75.58 84.33 79.67 85.79 81.24 84.25 80.79 81.81"),
+        ("roberta-base", "76.75 85.86 80.98 86.51 83.51 86.58 80.41 82.94"),
+        ("roberta-large", "79.14 88.64 83.73 87.33 84.57 87.84 82.07 84.76"),
+    ),
+    prompt_eh=_scores(
+        STS,
+        ("bert-base", "75.96 84.99 80.44 86.83 81.30 84.40 80.96 82.13"),
+        ("roberta-base", "77.51 86.15 81.59 86.92 83.81 86.35 80.49 83.26"),
+        ("roberta-large", "79.56 88.97 83.81 88.08 84.96 87.87 82.43 85.10"),
+    ),
+    unsup_full=_scores(STS, ("bert-base", "68.40 82.41 74.38 80.91 78.56 76.85 72.23 76.25")),
+    unsup_prompt=_scores(STS, ("bert-base", "73.03 85.18 76.70 84.19 79.69 80.62 70.00 78.49")),
+)
+
+
+def _average(score: float) -> dict[str, dict[str, float]]:
+    return {"bert-base": {"Avg": score}}
+
+
+_MARGINS = {"0": 81.56, "0.05": 81.73, "0.1": 81.75, "0.15": 81.87, "0.2": 81.94, "0.25": 81.91, "0.3": 81.71, "0.35": 81.48,
+            "0.4": 81.36}  # fmt: skip
+_DEFAULT_MARGIN = "0.2"
+
+
+def _margin_rows(method: str, preset: str, paper: bool) -> tuple[Row, ...]:
+    """Return the rows of table 4 for a method; the default margin is the row of table 1, whose runs it shares."""
+    return (
+        Row(f"{method}, without EH", preset.removesuffix("_eh"), paper=_average(81.53) if paper else None),
+        *(
+            Row(
+                f"{method}, m = {margin}",
+                preset,
+                () if margin == _DEFAULT_MARGIN else (f"loss.margin={margin}",),
+                _average(score) if paper else None,
+            )
+            for margin, score in _MARGINS.items()
+        ),
+    )
+
+
+_LENGTHS = (1, 4, 8, 12, 16)
+
+STUDIES: dict[str, Study] = {
+    "learning_rate": Study(
+        title="Learning rates",
+        about="The best learning rate on STS-B dev, seed 42, is used by all rows of the same method and data in the tables.",
+        rows=tuple(
+            Row(f"{name}, lr = {lr}", PRESETS[name], (f"optim.lr={lr}",))
+            for name in (PROMCSE_EH, UNSUP_PROMCSE, SIMCSE_EH, UNSUP_SIMCSE)
+            for lr in (("3e-3", "1e-2", "3e-2") if "Prom" in name else ("1e-5", "2e-5", "5e-5", "1e-4", "2e-4"))
+        ),
+        tasks=(),
+        headline=DEV,
+        suites=(),
+        seeds=1,
+        limits="One seed; no test set is used.",
+    ),
+    "table1": Study(
+        title="Table 1: semantic textual similarity",
+        about="A prompt is at least as good as full fine-tuning, and the energy hinge (EH) improves both.",
+        rows=_TABLE1,
+        claims=(
+            Claim(PROMCSE, PROMCSE_EH),
+            Claim(SIMCSE, SIMCSE_EH),
+            Claim(SIMCSE, PROMCSE),
+            Claim(SIMCSE_EH, PROMCSE_EH),
+            Claim(UNSUP_SIMCSE, UNSUP_PROMCSE),
+        ),
+    ),
+    "table3": Study(
+        title="Table 3: kinds of prompts",
+        about="One prompt per layer is better than one prompt for all layers, which is better than one for the input alone.",
+        rows=(
+            Row("one prompt per layer", PRESETS[UNSUP_PROMCSE], paper=_average(78.49)),
+            Row("one prompt for all layers", "table3/shared", paper=_average(77.64)),
+            Row("input layer only", "table3/input", paper=_average(68.35)),
+            Row(UNSUP_SIMCSE, PRESETS[UNSUP_SIMCSE], paper=_average(76.25)),
+        ),
+        claims=(
+            Claim("one prompt for all layers", "one prompt per layer"),
+            Claim("input layer only", "one prompt for all layers"),
+            Claim(UNSUP_SIMCSE, "one prompt for all layers"),
+            Claim(UNSUP_SIMCSE, "input layer only", "lower"),
+        ),
+        limits="All kinds use the learning rate of the prompt per layer.",
+    ),
+    "table4": Study(
+        title="Table 4: margins",
+        about="The score rises with the margin m up to 0.2 and falls after it, below the score without the hinge at 0.4 "
+        "(full fine-tuning). The paper has no such table for the prompt.",
+        rows=(*_margin_rows(SIMCSE, "table1/full_eh", True), *_margin_rows(PROMCSE, "table1/prompt_eh", False)),
+        claims=(
+            Claim(f"{SIMCSE}, without EH", f"{SIMCSE}, m = 0.2"),
+            Claim(f"{SIMCSE}, m = 0", f"{SIMCSE}, m = 0.2"),
+            Claim(f"{SIMCSE}, m = 0.2", f"{SIMCSE}, m = 0.4", "lower"),
+            Claim(f"{SIMCSE}, without EH", f"{SIMCSE}, m = 0.4", "lower"),
+            Claim(f"{PROMCSE}, without EH", f"{PROMCSE}, m = 0.2"),
+            Claim(f"{PROMCSE}, m = 0", f"{PROMCSE}, m = 0.2"),
+            Claim(f"{PROMCSE}, m = 0.2", f"{PROMCSE}, m = 0.4", "lower"),
+        ),
+        seeds=3,
+        curves=tuple(
+            (method, tuple((float(margin), f"{method}, m = {margin}") for margin in _MARGINS))
+            for method in (SIMCSE, PROMCSE)
+        ),
+        axis="margin m",
+    ),
+    "figure2": Study(
+        title="Figure 2: prompt length",
+        about="One slot is already better than full fine-tuning; the score rises with the length and is flat from about 12.",
+        rows=(
+            Row(UNSUP_SIMCSE, PRESETS[UNSUP_SIMCSE], paper=_average(76.25)),
+            *(
+                Row(
+                    f"P = {length}",
+                    PRESETS[UNSUP_PROMCSE],
+                    (f"prompt.length={length}",),
+                    _average({1: 76.50, 16: 78.49}[length]) if length in (1, 16) else None,
+                )
+                for length in _LENGTHS
+            ),
+        ),
+        claims=(
+            Claim(UNSUP_SIMCSE, "P = 1"),
+            Claim("P = 1", "P = 12"),
+            Claim("P = 12", "P = 16", "equal"),
+        ),
+        limits="The paper's score of P = 1 is read from its figure.",
+        curves=(("PromCSE", tuple((length, f"P = {length}") for length in _LENGTHS)),),
+        axis="prompt length P",
+    ),
+    "table5": Study(
+        title="Table 5: alignment and uniformity",
+        about="The hinge makes supervised embeddings more uniform (lower) and positive pairs less aligned (higher); the "
+        "unsupervised prompt does the reverse of both, compared with full fine-tuning.",
+        rows=_methods(
+            unsup_full={"bert-base": {"alignment": 0.238, "uniformity": -2.337}},
+            unsup_prompt={"bert-base": {"alignment": 0.117, "uniformity": -1.354}},
+            full={"bert-base": {"alignment": 0.241, "uniformity": -3.246}},
+            full_eh={"bert-base": {"alignment": 0.260, "uniformity": -3.349}},
+            prompt={"bert-base": {"alignment": 0.325, "uniformity": -3.268}},
+            prompt_eh={"bert-base": {"alignment": 0.366, "uniformity": -3.397}},
+        ),
+        claims=tuple(
+            claim
+            for first, second, (alignment, uniformity) in (
+                (PROMCSE, PROMCSE_EH, ("higher", "lower")),
+                (SIMCSE, SIMCSE_EH, ("higher", "lower")),
+                (SIMCSE, PROMCSE, ("higher", "lower")),
+                (UNSUP_SIMCSE, UNSUP_PROMCSE, ("lower", "higher")),
+            )
+            for claim in (
+                Claim(first, second, alignment, "alignment"),  # type: ignore[arg-type]
+                Claim(first, second, uniformity, "uniformity"),  # type: ignore[arg-type]
+            )
+        ),
+        tasks=("alignment", "uniformity"),
+        headline="uniformity",
+        suites=("geometry",),
+        limits="Both depend on the pre-training of the encoder. Positive pairs: gold score of 4 or more.",
+    ),
+    "table7": Study(
+        title="Table 7: transfer",
+        about="Full fine-tuning transfers slightly better than a prompt; the hinge helps the prompt, but not full fine-tuning.",
+        rows=_methods(
+            unsup_full={"bert-base": {"Avg transfer": 85.81}},
+            unsup_prompt={"bert-base": {"Avg transfer": 85.46}},
+            full={"bert-base": {"Avg transfer": 86.51}},
+            full_eh={"bert-base": {"Avg transfer": 86.46}},
+            prompt={"bert-base": {"Avg transfer": 85.50}},
+            prompt_eh={"bert-base": {"Avg transfer": 85.91}},
+        ),
+        claims=(
+            Claim(PROMCSE, PROMCSE_EH, "higher", "Avg transfer"),
+            Claim(SIMCSE, SIMCSE_EH, "equal", "Avg transfer"),
+            Claim(SIMCSE, PROMCSE, "lower", "Avg transfer"),
+            Claim(UNSUP_SIMCSE, UNSUP_PROMCSE, "lower", "Avg transfer"),
+        ),
+        tasks=TRANSFER,
+        headline="Avg transfer",
+        suites=("transfer",),
+        limits="The paper's classifier is trained by Adam on unnormalised embeddings; ours is a logistic regression on unit "
+        "embeddings.",
+        seeds=3,
+    ),
+    "domain": Study(
+        title="Domain shift",
+        about="On image captions (CxC-STS), a prompt is better than full fine-tuning, and the hinge improves both.",
+        rows=_methods(
+            unsup_full={"bert-base": {"CxC-STS": 67.5}},
+            unsup_prompt={"bert-base": {"CxC-STS": 71.2}},
+            full={"bert-base": {"CxC-STS": 73.0}},
+            full_eh={"bert-base": {"CxC-STS": 73.2}},
+            prompt={"bert-base": {"CxC-STS": 73.6}},
+            prompt_eh={"bert-base": {"CxC-STS": 74.0}},
+        ),
+        claims=tuple(
+            Claim(first, second, "higher", SHIFTED, "CxC-STS")
+            for first, second in (
+                (PROMCSE, PROMCSE_EH),
+                (SIMCSE, SIMCSE_EH),
+                (SIMCSE, PROMCSE),
+                (UNSUP_SIMCSE, UNSUP_PROMCSE),
+            )
+        ),
+        tasks=(SHIFTED, OTHER, "CxC-STS"),
+        headline=SHIFTED,
+        limits="A proxy: the subsets deft-forum (STS14) and answers-forums (STS15) and SICK-R, against the mean of all other "
+        "subsets. CxC-STS is scored as well where DATA/cxc exists.",
+    ),
+}
+
+LEARNING_RATE_OF = {
+    "table1/prompt": "table1/prompt_eh",
+    "table1/full": "table1/full_eh",
+    "table3/shared": "table1/unsup_prompt",
+    "table3/input": "table1/unsup_prompt",
+}
+"""Presets that use the learning rate chosen for another preset."""
+
+
+def path_of(name: str) -> Path:
+    """Return the folder with the results and the page of a study, or another path beside it."""
+    return HERE / name
+
+
+def read_results(name: str) -> Tree:
+    """Return the results of a study by model; empty if it was not run."""
+    path = path_of(name) / RESULTS
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
