@@ -274,7 +274,7 @@ def _write_files(model: PromCSE, folder: Path) -> tuple[str, ...]:
         direction=tokenizer.padding_side, pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token
     )
     tokenizer.model_max_length = model.max_tokens
-    config = copy.deepcopy(backbone.model.config)
+    config: Any = copy.deepcopy(backbone.model.config)
     config.architectures = [type(backbone.model).__name__]
     with quiet_transformers():
         tokenizer.save_pretrained(folder)
