@@ -104,7 +104,7 @@ def _main(results: Data) -> list[str]:
     for row, values in encoding["seconds"].items():
         took = statistics.median(values)
         limit = 2 * work["weights"] * encoding["tokens"] / rate["bfloat16" if row.endswith("bfloat16") else "float32"]
-        share = "" if row == "ours int8" else f"{100 * limit / took:.0f} %"
+        share = "" if row.endswith("int8") else f"{100 * limit / took:.0f} %"
         cosine = encoding["least_cosine"].get(row)
         shown = "" if cosine is None else f"{cosine:.5f}"
         lines.append(f"| {row} | {work['sentences'] / took:.0f} | {peer / took:.2f}x | {share} | {shown} |")

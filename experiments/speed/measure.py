@@ -14,6 +14,7 @@ import statistics
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from draw import draw
 from machine import describe, in_own_process, matrix_rate, peak_bytes, seconds
 from rows import (
     ENCODING,
+    EXPORTED,
     LENGTH,
     MAX_LENGTH,
     NAME,
@@ -70,7 +72,8 @@ def training(
 
 def encoding(data: Path, default: torch.dtype) -> dict[str, object]:
     sentences = texts(data, SENTENCES)
-    rows = of_this_machine(ENCODING, default)
+    exported = [row for row, runtime in EXPORTED.items() if find_spec(runtime)]
+    rows = [*of_this_machine(ENCODING, default), *exported]
     encoders = {row: encoder_of(row) for row in rows}
     took: dict[str, list[float]] = {row: [] for row in rows}
     vectors = {}
@@ -82,7 +85,7 @@ def encoding(data: Path, default: torch.dtype) -> dict[str, object]:
     tokenizer = FrozenBackbone.load(NAME).tokenizer
     tokens = sum(map(len, tokenizer(sentences, truncation=True, max_length=512 - LENGTH)["input_ids"]))
     exact = vectors["ours float32"]
-    least = {row: float((vectors[row] * exact).sum(1).min()) for row in rows if row.startswith("ours")}
+    least = {row: float((vectors[row] * exact).sum(1).min()) for row in rows if row != "sentence-transformers"}
     return {"seconds": took, "tokens": tokens, "least_cosine": least}
 
 

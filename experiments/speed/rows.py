@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -40,6 +41,8 @@ TRAINING = (
     "ST + PEFT",
 )
 ENCODING = ("ours bfloat16", "ours int8", "ours float32", "sentence-transformers")
+EXPORTED = {"onnxruntime": "onnxruntime", "onnxruntime int8": "onnxruntime", "openvino": "openvino"}
+"""Rows of exported graphs -> the runtime that they need; left out where it is not installed."""
 NEEDS_BFLOAT16 = ("float32", "ours bfloat16")
 """Rows of machines where bfloat16 is faster; on others, the first equals `ours` and the second takes too long."""
 Step = Callable[[int], None]
@@ -195,6 +198,22 @@ def encoder_of(row: str) -> Callable[[list[str]], object]:
         model.max_seq_length = 512 - LENGTH
         return lambda sentences: model.encode(sentences, normalize_embeddings=True)
     encoder = prompt_encoder(torch.bfloat16 if row == "ours bfloat16" else torch.float32).eval()
+    if row in EXPORTED:
+        return exported_encoder(row, encoder)
     if row == "ours int8":
         encoder.backbone.quantize()
     return PromCSE(encoder).encode
+
+
+def exported_encoder(row: str, encoder: PromptEncoder) -> Callable[[list[str]], object]:
+    """Return the embeddings of an exported graph, on as many threads as torch uses."""
+    from promcse_pl.interop.onnx import GRAPH, OPENVINO, QUANTIZED, GraphEncoder, export_onnx, export_openvino
+
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "exported"
+        if row == "openvino":
+            export_openvino(PromCSE(encoder), out)
+        else:
+            export_onnx(PromCSE(encoder), out, int8=row == "onnxruntime int8")
+        file = {"onnxruntime": GRAPH, "onnxruntime int8": QUANTIZED, "openvino": OPENVINO}[row]
+        return GraphEncoder.load(out, file, threads=torch.get_num_threads()).encode

@@ -78,7 +78,7 @@ def prepend_prompt(
     length = prompt.shape[-2]
     if length == 0:
         return key_BKTH, value_BKTH, mask
-    key, value = prompt.to(key_BKTH.dtype).expand(-1, len(key_BKTH), -1, -1, -1)
+    key, value = prompt.to(key_BKTH.dtype).expand(-1, key_BKTH.shape[0], -1, -1, -1)
     if mask is not None:
         mask = F.pad(mask, (length, 0), value=True if mask.dtype == torch.bool else 0.0)
     return torch.cat([key, key_BKTH], dim=2), torch.cat([value, value_BKTH], dim=2), mask

@@ -315,7 +315,8 @@ class FrozenBackbone(nn.Module):
             Hidden states of the tokens (B, T, D), the last layer last; that one is (B, 1, D) if only the first token was
             computed. Values at padding are undefined.
         """
-        first_token = first_token and bool(mask_BT[:, 0].all())  # else a sentence is padded at the start
+        # a sentence may be padded at the start, and an exported graph cannot depend on that
+        first_token = first_token and not torch.compiler.is_exporting() and bool(mask_BT[:, 0].all())
         inputs = {"input_ids": ids_BT}
         if self.family.positions != "none":
             inputs["position_ids"] = self.positions(ids_BT, mask_BT, position_offset)

@@ -180,7 +180,7 @@ class PromptEncoder(nn.Module):
     def encode_chunk(self, chunk: Tokens, prompt: Tensor) -> tuple[Tensor, ...]:
         """Return the pooled embeddings of a chunk before the head and, with an MLM task, the hidden states of masked tokens."""
         # the MLM pass gets the same prompt with the same dropout mask
-        dropped = self.prompt.drop(prompt.to(self.backbone.dtype), len(chunk.ids_NT))
+        dropped = self.prompt.drop(prompt.to(self.backbone.dtype), chunk.ids_NT.shape[0])
         pooled = self._pool(chunk, dropped)
         if chunk.mlm_ids_NT is None or chunk.mlm_labels_NT is None:
             return (pooled,)

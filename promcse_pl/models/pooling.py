@@ -65,4 +65,4 @@ def _pool(states_BTD: Tensor, mask_BT: Tensor, pooling: str) -> Tensor:
 
 def _at(states_BTD: Tensor, positions_B: Tensor) -> Tensor:
     """Return the token at a position of each sentence, (B, D)."""
-    return states_BTD[torch.arange(len(states_BTD), device=states_BTD.device), positions_B]
+    return states_BTD[torch.arange(states_BTD.shape[0], device=states_BTD.device), positions_B]
