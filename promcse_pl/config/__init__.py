@@ -22,6 +22,7 @@ from promcse_pl.config.schema import (
     SweepConfig,
     TrackingConfig,
     TrainerConfig,
+    TuningConfig,
     check_tasks,
 )
 
@@ -37,6 +38,7 @@ __all__ = [
     "SweepConfig",
     "TrackingConfig",
     "TrainerConfig",
+    "TuningConfig",
     "check_overrides",
     "check_tasks",
     "decides",

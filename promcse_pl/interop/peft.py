@@ -49,7 +49,7 @@ def export_peft(encoder: PromptEncoder, folder: str | Path) -> None:
         folder: Absent or empty.
 
     Raises:
-        AdapterError: The head is used at test time, texts are changed before tokenisation, the encoder has dense layers, several
+        AdapterError: Weights of the encoder were trained, the head is used at test time, texts are changed before tokenisation, the encoder has dense layers, several
             poolings are concatenated, the positions are not shifted by P, there is no prompt, PEFT does not support the family,
             or the folder cannot be written.
 
@@ -60,6 +60,11 @@ def export_peft(encoder: PromptEncoder, folder: str | Path) -> None:
     folder = Path(folder)
     backbone, length = encoder.backbone, encoder.prompt.length
     _check_family(backbone)
+    if backbone.tuning.weights != "none":
+        raise AdapterError(
+            f"weights of the encoder were trained (tuning.weights={backbone.tuning.weights}), and prefix tuning of PEFT stores a "
+            "prompt alone. Export to sentence-transformers instead"
+        )
     if encoder.head_mode == "mlp":
         raise AdapterError(
             "the MLP head cannot be stored by PEFT, and the embeddings depend on it. Train with model.head=none, or export to "

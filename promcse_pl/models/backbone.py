@@ -151,7 +151,7 @@ class FrozenBackbone(nn.Module):
         return backbone
 
     def tune(self, tuning: Tuning) -> None:
-        """Train weights of the encoder; the weights that are trained are float32 from now on.
+        """Train weights of the encoder.
 
         Args:
             tuning: Which weights. LoRA draws its matrices A from torch's generator.
@@ -183,13 +183,17 @@ class FrozenBackbone(nn.Module):
 
         For weights that were read from an adapter in another type, it is that of the values in the adapter.
         """
-        weights = self.tuned_weights
-        is_rounded = self.quantized or any(weight.dtype != torch.float32 for weight in weights.values())
-        if not self.tuned_names or (is_rounded and self.stored_sha256):
+        if not self.tuned_names or (self.is_rounded and self.stored_sha256):
             return self.stored_sha256
         digest = hashlib.sha256()
-        add_to_digest(digest, weights)
+        add_to_digest(digest, self.tuned_weights)
         return digest.hexdigest()
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether the trained weights are in another type than float32."""
+        weights = self.tuned_weights.values()
+        return bool(self.tuned_names) and (self.quantized or any(weight.dtype != torch.float32 for weight in weights))
 
     def base(self) -> FrozenBackbone:
         """Return the encoder as it was before training, read again from its files if weights of this one are trained.

@@ -12,7 +12,7 @@ from torch import nn
 from promcse_pl.utils.errors import ConfigError
 
 Weights = Literal["none", "bias", "lora", "full"]
-WEIGHTS: tuple[Weights, ...] = get_args(Weights)
+TRAINABLE: tuple[Weights, ...] = get_args(Weights)[1:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ def train_weights(model: nn.Module, tuning: Tuning, used: Collection[str]) -> tu
         used: Names of the parameters that the embedding depends on.
 
     Returns:
-        The names of the trained parameters. They are float32.
+        The names of the trained parameters. LoRA matrices are float32, other weights keep their type.
 
     Raises:
         ConfigError: The encoder has no biases, or peft is not installed.
@@ -58,9 +58,7 @@ def train_weights(model: nn.Module, tuning: Tuning, used: Collection[str]) -> tu
             "Try: tuning=lora"
         )
     for name in names:
-        weight = model.get_parameter(name)
-        weight.data = weight.data.float()
-        weight.requires_grad_()
+        model.get_parameter(name).requires_grad_()
     return tuple(names)
 
 
@@ -74,6 +72,9 @@ def _insert_lora(model: nn.Module, tuning: Tuning) -> None:
     ]
     config = peft.LoraConfig(r=tuning.rank, lora_alpha=tuning.alpha, target_modules=linear)
     peft.inject_adapter_in_model(config, model)
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()  # peft creates them in the type of the layer
 
 
 def merge_lora(model: nn.Module) -> None:
