@@ -15,6 +15,7 @@ from promcse_pl.data.batch import TrainBatch
 from promcse_pl.data.module import PromcseDataModule
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.mlm import MlmHead
+from promcse_pl.models.tuning import Tuning
 from promcse_pl.training.distributed import Ranks, find_ranks, refuse_sweep
 from promcse_pl.training.gather import average_gradients
 from promcse_pl.training.module import PromcseModule
@@ -24,7 +25,7 @@ TOLERANCE = {torch.float32: (1e-6, 1e-5), torch.float64: (1e-12, 4e-12)}
 """Of losses and of gradients. Rounding in float32 depends on the processor's kernels: up to 4.1e-6 with AVX-512 on AMD, below
 4e-6 on others; float64 is what proves the equality."""
 JOBS = [
-    (width, mlm, rows, ranks, dtype, chunk_tokens, official)
+    (width, mlm, rows, ranks, dtype, chunk_tokens, official, Tuning())
     for ranks in (2, 3)
     for dtype in TOLERANCE
     for width, mlm, rows, chunk_tokens, official in [
@@ -36,12 +37,19 @@ JOBS = [
         (3, True, 1, None, False),  # and here all but one
         (2, False, 7, 30, True),
     ]
+] + [
+    (3, False, rows, 2, torch.float64, 30, False, tuning)
+    for rows in (1, 8)
+    for tuning in (Tuning("lora", 3, 6.0), Tuning("full"))
 ]
 
 
-def make_module(width: int, mlm: bool, dtype: torch.dtype, chunk_tokens: int | None, official: bool) -> PromcseModule:
+def make_module(
+    width: int, mlm: bool, dtype: torch.dtype, chunk_tokens: int | None, official: bool, tuning: Tuning
+) -> PromcseModule:
     backbone = small_backbone(**NO_DROPOUT)
     torch.manual_seed(3)
+    backbone.tune(tuning)
     encoder = PromptEncoder(backbone, length=4, head="mlp")
     head = MlmHead(backbone.word_embeddings, layer_norm_eps=1e-12) if mlm else None
     loss = LossConfig(
@@ -89,11 +97,12 @@ def step(module: PromcseModule, batch: TrainBatch) -> dict[str, torch.Tensor]:
 
 def run_rank(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    for number, (width, mlm, rows, ranks, dtype, chunk_tokens, official) in enumerate(JOBS):
+    for number, (width, mlm, rows, ranks, dtype, chunk_tokens, official, tuning) in enumerate(JOBS):
         if rank < ranks:
             dist.init_process_group("gloo", init_method=f"file://{folder}/store{number}", rank=rank, world_size=ranks)
             share = whole_batch(folder, width, mlm, rows).for_rank(rank, ranks)
-            torch.save(step(make_module(width, mlm, dtype, chunk_tokens, official), share), folder / f"{number}-{rank}")
+            module = make_module(width, mlm, dtype, chunk_tokens, official, tuning)
+            torch.save(step(module, share), folder / f"{number}-{rank}")
             dist.destroy_process_group()
 
 
@@ -111,14 +120,15 @@ def folder(tmp_path_factory) -> Path:
 
 
 def name_of(job: tuple) -> str:
-    width, mlm, rows, ranks, dtype, _, official = job
-    return f"{ranks} ranks-{rows} rows of {width}{'-mlm' * mlm}{'-official' * official}-{str(dtype)[6:]}"
+    width, mlm, rows, ranks, dtype, _, official, tuning = job
+    kind = f"{'-mlm' * mlm}{'-official' * official}-{tuning.weights}"
+    return f"{ranks} ranks-{rows} rows of {width}{kind}-{str(dtype)[6:]}"
 
 
 @pytest.mark.parametrize("job", JOBS, ids=name_of)
 def test_loss_and_gradient_are_those_of_one_process(job, folder):
-    width, mlm, rows, ranks, dtype, chunk_tokens, official = job
-    alone = step(make_module(width, mlm, dtype, chunk_tokens, official), whole_batch(folder, width, mlm, rows))
+    width, mlm, rows, ranks, dtype, chunk_tokens, official, tuning = job
+    alone = step(make_module(width, mlm, dtype, chunk_tokens, official, tuning), whole_batch(folder, width, mlm, rows))
     scale = ranks if official else 1
     for rank in range(ranks):
         found = torch.load(folder / f"{JOBS.index(job)}-{rank}")
