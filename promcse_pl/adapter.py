@@ -255,7 +255,9 @@ def _load(folder: Path, encoder: str | None, dtype: torch.dtype) -> PromptEncode
         )
     with torch.device("meta"):  # shapes only: adapter.json may declare sizes that do not fit into memory
         wanted = PromptEncoder(backbone, **options).state_dict()
-    in_encoder = {name: wanted.pop(name) for name in list(wanted) if name.startswith(MODEL_PREFIX) and _trains_all(about)}
+    in_encoder = {
+        name: wanted.pop(name) for name in list(wanted) if name.startswith(MODEL_PREFIX) and _trains_all(about)
+    }
     stored = _read_tensors(wanted, about, folder)
     model = PromptEncoder(backbone, **options)
     model.load_state_dict({**in_encoder, **stored}, strict=True)

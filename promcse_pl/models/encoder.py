@@ -146,9 +146,7 @@ class PromptEncoder(nn.Module):
             )
 
         weights = [weight for weight in self.backbone.parameters() if weight.requires_grad]
-        found = run_chunks(
-            run, self.prompt(), chunks, weights=weights, dropout=self.training, recompute=recompute
-        )
+        found = run_chunks(run, self.prompt(), chunks, weights=weights, dropout=self.training, recompute=recompute)
         pooled, hidden = [outputs[0] for outputs in found], [outputs[1] for outputs in found if len(outputs) > 1]
         order = torch.cat(chunks)
         embeddings_ND = _float(torch.cat(pooled))[torch.argsort(order).to(pooled[0].device)]

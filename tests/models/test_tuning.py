@@ -220,7 +220,10 @@ def test_a_description_with_other_values_is_refused(change, message, tmp_path):
 def test_a_checkpoint_without_a_trained_weight_is_refused():
     encoder = tuned("bert", BIAS)
     state = encoder.state_dict()
-    assert set(state) == {"prompt.embedding.weight", *(f"backbone.model.{name}" for name in encoder.backbone.tuned_names)}
+    assert set(state) == {
+        "prompt.embedding.weight",
+        *(f"backbone.model.{name}" for name in encoder.backbone.tuned_names),
+    }
     encoder.load_state_dict(state)
     del state[f"backbone.model.{encoder.backbone.tuned_names[0]}"]
     with pytest.raises(RuntimeError, match="Missing key"):

@@ -88,7 +88,9 @@ def test_nothing_to_train_is_refused_unless_it_is_asked_for(tmp_path):
 
 def test_a_missing_peft_is_named_before_torch_is_imported(tmp_path, monkeypatch):
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == "peft" else find_spec(name, *rest))
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *rest: None if name == "peft" else find_spec(name, *rest)
+    )
     with pytest.raises(ConfigError, match=r"tuning.weights=lora needs the package peft. Try: pip install"):
         run_small(tmp_path, **SECTIONS["lora"])
 
