@@ -1,4 +1,4 @@
-"""The pre-trained encoder with deep prompts as an input; frozen, unless `FrozenBackbone.tune` enables the gradients of weights."""
+"""The pre-trained encoder with deep prompts as an input. It is frozen unless `FrozenBackbone.tune` selects weights to train."""
 
 # B sentences, T tokens, P prompt length, L layers, K key/value heads, H head size, D width
 

@@ -185,7 +185,7 @@ def test_a_fully_trained_adapter_loads_without_the_base_encoder_and_its_damage_i
     save_adapter(encoder, tmp_path / "adapter")
     shutil.move(folder, tmp_path / "moved")
     loaded = PromCSE.load(tmp_path / "adapter", device="cpu")
-    with pytest.raises(EncoderError, match="cannot read the encoder|does not exist|neither"):
+    with pytest.raises(EncoderError, match=r"cannot read the encoder|does not exist|neither"):
         loaded.encoder.backbone.base()
     elsewhere = PromCSE.load(tmp_path / "adapter", encoder=tmp_path / "moved", device="cpu")
     assert elsewhere.encoder.backbone.base().identity.sha256 == backbone.identity.sha256
