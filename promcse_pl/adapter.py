@@ -168,9 +168,9 @@ def _checksum(description: dict[str, Any], weights: bytes, bundled: Path) -> str
 def adapter_hash(encoder: PromptEncoder, tokenizer: Any | None = None) -> str:  # noqa: ANN401  (a transformers tokenizer)
     """Return the hex sha256 of everything that affects the embeddings, and of nothing else.
 
-    It covers the trained tensors (names, shapes, float32 values), the weights of the encoder before training, the encoder's config, dense layers and
-    tokenizer (see `promcse_pl.models.identity`), pooling, head, positions and text settings. It does not cover the encoder's
-    name, the prompt's dropout, versions and the training summary.
+    It covers the trained tensors (names, shapes, float32 values), the weights of the encoder before training, the encoder's config,
+    dense layers and tokenizer (see `promcse_pl.models.identity`), pooling, head, positions and text settings. It does not cover
+    the encoder's name, the prompt's dropout, versions and the training summary.
 
     Args:
         encoder: The prompt encoder.

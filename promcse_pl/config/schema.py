@@ -194,8 +194,7 @@ class PromptConfig(Section):
 
 @dataclass(kw_only=True, slots=True)
 class TuningConfig(Section):
-    """The weights of the encoder that are trained beside prompt and head ([details](tuning.md)). `tuning=full`, `lora` and
-    `bitfit` train them without a prompt, `tuning=none` trains nothing."""
+    """Weights of the encoder that are trained beside prompt and head; `tuning=` selects them ([details](tuning.md))."""
 
     weights: Literal["none", "bias", "lora", "full"] = "none"
     """`none`: the encoder is frozen. `bias`: all bias vectors (BitFit, Zaken et al. 2022). `lora`: low-rank matrices beside every

@@ -332,8 +332,8 @@ def _no_export(encoder: PromptEncoder) -> str:
         return f"its encoder is {backbone.model_type}, allowed: {', '.join(CLASSES)}"
     if backbone.tuning.weights != "none":
         return (
-            f"weights of its encoder were trained (tuning.weights={backbone.tuning.weights}), and the official code trains a prompt "
-            "alone (export to sentence-transformers instead)"
+            f"weights of its encoder were trained (tuning.weights={backbone.tuning.weights}), and the official code trains a "
+            "prompt alone (export to sentence-transformers instead)"
         )
     if len(backbone.dense):
         return "its encoder has dense layers after the pooling (export to sentence-transformers instead)"

@@ -49,9 +49,9 @@ def export_peft(encoder: PromptEncoder, folder: str | Path) -> None:
         folder: Absent or empty.
 
     Raises:
-        AdapterError: Weights of the encoder were trained, the head is used at test time, texts are changed before tokenisation, the encoder has dense layers, several
-            poolings are concatenated, the positions are not shifted by P, there is no prompt, PEFT does not support the family,
-            or the folder cannot be written.
+        AdapterError: Weights of the encoder were trained, the head is used at test time, texts are changed before tokenisation,
+            the encoder has dense layers, several poolings are concatenated, the positions are not shifted by P, there is no
+            prompt, PEFT does not support the family, or the folder cannot be written.
 
     Example:
         >>> from promcse_pl.adapter import load_adapter
