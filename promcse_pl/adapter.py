@@ -168,8 +168,8 @@ def _checksum(description: dict[str, Any], weights: bytes, bundled: Path) -> str
 def adapter_hash(encoder: PromptEncoder, tokenizer: Any | None = None) -> str:  # noqa: ANN401  (a transformers tokenizer)
     """Return the hex sha256 of everything that affects the embeddings, and of nothing else.
 
-    It covers the trained tensors (names, shapes, float32 values), the weights of the encoder before training, the encoder's config,
-    dense layers and tokenizer (see `promcse_pl.models.identity`), pooling, head, positions and text settings. It does not cover
+    It covers the trained tensors (names, shapes, float32 values), the weights of the encoder before training, the config, dense
+    layers and tokenizer of the encoder (see `promcse_pl.models.identity`), pooling, head, positions and text settings. It excludes
     the encoder's name, the prompt's dropout, versions and the training summary.
 
     Args:
