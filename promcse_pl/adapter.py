@@ -1,7 +1,7 @@
 """Save and load adapters: adapter.safetensors (the trained tensors) and adapter.json (the settings to use them).
 
-The frozen encoder is stored by name, or in the folder encoder/ of the adapter if it has no name. No code is stored or run. Saves
-are atomic (`promcse_pl.utils.files.update_folder`).
+The encoder is stored by name, or in the folder encoder/ of the adapter if it has no name or all of its weights were trained. No
+code is stored or run. Saves are atomic (`promcse_pl.utils.files.update_folder`).
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ from promcse_pl.adapter_folder import (
 from promcse_pl.config.pooling import ALLOWED_POOLINGS, is_pooling
 from promcse_pl.data.tokenizer import tokenizer_fingerprint
 from promcse_pl.models.backbone import FrozenBackbone
-from promcse_pl.models.encoder import HEADS, LowRankHead, PromptEncoder
+from promcse_pl.models.encoder import HEADS, MODEL_PREFIX, LowRankHead, PromptEncoder
+from promcse_pl.models.encoder_files import weights_sha256
 from promcse_pl.models.hub import download
 from promcse_pl.models.identity import EncoderId, differences
 from promcse_pl.models.pipeline import SHORTEST_INPUT, TextSettings
 from promcse_pl.models.prompt import KINDS, DeepPrompt, Prompt
-from promcse_pl.models.weights import read_header, read_json_object
+from promcse_pl.models.tuning import TRAINABLE, Tuning
+from promcse_pl.models.weights import add_to_digest, read_header, read_json_object
 from promcse_pl.utils.errors import AdapterError, EncoderError
 from promcse_pl.utils.files import current, read_unchanged, update_folder
 from promcse_pl.utils.paths import expand, is_folder, looks_like_path
@@ -46,7 +48,7 @@ FORMAT = 4
 
 Format 1 identified the encoder by its weights only. Formats 1 and 2 ignored the pipeline of a sentence-transformers folder, dense
 layers included, so they are loaded without it. Formats 1 to 3 stored neither the kind of the prompt, which was deep or projected,
-nor the rank of a head.
+nor the rank of a head, and had no trained weights of the encoder (`tuning`).
 """
 ROTATED_KEYS = "after_rotation"
 """Value of `prompt.keys` for encoders with rotary positions: the prompt's keys enter the attention after the rotation."""
@@ -71,6 +73,7 @@ def describe(encoder: PromptEncoder) -> dict[str, Any]:
             "tokenizer": backbone.identity.tokenizer,
             "pipeline": backbone.has_pipeline,
         },
+        "tuning": _tuning(backbone),
         "prompt": {
             "kind": prompt.kind,
             "length": prompt.length,
@@ -94,6 +97,13 @@ def _projection_size(prompt: Prompt) -> int | None:
     return int(first.out_features)
 
 
+def _tuning(backbone: FrozenBackbone) -> dict[str, Any] | None:
+    """Return which weights of the encoder were trained, and their hash; None for a frozen encoder."""
+    if backbone.tuning.weights == "none":
+        return None
+    return {**dataclasses.asdict(backbone.tuning), "sha256": backbone.tuned_sha256()}
+
+
 def _keys(backbone: FrozenBackbone) -> str | None:
     return ROTATED_KEYS if getattr(backbone.model.config, "rope_parameters", None) else None
 
@@ -110,45 +120,68 @@ def save_adapter(encoder: PromptEncoder, folder: str | Path, *, training: dict[s
 
     Raises:
         AdapterError: The folder cannot be written, or contains something other than an adapter.
+        EncoderError: Weights of the encoder were trained and then rounded to another type than float32.
     """
-    folder = Path(folder)
+    folder, backbone = Path(folder), encoder.backbone
     check_target(folder)
-    state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
+    if backbone.is_rounded:
+        backbone.require_float32()
+    in_encoder = backbone.tuning.weights == "full"
+    state = {
+        name: tensor.detach().float().cpu().contiguous()
+        for name, tensor in encoder.state_dict().items()
+        if not (in_encoder and name.startswith(MODEL_PREFIX))
+    }
     description: dict[str, Any] = {**describe(encoder), "training": training or {}}
     weights = save(state)  # safetensors' own save_file makes a file that only its owner can read
     replaced = written_description(folder)
     own = [WEIGHTS, DESCRIPTION]
-    if replaced and replaced["encoder"].get("name") == BUNDLED:
+    if replaced and _holds_encoder(replaced):
         own.append(BUNDLED_NAME)
-    bundles = encoder.backbone.identity.name == BUNDLED
+    bundles = _holds_encoder(description)
     if bundles and BUNDLED_NAME not in own and os.path.lexists(folder / BUNDLED_NAME):
         raise AdapterError(
             f"{folder / BUNDLED_NAME} already exists and is not part of the adapter. Move it to another folder"
         )
     with update_folder(folder, own, error=AdapterError) as new:
         if bundles:
-            description["encoder"]["sha256"] = encoder.backbone.save(new / BUNDLED)
+            sha256 = backbone.save(new / BUNDLED)
+            if not in_encoder:
+                description["encoder"]["sha256"] = sha256
         (new / WEIGHTS).write_bytes(weights)
         description["checksum"] = _checksum(description, weights, new / BUNDLED)
         (new / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
+def _trains_all(description: dict[str, Any]) -> bool:
+    """Return whether all weights of the encoder were trained; formats 1 to 3 have no trained weights."""
+    tuning = description.get("tuning")
+    return isinstance(tuning, dict) and tuning.get("weights") == "full"
+
+
+def _holds_encoder(description: dict[str, Any]) -> bool:
+    """Return whether the encoder is in the folder of its adapter."""
+    return description["encoder"].get("name") == BUNDLED or _trains_all(description)
+
+
 def _checksum(description: dict[str, Any], weights: bytes, bundled: Path) -> str:
-    """Return the hex sha256 of a description, the tensors and the small files of the encoder in the adapter's folder."""
+    """Return the hex sha256 of a description, the tensors and the files of the encoder in the adapter's folder."""
     described = {key: value for key, value in description.items() if key != "checksum"}
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode() + weights)
-    if description["encoder"]["name"] == BUNDLED:  # the description has the sha256 of its weights
+    if _holds_encoder(description):
         for path in sorted(bundled.glob("*.json")):
             digest.update(path.name.encode() + path.read_bytes())
+    if _trains_all(description):  # otherwise the description has the sha256 of the encoder's weights
+        digest.update(weights_sha256(bundled).encode())
     return digest.hexdigest()
 
 
 def adapter_hash(encoder: PromptEncoder, tokenizer: Any | None = None) -> str:  # noqa: ANN401  (a transformers tokenizer)
     """Return the hex sha256 of everything that affects the embeddings, and of nothing else.
 
-    It covers the trained tensors (names, shapes, float32 values), the frozen weights, the encoder's config, dense layers and
-    tokenizer (see `promcse_pl.models.identity`), pooling, head, positions and text settings. It does not cover the encoder's
-    name, the prompt's dropout, versions and the training summary.
+    It covers the trained tensors (names, shapes, float32 values), the weights of the encoder before training, the config, dense
+    layers and tokenizer of the encoder (see `promcse_pl.models.identity`), pooling, head, positions and text settings. It
+    excludes the encoder's name, the prompt's dropout, versions and the training summary.
 
     Args:
         encoder: The prompt encoder.
@@ -169,12 +202,12 @@ def adapter_hash(encoder: PromptEncoder, tokenizer: Any | None = None) -> str:  
         settings.append(dataclasses.asdict(encoder.text))
     if encoder.prompt.kind in ("shared", "input"):  # as above: those of formats 1 to 3
         settings.append(encoder.prompt.kind)
+    if tuning := _tuning(encoder.backbone):
+        settings.append(tuning)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for name, tensor in sorted(encoder.state_dict().items()):
-        if name.startswith("head.") and not head_is_used:
-            continue
-        digest.update(json.dumps([name, list(tensor.shape)]).encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    left_out = (MODEL_PREFIX,) if head_is_used else (MODEL_PREFIX, "head.")
+    state = {name: tensor for name, tensor in encoder.state_dict().items() if not name.startswith(left_out)}
+    add_to_digest(digest, state)
     return digest.hexdigest()
 
 
@@ -200,11 +233,12 @@ def load_adapter(
 
     Args:
         folder: Folder of the adapter or of its run.
-        encoder: Folder or hub id of the frozen encoder; None: the name in the adapter.
-        dtype: Type of the frozen weights.
+        encoder: Folder or hub id of the frozen encoder; None: the name in the adapter. If all weights were trained, the encoder
+            is that of the adapter, and this one is only read for comparisons (`FrozenBackbone.base`).
+        dtype: Type of the encoder's weights.
 
     Returns:
-        The prompt encoder in eval mode, on the CPU.
+        The prompt encoder in eval mode, on the CPU. Weights of the encoder that were trained have no gradient.
 
     Raises:
         AdapterError: Not an adapter, a newer format, missing or unknown keys, wrong shapes, a truncated file, not finite, or
@@ -217,24 +251,7 @@ def load_adapter(
 
 def _load(folder: Path, encoder: str | None, dtype: torch.dtype) -> PromptEncoder:
     about = _read_description(folder)
-    bundled = encoder is None and about["encoder"]["name"] == BUNDLED
-    name = str(current(folder, BUNDLED_NAME).absolute()) if bundled else encoder or about["encoder"]["name"]
-    if looks_like_path(name) and not is_folder(expand(name)):
-        origin = "" if encoder else f"named in {folder / DESCRIPTION}, "
-        raise EncoderError(
-            f"the encoder folder {name} does not exist ({origin}current folder: {Path.cwd()}). Try: {_OTHER_ENCODER}"
-        )
-    backbone = FrozenBackbone.load(
-        name,
-        revision=None if encoder else about["encoder"]["revision"],
-        dtype=dtype,
-        with_pipeline=about["encoder"].get("pipeline", False),
-    )
-    _check_encoder(about["encoder"], backbone, folder)
-    if bundled:
-        backbone.identity = dataclasses.replace(
-            backbone.identity, name=BUNDLED
-        )  # so that the next save bundles it again
+    backbone = _load_backbone(folder, about, encoder, dtype)
     options: dict[str, Any] = {
         "length": about["prompt"]["length"],
         "kind": about["prompt"].get("kind", "deep"),
@@ -253,10 +270,46 @@ def _load(folder: Path, encoder: str | None, dtype: torch.dtype) -> PromptEncode
         )
     with torch.device("meta"):  # shapes only: adapter.json may declare sizes that do not fit into memory
         wanted = PromptEncoder(backbone, **options).state_dict()
+    in_encoder = {
+        name: wanted.pop(name) for name in list(wanted) if name.startswith(MODEL_PREFIX) and _trains_all(about)
+    }
     stored = _read_tensors(wanted, about, folder)
     model = PromptEncoder(backbone, **options)
-    model.load_state_dict(stored, strict=True)
+    model.load_state_dict({**in_encoder, **stored}, strict=True)
+    backbone.freeze()
     return model.eval()
+
+
+def _load_backbone(folder: Path, about: dict[str, Any], encoder: str | None, dtype: torch.dtype) -> FrozenBackbone:
+    """Read the encoder of an adapter, with LoRA layers whose values are not those of the adapter yet."""
+    stored, tuning = about["encoder"], about.get("tuning")
+    bundled = _trains_all(about) or (encoder is None and stored["name"] == BUNDLED)
+    name = str(current(folder, BUNDLED_NAME).absolute()) if bundled else encoder or stored["name"]
+    if looks_like_path(name) and not is_folder(expand(name)):
+        origin = "" if encoder else f"named in {folder / DESCRIPTION}, "
+        raise EncoderError(
+            f"the encoder folder {name} does not exist ({origin}current folder: {Path.cwd()}). Try: {_OTHER_ENCODER}"
+        )
+    backbone = FrozenBackbone.load(
+        name,
+        revision=None if encoder or bundled else stored["revision"],
+        dtype=dtype,
+        with_pipeline=stored.get("pipeline", False),
+    )
+    if _trains_all(about):  # its identity is that of the encoder before training
+        revision = None if encoder else stored["revision"]
+        backbone.identity = dataclasses.replace(
+            backbone.identity, name=encoder or stored["name"], revision=revision, sha256=stored["sha256"]
+        )
+    _check_encoder(stored, backbone, folder)
+    if bundled and not _trains_all(about):
+        # so that the next save bundles it again
+        backbone.identity = dataclasses.replace(backbone.identity, name=BUNDLED)
+    if tuning:
+        with torch.random.fork_rng(devices=[]):
+            backbone.tune(Tuning(tuning["weights"], tuning["rank"], tuning["alpha"]))
+        backbone.stored_sha256 = tuning["sha256"]
+    return backbone
 
 
 def _check_encoder(stored: dict[str, Any], backbone: FrozenBackbone, folder: Path) -> None:
@@ -333,6 +386,8 @@ def _checked(about: dict[str, Any], path: Path) -> dict[str, Any]:
     if about["format"] > 3:
         template["prompt"]["kind"] = str
         template["head_rank"] = int | None
+        tuning = {"weights": str, "rank": int | None, "alpha": float | int | None, "sha256": str}
+        template["tuning"] = tuning if isinstance(about.get("tuning"), dict) else type(None)
     if "checksum" in about:  # older adapters have none
         template["checksum"] = str
     check(about, template, "")
@@ -347,6 +402,7 @@ def _checked(about: dict[str, Any], path: Path) -> dict[str, Any]:
         if value not in allowed:
             raise AdapterError(f"{path}: {key} is {value!r}; allowed: {', '.join(map(str, allowed))}")
     _check_text(about.get("text", {}), path)
+    _check_tuning(about.get("tuning"), path)
     _check_ranges(about, path)
     return about
 
@@ -389,6 +445,20 @@ def _check_text(text: dict[str, Any], path: Path) -> None:
         raise AdapterError(
             f"{path}: text.default_prompt is {text['default_prompt']!r}; allowed: null, or one of {sorted(prompts)}"
         )
+
+
+def _check_tuning(tuning: dict[str, Any] | None, path: Path) -> None:
+    """Check the values of the settings of trained weights; their types have been checked."""
+    if tuning is None:
+        return
+    if tuning["weights"] not in TRAINABLE:
+        raise AdapterError(f"{path}: tuning.weights is {tuning['weights']!r}; allowed: {', '.join(TRAINABLE)}")
+    for key, most in (("rank", 4096), ("alpha", 2**20)):
+        value = tuning[key]
+        if tuning["weights"] != "lora" and value is not None:
+            raise AdapterError(f"{path}: tuning.{key} is {value}; allowed with {tuning['weights']}: null")
+        if tuning["weights"] == "lora" and (value is None or not 0 < value <= most):
+            raise AdapterError(f"{path}: tuning.{key} is {value}; allowed with lora: above 0, up to {most}")
 
 
 def _read_tensors(wanted: dict[str, Tensor], about: dict[str, Any], folder: Path) -> dict[str, Tensor]:

@@ -108,11 +108,11 @@ class PromCSE:
     def load(
         cls, folder: str | Path, *, encoder: str | Path | None = None, device: str = "auto", dtype: str = "float32"
     ) -> PromCSE:
-        """Load an adapter from a local folder, and the frozen encoder that it names.
+        """Load an adapter from a local folder, and the encoder that it names.
 
         Args:
             folder: The `adapter` folder of a run, or the run's folder.
-            encoder: Folder or hub id of the frozen encoder, if it is not found under the name in the adapter.
+            encoder: Folder or hub id of the encoder before training, if it is not found under the name in the adapter.
             device: `cpu`, `cuda`, `mps`, or `auto`: a GPU if there is one.
             dtype: Type that the encoder computes in: `float32`, `bfloat16`, `float16`, or `int8` (CPU only; docs/speed.md has its
                 accuracy). Embeddings are always float32.
@@ -131,13 +131,14 @@ class PromCSE:
         return cls(model)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the adapter to a folder: the trained prompt and head, and the name of the frozen encoder.
+        """Write the adapter to a folder: what was trained, and the name of the encoder.
 
         Args:
             folder: Absent, empty, or the folder of an adapter, which is replaced.
 
         Raises:
             AdapterError: The folder cannot be written or has other content, or `require_encoder_tokenizer` fails.
+            EncoderError: Weights of the encoder were trained, and this model was loaded with another dtype than float32.
         """
         self.require_encoder_tokenizer("save_pretrained")
         adapter_files.save_adapter(self.encoder, folder)
@@ -154,6 +155,7 @@ class PromCSE:
         encoder = self.encoder
         described = {
             "encoder": encoder.backbone.identity.name,
+            **({} if encoder.backbone.tuning.weights == "none" else {"tuning": encoder.backbone.tuning.weights}),
             "prompt_length": encoder.prompt.length,
             "pooling": encoder.pooling,
             "head": encoder.head_mode,

@@ -54,8 +54,8 @@ def run(options: argparse.Namespace) -> None:
     else:
         from promcse_pl.interop.sentence_transformers import export_sentence_transformers
 
-        export_sentence_transformers(load_model(options, device="cpu"), out)
-        sys.stdout.write(f"{out}: SentenceTransformer({str(out)!r}, trust_remote_code=True)\n")
+        loaded_by = export_sentence_transformers(load_model(options, device="cpu"), out)
+        sys.stdout.write(f"{out}: {loaded_by}\n")
 
 
 def _check_options(options: argparse.Namespace) -> None:

@@ -26,6 +26,7 @@ from promcse_pl.config.schema import (
     SweepConfig,
     TrackingConfig,
     TrainerConfig,
+    TuningConfig,
     check_tasks,
 )
 
@@ -45,6 +46,7 @@ __all__ = [
     "SweepConfig",
     "TrackingConfig",
     "TrainerConfig",
+    "TuningConfig",
     "check_overrides",
     "check_tasks",
     "decides",

@@ -222,7 +222,7 @@ class PromptConfig(Section):
     frozen encoder computes for the last token ([SEP] in BERT) of training sentences, so that the slots start in the range of the
     tokens' keys; attention to [SEP] changes the output little (Clark et al. 2019, arXiv 1906.04341). Needs `prompt.kind=deep`."""
     length: Annotated[int, Range(ge=0, le=256, note="slots")] = 10
-    """P: number of prompt slots per layer; 0 trains the head alone, with `deep` (paper: 10 to 16)."""
+    """P: number of prompt slots per layer (paper: 10 to 16); 0: no prompt, the head or weights of the encoder are trained."""
     projection_size: Annotated[int | None, Range(ge=1, example=512)] = None
     """Hidden units of the MLP of `prompt.kind=projected` (official: 512); `null` with other kinds."""
     dropout: Annotated[float | None, Range(ge=0, lt=1, example=0.1)] = None
@@ -256,6 +256,35 @@ class PromptConfig(Section):
 
 
 @dataclass(kw_only=True, slots=True)
+class TuningConfig(Section):
+    """Weights of the encoder that are trained beside prompt and head; `tuning=` selects them ([details](tuning.md))."""
+
+    weights: Literal["none", "bias", "lora", "full"] = "none"
+    """`none`: the encoder is frozen. `bias`: all bias vectors (BitFit, Zaken et al. 2022). `lora`: low-rank matrices beside every
+    linear layer of the transformer blocks (Hu et al. 2022; needs the extra `peft`). `full`: all weights that the embedding
+    depends on (as in SimCSE)."""
+    rank: Annotated[int | None, Range(ge=1, le=1024, example=8)] = None
+    """Rank of the matrices of `tuning.weights=lora`; `null` with other values."""
+    alpha: Annotated[float | None, Range(gt=0, le=2**20, example=16)] = None
+    """The product of the matrices of `tuning.weights=lora` is multiplied by alpha / rank; `null` with other values."""
+
+    @property
+    def uses_autocast(self) -> bool:
+        """Whether bfloat16 means `torch.autocast` on float32 weights; LoRA matrices are float32 beside bfloat16 weights."""
+        return self.weights in ("bias", "full")
+
+    def _check_combinations(self) -> None:
+        for key, value in (("rank", self.rank), ("alpha", self.alpha)):
+            if self.weights == "lora" and value is None:
+                raise ConfigError(f"tuning.weights=lora needs tuning.{key}, got null. Try: {run_command()} tuning=lora")
+            if self.weights != "lora" and value is not None:
+                raise ConfigError(
+                    f"tuning.{key}={value:g} has no effect with tuning.weights={self.weights}. Try: {run_command()} tuning=lora "
+                    f"tuning.{key}={value:g}, or tuning.{key}=null"
+                )
+
+
+@dataclass(kw_only=True, slots=True)
 class OptimConfig(Section):
     """AdamW (β 0.9 and 0.999, ε 1e-8) and the schedule of its learning rate."""
 
@@ -279,8 +308,9 @@ class TrainerConfig(Section):
 
     epochs: Annotated[int, Range(ge=1)] = 10
     """Number of passes over the training data (official: 10 supervised, 1 unsupervised)."""
-    max_steps: Annotated[int | None, Range(ge=1, example=1000)] = None
-    """Maximum number of optimiser steps; the learning-rate schedule ends at the last one. `null`: until all epochs are done."""
+    max_steps: Annotated[int | None, Range(ge=0, example=1000)] = None
+    """Maximum number of optimiser steps; the learning-rate schedule ends at the last one. `null`: until all epochs are done. 0
+    trains nothing: the untrained model is evaluated."""
     eval_every: Annotated[int, Range(ge=1)] = 125
     """Number of optimiser steps between two dev evaluations (official: 125). A run shorter than two intervals evaluates four
     times."""
@@ -301,8 +331,9 @@ class TrainerConfig(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Device to train on; `auto` uses a GPU if there is one."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Data type of the frozen encoder in training; `auto` selects bfloat16 if it is measured to be at least 1.3 times as fast.
-    Prompt, head, loss, optimiser and final evaluation are always float32."""
+    """Data type of the encoder in training; `auto` selects bfloat16 if it is measured to be at least 1.3 times as fast. Prompt,
+    head, loss, optimiser and final evaluation are always float32, and so are the weights that `tuning.weights` trains: with
+    `bias` and `full`, bfloat16 means `torch.autocast`, and `auto` selects float32 on a CPU."""
     layers: Literal["auto", "library"] = "auto"
     """Layers of the frozen encoder in training. `auto`: fused CPU layers on a CPU for families that have them
     (`promcse models`), unless a module has hooks. `library`: always the modules of transformers. Results differ by rounding and
@@ -397,6 +428,7 @@ class Config(Section):
     data: DataConfig
     loss: LossConfig = field(default_factory=LossConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
+    tuning: TuningConfig = field(default_factory=TuningConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     tracking: Annotated[TrackingConfig, EXECUTION] = field(default_factory=TrackingConfig)
@@ -421,9 +453,11 @@ class Config(Section):
                 f"data.batch_size={data.batch_size} rows cannot be split among {self.trainer.world_size} processes "
                 f"(trainer.devices x trainer.num_nodes). Try: data.batch_size={self.trainer.world_size}, or fewer processes"
             )
-        if self.prompt.length == 0 and self.model.head == "none":
+        is_frozen = self.prompt.length == 0 and self.model.head == "none" and self.tuning.weights == "none"
+        if is_frozen and self.trainer.max_steps != 0:
             raise ConfigError(
-                "prompt.length=0 with model.head=none leaves nothing to train. Try: prompt.length=10, or model.head=mlp"
+                "prompt.length=0 with model.head=none leaves nothing to train. Try: prompt.length=10, model.head=mlp, or "
+                "tuning=none to evaluate the frozen encoder"
             )
         needs_dir = ["data.dev=stsb"] if data.dev == "stsb" else []
         if tasks := [task for task in self.evaluation.tasks if task in SENTEVAL_SUITES]:

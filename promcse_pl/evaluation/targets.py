@@ -86,14 +86,19 @@ def find_targets(
 
 
 def frozen_target(model: PromCSE) -> Target:
-    """Return the frozen encoder of an adapter as a target, with the text settings of the adapter.
+    """Return the encoder of an adapter before training as a target, with the text settings of the adapter.
 
-    Its pooling is that of modules.json, else that of the adapter.
+    Its pooling is that of modules.json, else that of the adapter. If weights of the encoder were trained, the original ones are
+    read again.
     """
-    backbone = model.encoder.backbone
-    pooling = backbone.pipeline.pooling or model.encoder.pooling
-    plain = PromptEncoder(backbone, length=0, pooling=pooling, head="none", text=model.encoder.text).eval()
-    return Target("frozen encoder", "frozen encoder", (Member(lambda: PromCSE(plain, model.tokenizer)),))
+
+    def load() -> PromCSE:
+        backbone = model.encoder.backbone.base()
+        pooling = backbone.pipeline.pooling or model.encoder.pooling
+        plain = PromptEncoder(backbone, length=0, pooling=pooling, head="none", text=model.encoder.text).eval()
+        return PromCSE(plain, model.tokenizer)
+
+    return Target("frozen encoder", "frozen encoder", (Member(load),))
 
 
 def _find(name: str, pooling: str | None, encoder: str | None, device: str) -> Target:

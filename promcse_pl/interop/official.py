@@ -344,6 +344,11 @@ def _no_export(encoder: PromptEncoder) -> str:
         )
     if encoder.head_mode == "low_rank":
         return "it has no head of the kind low_rank (export to sentence-transformers instead)"
+    if backbone.tuning.weights != "none":
+        return (
+            f"weights of its encoder were trained (tuning.weights={backbone.tuning.weights}), and the official code trains a "
+            "prompt alone (export to sentence-transformers instead)"
+        )
     if len(backbone.dense):
         return "its encoder has dense layers after the pooling (export to sentence-transformers instead)"
     if encoder.text.changes_texts:

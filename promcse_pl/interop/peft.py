@@ -51,9 +51,9 @@ def export_peft(encoder: PromptEncoder, folder: str | Path) -> None:
         folder: Absent or empty.
 
     Raises:
-        AdapterError: The prompt is one of the input embeddings, the head is used at test time, texts are changed before
-            tokenisation, the encoder has dense layers, several poolings are concatenated, the positions are not shifted by P,
-            there is no prompt, PEFT does not support the family, or the folder cannot be written.
+        AdapterError: Weights of the encoder were trained, the prompt is one of the input embeddings, the head is used at test
+            time, texts are changed before tokenisation, the encoder has dense layers, several poolings are concatenated, the
+            positions are not shifted by P, there is no prompt, PEFT does not support the family, or the folder cannot be written.
 
     Example:
         >>> from promcse_pl.adapter import load_adapter
@@ -62,6 +62,11 @@ def export_peft(encoder: PromptEncoder, folder: str | Path) -> None:
     folder = Path(folder)
     backbone, length = encoder.backbone, encoder.prompt.length
     _check_family(backbone)
+    if backbone.tuning.weights != "none":
+        raise AdapterError(
+            f"weights of the encoder were trained (tuning.weights={backbone.tuning.weights}), and prefix tuning of PEFT stores a "
+            "prompt alone. Export to sentence-transformers instead"
+        )
     if not isinstance(encoder.prompt, DeepPrompt):
         raise AdapterError(
             f"PEFT's prefix tuning has keys and values in every layer, this adapter has prompt.kind={encoder.prompt.kind}. Train "

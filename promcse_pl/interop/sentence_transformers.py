@@ -1,6 +1,7 @@
 """An adapter as a sentence-transformers model: encode, evaluate and train with that library's tools.
 
-The folder of such a model contains the adapter in `adapter/`, so `PromCSE.load` reads it too.
+The folder of a model with a prompt contains the adapter in `adapter/`, so `PromCSE.load` reads it too, and loads through
+promcse_pl. Without a prompt, the folder contains the library's own modules only.
 """
 
 # N sentences, T tokens, D width
@@ -8,6 +9,7 @@ The folder of such a model contains the adapter in `adapter/`, so `PromCSE.load`
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,9 @@ from promcse_pl.adapter import load_adapter, save_adapter
 from promcse_pl.data.batch import Tokens
 from promcse_pl.embedder import PromCSE
 from promcse_pl.models.cpu.chunks import CHUNK_TOKENS
-from promcse_pl.models.encoder import PromptEncoder
-from promcse_pl.models.pipeline import SHORTEST_INPUT
+from promcse_pl.models.encoder import MlpHead, PromptEncoder
+from promcse_pl.models.encoder_files import quiet_transformers
+from promcse_pl.models.pipeline import POOLING_MODES, SHORTEST_INPUT
 from promcse_pl.models.texts import tokenize
 from promcse_pl.utils.errors import AdapterError, ConfigError, DataError
 from promcse_pl.utils.files import new_folder, update_folder
@@ -28,10 +31,19 @@ from promcse_pl.utils.paths import require_regular_file
 
 try:
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import InputModule, Normalize
+    from sentence_transformers.sentence_transformer.modules import Dense, InputModule, Normalize, Pooling, Transformer
 except ImportError as error:
     raise ConfigError("this needs sentence-transformers 6 or newer. Try: pip install 'promcse_pl[st]'") from error
 
+_PLAIN_CARD = """---
+library_name: sentence-transformers
+pipeline_tag: sentence-similarity
+tags: [sentence-transformers, sentence-similarity, promcse_pl]
+---
+Sentence embeddings from {encoder}, trained with promcse_pl (trained weights of the encoder: {weights}):
+
+    SentenceTransformer(THIS_FOLDER)
+"""
 _CARD = """---
 library_name: sentence-transformers
 pipeline_tag: sentence-similarity
@@ -177,31 +189,78 @@ def as_sentence_transformer(model: PromCSE) -> SentenceTransformer:
     )
 
 
-def export_sentence_transformers(model: PromCSE, folder: str | Path) -> None:
-    """Write a folder for `SentenceTransformer(folder, trust_remote_code=True)`.
+def export_sentence_transformers(model: PromCSE, folder: str | Path) -> str:
+    """Write a folder for sentence-transformers.
 
-    It contains the adapter, and no code: promcse_pl must be installed where it is loaded, and the frozen encoder is found by its
-    name, as for any adapter.
+    Without a prompt it contains a Transformer with the trained weights (LoRA is merged), Pooling, the MLP head as a Dense module
+    and Normalize, and needs neither code nor promcse_pl. With a prompt, or a pooling or head that the library's own modules
+    cannot express, it contains the adapter and no code: promcse_pl must be installed where it is loaded, and the encoder is found
+    by its name, as for any adapter.
 
     Args:
         model: The adapter and its encoder.
-        folder: Absent, empty, or an earlier export, whose adapter and settings are replaced; other files in it are kept.
+        folder: Absent or empty; or, with an adapter inside, an earlier export, whose adapter and settings are replaced, while
+            other files in it are kept.
+
+    Returns:
+        The Python expression that loads it.
 
     Raises:
         AdapterError: The folder cannot be written or has other content, or the model does not use the tokenizer of its
             encoder.
+        EncoderError: The folder would contain the encoder, which was read in another type than float32.
     """
     folder = Path(folder)
     model.require_encoder_tokenizer("export_sentence_transformers")
+    identity, tuning = model.encoder.backbone.identity, model.encoder.backbone.tuning
+    if _is_plain(model.encoder):
+        card = _PLAIN_CARD.format(encoder=identity.name, weights=tuning.weights)
+        with new_folder(folder, error=AdapterError) as new:
+            _save_plain(model, new)
+            (new / "README.md").write_text(card, encoding="utf-8")
+        return f"SentenceTransformer({str(folder)!r})"
     if _is_export(folder):
         save_adapter(model.encoder, folder / "adapter")
         with update_folder(folder, (), error=AdapterError) as new:
             as_sentence_transformer(model).save_pretrained(str(new), create_model_card=False)
             shutil.rmtree(new / "adapter")  # already replaced above by an update that keeps other files in it
-        return
-    with new_folder(folder, error=AdapterError) as new:
-        as_sentence_transformer(model).save_pretrained(str(new), create_model_card=False)
-        (new / "README.md").write_text(_CARD.format(encoder=model.encoder.backbone.identity.name), encoding="utf-8")
+    else:
+        with new_folder(folder, error=AdapterError) as new:
+            as_sentence_transformer(model).save_pretrained(str(new), create_model_card=False)
+            (new / "README.md").write_text(_CARD.format(encoder=identity.name), encoding="utf-8")
+    return f"SentenceTransformer({str(folder)!r}, trust_remote_code=True)"
+
+
+def _is_plain(encoder: PromptEncoder) -> bool:
+    """Return whether modules of sentence-transformers compute the same embeddings."""
+    has_known_head = encoder.head_mode != "mlp" or type(encoder.head) is MlpHead
+    has_known_pooling = set(encoder.pooling.split("+")) <= set(POOLING_MODES)
+    is_bare = encoder.prompt.length == 0 and encoder.position_offset == 0 and not len(encoder.backbone.dense)
+    return is_bare and has_known_pooling and has_known_head
+
+
+def _save_plain(model: PromCSE, folder: Path) -> None:
+    """Write a model without a prompt with the modules of sentence-transformers."""
+    encoder, text = model.encoder, model.encoder.text
+    # the library builds BERT with a pooler, which it does not use and which would be random in each export
+    with tempfile.TemporaryDirectory() as temporary, quiet_transformers(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        encoder.backbone.save(Path(temporary))
+        transformer = Transformer(temporary, max_seq_length=model.max_tokens, do_lower_case=text.lower_case)
+    modes = tuple(POOLING_MODES[part] for part in encoder.pooling.split("+"))
+    modules = [transformer, Pooling(encoder.backbone.width, modes)]
+    if encoder.head is not None and encoder.head_mode == "mlp":
+        head = Dense(encoder.width, encoder.width, activation_function=torch.nn.Tanh())
+        head.linear.load_state_dict(encoder.head.dense.state_dict())
+        modules.append(head)
+    plain = SentenceTransformer(
+        modules=[*modules, Normalize()],
+        prompts=dict(text.prompts),
+        default_prompt_name=text.default_prompt,
+        device="cpu",
+    )
+    with quiet_transformers():
+        plain.save_pretrained(str(folder), create_model_card=False)
 
 
 def _is_export(folder: Path) -> bool:

@@ -1,10 +1,12 @@
-"""The frozen pre-trained encoder with a prompt as an input."""
+"""The pre-trained encoder with a prompt as an input. It is frozen unless `FrozenBackbone.tune` selects weights to train."""
 
 # B sentences, T tokens, P prompt length, L layers, K key/value heads, H head size, D width, E width of the input embeddings
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import hashlib
 import warnings
 from contextlib import suppress
 from functools import cached_property
@@ -43,6 +45,8 @@ from promcse_pl.models.identity import EncoderId, output_config
 from promcse_pl.models.mlm import MlmHead
 from promcse_pl.models.pipeline import Pipeline, read_pipeline
 from promcse_pl.models.pooling import count_pooled_parts
+from promcse_pl.models.tuning import Tuning, merge_lora, train_weights
+from promcse_pl.models.weights import add_to_digest
 from promcse_pl.utils.errors import ConfigError, EncoderError
 from promcse_pl.utils.paths import expand, hide_home, is_folder
 
@@ -51,7 +55,7 @@ UNLIMITED_INPUT = 2**16
 
 
 class FrozenBackbone(nn.Module):
-    """A frozen pre-trained encoder, with a prompt as an input.
+    """A pre-trained encoder, with a prompt as an input; it is frozen until `tune` is called.
 
     Args:
         model: A transformers encoder of a supported family. It is changed in place: prompt attention, no gradients.
@@ -62,6 +66,9 @@ class FrozenBackbone(nn.Module):
     Attributes:
         has_pipeline: Whether the pipeline of the encoder's folder was read; adapters store it.
         dense: Frozen dense layers after the pooling; empty for most encoders.
+        tuning: Which weights are trained; `identity` is that of the encoder before training.
+        tuned_names: Names of the trained parameters of `model`.
+        stored_sha256: `tuned_sha256` in the adapter that the weights were read from; None if there is none.
         use_fused_layers: Whether `forward` may use the fused CPU layers, which it does where they apply and no module of the
             encoder has hooks; False: always the modules of transformers.
 
@@ -101,6 +108,9 @@ class FrozenBackbone(nn.Module):
             self.pad_id = model.embeddings.padding_idx  # type: ignore[assignment, union-attr]
         self._source = source
         self.quantized = False
+        self.tuning = Tuning()
+        self.tuned_names: tuple[str, ...] = ()
+        self.stored_sha256: str | None = None
         self.use_fused_layers = True
         self._check_prompt_reaches_every_layer()
 
@@ -147,8 +157,72 @@ class FrozenBackbone(nn.Module):
             backbone.identity = dataclasses.replace(backbone.identity, tokenizer=fingerprint)
         return backbone
 
+    def tune(self, tuning: Tuning) -> None:
+        """Train weights of the encoder.
+
+        Args:
+            tuning: Which weights. LoRA draws its matrices A from torch's generator.
+
+        Raises:
+            ConfigError: The encoder has no biases, peft is not installed, or all weights of an encoder with dense layers would be
+                trained, which an adapter cannot store.
+        """
+        if tuning.weights == "full" and len(self.dense):
+            raise ConfigError(
+                f"tuning.weights=full does not work with {self.identity.name}: it has dense layers after the pooling, which an "
+                "adapter cannot store. Try: tuning=lora"
+            )
+        if tuning.weights != "none":
+            self.tuned_names = train_weights(self.model, tuning, self._weights_in_use())
+        self.tuning = tuning
+
+    def freeze(self) -> None:
+        """Disable the gradients of all weights, for inference; the trained ones stay part of the adapter."""
+        self.requires_grad_(False)
+
+    @property
+    def tuned_weights(self) -> dict[str, nn.Parameter]:
+        """The trained parameters of `model` by name; empty in int8, where they cannot be separated from the others."""
+        return {} if self.quantized else {name: self.model.get_parameter(name) for name in self.tuned_names}
+
+    def tuned_sha256(self) -> str | None:
+        """Return the hex sha256 of names, shapes and float32 values of the trained weights; None if the encoder is frozen.
+
+        For weights that were read from an adapter in another type, it is that of the values in the adapter.
+        """
+        if not self.tuned_names or (self.is_rounded and self.stored_sha256):
+            return self.stored_sha256
+        digest = hashlib.sha256()
+        add_to_digest(digest, self.tuned_weights)
+        return digest.hexdigest()
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether the trained weights are in another type than float32."""
+        weights = self.tuned_weights.values()
+        return bool(self.tuned_names) and (self.quantized or any(weight.dtype != torch.float32 for weight in weights))
+
+    def base(self) -> FrozenBackbone:
+        """Return the encoder as it was before training, read again from its files if weights of this one are trained.
+
+        Raises:
+            EncoderError: It cannot be found, or its weights have changed.
+        """
+        if self.tuning.weights == "none":
+            return self
+        # an encoder in the folder of the adapter has no name, but its files
+        origin = None if self.tuning.weights == "full" else self._source
+        revision = self.identity.revision if origin is None else None
+        found = FrozenBackbone.load(origin or self.identity.name, revision=revision, with_pipeline=self.has_pipeline)
+        if found.identity.sha256 != self.identity.sha256:
+            raise EncoderError(
+                f"{self.identity.name} is not the encoder that was trained: it has weights {found.identity.sha256[:12]}…, not "
+                f"{self.identity.sha256[:12]}…. Restore the published files"
+            )
+        return found.to(self.device)
+
     def save(self, folder: Path) -> str:
-        """Write the encoder and its tokenizer as transformers does.
+        """Write the encoder and its tokenizer as transformers does; LoRA is merged into the weights.
 
         Returns:
             The sha256 of the weights file.
@@ -163,15 +237,16 @@ class FrozenBackbone(nn.Module):
                 f"{self.identity.name} has dense layers after the pooling, which an adapter cannot store. Load the encoder from "
                 "its folder or hub id"
             )
-        if self.dtype != torch.float32:
-            raise EncoderError(
-                f"{self.identity.name} was read as {self.dtype}; saving would store the rounded weights. Load it as float32"
-            )
+        self.require_float32()
         from safetensors import SafetensorError
 
+        model: Any = self.model
+        if self.tuning.weights == "lora":
+            model = copy.deepcopy(model)
+            merge_lora(model)
         with quiet_transformers():
             try:
-                self.model.save_pretrained(folder)  # type: ignore[operator]
+                model.save_pretrained(folder)
             except SafetensorError as error:  # raised by safetensors if the disk is full
                 raise OSError(str(error)) from error
             self.tokenizer.save_pretrained(folder)
@@ -180,6 +255,13 @@ class FrozenBackbone(nn.Module):
                 (folder / "config.json").stat().st_mode
             )  # safetensors writes a file that only its owner can read
         return weights_sha256(folder)
+
+    def require_float32(self) -> None:
+        """Raise an EncoderError if the weights of the encoder are rounded, since saving would store the rounded values."""
+        if self.precision != "float32":
+            raise EncoderError(
+                f"{self.identity.name} was read as {self.precision}; saving would store the rounded weights. Load it as float32"
+            )
 
     def quantize(self) -> None:
         """Convert the linear layers to 8-bit integers with one scale per row, for encoding on a CPU.
@@ -193,6 +275,8 @@ class FrozenBackbone(nn.Module):
             from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
         except ImportError as error:
             raise EncoderError("this version of torch has no dynamic quantisation. Try: dtype=bfloat16") from error
+        if self.tuning.weights == "lora":
+            merge_lora(self.model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a deprecation: torch plans to move it to another package
             self.model = quantize_dynamic(  # type: ignore[no-untyped-call]
@@ -395,6 +479,28 @@ class FrozenBackbone(nn.Module):
     def _in_order(self, prompts: tuple[Tensor, ...] | None) -> Prompts | None:
         return iter(prompts) if prompts is not None and self.family.in_call_order else prompts
 
+    def _probe(self, prompts: tuple[Tensor, ...] | None, vectors: Tensor | None = None) -> Tensor:
+        """Return the last hidden states (1, T, D) of a few tokens in eval mode, with a prompt and vectors of an input prompt.
+
+        It always runs transformers' modules: the fused layers use the prompt in every layer.
+        """
+        ids = torch.full((1, 4), min(5, len(self.word_embeddings) - 1), device=self.device)
+        rows = ids.shape[1] + (0 if vectors is None else vectors.shape[1])
+        mask = torch.ones(1, rows, dtype=ids.dtype, device=self.device)
+        training = self.model.training
+        with prompt_in_attention(self._in_order(prompts)), input_prompt(vectors):
+            state: Tensor = self.model.eval()(input_ids=ids, attention_mask=mask).last_hidden_state
+        self.model.train(training)
+        return state[:, : ids.shape[1]]
+
+    def _weights_in_use(self) -> list[str]:
+        """Return the names of the parameters that the last hidden states depend on: all but those of an unused pooler."""
+        named = dict(self.model.requires_grad_().named_parameters())
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(self._probe(None).sum(), list(named.values()), allow_unused=True)
+        self.model.requires_grad_(False)
+        return [name for name, gradient in zip(named, gradients, strict=True) if gradient is not None]
+
     def _check_prompt_reaches_every_layer(self) -> None:
         """Reject an encoder that ignores the prompt: the output must have a gradient with respect to every layer's prompt.
 
@@ -404,15 +510,9 @@ class FrozenBackbone(nn.Module):
             torch.manual_seed(0)
             shape = (self.layers, 2, 1, self.kv_heads, 1, self.head_size)
             prompt_kv = torch.randn(shape, dtype=self.dtype).to(self.device).requires_grad_()
-            ids = torch.full((1, 4), min(5, len(self.word_embeddings) - 1), device=self.device)
-            training = self.model.training
             vectors = torch.randn(1, int(self.family.embeddings is not None), self.input_width, dtype=self.dtype)
             vectors = vectors.to(self.device).requires_grad_()
-            mask = torch.ones(1, 4 + vectors.shape[1], dtype=ids.dtype, device=self.device)
-            # always transformers' modules: the fused layers use the prompt in every layer
-            with prompt_in_attention(self._in_order(prompt_kv.unbind(0))), input_prompt(vectors):
-                state = self.model.eval()(input_ids=ids, attention_mask=mask).last_hidden_state[:, :4]
-            self.model.train(training)
+            state = self._probe(prompt_kv.unbind(0), vectors)
             # a random direction: the sum over a LayerNorm's outputs is constant and has no gradient
             weights = torch.randn(state.shape, dtype=torch.float32).to(self.device)
             grad, input_grad = torch.autograd.grad(

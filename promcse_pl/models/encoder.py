@@ -1,11 +1,11 @@
-"""The prompt encoder: frozen backbone, prompt, pooling and head, from token ids to sentence embeddings."""
+"""The prompt encoder: backbone, prompt, pooling and head, from token ids to sentence embeddings."""
 
 # N sentences, T tokens, D width, M masked tokens, R rank
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import get_args
 
 import torch
@@ -26,6 +26,8 @@ HEAD_RANK = 8
 """Default rank of the head `low_rank`."""
 
 STATE_PREFIX = "backbone."
+MODEL_PREFIX = f"{STATE_PREFIX}model."
+"""Names of the encoder's weights in the state dict begin with it."""
 
 
 class MlpHead(nn.Module):
@@ -68,12 +70,13 @@ class LowRankHead(nn.Module):
 
 
 class PromptEncoder(nn.Module):
-    """Sentence embeddings from a frozen encoder with a trained prompt.
+    """Sentence embeddings from an encoder with a trained prompt.
 
-    Its state dict contains only the trained part; the backbone is never part of a checkpoint.
+    Its state dict contains exactly what is trained: the prompt, the head, and the weights of the backbone that
+    `FrozenBackbone.tune` has selected.
 
     Args:
-        backbone: The frozen encoder.
+        backbone: The encoder.
         length: Prompt length P >= 0.
         kind: `deep`, `projected`, `shared` or `input`; a deep prompt with a `projection_size` is projected.
         projection_size: Hidden width of the re-parametrisation of a deep prompt, or None.
@@ -87,6 +90,7 @@ class PromptEncoder(nn.Module):
 
     Attributes:
         width: Dimension of an embedding: after the pooling, and after the dense layers of the encoder.
+        autocast: Type that an encoder with float32 weights computes in (`torch.autocast`); None: float32.
 
     Raises:
         ConfigError: A position offset for an encoder without position ids, an input prompt for an encoder without absolute
@@ -125,8 +129,9 @@ class PromptEncoder(nn.Module):
             )
         default = length if has_positions and self.prompt.kind != "input" else 0
         self.position_offset = default if position_offset is None else position_offset
-        self.register_state_dict_post_hook(_drop_backbone)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_post_hook(_expect_no_backbone)  # type: ignore[no-untyped-call]
+        self.autocast: torch.dtype | None = None
+        self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_expect_no_frozen)  # type: ignore[no-untyped-call]
 
     @property
     def has_test_head(self) -> bool:
@@ -169,7 +174,8 @@ class PromptEncoder(nn.Module):
         def run(rows: Tensor, prompt: Tensor) -> tuple[Tensor, ...]:
             return self.encode_chunk(tokens.select(rows, int(lengths_N[rows].max()) if chunk_tokens else whole), prompt)
 
-        found = run_chunks(run, self.prompt(), chunks, dropout=self.training, recompute=recompute)
+        weights = [weight for weight in self.backbone.parameters() if weight.requires_grad]
+        found = run_chunks(run, self.prompt(), chunks, weights=weights, dropout=self.training, recompute=recompute)
         pooled, hidden = [outputs[0] for outputs in found], [outputs[1] for outputs in found if len(outputs) > 1]
         order = torch.cat(chunks)
         embeddings_ND = _float(torch.cat(pooled))[torch.argsort(order).to(pooled[0].device)]
@@ -196,16 +202,23 @@ class PromptEncoder(nn.Module):
         all_layers: bool = False,
         first_token: bool = False,
     ) -> tuple[Tensor, ...]:
-        states: tuple[Tensor, ...] = self.backbone(
-            ids_NT,
-            tokens.mask_NT,
-            prompt,
-            position_offset=self.position_offset,
-            types_BT=tokens.types_NT,
-            all_layers=all_layers,
-            first_token=first_token,
-        )
+        with self._autocast(ids_NT.device):
+            states: tuple[Tensor, ...] = self.backbone(
+                ids_NT,
+                tokens.mask_NT,
+                prompt,
+                position_offset=self.position_offset,
+                types_BT=tokens.types_NT,
+                all_layers=all_layers,
+                first_token=first_token,
+            )
         return states
+
+    def _autocast(self, device: torch.device) -> AbstractContextManager[object]:
+        if self.autocast is None:
+            return nullcontext()
+        # without its cache, which threads would share: a chunk converts each weight once
+        return torch.autocast(device.type, self.autocast, cache_enabled=False)
 
     def _pool(self, tokens: Tokens, prompt: Tensor) -> Tensor:
         states = self._states(
@@ -270,11 +283,13 @@ def _float(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
-def _drop_backbone(_module: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: object) -> None:
-    for key in [key for key in state if key.startswith(prefix + STATE_PREFIX)]:
+def _drop_frozen(module: PromptEncoder, state: dict[str, Tensor], prefix: str, _metadata: object) -> None:
+    trained = {f"{prefix}{MODEL_PREFIX}{name}" for name in module.backbone.tuned_names}
+    for key in [key for key in state if key.startswith(prefix + STATE_PREFIX) and key not in trained]:
         del state[key]
 
 
-def _expect_no_backbone(_module: nn.Module, incompatible: object) -> None:
+def _expect_no_frozen(module: PromptEncoder, incompatible: object) -> None:
+    trained = tuple(f".{MODEL_PREFIX}{name}" for name in module.backbone.tuned_names)
     missing: list[str] = incompatible.missing_keys  # type: ignore[attr-defined]
-    missing[:] = [key for key in missing if f".{STATE_PREFIX}" not in f".{key}"]
+    missing[:] = [key for key in missing if f".{STATE_PREFIX}" not in f".{key}" or f".{key}".endswith(trained)]

@@ -43,6 +43,8 @@ _POOLINGS = {
     "weightedmean": "weightedmean",
     "lasttoken": "lasttoken",
 }
+POOLING_MODES = {"cls_before_pooler": "cls", **{ours: theirs for theirs, ours in _POOLINGS.items()}}
+"""Pooling -> its name in sentence-transformers."""
 _OLD_POOLINGS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +42,13 @@ class TensorSpec(NamedTuple):
     def numel(self) -> int:
         """Number of entries."""
         return prod(self.shape)
+
+
+def add_to_digest(digest: hashlib._Hash, tensors: Mapping[str, Tensor]) -> None:
+    """Add names, shapes and float32 values of tensors to a digest, in the order of their names."""
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, list(tensor.shape)]).encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
 
 
 def file_sha256(path: Path) -> str:

@@ -41,6 +41,8 @@ def check_inputs(config: Config) -> None:
     """
     resolve_mode(config.tracking.wandb)
     _check_logger(config.tracking.logger)
+    if config.tuning.weights == "lora" and importlib.util.find_spec("peft") is None:
+        raise ConfigError("tuning.weights=lora needs the package peft. Try: pip install 'promcse_pl[peft]'")
     path = config.model.path
     if looks_like_path(path) and not is_folder(expand(path)):
         raise EncoderError(

@@ -124,6 +124,9 @@ def _prepare(run: RunContext) -> tuple[RunContext, Parts]:
     _report_data(run, data, encoder.text.max_length)
     trained, total = _count_parameters(parts)
     log.info("trained: %s of %s parameters (%.2f %%)", f"{trained:,}", f"{total:,}", 100 * trained / total)
+    if config.tuning.weights == "full":
+        size = sum(weight.nbytes for weight in encoder.backbone.parameters())
+        log.info("the adapter contains the whole encoder (%.0f MB)", size / 1e6)
     return run, parts
 
 

@@ -55,9 +55,9 @@ class SharedSettings:
     precision: dict[str, str]
 
     def apply(self, config: Config) -> Config:
-        """Return a job's config with the precision of the sweep in place of `auto`."""
+        """Return a job's config with the precision of the sweep in place of `auto`, which depends on `tuning` too."""
         precision = self.precision.get(config.trainer.device)
-        if config.trainer.precision != "auto" or precision is None:
+        if config.trainer.precision != "auto" or precision is None or config.tuning.uses_autocast:
             return config
         raw = config.to_dict()
         raw["trainer"]["precision"] = precision

@@ -21,11 +21,14 @@ from pytorch_lightning.strategies import DDPStrategy
 from promcse_pl.config import Config, TrainerConfig
 from promcse_pl.data.batch import Tokens
 from promcse_pl.data.module import PromcseDataModule, epoch_order
+from promcse_pl.embedder import PromCSE
+from promcse_pl.evaluation.dev import score_dev
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.cpu.dropout import Dropout
 from promcse_pl.models.encoder import PromptEncoder, eval_mode
 from promcse_pl.models.mlm import MlmHead
 from promcse_pl.models.prompt import DeepPrompt
+from promcse_pl.models.tuning import Tuning
 from promcse_pl.run_folder import ADAPTER
 from promcse_pl.training.callbacks import BestByDev, History, Progress, WeightAverage
 from promcse_pl.training.checkpoint import RunCheckpoints, Saver, check_callbacks
@@ -56,7 +59,7 @@ class Parts:
 
     Attributes:
         device: Device of the computation.
-        encoder: Frozen encoder with the prompt.
+        encoder: The encoder with its prompt.
         mlm_head: MLM head; None without an MLM term in the loss.
         data: Training batches and dev set.
     """
@@ -109,7 +112,7 @@ class Fitted:
 
 
 def build_encoder(config: Config, *, with_pipeline: bool = True) -> PromptEncoder:
-    """Load the frozen encoder of a config and add an untrained prompt.
+    """Load the encoder of a config, select its trained weights and add an untrained prompt.
 
     Args:
         config: The settings.
@@ -118,12 +121,15 @@ def build_encoder(config: Config, *, with_pipeline: bool = True) -> PromptEncode
     Raises:
         EncoderError: The encoder cannot be loaded, or it does not support prompts.
         ConfigError: With the prompt, no token position is left for a sentence; the encoder has no `model.default_prompt`; or
-            unsupervised training without dropout.
+            unsupervised training without dropout; see also `FrozenBackbone.tune`.
     """
-    dtype = torch.bfloat16 if config.trainer.precision == "bfloat16" else torch.float32
+    tuning, is_bfloat16 = config.tuning, config.trainer.precision == "bfloat16"
+    uses_autocast = is_bfloat16 and tuning.uses_autocast
+    dtype = torch.bfloat16 if is_bfloat16 and not uses_autocast else torch.float32
     backbone = FrozenBackbone.load(
         config.model.path, revision=config.model.revision, dtype=dtype, with_pipeline=with_pipeline
     )
+    backbone.tune(Tuning(tuning.weights, tuning.rank, tuning.alpha))
     encoder = PromptEncoder(
         backbone,
         length=config.prompt.length,
@@ -136,16 +142,18 @@ def build_encoder(config: Config, *, with_pipeline: bool = True) -> PromptEncode
         position_offset=config.prompt.position_offset,
         text=resolve_text(config.model, backbone),
     )
+    encoder.autocast = torch.bfloat16 if uses_autocast else None
     encoder.backbone.use_fused_layers = config.trainer.layers == "auto"
     if encoder.longest_input < MIN_INPUT_TOKENS:
         raise ConfigError(
             f"prompt.length={config.prompt.length} shifts the positions so far that no sentence fits the encoder. "
             f"Try: prompt.length={max(0, config.prompt.length + encoder.longest_input - config.data.max_length)}"
         )
-    if config.data.kind == "sentences" and not _has_dropout(encoder):
+    if config.data.kind == "sentences" and config.trainer.max_steps != 0 and not _has_dropout(encoder):
+        advice = "prompt.dropout=0.1" if config.prompt.length else "prompt.length=10 prompt.dropout=0.1"
         raise ConfigError(
             f"data.kind=sentences needs dropout, which makes the two views of a sentence differ, but {config.model.path} has "
-            "none. Try: prompt.dropout=0.1"
+            f"none. Try: {advice}"
         )
     return encoder
 
@@ -194,7 +202,7 @@ def build_data(config: Config, encoder: PromptEncoder, progress: Callable[[int],
 
 
 def fit(run: RunContext, parts: Parts, loggers: Sequence[Logger]) -> Fitted:
-    """Train the prompt in place; at the end, it holds the tensors of the best step, or the mean of the last steps.
+    """Train an encoder in place; at the end, it holds the tensors of the best step, or the mean of the last steps.
 
     Args:
         run: The run; its config must be resolved, and all ranks must have joined.
@@ -208,6 +216,8 @@ def fit(run: RunContext, parts: Parts, loggers: Sequence[Logger]) -> Fitted:
         Stopped: A signal stopped the run; a checkpoint is saved.
     """
     config, data = run.config, parts.data
+    if config.trainer.max_steps == 0:
+        return _untrained(run, parts, loggers)
     epoch_steps = -(-len(data.token_rows) // config.data.batch_size)
     steps = min(epoch_steps * config.trainer.epochs, config.trainer.max_steps or epoch_steps * config.trainer.epochs)
     chunk_tokens = config.trainer.chunk_tokens
@@ -257,6 +267,17 @@ def fit(run: RunContext, parts: Parts, loggers: Sequence[Logger]) -> Fitted:
         earlier_seconds=saver.seconds,
         rows_per_second=history.total_rows / history.total_seconds,
     )
+
+
+def _untrained(run: RunContext, parts: Parts, loggers: Sequence[Logger]) -> Fitted:
+    """Evaluate on the dev set without training (`trainer.max_steps=0`); rank 0 evaluates."""
+    log.info("trainer.max_steps=0: nothing is trained")
+    score, dev = None, parts.data.dev
+    if run.is_main and dev is not None:
+        score = score_dev(PromCSE(parts.encoder.to(parts.device), parts.data.tokenizer), dev)
+        for logger in loggers:
+            logger.log_metrics({f"dev/{dev.metric}": 100 * score, f"dev/best_{dev.metric}": 100 * score}, step=0)
+    return Fitted(0, None, 0, score, None, 0.0, 0.0, 0.0)
 
 
 def _start_prompt_from_data(run: RunContext, parts: Parts) -> None:
@@ -327,7 +348,7 @@ def _build_trainer(
         strategy=_RankStrategy(ranks) if ranks.size > 1 else "auto",
         devices=ranks.devices,
         num_nodes=ranks.size // ranks.devices,
-        precision="32-true",  # the frozen encoder has a dtype of its own; everything trained is float32
+        precision="32-true",  # the encoder has a dtype of its own or its own autocast; everything trained is float32
         max_steps=steps,
         max_epochs=config.trainer.epochs,
         gradient_clip_val=config.optim.clip_norm,

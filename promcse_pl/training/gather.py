@@ -88,7 +88,7 @@ def average_gradients(parameters: Sequence[Tensor]) -> None:
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
     with collective():
         dist.all_reduce(flat)
-    means = torch.split_with_sizes(flat / world_size(), [parameter.numel() for parameter in parameters])
+    means = torch.split_with_sizes(flat.div_(world_size()), [parameter.numel() for parameter in parameters])
     for parameter, mean in zip(parameters, means, strict=True):
         parameter.grad = mean.view_as(parameter)
 

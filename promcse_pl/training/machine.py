@@ -42,12 +42,19 @@ def resolve_machine(config: Config) -> tuple[Config, torch.device]:
         The resolved config, and the device.
     """
     device = pick_device(config.trainer.device)
-    precision, reason = gather_values(choose_precision(config.trainer.precision, device))[0]
+    precision, reason = gather_values(_choose(config, device))[0]
     log.info("device: %s; precision: %s", device.type, reason)
     resolved: dict[str, Any] = {"device": device.type, "precision": precision}
     if config.trainer.chunk_tokens == "auto":
         resolved["chunk_tokens"] = CHUNK_TOKENS[device.type]
     return dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, **resolved)), device
+
+
+def _choose(config: Config, device: torch.device) -> tuple[str, str]:
+    """Return precision and reason for a run."""
+    if config.trainer.precision == "auto" and device.type == "cpu" and config.tuning.uses_autocast:
+        return "float32", f"float32 (tuning.weights={config.tuning.weights} on a CPU)"
+    return choose_precision(config.trainer.precision, device)
 
 
 def choose_precision(setting: str, device: torch.device) -> tuple[str, str]:
@@ -97,6 +104,9 @@ def must_recompute(config: Config, encoder: PromptEncoder, rows: TokenRows, devi
     free = free_bytes(device)
     if free is None:
         return False
+    # gradients, both moments of AdamW, and the gradients of the chunks that run at the same time
+    trained = sum(weight.nbytes for weight in encoder.parameters() if weight.requires_grad)
+    free = max(0, free - (3 + (2 * torch.get_num_threads() if device.type == "cpu" else 1)) * trained)
     batch_rows = -(-config.data.batch_size // config.trainer.world_size)
     sentences = batch_rows * max(2, rows.width) * (2 if config.loss.mlm_weight else 1)
     mean_length = -(-rows.tokens_total // (len(rows) * rows.width))
@@ -121,6 +131,12 @@ def activation_bytes(encoder: PromptEncoder, length: int) -> int:
         encoder: The model.
         length: Number of tokens of the sentence, special tokens included.
     """
+    few, more = (_kept_bytes(encoder, sentences, length) for sentences in (_PROBE_SENTENCES, 2 * _PROBE_SENTENCES))
+    return (more - few) // _PROBE_SENTENCES  # the difference excludes weights that autocast has converted
+
+
+def _kept_bytes(encoder: PromptEncoder, sentences: int, length: int) -> int:
+    """Return how many bytes autograd keeps for a chunk of sentences, without the weights."""
     sizes: dict[int, int] = {}
     weights = {parameter.untyped_storage().data_ptr() for parameter in encoder.parameters()}
 
@@ -132,7 +148,7 @@ def activation_bytes(encoder: PromptEncoder, length: int) -> int:
 
     device = encoder.backbone.device
     token_id = min(5, len(encoder.backbone.word_embeddings) - 1)
-    ids_NT = torch.full((_PROBE_SENTENCES, length), token_id, device=device)
+    ids_NT = torch.full((sentences, length), token_id, device=device)
     training = encoder.training
     with (
         torch.random.fork_rng(devices=[]),
@@ -143,7 +159,7 @@ def activation_bytes(encoder: PromptEncoder, length: int) -> int:
         kept = encoder.encode_chunk(Tokens(ids_NT, torch.ones_like(ids_NT)), encoder.prompt())
     encoder.train(training)
     del kept
-    return sum(sizes.values()) // _PROBE_SENTENCES
+    return sum(sizes.values())
 
 
 def free_bytes(device: torch.device) -> int | None:

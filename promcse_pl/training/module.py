@@ -25,10 +25,10 @@ from promcse_pl.utils.errors import NonFiniteError
 
 
 class PromcseModule(pl.LightningModule):
-    """Trains the prompt (and heads) of a prompt encoder.
+    """Trains the prompt, the heads and, if any are selected, weights of a prompt encoder.
 
     Args:
-        encoder: The model; its backbone has no gradient and is not part of checkpoints.
+        encoder: The model; frozen weights have no gradient and are not part of checkpoints.
         loss: Weights of the loss terms.
         optim: Optimiser, learning-rate schedule and gradient clipping.
         total_steps: Number of steps of the schedule.
@@ -150,14 +150,15 @@ class PromcseModule(pl.LightningModule):
         self.entry["train/gradient_norm"] = norm
 
     def _remedy(self) -> str:
-        if self.global_step == 0 and self.encoder.backbone.dtype != torch.float32:
+        is_float32 = self.encoder.backbone.dtype == torch.float32 and self.encoder.autocast is None
+        if self.global_step == 0 and not is_float32:
             return (
-                "It occurred before the first update, so it comes from the frozen encoder. Try: trainer.precision=float32, or "
+                "It occurred before the first update, so it comes from the encoder. Try: trainer.precision=float32, or "
                 "another model=, in a new run"
             )
         if self.global_step == 0:
             return (
-                "It occurred before the first update, so it comes from the frozen encoder in float32. Try: another model= in a "
+                "It occurred before the first update, so it comes from the encoder in float32. Try: another model= in a "
                 "new run"
             )
-        return f"The prompt is that of the last step. Try: optim.lr={self.optim.lr / 3:.2g} in a new run"
+        return f"The trained tensors are those of the last step. Try: optim.lr={self.optim.lr / 3:.2g} in a new run"

@@ -12,6 +12,7 @@ from support.configs import CONF, composed, config_of
 
 from promcse_pl.config import Config, SweepConfig, flat_settings
 from promcse_pl.config.fields import settings
+from promcse_pl.utils.errors import ConfigError
 
 MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
 DATA_CHOICES = sorted(path.stem for path in (CONF / "data").glob("*.yaml") if path.stem[0] != "_")
@@ -278,6 +279,40 @@ def test_the_ablation_switches_the_hinge_off_and_changes_nothing_else():
     plain, ablation = composed("model=bert-base"), composed("model=bert-base", "experiment=no_hinge")
     plain["loss"]["hinge_weight"] = 0.0
     assert plain == ablation
+
+
+@pytest.mark.parametrize(
+    ("choice", "weights", "length"),
+    [("prompt", "none", 10), ("full", "full", 0), ("lora", "lora", 0), ("bitfit", "bias", 0), ("none", "none", 0)],
+)
+def test_a_tuning_wins_over_the_recipe_and_an_override_over_the_tuning(choice, weights, length):
+    config = config_of(f"tuning={choice}")
+    assert (config.tuning.weights, config.prompt.length) == (weights, length)
+    assert config.prompt.position_offset == 0  # of the recipe
+    both = config_of("prompt.length=7", f"tuning={choice}", "optim.lr=0.25", "trainer.max_steps=3")
+    assert (both.tuning.weights, both.prompt.length, both.optim.lr) == (weights, 7, 0.25)
+
+
+def test_the_default_tuning_changes_no_setting():
+    assert flat_settings({"tuning": composed("tuning=prompt")["tuning"]}) == {
+        key: setting.default for key, setting in settings(Config).items() if key.startswith("tuning.")
+    }
+    assert composed() == composed("tuning=prompt")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["tuning.rank=4"], r"tuning.rank=4 has no effect with tuning.weights=none. Try: .* tuning=lora tuning.rank=4"),
+        (["tuning=full", "tuning.alpha=4"], "tuning.alpha=4 has no effect with tuning.weights=full"),
+        (["tuning.weights=lora"], "tuning.weights=lora needs tuning.rank, got null. Try: .* tuning=lora"),
+        (["tuning=none", "trainer.max_steps=4"], "leaves nothing to train. Try: .*tuning=none to evaluate"),
+    ],
+)
+def test_settings_of_a_tuning_without_effect_are_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        config_of(*overrides)
+    config_of("tuning=lora", "tuning.rank=4")
 
 
 def test_the_defaults_of_a_sweep_are_those_of_conf():

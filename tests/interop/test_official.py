@@ -21,6 +21,7 @@ from promcse_pl.interop.official import export_official, import_official
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.pipeline import TextSettings
+from promcse_pl.models.tuning import Tuning
 from promcse_pl.utils.errors import AdapterError, EncoderError
 
 P, D, LAYERS = 4, 16, 3
@@ -493,3 +494,10 @@ def test_errors_go_to_stderr_with_code_2(tmp_path, capsys):
     assert main(["import", str(tmp_path / "typo"), "-o", str(tmp_path / "adapter")]) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'typo'} is neither a folder")
     assert not (tmp_path / "adapter").exists()
+
+
+def test_trained_weights_are_refused_with_the_export_that_keeps_them(tmp_path):
+    backbone = small_backbone()
+    backbone.tune(Tuning("bias"))
+    with pytest.raises(AdapterError, match=r"tuning.weights=bias.*xport to sentence-transformers instead"):
+        export_official(PromptEncoder(backbone, length=4), tmp_path / "out")

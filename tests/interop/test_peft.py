@@ -15,6 +15,7 @@ from promcse_pl.interop.peft import FAMILIES, export_peft, import_peft
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.pipeline import TextSettings
+from promcse_pl.models.tuning import Tuning
 from promcse_pl.utils.errors import AdapterError, ConfigError
 
 P = 5
@@ -294,3 +295,10 @@ def test_a_fifo_instead_of_a_file_is_rejected_without_blocking(tmp_path, name):
     os.mkfifo(tmp_path / "peft" / name)
     with memory_limit(), pytest.raises(AdapterError, match="it is a FIFO, not a regular file"):
         import_peft(tmp_path / "peft")
+
+
+def test_trained_weights_are_refused_with_the_export_that_keeps_them(tmp_path):
+    backbone = small_backbone()
+    backbone.tune(Tuning("bias"))
+    with pytest.raises(AdapterError, match=r"tuning.weights=bias.*xport to sentence-transformers instead"):
+        export_peft(PromptEncoder(backbone, length=4), tmp_path / "out")

@@ -26,6 +26,8 @@ from promcse_pl.adapter import BUNDLED, save_adapter
 from promcse_pl.interop.sentence_transformers import as_sentence_transformer, export_sentence_transformers
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import PromptEncoder
+from promcse_pl.models.pipeline import TextSettings
+from promcse_pl.models.tuning import Tuning
 from promcse_pl.utils.errors import AdapterError, ConfigError, DataError
 
 TEXTS = ["w5 w6 w7", "w8", "", "w9 w10 w11 w12 w13 w14", "w5 " * 60, "w20 w21 unknown"]
@@ -97,6 +99,50 @@ def test_an_export_holds_safetensors_and_json_only_and_replaces_an_older_one(tmp
     (tmp_path / "mine" / "thesis.tex").touch()
     with pytest.raises(AdapterError, match="mine"):
         export_sentence_transformers(model, tmp_path / "mine")
+
+
+@pytest.mark.parametrize("head", ["none", "mlp", "mlp_train_only"])
+@pytest.mark.parametrize(
+    ("family", "pooling", "tuning"),
+    [
+        ("bert", "cls", Tuning("lora", 3, 6.0)),
+        ("mpnet", "avg", Tuning("bias")),
+        ("roberta", "cls+avg", Tuning("full")),
+        ("bert", "cls_before_pooler", Tuning()),
+    ],
+)
+def test_without_a_prompt_an_export_is_plain_and_gives_our_vectors(tmp_path, family, pooling, tuning, head):
+    backbone = FrozenBackbone.load(save_small_encoder(tmp_path / "encoder", family))
+    backbone.tune(tuning)
+    text = TextSettings(max_length=12, lower_case=True, prompts={"query": "w5 "}, default_prompt="query")
+    head = "none" if pooling == "cls_before_pooler" else head
+    model = PromCSE(PromptEncoder(backbone, length=0, pooling=pooling, head=head, text=text).eval())
+    for weight in model.encoder.parameters():
+        if weight.requires_grad:
+            torch.nn.init.normal_(weight, std=0.3)
+    loader = export_sentence_transformers(model, tmp_path / "export")
+    assert loader == f"SentenceTransformer({str(tmp_path / 'export')!r})"
+    exported = SentenceTransformer(str(tmp_path / "export"), local_files_only=True, device="cpu")
+    texts = [*TEXTS, "W9 W10"]
+    for options in ({}, {"prompt_name": "query"}, {"prompt": ""}):
+        ours = model.encode(texts, **options)
+        np.testing.assert_allclose(exported.encode(texts, **options), ours, atol=1e-6, rtol=0)
+    assert not list((tmp_path / "export").rglob("*.py"))
+    assert "promcse_pl" not in (tmp_path / "export/modules.json").read_text()
+    as_encoder = FrozenBackbone.load(tmp_path / "export")  # the exported folder is an encoder to train on
+    again = PromCSE(PromptEncoder(as_encoder, length=0, pooling=as_encoder.pipeline.pooling).eval())
+    np.testing.assert_allclose(again.encode(texts, prompt=""), model.encode(texts, prompt=""), atol=1e-6, rtol=0)
+
+
+def test_with_a_prompt_an_export_holds_the_trained_weights_in_its_adapter(tmp_path):
+    backbone = FrozenBackbone.load(save_small_encoder(tmp_path / "encoder"))
+    backbone.tune(Tuning("lora", 3, 6.0))
+    model = PromCSE(PromptEncoder(backbone, length=4, pooling="avg").eval())
+    for weight in model.encoder.parameters():
+        if weight.requires_grad:
+            torch.nn.init.normal_(weight, std=0.3)
+    assert export_sentence_transformers(model, tmp_path / "export").endswith("trust_remote_code=True)")
+    np.testing.assert_allclose(load(tmp_path / "export").encode(TEXTS), model.encode(TEXTS), atol=1e-6, rtol=0)
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from promcse_pl.data.batch import TrainBatch
 from promcse_pl.data.module import PromcseDataModule
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.mlm import MlmHead
+from promcse_pl.models.tuning import Tuning
 from promcse_pl.training.distributed import Ranks, find_ranks, refuse_sweep
 from promcse_pl.training.gather import average_gradients
 from promcse_pl.training.guide import Guide
@@ -25,6 +26,7 @@ from promcse_pl.utils.errors import ConfigError
 TOLERANCE = {torch.float32: (1e-6, 1e-5), torch.float64: (1e-12, 4e-12)}
 """Of losses and of gradients. Rounding in float32 depends on the processor's kernels: up to 4.1e-6 with AVX-512 on AMD, below
 4e-6 on others; float64 is what proves the equality."""
+TUNINGS = {"lora": Tuning("lora", 3, 6.0), "full": Tuning("full")}
 JOBS = [
     (width, mlm, rows, ranks, dtype, chunk_tokens, official, term)
     for ranks in (2, 3)
@@ -45,6 +47,7 @@ JOBS = [
     if dtype is torch.float64
     or term != "scores"  # CoSENT magnifies the rounding of nearly equal cosines by 1/temperature
 ]
+JOBS += [(3, False, rows, 2, torch.float64, 30, False, tuned) for rows in (1, 8) for tuned in TUNINGS]
 
 
 def make_module(
@@ -52,6 +55,7 @@ def make_module(
 ) -> PromcseModule:
     backbone = small_backbone(**NO_DROPOUT)
     torch.manual_seed(3)
+    backbone.tune(TUNINGS.get(term, Tuning()))
     encoder = PromptEncoder(backbone, length=4, head="mlp")
     head = MlmHead(backbone.word_embeddings, layer_norm_eps=1e-12) if mlm else None
     loss = LossConfig(

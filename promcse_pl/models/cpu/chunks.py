@@ -8,8 +8,9 @@ cache. With `recompute` (activation checkpointing) the backward pass computes a 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from threading import Barrier
 from typing import Any, TypeVar, cast
@@ -24,6 +25,7 @@ Result = TypeVar("Result")
 Outputs = tuple[Tensor, ...]
 Run = Callable[[Tensor, Tensor], Outputs]
 """Function of the row numbers of a chunk and the prompt (`Prompt.forward`) that returns the chunk's outputs."""
+Gradients = tuple[Tensor | None, ...]
 
 
 CHUNK_TOKENS = {"cpu": 512, "cuda": 16384, "mps": 8192}
@@ -61,23 +63,33 @@ def padded_tokens(mask_NT: Tensor, budget: int | None) -> int:
     return sum(len(rows) * int(lengths_N[rows].max()) for rows in plan_chunks(lengths_N, budget))
 
 
+# six parameters: what is run, on which tensors, and how
 def run_chunks(
-    run: Run, prompt_kv: Tensor, chunks: Sequence[Tensor], *, dropout: bool = False, recompute: bool = False
+    run: Run,
+    prompt_kv: Tensor,
+    chunks: Sequence[Tensor],
+    *,
+    weights: Sequence[Tensor] = (),
+    dropout: bool = False,
+    recompute: bool = False,
 ) -> list[Outputs]:
-    """Run every chunk and return the outputs in the order of the chunks, differentiable in the prompt.
+    """Run every chunk and return the outputs in the order of the chunks, differentiable in the prompt and in weights.
 
     Args:
-        run: See `Run`. It must not depend on other tensors that require a gradient. On a CPU, several threads call it.
+        run: See `Run`. On a CPU, several threads call it.
         prompt_kv: The prompt's keys and values, or its vectors in front of the input embeddings.
         chunks: Row numbers of each chunk.
+        weights: The other tensors that `run` reads and that require a gradient. Their gradients are summed in the order of the
+            chunks, and only those of a few chunks are in memory.
         dropout: Whether `run` draws dropout masks; a chunk's masks depend on its position, not on threads.
         recompute: Compute each chunk's activations again in the backward pass instead of keeping them: 1.5x the computation.
     """
     seeds = torch.randint(2**62, (len(chunks),)).tolist() if dropout else [None] * len(chunks)
     work = [_Chunk(run, rows, seed) for rows, seed in zip(chunks, seeds, strict=True)]
-    if not (torch.is_grad_enabled() and prompt_kv.requires_grad and prompt_kv.numel()):
+    trains_prompt = prompt_kv.requires_grad and prompt_kv.numel() > 0
+    if not (torch.is_grad_enabled() and (trains_prompt or weights)):
         return _map(lambda chunk: chunk.forward(prompt_kv), work, prompt_kv.device)
-    flat = iter(cast(Outputs, _Chunks.apply(work, recompute, prompt_kv)))  # type: ignore[no-untyped-call]
+    flat = iter(cast(Outputs, _Chunks.apply(work, recompute, prompt_kv, *weights)))  # type: ignore[no-untyped-call]
     return [tuple(next(flat) for _ in range(chunk.outputs)) for chunk in work]
 
 
@@ -101,21 +113,27 @@ class _Chunk:
         self._graph = (leaf, outputs)
         return tuple(output.detach() for output in outputs)
 
-    def backward(self, prompt_kv: Tensor, gradients: Sequence[Tensor]) -> Tensor:
+    def backward(self, prompt_kv: Tensor, weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> Gradients:
+        """Return the gradients of the prompt and of each weight; None for a weight that the chunk does not read."""
         if self._graph is None:
             self.forward_with_graph(prompt_kv)
         (leaf, outputs), self._graph = cast(tuple[Tensor, Outputs], self._graph), None
-        (gradient,) = torch.autograd.grad(outputs, leaf, gradients)
-        return gradient
+        return torch.autograd.grad(outputs, [leaf, *weights], gradients, allow_unused=True)
 
 
 class _Chunks(torch.autograd.Function):
-    """All chunks as one operation on the prompt, so that several threads can run their backward passes."""
+    """All chunks as one operation on prompt and weights, so that several threads can run their backward passes."""
 
     @staticmethod
-    def forward(ctx: Any, work: list[_Chunk], recompute: bool, prompt_kv: Tensor) -> Outputs:  # noqa: ANN401, FBT001, RUF100
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        work: list[_Chunk],
+        recompute: bool,  # noqa: FBT001, RUF100
+        prompt_kv: Tensor,
+        *weights: Tensor,
+    ) -> Outputs:
         ctx.work = work
-        ctx.save_for_backward(prompt_kv)
+        ctx.save_for_backward(prompt_kv, *weights)
         step = _Chunk.forward if recompute else _Chunk.forward_with_graph
         found = _map(lambda chunk: step(chunk, prompt_kv.detach()), work, prompt_kv.device)
         for chunk, outputs in zip(work, found, strict=True):
@@ -124,28 +142,50 @@ class _Chunks(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, Tensor]:  # noqa: ANN401
-        (prompt_kv,) = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        prompt_kv, *weights = ctx.saved_tensors
         of_chunk, start = {}, 0
         for chunk in ctx.work:
             of_chunk[chunk], start = gradients[start : start + chunk.outputs], start + chunk.outputs
-        parts = _map(lambda chunk: chunk.backward(prompt_kv, of_chunk[chunk]), ctx.work, prompt_kv.device)
-        return None, None, torch.stack(parts).sum(0)
+        parts: list[Tensor] = []
+        sums: list[Tensor | None] = [None] * len(weights)
+        for of_prompt, *of_weights in _results(
+            lambda chunk: chunk.backward(prompt_kv, weights, of_chunk[chunk]), ctx.work, prompt_kv.device
+        ):
+            if of_prompt is not None:
+                parts.append(of_prompt)
+            for number, part in enumerate(of_weights):
+                total = sums[number]
+                if part is not None:  # the first is copied: autograd may return one tensor for two weights
+                    sums[number] = part.clone() if total is None else total.add_(part)
+        return None, None, torch.stack(parts).sum(0) if parts else None, *sums
 
 
 def _map(function: Callable[[_Chunk], Result], work: Sequence[_Chunk], device: torch.device) -> list[Result]:
     """Call a function for every chunk, on a CPU with as many threads as torch uses."""
+    return list(_results(function, work, device))
+
+
+def _results(function: Callable[[_Chunk], Result], work: Sequence[_Chunk], device: torch.device) -> Iterator[Result]:
+    """Yield the results of `_map` in the order of the chunks; at most two per thread are computed or wait to be read."""
     threads = torch.get_num_threads()
     workers = min(threads, len(work)) if device.type == "cpu" else 1
     if workers < 2:
-        return [function(chunk) for chunk in work]
+        yield from map(function, work)
+        return
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
     def in_thread(chunk: _Chunk) -> Result:  # the modes are thread-local
         with torch.inference_mode(inference), torch.set_grad_enabled(grad):
             return function(chunk)
 
-    return list(_workers(workers, threads // workers).map(in_thread, work))
+    pool, running = _workers(workers, threads // workers), deque[Future[Result]]()
+    for chunk in work:
+        if len(running) == 2 * workers:
+            yield running.popleft().result()
+        running.append(pool.submit(in_thread, chunk))
+    while running:
+        yield running.popleft().result()
 
 
 @cache

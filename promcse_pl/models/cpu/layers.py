@@ -79,7 +79,10 @@ def _module_types(fused: FusedLayers) -> tuple[type[nn.Module], frozenset[type[n
 
 
 def can_fuse(model: nn.Module, fused: FusedLayers | None) -> bool:
-    """Return whether the fused layers compute what an encoder's modules would: transformers' own, frozen, on a CPU.
+    """Return whether the fused layers compute what an encoder's modules would: transformers' own, on a CPU, and frozen.
+
+    Weights that are trained count as frozen in eval mode without gradients, as in a dev evaluation. In train mode they do not, so
+    that both passes of a recomputed chunk draw the same dropout masks.
 
     Types are compared exactly: a subclass, an int8 layer or an adapter of another library may compute something else.
     """
@@ -90,11 +93,12 @@ def can_fuse(model: nn.Module, fused: FusedLayers | None) -> bool:
         return False
     if next(model.parameters()).device.type != "cpu":
         return False
+    is_training = model.training or torch.is_grad_enabled()
     # a single loop, since this is called for every chunk of sentences
     for module in model.get_submodule(fused.layers.rpartition(".")[0]).modules():
         if type(module) not in types:
             return False
-        if any(weight is not None and weight.requires_grad for weight in module._parameters.values()):
+        if is_training and any(weight is not None and weight.requires_grad for weight in module._parameters.values()):
             return False
     return True
 
