@@ -128,7 +128,7 @@ class GraphEncoder:
         for start in range(0, len(order), batch_size):
             rows = [encoded[row] for row in order[start : start + batch_size]]
             longest = max(sum(row.attention_mask) for row in rows)
-            padded_at_start = self.tokenizer.padding["direction"] == "left"
+            padded_at_start = (self.tokenizer.padding or {}).get("direction") == "left"
             columns = slice(-longest, None) if padded_at_start else slice(longest)
             ids_NT, mask_NT = (
                 np.array([getattr(row, name)[columns] for row in rows], dtype=np.int64)

@@ -249,7 +249,7 @@ def _save_plain(model: PromCSE, folder: Path) -> None:
         transformer = Transformer(temporary, max_seq_length=model.max_tokens, do_lower_case=text.lower_case)
     modes = tuple(POOLING_MODES[part] for part in encoder.pooling.split("+"))
     modules = [transformer, Pooling(encoder.backbone.width, modes)]
-    if encoder.head is not None and encoder.head_mode == "mlp":
+    if isinstance(encoder.head, MlpHead):
         head = Dense(encoder.width, encoder.width, activation_function=torch.nn.Tanh())
         head.linear.load_state_dict(encoder.head.dense.state_dict())
         modules.append(head)
