@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from promcse_pl.adapter import load_adapter, save_adapter
 from promcse_pl.data.batch import Tokens
 from promcse_pl.embedder import PromCSE
 from promcse_pl.models.cpu.chunks import CHUNK_TOKENS
-from promcse_pl.models.encoder import MlpHead, PromptEncoder
+from promcse_pl.models.encoder import LowRankHead, MlpHead, PromptEncoder
 from promcse_pl.models.encoder_files import quiet_transformers
 from promcse_pl.models.pipeline import POOLING_MODES, SHORTEST_INPUT
 from promcse_pl.models.texts import tokenize
@@ -192,7 +192,7 @@ def as_sentence_transformer(model: PromCSE) -> SentenceTransformer:
 def export_sentence_transformers(model: PromCSE, folder: str | Path) -> str:
     """Write a folder for sentence-transformers.
 
-    Without a prompt it contains a Transformer with the trained weights (LoRA is merged), Pooling, the MLP head as a Dense module
+    Without a prompt it contains a Transformer with the trained weights (LoRA is merged), Pooling, the head as a Dense module
     and Normalize, and needs neither code nor promcse_pl. With a prompt, or a pooling or head that the library's own modules
     cannot express, it contains the adapter and no code: promcse_pl must be installed where it is loaded, and the encoder is found
     by its name, as for any adapter.
@@ -233,10 +233,24 @@ def export_sentence_transformers(model: PromCSE, folder: str | Path) -> str:
 
 def _is_plain(encoder: PromptEncoder) -> bool:
     """Return whether modules of sentence-transformers compute the same embeddings."""
-    has_known_head = encoder.head_mode != "mlp" or type(encoder.head) is MlpHead
+    has_known_head = not encoder.has_test_head or type(encoder.head) in (MlpHead, LowRankHead)
     has_known_pooling = set(encoder.pooling.split("+")) <= set(POOLING_MODES)
     is_bare = encoder.prompt.length == 0 and encoder.position_offset == 0 and not len(encoder.backbone.dense)
     return is_bare and has_known_pooling and has_known_head
+
+
+def _dense(head: nn.Module | None) -> Dense:
+    """Return a head as a Dense module: the MLP head with tanh, the low-rank head h + U V h as the matrix I + U V."""
+    if isinstance(head, MlpHead):
+        dense = Dense(head.dense.in_features, head.dense.out_features, activation_function=nn.Tanh())
+        dense.linear.load_state_dict(head.dense.state_dict())
+        return dense
+    assert isinstance(head, LowRankHead)
+    width = head.down.in_features
+    dense = Dense(width, width, bias=False, activation_function=nn.Identity())
+    with torch.no_grad():
+        dense.linear.weight.copy_(torch.eye(width) + head.up.weight @ head.down.weight)
+    return dense
 
 
 def _save_plain(model: PromCSE, folder: Path) -> None:
@@ -249,10 +263,8 @@ def _save_plain(model: PromCSE, folder: Path) -> None:
         transformer = Transformer(temporary, max_seq_length=model.max_tokens, do_lower_case=text.lower_case)
     modes = tuple(POOLING_MODES[part] for part in encoder.pooling.split("+"))
     modules = [transformer, Pooling(encoder.backbone.width, modes)]
-    if isinstance(encoder.head, MlpHead):
-        head = Dense(encoder.width, encoder.width, activation_function=torch.nn.Tanh())
-        head.linear.load_state_dict(encoder.head.dense.state_dict())
-        modules.append(head)
+    if encoder.has_test_head:
+        modules.append(_dense(encoder.head))
     plain = SentenceTransformer(
         modules=[*modules, Normalize()],
         prompts=dict(text.prompts),

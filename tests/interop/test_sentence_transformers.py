@@ -101,7 +101,7 @@ def test_an_export_holds_safetensors_and_json_only_and_replaces_an_older_one(tmp
         export_sentence_transformers(model, tmp_path / "mine")
 
 
-@pytest.mark.parametrize("head", ["none", "mlp", "mlp_train_only"])
+@pytest.mark.parametrize("head", ["none", "mlp", "mlp_train_only", "low_rank"])
 @pytest.mark.parametrize(
     ("family", "pooling", "tuning"),
     [
