@@ -20,11 +20,16 @@ WORDS: dict[Expected, tuple[str, str, str]] = {
 """Verdict if the interval is above 0, below 0, or includes it."""
 
 
+def by_seed(model: Tree, row: str, task: str) -> dict[int, float]:
+    """Return the scores of a row's runs on a task by seed."""
+    runs = model["rows"].get(row, {"runs": []})["runs"]
+    found = {run["seed"]: run["dev_spearman"] if task == DEV else run["scores"].get(task) for run in runs}
+    return {seed: value for seed, value in found.items() if value is not None}
+
+
 def values(model: Tree, row: str, task: str) -> list[float]:
     """Return the scores of a row's runs on a task, in the order of the seeds."""
-    runs = model["rows"].get(row, {"runs": []})["runs"]
-    found = [run["dev_spearman"] if task == DEV else run["scores"].get(task) for run in runs]
-    return [value for value in found if value is not None]
+    return [*by_seed(model, row, task).values()]
 
 
 def number(value: float, task: str, sign: str = "") -> str:
@@ -41,11 +46,12 @@ def cell(scores: Sequence[float], task: str) -> str:
 
 
 def compare(model: Tree, claim: Claim) -> Difference | None:
-    """Return the difference of the two rows of a claim; None without two seeds."""
-    first, second = (values(model, row, claim.task) for row in (claim.first, claim.second))
-    if not first or not second or max(len(first), len(second)) < 2:
+    """Return the difference of the two rows of a claim over their common seeds; None without two of them."""
+    first, second = (by_seed(model, row, claim.task) for row in (claim.first, claim.second))
+    seeds = [seed for seed in first if seed in second]
+    if len(seeds) < 2:
         return None
-    return seed_difference(first, second)
+    return seed_difference([first[seed] for seed in seeds], [second[seed] for seed in seeds], is_paired=True)
 
 
 def verdict(difference: Difference | None, expected: Expected) -> str:
@@ -212,8 +218,8 @@ def page(name: str, study: Study, results: Tree) -> str:
         "",
         f"Limits: {COMMON_LIMITS} {study.limits}".rstrip(),
         "",
-        "Rows show mean ± standard deviation and 95 % interval over seeds (Student's t). Differences are between the means "
-        f"over seeds (Welch's t-test). The default of this study is {study.seeds} seeds. The best step of a run "
+        "Rows show mean ± standard deviation and 95 % interval over seeds (Student's t). Differences are paired by seed "
+        f"(Student's paired test). The default of this study is {study.seeds} seeds. The best step of a run "
         "is chosen on STS-B dev.",
     ]
     if study.curves and results:

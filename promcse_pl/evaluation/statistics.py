@@ -165,11 +165,15 @@ def mean_over_seeds(values: Sequence[float]) -> tuple[float, float, float, float
     return mean, std, mean - half, mean + half
 
 
-def seed_difference(first: Sequence[float], second: Sequence[float]) -> Difference:
+def seed_difference(first: Sequence[float], second: Sequence[float], *, is_paired: bool = False) -> Difference:
     """Judge the difference between the mean scores of two groups of seeds by Welch's t-test.
 
     A group of one counts as a fixed number (a frozen encoder, a published checkpoint); then it is Student's test of the other
     group against that number.
+
+    Args:
+        first, second: Scores of the seeds.
+        is_paired: Whether both groups have the same seeds in the same order; then it is Student's paired test.
 
     Raises:
         DataError: Both groups are of one.
@@ -178,13 +182,16 @@ def seed_difference(first: Sequence[float], second: Sequence[float]) -> Differen
     seeds = sorted({len(group) for group in (first, second) if len(group) > 1})
     if not seeds:
         raise DataError("a difference over seeds needs a group of two or more seeds, got two single scores")
-    over = f"{' and '.join(map(str, seeds))} seeds"
-    if not any(np.ptp(group) for group in (first, second)):
+    over = f"{' and '.join(map(str, seeds))} {'paired ' * is_paired}seeds"
+    spread = [np.subtract(second, first)] if is_paired else [first, second]
+    if not any(np.ptp(group) for group in spread):
         return Difference(value, None, None, None, over)  # seeds that agree to the last digit, as accuracies can
-    test: Any = (
-        scipy.stats.ttest_ind(second, first, equal_var=False)
-        if len(first) > 1 and len(second) > 1
-        else scipy.stats.ttest_1samp(np.subtract.outer(second, first).ravel(), 0.0)
-    )
+    test: Any
+    if is_paired:
+        test = scipy.stats.ttest_rel(second, first)
+    elif len(first) > 1 and len(second) > 1:
+        test = scipy.stats.ttest_ind(second, first, equal_var=False)
+    else:
+        test = scipy.stats.ttest_1samp(np.subtract.outer(second, first).ravel(), 0.0)
     low, high = test.confidence_interval(LEVEL)
     return Difference(value, float(low), float(high), float(test.pvalue), over)

@@ -144,6 +144,17 @@ def test_the_difference_of_two_groups_of_seeds_is_welchs_test():
     assert difference.over == "3 and 4 seeds"
 
 
+def test_the_difference_of_the_same_seeds_is_the_paired_test():
+    first, second = [80.0, 80.4, 80.1], [80.3, 80.8, 80.5]
+    difference = seed_difference(first, second, is_paired=True)
+    test = stats.ttest_rel(second, first)
+    assert (difference.low, difference.high) == pytest.approx(tuple(test.confidence_interval()))
+    assert difference.p == pytest.approx(test.pvalue)
+    assert difference.verdict.endswith("over 3 paired seeds: better")
+    assert seed_difference(first, second).verdict.endswith("over 3 seeds: not significant")
+    assert seed_difference([80.0, 81.0], [80.5, 81.5], is_paired=True).low is None, "no spread of the differences"
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_single_model_counts_as_a_fixed_number_against_a_group_of_seeds(sign):
     groups = ([78.9], [81.0, 81.4, 81.1])
