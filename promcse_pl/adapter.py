@@ -281,7 +281,7 @@ def _load(folder: Path, encoder: str | None, dtype: torch.dtype) -> PromptEncode
 
 
 def _load_backbone(folder: Path, about: dict[str, Any], encoder: str | None, dtype: torch.dtype) -> FrozenBackbone:
-    """Read the encoder of an adapter, with LoRA layers whose values are not those of the adapter yet."""
+    """Read the encoder of an adapter; LoRA layers are inserted, but the trained tensors are not loaded yet."""
     stored, tuning = about["encoder"], about.get("tuning")
     bundled = _trains_all(about) or (encoder is None and stored["name"] == BUNDLED)
     name = str(current(folder, BUNDLED_NAME).absolute()) if bundled else encoder or stored["name"]
@@ -296,7 +296,7 @@ def _load_backbone(folder: Path, about: dict[str, Any], encoder: str | None, dty
         dtype=dtype,
         with_pipeline=stored.get("pipeline", False),
     )
-    if _trains_all(about):  # its identity is that of the encoder before training
+    if _trains_all(about):  # the identity is that of the pre-trained encoder
         revision = None if encoder else stored["revision"]
         backbone.identity = dataclasses.replace(
             backbone.identity, name=encoder or stored["name"], revision=revision, sha256=stored["sha256"]
@@ -408,7 +408,7 @@ def _checked(about: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _check_ranges(about: dict[str, Any], path: Path) -> None:
-    """Check the numbers of a description, and which of them are set; their types have been checked."""
+    """Check the ranges of a description's numbers, and which of them must be null; types have been checked."""
     prompt, rank = about["prompt"], about.get("head_rank")
     ranges = (
         ("prompt.length", prompt["length"], 0, 4096),

@@ -60,7 +60,7 @@ def find_dev(values: Mapping[str, Any], prefix: str) -> tuple[str, Any] | None:
 
     Args:
         values: Content of results.json, or an entry of metrics.jsonl.
-        prefix: What precedes the metric in its key: `dev_` or `dev/`.
+        prefix: Prefix of the metric in its key: `dev_` or `dev/`.
     """
     return next(
         ((metric, values[prefix + metric]) for metric in DEV_METRICS if values.get(prefix + metric) is not None), None
@@ -75,7 +75,7 @@ class Status:
         state: `running`, `finished`, `failed` (by an error), `stopped` (by a signal, after a save) or `pruned` (by a search).
         step, steps: Optimiser steps at the last save, and of the whole run; `steps` is None until they are known.
         error: Class and message of the error of a failed run.
-        stopped_early: Why the training of a finished run has fewer steps than planned; None if it has not.
+        stopped_early: Why a finished run has fewer steps than planned; None if it has all of them.
         wandb_id: Id of the W&B run, chosen before training starts; None without tracking.
         callbacks: Class names of the callbacks and loggers passed to `promcse_pl.train`; resuming the run does not recreate them.
         started, updated: Seconds since 1970. Resuming moves `started` forward by the time between the two processes.

@@ -1,4 +1,4 @@
-"""Diagnostics of trained adapters: random initialisation, poolings at test time, and the mean of several adapters' cosines."""
+"""Diagnostics of trained adapters: random initialisation, test-time poolings, and ensembles of adapters."""
 
 import json
 from collections.abc import Callable
@@ -21,7 +21,7 @@ SUITES = ("dev", "sts")
 
 
 class Ensemble(PromCSE):
-    """Several models whose embeddings are concatenated, so that a cosine is the mean of their cosines."""
+    """Ensemble of models: embeddings are concatenated, so that a cosine is the mean of the models' cosines."""
 
     def __init__(self, models: list[PromCSE]) -> None:
         super().__init__(models[0].encoder)
@@ -43,12 +43,12 @@ class Ensemble(PromCSE):
 
 
 def variant(folder: Path, *, pooling: str | None = None, seed: int | None = None) -> PromCSE:
-    """Return the adapter of a run with another pooling, or with a prompt that is initialised anew.
+    """Return the adapter of a run with another pooling, or with a randomly initialised prompt.
 
     Args:
         folder: Run folder.
-        pooling: Pooling; None: that of the adapter. Concatenations need an encoder without a head.
-        seed: Seed of a new prompt; None: the trained one.
+        pooling: Pooling; None: that of the adapter. Concatenated poolings need an adapter without a head.
+        seed: Seed of a new prompt; None: the trained prompt is kept.
     """
     trained = PromCSE.load(folder).encoder
     if seed is not None:
@@ -72,7 +72,7 @@ def run_diagnostics(place: Workspace, seeds: tuple[int, ...], say: Callable[[str
     Args:
         place: Model, data and run folders.
         seeds: Seeds of the adapters, which are trained if they do not exist.
-        say: Called with a line of progress.
+        say: Called with each progress line.
     """
     sample = write_sample(place, "nli")
     folders = {seed: place.run_folder(ROW, seed) for seed in seeds}

@@ -9,11 +9,11 @@ from promcse_pl.utils.errors import PromcseError
 from promcse_pl.utils.paths import run_command
 
 ROWS = {"triplets": 275_601, "sentences": 1_000_000}
-"""Rows of the files of the paper: nli_for_simcse.csv and wiki1m_for_simcse.txt."""
+"""Rows of the paper's training files: nli_for_simcse.csv and wiki1m_for_simcse.txt."""
 TOKENS = {"triplets": 47, "sentences": 52}
-"""Tokens of a row: three sentences, or one sentence twice; rounded means of our files, special tokens included."""
+"""Mean number of tokens per row (three sentences, or one sentence twice) in our files, special tokens included."""
 RATES = {"gpu": 60e12, "cpu": 80e9}
-"""FLOP per second. `gpu`: assumed of a data-centre GPU in bfloat16, not measured. `cpu`: MiniLM on two cores in float32."""
+"""FLOP per second. `gpu`: assumed for a data-centre GPU in bfloat16, not measured. `cpu`: MiniLM on two cores in float32."""
 ACTIVATION_BYTES = 34
 """Per token, layer and unit of width, in bfloat16 (Korthikanti et al. 2022, eq. 1, without the attention scores)."""
 
@@ -41,7 +41,7 @@ def estimate(model: str, config: Config, sample: int) -> tuple[int, float, float
 
 
 def dry_run(name: str, study: Study, place: Workspace, seeds: tuple[int, ...]) -> list[str]:
-    """Print the command and the estimates of every row of a study; return the rows whose config is not valid."""
+    """Print the command and the estimates of every row of a study; return the errors of invalid configs."""
     failed, hours = [], 0.0
     for row in study.rows:
         problem = _print_row(row, place, seeds[0])
@@ -56,13 +56,13 @@ def dry_run(name: str, study: Study, place: Workspace, seeds: tuple[int, ...]) -
 
 
 def _print_row(row: Row, place: Workspace, seed: int) -> str | float:
-    """Print the command and the estimates of a row; return its hours, or what is wrong with its config."""
+    """Print the command and the estimates of a row; return its hours, or the error of its config."""
     overrides = place.overrides(row, seed)
     print(f"\n{row.name}\n  {run_command(*overrides)}")
     try:
         config = compose_config(overrides, {})
     except PromcseError as error:
-        print(f"  not valid: {error}")
+        print(f"  invalid config: {error}")
         return f"{row.name}: {error}"
     steps, hours, memory = estimate(place.model, config, place.rows)
     time = f"{60 * hours:.0f} minutes" if hours < 1 else f"{hours:.1f} hours"

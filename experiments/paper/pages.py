@@ -9,15 +9,15 @@ from promcse_pl.evaluation.statistics import Difference, mean_over_seeds, seed_d
 from promcse_pl.utils.files import write_text
 
 REFERENCE = "bert-base"
-"""Encoder of the paper whose numbers stand beside ours, for models that the paper does not have."""
+"""Encoder of the paper whose scores are shown for models that the paper does not evaluate."""
 SMALL = {"alignment", "uniformity"}
 """Tasks with three decimals."""
 WORDS: dict[Expected, tuple[str, str, str]] = {
     "higher": ("**confirmed**", "**contradicted**", "not significant"),
     "lower": ("**contradicted**", "**confirmed**", "not significant"),
-    "equal": ("differs (higher)", "differs (lower)", "no difference found"),
+    "equal": ("differs (higher)", "differs (lower)", "no significant difference"),
 }
-"""Verdict if the interval is above 0, below 0, or includes it."""
+"""Verdicts for an interval above 0, below 0, and one that includes 0."""
 
 
 def by_seed(model: Tree, row: str, task: str) -> dict[int, float]:
@@ -38,7 +38,7 @@ def number(value: float, task: str, sign: str = "") -> str:
 
 
 def cell(scores: Sequence[float], task: str) -> str:
-    """Return mean ± standard deviation and the interval of a row."""
+    """Return mean ± standard deviation and confidence interval of a row's scores."""
     if len(scores) < 2:
         return number(scores[0], task) if scores else "not run"
     mean, std, low, high = mean_over_seeds(scores)
@@ -46,7 +46,7 @@ def cell(scores: Sequence[float], task: str) -> str:
 
 
 def compare(model: Tree, claim: Claim) -> Difference | None:
-    """Return the difference of the two rows of a claim over their common seeds; None without two of them."""
+    """Return the difference between the two rows of a claim over their common seeds; None for fewer than two."""
     first, second = (by_seed(model, row, claim.task) for row in (claim.first, claim.second))
     seeds = [seed for seed in first if seed in second]
     if len(seeds) < 2:
@@ -81,7 +81,7 @@ def paper_scores(study: Study, row: str, encoder: str) -> dict[str, float]:
 
 
 def paper_difference(study: Study, claim: Claim, encoder: str) -> str:
-    """Return the paper's difference for a claim, or what it says without numbers."""
+    """Return the paper's difference for a claim, or the expected direction if the paper has no numbers."""
     task = claim.paper_task or claim.task
     first, second = (paper_scores(study, row, encoder).get(task) for row in (claim.first, claim.second))
     if first is None or second is None:
@@ -161,7 +161,7 @@ def claim_rows(study: Study, name: str, model: Tree) -> list[list[str]]:
 
 
 def provenance(model: Tree) -> list[str]:
-    """Return how the runs of a model were made."""
+    """Return the lines on data, overrides, machine and versions of a model's runs."""
     runs = [run for row in model["rows"].values() for run in row["runs"]]
     if not runs:
         return []
@@ -177,7 +177,7 @@ def provenance(model: Tree) -> list[str]:
     return [
         f"Data: {data}.",
         "",
-        f"`python run.py {' '.join(example['overrides'])}` and so on, with `data.dir` and the sample as `data.train`. "
+        f"First run: `python run.py {' '.join(example['overrides'])}`, with `data.dir` and the sample as `data.train`. "
         f"{len(runs)} runs, {hours:.1f} hours of training with {machine['threads']} threads of a {machine['device']}, "
         f"{machine['precision']}; {versions}.",
     ]
@@ -219,8 +219,8 @@ def page(name: str, study: Study, results: Tree) -> str:
         f"Limits: {COMMON_LIMITS} {study.limits}".rstrip(),
         "",
         "Rows show mean ± standard deviation and 95 % interval over seeds (Student's t). Differences are paired by seed "
-        f"(Student's paired test). The default of this study is {study.seeds} seeds. The best step of a run "
-        "is chosen on STS-B dev.",
+        f"(paired t-test). By default, this study trains {study.seeds} seeds. The best step of a run "
+        "is selected on STS-B dev.",
     ]
     if study.curves and results:
         lines += draw_curves(study, results, path_of(name))
@@ -235,7 +235,7 @@ def page(name: str, study: Study, results: Tree) -> str:
 
 
 def summary() -> str:
-    """Return the page that lists every claim of the paper beside what was found."""
+    """Return the summary page: every claim of the paper with our result."""
     rows = []
     for name, study in STUDIES.items():
         title = f"[{study.title}]({name}/README.md)" if (path_of(name) / "README.md").is_file() else study.title
@@ -247,17 +247,17 @@ def summary() -> str:
     limits = [f"- {study.title.partition(':')[0]}: {study.limits}" for study in STUDIES.values() if study.limits]
     return "\n".join(
         [
-            "# The paper in miniature",
+            "# Reproduction of the paper's tables and figures",
             "",
-            "Every comparison of the paper is one command with several seeds; `python experiments/paper/run.py --help` lists "
-            "them. Small encoders are trained on a sample; `--model bert-base` or `--model roberta-large` with the original data "
-            "is the full replication (`--dry-run` prints its commands with estimates of time and memory).",
+            "Every table and figure is one command that trains several seeds; `python experiments/paper/run.py --help` "
+            "lists them. Small encoders are trained on a sample. `--model bert-base` or `--model roberta-large` with the "
+            "original data is the full replication; `--dry-run` prints its commands with estimates of time and memory.",
             "",
-            "A table is also one sweep: `python run.py -m experiment=table1/prompt,table1/prompt_eh seed=42,43,44 "
+            "A table can also be run as a sweep: `python run.py -m experiment=table1/prompt,table1/prompt_eh seed=42,43,44 "
             "model=bert-base data.dir=DATA`.",
             "",
-            "A claim is confirmed or contradicted if the 95 % interval of the difference over seeds excludes 0. With many "
-            "comparisons, one in twenty does so by chance.",
+            "A claim is confirmed or contradicted if the 95 % confidence interval of the difference over seeds excludes 0. "
+            "Without any true difference, one comparison in twenty does so by chance.",
             *table(["study", "model", "comparison", "paper", "difference", "verdict"], rows),
             "## What cannot be compared",
             "",
@@ -275,7 +275,7 @@ def summary() -> str:
 
 
 def draw(names: Sequence[str]) -> None:
-    """Write the pages of studies that have results, and the summary."""
+    """Write the page of every given study that has results, and the summary."""
     for name in names:
         results = read_results(name)
         if results:
@@ -289,8 +289,9 @@ def draw_diagnostics() -> None:
         "# Diagnostics",
         "",
         "Variants of the adapters of `experiment=table1/prompt_eh`: mean ± standard deviation and interval over seeds. They are "
-        "compared on STS-B dev; the average of the seven STS tasks is a last column and chose nothing. A cosine of the "
-        "concatenated embeddings of several adapters is the mean of their cosines: the upper bound of distilling them into one.",
+        "compared on STS-B dev; the average of the seven STS tasks (last column) was not used for selection. The cosine of "
+        "the concatenated embeddings of several adapters is the mean of their cosines, an upper bound for distillation into one "
+        "adapter.",
     ]
     results = read_results("diagnostics")
     for name, model in results.items():

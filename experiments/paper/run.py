@@ -4,11 +4,11 @@
     python experiments/paper/run.py table1 table3 --data DATA --model bert-base --dry-run
     python experiments/paper/run.py --draw
 
-Run `learning_rate` first: its choices are used by the tables of the same model. Finished runs and scores are skipped, unfinished
-runs are resumed, and results.json is written after every run, so that the command can be stopped and repeated. `table5`,
-`table7` and `domain` score the adapters of `table1`. minilm and mpnet are trained on a sample (--rows), other models on the
-whole data with the recipe of the paper; for its own data, DATA/nli/nli_train.csv is its nli_for_simcse.csv and
-DATA/wiki/wiki.txt.gz its wiki1m_for_simcse.txt, compressed. --draw generates the pages from the results alone.
+Run `learning_rate` first: the other studies of a model use the learning rates that it selects. The command can be stopped and
+repeated: finished runs and scores are skipped, unfinished runs are resumed, and results.json is written after every run.
+`table5`, `table7` and `domain` score the adapters of `table1`. minilm and mpnet are trained on a sample (--rows), other models
+on all data with the paper's recipe. To use the paper's data, save nli_for_simcse.csv as DATA/nli/nli_train.csv and
+wiki1m_for_simcse.txt, compressed with gzip, as DATA/wiki/wiki.txt.gz. --draw generates the pages from results.json only.
 """
 
 import argparse
@@ -27,12 +27,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("studies", nargs="*", metavar="STUDY", help=", ".join([*STUDIES, "diagnostics", "all"]))
     parser.add_argument("--data", type=Path, help="folder with nli/, wiki/ and senteval/")
     parser.add_argument(
-        "--runs", type=Path, default=ROOT / "outputs" / "paper", help="folder of the runs, kept between calls"
+        "--runs", type=Path, default=ROOT / "outputs" / "paper", help="folder of the runs; finished runs are reused"
     )
     parser.add_argument("--model", default="minilm", choices=MODELS, help="choice of `model` (default minilm)")
     parser.add_argument("--encoder", type=Path, help="folder of the encoder, if it cannot be downloaded")
     parser.add_argument(
-        "--seeds", type=int, choices=range(1, len(SEEDS) + 1), help="number of seeds (default: of the study)"
+        "--seeds", type=int, choices=range(1, len(SEEDS) + 1), help="number of seeds (default: set by the study)"
     )
     parser.add_argument("--rows", type=int, default=SAMPLE_ROWS, help="rows of the sample for minilm and mpnet")
     parser.add_argument("--dry-run", action="store_true", help="compose every config and print commands and estimates")
@@ -50,7 +50,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run, draw or describe studies; return an exit code."""
+    """Run studies, print their commands (--dry-run) or draw their pages; return the exit code."""
     options = parse(arguments)
     from pages import draw, draw_diagnostics
 
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> list[str]:
-    """Run or describe the studies; return what failed."""
+    """Run the studies or print their commands; return the failures."""
     from diagnostics import run_diagnostics
     from estimate import dry_run
     from training import MINIATURE, Workspace, run_study

@@ -1,4 +1,4 @@
-"""The studies: what the paper says, the runs that test it, and how the results are compared."""
+"""The studies: claims of the paper, the runs that test them, and the comparisons."""
 
 import json
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ Expected = Literal["higher", "lower", "equal"]
 STS = ("STS12", "STS13", "STS14", "STS15", "STS16", "STS-B", "SICK-R", "Avg")
 TRANSFER = ("MR", "CR", "SUBJ", "MPQA", "SST-2", "TREC", "MRPC", "Avg transfer")
 SHIFTED, OTHER = "forums and SICK", "other subsets"
-"""Proxy of the domain shift: mean Spearman of SICK-R and of the subsets in SHIFTED_PARTS, and of all other subsets and STS-B."""
+"""Proxy of the domain shift: mean Spearman over SHIFTED_PARTS, and over all other subsets with STS-B."""
 SHIFTED_PARTS = ("STS14 deft-forum", "STS15 answers-forums", "SICK-R")
 COMMON_LIMITS = (
     "The small sentence encoders were trained contrastively on a billion pairs, NLI among them, whereas the paper starts from "
-    "masked language models. Levels are therefore not comparable, and a difference shows only whether the paper's sign holds for "
-    "such an encoder and a small sample."
+    "masked language models. Absolute scores are therefore not comparable; a difference shows only whether it has the "
+    "paper's sign for such an encoder and a small sample."
 )
 DEV = "dev"
 SEEDS = (42, 43, 44, 45, 46)
@@ -51,13 +51,13 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A comparison that the paper makes: how the score of `second` compares with that of `first`.
+    """A claim of the paper about the score of `second` relative to that of `first`.
 
     Attributes:
         first, second: Names of two rows.
-        expected: Score of `second` according to the paper.
+        expected: How `second` compares with `first` according to the paper.
         task: Task whose scores are compared.
-        paper_task: Task of the paper's scores, where it is another one.
+        paper_task: Task of the paper's scores, if it differs from `task`.
     """
 
     first: str
@@ -112,7 +112,7 @@ PRESETS = {
     UNSUP_SIMCSE: "table1/unsup_full",
     UNSUP_PROMCSE: "table1/unsup_prompt",
 }
-"""Rows of table 1, which other tables share."""
+"""Rows of table 1 -> choice of `experiment`; other tables share these rows."""
 
 
 def _methods(**paper: dict[str, dict[str, float]]) -> tuple[Row, ...]:
@@ -154,7 +154,7 @@ _DEFAULT_MARGIN = "0.2"
 
 
 def _margin_rows(method: str, preset: str, paper: bool) -> tuple[Row, ...]:
-    """Return the rows of table 4 for a method; the default margin is the row of table 1, whose runs it shares."""
+    """Return the rows of table 4 for a method; the row of the default margin shares the runs of table 1."""
     return (
         Row(f"{method}, without EH", preset.removesuffix("_eh"), paper=_average(81.53) if paper else None),
         *(
@@ -174,7 +174,7 @@ _LENGTHS = (1, 4, 8, 12, 16)
 STUDIES: dict[str, Study] = {
     "learning_rate": Study(
         title="Learning rates",
-        about="The best learning rate on STS-B dev, seed 42, is used by all rows of the same method and data in the tables.",
+        about="The best learning rate on STS-B dev, seed 42, is used for all rows with the same method and data.",
         rows=tuple(
             Row(f"{name}, lr = {lr}", PRESETS[name], (f"optim.lr={lr}",))
             for name in (PROMCSE_EH, UNSUP_PROMCSE, SIMCSE_EH, UNSUP_SIMCSE)
@@ -199,8 +199,8 @@ STUDIES: dict[str, Study] = {
         ),
     ),
     "table3": Study(
-        title="Table 3: kinds of prompts",
-        about="One prompt per layer is better than one prompt for all layers, which is better than one for the input alone.",
+        title="Table 3: prompt kinds",
+        about="One prompt per layer is better than one prompt for all layers, which is better than one in the input layer only.",
         rows=(
             Row("one prompt per layer", PRESETS[UNSUP_PROMCSE], paper=_average(78.49)),
             Row("one prompt for all layers", "table3/shared", paper=_average(77.64)),
@@ -217,7 +217,7 @@ STUDIES: dict[str, Study] = {
     ),
     "table4": Study(
         title="Table 4: margins",
-        about="The score rises with the margin m up to 0.2 and falls after it, below the score without the hinge at 0.4 "
+        about="The score rises with the margin m up to 0.2 and then falls; at m = 0.4 it is below the score without the hinge "
         "(full fine-tuning). The paper has no such table for the prompt.",
         rows=(*_margin_rows(SIMCSE, "table1/full_eh", True), *_margin_rows(PROMCSE, "table1/prompt_eh", False)),
         claims=(
@@ -263,7 +263,7 @@ STUDIES: dict[str, Study] = {
     "table5": Study(
         title="Table 5: alignment and uniformity",
         about="The hinge makes supervised embeddings more uniform (lower) and positive pairs less aligned (higher); the "
-        "unsupervised prompt does the reverse of both, compared with full fine-tuning.",
+        "unsupervised prompt has lower alignment and higher uniformity than full fine-tuning.",
         rows=_methods(
             unsup_full={"bert-base": {"alignment": 0.238, "uniformity": -2.337}},
             unsup_prompt={"bert-base": {"alignment": 0.117, "uniformity": -1.354}},
@@ -337,7 +337,7 @@ STUDIES: dict[str, Study] = {
         tasks=(SHIFTED, OTHER, "CxC-STS"),
         headline=SHIFTED,
         limits="A proxy: the subsets deft-forum (STS14) and answers-forums (STS15) and SICK-R, against the mean of all other "
-        "subsets. CxC-STS is scored as well where DATA/cxc exists.",
+        "subsets. CxC-STS is evaluated too if DATA/cxc exists.",
     ),
 }
 
@@ -347,11 +347,11 @@ LEARNING_RATE_OF = {
     "table3/shared": "table1/unsup_prompt",
     "table3/input": "table1/unsup_prompt",
 }
-"""Presets that use the learning rate chosen for another preset."""
+"""Preset -> preset whose learning rate it uses."""
 
 
 def path_of(name: str) -> Path:
-    """Return the folder with the results and the page of a study, or another path beside it."""
+    """Return the folder of a study (results and page), or another path in the folder of the studies."""
     return HERE / name
 
 

@@ -1,4 +1,4 @@
-"""Train and score the runs of a study: samples of the data, overrides, run folders, and records for results.json."""
+"""Train and score the runs of a study; write their records to results.json."""
 
 import csv
 import gzip
@@ -40,7 +40,7 @@ KEPT = ("dev_spearman", "best_step", "steps", "rows", "trained_parameters", "tra
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """Where the runs of a model are, and what they are made of.
+    """Model, data and folders of the runs of a study.
 
     Attributes:
         model: Choice of `model`.
@@ -89,7 +89,7 @@ class Workspace:
         ]
 
     def run_folder(self, row: Row, seed: int) -> Path:
-        """Return the folder of a run, named after all that differs between runs: tables share runs."""
+        """Return the folder of a run, named after the overrides that vary, so that studies share runs."""
         local = ("seed=", "model", "data.", "evaluation=", "tracking=", *MINIATURE_OVERRIDES, *self.extra)
         varying = [line for line in self.overrides(row, seed) if not line.startswith(local)]
         return self.folder / "_".join(varying).replace("/", "-").replace("=", "-") / f"seed{seed}"
@@ -101,7 +101,7 @@ def is_supervised(row: Row) -> bool:
 
 
 def chosen_rate(model: str, preset: str) -> str | None:
-    """Return the learning rate with the best dev score of the study `learning_rate`; None for that of the recipe."""
+    """Return the learning rate with the best dev score of the study `learning_rate`; None: use that of the recipe."""
     rows = read_results("learning_rate").get(model, {}).get("rows", {})
     wanted = LEARNING_RATE_OF.get(preset, preset)
     scored = {
@@ -115,10 +115,10 @@ def chosen_rate(model: str, preset: str) -> str | None:
 
 
 def write_sample(place: Workspace, source: str) -> Tree:
-    """Write a seeded sample of a training file in its order, unless it exists; return its description.
+    """Write a seeded sample of a training file, in file order, unless it exists; return its description.
 
     Args:
-        place: With the number of rows; 0 for the whole file, which is only hashed.
+        place: Workspace; if its `rows` is 0, the whole file is used and only hashed.
         source: `nli` or `wiki`.
     """
     path = place.sample(source) if place.rows else place.data / SOURCES[source]
@@ -175,7 +175,7 @@ def adapter_member(folder: Path) -> Member:
 
 @cache
 def tasks_of(suite: str, data: Path) -> list[Task]:
-    """Return the tasks of a suite of `SUITES`, or `dev`: STS-B dev."""
+    """Return the tasks of a suite in `SUITES`, or of `dev` (STS-B dev)."""
     if suite == DEV:
         from promcse_pl.data.pairs import load_stsb
         from promcse_pl.evaluation.tasks import pair_task
@@ -185,7 +185,7 @@ def tasks_of(suite: str, data: Path) -> list[Task]:
 
 
 def score(member: Member, suite: str, data: Path, file: Path) -> dict[str, float]:
-    """Score a model on a suite, unless the file has its scores; return them by task, and by `TASK SUBSET`."""
+    """Return the scores of a model on a suite, by task and `TASK SUBSET`; read them from the file if it exists."""
     if not file.is_file():
         with TemporaryDirectory() as cache_folder:
             target = Target(file.parent.parent.name, "model", (member,))
@@ -201,28 +201,28 @@ def score(member: Member, suite: str, data: Path, file: Path) -> dict[str, float
 
 
 def domain_scores(scores: dict[str, float]) -> dict[str, float]:
-    """Return the proxy of the domain shift: the means of the subsets of forums with SICK-R, and of the others."""
+    """Return the proxy of the domain shift: the mean over `SHIFTED_PARTS`, and over all other subsets."""
     parts = {name: value for name, value in scores.items() if " " in name or name in ("STS-B", "SICK-R")}
     shifted = [parts.pop(name) for name in SHIFTED_PARTS]
     return {SHIFTED: sum(shifted) / len(shifted), OTHER: sum(parts.values()) / len(parts)}
 
 
 def suites_of(study: Study, data: Path) -> tuple[str, ...]:
-    """Return the suites of a study, with CxC-STS where its files are."""
+    """Return the suites of a study, with `cxc` if its files exist."""
     return (*study.suites, "cxc") if "CxC-STS" in study.tasks and (data / "cxc").is_dir() else study.suites
 
 
 def run_study(
     name: str, study: Study, place: Workspace, seeds: tuple[int, ...], say: Callable[[str], None]
 ) -> list[str]:
-    """Train and score all runs of a study that are not finished; results.json is written after each.
+    """Train and score all unfinished runs of a study; write results.json after each.
 
     Args:
         name: Name of the study.
         study: The study.
         place: Model, data and run folders.
         seeds: Seeds, in the order of training: all rows with the first seed come first.
-        say: Called with a line of progress.
+        say: Called with each progress line.
 
     Returns:
         The runs that failed.

@@ -23,7 +23,7 @@ _CORPUS_OPTIONS = {
     "on_bad_row": "on_bad_row",
     "shard": "task",
 }
-"""Options that only a corpus has, and the attributes of `CorpusOptions`."""
+"""Options that apply only to --out FOLDER -> attributes of `CorpusOptions`."""
 
 
 def add_parser(commands: Any) -> None:  # noqa: ANN401  (argparse's type is private)
@@ -42,8 +42,8 @@ def add_parser(commands: Any) -> None:  # noqa: ANN401  (argparse's type is priv
         metavar="FILE|FOLDER",
         type=Path,
         required=True,
-        help="where to write the unit vectors: FILE.npy (sentences, width) float32; - prints one JSON list a line; FOLDER: "
-        "shards with all columns, which an interrupted command continues",
+        help="where to write the unit-length embeddings: FILE.npy (sentences, width) float32; - prints one JSON list a line; "
+        "FOLDER: shards with all columns; run the command again to resume",
     )
     add_prompt_options(parser, "the sentences")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps, or auto: a GPU if there is one")
@@ -51,12 +51,12 @@ def add_parser(commands: Any) -> None:  # noqa: ANN401  (argparse's type is priv
         "--precision",
         default="float32",
         choices=("float32", "bfloat16", "float16", "int8"),
-        help="type that the encoder computes in (default float32)",
+        help="dtype of the encoder's computation (default float32)",
     )
     corpus = parser.add_argument_group("options of --out FOLDER (docs/corpus.md)")
     corpus.add_argument("--text", metavar="COLUMN", help="text column (default: recognised by its name)")
     corpus.add_argument(
-        "--output-dtype", choices=("float32", "float16"), help="type of the embeddings (default float32)"
+        "--output-dtype", choices=("float32", "float16"), help="dtype of the stored embeddings (default float32)"
     )
     corpus.add_argument(
         "--format",
@@ -128,7 +128,7 @@ def _encode_corpus(options: argparse.Namespace) -> None:
     with StopSignals(), _corpus_progress() as report:
         done = encode_corpus(model, options.files, options.out, options=chosen, report=report)
     skipped = f"; {done.skipped} shards were finished before" if done.skipped else ""
-    bad = f"; {done.bad_rows} bad rows left out" if done.bad_rows else ""
+    bad = f"; {done.bad_rows} bad rows skipped" if done.bad_rows else ""
     sys.stdout.write(
         f"{options.out}: {done.rows} x {model.width} {chosen.output_dtype}, unit length, in {done.shards} shards{skipped}{bad}\n"
     )
@@ -147,7 +147,7 @@ def _corpus_options(options: argparse.Namespace) -> CorpusOptions:
 
 
 def _corpus_progress() -> Any:  # noqa: ANN401
-    """Show a bar on a terminal, and elsewhere a line for every finished shard, both on standard error."""
+    """Report progress on standard error: a bar on a terminal, else a line for every finished shard."""
     from contextlib import contextmanager
 
     from rich.console import Console

@@ -10,13 +10,13 @@ from typing import Any
 
 def add_parser(commands: Any) -> None:  # noqa: ANN401  (argparse's type is private)
     """Add the command's parser."""
-    parser = commands.add_parser("index", help="a FAISS index of the shards that encode wrote")
-    parser.add_argument("corpus", metavar="FOLDER", type=Path, help="folder that promcse encode --out FOLDER wrote")
+    parser = commands.add_parser("index", help="build a FAISS index of an encoded corpus")
+    parser.add_argument("corpus", metavar="FOLDER", type=Path, help="output folder of promcse encode")
     parser.add_argument(
         "--kind",
         choices=("flat", "hnsw", "ivfpq"),
         required=True,
-        help="flat: exact; hnsw: fast, all vectors in memory; ivfpq: 15 times smaller. Written to FOLDER/KIND",
+        help="flat: exact; hnsw: fast, all vectors in memory; ivfpq: compressed, about 15 times smaller. Written to FOLDER/KIND",
     )
     parser.set_defaults(run=run)
 

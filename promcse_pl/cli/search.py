@@ -65,8 +65,8 @@ def _search_index(options: argparse.Namespace) -> None:
 
     if options.document_prompt is not None or options.document_prompt_name is not None:
         raise ConfigError(
-            "--document-prompt and --document-prompt-name have no effect on an index: its texts got their prompt from promcse "
-            "encode. Leave them out"
+            "--document-prompt and --document-prompt-name have no effect on an index: promcse encode has already "
+            "applied the prompt of its texts. Leave the options out"
         )
     queries = _queries(options)
     model = load_model(options)

@@ -109,7 +109,7 @@ class DataConfig(Section):
     dev: str | None = None
     """Dev set that selects the best step: `demo`, `stsb` (STS-B dev, needs `data.dir`), `holdout` (10 % of the training triplets,
     at most 500, are held out), a file with two texts and a score per row, or a folder in BEIR layout
-    ([retrieval](evaluation.md#retrieval): its split `dev`, else its only one, or the file FOLDER/qrels/SPLIT.tsv). Pairs are
+    ([retrieval](evaluation.md#retrieval): the split `dev` or the only split; FOLDER/qrels/SPLIT.tsv names another one). Pairs are
     scored by Spearman, retrieval by nDCG@10. `null`: no dev evaluation, the last step is kept."""
     dir: str | None = None
     """Folder with the data sets `nli/`, `wiki/`, `senteval/` and `retrieval/`."""
@@ -184,12 +184,12 @@ class LossConfig(Section):
     hard_negative_logit: Annotated[float, Range(ge=-1000, le=1000)] = 0.0
     """Added to the NT-Xent logit of an anchor with its own hard negative (official: `--hard_negative_weight`)."""
     mask_false_negatives: bool = False
-    """Whether candidates that the frozen encoder finds more similar to an anchor than its own positive are removed from the
-    negatives, in NT-Xent and in the hinge (GISTEmbed; Solatorio 2024, arXiv 2402.16829)."""
+    """Whether NT-Xent and the hinge exclude probable false negatives: candidates whose cosine with the anchor, computed by the
+    frozen encoder, is higher than that of the positive (GISTEmbed; Solatorio 2024, arXiv 2402.16829)."""
     distillation_weight: Annotated[float, Range(ge=0, le=10_000, example=0.3)] = 0.0
     """Weight of the KL divergence between the softmax over the in-batch cosines of the frozen encoder and that of the model, both
-    with `loss.temperature`; 0 switches it off. It keeps the embeddings close to the frozen encoder (distillation as in SEED; Fang
-    et al. 2021, arXiv 2101.04731)."""
+    with `loss.temperature`; 0 disables it. It keeps the embeddings close to those of the frozen encoder (distillation as in SEED;
+    Fang et al. 2021, arXiv 2101.04731)."""
     symmetric: bool = False
     """Whether NT-Xent is the mean of two directions, from anchors to candidates and from positives to anchors, as in CLIP
     (Radford et al. 2021, arXiv 2103.00020)."""
@@ -208,21 +208,21 @@ class LossConfig(Section):
 
 @dataclass(kw_only=True, slots=True)
 class PromptConfig(Section):
-    """The trained prompt: keys and values in front of those of the tokens in every layer, or vectors in front of their
+    """The trained prompt: keys and values prepended to those of the tokens in every layer, or vectors prepended to the input
     embeddings.
     """
 
     kind: PromptKind = "deep"
     """`deep`: every layer has its own keys and values. `projected`: an MLP computes them from one embedding per slot (official:
-    `--prefix_projection`). `shared`: all layers have the same keys and values. `input`: vectors in front of the input embeddings,
-    which pass through all layers; only for encoders with absolute positions, such as BERT and RoBERTa. The paper compares `deep`,
+    `--prefix_projection`). `shared`: all layers have the same keys and values. `input`: vectors prepended to the input
+    embeddings and processed by all layers; requires absolute positions, as in BERT and RoBERTa. The paper compares `deep`,
     `shared` and `input` (table 3)."""
     init: Literal["random", "data"] = "random"
     """Initial keys and values. `random`: N(0, 0.02) (official). `data`: the same noise around the mean key and value that the
     frozen encoder computes for the last token ([SEP] in BERT) of training sentences, so that the slots start in the range of the
     tokens' keys; attention to [SEP] changes the output little (Clark et al. 2019, arXiv 1906.04341). Needs `prompt.kind=deep`."""
     length: Annotated[int, Range(ge=0, le=256, note="slots")] = 10
-    """P: number of prompt slots per layer (paper: 10 to 16); 0: no prompt, the head or weights of the encoder are trained."""
+    """P: number of prompt slots per layer (paper: 10 to 16); 0: no prompt; only the head or encoder weights are trained."""
     projection_size: Annotated[int | None, Range(ge=1, example=512)] = None
     """Hidden units of the MLP of `prompt.kind=projected` (official: 512); `null` with other kinds."""
     dropout: Annotated[float | None, Range(ge=0, lt=1, example=0.1)] = None
@@ -257,20 +257,20 @@ class PromptConfig(Section):
 
 @dataclass(kw_only=True, slots=True)
 class TuningConfig(Section):
-    """Weights of the encoder that are trained beside prompt and head; `tuning=` selects them ([details](tuning.md))."""
+    """Encoder weights that are trained in addition to prompt and head; `tuning=` selects them ([details](tuning.md))."""
 
     weights: Literal["none", "bias", "lora", "full"] = "none"
-    """`none`: the encoder is frozen. `bias`: all bias vectors (BitFit, Zaken et al. 2022). `lora`: low-rank matrices beside every
-    linear layer of the transformer blocks (Hu et al. 2022; needs the extra `peft`). `full`: all weights that the embedding
+    """`none`: the encoder is frozen. `bias`: all biases (BitFit, Zaken et al. 2022). `lora`: LoRA on every linear layer of the
+    transformer blocks (Hu et al. 2022; needs the extra `peft`). `full`: all weights that the embedding
     depends on (as in SimCSE)."""
     rank: Annotated[int | None, Range(ge=1, le=1024, example=8)] = None
-    """Rank of the matrices of `tuning.weights=lora`; `null` with other values."""
+    """Rank r of LoRA (`tuning.weights=lora`); `null` with other values."""
     alpha: Annotated[float | None, Range(gt=0, le=2**20, example=16)] = None
-    """The product of the matrices of `tuning.weights=lora` is multiplied by alpha / rank; `null` with other values."""
+    """Scale of LoRA: the low-rank update is multiplied by alpha / rank; `null` with other values of `tuning.weights`."""
 
     @property
     def uses_autocast(self) -> bool:
-        """Whether bfloat16 means `torch.autocast` on float32 weights; LoRA matrices are float32 beside bfloat16 weights."""
+        """Whether bfloat16 means `torch.autocast` on float32 weights; with LoRA, only the LoRA matrices are float32."""
         return self.weights in ("bias", "full")
 
     def _check_combinations(self) -> None:
@@ -289,10 +289,10 @@ class OptimConfig(Section):
     """AdamW (β 0.9 and 0.999, ε 1e-8) and the schedule of its learning rate."""
 
     lr: Annotated[float, Range(gt=0, le=1)] = 1e-2
-    """Maximum learning rate: at step 0, or after the warm-up (paper: 5e-3 to 3e-2)."""
+    """Peak learning rate, reached at step 0 or after the warm-up (paper: 5e-3 to 3e-2)."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Learning rate after the warm-up. `linear`: decays to 0 in a straight line (official). `cosine`: decays to 0 along half a
-    cosine. `constant`: does not change. The schedules are those of transformers."""
+    """Learning rate after the warm-up. `linear`: linear decay to 0 (official). `cosine`: cosine decay to 0. `constant`: no
+    decay. The schedules are those of transformers."""
     warmup: Annotated[float, Range(ge=0, lt=1, note="(fraction of the steps)", example=0.1)] = 0.0
     """Fraction of the steps, rounded up, in which the learning rate rises linearly from 0 (official: 0, no warm-up)."""
     weight_decay: Annotated[float, Range(ge=0, le=1, example=0.01)] = 0.0
@@ -309,19 +309,19 @@ class TrainerConfig(Section):
     epochs: Annotated[int, Range(ge=1)] = 10
     """Number of passes over the training data (official: 10 supervised, 1 unsupervised)."""
     max_steps: Annotated[int | None, Range(ge=0, example=1000)] = None
-    """Maximum number of optimiser steps; the learning-rate schedule ends at the last one. `null`: until all epochs are done. 0
-    trains nothing: the untrained model is evaluated."""
+    """Maximum number of optimiser steps; the learning-rate schedule ends at the last one. `null`: until all epochs are done. 0:
+    nothing is trained, and the untrained model is evaluated."""
     eval_every: Annotated[int, Range(ge=1)] = 125
     """Number of optimiser steps between two dev evaluations (official: 125). A run shorter than two intervals evaluates four
     times."""
     patience: Annotated[int | None, Range(ge=1, note="dev evaluations", example=5)] = None
     """Early stopping: training stops after this number of consecutive dev evaluations without a better score. The learning-rate
-    schedule is that of the planned number of steps. `null`: training never stops early."""
+    schedule still covers the planned number of steps. `null`: training never stops early."""
     average: Annotated[float | None, Range(gt=0, le=1, note="(fraction of the steps)", example=0.25)] = None
     """Weight averaging: the trained tensors are averaged over the steps in this last fraction of the training, rounded up, with
     equal weights (Izmailov et al. 2018, arXiv 1803.05407). The mean is evaluated on the dev set after the last step and kept if
-    it is better than the best step; without a dev set it is kept. With `trainer.patience`, the fraction is that of the planned
-    steps: a run that stops in it keeps the mean so far as a candidate, and one that stops before it has none. `null`: no
+    it is better than the best step; without a dev set it is kept. With `trainer.patience`, the fraction refers to the planned
+    steps: a run that stops within it evaluates the mean so far, and a run that stops before it has no mean. `null`: no
     averaging."""
     log_every: Annotated[int, Range(ge=1), EXECUTION] = 10
     """Number of optimiser steps between two entries in `metrics.jsonl`, and between two progress lines."""
@@ -395,7 +395,7 @@ def check_tasks(tasks: Sequence[str], command: str) -> None:
         ConfigError: A task is neither; the message names the nearest suite.
     """
     for task in tasks:
-        is_path = file_suffix(Path(task)) in SUFFIXES or "/" in task  # / : a folder
+        is_path = file_suffix(Path(task)) in SUFFIXES or "/" in task  # a slash marks a folder
         if task not in SUITES and not is_path and not (task.startswith(MTEB) and task != MTEB):
             (near,) = difflib.get_close_matches(task[:60], SUITES, n=1, cutoff=0) or SUITES[:1]
             raise ConfigError(

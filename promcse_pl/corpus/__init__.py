@@ -1,4 +1,4 @@
-"""Encode a corpus of any size to a folder of shards, and index and search them.
+"""Encode a corpus of any size into shards; index and search them.
 
-The modules are imported where they are used: `inputs` and `folder` need no torch, so that commands can check early.
+Import the modules directly: `inputs` and `folder` do not import torch, so that commands can validate arguments first.
 """

@@ -1,4 +1,4 @@
-"""Encode a corpus to shards of embeddings: interruptible, and with any number of processes."""
+"""Encode a corpus into shards of embeddings, resumable and with any number of processes."""
 
 # N rows, D width
 
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from promcse_pl.embedder import PromCSE
 
 _STALE_SECONDS = 86400.0
-"""Age at which temporary files are those of a killed process; younger ones may belong to another process."""
+"""Age in seconds at which temporary files are removed; newer files may belong to a running process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +54,13 @@ class CorpusOptions:
 
     Attributes:
         text_column: Name of the text column; None: recognised by its name.
-        prompt: Text in front of every text; None: the adapter's default prompt, "": none.
+        prompt: Text that is prepended to every text; None: the adapter's default prompt, "": none.
         output_dtype: `float32`, or `float16` with half the size (cosines change by less than 0.001).
         shard_format: `parquet`: all columns and the embeddings in one file; `npy`: embeddings in a .npy file, other columns in a
             parquet file.
         rows_per_shard: Input rows of an output shard, at least 1. An interruption loses at most one shard.
-        on_bad_row: "stop" raises at a row without a text, "skip" leaves it out.
-        task: (i, n): encode part i of n, from 0; every part may run in another process or on another machine.
+        on_bad_row: "stop" raises an error for a row without a text, "skip" skips it.
+        task: (i, n): encode part i of n, from 0. Parts may run in separate processes or on separate machines.
     """
 
     text_column: str | None = None
@@ -92,10 +92,10 @@ class CorpusProgress:
 
     Attributes:
         rows: Texts encoded by this process.
-        rows_per_second: Their rate.
-        done: Fraction of the input bytes of this task that were read or found finished.
+        rows_per_second: Texts encoded per second.
+        done: Fraction of this task's input bytes that have been read or skipped as finished.
         seconds_left: Estimated time left; None if unknown.
-        shard: Name of the shard, once it is finished; else None.
+        shard: Name of the shard that has just been finished; else None.
     """
 
     rows: int
@@ -111,9 +111,9 @@ class EncodedCorpus:
 
     Attributes:
         shards: Number of shards that this call wrote.
-        rows: Number of texts in them.
-        bad_rows: Number of rows that were left out of them.
-        skipped: Number of shards that were finished before.
+        rows: Number of texts in these shards.
+        bad_rows: Number of rows that were skipped in these shards.
+        skipped: Number of shards that earlier calls had finished.
     """
 
     shards: int
@@ -132,8 +132,8 @@ def encode_corpus(
 ) -> EncodedCorpus:
     """Write the embeddings (unit length) of all texts of some files to a folder of shards.
 
-    Shards that are finished are skipped, so the same call continues after an interruption, with bit-identical files. The memory
-    depends neither on the size nor on the number of files.
+    Finished shards are skipped, so repeating the call resumes an interrupted one, with bit-identical files. Memory use depends
+    neither on the size nor on the number of files.
 
     Args:
         model: The adapter with its encoder.
@@ -240,7 +240,7 @@ class _Task:
             self.meter.finish(shard.name)
 
     def _write(self, name: str, blocks: Iterator[tuple[Block, bool]]) -> Shard:
-        """Encode the rows of a shard and write its files; the caller fills in what belongs to the input."""
+        """Encode the rows of a shard and write its files; the caller adds the fields of the input file."""
         import pyarrow.parquet as pq
 
         is_npy, width = self.options.shard_format == "npy", self.model.width
@@ -363,7 +363,7 @@ def _lists(embeddings_ND: NDArray[Any]) -> pa.Array:
 
 
 def _compression(schema: pa.Schema) -> dict[str, Any]:
-    """Return options for parquet: dictionaries and statistics are useless for embeddings, whose values hardly repeat."""
+    """Return parquet options: no dictionary encoding or statistics for embeddings, whose values hardly repeat."""
     import pyarrow.types as types
 
     plain = [field.name for field in schema if not types.is_nested(field.type)]
@@ -390,5 +390,5 @@ def _size(path: Path) -> int:
 
 
 def _version(path: Path) -> list[tuple[int, int]]:
-    """Return size and time of change, which show that a file was written to."""
+    """Return size and modification time of each file, which reveal changes while it is read."""
     return [(file.stat().st_size, file.stat().st_mtime_ns) for file in _files(path)]

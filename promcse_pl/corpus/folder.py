@@ -37,14 +37,14 @@ _OPTIONS = {
 
 @dataclass(frozen=True, slots=True)
 class CorpusSettings:
-    """What the content of all shards depends on, except the input files.
+    """Everything but the input files that determines the content of the shards.
 
     Attributes:
         adapter: Hash of the adapter.
         encoder: Name of the frozen encoder.
         width: D, the dimension of an embedding.
-        prompt: Text in front of every text.
-        precision: Type that the encoder computes in.
+        prompt: Text that is prepended to every text.
+        precision: Dtype of the encoder's computation.
         text_column, on_bad_row, rows_per_shard: See `rows.RowSettings`.
         output_dtype: Type of the stored embeddings.
         shard_format: `parquet`: one file with all columns; `npy`: the embeddings alone, with the other columns in a parquet file.
@@ -73,7 +73,7 @@ class Shard:
         is_last: Whether it holds the last rows of the input file.
         input_sha256: Hash of the input file.
         rows: Number of rows.
-        bad_rows: Number of input rows that were left out.
+        bad_rows: Number of input rows that were skipped.
         text_column: Name of the text column.
         columns: Names of all columns.
         files: Size and hex sha256 of each file.
@@ -203,8 +203,8 @@ def complete_shards(folder: Path) -> list[Shard]:
     for name, found in of_inputs.items():
         if not _is_complete(found):
             raise DataError(
-                f"{folder}: the input {name} has {len(found)} finished shards, and others are missing. Finish the promcse encode "
-                "command first: run it again"
+                f"{folder}: the input {name} has {len(found)} finished shards, and others are missing. Run the same promcse "
+                "encode command again to finish it"
             )
     return shards
 
@@ -216,7 +216,7 @@ def _is_complete(shards: list[Shard]) -> bool:
 def write_manifest(folder: Path, settings: CorpusSettings, inputs: Iterable[str]) -> None:
     """Write the settings, the names of the inputs, and a copy of the descriptions of all finished shards.
 
-    It is written again if another process finished a shard meanwhile: the last writer has seen all shards.
+    It is written again if another process has finished a shard in the meantime, so that the last copy is complete.
 
     Args:
         folder: Output folder; created if needed.

@@ -29,11 +29,11 @@ FORMAT = 1
 """Incremented when older versions could misread a newer folder."""
 VECTORS = "vectors.faiss"
 HNSW_LINKS, HNSW_BUILD, HNSW_SEARCH = 32, 200, 128
-"""Links of a vector, and candidates while building and, at least, while searching. A vector takes 4 D + 8 x links bytes."""
+"""M, efConstruction and minimum efSearch of HNSW. A vector takes 4 D + 8 M bytes."""
 TRAIN_ROWS_PER_CELL = 64
 """Training vectors of an IVF cell. FAISS recommends at least 39, more give slightly better centroids."""
 CODE_DIMENSIONS = 4
-"""Dimensions that one byte of a product-quantiser code stands for: 96 bytes for D = 384."""
+"""Dimensions per byte of a product-quantiser code: 96 bytes for D = 384."""
 SEED = 0
 
 
@@ -57,7 +57,7 @@ def build_corpus_index(
 ) -> Path:
     """Build a FAISS index of all shards of an encoded corpus and write it to a subfolder with the name of the kind.
 
-    The centroids and the product quantiser of `ivfpq` are trained on a random sample; then the shards are added one by one, so
+    The centroids and the product quantiser of `ivfpq` are trained on a random sample; then one shard is added at a time, so
     the memory is that of the index.
 
     Args:
@@ -189,7 +189,7 @@ class CorpusIndex:
         ]
 
     def _rows(self, numbers: list[int]) -> dict[int, tuple[str, dict[str, Any]]]:
-        """Read text and other columns of rows from the shards: of each row group that has one, without the embeddings."""
+        """Read texts and other columns of rows from the shards: only the row groups that contain them, without embeddings."""
         import pyarrow.parquet as pq
 
         read: dict[int, tuple[str, dict[str, Any]]] = {}
@@ -254,7 +254,7 @@ def _new_index(kind: CorpusKind, folder: Path, shards: list[Shard], width: int) 
 
 
 def ivf_cells(rows: int) -> int:
-    """Return the number of IVF cells: 4 sqrt(N), but at least 39 vectors in a cell (FAISS's recommendation)."""
+    """Return the number of IVF cells: 4 sqrt(N), or fewer to have 39 vectors per cell (FAISS's recommendation)."""
     return max(1, min(4 * math.isqrt(rows), rows // 39))
 
 
@@ -264,7 +264,7 @@ def ivf_probes(cells: int) -> int:
 
 
 def _sample(folder: Path, shards: list[Shard], size: int) -> NDArray[np.float32]:
-    """Return a random sample (S, D) of the embeddings, always the same of the same shards."""
+    """Return a random sample (S, D) of the embeddings, deterministic for given shards."""
     rows = sum(shard.rows for shard in shards)
     chosen_S = np.sort(np.random.default_rng(SEED).choice(rows, min(size, rows), replace=False))
     parts, start = [], 0

@@ -20,8 +20,8 @@ class InputFile:
     """A file of a corpus, or a folder written by `save_to_disk` of the datasets library.
 
     Attributes:
-        name: Start of the names of its shards: the path below the given folder or pattern, with -- for /.
-        path: Where it is.
+        name: Prefix of its shard names: the path below the given folder or pattern, with -- in place of /.
+        path: Path of the file or folder.
     """
 
     name: str
@@ -36,7 +36,7 @@ def find_inputs(given: Sequence[str | Path], *, out: Path) -> list[InputFile]:
         out: Output folder; files in it are not inputs.
 
     Raises:
-        DataError: Nothing matches, a file has an unknown format, or two files have the same name.
+        DataError: An entry matches nothing, a file has an unknown format, or two files would have the same shard names.
     """
     inputs: dict[Path, InputFile] = {}
     for entry in given:

@@ -1,4 +1,4 @@
-"""Read an input file in blocks of rows, with all columns; the memory does not depend on the size of the file."""
+"""Read an input file in blocks of rows, with all columns; memory use does not depend on its size."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 IsWanted = Callable[[int], bool]
-"""Whether the rows of a shard, given by its number in its input file, are needed."""
+"""Maps the number of a shard in its input file to whether its rows are needed."""
 BLOCK_ROWS = 16384
-"""Rows that are read and encoded at once. A multiple of `embedder.BLOCK_SENTENCES`, so that no block is sorted in two halves."""
+"""Rows that are read and encoded at once; a multiple of `embedder.BLOCK_SENTENCES`, so that `encode` gets full blocks."""
 EMBEDDING = "embedding"
 """Column of the embeddings in the output."""
 OPTION = "--text"
@@ -37,7 +37,7 @@ class RowSettings:
 
     Attributes:
         text_column: Name of the text column; None: recognised by its name.
-        on_bad_row: "stop" raises at the first bad row, "skip" leaves bad rows out.
+        on_bad_row: "stop" raises an error at the first bad row, "skip" skips bad rows.
         rows_per_shard: Input rows of a shard, bad ones included.
     """
 
@@ -54,7 +54,7 @@ class Block:
         shard: Number of the shard in its input file.
         table: All columns of the good rows; None if the shard is not wanted.
         text_column: Name of the text column.
-        bad_rows: Number of rows that were left out.
+        bad_rows: Number of rows that were skipped.
         done: Fraction of the input file that has been read.
     """
 
@@ -73,9 +73,9 @@ class Block:
 
 
 def read_blocks(path: Path, settings: RowSettings, is_wanted: IsWanted) -> Iterator[Block]:
-    """Stream the rows of a file in blocks that never cross the border of two shards.
+    """Stream the rows of a file in blocks that never cross a shard boundary.
 
-    Where a block starts and ends depends only on the position of its rows and on `rows_per_shard`.
+    Block boundaries depend only on the positions of the rows and on `rows_per_shard`.
 
     Args:
         path: A file in a format of `read_rows`, or a saved dataset.
@@ -113,17 +113,15 @@ def _block_of(row: int, rows_per_shard: int) -> tuple[int, int]:
 def _check_skipped(path: Path, line: int, reason: str, settings: RowSettings) -> None:
     """Raise a DataError for a bad row, unless bad rows are skipped."""
     if settings.on_bad_row == "stop":
-        raise DataError(
-            f"{BadRow(str(path), line, reason)}. Fix the row. Try: --on-bad-row skip, which leaves such rows out"
-        )
+        raise DataError(f"{BadRow(str(path), line, reason)}. Fix the row, or skip such rows with --on-bad-row skip")
 
 
 def _check_names(path: Path, names: Sequence[str]) -> None:
     """Raise a DataError if the output could not have columns of these names."""
     if EMBEDDING in names:
-        raise DataError(f"{path} has a column {EMBEDDING}, the name of the new column. Rename it")
+        raise DataError(f"{path} has a column {EMBEDDING}, the name of the output column of the embeddings. Rename it")
     if len(set(names)) < len(names):
-        raise DataError(f"{path} has two columns of the same name (columns: {listed(names)}). Rename one of them")
+        raise DataError(f"{path} has two columns with the same name (columns: {listed(names)}). Rename one of them")
 
 
 # csv, tsv, txt, jsonl
@@ -154,10 +152,10 @@ def _text_blocks(
             if not columns and not rows:
                 _check_names(request.path, [label for label, _ in record])
             rows.append((line, dict(record)))
-        if not columns:  # also if the shard is not wanted: the first block decides the types
+        if not columns:  # even if the shard is not wanted: types are inferred from the first block
             if not rows:
                 raise DataError(
-                    f"{request.path}: none of the first {bad_rows:,} rows is good. Check its format and columns"
+                    f"{request.path}: none of the first {bad_rows:,} rows is valid. Check its format and columns"
                 )
             columns = _column_types(request.path, rows)
         table = _table(request.path, rows, columns) if is_wanted(shard) else None
@@ -167,7 +165,7 @@ def _text_blocks(
 
 
 def _unusable(record: Record) -> str:
-    """Return why the text of a record, its first value, cannot be used; empty if it can."""
+    """Return why the text of a record (its first value) is invalid; empty if it is valid."""
     try:
         row_values(record if isinstance(record, str) else record[:1], ("text",))
     except UnusableRowError as reason:
@@ -209,7 +207,7 @@ def _array(path: Path, rows: _Rows, name: str, kind: pa.DataType | None) -> pa.A
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         raise DataError(
             f"{path}: the values of column {short_name(name)} must have one type{f' ({kind})' if kind else ''}; in the lines "
-            f"{rows[0][0]} to {rows[-1][0]}: {error}. Convert them to strings"
+            f"{rows[0][0]} to {rows[-1][0]}: {error}. Convert the values to strings"
         ) from None
 
 
@@ -222,7 +220,7 @@ class _Piece:
 
     Attributes:
         row: Number of the first row.
-        batch: The rows; None for one row that nobody needs.
+        batch: The rows; None for the last row of an unwanted row group.
         text: Position of the text column.
         done: Fraction of the input file that has been read; 0 if unknown.
     """
@@ -243,7 +241,7 @@ def _dataset_pieces(request: ColumnRequest) -> Iterator[_Piece]:
 def _parquet_pieces(
     stream: io.BufferedReader[Any], request: ColumnRequest, rows_per_shard: int, is_wanted: IsWanted
 ) -> Iterator[_Piece]:
-    """Yield the batches of row groups with rows of wanted shards, and of every other row group its last row without content."""
+    """Yield the batches of row groups with wanted rows; for any other row group, yield its last row without content."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -288,7 +286,7 @@ def _arrow_blocks(
 
 
 def _split(pieces: Iterator[_Piece], rows_per_shard: int) -> Iterator[_Piece]:
-    """Cut pieces at the borders of the blocks."""
+    """Split pieces at block boundaries."""
     for piece in pieces:
         if piece.batch is None:
             yield piece

@@ -172,7 +172,7 @@ class PromcseDataModule(pl.LightningDataModule):
         if scores_R is not None and scores_R.min() == scores_R.max():
             raise DataError(
                 f"{source.name}: all scores ({len(scores_R)} rows) are {scores_R[0]:g}, but CoSENT needs pairs with different "
-                "scores. Check that the column of the scores is named score, or name the columns: data.columns=[TEXT,TEXT,SCORE]"
+                "scores. Check that the score column is named score, or name the columns: data.columns=[TEXT,TEXT,SCORE]"
             )
 
     @property

@@ -50,7 +50,7 @@ class ScoredPairs:
 
     @property
     def size(self) -> str:
-        """The size in words, such as "1,500 pairs"."""
+        """The size for messages, such as "1,500 pairs"."""
         return f"{len(self):,} pairs"
 
     @classmethod

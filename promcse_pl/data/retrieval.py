@@ -54,7 +54,7 @@ class RetrievalSet:
 
     @property
     def size(self) -> str:
-        """The size in words, such as "300 queries, 5,183 documents"."""
+        """The size for messages, such as "300 queries, 5,183 documents"."""
         return f"{len(self.queries):,} queries, {len(self.documents):,} documents"
 
     @property
@@ -65,7 +65,7 @@ class RetrievalSet:
 
 
 DevSet = ScoredPairs | RetrievalSet
-"""A dev set: it has a name, a sha256, a size in words, and the name of its metric."""
+"""A dev set: pairs with scores, or a retrieval set."""
 
 
 def is_retrieval(path: Path) -> bool:
@@ -80,11 +80,11 @@ def load_retrieval(path: Path, split: str) -> RetrievalSet:
     Args:
         path: Folder with corpus.jsonl (_id, title, text), queries.jsonl (_id, text) and qrels/SPLIT.tsv (query-id, corpus-id,
             score), or the .tsv file itself.
-        split: Split of a folder; if there is none of this name, the only one there is.
+        split: Split of a folder; if it does not exist, the only split is used.
 
     Raises:
         ConfigError: The package for the metrics is not installed.
-        DataError: A file is missing or broken, there are several other splits, or no query has a relevant document.
+        DataError: A file is missing or broken, the split does not exist among several, or no query has a relevant document.
     """
     if importlib.util.find_spec("pytrec_eval") is None:
         raise ConfigError(
@@ -116,7 +116,7 @@ def load_retrieval(path: Path, split: str) -> RetrievalSet:
 
 
 def _split_file(folder: Path, split: str) -> Path:
-    """Return the file of judgements of a split, or the only one there is."""
+    """Return the qrels file of a split, or the only qrels file."""
     found = sorted((folder / QRELS).glob("*.tsv"))
     named = [path for path in found if path.stem == split] or found
     if len(named) == 1:
@@ -128,7 +128,7 @@ def _split_file(folder: Path, split: str) -> Path:
 
 
 def _lines(path: Path, digest: Any) -> Iterator[tuple[int, str]]:  # noqa: ANN401  (hashlib's type is private)
-    """Yield number and content of every line that is not blank; the digest gets all bytes."""
+    """Yield number and content of every line that is not blank; update the digest with all bytes."""
     with open_file(path) as stream:
         for line, content in enumerate(stream, start=1):
             digest.update(content)
@@ -141,7 +141,7 @@ def _lines(path: Path, digest: Any) -> Iterator[tuple[int, str]]:  # noqa: ANN40
 
 
 def _texts(path: Path, digest: Any) -> Iterator[tuple[str, str]]:  # noqa: ANN401  (as above)
-    """Yield id and text of every line of a .jsonl file; a title is put in front of the text, as in BEIR."""
+    """Yield id and text of every line of a .jsonl file; the title is prepended to the text, as in BEIR."""
     seen: set[str] = set()
     for line, content in _lines(path, digest):
         try:
@@ -156,7 +156,7 @@ def _texts(path: Path, digest: Any) -> Iterator[tuple[str, str]]:  # noqa: ANN40
             raise DataError(f"{path}:{line}: _id and text must be strings, got {sorted(row)}")
         text = f"{title} {text}".strip()
         if "\0" in key or not _is_unicode(key + text):
-            raise DataError(f"{path}:{line}: a lone surrogate, or NUL in the _id")
+            raise DataError(f"{path}:{line}: a lone surrogate in the text, or a NUL character in the _id")
         if key in seen:
             raise DataError(f"{path}:{line}: the _id {key!r} occurs twice")
         seen.add(key)
@@ -178,13 +178,13 @@ _FirstLines = dict[str | tuple[str, str], int]
 
 
 def _read_qrels(path: Path, digest: Any) -> tuple[dict[str, dict[str, int]], _FirstLines]:  # noqa: ANN401  (as above)
-    """Return the judgements, and the lines for messages."""
+    """Return the judgements, and line numbers for messages."""
     relevance: dict[str, dict[str, int]] = {}
     first_lines: _FirstLines = {}
     for line, content in _lines(path, digest):
         fields = content.split("\t")
         if len(fields) != 3:
-            raise DataError(f"{path}:{line}: expected query-id, corpus-id and score with tabs between, got {content!r}")
+            raise DataError(f"{path}:{line}: expected query-id, corpus-id and score separated by tabs, got {content!r}")
         query, document, score = fields
         try:
             grade = int(score)
@@ -194,11 +194,11 @@ def _read_qrels(path: Path, digest: Any) -> tuple[dict[str, dict[str, int]], _Fi
             raise DataError(f"{path}:{line}: the score {score!r} is not an integer") from None
         if query == document and grade > 0:
             raise DataError(
-                f"{path}:{line}: the document {document!r} is relevant to the query of the same id, but a document with the id "
+                f"{path}:{line}: the document {document!r} is relevant to the query with the same id, but a document with the id "
                 f"of the query counts as the query itself and is never retrieved (as in BEIR). Use other ids, such as q{query}"
             )
         if relevance.setdefault(query, {}).setdefault(document, grade) != grade:
-            raise DataError(f"{path}:{line}: a second score of query {query!r} and document {document!r}")
+            raise DataError(f"{path}:{line}: a second, different score for query {query!r} and document {document!r}")
         first_lines.setdefault(query, line)
         first_lines.setdefault((query, document), line)
     if not relevance:

@@ -152,7 +152,7 @@ def _first_rows(source: RowSource, most: int) -> RowSource:
 
 
 def dev_set(config: DataConfig) -> DevSet | None:
-    """Return the dev set that does not depend on the training rows; None for none.
+    """Return the dev set that `data.dev` names, unless it is `holdout`; None if it is null.
 
     Raises:
         ConfigError: The file is a published test set.

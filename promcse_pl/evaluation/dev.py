@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def dev_texts(dev: DevSet) -> tuple[Text, ...]:
-    """Return all texts of a dev set, repeated or not."""
+    """Return all texts of a dev set, duplicates included."""
     return (*dev.first, *dev.second) if isinstance(dev, ScoredPairs) else dev.texts
 
 

@@ -76,11 +76,11 @@ class EmbeddingCache:
 
 
 def encode_texts(model: PromCSE, texts: Iterable[Text], progress: Progress | None = None) -> Embeddings:
-    """Encode distinct texts, those with the same prompt in one call.
+    """Encode distinct texts, with one call per prompt.
 
     Args:
         model: The model.
-        texts: Each once.
+        texts: Distinct texts.
         progress: Called with the number of texts encoded so far.
     """
     by_prompt: dict[str | None, list[Text]] = {}

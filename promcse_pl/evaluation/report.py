@@ -113,7 +113,7 @@ def _sentences(tree: Tree) -> list[str]:
 
 
 def _retrieval_details(tree: Tree) -> list[list[str]]:
-    """Return a row for each further metric of each retrieval task; targets of several seeds show their first seed."""
+    """Return a row for each further metric of each retrieval task; for targets with several seeds, of their first seed."""
     rows = []
     for task, score in next(iter(tree["targets"].values()))["scores"].items():
         scores = [target["scores"][task] for target in tree["targets"].values()]

@@ -25,8 +25,8 @@ def score_queries(
 ) -> dict[str, Floats]:
     """Rank all documents by cosine for every query, and score the ranking.
 
-    The gain of a document in nDCG is its relevance (Järvelin and Kekäläinen 2002; not 2^relevance - 1). Documents of equal
-    cosine keep the order of the corpus. A document with the id of the query is not ranked, as in BEIR.
+    The gain of a document in nDCG is its relevance (Järvelin and Kekäläinen 2002; not 2^relevance - 1). Ties keep
+    the order of the corpus. A document with the id of the query is excluded, as in BEIR.
 
     Args:
         data: The retrieval set.
@@ -61,7 +61,7 @@ def score_queries(
 
 
 def _trec_eval(ranked: dict[str, list[str]], relevance: dict[str, dict[str, int]]) -> dict[str, list[float]]:
-    """Return the metrics of each query from its ranked documents; a query without documents has 0."""
+    """Return the metrics of each query from its ranked documents; a query without ranked documents scores 0."""
     from pytrec_eval import RelevanceEvaluator
 
     judged = {query: relevance[query] for query in ranked}

@@ -68,9 +68,9 @@ class Task:
         protocol: How it is measured, in a sentence or two.
         files: The data: name, rows and sha256 of each file.
         expected_rows: Rows of all files as they were published; None if that is not known.
-        sentences: All texts to encode, repeated or not.
-        score: From the embeddings of the texts to the score.
-        score_model: Instead, from a model and a folder for cached results to the score: the task encodes its own texts.
+        sentences: All texts to encode, duplicates included.
+        score: Maps the embeddings of the texts to the score.
+        score_model: For tasks that encode their own texts: maps a model and a folder for cached results to the score.
     """
 
     name: str
@@ -101,7 +101,7 @@ def load_tasks(names: Sequence[str], data: str | Path | None) -> list[Task]:
         The tasks, in the order of the names.
 
     Raises:
-        ConfigError: A suite that needs the folder without it, an unknown MTEB task, or a package is not installed.
+        ConfigError: A suite needs the folder, an MTEB task is unknown, or a package is not installed.
         DataError: A file is missing or broken.
     """
     needed = [name for name in names if name in DATA_SUITES]
@@ -224,7 +224,7 @@ def _retrieval_tasks(folder: Path) -> list[Task]:
 
 
 def retrieval_task(data: RetrievalSet, name: str | None = None, suite: str = "retrieval") -> Task:
-    """Return the task of finding the relevant documents of queries by exact search."""
+    """Return the task of ranking the documents of a retrieval set for its queries."""
     name = data.name if name is None else name
 
     def score(embeddings: Embeddings, progress: Progress) -> Score:

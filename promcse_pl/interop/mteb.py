@@ -24,7 +24,7 @@ from promcse_pl.utils.errors import ConfigError, DataError
 class MtebModel(AbsEncoder):  # type: ignore[misc]
     """Model for `mteb.evaluate`: embeddings are those of `PromCSE.encode`, similarities are cosines.
 
-    Its revision is the adapter's content hash, so that mteb, which keeps results by name and revision, never shows those of
+    Its revision is the adapter's content hash, so that mteb, which caches results by name and revision, never returns those of
     another adapter. In retrieval tasks, queries are encoded with the model's prompt `query`, and documents with `document`,
     `passage` or `corpus`; without such a prompt, and in other tasks, with its default prompt. The task's instructions and mteb's
     batch size have no effect.
@@ -94,7 +94,7 @@ def main_score(model: PromCSE, task: AbsTask, folder: Path) -> float:
     Args:
         model: The model.
         task: The task.
-        folder: Folder of the results of earlier calls, which are found by the content hash of the adapter.
+        folder: Cache of results, by content hash of the adapter.
 
     Raises:
         DataError: The data set cannot be loaded.

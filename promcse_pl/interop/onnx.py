@@ -1,8 +1,8 @@
-"""An adapter as one ONNX or OpenVINO graph, for servers and runtimes without this package.
+"""Export an adapter as one ONNX or OpenVINO graph, for servers and runtimes that do not have this package.
 
 The graph maps `input_ids` and `attention_mask`, (N, T) int64, to `sentence_embedding`, (N, D) float32 of unit length. Prompt,
-positions, pooling, head and dense layers are part of it; texts are tokenised by the tokenizer.json beside it. The files lie
-where text-embeddings-inference, fastembed and transformers.js look for them.
+positions, pooling, head and dense layers are part of it; texts are tokenised by the exported tokenizer.json. The file
+layout is that of text-embeddings-inference, fastembed and transformers.js.
 """
 
 # N sentences, T tokens, D width
@@ -48,7 +48,7 @@ _INPUTS, _OUTPUT = ("input_ids", "attention_mask"), "sentence_embedding"
 _CHECKED_TOKENS = 512
 """Length of the longest text that is checked, unless the encoder's limit is shorter."""
 _MODULES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
-"""Extra -> what it installs."""
+"""Extra -> modules that it installs."""
 _CARD = """---
 tags: [sentence-similarity, promcse_pl]
 ---
@@ -109,7 +109,7 @@ class GraphEncoder:
 
         Args:
             folder: The folder.
-            file: `GRAPH`, `QUANTIZED` or `OPENVINO`; None: the first of `OPENVINO` and `GRAPH` that is there.
+            file: `GRAPH`, `QUANTIZED` or `OPENVINO`; None: `OPENVINO` if it exists, else `GRAPH`.
             threads: Number of threads; 0: the default of the runtime.
 
         Raises:
@@ -178,7 +178,7 @@ def export_openvino(model: PromCSE, folder: str | Path) -> ExportReport:
         path = Path(temporary) / GRAPH
         _write_graph(model, path)
         graph = openvino.convert_model(path)
-        # else a CPU with bfloat16 instructions computes in bfloat16
+        # by default, OpenVINO computes in bfloat16 on CPUs that support it
         graph.set_rt_info("f32", ["runtime_options", "INFERENCE_PRECISION_HINT"])
         (new / OPENVINO).parent.mkdir()
         openvino.save_model(graph, new / OPENVINO, compress_to_fp16=False)
@@ -211,7 +211,7 @@ def _check_model(model: PromCSE) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence torch's and onnxruntime's notes on operators that are not used."""
+    """Silence the messages of torch and onnxruntime about unused operators."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -262,7 +262,7 @@ def _quantize(source: Path, target: Path) -> None:
 
 
 def _write_files(model: PromCSE, folder: Path) -> tuple[str, ...]:
-    """Write the tokenizer and the settings; returns the settings that only some programs read."""
+    """Write tokenizer and config files; return notes on the settings that only some programs read."""
     backbone, text = model.encoder.backbone, model.encoder.text
     tokenizer = copy.deepcopy(model.tokenizer)
     backend: Tokenizer = tokenizer.backend_tokenizer
@@ -302,7 +302,7 @@ def _write_files(model: PromCSE, folder: Path) -> tuple[str, ...]:
 
 
 def _check(model: PromCSE, exported: GraphEncoder) -> float:
-    """Return the largest difference from PyTorch over texts of different lengths, together and alone.
+    """Return the largest difference from PyTorch for texts of different lengths, in a padded batch and alone.
 
     Raises:
         AdapterError: The exported tokenizer gives other token ids, or the difference exceeds `TOLERANCE`.

@@ -193,7 +193,7 @@ def export_sentence_transformers(model: PromCSE, folder: str | Path) -> str:
     """Write a folder for sentence-transformers.
 
     Without a prompt it contains a Transformer with the trained weights (LoRA is merged), Pooling, the head as a Dense module
-    and Normalize, and needs neither code nor promcse_pl. With a prompt, or a pooling or head that the library's own modules
+    and Normalize, and loads without promcse_pl. With a prompt, or a pooling or head that the library's own modules
     cannot express, it contains the adapter and no code: promcse_pl must be installed where it is loaded, and the encoder is found
     by its name, as for any adapter.
 
@@ -232,7 +232,7 @@ def export_sentence_transformers(model: PromCSE, folder: str | Path) -> str:
 
 
 def _is_plain(encoder: PromptEncoder) -> bool:
-    """Return whether modules of sentence-transformers compute the same embeddings."""
+    """Return whether built-in modules of sentence-transformers can compute the same embeddings."""
     has_known_head = not encoder.has_test_head or type(encoder.head) in (MlpHead, LowRankHead)
     has_known_pooling = set(encoder.pooling.split("+")) <= set(POOLING_MODES)
     is_bare = encoder.prompt.length == 0 and encoder.position_offset == 0 and not len(encoder.backbone.dense)

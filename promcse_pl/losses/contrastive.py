@@ -60,13 +60,13 @@ def weight_by_hardness(logits_BC: Tensor, hardness: float) -> Tensor:
     The weights have a gradient, as in the authors' code.
 
     Args:
-        logits_BC: From `ntxent_logits`; -inf for candidates that are no negatives.
+        logits_BC: From `ntxent_logits`; -inf for excluded candidates.
         hardness: Beta >= 0; 0 weights all negatives equally.
     """
     correct_BC = torch.eye(*logits_BC.shape, dtype=torch.bool, device=logits_BC.device)
     negatives_BC = ~correct_BC & logits_BC.isfinite()
     weights_BC = hardness * logits_BC  # logarithms
-    # not -inf: a row without negatives would have the gradient NaN
+    # not -inf: the gradient of a row without negatives would be NaN
     among_negatives_BC = weights_BC.masked_fill(~negatives_BC, torch.finfo(logits_BC.dtype).min)
     count_B1 = negatives_BC.sum(1, keepdim=True, dtype=logits_BC.dtype).clamp(min=1)
     log_mean_B1 = among_negatives_BC.logsumexp(1, keepdim=True) - count_B1.log()

@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 def cosent(cosines_B: Tensor, scores_B: Tensor, *, temperature: float) -> Tensor:
-    """Logarithmic sum over all pairs of pairs in the wrong order (Su 2022, https://kexue.fm/archives/8847).
+    """CoSENT loss: log-sum-exp over all pairs of rows with different scores (Su 2022, https://kexue.fm/archives/8847).
 
         L = log(1 + sum_{s_i > s_j} exp((cos_j - cos_i) / temperature))
 
-    Only the order of the scores matters, so that their scale is arbitrary. Pairs with the same score are not compared.
+    Only the order of the scores matters, so their scale is arbitrary. Rows with equal scores are not compared.
 
     Args:
         cosines_B: Cosine of the two texts of each pair.

@@ -1,4 +1,4 @@
-"""Terms that compare with a guide, the frozen encoder without a prompt: a mask of false negatives, and distillation."""
+"""Loss terms guided by the frozen encoder without a prompt: false-negative masking and distillation."""
 
 # B anchors, D width, C candidates (B without hard negatives, 2B with)
 
@@ -22,7 +22,7 @@ def candidate_cosines(anchor_BD: Tensor, positive_BD: Tensor, negative_BD: Tenso
 
 
 def false_negatives(guide_BC: Tensor) -> Tensor:
-    """Return which candidates are probably no negatives (GISTEmbed; Solatorio 2024, section 3).
+    """Return the mask of probable false negatives (GISTEmbed; Solatorio 2024, section 3).
 
         mask_ic = cos_guide(anchor_i, candidate_c) > cos_guide(anchor_i, positive_i)
 

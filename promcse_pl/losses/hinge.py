@@ -26,8 +26,8 @@ def energy_hinge(
     Args:
         anchor_BD, positive_BD, negative_BD: Unit vectors, one row per example.
         margin: Required cosine gap, in [0, 2].
-        excluded_BC: Boolean, True for candidates that are no negatives (`false_negatives`); the columns are the positives, then
-            the hard negatives. An anchor without any negative contributes 0.
+        excluded_BC: Boolean mask of excluded candidates (`false_negatives`); the columns are the positives, then the hard
+            negatives. An anchor without any negative contributes 0.
 
     Returns:
         A scalar >= 0; 0 if every positive exceeds its hardest negative by the margin.

@@ -126,7 +126,7 @@ def _contrastive_terms(
     mask_guide_BC = guide_BC if config.mask_false_negatives else None
     contrastive = _guided_ntxent(logits_BC, mask_guide_BC, config.hardness)
     if config.symmetric:
-        square = slice(len(logits_BC))  # the positives; hard negatives are no anchors
+        square = slice(len(logits_BC))  # the positives only: hard negatives are never anchors
         reverse_guide_BB = None if mask_guide_BC is None else mask_guide_BC[:, square].T
         reverse = _guided_ntxent(logits_BC[:, square].T, reverse_guide_BB, config.hardness)
         contrastive = (contrastive + reverse) / 2

@@ -1,4 +1,4 @@
-"""The pre-trained encoder with a prompt as an input. It is frozen unless `FrozenBackbone.tune` selects weights to train."""
+"""The pre-trained encoder, which takes a prompt as an input and is frozen unless `FrozenBackbone.tune` is called."""
 
 # B sentences, T tokens, P prompt length, L layers, K key/value heads, H head size, D width, E width of the input embeddings
 
@@ -55,7 +55,7 @@ UNLIMITED_INPUT = 2**16
 
 
 class FrozenBackbone(nn.Module):
-    """A pre-trained encoder, with a prompt as an input; it is frozen until `tune` is called.
+    """A pre-trained encoder that takes a prompt as an input; it is frozen until `tune` is called.
 
     Args:
         model: A transformers encoder of a supported family. It is changed in place: prompt attention, no gradients.
@@ -161,7 +161,7 @@ class FrozenBackbone(nn.Module):
         """Train weights of the encoder.
 
         Args:
-            tuning: Which weights. LoRA draws its matrices A from torch's generator.
+            tuning: Which weights. The LoRA matrices A are sampled with torch's generator.
 
         Raises:
             ConfigError: The encoder has no biases, peft is not installed, or all weights of an encoder with dense layers would be
@@ -203,14 +203,14 @@ class FrozenBackbone(nn.Module):
         return bool(self.tuned_names) and (self.quantized or any(weight.dtype != torch.float32 for weight in weights))
 
     def base(self) -> FrozenBackbone:
-        """Return the encoder as it was before training, read again from its files if weights of this one are trained.
+        """Return the pre-trained encoder; it is read again from its files if this one has trained weights.
 
         Raises:
             EncoderError: It cannot be found, or its weights have changed.
         """
         if self.tuning.weights == "none":
             return self
-        # an encoder in the folder of the adapter has no name, but its files
+        # an encoder in the adapter's folder has no name to load it by, only its files
         origin = None if self.tuning.weights == "full" else self._source
         revision = self.identity.revision if origin is None else None
         found = FrozenBackbone.load(origin or self.identity.name, revision=revision, with_pipeline=self.has_pipeline)
@@ -392,14 +392,14 @@ class FrozenBackbone(nn.Module):
             position_offset: Added to every position.
             types_BT: Token types (BERT, ELECTRA); zeros if None.
             all_layers: Also return the embedding output and every layer.
-            first_token: The caller reads only the first token of the last layer, so the others need not be computed; without
-                effect if a sentence is padded at the start.
+            first_token: The caller needs only the first token of the last layer, so the others need not be computed; no effect
+                if a sentence is padded on the left.
 
         Returns:
             Hidden states of the tokens (B, T, D), the last layer last; that one is (B, 1, D) if only the first token was
             computed. Values at padding are undefined.
         """
-        # a sentence may be padded at the start, and an exported graph cannot depend on that
+        # sentences may be padded on the left, and an exported graph cannot branch on that
         first_token = first_token and not torch.compiler.is_exporting() and bool(mask_BT[:, 0].all())
         inputs = {"input_ids": ids_BT}
         if self.family.positions != "none":

@@ -27,7 +27,7 @@ HEAD_RANK = 8
 
 STATE_PREFIX = "backbone."
 MODEL_PREFIX = f"{STATE_PREFIX}model."
-"""Names of the encoder's weights in the state dict begin with it."""
+"""Prefix of the encoder's weights in the state dict."""
 
 
 class MlpHead(nn.Module):
@@ -45,7 +45,7 @@ class MlpHead(nn.Module):
 
 
 class LowRankHead(nn.Module):
-    """h + U V h for a pooled embedding h; U is zero at first, so the embedding is unchanged before training.
+    """h + U V h for a pooled embedding h; U starts at zero, so the embedding is unchanged before training.
 
     Args:
         width: D.
@@ -217,7 +217,7 @@ class PromptEncoder(nn.Module):
     def _autocast(self, device: torch.device) -> AbstractContextManager[object]:
         if self.autocast is None:
             return nullcontext()
-        # without its cache, which threads would share: a chunk converts each weight once
+        # no weight cache, which threads would share; each chunk converts each weight once
         return torch.autocast(device.type, self.autocast, cache_enabled=False)
 
     def _pool(self, tokens: Tokens, prompt: Tensor) -> Tensor:

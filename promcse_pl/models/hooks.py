@@ -1,6 +1,6 @@
-"""Hooks on the frozen encoder's modules: detect those of others, append an input prompt, compute only the first token.
+"""Hooks on the frozen encoder's modules: detect hooks of other libraries, append an input prompt, compute only the first token.
 
-The hooks of this package do nothing outside of their context managers, which affect the current thread only.
+The hooks of this package have no effect outside their context managers, which apply to the current thread only.
 """
 
 # B sentences, T tokens, P prompt length, D width, E width of the input embeddings

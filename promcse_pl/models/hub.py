@@ -150,7 +150,7 @@ def why_unreachable(name: str, revision: str | None, kind: str = "model") -> str
     """Return why the hub cannot be reached; None if it can be reached or rejects the name.
 
     Args:
-        name: Repository that is asked for.
+        name: Name of the repository.
         revision: Its commit, tag or branch.
         kind: `model` or `dataset`.
     """

@@ -1,4 +1,4 @@
-"""The trained prompt: keys and values in front of those of the tokens in every layer, or vectors in front of their embeddings."""
+"""The trained prompt: keys and values prepended to those of the tokens in every layer, or vectors for the input layer."""
 
 # B sentences, P prompt length, L layers, N key/value heads, H head size, D = N * H, E width of the input embeddings
 
@@ -20,7 +20,7 @@ INIT_STD = 0.02
 class Prompt(nn.Module):
     """P trained vectors, with dropout.
 
-    A kind of prompt defines `forward`: one tensor, shared by all sentences, that `FrozenBackbone.forward` takes.
+    Subclasses implement `forward`, which returns the input of `FrozenBackbone.forward`: one tensor for all sentences.
 
     Args:
         length: P >= 0; 0 is the plain encoder.
@@ -126,9 +126,9 @@ class SharedPrompt(DeepPrompt):
 
 
 class InputPrompt(Prompt):
-    """Trainable vectors in front of the input embeddings (Jiang et al. 2022, table 3: prompt of the input layer only).
+    """Trainable vectors for the input layer only (Jiang et al. 2022, table 3).
 
-    They have query rows in every layer, and no positions: they follow the embedding layer with its positions and LayerNorm.
+    They attend like tokens in every layer. They have no positions: they are appended to the output of the embedding layer.
     `embedding.weight` is (P, E).
     """
 

@@ -1,4 +1,4 @@
-"""Which weights of an encoder are trained beside the prompt and the head: none, its biases, LoRA matrices, or all."""
+"""Selection of the encoder weights that are trained: none, biases, LoRA matrices, or all."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Tuning:
 
 
 def train_weights(model: nn.Module, tuning: Tuning, used: Collection[str]) -> tuple[str, ...]:
-    """Enable the gradients of the weights that are trained; LoRA layers are inserted, with B = 0, so that outputs do not change.
+    """Enable the gradients of the selected weights; LoRA layers are inserted with B = 0, so the output is unchanged.
 
     Args:
         model: A frozen transformers encoder, changed in place.
@@ -74,7 +74,7 @@ def _insert_lora(model: nn.Module, tuning: Tuning) -> None:
     peft.inject_adapter_in_model(config, model)
     for weight in model.parameters():
         if weight.requires_grad:
-            weight.data = weight.data.float()  # peft creates them in the type of the layer
+            weight.data = weight.data.float()  # peft creates them in the dtype of the layer
 
 
 def merge_lora(model: nn.Module) -> None:

@@ -115,7 +115,7 @@ class BestByDev(pl.Callback):
         self._best: dict[str, Tensor] = {}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Train no further if the checkpoint of a resumed run is that of its early stop."""
+        """Stop at once if the run was resumed from the checkpoint of an early stop."""
         trainer.should_stop = trainer.should_stop or self.stopped_early is not None
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any) -> None:
@@ -150,11 +150,11 @@ class BestByDev(pl.Callback):
         log.info("step %d: dev %s %.2f (best %.2f at step %d)", step, name, percent, best, self.best_step)
 
     def _score(self, module: PromcseModule) -> float:
-        """Return the dev score of the encoder's present tensors."""
+        """Return the dev score of the encoder's current tensors."""
         return score_dev(PromCSE(module.encoder, self.tokenizer), self.dev)
 
     def _keep_if_better(self, module: PromcseModule, step: int, score: float) -> bool:
-        """Keep the encoder's present tensors if their score is the best so far; return whether it is."""
+        """Keep the encoder's current tensors if their score is the best so far; return whether they were kept."""
         is_better = self.best_score is None or score > self.best_score
         if is_better:
             self.best_score, self.best_step = score, step
@@ -272,7 +272,7 @@ class Progress(pl.Callback):
 
     Args:
         console: Console for the bar.
-        every: Steps between two lines; the step after which training stops always has one.
+        every: Steps between two lines; the last step always has one.
         seconds: Returns the training time of the run so far, in seconds, earlier processes included.
     """
 

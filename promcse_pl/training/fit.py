@@ -48,7 +48,7 @@ log = logging.getLogger("promcse_pl")
 SHORT_RUN_EVALUATIONS = 4
 """Number of dev evaluations in a run of fewer than two `trainer.eval_every`."""
 INIT_ROWS = 64
-"""Training rows whose last tokens `prompt.init=data` averages; their number hardly changes the mean."""
+"""Training rows whose last tokens `prompt.init=data` averages; more rows hardly change the mean."""
 MIN_INPUT_TOKENS = 3
 """Tokens of the shortest useful sentence: one word between two special tokens."""
 
@@ -92,10 +92,10 @@ class Fitted:
 
     Attributes:
         steps: Optimiser steps of the run.
-        stopped_early: Why it has fewer steps than planned; None if it has not.
+        stopped_early: Why the run has fewer steps than planned; None if it has all of them.
         best_step: Step whose tensors are kept: the best by dev score, or the last without a dev set or if the mean is kept.
         dev_score: Dev score of the kept tensors in its metric, in [-1, 1]; None without a dev set.
-        average: The mean over the last steps; None without one.
+        average: The mean over the last steps; None without averaging.
         seconds: Training time, dev evaluation included.
         earlier_seconds: Duration of the run in earlier processes, up to the checkpoint that this one resumed from.
         rows_per_second: Training rows per second, dev evaluation excluded.

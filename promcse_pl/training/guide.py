@@ -1,4 +1,4 @@
-"""The guide of a run: embeddings of all training sentences by the frozen encoder, computed once and memory-mapped."""
+"""The guide of the loss: embeddings of all training sentences by the frozen encoder, computed once and memory-mapped."""
 
 # R rows, W texts per row, V views, B rows of a batch, N sentences, D width
 
@@ -92,7 +92,7 @@ def _write(
 
 
 def _is_whole(path: Path, shape: tuple[int, int, int]) -> bool:
-    """Return whether a file has the size of the embeddings and their checksum at its end."""
+    """Return whether a file has the size of the embeddings and ends with their checksum."""
     size = 2 * shape[0] * shape[1] * shape[2]
     if not path.is_file() or path.stat().st_size != size + _DIGEST_BYTES:
         return False

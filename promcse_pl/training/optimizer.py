@@ -42,7 +42,7 @@ def build_optimizer(trained: Sequence[Tensor], optim: OptimConfig) -> torch.opti
         trained: The trained tensors.
         optim: Learning rate and weight decay.
     """
-    groups: list[dict[str, Any]] = [{"params": list(trained)}]  # one group: checkpoints of earlier versions have one
+    groups: list[dict[str, Any]] = [{"params": list(trained)}]  # a single group, as in checkpoints of earlier versions
     if optim.weight_decay:
         groups = [
             {"params": [tensor for tensor in trained if tensor.ndim >= 2], "weight_decay": optim.weight_decay},

@@ -139,7 +139,7 @@ def test_columns_that_the_output_cannot_have_and_empty_files_are_errors(tmp_path
     with pytest.raises(DataError, match="has a column embedding"):
         read(tmp_path / "c.parquet")
     (tmp_path / "c.csv").write_text("text,id,id\nw1,1,2\n")
-    with pytest.raises(DataError, match="two columns of the same name"):
+    with pytest.raises(DataError, match="two columns with the same name"):
         read(tmp_path / "c.csv")
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "c.parquet")
     (tmp_path / "c.csv").write_text("text,id\n")

@@ -1,4 +1,4 @@
-"""Folders in BEIR layout are read as they are, and a broken one names its file and line."""
+"""Folders in BEIR layout are read; errors name the file and line."""
 
 import hashlib
 import importlib.util
@@ -82,12 +82,12 @@ BROKEN = {
         f"{QRELS}q1\td1\thigh\n",
         r"test\.tsv:2: the score 'high' is not an integer",
     ),
-    "trec format": ("qrels/test.tsv", "q1 0 d1 1\n", r"test\.tsv:1: expected query-id, corpus-id and score with tabs"),
-    "two scores": ("qrels/test.tsv", f"{QRELS}q1\td1\t1\nq1\td1\t2\n", r"test\.tsv:3: a second score"),
+    "trec format": ("qrels/test.tsv", "q1 0 d1 1\n", r"test\.tsv:1: expected query-id, corpus-id and score separated"),
+    "two scores": ("qrels/test.tsv", f"{QRELS}q1\td1\t1\nq1\td1\t2\n", r"test\.tsv:3: a second, different score"),
     "itself": (
         "qrels/test.tsv",
         f"{QRELS}x\tx\t1\n",
-        r"test\.tsv:2: the document 'x' is relevant to the query of the same id",
+        r"test\.tsv:2: the document 'x' is relevant to the query with the same id",
     ),
 }
 

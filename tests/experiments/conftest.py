@@ -1,4 +1,4 @@
-"""The modules of experiments/paper are not part of the package."""
+"""Put experiments/paper, which is not part of the package, on the import path."""
 
 import sys
 

@@ -162,7 +162,7 @@ def test_the_proxy_of_the_domain_shift_averages_subsets():
     [
         (0.1, 0.3, ("**confirmed**", "**contradicted**", "differs (higher)")),
         (-0.3, -0.1, ("**contradicted**", "**confirmed**", "differs (lower)")),
-        (-0.1, 0.3, ("not significant", "not significant", "no difference found")),
+        (-0.1, 0.3, ("not significant", "not significant", "no significant difference")),
         (None, None, ("no interval, so no verdict",) * 3),
     ],
 )

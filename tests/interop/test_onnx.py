@@ -1,4 +1,4 @@
-"""Exported graphs: embeddings equal to PyTorch's at every length and padding, the files that other programs read, refusals."""
+"""Exported graphs: embeddings equal to PyTorch's at every length and padding, exported files, errors."""
 
 import json
 import sys
@@ -51,7 +51,7 @@ def small_model(folder: Path, family: str = "bert", *, pipeline: bool = False, *
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory) -> tuple[PromCSE, Path, onnx.ExportReport]:
-    """A model with text settings and a dense layer, its exported folder, and what the export measured."""
+    """A model with text settings and a dense layer, its exported folder, and the export report."""
     folder = tmp_path_factory.mktemp("onnx")
     model = small_model(folder, pipeline=True, pooling="cls")
     return model, folder / "out", export_onnx(model, folder / "out", int8=True)

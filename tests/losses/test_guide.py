@@ -1,4 +1,4 @@
-"""Terms that compare with a guide, against plain loops; gradients against finite differences."""
+"""Loss terms with a guide equal plain loops; gradients equal finite differences."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Keys and values of the last token, from which `prompt.init=data` starts the prompt."""
+"""Mean keys and values of the last token, which initialise the prompt with `prompt.init=data`."""
 
 import pytest
 import torch

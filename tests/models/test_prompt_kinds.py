@@ -38,7 +38,7 @@ def gradients_of(encoder: PromptEncoder, tokens: Tokens, **options: object) -> d
 
 
 def slow_states(encoder: PromptEncoder, tokens: Tokens) -> list[list[torch.Tensor]]:
-    """Hidden states (T, D) of each sentence and layer of BERT, its vectors in front of the embedded tokens.
+    """Hidden states (T, D) of each sentence and layer of BERT, with the prompt vectors prepended to the embedded tokens.
 
     Sentences are computed one at a time without padding, a query and a head at a time.
     """
@@ -204,7 +204,7 @@ def test_dropout_is_separate_for_every_sentence_and_layer(kind, shape):
 
 @both_kinds
 def test_three_training_steps_equal_those_of_a_plain_loop(kind):
-    """AdamW written out, on the gradients of one padded batch through transformers' modules."""
+    """A hand-written AdamW, on the gradients of one padded batch through transformers' modules."""
     encoder, plain = (prompt_encoder(kind=kind, head="low_rank") for _ in range(2))
     plain.backbone.use_fused_layers = False
     tokens, lr = batch_for(encoder), 1e-2

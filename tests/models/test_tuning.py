@@ -1,4 +1,4 @@
-"""Trained weights of the encoder: which ones each tuning selects, in chunks, in the state dict, in adapters and merged."""
+"""Trained encoder weights: selection, gradients over chunks, state dict, adapters and merging."""
 
 import copy
 import json
@@ -27,7 +27,7 @@ every_tuning = pytest.mark.parametrize("tuning", [BIAS, LORA, FULL], ids=lambda 
 
 
 def tuned(family: str, tuning: Tuning, *, length: int = 0, **options: object) -> PromptEncoder:
-    """An encoder in float64 and eval mode whose trained weights were moved away from their start."""
+    """An encoder in float64 and eval mode whose trained weights differ from their initial values."""
     backbone = small_backbone(family, **(NO_DROPOUT if family == "bert" else {}))
     torch.manual_seed(4)
     backbone.tune(tuning)

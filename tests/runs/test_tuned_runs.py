@@ -1,4 +1,4 @@
-"""Runs with each tuning: what is trained, compared with the encoder before training, resumed bit-identical, swept."""
+"""Runs with each `tuning`: trained weights, comparison with the pre-trained encoder, bit-identical resume, sweeps."""
 
 import importlib.util
 import json

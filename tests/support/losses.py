@@ -55,7 +55,7 @@ def slow_hybrid(anchors, positives, negatives, temperature, logit, margin, hinge
 
 
 def some_views(batch, views, seed=0, width=4):
-    """Vectors whose anchor and positive are near, and not of length 1."""
+    """Unnormalised embeddings with similar anchors and positives."""
     generator = torch.Generator().manual_seed(seed)
     noise = [torch.randn(batch, width, dtype=torch.float64, generator=generator) for _ in range(4)]
     return [noise[0] + 0.6 * noise[1], noise[0] + 0.6 * noise[2], 0.5 * noise[0] + noise[3]][:views]

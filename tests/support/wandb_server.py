@@ -91,7 +91,7 @@ class Server(ThreadingHTTPServer):
         return {}
 
     def commands(self, heartbeat: dict[str, Any]) -> list[dict[str, Any]]:
-        """Return what an agent has to do next: wait for its trial, run another one, or exit."""
+        """Return the next command of an agent: wait for its trial, run another trial, or exit."""
         if json.loads(heartbeat["runState"]):
             return []
         if not self.trials:

@@ -1,4 +1,4 @@
-"""A sweep that W&B plans: the agent of wandb runs trials of conf/wandb_sweep.yaml against a local server."""
+"""W&B sweeps: the agent of wandb runs trials of conf/wandb_sweep.yaml against a local server."""
 
 import json
 import os

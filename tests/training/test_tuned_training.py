@@ -1,4 +1,4 @@
-"""Training with trained weights equals a plain loop of transformers and AdamW, step by step."""
+"""Training of encoder weights equals a plain loop with transformers and AdamW, step by step."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ TUNINGS = [Tuning("bias"), Tuning("lora", rank=3, alpha=6.0), Tuning("full")]
 
 
 class LoraLinear(nn.Module):
-    """W x + b + alpha / rank * B A x (Hu et al. 2022, eq. 3), written out."""
+    """W x + b + alpha / rank * B A x (Hu et al. 2022, eq. 3)."""
 
     def __init__(self, linear: nn.Linear, tuning: Tuning, lora_a: torch.Tensor) -> None:
         super().__init__()

@@ -156,7 +156,7 @@ class _Chunks(torch.autograd.Function):
                 parts.append(of_prompt)
             for number, part in enumerate(of_weights):
                 total = sums[number]
-                if part is not None:  # the first is copied: autograd may return one tensor for two weights
+                if part is not None:  # copied, because autograd may return the same tensor for two weights
                     sums[number] = part.clone() if total is None else total.add_(part)
         return None, None, torch.stack(parts).sum(0) if parts else None, *sums
 
@@ -167,7 +167,7 @@ def _map(function: Callable[[_Chunk], Result], work: Sequence[_Chunk], device: t
 
 
 def _results(function: Callable[[_Chunk], Result], work: Sequence[_Chunk], device: torch.device) -> Iterator[Result]:
-    """Yield the results of `_map` in the order of the chunks; at most two per thread are computed or wait to be read."""
+    """Yield the results of `_map` in the order of the chunks; at most two per thread are in progress or waiting."""
     threads = torch.get_num_threads()
     workers = min(threads, len(work)) if device.type == "cpu" else 1
     if workers < 2:

@@ -56,7 +56,7 @@ class Family:
             without transformers' attention interface.
         check: Raises EncoderError for a config that is not supported; see also `require_supported`.
         embeddings: Name of the module that embeds the tokens with absolute positions, to whose output `prompt.kind=input` appends
-            its vectors. None: not supported; relative and rotary positions would depend on where the vectors are inserted.
+            its vectors. None: not supported, as with relative or rotary positions, where the output depends on the order of rows.
         first_token: Name of the module that adds the residual after attention in the last layer, after which `cls` pooling
             computes only the first token; {} is replaced by the layer index. None: transformers' modules compute all tokens.
         fused: Module names for the fused CPU layers; None: transformers' modules are used.
