@@ -145,7 +145,7 @@ def test_the_kind_of_a_prompt_and_its_head_are_part_of_the_description_and_of_th
 def test_an_adapter_of_format_3_is_read_with_the_same_hash(backbone, folder, projection_size):
     encoder = some_encoder(backbone, projection_size=projection_size)
     save_adapter(encoder, folder)
-    for key, value in {"format": 3, "prompt.kind": ..., "head_rank": ..., "checksum": ...}.items():
+    for key, value in {"format": 3, "prompt.kind": ..., "head_rank": ..., "tuning": ..., "checksum": ...}.items():
         change_description(folder, key, value)
     loaded = load_adapter(folder)
     assert (describe(loaded), adapter_hash(loaded)) == (describe(encoder), adapter_hash(encoder))
@@ -170,7 +170,7 @@ def test_kinds_and_ranks_that_do_not_fit_are_refused(folder, key, value, message
 
 
 def as_format_2(folder: Path) -> None:
-    removed = ("encoder.pipeline", "prompt.keys", "prompt.kind", "head_rank", "text", "checksum")
+    removed = ("encoder.pipeline", "prompt.keys", "prompt.kind", "head_rank", "tuning", "text", "checksum")
     for key, value in {"format": 2, **dict.fromkeys(removed, ...)}.items():
         change_description(folder, key, value)
 
@@ -540,17 +540,9 @@ def test_a_config_field_that_changes_no_embedding_does_not_refuse_a_copy(folder,
 
 
 def test_an_adapter_of_format_1_identifies_its_encoder_by_weights_and_family(folder, backbone, tmp_path):
-    about = json.loads((folder / DESCRIPTION).read_text())
-    about["format"] = 1
-    del (
-        about["encoder"]["config"],
-        about["encoder"]["tokenizer"],
-        about["encoder"]["pipeline"],
-        about["checksum"],
-        about["prompt"]["keys"],
-        about["text"],
-    )
-    (folder / DESCRIPTION).write_text(json.dumps(about))
+    as_format_2(folder)
+    for key, value in {"format": 1, "encoder.config": ..., "encoder.tokenizer": ...}.items():
+        change_description(folder, key, value)
     assert torch.equal(vectors_of(load_adapter(folder)), vectors_of(some_encoder(backbone)))
     copy = shutil.copytree(backbone.identity.name, tmp_path / "copy")
     edit_json(copy / "config.json", model_type="roberta")
@@ -564,6 +556,7 @@ def little_memory():
 
 
 def test_a_projection_of_a_million_takes_neither_time_nor_memory(folder, little_memory):
+    change_description(folder, "prompt.kind", "projected")
     change_description(folder, "prompt.projection_size", 2**20)
     before = time.perf_counter()
     assert "must hold the tensors" in refusal(folder)
@@ -630,7 +623,7 @@ def test_an_encoder_whose_weights_changed_since_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("prompt.length", 5), ("prompt.length", 0), ("prompt.projection_size", 7), ("head", "none")]
+    ("key", "value"), [("prompt.length", 5), ("prompt.length", 0), ("prompt.kind", "shared"), ("head", "none")]
 )
 def test_a_description_that_does_not_fit_the_tensors_is_refused(folder, key, value):
     change_description(folder, key, value)

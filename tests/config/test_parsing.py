@@ -107,8 +107,13 @@ OUT_OF_RANGE = [
     ("optim.clip_norm", float("inf")),
     *(
         (f"trainer.{name}", 0)
-        for name in ("epochs", "max_steps", "eval_every", "log_every", "save_every", "chunk_tokens")
+        for name in ("epochs", "eval_every", "log_every", "save_every", "chunk_tokens")
     ),
+    ("trainer.max_steps", -1),
+    ("trainer.patience", 0),
+    ("tuning.rank", 0),
+    ("tuning.rank", 1025),
+    ("tuning.alpha", 0),
     ("trainer.devices", 0),
     ("trainer.devices", 65),
     ("trainer.num_nodes", 0),
@@ -121,7 +126,12 @@ OUT_OF_RANGE = [
 
 @pytest.mark.parametrize(("key", "value"), OUT_OF_RANGE)
 def test_a_value_out_of_range_is_refused_and_the_remedy_is_valid(key, value):
-    needed = {"prompt.projection_size": "prompt=projected", "model.head_rank": "model.head=low_rank"}
+    needed = {
+        "prompt.projection_size": "prompt=projected",
+        "model.head_rank": "model.head=low_rank",
+        "tuning.rank": "tuning=lora",
+        "tuning.alpha": "tuning=lora",
+    }
     raw = composed(needed[key]) if key in needed else valid()
     with pytest.raises(ConfigError) as caught:
         Config.from_dict(put(raw, key, value))

@@ -180,8 +180,9 @@ def test_ambiguous_columns_are_rejected_with_a_command_that_works(
 
 
 def typed(message: str):
-    """The config of the command at the end of a message, as a shell and Hydra read it."""
-    python, run, *overrides = shlex.split(message[message.index("python run.py") :])
+    """The config of the first command in a message, as a shell and Hydra read it."""
+    first, _, _ = message[message.index("python run.py") :].partition(". If ")
+    python, run, *overrides = shlex.split(first)
     assert (python, run) == ("python", "run.py")
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return config_of(compose("config", overrides=overrides))
