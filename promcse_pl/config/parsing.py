@@ -32,19 +32,21 @@ OTHER_NAMES = {
     "model.pooling": ("pooler", "pooler_type"),
     "optim.clip_norm": ("max_grad_norm", "gradient_clip_val"),
     "optim.lr": ("learning_rate",),
+    "optim.schedule": ("lr_scheduler", "lr_scheduler_type"),
+    "optim.warmup": ("warmup_ratio", "warmup_steps"),
     "prompt.length": ("pre_seq_len", "num_virtual_tokens"),
+    "tuning.alpha": ("lora_alpha",),
+    "tuning.rank": ("lora_r", "lora_rank"),
     "trainer.devices": ("gpus", "num_gpus", "num_processes"),
     "trainer.epochs": ("num_epochs", "num_train_epochs", "max_epochs"),
     "trainer.eval_every": ("eval_steps", "val_check_interval"),
+    "trainer.patience": ("early_stopping", "early_stopping_patience"),
     "trainer.precision": ("fp16", "bf16", "dtype"),
     "trainer.save_every": ("save_steps",),
     "trainer.log_every": ("logging_steps", "log_every_n_steps"),
 }
 """Names of a setting in other trainers and in the official code."""
 ABSENT = {
-    "weight_decay": "AdamW has no weight decay here, as in the official code",
-    "warmup_steps": "the learning rate has no warm-up, as in the official code",
-    "warmup_ratio": "the learning rate has no warm-up, as in the official code",
     "gradient_accumulation_steps": "data.batch_size is the full batch of a step; trainer.chunk_tokens limits its memory",
 }
 """Settings of other trainers that have no counterpart, and the reason."""

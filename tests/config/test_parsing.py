@@ -105,10 +105,7 @@ OUT_OF_RANGE = [
     ("optim.lr", 1.5),
     ("optim.clip_norm", 0),
     ("optim.clip_norm", float("inf")),
-    *(
-        (f"trainer.{name}", 0)
-        for name in ("epochs", "eval_every", "log_every", "save_every", "chunk_tokens")
-    ),
+    *((f"trainer.{name}", 0) for name in ("epochs", "eval_every", "log_every", "save_every", "chunk_tokens")),
     ("trainer.max_steps", -1),
     ("trainer.patience", 0),
     ("tuning.rank", 0),

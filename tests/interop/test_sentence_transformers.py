@@ -119,7 +119,7 @@ def test_without_a_prompt_an_export_is_plain_and_gives_our_vectors(tmp_path, fam
     model = PromCSE(PromptEncoder(backbone, length=0, pooling=pooling, head=head, text=text).eval())
     for weight in model.encoder.parameters():
         if weight.requires_grad:
-            torch.nn.init.normal_(weight, std=0.3)
+            torch.nn.init.normal_(weight, std=0.1)
     loader = export_sentence_transformers(model, tmp_path / "export")
     assert loader == f"SentenceTransformer({str(tmp_path / 'export')!r})"
     exported = SentenceTransformer(str(tmp_path / "export"), local_files_only=True, device="cpu")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.encoders import NO_DROPOUT, SMALL, prompt_encoder, small_backbone, small_tokens, trained
 
+from promcse_pl.config import LossConfig
 from promcse_pl.config.pooling import POOLINGS
 from promcse_pl.data.batch import Tokens
 from promcse_pl.losses.hybrid import hybrid_loss
@@ -28,7 +29,7 @@ def batch_for(encoder: PromptEncoder) -> Tokens:
 
 def loss_of(encoder: PromptEncoder, tokens: Tokens, **options: object) -> torch.Tensor:
     vectors, _ = encoder(tokens, train_head=True, **options)
-    return hybrid_loss(*vectors.view(3, 2, -1), temperature=0.5, margin=0.2, hinge_weight=1.0).total
+    return hybrid_loss(*vectors.view(3, 2, -1), LossConfig(temperature=0.5, margin=0.2, hinge_weight=1.0)).total
 
 
 def gradients_of(encoder: PromptEncoder, tokens: Tokens, **options: object) -> dict[str, torch.Tensor]:
