@@ -58,8 +58,9 @@ def score(member: Member, suites: tuple[str, ...], data: Path, folder: Path) -> 
         data: Folder with senteval/.
         folder: Folder of the cached scores, SUITE.json. A file is reused if its model and data have the same hashes.
     """
-    model = member.load()
-    scores: dict[str, float] = {}
+    if not suites:
+        return {}
+    model, scores = member.load(), {}
     for suite in suites:
         file = folder / f"{suite}.json"
         origin = {"adapter": model.adapter_hash(), "data": files_of(suite, data)}

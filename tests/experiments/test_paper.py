@@ -445,6 +445,7 @@ def test_cached_scores_are_those_of_the_same_model_and_data(trained_run, tmp_pat
         member = Member(lambda: diagnostics.load_variant(trained_run.folder, seed=seed))
         return scoring.score(member, ("transfer",), tmp_path, tmp_path / "scores")
 
+    assert scoring.score(Member(lambda: pytest.fail("loaded")), (), tmp_path, tmp_path) == {}
     first = score(1)
     evaluated.append("first")
     assert score(1) == first
@@ -493,7 +494,7 @@ def test_a_study_trains_scores_and_is_not_repeated(workspace, monkeypatch):
     )
     monkeypatch.setenv("XDG_CACHE_HOME", str(workspace.runs / "cache"))
     monkeypatch.setitem(scoring.SUITES, "sts", ["demo"])
-    monkeypatch.setattr(training, "domain_scores", lambda _: {})
+    monkeypatch.setattr(scoring, "domain_scores", lambda _: {})
     table = study.Study("t", "a", (EH,), tasks=("demo test",), headline="demo test")
     said: list[str] = []
     assert training.run_study("small", table, small, (42,), said.append) == []
