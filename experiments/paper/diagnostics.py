@@ -2,13 +2,15 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from study import PRESETS, PROMCSE_EH, RESULTS, Row, Tree, path_of, read_results
-from training import Workspace, adapter_member, frozen_member, score, train, write_sample
+from scoring import adapter_member, frozen_member, score
+from study import DEV, FROZEN, PRESETS, PROMCSE_EH, RESULTS, TRAINED, Results, Row, read_results, study_folder
+from training import Workspace, add_record, check_origin, describe_origin, run_settings, train
 
 from promcse_pl import PromCSE
 from promcse_pl.evaluation.targets import Member
@@ -17,7 +19,7 @@ from promcse_pl.utils.files import write_text
 
 ROW = Row(PROMCSE_EH, PRESETS[PROMCSE_EH])
 POOLINGS = ("avg", "max", "cls", "avg_first_last", "avg_top2", "weightedmean", "avg+max", "cls+avg")
-SUITES = ("dev", "sts")
+SUITES = (DEV, "sts")
 
 
 class Ensemble(PromCSE):
@@ -42,7 +44,7 @@ class Ensemble(PromCSE):
         return np.hstack(parts) / np.float32(len(parts) ** 0.5)
 
 
-def variant(folder: Path, *, pooling: str | None = None, seed: int | None = None) -> PromCSE:
+def load_variant(folder: Path, *, pooling: str | None = None, seed: int | None = None) -> PromCSE:
     """Return the adapter of a run with another pooling, or with a randomly initialised prompt.
 
     Args:
@@ -66,50 +68,66 @@ def variant(folder: Path, *, pooling: str | None = None, seed: int | None = None
     return PromCSE(encoder.eval())
 
 
-def run_diagnostics(place: Workspace, seeds: tuple[int, ...], say: Callable[[str], None]) -> None:
-    """Score the variants of the adapters of table 1 on STS-B dev and the seven STS tasks, and write results.json.
+def run_diagnostics(workspace: Workspace, seeds: tuple[int, ...], report: Callable[[str], None]) -> None:
+    """Score the variants of the adapters of table 1 on STS-B dev and the seven STS tasks; merge them into results.json.
 
     Args:
-        place: Model, data and run folders.
+        workspace: Model, data and run folders.
         seeds: Seeds of the adapters, which are trained if they do not exist.
-        say: Called with each progress line.
+        report: Called with each progress line.
     """
-    sample = write_sample(place, "nli")
-    folders = {seed: place.run_folder(ROW, seed) for seed in seeds}
-    runs = [train(place, ROW, seed) for seed in seeds]
-    tree: Tree = {"data": {"nli": sample}, "runs": runs, "variants": {}}
+    origin = describe_origin(workspace, (ROW,), SUITES)
+    check_origin("diagnostics", workspace.name, origin)
+    folders = {seed: workspace.run_folder(ROW, seed) for seed in seeds}
+    runs = [train(workspace, ROW, seed) for seed in seeds]
+    for name, members in _variants(folders).items():
+        report(f"diagnostics: {name}")
+        scores = {str(seed): _score(workspace, name, seed, member) for seed, member in members.items()}
+        _write(workspace, origin, runs, "variants", {name: scores})
+    for name, member in _single(workspace, folders).items():
+        report(f"diagnostics: {name}")
+        _write(workspace, origin, runs, "single", {name: _score(workspace, name, "all", member)})
+
+
+def _score(workspace: Workspace, name: str, seed: int | str, member: Member) -> dict[str, float]:
+    """Return the scores of a model on STS-B dev and the average of the seven STS tasks."""
+    folder = workspace.folder / "diagnostics" / name.replace(" ", "_") / str(seed) / "scores"
+    scores = score(member, SUITES, workspace.data, folder)
+    return {task: scores[task] for task in (DEV, "Avg")}
+
+
+def _write(workspace: Workspace, origin: Results, runs: list[Results], part: str, models: Results) -> None:
+    """Merge the scores of models into results.json; earlier scores of adapters with other settings are dropped."""
     results = read_results("diagnostics")
-    for name, members in _variants(place, folders).items():
-        tree["variants"][name] = {suite: [] for suite in SUITES}
-        for seed, member in members.items():
-            say(f"diagnostics: {name}, seed {seed}")
-            base = place.folder / "diagnostics" / name.replace(" ", "_") / str(seed) / "scores"
-            for suite in SUITES:
-                scores = score(member, suite, place.data, base / f"{suite}.json")
-                tree["variants"][name][suite].append(scores["dev" if suite == "dev" else "Avg"])
-        results[place.model] = tree
-        write_text(path_of("diagnostics") / RESULTS, json.dumps(results, indent=2) + "\n")
+    tree = results.get(workspace.name)
+    if tree is None or any(run_settings(run) != run_settings(runs[0]) for run in tree["runs"]):
+        tree = {"runs": [], "variants": {}, "single": {}}
+    for run in runs:
+        tree["runs"] = add_record(tree["runs"], run)
+    for name, scores in models.items():
+        tree[part][name] = tree[part].get(name, {}) | scores
+    results[workspace.name] = tree | origin
+    write_text(study_folder("diagnostics") / RESULTS, json.dumps(results, indent=2) + "\n")
 
 
-def _variants(place: Workspace, folders: dict[int, Path]) -> dict[str, dict[int, Member]]:
-    """Return the models to score, by name and seed."""
-    first, *_ = folders
-    variants = {
-        "frozen encoder": {first: frozen_member(place)},
-        "random prompt, not trained": {
-            seed: Member(lambda folder=folder, seed=seed: variant(folder, seed=seed), seed)  # type: ignore[misc]
-            for seed, folder in folders.items()
-        },
-        "trained": {seed: adapter_member(folder) for seed, folder in folders.items()},
-    }
-    for pooling in POOLINGS:
-        variants[f"trained, pooling {pooling}"] = {
-            seed: Member(lambda folder=folder, pooling=pooling: variant(folder, pooling=pooling), seed)  # type: ignore[misc]
+def _variants(folders: dict[int, Path]) -> dict[str, dict[int, Member]]:
+    """Return the variants of the adapter of each seed, by name."""
+
+    def load(pooling: str | None = None, *, is_random: bool = False) -> dict[int, Member]:
+        return {
+            seed: Member(partial(load_variant, folder, pooling=pooling, seed=seed if is_random else None), seed)
             for seed, folder in folders.items()
         }
+
+    trained = {seed: adapter_member(folder) for seed, folder in folders.items()}
+    poolings = {f"trained, pooling {pooling}": load(pooling) for pooling in POOLINGS}
+    return {"random prompt, not trained": load(is_random=True), TRAINED: trained, **poolings}
+
+
+def _single(workspace: Workspace, folders: dict[int, Path]) -> dict[str, Member]:
+    """Return the models without a seed, by name: the frozen encoder, and the ensemble of all adapters."""
+    models = {FROZEN: frozen_member(workspace.model, workspace.encoder)}
     if len(folders) > 1:
-        together = [*folders.values()]
-        variants[f"mean of the cosines of {len(folders)} seeds"] = {
-            first: Member(lambda: Ensemble([PromCSE.load(folder) for folder in together]))
-        }
-    return variants
+        name = f"mean of the cosines of seeds {', '.join(map(str, folders))}"
+        models[name] = Member(lambda: Ensemble([PromCSE.load(folder) for folder in folders.values()]))
+    return models

@@ -1,6 +1,6 @@
 """Dry run: compose every config of a study, and estimate steps, time and memory of a run without training."""
 
-from study import MODELS, Row, Study
+from study import MODELS, Row, Study, selected_rows
 from training import Workspace
 
 from promcse_pl.config import Config
@@ -40,34 +40,35 @@ def estimate(model: str, config: Config, sample: int) -> tuple[int, float, float
     return steps, hours, memory / 1e9
 
 
-def dry_run(name: str, study: Study, place: Workspace, seeds: tuple[int, ...]) -> list[str]:
-    """Print the command and the estimates of every row of a study; return the errors of invalid configs."""
-    failed, hours = [], 0.0
-    for row in study.rows:
-        problem = _print_row(row, place, seeds[0])
+def dry_run(
+    name: str, study: Study, workspace: Workspace, seeds: tuple[int, ...], only: tuple[str, ...] = ()
+) -> list[str]:
+    """Print the command and the estimates of the selected rows of a study; return the errors of invalid configs."""
+    failed, hours, rows = [], 0.0, selected_rows(study, only)
+    for row in rows:
+        problem = _print_row(row, workspace, seeds[0])
         if isinstance(problem, str):
             failed.append(problem)
         else:
             hours += problem * len(seeds)
-    print(
-        f"{name}: {len(study.rows)} rows x {len(seeds)} seeds, about {hours:.1f} hours of training without dev evaluations"
-    )
+    print(f"{name}: {len(rows)} rows x {len(seeds)} seeds, about {hours:.1f} hours of training without dev evaluations")
     return failed
 
 
-def _print_row(row: Row, place: Workspace, seed: int) -> str | float:
+def _print_row(row: Row, workspace: Workspace, seed: int) -> str | float:
     """Print the command and the estimates of a row; return its hours, or the error of its config."""
-    overrides = place.overrides(row, seed)
-    print(f"\n{row.name}\n  {run_command(*overrides)}")
+    print(f"\n{row.name}")
     try:
+        overrides = workspace.overrides(row, seed)
+        print(f"  {run_command(*overrides)}")
         config = compose_config(overrides, {})
     except PromcseError as error:
         print(f"  invalid config: {error}")
         return f"{row.name}: {error}"
-    steps, hours, memory = estimate(place.model, config, place.rows)
+    steps, hours, memory = estimate(workspace.model, config, workspace.rows)
     time = f"{60 * hours:.0f} minutes" if hours < 1 else f"{hours:.1f} hours"
     print(
         f"  {steps:,} steps of {config.data.batch_size} rows, lr {config.optim.lr:g}; about {time} on a "
-        f"{'CPU' if place.rows else 'GPU'}, {memory:.1f} GB without activation checkpointing"
+        f"{'CPU' if workspace.rows else 'GPU'}, {memory:.1f} GB without activation checkpointing"
     )
     return hours

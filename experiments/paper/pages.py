@@ -1,77 +1,164 @@
 """Pages of the studies, and the summary of all claims, drawn from results.json alone."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from study import COMMON_LIMITS, DEV, STUDIES, Claim, Expected, Study, Tree, path_of, read_results
+import numpy as np
+import scipy
+from study import (
+    COMMON_LIMITS,
+    DEV,
+    FROZEN,
+    STUDIES,
+    TRAINED,
+    Claim,
+    Results,
+    Study,
+    read_results,
+    study_folder,
+    summary_page,
+)
 
-from promcse_pl.evaluation.statistics import Difference, mean_over_seeds, seed_difference
+from promcse_pl.evaluation.statistics import LEVEL, Difference, mean_over_seeds, seed_difference
 from promcse_pl.utils.files import write_text
 
 REFERENCE = "bert-base"
 """Encoder of the paper whose scores are shown for models that the paper does not evaluate."""
-SMALL = {"alignment", "uniformity"}
+THREE_DECIMALS = {"alignment", "uniformity"}
 """Tasks with three decimals."""
-WORDS: dict[Expected, tuple[str, str, str]] = {
-    "higher": ("**confirmed**", "**contradicted**", "not significant"),
-    "lower": ("**contradicted**", "**confirmed**", "not significant"),
-    "equal": ("differs (higher)", "differs (lower)", "no significant difference"),
+VERDICTS = {
+    "higher": ("confirmed", "contradicted", "not significant"),
+    "lower": ("contradicted", "confirmed", "not significant"),
 }
 """Verdicts for an interval above 0, below 0, and one that includes 0."""
+MARGIN = 0.2
+"""Equivalence margin in points, for claims of no difference."""
+VERDICT_RULE = (
+    "A claim of a difference is confirmed or contradicted if the 95 % confidence interval of the difference over seeds excludes "
+    f"0. A claim of no difference is confirmed if the difference is significantly smaller than {MARGIN:g} points (two one-sided "
+    "t-tests, whose p is shown), contradicted if it is significantly larger, and otherwise inconclusive."
+)
+LEARNING_RATES = (
+    "A row uses the learning rate with the best dev score of its method (study `learning_rate`), once all rates of the method "
+    "were run for the same model and rows; the learning rate of a method without such runs is that of the model's recipe."
+)
+NOT_RUN, FEW_SEEDS = "not run", "fewer than 2 common seeds"
 
 
-def by_seed(model: Tree, row: str, task: str) -> dict[int, float]:
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """Result for a claim.
+
+    Attributes:
+        claim: The claim.
+        task: Task whose scores were compared: that of the claim or its proxy.
+        difference: Difference over the common seeds; None for fewer than two.
+        p: Two-sided p-value of the difference, or of the tests of equivalence; None without an interval.
+        verdict: Whether the difference agrees with the claim.
+    """
+
+    claim: Claim
+    task: str
+    difference: Difference | None
+    p: float | None
+    verdict: str
+
+
+def by_seed(model: Results, row: str, task: str) -> dict[int, float]:
     """Return the scores of a row's runs on a task by seed."""
     runs = model["rows"].get(row, {"runs": []})["runs"]
     found = {run["seed"]: run["dev_spearman"] if task == DEV else run["scores"].get(task) for run in runs}
     return {seed: value for seed, value in found.items() if value is not None}
 
 
-def values(model: Tree, row: str, task: str) -> list[float]:
+def values(model: Results, row: str, task: str) -> list[float]:
     """Return the scores of a row's runs on a task, in the order of the seeds."""
     return [*by_seed(model, row, task).values()]
 
 
-def number(value: float, task: str, sign: str = "") -> str:
-    """Return a score as text."""
-    return format(value, f"{sign}.{3 if task in SMALL else 2}f")
+def format_score(value: float | None, task: str, sign: str = "") -> str:
+    """Return a score as text; empty for None."""
+    return "" if value is None else format(value, f"{sign}.{3 if task in THREE_DECIMALS else 2}f")
 
 
-def cell(scores: Sequence[float], task: str) -> str:
+def format_scores(scores: Sequence[float], task: str) -> str:
     """Return mean ± standard deviation and confidence interval of a row's scores."""
     if len(scores) < 2:
-        return number(scores[0], task) if scores else "not run"
-    mean, std, low, high = mean_over_seeds(scores)
-    return f"{number(mean, task)} ± {number(std, task)} [{number(low, task)}, {number(high, task)}]"
+        return format_score(scores[0], task) if scores else NOT_RUN
+    mean, std, low, high = (format_score(value, task) for value in mean_over_seeds(scores))
+    return f"{mean} ± {std} [{low}, {high}]"
 
 
-def compare(model: Tree, claim: Claim) -> Difference | None:
-    """Return the difference between the two rows of a claim over their common seeds; None for fewer than two."""
-    first, second = (by_seed(model, row, claim.task) for row in (claim.first, claim.second))
-    seeds = [seed for seed in first if seed in second]
-    if len(seeds) < 2:
-        return None
-    return seed_difference([first[seed] for seed in seeds], [second[seed] for seed in seeds], is_paired=True)
-
-
-def verdict(difference: Difference | None, expected: Expected) -> str:
-    """Return whether the difference has the sign that the paper reports."""
-    if difference is None:
-        return "not run"
-    if difference.low is None or difference.high is None:
-        return "no interval, so no verdict"
-    higher, lower, neither = WORDS[expected]
-    return higher if difference.low > 0 else lower if difference.high < 0 else neither
-
-
-def shown(difference: Difference | None, task: str) -> str:
+def format_difference(difference: Difference | None, task: str) -> str:
     """Return a difference with its interval."""
     if difference is None:
-        return "not run"
-    text = number(difference.value, task, "+")
+        return ""
+    text = format_score(difference.value, task, "+")
     if difference.low is None or difference.high is None:
         return text
-    return f"{text} [{number(difference.low, task)}, {number(difference.high, task)}]"
+    return f"{text} [{format_score(difference.low, task)}, {format_score(difference.high, task)}]"
+
+
+def format_p(p: float | None) -> str:
+    """Return a p-value as text."""
+    return "" if p is None else "< 0.001" if p < 0.0005 else f"{p:.3f}"
+
+
+def common_scores(first: dict[int, float], second: dict[int, float]) -> tuple[list[float], list[float]]:
+    """Return the scores of two rows for their common seeds, in the same order."""
+    seeds = [seed for seed in first if seed in second]
+    return [first[seed] for seed in seeds], [second[seed] for seed in seeds]
+
+
+def judge(model: Results, claim: Claim) -> Judgement:
+    """Judge a claim by the differences between its two rows, paired by seed."""
+    rows = (claim.first, claim.second)
+    is_scored = claim.proxy is None or all(by_seed(model, row, claim.task) for row in rows)
+    task = claim.task if is_scored else str(claim.proxy)
+    scores = [by_seed(model, row, task) for row in rows]
+    first, second = common_scores(*scores)
+    if len(first) < 2:
+        return Judgement(claim, task, None, None, FEW_SEEDS if all(scores) else NOT_RUN)
+    difference = seed_difference(first, second, is_paired=True)
+    if difference.low is None or difference.high is None:
+        return Judgement(claim, task, difference, None, "no interval, so no verdict")
+    if claim.expected == "equal":
+        p, verdict = judge_equivalence(np.subtract(second, first))
+    else:
+        higher, lower, neither = VERDICTS[claim.expected]
+        p, verdict = difference.p, higher if difference.low > 0 else lower if difference.high < 0 else neither
+    return Judgement(claim, task, difference, p, verdict if is_scored else f"{verdict} (proxy)")
+
+
+def judge_equivalence(differences_n: np.ndarray) -> tuple[float, str]:
+    """Judge a claim of no difference by two one-sided t-tests (TOST, Schuirmann 1987) with `MARGIN`.
+
+    Args:
+        differences_n: (n,) differences, one for each seed.
+
+    Returns:
+        The p-value and the verdict: confirmed if the mean is inside the margin, contradicted if it is outside.
+    """
+    above_low, above_high = (_p_above(differences_n, bound) for bound in (-MARGIN, MARGIN))
+    inside, outside = max(above_low, 1 - above_high), min(1.0, 2 * min(above_high, 1 - above_low))
+    if inside < 1 - LEVEL:
+        return inside, "confirmed"
+    return (outside, "contradicted") if outside < 1 - LEVEL else (inside, "inconclusive")
+
+
+def _p_above(differences_n: np.ndarray, bound: float) -> float:
+    """Return the p-value of a one-sided t-test of a mean above a bound."""
+    return float(scipy.stats.ttest_1samp(differences_n, bound, alternative="greater").pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values adjusted for multiple tests (Holm 1979), in the given order."""
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
 
 
 def paper_scores(study: Study, row: str, encoder: str) -> dict[str, float]:
@@ -82,85 +169,73 @@ def paper_scores(study: Study, row: str, encoder: str) -> dict[str, float]:
 
 def paper_difference(study: Study, claim: Claim, encoder: str) -> str:
     """Return the paper's difference for a claim, or the expected direction if the paper has no numbers."""
-    task = claim.paper_task or claim.task
-    first, second = (paper_scores(study, row, encoder).get(task) for row in (claim.first, claim.second))
+    first, second = (paper_scores(study, row, encoder).get(claim.task) for row in (claim.first, claim.second))
     if first is None or second is None:
         return {"higher": "higher", "lower": "lower", "equal": "no difference"}[claim.expected]
-    named = f" ({claim.paper_task})" if claim.paper_task else ""
-    return f"{number(second - first, task, '+')}{named}"
+    return format_score(second - first, claim.task, "+")
 
 
-def encoder_of(study: Study, model: str) -> str:
-    """Return the encoder of the paper to compare a model with."""
+def encoder_of(study: Study, key: str) -> str:
+    """Return the encoder of the paper to compare the results of a workspace with."""
+    model = key.rpartition("-")[0]
     known = {encoder for row in study.rows for encoder in row.paper or {}}
     return model if model in known else REFERENCE
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Return the lines of a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return ["", *(f"| {' | '.join(line)} |" for line in lines), ""]
 
 
-def score_tables(study: Study, model: Tree, name: str) -> list[str]:
-    """Return the tables of scores: dev score and settings, then each task with the paper's number."""
-    encoder, rows = encoder_of(study, name), [row.name for row in study.rows]
-    headline, measured = study.headline, list(dict.fromkeys([study.headline, DEV]))
-    columns = ["row", f"paper ({encoder})", *measured, "learning rate", "seeds"]
-    frozen = model["frozen"]
-    lines = [
-        ["frozen encoder", "", *(number(frozen[task], task) if task in frozen else "" for task in measured), "", ""]
-    ]
-    for row in rows:
-        runs = model["rows"].get(row, {"runs": []})["runs"]
-        rate = next((line[9:] for run in runs for line in run["overrides"] if line.startswith("optim.lr=")), "recipe")
-        paper = paper_scores(study, row, encoder).get(headline)
+def overview_table(study: Study, model: Results, encoder: str) -> list[str]:
+    """Return the table of the headline and the dev score with the settings of each row."""
+    measured, frozen = list(dict.fromkeys([study.headline, DEV])), model["frozen"]
+    lines = [[FROZEN, "", *(format_score(frozen.get(task), task) for task in measured), "", ""]]
+    for row in study.rows:
+        runs = model["rows"].get(row.name, {"runs": []})["runs"]
+        rates = [line[9:] for run in runs for line in run["overrides"] if line.startswith("optim.lr=")]
+        paper = format_score(paper_scores(study, row.name, encoder).get(study.headline), study.headline)
+        scores = (format_scores(values(model, row.name, task), task) for task in measured)
         seeds = ", ".join(str(run["seed"]) for run in runs) or "none"
-        lines.append(
-            [row, "" if paper is None else number(paper, headline), *(cell(values(model, row, task), task) for task in measured),
-             rate, seeds]
-        )  # fmt: skip
-    text = table(columns, lines)
-    if len(study.tasks) > 1:
-        detail = []
-        for row in ["frozen encoder", *rows]:
-            scores = [[model["frozen"][task]] if task in model["frozen"] else [] for task in study.tasks]
-            if row != "frozen encoder":
-                scores = [values(model, row, task) for task in study.tasks]
-                paper = paper_scores(study, row, encoder)
-                if paper:
-                    detail.append(
-                        [f"{row} (paper)", *("" if t not in paper else number(paper[t], t) for t in study.tasks)]
-                    )
-            means = (
-                number(sum(one) / len(one), task) if one else "–" for one, task in zip(scores, study.tasks, strict=True)
-            )
-            detail.append([row, *means])
-        text += ["Means over the seeds:", *table(["", *study.tasks], detail)]
-    return text
+        lines.append([row.name, paper, *scores, rates[0] if rates else "recipe" if runs else "", seeds])
+    return markdown_table(["row", f"paper ({encoder})", *measured, "learning rate", "seeds"], lines)
 
 
-def claim_rows(study: Study, name: str, model: Tree) -> list[list[str]]:
-    """Return the comparisons of a study as rows: claim, task, paper, ours, p, verdict."""
-    rows = []
-    for claim in study.claims:
-        difference = compare(model, claim)
-        over = f", {difference.over}" if difference else ""
-        p = (
-            ""
-            if difference is None or difference.p is None
-            else "< 0.001"
-            if difference.p < 0.0005
-            else f"{difference.p:.3f}"
-        )
-        rows.append(
-            [f"{claim.second} against {claim.first}", claim.task, paper_difference(study, claim, encoder_of(study, name)),
-             shown(difference, claim.task) + over, p, verdict(difference, claim.expected)]
-        )  # fmt: skip
-    return rows
+def task_table(study: Study, model: Results, encoder: str) -> list[str]:
+    """Return the table of the means of every row by task, below the paper's scores."""
+    lines = [[FROZEN, *(format_score(model["frozen"].get(task), task) or "–" for task in study.tasks)]]
+    for row in study.rows:
+        if paper := paper_scores(study, row.name, encoder):
+            lines.append([f"{row.name} (paper)", *(format_score(paper.get(task), task) for task in study.tasks)])
+        scores = ((values(model, row.name, task), task) for task in study.tasks)
+        lines.append([row.name, *(format_score(float(np.mean(one)), task) if one else "–" for one, task in scores)])
+    return ["Means over the seeds:", *markdown_table(["", *study.tasks], lines)]
 
 
-def provenance(model: Tree) -> list[str]:
+def score_tables(study: Study, model: Results, key: str) -> list[str]:
+    """Return the tables of scores: dev score and settings, then each task with the paper's number."""
+    encoder = encoder_of(study, key)
+    return overview_table(study, model, encoder) + (task_table(study, model, encoder) if len(study.tasks) > 1 else [])
+
+
+def claim_cells(study: Study, key: str, judgement: Judgement) -> list[str]:
+    """Return the cells of a comparison: rows, task, paper, difference and p."""
+    claim, difference = judgement.claim, judgement.difference
+    task = judgement.task if judgement.task == claim.task else f"{judgement.task} (proxy of {claim.task})"
+    ours = format_difference(difference, judgement.task) + (f", {difference.over}" if difference else "")
+    paper = paper_difference(study, claim, encoder_of(study, key))
+    return [f"{claim.second} against {claim.first}", task, paper, ours, format_p(judgement.p)]
+
+
+def claim_table(study: Study, key: str, model: Results) -> list[str]:
+    """Return the table of the claims of a study."""
+    header = ["comparison", "task", "paper", "difference", "p", "the paper's claim"]
+    judgements = [judge(model, claim) for claim in study.claims]
+    return markdown_table(header, [[*claim_cells(study, key, one), one.verdict] for one in judgements])
+
+
+def provenance(model: Results) -> list[str]:
     """Return the lines on data, overrides, machine and versions of a model's runs."""
     runs = [run for row in model["rows"].values() for run in row["runs"]]
     if not runs:
@@ -183,7 +258,7 @@ def provenance(model: Tree) -> list[str]:
     ]
 
 
-def draw_curves(study: Study, results: Tree, folder: Path) -> list[str]:
+def draw_curves(study: Study, results: Results, folder: Path) -> list[str]:
     """Draw the curves of a figure for every model; return the lines of the page that show them."""
     import matplotlib as mpl
 
@@ -191,7 +266,7 @@ def draw_curves(study: Study, results: Tree, folder: Path) -> list[str]:
     from matplotlib import pyplot as plt
 
     lines = []
-    for name, model in results.items():
+    for key, model in results.items():
         figure, axis = plt.subplots(figsize=(5, 3.2), layout="constrained")
         for label, points in study.curves:
             known = [(x, values(model, row, study.headline)) for x, row in points]
@@ -201,15 +276,15 @@ def draw_curves(study: Study, results: Tree, folder: Path) -> list[str]:
             axis.errorbar([x for x, _ in known], means, yerr=spread, marker="o", capsize=3, label=label)
         if study.headline in model["frozen"]:
             axis.axhline(model["frozen"][study.headline], color="gray", linestyle=":", label="frozen encoder")
-        axis.set(xlabel=study.axis, ylabel=f"{study.headline}, Spearman x 100\nmean ± sd over seeds", title=name)
+        axis.set(xlabel=study.axis, ylabel=f"{study.headline}, Spearman x 100\nmean ± sd over seeds", title=key)
         axis.legend()
-        figure.savefig(folder / f"{name}.png", dpi=130)
+        figure.savefig(folder / f"{key}.png", dpi=130)
         plt.close(figure)
-        lines += ["", f"![{name}]({name}.png)"]
+        lines += ["", f"![{key}]({key}.png)"]
     return lines
 
 
-def page(name: str, study: Study, results: Tree) -> str:
+def study_page(name: str, study: Study, results: Results) -> str:
     """Return the page of a study."""
     lines = [
         f"# {study.title}",
@@ -222,29 +297,43 @@ def page(name: str, study: Study, results: Tree) -> str:
         f"(paired t-test). By default, this study trains {study.seeds} seeds. The best step of a run "
         "is selected on STS-B dev.",
     ]
+    if study.claims:
+        lines += ["", LEARNING_RATES, "", f"{VERDICT_RULE} The p-values of this page are not adjusted."]
     if study.curves and results:
-        lines += draw_curves(study, results, path_of(name))
-    for model_name, model in results.items():
-        lines += ["", f"## {model_name}", *score_tables(study, model, model_name)]
-        if study.claims:
-            header = ["comparison", "task", "paper", "difference", "p", "the paper's claim"]
-            lines += table(header, claim_rows(study, model_name, model))
+        lines += draw_curves(study, results, study_folder(name))
+    for key, model in results.items():
+        lines += ["", f"## {key}", *score_tables(study, model, key)]
+        lines += claim_table(study, key, model) if study.claims else []
         lines += provenance(model)
     lines += ["", f"Generated by `python experiments/paper/run.py {name} --draw` from `results.json`.", ""]
     return "\n".join(lines)
 
 
+def summary_rows() -> list[list[str]]:
+    """Return all claims of all studies; verdicts that are significant after Holm's correction are bold."""
+    judged = [
+        (name, key, judge(model, claim))
+        for name, study in STUDIES.items()
+        for key, model in (read_results(name) or {"–": {"rows": {}, "frozen": {}}}).items()
+        for claim in study.claims
+    ]
+    tested = [index for index, (*_, one) in enumerate(judged) if one.p is not None]
+    adjusted = dict(zip(tested, holm([judged[index][2].p or 0.0 for index in tested]), strict=True))
+    rows = []
+    for index, (name, key, one) in enumerate(judged):
+        study, p = STUDIES[name], adjusted.get(index)
+        title = f"[{study.title}]({name}/README.md)" if (study_folder(name) / "README.md").is_file() else study.title
+        what, task, paper, ours, raw = claim_cells(study, key, one)
+        verdict = f"**{one.verdict}**" if p is not None and p < 1 - LEVEL else one.verdict
+        rows.append([title, key, f"{what}, {task}", paper, ours, raw, format_p(p), verdict])
+    return rows
+
+
 def summary() -> str:
     """Return the summary page: every claim of the paper with our result."""
-    rows = []
-    for name, study in STUDIES.items():
-        title = f"[{study.title}]({name}/README.md)" if (path_of(name) / "README.md").is_file() else study.title
-        for model_name, model in (read_results(name) or {"–": {"rows": {}, "frozen": {}}}).items():
-            rows += [
-                [title, model_name, f"{what}, {task}", paper, ours, word]
-                for what, task, paper, ours, _, word in claim_rows(study, model_name, model)
-            ]
     limits = [f"- {study.title.partition(':')[0]}: {study.limits}" for study in STUDIES.values() if study.limits]
+    has_diagnostics = (study_folder("diagnostics") / "README.md").is_file()
+    header = ["study", "model and rows", "comparison", "paper", "difference", "p", "p (Holm)", "verdict"]
     return "\n".join(
         [
             "# Reproduction of the paper's tables and figures",
@@ -256,18 +345,17 @@ def summary() -> str:
             "A table can also be run as a sweep: `python run.py -m experiment=table1/prompt,table1/prompt_eh seed=42,43,44 "
             "model=bert-base data.dir=DATA`.",
             "",
-            "A claim is confirmed or contradicted if the 95 % confidence interval of the difference over seeds excludes 0. "
-            "Without any true difference, one comparison in twenty does so by chance.",
-            *table(["study", "model", "comparison", "paper", "difference", "verdict"], rows),
+            f"{VERDICT_RULE} Without any true difference, one comparison in twenty is significant by chance. p (Holm) is "
+            "adjusted for all comparisons of this table (Holm 1979), and verdicts that remain significant are bold.",
+            "",
+            LEARNING_RATES,
+            *markdown_table(header, summary_rows()),
             "## What cannot be compared",
             "",
             f"- {COMMON_LIMITS}",
             *limits,
             "",
-            "Further page: [diagnostics](diagnostics/README.md)."
-            if (path_of("diagnostics") / "README.md").is_file()
-            else "",
-            "",
+            *(["Further page: [diagnostics](diagnostics/README.md).", ""] if has_diagnostics else []),
             "Generated by `python experiments/paper/run.py --draw` from the results of all studies.",
             "",
         ]
@@ -279,8 +367,39 @@ def draw(names: Sequence[str]) -> None:
     for name in names:
         results = read_results(name)
         if results:
-            write_text(path_of(name) / "README.md", page(name, STUDIES[name], results))
-    write_text(path_of("README.md"), summary())
+            write_text(study_folder(name) / "README.md", study_page(name, STUDIES[name], results))
+    write_text(summary_page(), summary())
+
+
+def diagnostics_rows(model: Results) -> list[list[str]]:
+    """Return the rows of the diagnostics: name, dev score, difference to the trained adapters, STS average.
+
+    Variants are paired with the adapters by seed, the frozen encoder is a fixed number. An ensemble has no interval, because it
+    consists of the same adapters.
+    """
+    trained = _dev_by_seed(model, TRAINED)
+    rows = []
+    for name, scores in model["single"].items():
+        against = ""
+        if name == FROZEN and len(trained) > 1:
+            against = format_difference(seed_difference([*trained.values()], [scores[DEV]]), DEV)
+        elif trained:
+            against = format_score(scores[DEV] - float(np.mean([*trained.values()])), DEV, "+")
+        rows.append([name, format_score(scores[DEV], DEV), against, format_score(scores["Avg"], "Avg")])
+    for name, seeds in model["variants"].items():
+        first, second = common_scores(trained, _dev_by_seed(model, name))
+        against = ""
+        if name != TRAINED:
+            is_enough = len(first) > 1
+            against = format_difference(seed_difference(first, second, is_paired=True), DEV) if is_enough else FEW_SEEDS
+        dev, sts = ([scores[task] for scores in seeds.values()] for task in (DEV, "Avg"))
+        rows.append([name, format_scores(dev, DEV), against, format_scores(sts, "Avg")])
+    return rows
+
+
+def _dev_by_seed(model: Results, name: str) -> dict[int, float]:
+    """Return the dev scores of a variant by seed."""
+    return {int(seed): scores[DEV] for seed, scores in model["variants"].get(name, {}).items()}
 
 
 def draw_diagnostics() -> None:
@@ -289,22 +408,16 @@ def draw_diagnostics() -> None:
         "# Diagnostics",
         "",
         "Variants of the adapters of `experiment=table1/prompt_eh`: mean ± standard deviation and interval over seeds. They are "
-        "compared on STS-B dev; the average of the seven STS tasks (last column) was not used for selection. The cosine of "
-        "the concatenated embeddings of several adapters is the mean of their cosines, an upper bound for distillation into one "
-        "adapter.",
+        "compared on STS-B dev; the average of the seven STS tasks (last column) was not used for selection. Differences are "
+        "paired by seed; the frozen encoder is a fixed number. The cosine of the concatenated embeddings of several adapters is "
+        "the mean of their cosines, an upper bound for distillation into one adapter; it consists of the adapters that it is "
+        "compared with, so its difference has no interval.",
     ]
     results = read_results("diagnostics")
-    for name, model in results.items():
-        trained = model["variants"].get("trained", {}).get(DEV, [])
-        rows = []
-        for variant, scores in model["variants"].items():
-            both = trained and max(len(trained), len(scores[DEV])) > 1 and variant != "trained"
-            difference = seed_difference(trained, scores[DEV]) if both else None
-            against = shown(difference, DEV) if difference else ""
-            rows.append([variant, cell(scores[DEV], DEV), against, cell(scores["sts"], "Avg")])
+    for key, model in results.items():
         header = ["variant", "STS-B dev", "dev, difference to the trained adapters", "seven STS tasks"]
         seeds = ", ".join(str(run["seed"]) for run in model["runs"])
-        lines += ["", f"## {name}", *table(header, rows), f"Seeds {seeds}."]
+        lines += ["", f"## {key}", *markdown_table(header, diagnostics_rows(model)), f"Seeds {seeds}."]
     if results:
         lines += ["", "Generated by `python experiments/paper/run.py diagnostics --draw` from `results.json`.", ""]
-        write_text(path_of("diagnostics") / "README.md", "\n".join(lines))
+        write_text(study_folder("diagnostics") / "README.md", "\n".join(lines))

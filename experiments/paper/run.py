@@ -5,17 +5,19 @@
     python experiments/paper/run.py --draw
 
 Run `learning_rate` first: the other studies of a model use the learning rates that it selects. The command can be stopped and
-repeated: finished runs and scores are skipped, unfinished runs are resumed, and results.json is written after every run.
+repeated: finished runs and scores are skipped, unfinished runs are resumed, and every run is merged into results.json. With
+--only, a long table is run in parts: `--only table1/full --only table1/prompt` selects the supervised rows of table 1.
 `table5`, `table7` and `domain` score the adapters of `table1`. minilm and mpnet are trained on a sample (--rows), other models
 on all data with the paper's recipe. To use the paper's data, save nli_for_simcse.csv as DATA/nli/nli_train.csv and
 wiki1m_for_simcse.txt, compressed with gzip, as DATA/wiki/wiki.txt.gz. --draw generates the pages from results.json only.
 """
 
 import argparse
+import subprocess
 import sys
 from pathlib import Path
 
-from study import MODELS, SEEDS, STUDIES
+from study import MODELS, SEEDS, STUDIES, selected_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE_ROWS = 5120
@@ -35,6 +37,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--seeds", type=int, choices=range(1, len(SEEDS) + 1), help="number of seeds (default: set by the study)"
     )
     parser.add_argument("--rows", type=int, default=SAMPLE_ROWS, help="rows of the sample for minilm and mpnet")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="only rows whose name or preset contains it; repeatable",
+    )
     parser.add_argument("--dry-run", action="store_true", help="compose every config and print commands and estimates")
     parser.add_argument(
         "--draw", action="store_true", help="generate the pages from the results, without running anything"
@@ -44,6 +53,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.studies = every if options.studies in ([], ["all"]) else options.studies
     if unknown := [name for name in options.studies if name not in every]:
         parser.error(f"unknown study {unknown[0]}; allowed: {', '.join(every)}, all")
+    if options.only:
+        options.studies = [
+            name for name in options.studies if name in STUDIES and selected_rows(STUDIES[name], options.only)
+        ]
+    if not options.studies:
+        parser.error(
+            f"no row of these studies contains {' or '.join(options.only)}. Try: --dry-run, which lists the rows"
+        )
     if options.data is None and not options.draw:
         parser.error("--data is required without --draw")
     return options
@@ -69,24 +86,29 @@ def _run(options: argparse.Namespace) -> list[str]:
     from estimate import dry_run
     from training import MINIATURE, Workspace, run_study
 
-    def say(line: str) -> None:
+    from promcse_pl.utils.errors import PromcseError
+
+    def report(line: str) -> None:
         print(line, flush=True)
 
     rows = options.rows if options.model in MINIATURE else 0
     encoder = options.encoder.resolve() if options.encoder else None
-    place = Workspace(options.model, options.data.resolve(), options.runs.resolve(), rows, encoder)
-    failed = []
+    workspace = Workspace(options.model, options.data.resolve(), options.runs.resolve(), rows, encoder)
+    failed, only = [], tuple(options.only)
     for name in options.studies:
-        if name == "diagnostics":
-            if not options.dry_run:
-                run_diagnostics(place, SEEDS[: options.seeds or 3], say)
-            continue
-        study = STUDIES[name]
-        seeds = SEEDS[: 1 if study.seeds == 1 else options.seeds or study.seeds]
-        if options.dry_run:
-            failed += dry_run(name, study, place, seeds)
-        else:
-            failed += run_study(name, study, place, seeds, say)
+        try:
+            if name in STUDIES:
+                study = STUDIES[name]
+                seeds = SEEDS[: 1 if study.seeds == 1 else options.seeds or study.seeds]
+                if options.dry_run:
+                    failed += dry_run(name, study, workspace, seeds, only)
+                else:
+                    failed += run_study(name, study, workspace, seeds, report, only)
+            elif not options.dry_run:
+                run_diagnostics(workspace, SEEDS[: options.seeds or 3], report)
+        except (PromcseError, subprocess.CalledProcessError) as error:
+            failed.append(f"{name}: {error}")
+            report(failed[-1])
     return failed
 
 

@@ -1,13 +1,14 @@
 """The studies: claims of the paper, the runs that test them, and the comparisons."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 HERE = Path(__file__).resolve().parent
 RESULTS = "results.json"
-Tree = dict[str, Any]
+Results = dict[str, Any]
 Expected = Literal["higher", "lower", "equal"]
 STS = ("STS12", "STS13", "STS14", "STS15", "STS16", "STS-B", "SICK-R", "Avg")
 TRANSFER = ("MR", "CR", "SUBJ", "MPQA", "SST-2", "TREC", "MRPC", "Avg transfer")
@@ -20,6 +21,8 @@ COMMON_LIMITS = (
     "paper's sign for such an encoder and a small sample."
 )
 DEV = "dev"
+FROZEN, TRAINED = "frozen encoder", "trained"
+"""Names of rows of the diagnostics; the first also is a row of every study."""
 SEEDS = (42, 43, 44, 45, 46)
 MODELS = {
     "minilm": (6, 384, 30_522),
@@ -57,14 +60,14 @@ class Claim:
         first, second: Names of two rows.
         expected: How `second` compares with `first` according to the paper.
         task: Task whose scores are compared.
-        paper_task: Task of the paper's scores, if it differs from `task`.
+        proxy: Task that is compared instead where `task` is not scored.
     """
 
     first: str
     second: str
     expected: Expected = "higher"
     task: str = "Avg"
-    paper_task: str | None = None
+    proxy: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +177,8 @@ _LENGTHS = (1, 4, 8, 12, 16)
 STUDIES: dict[str, Study] = {
     "learning_rate": Study(
         title="Learning rates",
-        about="The best learning rate on STS-B dev, seed 42, is used for all rows with the same method and data.",
+        about="The best learning rate on STS-B dev, seed 42, is used for all rows with the same method and data once all "
+        "rates of the method were run. A method without runs uses the rate of the model's recipe.",
         rows=tuple(
             Row(f"{name}, lr = {lr}", PRESETS[name], (f"optim.lr={lr}",))
             for name in (PROMCSE_EH, UNSUP_PROMCSE, SIMCSE_EH, UNSUP_SIMCSE)
@@ -326,7 +330,7 @@ STUDIES: dict[str, Study] = {
             prompt_eh={"bert-base": {"CxC-STS": 74.0}},
         ),
         claims=tuple(
-            Claim(first, second, "higher", SHIFTED, "CxC-STS")
+            Claim(first, second, "higher", "CxC-STS", SHIFTED)
             for first, second in (
                 (PROMCSE, PROMCSE_EH),
                 (SIMCSE, SIMCSE_EH),
@@ -337,7 +341,7 @@ STUDIES: dict[str, Study] = {
         tasks=(SHIFTED, OTHER, "CxC-STS"),
         headline=SHIFTED,
         limits="A proxy: the subsets deft-forum (STS14) and answers-forums (STS15) and SICK-R, against the mean of all other "
-        "subsets. CxC-STS is evaluated too if DATA/cxc exists.",
+        "subsets. If DATA/cxc exists, CxC-STS is evaluated and compared instead.",
     ),
 }
 
@@ -350,12 +354,22 @@ LEARNING_RATE_OF = {
 """Preset -> preset whose learning rate it uses."""
 
 
-def path_of(name: str) -> Path:
-    """Return the folder of a study (results and page), or another path in the folder of the studies."""
+def study_folder(name: str) -> Path:
+    """Return the folder of a study (results and page)."""
     return HERE / name
 
 
-def read_results(name: str) -> Tree:
-    """Return the results of a study by model; empty if it was not run."""
-    path = path_of(name) / RESULTS
+def summary_page() -> Path:
+    """Return the path of the page of all studies."""
+    return HERE / "README.md"
+
+
+def read_results(name: str) -> Results:
+    """Return the results of a study by name of the workspace (model and rows); empty if it was not run."""
+    path = study_folder(name) / RESULTS
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def selected_rows(study: Study, only: Sequence[str]) -> tuple[Row, ...]:
+    """Return the rows whose name or preset contains one of the texts; without texts, all rows."""
+    return tuple(row for row in study.rows if not only or any(text in row.name or text in row.preset for text in only))

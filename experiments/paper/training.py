@@ -1,27 +1,39 @@
-"""Train and score the runs of a study; write their records to results.json."""
+"""Train the runs of a study, score them and write their records to results.json."""
 
 import csv
 import gzip
 import hashlib
+import io
 import json
 import os
 import random
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-from study import DEV, LEARNING_RATE_OF, OTHER, RESULTS, SHIFTED, SHIFTED_PARTS, Row, Study, Tree, path_of, read_results
+from scoring import adapter_member, files_of, frozen_member, score, suites_of
+from study import (
+    DEV,
+    LEARNING_RATE_OF,
+    RESULTS,
+    STUDIES,
+    Results,
+    Row,
+    Study,
+    read_results,
+    selected_rows,
+    study_folder,
+)
 
-from promcse_pl.evaluation.embeddings import EmbeddingCache
-from promcse_pl.evaluation.suite import evaluate
-from promcse_pl.evaluation.targets import Member, Target, find_targets
-from promcse_pl.evaluation.tasks import Task, load_tasks
+from promcse_pl.config import Config, decides, flat_settings
+from promcse_pl.run_folder import read_config
 from promcse_pl.runs.compose import compose_config
-from promcse_pl.utils.files import write_text
+from promcse_pl.utils.errors import ConfigError, DataError, PromcseError
+from promcse_pl.utils.files import write_bytes, write_text
+from promcse_pl.utils.paths import hide_home
 
 ROOT = Path(__file__).resolve().parents[2]
 MINIATURE = {"minilm", "mpnet"}
@@ -34,8 +46,18 @@ MINIATURE_OVERRIDES = (
 )
 SOURCES = {"nli": "nli/nli_train.csv", "wiki": "wiki/wiki.txt.gz"}
 SAMPLE_SEED = 42
-SUITES = {"sts": ["sts", "sick"], "transfer": ["transfer"], "geometry": ["geometry"], "cxc": ["cxc"]}
-KEPT = ("dev_spearman", "best_step", "steps", "rows", "trained_parameters", "training_seconds", "machine", "versions")
+RECORD_KEYS = (
+    "dev_spearman",
+    "best_step",
+    "steps",
+    "rows",
+    "trained_parameters",
+    "training_seconds",
+    "machine",
+    "versions",
+)
+CHECKED_ELSEWHERE = ("data.train", "data.dir")
+"""Settings of a run that are local paths; `write_sample` checks the content of the training file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +81,14 @@ class Workspace:
     extra: tuple[str, ...] = ()
 
     @property
+    def name(self) -> str:
+        """Model and rows: name of the folder of the runs, and key in results.json."""
+        return f"{self.model}-{self.rows or 'all'}"
+
+    @property
     def folder(self) -> Path:
         """Folder of the runs of this model and sample."""
-        return self.runs / f"{self.model}-{self.rows or 'all'}"
+        return self.runs / self.name
 
     def sample(self, source: str) -> Path:
         """Return the path of the sample of `nli` or `wiki`."""
@@ -69,11 +96,14 @@ class Workspace:
         return self.runs / "data" / f"{self.rows}-{name}"
 
     def overrides(self, row: Row, seed: int) -> list[str]:
-        """Return the overrides of a run: `python run.py OVERRIDES` repeats it."""
-        source = "nli" if is_supervised(row) else "wiki"
-        rate = (
-            None if any(line.startswith("optim.lr=") for line in row.overrides) else chosen_rate(self.model, row.preset)
-        )
+        """Return the overrides of a run: `python run.py OVERRIDES` repeats it.
+
+        Raises:
+            ConfigError: As for `selected_learning_rate`.
+        """
+        source = source_of(row)
+        is_fixed = any(line.startswith("optim.lr=") for line in row.overrides)
+        rate = None if is_fixed else selected_learning_rate(self, row.preset)
         return [
             f"experiment={row.preset}",
             f"model={self.model}",
@@ -95,166 +125,239 @@ class Workspace:
         return self.folder / "_".join(varying).replace("/", "-").replace("=", "-") / f"seed{seed}"
 
 
-def is_supervised(row: Row) -> bool:
-    """Return whether a row is trained on NLI triplets."""
-    return row.preset.startswith("table1/") and "unsup" not in row.preset
+def source_of(row: Row) -> str:
+    """Return the training data of a row: `nli` (triplets) or `wiki` (sentences)."""
+    return "nli" if row.preset.startswith("table1/") and "unsup" not in row.preset else "wiki"
 
 
-def chosen_rate(model: str, preset: str) -> str | None:
-    """Return the learning rate with the best dev score of the study `learning_rate`; None: use that of the recipe."""
-    rows = read_results("learning_rate").get(model, {}).get("rows", {})
-    wanted = LEARNING_RATE_OF.get(preset, preset)
-    scored = {
-        line.removeprefix("optim.lr="): row["runs"][0]["dev_spearman"]
-        for row in rows.values()
-        if row["preset"] == wanted and row["runs"]
-        for line in row["overrides"]
-        if line.startswith("optim.lr=")
-    }
-    return max(scored, key=scored.__getitem__) if scored else None
+def selected_learning_rate(workspace: Workspace, preset: str) -> str | None:
+    """Return the learning rate of a method with the best dev score of the study `learning_rate`.
+
+    Returns:
+        The rate; None if none of the method was run: the recipe's rate is used.
+
+    Raises:
+        ConfigError: Only some rates of the method were run.
+    """
+    method = LEARNING_RATE_OF.get(preset, preset)
+    rows = read_results("learning_rate").get(workspace.name, {"rows": {}})["rows"]
+    scores: dict[str, float] = {}
+    missing = []
+    for row in STUDIES["learning_rate"].rows:
+        if row.preset == method:
+            rate, runs = row.overrides[0].removeprefix("optim.lr="), rows.get(row.name, {"runs": []})["runs"]
+            if runs:
+                scores[rate] = runs[0]["dev_spearman"]
+            else:
+                missing.append(rate)
+    if scores and missing:
+        sample = f" --rows {workspace.rows}" if workspace.rows else ""
+        raise ConfigError(
+            f"the learning rates {', '.join(missing)} of {method} were not run for {workspace.name}, others were. Try: "
+            f"python experiments/paper/run.py learning_rate --only {method} --model {workspace.model}{sample} "
+            f"--data {shlex.quote(str(workspace.data))} --runs {shlex.quote(str(workspace.runs))}"
+        )
+    return max(scores, key=scores.__getitem__) if scores else None
 
 
-def write_sample(place: Workspace, source: str) -> Tree:
+def write_sample(workspace: Workspace, source: str) -> Results:
     """Write a seeded sample of a training file, in file order, unless it exists; return its description.
 
     Args:
-        place: Workspace; if its `rows` is 0, the whole file is used and only hashed.
+        workspace: If its `rows` is 0, the whole file is used and only hashed.
         source: `nli` or `wiki`.
+
+    Raises:
+        DataError: An existing sample or the finished runs were made from another training file.
     """
-    path = place.sample(source) if place.rows else place.data / SOURCES[source]
-    if place.rows and not path.is_file():
-        opener = gzip.open if SOURCES[source].endswith(".gz") else open
-        with opener(place.data / SOURCES[source], "rt", encoding="utf-8", newline="") as stream:
-            lines = list(csv.reader(stream)) if source == "nli" else [[line] for line in stream]
-        header, body = (lines[:1], lines[1:]) if source == "nli" else ([], lines)
-        kept = sorted(random.Random(SAMPLE_SEED).sample(range(len(body)), place.rows))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_suffix(".new")
-        with new.open("w", encoding="utf-8", newline="") as stream:
-            if source == "nli":
-                csv.writer(stream, lineterminator="\n").writerows([*header, *(body[row] for row in kept)])
-            else:
-                stream.writelines(line for row in kept for line in body[row])
-        new.replace(path)
+    original = workspace.data / SOURCES[source]
+    content = _sample(original, source, workspace.rows) if workspace.rows else original.read_bytes()
+    sha256, path = hashlib.sha256(content).hexdigest(), workspace.folder / "data.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    is_sampled = workspace.rows and workspace.sample(source).is_file()
+    if known.get(source, sha256) != sha256 or (is_sampled and workspace.sample(source).read_bytes() != content):
+        raise DataError(f"the runs in {workspace.runs} use other rows than {original} has. Try: --runs NEW_FOLDER")
+    if workspace.rows and not is_sampled:
+        write_bytes(workspace.sample(source), content)
+    if source not in known:
+        write_text(path, json.dumps(known | {source: sha256}) + "\n")
     return {
         "file": SOURCES[source],
-        "rows": place.rows or None,
-        "sample_seed": SAMPLE_SEED if place.rows else None,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "rows": workspace.rows or None,
+        "sample_seed": SAMPLE_SEED if workspace.rows else None,
+        "sha256": sha256,
     }
 
 
-def train(place: Workspace, row: Row, seed: int) -> Tree:
+def _sample(path: Path, source: str, rows: int) -> bytes:
+    """Return a seeded sample of the rows of a file as the content of a file."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8", newline="") as stream:
+        lines = list(csv.reader(stream)) if source == "nli" else [[line] for line in stream]
+    header, body = (lines[:1], lines[1:]) if source == "nli" else ([], lines)
+    kept = [body[row] for row in sorted(random.Random(SAMPLE_SEED).sample(range(len(body)), rows))]
+    text = io.StringIO(newline="")
+    if source == "nli":
+        csv.writer(text, lineterminator="\n").writerows([*header, *kept])
+    else:
+        text.writelines(line for (line,) in kept)
+    return text.getvalue().encode()
+
+
+def train(workspace: Workspace, row: Row, seed: int) -> Results:
     """Train a run, or resume it, unless it is finished; return its record.
 
     Raises:
         CalledProcessError: The run failed.
+        ConfigError: The run folder has other settings.
     """
-    folder, overrides = place.run_folder(row, seed), place.overrides(row, seed)
+    folder, overrides = workspace.run_folder(row, seed), workspace.overrides(row, seed)
+    is_started = (folder / "config.yaml").is_file()
+    if is_started:
+        check_settings(folder, overrides)
     if not (folder / "results.json").is_file():
-        started = (folder / "config.yaml").is_file()
-        arguments = [f"resume={folder}"] if started else [*overrides, "--out", str(folder)]
+        arguments = [f"resume={folder}"] if is_started else [*overrides, "--out", str(folder)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         subprocess.run([sys.executable, "run.py", *arguments], cwd=ROOT, env=environment, check=True)
     results = json.loads((folder / "results.json").read_text())
-    local = [str(path) for path in (place.data, place.runs, place.encoder) if path]
+    local = [str(path) for path in (workspace.data, workspace.runs, workspace.encoder) if path]
     kept = [line for line in overrides if not any(path in line for path in local)]
-    return {"seed": seed, "overrides": kept, **{name: results[name] for name in KEPT}}
+    return {"seed": seed, "overrides": kept, **{name: results[name] for name in RECORD_KEYS}}
 
 
-def frozen_member(place: Workspace) -> Member:
-    """Return the frozen encoder of a model."""
-    path = place.encoder or compose_config([f"model={place.model}", "data=demo"], {}).model.path
-    return find_targets([str(path)])[0].members[0]
+def check_settings(folder: Path, overrides: list[str]) -> None:
+    """Check that a run has the settings of the overrides.
+
+    Raises:
+        ConfigError: A setting that affects training differs.
+    """
+    stored = _training_settings(read_config(folder / "config.yaml"))
+    wanted = _training_settings(compose_config(overrides, {}))
+    differing = [f"{key}={stored[key]}, not {wanted[key]}" for key in wanted if stored[key] != wanted[key]]
+    if differing:
+        raise ConfigError(
+            f"the run {folder} has {'; '.join(differing)}. Try: --runs NEW_FOLDER, or delete the folder of the run"
+        )
 
 
-def adapter_member(folder: Path) -> Member:
-    """Return the adapter of a run."""
-    return find_targets([str(folder)])[0].members[0]
+def _training_settings(config: Config) -> Results:
+    """Return the settings that affect training, without those whose content is checked."""
+    settings = flat_settings(hide_home(config.to_dict()))
+    return {
+        key: value for key, value in settings.items() if decides(key) == "training" and key not in CHECKED_ELSEWHERE
+    }
 
 
-@cache
-def tasks_of(suite: str, data: Path) -> list[Task]:
-    """Return the tasks of a suite in `SUITES`, or of `dev` (STS-B dev)."""
-    if suite == DEV:
-        from promcse_pl.data.pairs import load_stsb
-        from promcse_pl.evaluation.tasks import pair_task
-
-        return [pair_task(DEV, "dev", [load_stsb(data / "senteval", "dev")])]
-    return load_tasks(SUITES[suite], data)
+def run_settings(record: Results) -> list[str]:
+    """Return the overrides of a run without its seed."""
+    return [line for line in record["overrides"] if not line.startswith("seed=")]
 
 
-def score(member: Member, suite: str, data: Path, file: Path) -> dict[str, float]:
-    """Return the scores of a model on a suite, by task and `TASK SUBSET`; read them from the file if it exists."""
-    if not file.is_file():
-        with TemporaryDirectory() as cache_folder:
-            target = Target(file.parent.parent.name, "model", (member,))
-            tree = evaluate([target], tasks_of(suite, data), EmbeddingCache(cache_folder))
-        ((_, found),) = tree["targets"].items()
-        scores = {}
-        for task, one in found["scores"].items():
-            scores[task] = one["value"]
-            scores |= {f"{task} {name}": subset["spearman"] for name, subset in one.get("subsets", {}).items()}
-        write_text(file, json.dumps({"scores": scores, "tasks": tree["tasks"]}, indent=2) + "\n")
-    scores = json.loads(file.read_text())["scores"]
-    return scores | domain_scores(scores) if suite == "sts" else scores
+def add_record(runs: list[Results], record: Results) -> list[Results]:
+    """Return the runs of a row by seed with a new record, without its predecessor and runs with other settings."""
+    kept = [run for run in runs if run["seed"] != record["seed"] and run_settings(run) == run_settings(record)]
+    return sorted([*kept, record], key=lambda run: run["seed"])
 
 
-def domain_scores(scores: dict[str, float]) -> dict[str, float]:
-    """Return the proxy of the domain shift: the mean over `SHIFTED_PARTS`, and over all other subsets."""
-    parts = {name: value for name, value in scores.items() if " " in name or name in ("STS-B", "SICK-R")}
-    shifted = [parts.pop(name) for name in SHIFTED_PARTS]
-    return {SHIFTED: sum(shifted) / len(shifted), OTHER: sum(parts.values()) / len(parts)}
+def check_origin(name: str, key: str, origin: Results) -> None:
+    """Check that the earlier results of a study can be merged with new ones.
+
+    Args:
+        name: Name of the study.
+        key: Name of the workspace.
+        origin: Data, tasks and encoder, by part and entry.
+
+    Raises:
+        DataError: The earlier results are of other data or another encoder.
+    """
+    earlier, file = read_results(name).get(key, {}), study_folder(name) / RESULTS
+    for part, entries in origin.items():
+        known = earlier.get(part, {})
+        if differing := [entry for entry in entries if known.get(entry, entries[entry]) != entries[entry]]:
+            raise DataError(
+                f"{file} has results of {key} with other {part}: {', '.join(differing)}. Try: mv {file} {file}.old"
+            )
 
 
-def suites_of(study: Study, data: Path) -> tuple[str, ...]:
-    """Return the suites of a study, with `cxc` if its files exist."""
-    return (*study.suites, "cxc") if "CxC-STS" in study.tasks and (data / "cxc").is_dir() else study.suites
-
-
-def run_study(
-    name: str, study: Study, place: Workspace, seeds: tuple[int, ...], say: Callable[[str], None]
-) -> list[str]:
-    """Train and score all unfinished runs of a study; write results.json after each.
+def write_record(name: str, study: Study, key: str, about: Results, row: Row, record: Results) -> None:
+    """Merge the record of a run into results.json; the file is read anew, since other rows may run in parallel.
 
     Args:
         name: Name of the study.
         study: The study.
-        place: Model, data and run folders.
+        key: Name of the workspace.
+        about: Data, tasks, encoder and scores of the frozen encoder.
+        row: Row of the run.
+        record: Record of the run.
+    """
+    results = read_results(name)
+    earlier = results.get(key, {"rows": {}})
+    rows = {}
+    for one in study.rows:
+        settings = {"preset": one.preset, "overrides": [*one.overrides]}
+        known = earlier["rows"].get(one.name, {})
+        is_same = all(known.get(part) == value for part, value in settings.items())
+        rows[one.name] = {**settings, "runs": known["runs"] if is_same else []}
+    rows[row.name]["runs"] = add_record(rows[row.name]["runs"], record)
+    results[key] = {part: earlier.get(part, {}) | entries for part, entries in about.items()} | {"rows": rows}
+    write_text(study_folder(name) / RESULTS, json.dumps(results, indent=2) + "\n")
+
+
+def describe_origin(workspace: Workspace, rows: tuple[Row, ...], suites: tuple[str, ...]) -> Results:
+    """Return data, tasks and encoder of runs; the samples are written if they do not exist."""
+    return {
+        "data": {source: write_sample(workspace, source) for source in sorted({source_of(row) for row in rows})},
+        "tasks": {task: files for suite in suites for task, files in files_of(suite, workspace.data).items()},
+        "encoder": {"sha256": frozen_member(workspace.model, workspace.encoder).load().adapter_hash()},
+    }
+
+
+def run_study(
+    name: str,
+    study: Study,
+    workspace: Workspace,
+    seeds: tuple[int, ...],
+    report: Callable[[str], None],
+    only: tuple[str, ...] = (),
+) -> list[str]:
+    """Train and score all unfinished runs of a study; merge the record of each into results.json.
+
+    Args:
+        name: Name of the study.
+        study: The study.
+        workspace: Model, data and run folders.
         seeds: Seeds, in the order of training: all rows with the first seed come first.
-        say: Called with each progress line.
+        report: Called with each progress line.
+        only: Texts that select rows, see `selected_rows`.
 
     Returns:
         The runs that failed.
+
+    Raises:
+        PromcseError: The data or the frozen encoder cannot be read, or differ from those of earlier results.
     """
-    results, failed = read_results(name), []
-    suites = suites_of(study, place.data)
-    sources = sorted({"nli" if is_supervised(row) else "wiki" for row in study.rows})
-    tree: Tree = {
-        "data": {source: write_sample(place, source) for source in sources},
-        "frozen": {},
-        "rows": {row.name: {"preset": row.preset, "overrides": [*row.overrides], "runs": []} for row in study.rows},
-    }
-    for suite in (DEV, *suites):
-        file = place.folder / "frozen" / "scores" / f"{suite}.json"
-        tree["frozen"] |= score(frozen_member(place), suite, place.data, file)
-        described = json.loads(file.read_text())["tasks"]
-        tree.setdefault("tasks", {}).update({task: about.get("files") for task, about in described.items()})
+    rows, suites, failed = selected_rows(study, only), suites_of(study, workspace.data), []
+    origin = describe_origin(workspace, rows, (DEV, *suites))
+    check_origin(name, workspace.name, origin)
+    frozen = frozen_member(workspace.model, workspace.encoder)
+    scores = score(frozen, (DEV, *suites), workspace.data, workspace.folder / "frozen" / "scores")
     for seed in seeds:
-        for row in study.rows:
-            folder = place.run_folder(row, seed)
-            say(f"{name}: {row.name}, seed {seed}: {folder}")
+        for row in rows:
             try:
-                record = train(place, row, seed)
-                record["scores"] = {}
-                for suite in suites:
-                    file = folder / "scores" / f"{suite}.json"
-                    record["scores"] |= score(adapter_member(folder), suite, place.data, file)
-            except subprocess.CalledProcessError as error:
-                failed.append(f"{row.name}, seed {seed}: exit code {error.returncode}, see {folder / 'run.log'}")
-                say(failed[-1])
+                folder = workspace.run_folder(row, seed)
+                report(f"{name}: {row.name}, seed {seed}: {folder}")
+                record = train(workspace, row, seed)
+                record["scores"] = score(adapter_member(folder), suites, workspace.data, folder / "scores")
+            except (subprocess.CalledProcessError, PromcseError) as error:
+                failed.append(f"{row.name}, seed {seed}: {_reason(error, workspace, row, seed)}")
+                report(failed[-1])
                 continue
-            tree["rows"][row.name]["runs"].append(record)
-            results[place.model] = tree
-            write_text(path_of(name) / RESULTS, json.dumps(results, indent=2) + "\n")
+            write_record(name, study, workspace.name, {**origin, "frozen": scores}, row, record)
     return failed
+
+
+def _reason(error: Exception, workspace: Workspace, row: Row, seed: int) -> str:
+    """Return why a run failed."""
+    if isinstance(error, subprocess.CalledProcessError):
+        return f"exit code {error.returncode}, see {workspace.run_folder(row, seed) / 'run.log'}"
+    return str(error)

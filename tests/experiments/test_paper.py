@@ -1,11 +1,13 @@
 """The studies of experiments/paper: data, run folders, learning rates, verdicts and pages."""
 
+import contextlib
 import csv
+import dataclasses
 import gzip
 import hashlib
 import json
+import shlex
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import diagnostics
@@ -13,6 +15,8 @@ import estimate
 import numpy as np
 import pages
 import pytest
+import scipy
+import scoring
 import study
 import training
 from study import DEV, MODELS, PROMCSE, PROMCSE_EH, SHIFTED, STS, STUDIES, Row
@@ -20,14 +24,16 @@ from support.folders import DATA
 from training import Workspace
 
 import run
-from promcse_pl.evaluation.statistics import Difference
+from promcse_pl.evaluation.targets import Member
+from promcse_pl.run_folder import write_config
 from promcse_pl.runs.compose import CONF, compose_config
+from promcse_pl.utils.errors import ConfigError, DataError
 
 EH, PLAIN = Row(PROMCSE_EH, "table1/prompt_eh"), Row(PROMCSE, "table1/prompt")
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch) -> Workspace:
+def workspace(tmp_path, monkeypatch) -> Workspace:
     monkeypatch.setattr(study, "HERE", tmp_path / "pages")
     return Workspace("minilm", tmp_path / "data", tmp_path / "runs", 3)
 
@@ -60,9 +66,9 @@ def write(name: str, **rows: list[float]) -> None:
             for row in table.rows
         },
     }
-    path = study.path_of(name) / "results.json"
+    path = study.study_folder(name) / "results.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"minilm": tree}))
+    path.write_text(json.dumps({"minilm-3": tree}))
 
 
 def test_every_claim_compares_two_rows_of_its_study_with_the_sign_of_the_paper():
@@ -74,10 +80,11 @@ def test_every_claim_compares_two_rows_of_its_study_with_the_sign_of_the_paper()
         for claim in table.claims:
             assert {claim.first, claim.second} <= set(names)
             assert claim.task in table.tasks
-            task = claim.paper_task or claim.task
+            assert claim.proxy in (None, *table.tasks)
+            assert claim.expected != "equal" or claim.task not in pages.THREE_DECIMALS  # the margin is in points
             for encoder in MODELS:
                 first, second = (
-                    pages.paper_scores(table, row, encoder).get(task) for row in (claim.first, claim.second)
+                    pages.paper_scores(table, row, encoder).get(claim.task) for row in (claim.first, claim.second)
                 )
                 if first is not None and second is not None and claim.expected != "equal":
                     assert (second > first) == (claim.expected == "higher"), (name, claim)
@@ -100,144 +107,303 @@ def test_every_preset_of_a_study_exists():
         assert all((CONF / "experiment" / f"{row.preset}.yaml").is_file() for row in table.rows)
 
 
-def test_tables_share_the_runs_of_equal_settings(place):
+def test_tables_share_the_runs_of_equal_settings(workspace):
     rows = {row.name: row for table in ("table1", "table4", "table5") for row in STUDIES[table].rows}
-    assert place.run_folder(rows["PromCSE, m = 0.2"], 42) == place.run_folder(EH, 42)
-    assert place.run_folder(rows["PromCSE, without EH"], 42) == place.run_folder(PLAIN, 42)
-    folders = {place.run_folder(row, seed) for row in (EH, PLAIN, rows["PromCSE, m = 0"]) for seed in (42, 43)}
+    assert workspace.run_folder(rows["PromCSE, m = 0.2"], 42) == workspace.run_folder(EH, 42)
+    assert workspace.run_folder(rows["PromCSE, without EH"], 42) == workspace.run_folder(PLAIN, 42)
+    folders = {workspace.run_folder(row, seed) for row in (EH, PLAIN, rows["PromCSE, m = 0"]) for seed in (42, 43)}
     assert len(folders) == 6
 
 
-def test_the_overrides_of_a_run_compose_for_the_sample_and_for_the_whole_data(place):
-    config = compose_config(place.overrides(EH, 43), {})
+def test_the_overrides_of_a_run_compose_for_the_sample_and_for_the_whole_data(workspace):
+    config = compose_config(workspace.overrides(EH, 43), {})
     assert (config.seed, config.data.batch_size, config.trainer.epochs, config.evaluation.tasks) == (43, 128, 1, [])
-    assert config.data.train == str(place.runs / "data/3-nli_train.csv")
-    whole = compose_config(Workspace("bert-base", place.data, place.runs, 0).overrides(EH, 43), {})
+    assert config.data.train == str(workspace.runs / "data/3-nli_train.csv")
+    whole = compose_config(Workspace("bert-base", workspace.data, workspace.runs, 0).overrides(EH, 43), {})
     assert (whole.data.batch_size, whole.trainer.epochs, whole.optim.lr) == (256, 10, 1e-2)
     assert whole.data.train == "nli/nli_train.csv"
 
 
-def test_the_learning_rate_is_the_one_with_the_best_dev_score(place):
-    assert not any(line.startswith("optim.lr=") for line in place.overrides(EH, 42))
-    write("learning_rate", **{"PromCSE + EH, lr = 3e-3": [87.0], "PromCSE + EH, lr = 1e-2": [87.5]})
+def grid(**scores: float) -> dict[str, list[float]]:
+    """Return the dev scores of the learning rates of PromCSE + EH by row."""
+    return {f"{PROMCSE_EH}, lr = {rate.replace('_', '-')}": [score] for rate, score in scores.items()}
+
+
+def test_the_learning_rate_is_the_one_with_the_best_dev_score(workspace):
+    assert not any(line.startswith("optim.lr=") for line in workspace.overrides(EH, 42))
+    write("learning_rate", **grid(**{"3e-3": 87.0, "1e-2": 87.5, "3e-2": 87.2}))
     for row in (EH, PLAIN):
-        assert "optim.lr=1e-2" in place.overrides(row, 42)
-        assert "optim.lr-1e-2" in place.run_folder(row, 42).parts[-2]
+        assert "optim.lr=1e-2" in workspace.overrides(row, 42)
+        assert "optim.lr-1e-2" in workspace.run_folder(row, 42).parts[-2]
     fixed = next(row for row in STUDIES["learning_rate"].rows if row.overrides == ("optim.lr=3e-3",))
-    assert [line for line in place.overrides(fixed, 42) if "optim.lr" in line] == ["optim.lr=3e-3"]
-    assert not any("optim.lr" in line for line in Workspace("mpnet", place.data, place.runs, 3).overrides(EH, 42))
+    assert [line for line in workspace.overrides(fixed, 42) if "optim.lr" in line] == ["optim.lr=3e-3"]
+    # other methods, models and samples use the recipe
+    others = [(workspace, Row("SimCSE", "table1/full"))]
+    others += [
+        (Workspace(name, workspace.data, workspace.runs, rows), EH) for name, rows in (("mpnet", 3), ("minilm", 4))
+    ]
+    assert not any("optim.lr" in line for other, row in others for line in other.overrides(row, 42))
 
 
-def test_samples_keep_the_order_of_the_file_and_are_written_once(place):
+def test_a_learning_rate_needs_the_complete_grid_of_its_method(workspace, capsys):
+    write("learning_rate", **grid(**{"3e-3": 87.0, "1e-2": 87.5}))
+    with pytest.raises(ConfigError, match="3e-2 of table1/prompt_eh were not run for minilm-3") as error:
+        workspace.overrides(PLAIN, 42)
+    command = str(error.value).partition("run.py ")[2]
+    assert run.main([*shlex.split(command), "--dry-run"]) == 0
+    assert capsys.readouterr().out.count("optim.lr=") == 3
+    assert workspace.overrides(Row("SimCSE", "table1/full"), 42)
+
+
+def test_samples_keep_the_order_of_the_file_and_are_written_once(workspace):
     for source, name in training.SOURCES.items():
-        (place.data / name).parent.mkdir(parents=True)
+        (workspace.data / name).parent.mkdir(parents=True)
         assert source in name
-    with (place.data / "nli/nli_train.csv").open("w", newline="") as stream:
+    with (workspace.data / "nli/nli_train.csv").open("w", newline="") as stream:
         csv.writer(stream).writerows(
             [["sent0", "sent1", "hard_neg"], *([f"a{n}\nb", f"p, {n}", "n"] for n in range(9))]
         )
-    with gzip.open(place.data / "wiki/wiki.txt.gz", "wt") as stream:
+    with gzip.open(workspace.data / "wiki/wiki.txt.gz", "wt") as stream:
         stream.writelines(f"line {n}, é\n" for n in range(9))
-    about = {source: training.write_sample(place, source) for source in ("nli", "wiki")}
-    with place.sample("nli").open(newline="") as stream:
+    about = {source: training.write_sample(workspace, source) for source in ("nli", "wiki")}
+    with workspace.sample("nli").open(newline="") as stream:
         header, *rows = csv.reader(stream)
     assert header == ["sent0", "sent1", "hard_neg"]
     assert [row[1] for row in rows] == sorted({f"p, {row[0][1]}" for row in rows})
-    lines = place.sample("wiki").read_text().splitlines()
+    lines = workspace.sample("wiki").read_text().splitlines()
     assert (len(rows), len(lines)) == (3, 3)
     assert lines == sorted(lines)
-    assert about["wiki"]["sha256"] == hashlib.sha256(place.sample("wiki").read_bytes()).hexdigest()
-    (place.data / "nli/nli_train.csv").unlink()
-    assert training.write_sample(place, "nli") == about["nli"]
+    assert about["wiki"]["sha256"] == hashlib.sha256(workspace.sample("wiki").read_bytes()).hexdigest()
+    assert training.write_sample(workspace, "nli") == about["nli"]
+    with (workspace.data / "nli/nli_train.csv").open("a") as stream:
+        stream.write("a9,p,n\n")
+    for other in (workspace, dataclasses.replace(workspace, rows=0)):
+        (other.folder / "data.json").unlink(missing_ok=True)  # as for samples of an earlier version
+        with pytest.raises(DataError, match="Try: --runs NEW_FOLDER") if other.rows else contextlib.nullcontext():
+            training.write_sample(other, "nli")
+
+
+def test_runs_on_the_whole_data_are_not_mixed_with_runs_on_other_data(workspace):
+    whole = dataclasses.replace(workspace, rows=0)
+    path = whole.data / "nli/nli_train.csv"
+    path.parent.mkdir(parents=True)
+    path.write_text("sent0,sent1,hard_neg\na,b,c\n")
+    assert training.write_sample(whole, "nli") == training.write_sample(whole, "nli")
+    path.write_text("sent0,sent1,hard_neg\na,b,d\n")
+    with pytest.raises(DataError, match="other rows"):
+        training.write_sample(whole, "nli")
 
 
 def test_the_proxy_of_the_domain_shift_averages_subsets():
     scores = {"STS12": 0.0, "STS12 MSRpar": 1.0, "STS14": 0.0, "STS14 deft-forum": 2.0, "STS14 images": 3.0,
               "STS15 answers-forums": 4.0, "STS-B": 5.0, "SICK-R": 9.0, "Avg": 0.0}  # fmt: skip
-    assert training.domain_scores(scores) == {SHIFTED: 5.0, study.OTHER: 3.0}
+    assert scoring.domain_scores(scores) == {SHIFTED: 5.0, study.OTHER: 3.0}
+
+
+def results(**rows: list[float]) -> dict[str, Any]:
+    """Return results of rows with a score for each seed from 42."""
+    return {"rows": {name: {"runs": [record(42 + n, value) for n, value in enumerate(rows[name])]} for name in rows}}
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "words"),
+    ("second", "verdicts"),
     [
-        (0.1, 0.3, ("**confirmed**", "**contradicted**", "differs (higher)")),
-        (-0.3, -0.1, ("**contradicted**", "**confirmed**", "differs (lower)")),
-        (-0.1, 0.3, ("not significant", "not significant", "no significant difference")),
-        (None, None, ("no interval, so no verdict",) * 3),
+        ([81.0, 82.1, 83.2], ("confirmed", "contradicted", "contradicted")),
+        ([79.0, 79.9, 81.1], ("contradicted", "confirmed", "contradicted")),
+        ([80.0, 81.1, 82.2], ("not significant", "not significant", "inconclusive")),
+        ([80.1, 81.11, 82.12], ("confirmed", "contradicted", "confirmed")),  # significant, but within the margin
+        ([80.01, 80.99, 82.0], ("not significant", "not significant", "confirmed")),
+        ([80.0, 81.0, 82.0], ("no interval, so no verdict",) * 3),
+        ([80.5], ("fewer than 2 common seeds",) * 3),
+        ([], ("not run",) * 3),
     ],
 )
-def test_a_claim_is_judged_by_the_interval_of_the_difference(low, high, words):
-    difference = Difference(0.1, low, high, 0.01, "5 seeds")
-    assert tuple(pages.verdict(difference, expected) for expected in ("higher", "lower", "equal")) == words
-    assert pages.verdict(None, "higher") == "not run"
+def test_a_claim_is_judged_by_the_differences_paired_by_seed(second, verdicts):
+    model = results(first=[80.0, 81.0, 82.0], second=second)
+    claims = [study.Claim("first", "second", expected) for expected in ("higher", "lower", "equal")]
+    assert tuple(pages.judge(model, claim).verdict for claim in claims) == verdicts
 
 
-def test_a_page_shows_the_paper_beside_means_intervals_and_verdicts(place):
-    write("table1", **{PROMCSE: [81.0, 81.1, 81.2], PROMCSE_EH: [82.0, 82.1, 82.2]})
+def test_a_claim_of_no_difference_is_confirmed_if_the_interval_of_90_percent_is_within_the_margin():
+    for values in np.random.default_rng(0).normal(0.1, 0.12, (60, 4)):
+        mean, half = np.mean(values), scipy.stats.t.ppf(0.95, 3) * np.std(values, ddof=1) / 2
+        is_inside = abs(mean) + half < pages.MARGIN
+        assert (pages.judge_equivalence(values)[1] == "confirmed") == is_inside
+
+
+def test_holm_multiplies_the_smallest_p_by_the_number_of_tests():
+    assert pages.holm([0.04, 0.01, 0.03, 0.9]) == pytest.approx([0.09, 0.04, 0.09, 0.9])
+    assert pages.holm([]) == []
+
+
+def test_the_summary_bolds_only_what_is_significant_after_the_correction(workspace):
+    scores = {"SimCSE": [79.7, 80.6, 81.8], "SimCSE + EH": [90.0, 91.0, 92.1]}
+    write("table1", **scores, **{PROMCSE: [80.0, 81.0, 82.0], PROMCSE_EH: [80.3, 81.4, 82.2]})
+    lines = pages.summary().splitlines()
+    ends = {
+        comparison: next(line for line in lines if f"| {comparison}, Avg |" in line).split(" | ")[-3:]
+        for comparison in (f"{PROMCSE_EH} against {PROMCSE}", f"{PROMCSE} against SimCSE", "SimCSE + EH against SimCSE")
+    }
+    assert ends.pop("SimCSE + EH against SimCSE") == ["< 0.001", "< 0.001", "**confirmed** |"]
+    assert [*ends.values()] == [["0.035", "0.070", "confirmed |"]] * 2  # two of four tests have this p
+
+
+def test_the_domain_claim_is_a_proxy_unless_cxc_is_scored():
+    claim = STUDIES["domain"].claims[0]
+    model = results(**{claim.first: [80.0, 81.0, 82.0], claim.second: [81.0, 82.1, 83.2]})
+    assert pages.judge(model, claim).verdict == "confirmed"
+    for row in model["rows"].values():
+        for one in row["runs"]:
+            del one["scores"]["CxC-STS"]
+    judgement = pages.judge(model, claim)
+    assert (judgement.task, judgement.verdict) == (SHIFTED, "confirmed (proxy)")
+    assert pages.claim_cells(STUDIES["domain"], "minilm-3", judgement)[1] == f"{SHIFTED} (proxy of CxC-STS)"
+
+
+def test_a_page_shows_the_paper_beside_means_intervals_and_verdicts(workspace):
+    write("table1", **{PROMCSE: [81.0, 81.1, 81.2], PROMCSE_EH: [82.0, 81.9, 82.4]})
     pages.draw(["table1", "table3"])
-    text = (study.path_of("table1") / "README.md").read_text()
-    assert "| PromCSE + EH | 82.13 | 82.10 ± 0.10 [81.85, 82.35] |" in text
+    text = (study.study_folder("table1") / "README.md").read_text()
+    assert "| PromCSE + EH | 82.13 | 82.10 ± 0.26 [81.44, 82.76] |" in text
     assert (
-        "| PromCSE + EH against PromCSE | Avg | +0.32 | +1.00 [0.77, 1.23], 3 seeds | < 0.001 | **confirmed** |" in text
+        "| PromCSE + EH against PromCSE | Avg | +0.32 | +1.00 [0.50, 1.50], 3 paired seeds | 0.013 | confirmed |"
+        in text
     )
-    assert "| PromCSE against SimCSE | Avg | +0.28 | not run |  | not run |" in text
-    assert "| SimCSE | 81.53 | not run | not run | recipe | none |" in text
-    assert str(place.data) not in text
-    whole = (study.path_of("README.md")).read_text()
+    assert "| PromCSE against SimCSE | Avg | +0.28 |  |  | not run |" in text
+    assert "| SimCSE | 81.53 | not run | not run |  | none |" in text
+    assert str(workspace.data) not in text
+    whole = (study.summary_page()).read_text()
     assert (
-        "[Table 1: semantic textual similarity](table1/README.md) | minilm | PromCSE + EH against PromCSE, Avg |"
+        "[Table 1: semantic textual similarity](table1/README.md) | minilm-3 | PromCSE + EH against PromCSE, Avg |"
         in whole
     )
     assert whole.count("| not run |") > 20
-    assert not study.path_of("table3").exists()
+    assert not study.study_folder("table3").exists()
 
 
-def test_every_study_has_a_page_for_partial_results(place):
+def test_every_study_has_a_page_for_partial_results(workspace):
     for name, table in STUDIES.items():
         write(name, **{row.name: [80.0 + number, 80.5][: 2 if number else 1] for number, row in enumerate(table.rows)})
     assert run.main(["--draw"]) == 0
     for name, table in STUDIES.items():
-        text = (study.path_of(name) / "README.md").read_text()
+        text = (study.study_folder(name) / "README.md").read_text()
         assert all(f"| {row.name} |" in text for row in table.rows)
-        assert (study.path_of(name) / "minilm.png").is_file() == bool(table.curves)
+        assert (study.study_folder(name) / "minilm-3.png").is_file() == bool(table.curves)
         assert "nan" not in text
 
 
-def test_a_failed_run_is_reported_and_the_others_are_recorded(place, monkeypatch):
+@pytest.fixture
+def fake_runs(monkeypatch) -> dict[tuple[str, int], BaseException | float]:
+    """Replace training and scoring; return the errors or dev scores by row and seed, 80 by default."""
+    outcomes: dict[tuple[str, int], BaseException | float] = {}
+
     def train(_: Workspace, row: Row, seed: int) -> dict[str, Any]:
-        if row.name == PROMCSE and seed == 43:
-            raise subprocess.CalledProcessError(2, "run.py")
-        return record(seed, 80.0)
+        outcome = outcomes.get((row.name, seed), 80.0)
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return record(seed, outcome)
 
+    origin = {"data": {"nli": {"sha256": "0"}}, "tasks": {}, "encoder": {"sha256": "e"}}
     monkeypatch.setattr(training, "train", train)
-    monkeypatch.setattr(training, "write_sample", lambda *_: {"file": "f", "rows": 3, "sample_seed": 1, "sha256": "0"})
-    monkeypatch.setattr(training, "frozen_member", lambda _: None)
+    monkeypatch.setattr(training, "describe_origin", lambda *_: origin)
+    monkeypatch.setattr(training, "frozen_member", lambda *_: None)
     monkeypatch.setattr(training, "adapter_member", lambda _: None)
-
-    def score(_: None, suite: str, data: Path, file: Path) -> dict[str, float]:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text('{"scores": {}, "tasks": {"t": {}}}')
-        return {"Avg": 81.0}
-
-    monkeypatch.setattr(training, "score", score)
-    failed = training.run_study("table1", STUDIES["table1"], place, (42, 43), lambda _: None)
-    assert len(failed) == 1
-    assert failed[0].startswith("PromCSE, seed 43: exit code 2")
-    rows = study.read_results("table1")["minilm"]["rows"]
-    assert {name: len(row["runs"]) for name, row in rows.items()} == {
-        row.name: 1 if row.name == PROMCSE else 2 for row in STUDIES["table1"].rows
-    }
+    monkeypatch.setattr(training, "score", lambda *_: {"Avg": 81.0})
+    return outcomes
 
 
-def test_a_dry_run_estimates_the_steps_and_reports_invalid_rows(place, capsys):
-    whole = Workspace("roberta-large", place.data, place.runs, 0)
+def seeds_by_row(key: str = "minilm-3") -> dict[str, list[int]]:
+    """Return the recorded seeds of the rows of table 1."""
+    rows = study.read_results("table1")[key]["rows"]
+    return {name: [run["seed"] for run in row["runs"]] for name, row in rows.items()}
+
+
+def test_a_failed_run_is_reported_and_the_others_are_recorded(workspace, fake_runs):
+    fake_runs[PROMCSE, 43] = subprocess.CalledProcessError(2, "run.py")
+    fake_runs["SimCSE", 42] = DataError("constant embeddings")
+    failed = training.run_study("table1", STUDIES["table1"], workspace, (42, 43), lambda _: None)
+    assert failed[0] == "SimCSE, seed 42: constant embeddings"
+    assert failed[1].startswith("PromCSE, seed 43: exit code 2")
+    other = {row.name: [42, 43] for row in STUDIES["table1"].rows}
+    assert seeds_by_row() == other | {PROMCSE: [42], "SimCSE": [43]}
+
+
+def test_a_rerun_merges_runs_by_row_and_seed(workspace, fake_runs):
+    table = STUDIES["table1"]
+    training.run_study("table1", table, workspace, (42, 43), lambda _: None)
+    before = seeds_by_row()
+    fake_runs[PROMCSE, 42] = 85.0
+    training.run_study("table1", table, workspace, (42,), lambda _: None)
+    training.run_study("table1", table, workspace, (44,), lambda _: None, ("table1/prompt",))
+    training.run_study("table1", table, dataclasses.replace(workspace, rows=4), (42,), lambda _: None)
+    assert seeds_by_row() == before | {PROMCSE: [42, 43, 44], PROMCSE_EH: [42, 43, 44]}
+    runs = study.read_results("table1")["minilm-3"]["rows"][PROMCSE]["runs"]
+    assert [one["dev_spearman"] for one in runs] == [85.0, 80.0, 80.0]
+    assert seeds_by_row("minilm-4") == {row.name: [42] for row in table.rows}
+    fake_runs[PROMCSE, 43] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        training.run_study("table1", table, workspace, (43,), lambda _: None, (PROMCSE,))
+    assert seeds_by_row()[PROMCSE_EH] == [42, 43, 44]
+
+
+def test_runs_with_another_learning_rate_are_not_averaged():
+    old, new = record(42, 80.0), record(43, 81.0) | {"overrides": ["seed=43", "optim.lr=1e-2"]}
+    assert training.add_record([old], new) == [new]
+    assert training.add_record([new], old | {"overrides": ["seed=42", "optim.lr=1e-2"]})[1:] == [new]
+
+
+def test_results_of_other_data_are_not_merged(workspace):
+    write("table1", **{PROMCSE: [80.0]})
+    with pytest.raises(DataError, match="results of minilm-3 with other data: nli"):
+        training.check_origin("table1", "minilm-3", {"data": {"nli": {"sha256": "cd"}}})
+    training.check_origin("table1", "minilm-4", {"data": {"nli": {"sha256": "cd"}}})
+
+
+def test_a_run_folder_with_other_settings_is_refused(workspace, monkeypatch):
+    folder, overrides = workspace.run_folder(EH, 42), workspace.overrides(EH, 42)
+    folder.mkdir(parents=True)
+    config = compose_config([*overrides, "trainer.log_every=3"], {})
+    write_config(config, folder / "config.yaml")
+    (folder / "results.json").write_text(json.dumps(dict.fromkeys(training.RECORD_KEYS, 1)))
+    moved = dataclasses.replace(workspace, data=workspace.data / "moved")
+    assert training.train(moved, EH, 42)["seed"] == 42
+    write_config(compose_config([*overrides, "optim.lr=0.5"], {}), folder / "config.yaml")
+    with pytest.raises(ConfigError, match=r"optim\.lr=0\.5, not 0\.03\. Try: --runs NEW_FOLDER"):
+        training.train(workspace, EH, 42)
+
+
+def test_an_error_of_a_study_does_not_stop_the_next_study(workspace, monkeypatch, capsys):
+    def run_study(name: str, *_: object) -> list[str]:
+        if name == "table7":
+            raise DataError("no transfer data")
+        return []
+
+    monkeypatch.setattr(training, "run_study", run_study)
+    assert run.main(["table7", "table1", "--data", str(workspace.data)]) == 1
+    assert capsys.readouterr().err == "failed: table7: no transfer data\n"
+
+
+def test_only_selects_rows_by_name_or_preset(capsys):
+    table = STUDIES["table1"]
+    supervised = study.selected_rows(table, ["table1/full", "table1/prompt"])
+    assert [row.name for row in supervised] == ["SimCSE", "SimCSE + EH", PROMCSE, PROMCSE_EH]
+    assert [row.name for row in study.selected_rows(table, ["unsup"])] == [study.UNSUP_SIMCSE, study.UNSUP_PROMCSE]
+    assert study.selected_rows(table, []) == table.rows
+    assert run.parse(["--data", "x", "--only", "m = 0.2"]).studies == ["table4"]
+    with pytest.raises(SystemExit):
+        run.parse(["table1", "--data", "x", "--only", "m = 0.2"])
+    assert "no row of these studies contains m = 0.2" in capsys.readouterr().err
+
+
+def test_a_dry_run_estimates_the_steps_and_reports_invalid_rows(workspace, capsys):
+    whole = Workspace("roberta-large", workspace.data, workspace.runs, 0)
     steps, hours, memory = estimate.estimate("roberta-large", compose_config(whole.overrides(EH, 42), {}), 0)
     assert steps == 10 * 539  # 275,601 rows in batches of 512
     assert hours > 0.5
     assert memory > 10
     bad = Row("bad", "table1/prompt", ("loss.margin=0.1",))  # no effect without the hinge
     table = study.Study("t", "a", (EH, bad))
-    (problem,) = estimate.dry_run("t", table, place, (42, 43))
+    (problem,) = estimate.dry_run("t", table, workspace, (42, 43))
     assert problem.startswith("bad: loss.margin=0.1 has no effect")
     printed = capsys.readouterr().out
     assert "1 steps of 128 rows" in printed
@@ -245,7 +411,7 @@ def test_a_dry_run_estimates_the_steps_and_reports_invalid_rows(place, capsys):
 
 
 def test_the_cosine_of_an_ensemble_is_the_mean_of_the_cosines(trained_run):
-    models = [diagnostics.variant(trained_run.folder, seed=seed) for seed in (1, 2)]
+    models = [diagnostics.load_variant(trained_run.folder, seed=seed) for seed in (1, 2)]
     texts = ["A woman is reading.", "Someone reads.", "A dog barks."]
     cosines = [model.encode(texts) @ model.encode(texts).T for model in models]
     assert np.abs(cosines[0] - cosines[1]).max() > 1e-4
@@ -257,31 +423,84 @@ def test_the_cosine_of_an_ensemble_is_the_mean_of_the_cosines(trained_run):
 
 def test_a_variant_keeps_the_trained_prompt_unless_it_gets_a_seed(trained_run):
     texts = ["A woman is reading.", "Someone reads."]
-    trained = training.adapter_member(trained_run.folder).load().encode(texts)
-    np.testing.assert_array_equal(diagnostics.variant(trained_run.folder).encode(texts), trained)
-    assert np.abs(diagnostics.variant(trained_run.folder, seed=42).encode(texts) - trained).max() > 1e-3
-    both = diagnostics.variant(trained_run.folder, pooling="cls+avg")
+    trained = scoring.adapter_member(trained_run.folder).load().encode(texts)
+    np.testing.assert_array_equal(diagnostics.load_variant(trained_run.folder).encode(texts), trained)
+    assert np.abs(diagnostics.load_variant(trained_run.folder, seed=42).encode(texts) - trained).max() > 1e-3
+    both = diagnostics.load_variant(trained_run.folder, pooling="cls+avg")
     embeddings = both.encode(texts)
     assert embeddings.shape == (2, 2 * trained.shape[1])
     mean = embeddings[:, trained.shape[1] :]
     np.testing.assert_allclose(mean / np.linalg.norm(mean, axis=1, keepdims=True), trained, atol=1e-6)
 
 
+def test_cached_scores_are_those_of_the_same_model_and_data(trained_run, tmp_path, monkeypatch):
+    evaluated: list[str] = []
+    files = {"demo test": [{"name": "a", "rows": 2, "sha256": "1"}]}
+    monkeypatch.setattr(scoring, "files_of", lambda *_: files)
+    monkeypatch.setattr(
+        scoring, "_evaluate", lambda model, *_: {"Avg": float(len(evaluated))} | {model.adapter_hash(): 1}
+    )
+
+    def score(seed: int) -> dict[str, float]:
+        member = Member(lambda: diagnostics.load_variant(trained_run.folder, seed=seed))
+        return scoring.score(member, ("transfer",), tmp_path, tmp_path / "scores")
+
+    assert scoring.score(Member(lambda: pytest.fail("loaded")), (), tmp_path, tmp_path) == {}
+    first = score(1)
+    evaluated.append("first")
+    assert score(1) == first
+    assert score(2) != first
+    evaluated.append("second")
+    before = score(2)
+    files["demo test"][0]["sha256"] = "2"
+    assert score(2) != before
+
+
+def test_variants_are_paired_with_the_adapters_by_seed():
+    dev = {"trained": [80.0, 81.0, 82.0], "random": [79.0, 80.1, 80.9], "one seed": [70.0]}
+    variants = {
+        name: {str(42 + n): {DEV: value, "Avg": value} for n, value in enumerate(values)}
+        for name, values in dev.items()
+    }
+    single = {name: {DEV: 80.0, "Avg": 70.0} for name in (study.FROZEN, "mean of the cosines")}
+    rows = {row[0]: row for row in pages.diagnostics_rows({"variants": variants, "single": single})}
+    assert rows["random"][2] == "-1.00 [-1.25, -0.75]"
+    assert rows["one seed"][2] == "fewer than 2 common seeds"
+    assert rows[study.FROZEN][2] == "-1.00 [-3.48, 1.48]"
+    assert rows["mean of the cosines"][2] == "-1.00"
+    assert rows["trained"][2] == ""
+
+
+def test_diagnostics_are_merged_by_seed(workspace):
+    def write_scores(seed: int, **settings: str) -> dict[str, Any]:
+        runs = [record(seed, 80.0) | settings]
+        diagnostics._write(workspace, {"data": {}}, runs, "variants", {"trained": {str(seed): {DEV: 1.0, "Avg": 2.0}}})
+        return study.read_results("diagnostics")["minilm-3"]
+
+    write_scores(42)
+    tree = write_scores(43)
+    assert [one["seed"] for one in tree["runs"]] == [42, 43]
+    assert [*tree["variants"]["trained"]] == ["42", "43"]
+    assert [*write_scores(44, overrides=["optim.lr=1"])["variants"]["trained"]] == ["44"]  # type: ignore[arg-type]
+    pages.draw_diagnostics()
+    assert "## minilm-3" in (study.study_folder("diagnostics") / "README.md").read_text()
+
+
 @pytest.mark.realdata
 @pytest.mark.slow
-def test_a_study_trains_scores_and_is_not_repeated(place, monkeypatch):
+def test_a_study_trains_scores_and_is_not_repeated(workspace, monkeypatch):
     small = Workspace(
-        "minilm", DATA, place.runs, 16, None, ("data.batch_size=16", "trainer.max_steps=1", "data.dev=null")
+        "minilm", DATA, workspace.runs, 16, None, ("data.batch_size=16", "trainer.max_steps=1", "data.dev=null")
     )
-    monkeypatch.setenv("XDG_CACHE_HOME", str(place.runs / "cache"))
-    monkeypatch.setitem(training.SUITES, "sts", ["demo"])
-    monkeypatch.setattr(training, "domain_scores", lambda _: {})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(workspace.runs / "cache"))
+    monkeypatch.setitem(scoring.SUITES, "sts", ["demo"])
+    monkeypatch.setattr(scoring, "domain_scores", lambda _: {})
     table = study.Study("t", "a", (EH,), tasks=("demo test",), headline="demo test")
     said: list[str] = []
     assert training.run_study("small", table, small, (42,), said.append) == []
-    (only,) = study.read_results("small")["minilm"]["rows"][PROMCSE_EH]["runs"]
+    (only,) = study.read_results("small")["minilm-16"]["rows"][PROMCSE_EH]["runs"]
     assert (only["steps"], only["rows"]) == (1, 16)
-    assert only["scores"]["demo test"] != study.read_results("small")["minilm"]["frozen"]["demo test"]
+    assert only["scores"]["demo test"] != study.read_results("small")["minilm-16"]["frozen"]["demo test"]
     assert str(DATA) not in json.dumps(study.read_results("small"))
     before = {path: path.stat().st_mtime_ns for path in small.folder.rglob("*.json")}
     monkeypatch.setattr(subprocess, "run", None)  # a second call starts no run
