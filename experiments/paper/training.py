@@ -118,6 +118,11 @@ class Workspace:
             *self.extra,
         ]
 
+    def portable(self, overrides: list[str]) -> list[str]:
+        """Return the overrides without those that contain a local path."""
+        local = [str(path) for path in (self.data, self.runs, self.encoder) if path]
+        return [line for line in overrides if not any(path in line for path in local)]
+
     def run_folder(self, row: Row, seed: int) -> Path:
         """Return the folder of a run, named after the overrides that vary, so that studies share runs."""
         local = ("seed=", "model", "data.", "evaluation=", "tracking=", *MINIATURE_OVERRIDES, *self.extra)
@@ -220,9 +225,23 @@ def train(workspace: Workspace, row: Row, seed: int) -> Results:
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         subprocess.run([sys.executable, "run.py", *arguments], cwd=ROOT, env=environment, check=True)
     results = json.loads((folder / "results.json").read_text())
-    local = [str(path) for path in (workspace.data, workspace.runs, workspace.encoder) if path]
-    kept = [line for line in overrides if not any(path in line for path in local)]
+    kept = workspace.portable(overrides)
     return {"seed": seed, "overrides": kept, **{name: results[name] for name in RECORD_KEYS}}
+
+
+def is_recorded(name: str, workspace: Workspace, row: Row, seed: int, tasks: set[str]) -> bool:
+    """Return whether results.json has a run with the settings and all scores, so that its folder is not needed.
+
+    Args:
+        name: Name of the study.
+        workspace: Model, data and run folders.
+        row: Row of the run.
+        seed: Its seed.
+        tasks: Tasks of the study that can be scored here.
+    """
+    runs = read_results(name).get(workspace.name, {}).get("rows", {}).get(row.name, {}).get("runs", [])
+    wanted = workspace.portable(workspace.overrides(row, seed))
+    return any(run["overrides"] == wanted and tasks <= set(run["scores"]) for run in runs)
 
 
 def check_settings(folder: Path, overrides: list[str]) -> None:
@@ -341,10 +360,14 @@ def run_study(
     check_origin(name, workspace.name, origin)
     frozen = frozen_member(workspace.model, workspace.encoder)
     scores = score(frozen, (DEV, *suites), workspace.data, workspace.folder / "frozen" / "scores")
+    frozen_tasks = set(scores) - {DEV}
     for seed in seeds:
         for row in rows:
             try:
                 folder = workspace.run_folder(row, seed)
+                if is_recorded(name, workspace, row, seed, frozen_tasks):
+                    report(f"{name}: {row.name}, seed {seed}: in {RESULTS}")
+                    continue
                 report(f"{name}: {row.name}, seed {seed}: {folder}")
                 record = train(workspace, row, seed)
                 record["scores"] = score(adapter_member(folder), suites, workspace.data, folder / "scores")

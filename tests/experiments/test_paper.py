@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import shlex
+import shutil
 import subprocess
 from typing import Any
 
@@ -506,3 +507,6 @@ def test_a_study_trains_scores_and_is_not_repeated(workspace, monkeypatch):
     monkeypatch.setattr(subprocess, "run", None)  # a second call starts no run
     assert training.run_study("small", table, small, (42,), said.append) == []
     assert {path: path.stat().st_mtime_ns for path in small.folder.rglob("*.json")} == before
+    shutil.rmtree(small.run_folder(EH, 42))  # another machine has results.json alone
+    assert training.run_study("small", table, small, (42,), said.append) == []
+    assert said[-1].endswith("in results.json")

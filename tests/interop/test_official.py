@@ -212,7 +212,7 @@ def test_a_changed_or_missing_inner_encoder_is_refused(carrying):
 
 
 def test_an_encoder_read_in_half_precision_is_not_saved(carrying, tmp_path):
-    with pytest.raises(EncoderError, match=r"read as torch\.bfloat16; saving would store the rounded weights"):
+    with pytest.raises(EncoderError, match=r"read as bfloat16; saving would store the rounded weights"):
         save_adapter(load_adapter(carrying[0], dtype=torch.bfloat16), tmp_path / "rounded")
     assert not (tmp_path / "rounded").exists()
 
