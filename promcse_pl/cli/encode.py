@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from promcse_pl.cli.inputs import add_adapter, add_prompt_options, load_model, prompt_text, read_sentences
 from promcse_pl.utils.errors import ConfigError, DataError
-from promcse_pl.utils.paths import SUFFIXES, file_suffix
+from promcse_pl.utils.paths import SUFFIXES, expand, file_suffix
 
 if TYPE_CHECKING:
     from promcse_pl.corpus.encode import CorpusOptions, CorpusProgress
@@ -75,7 +75,7 @@ def add_parser(commands: Any) -> None:  # noqa: ANN401  (argparse's type is priv
 
 def run(options: argparse.Namespace) -> None:
     """Encode the sentences and write their embeddings."""
-    out: Path = options.out
+    options.out = out = expand(options.out)
     if out != Path("-") and out.suffix != ".npy":
         if file_suffix(out) in SUFFIXES:
             raise DataError(f"--out must end in .npy, be - for standard output, or be a folder, got {out}")
@@ -140,9 +140,11 @@ def _corpus_options(options: argparse.Namespace) -> CorpusOptions:
     given = {key: getattr(options, name) for name, key in _CORPUS_OPTIONS.items() if getattr(options, name) is not None}
     if "task" in given:
         match = re.fullmatch(r"(\d+)/(\d+)", given["task"])
-        if match is None:
-            raise ConfigError(f"--shard must be I/N, such as 0/8, got {given['task']}")
+        if match is None or int(match[1]) >= int(match[2]):
+            raise ConfigError(f"--shard must be I/N with 0 <= I < N, such as 0/8, got {given['task']}")
         given["task"] = (int(match[1]), int(match[2]))
+    if given.get("rows_per_shard", 1) < 1:
+        raise ConfigError(f"--rows-per-shard must be at least 1, got {given['rows_per_shard']}")
     return CorpusOptions(**given)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,4 +33,4 @@ def run(options: argparse.Namespace) -> None:
     corpus = expand(options.corpus)
     with stages(Console(stderr=True)) as bar:
         out = build_corpus_index(corpus, options.kind, report=lambda done, total: bar("adding vectors", done, total))
-    sys.stdout.write(f"{out}: to search it: promcse search ADAPTER {out} 'a query'\n")
+    sys.stdout.write(f"{out}: to search it: promcse search ADAPTER {shlex.quote(str(out))} 'a query'\n")

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from promcse_pl.corpus.folder import (
     ShardFormat,
     check_out,
     check_settings,
-    finished_shards,
+    matching_shards,
     shard_name,
     write_manifest,
     write_shard,
@@ -144,7 +144,7 @@ def encode_corpus(
 
     Raises:
         DataError: An input is missing, broken or has changed since some of its shards were written, a row is bad, or `out` has
-            other content.
+            other content, or a concurrent call with other settings has written to it.
         AdapterError, ConfigError: The shards in `out` were written with another adapter or other options.
     """
     options, out = options or CorpusOptions(), Path(out)
@@ -156,9 +156,11 @@ def encode_corpus(
     remove_leftovers(out, older_than=_STALE_SECONDS)
     write_manifest(out, settings, [file.name for file in files])
     try:
-        return _Task(model, files, out, options).run(report)
+        done = _Task(model, files, out, options).run(report)
     finally:
         write_manifest(out, settings, [file.name for file in files])
+    matching_shards(out, settings)
+    return done
 
 
 def corpus_settings(model: PromCSE, options: CorpusOptions) -> CorpusSettings:
@@ -183,13 +185,14 @@ class _Task:
 
     def __init__(self, model: PromCSE, files: list[InputFile], out: Path, options: CorpusOptions) -> None:
         self.model, self.out, self.options = model, out, options
+        self.settings = corpus_settings(model, options)
         number, tasks = options.task
         self.has_whole_files = len(files) >= tasks
         self.files = [
             (index, file) for index, file in enumerate(files) if not self.has_whole_files or index % tasks == number
         ]
         self.finished: dict[str, dict[int, Shard]] = {}
-        for shard in finished_shards(out):
+        for shard in matching_shards(out, self.settings):
             self.finished.setdefault(shard.input, {})[shard.number] = shard
         self.shards = self.rows = self.bad_rows = self.skipped = 0
         self.meter = _Meter(sum(_size(file.path) for _, file in self.files), 1 if self.has_whole_files else tasks)
@@ -224,23 +227,23 @@ class _Task:
             self.meter.skip(size)
             return
         rows = RowSettings(self.options.text_column, self.options.on_bad_row, self.options.rows_per_shard)
-        blocks = _with_last(self.meter.positions(read_blocks(file.path, rows, is_wanted), size))
-        for number, group in groupby(blocks, key=lambda entry: entry[0].shard):
-            if not is_wanted(number):
-                for _ in group:
-                    pass
+        blocks = self.meter.positions(read_blocks(file.path, rows, is_wanted), size)
+        for block in blocks:
+            if block.table is None:
                 continue
-            shard = self._write(shard_name(file.name, number), group)
+            shard = self._write(shard_name(file.name, block.shard), chain([block], blocks))
             if _version(file.path) != version:
                 raise DataError(f"{file.path} was changed while it was read. Run the command again")
-            about = dataclasses.replace(shard, input=file.name, number=number, input_sha256=sha256)
-            write_shard(self.out, about)
+            write_shard(self.out, dataclasses.replace(shard, input=file.name, number=block.shard, input_sha256=sha256))
             self.shards, self.bad_rows = self.shards + 1, self.bad_rows + shard.bad_rows
             self.rows += shard.rows
             self.meter.finish(shard.name)
 
-    def _write(self, name: str, blocks: Iterator[tuple[Block, bool]]) -> Shard:
-        """Encode the rows of a shard and write its files; the caller adds the fields of the input file."""
+    def _write(self, name: str, blocks: Iterator[Block]) -> Shard:
+        """Encode the rows of a shard and write its files; the caller adds the fields of the input file.
+
+        No block of the next shard is taken: an error in it must not lose this shard.
+        """
         import pyarrow.parquet as pq
 
         is_npy, width = self.options.shard_format == "npy", self.model.width
@@ -249,8 +252,7 @@ class _Task:
         with ExitStack() as stack:
             temporary = [stack.enter_context(atomic_file(path)) for path in paths]
             vectors = stack.enter_context(NpyWriter(temporary[1], width, self.options.output_dtype)) if is_npy else None
-            for entry in blocks:
-                block, is_last = entry
+            for block in blocks:
                 assert block.table is not None
                 texts = block.texts
                 embeddings_ND = self.model.encode(texts, prompt=self.options.prompt, progress=self.meter.encoded)
@@ -265,9 +267,12 @@ class _Task:
                         pq.ParquetWriter(temporary[0], table.schema, **_compression(table.schema))
                     )
                 writer.write_table(table)
+                if block.next_shard != block.shard:
+                    break
         files = {path.name: {"bytes": path.stat().st_size, "sha256": content_sha256(path)} for path in paths}
         columns = table.schema.names
-        return Shard(name, "", 0, is_last, "", rows, bad_rows, block.text_column, columns, files)
+        is_last, settings = block.next_shard is None, self.settings.sha256
+        return Shard(name, "", 0, is_last, "", settings, rows, bad_rows, block.text_column, columns, files)
 
 
 class NpyWriter:
@@ -368,17 +373,6 @@ def _compression(schema: pa.Schema) -> dict[str, Any]:
 
     plain = [field.name for field in schema if not types.is_nested(field.type)]
     return {"compression": "zstd", "use_dictionary": plain, "write_statistics": plain}
-
-
-def _with_last(blocks: Iterator[Block]) -> Iterator[tuple[Block, bool]]:
-    """Yield each block, and whether it is the last one."""
-    previous: Block | None = None
-    for block in blocks:
-        if previous is not None:
-            yield previous, False
-        previous = block
-    if previous is not None:
-        yield previous, True
 
 
 def _files(path: Path) -> list[Path]:

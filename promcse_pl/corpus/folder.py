@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 from collections.abc import Iterable
@@ -61,6 +62,11 @@ class CorpusSettings:
     output_dtype: str
     shard_format: str
 
+    @property
+    def sha256(self) -> str:
+        """Hash that is stored with each shard."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:
@@ -72,6 +78,7 @@ class Shard:
         number: Its number in the input file.
         is_last: Whether it holds the last rows of the input file.
         input_sha256: Hash of the input file.
+        settings_sha256: Hash of the settings.
         rows: Number of rows.
         bad_rows: Number of input rows that were skipped.
         text_column: Name of the text column.
@@ -84,6 +91,7 @@ class Shard:
     number: int
     is_last: bool
     input_sha256: str
+    settings_sha256: str
     rows: int
     bad_rows: int
     text_column: str
@@ -110,7 +118,11 @@ def check_out(folder: Path) -> None:
         DataError: It has other content.
     """
     if _manifest(folder) is None:
-        refuse_taken(folder)
+        try:
+            refuse_taken(folder)
+        except DataError:
+            if _manifest(folder) is None:  # else a concurrent task has just created the folder
+                raise
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
@@ -185,26 +197,48 @@ def finished_shards(folder: Path) -> list[Shard]:
     return sorted((shard for shard in found if shard is not None), key=lambda shard: (shard.input, shard.number))
 
 
+def matching_shards(folder: Path, settings: CorpusSettings) -> list[Shard]:
+    """Return the finished shards, sorted by input and number.
+
+    Raises:
+        DataError: Some were written with other settings, by a concurrent command.
+    """
+    shards = finished_shards(folder)
+    others = [shard.name for shard in shards if shard.settings_sha256 != settings.sha256]
+    if others:
+        raise DataError(
+            f"{folder}: {len(others)} shards were written with other settings than those in {MANIFEST}, by a command that ran "
+            f"at the same time. Try: {remove_command(folder, others)} and the promcse encode command again, or another --out"
+        )
+    return shards
+
+
+def remove_command(folder: Path, names: Iterable[str]) -> str:
+    """Return the shell command that removes shards, so that they can be written again."""
+    return "rm " + " ".join(f"{shlex.quote(str(folder / name))}.*" for name in names)
+
+
 def complete_shards(folder: Path) -> list[Shard]:
     """Return the shards of a corpus that has been encoded completely.
 
     Raises:
-        DataError: It is not an encoded corpus, or a shard is missing.
+        DataError: It is not an encoded corpus, a shard is missing, or shards were written with different settings.
     """
-    about = _manifest(folder)
-    if about is None:
+    about, settings = _manifest(folder), read_settings(folder)
+    if about is None or settings is None:
         raise DataError(
             f"{folder} is not an encoded corpus: it has no {MANIFEST}. promcse encode --out FOLDER writes one"
         )
-    shards = finished_shards(folder)
+    shards = matching_shards(folder, settings)
     of_inputs: dict[str, list[Shard]] = {name: [] for name in about["inputs"]}
     for shard in shards:
         of_inputs.setdefault(shard.input, []).append(shard)
     for name, found in of_inputs.items():
         if not _is_complete(found):
+            remove = f"{remove_command(folder, [shard.name for shard in found])}; " if found else ""
             raise DataError(
                 f"{folder}: the input {name} has {len(found)} finished shards, and others are missing. Run the same promcse "
-                "encode command again to finish it"
+                f"encode command again to finish it. To leave it out: {remove}promcse encode with the other inputs"
             )
     return shards
 
@@ -221,7 +255,7 @@ def write_manifest(folder: Path, settings: CorpusSettings, inputs: Iterable[str]
     Args:
         folder: Output folder; created if needed.
         settings: Settings of the corpus.
-        inputs: Names of input files, in addition to those in the manifest.
+        inputs: Names of input files, in addition to those in the manifest that have finished shards.
     """
     listed: list[Shard] | None = None
     while listed is None or listed != finished_shards(folder):
@@ -231,7 +265,7 @@ def write_manifest(folder: Path, settings: CorpusSettings, inputs: Iterable[str]
             "format": FORMAT,
             "promcse_pl": __version__,
             "settings": asdict(settings),
-            "inputs": sorted({*about["inputs"], *inputs}),
+            "inputs": sorted({*inputs, *({shard.input for shard in listed} & {*about["inputs"]})}),
             "rows": sum(shard.rows for shard in listed),
             "shards": [asdict(shard) for shard in listed],
         }

@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +17,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from promcse_pl.corpus.folder import INDEX_DESCRIPTION as DESCRIPTION
-from promcse_pl.corpus.folder import Shard, complete_shards, read_settings, read_shard
+from promcse_pl.corpus.folder import (
+    Shard,
+    complete_shards,
+    finished_shards,
+    read_settings,
+    read_shard,
+    remove_command,
+)
 from promcse_pl.corpus.rows import BLOCK_ROWS, EMBEDDING
+from promcse_pl.data.arrow import content_sha256
 from promcse_pl.index import best_hits, check_search, faiss_library, read_faiss, write_faiss
 from promcse_pl.models.weights import read_json_object
 from promcse_pl.utils.errors import AdapterError, ConfigError, DataError, PromcseError
 from promcse_pl.utils.files import current, own_description, read_unchanged, refuse_taken, update_folder
 from promcse_pl.version import __version__
+
+log = logging.getLogger(__name__)
 
 CorpusKind = Literal["flat", "hnsw", "ivfpq"]
 CORPUS_KINDS: tuple[CorpusKind, ...] = get_args(CorpusKind)
@@ -34,6 +46,8 @@ TRAIN_ROWS_PER_CELL = 64
 """Training vectors of an IVF cell. FAISS recommends at least 39, more give slightly better centroids."""
 CODE_DIMENSIONS = 4
 """Dimensions per byte of a product-quantiser code: 96 bytes for D = 384."""
+MINIMUM_IVFPQ = 2
+"""Rows for a product quantiser with codes of one bit."""
 SEED = 0
 
 
@@ -70,7 +84,7 @@ def build_corpus_index(
 
     Raises:
         ConfigError: An unknown kind, or FAISS is not installed.
-        DataError: The corpus is incomplete or damaged, or the subfolder has other content.
+        DataError: The corpus is incomplete, damaged or too small for the kind, or the subfolder has other content.
     """
     folder = Path(folder)
     if kind not in CORPUS_KINDS:
@@ -81,6 +95,10 @@ def build_corpus_index(
     rows = sum(shard.rows for shard in shards)
     if settings is None or not rows:
         raise DataError(f"{folder} has no embeddings")
+    if kind == "ivfpq" and rows < MINIMUM_IVFPQ:
+        raise DataError(
+            f"ivfpq needs at least {MINIMUM_IVFPQ} rows, {folder} has {rows}. Try: {_index_command(folder, 'flat')}"
+        )
     out = folder / kind
     if own_description(out, DESCRIPTION, {"format", "promcse_pl", "adapter"}) is None:
         refuse_taken(out)
@@ -91,16 +109,19 @@ def build_corpus_index(
         added += len(vectors_ND)
         if report:
             report(added, rows)
-    about = {
-        "format": FORMAT,
-        "promcse_pl": __version__,
-        "kind": kind,
-        "adapter": settings.adapter,
-        "width": settings.width,
-    }
-    about["shards"] = [{"name": shard.name, "rows": shard.rows, "input_sha256": shard.input_sha256} for shard in shards]
     with update_folder(out, (VECTORS, DESCRIPTION)) as new:
         write_faiss(index, new / VECTORS)
+        about = {
+            "format": FORMAT,
+            "promcse_pl": __version__,
+            "kind": kind,
+            "adapter": settings.adapter,
+            "width": settings.width,
+            "sha256": content_sha256(new / VECTORS),
+            "shards": [
+                {"name": shard.name, "rows": shard.rows, "input_sha256": shard.input_sha256} for shard in shards
+            ],
+        }
         (new / DESCRIPTION).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     return out
 
@@ -133,9 +154,18 @@ class CorpusIndex:
         folder = Path(folder)
         if own_description(folder, DESCRIPTION, {"format"}) is None:
             built = [kind for kind in CORPUS_KINDS if own_description(folder / kind, DESCRIPTION, {"format"})]
-            advice = f"{folder / built[0]}" if built else f"promcse index {folder} --kind ivfpq"
+            advice = f"{folder / built[0]}" if built else _index_command(folder, "ivfpq")
             raise DataError(f"{folder} is not an index of a corpus. Try: {advice}")
-        return read_unchanged(folder, DESCRIPTION, lambda: cls._load(folder, adapter, width))
+        index = read_unchanged(folder, DESCRIPTION, lambda: cls._load(folder, adapter, width))
+        index._warn_of_new_shards()
+        return index
+
+    def _warn_of_new_shards(self) -> None:
+        indexed = {shard["name"] for shard in self._shards}
+        new = [shard for shard in finished_shards(self._corpus) if shard.name not in indexed]
+        if new:
+            command = _index_command(self._corpus, self.kind)
+            log.warning("%d shards of %s are not in the index. Try: %s", len(new), self._corpus, command)
 
     @classmethod
     def _load(cls, folder: Path, adapter: str, width: int) -> CorpusIndex:
@@ -144,7 +174,7 @@ class CorpusIndex:
             if about["format"] != FORMAT:
                 raise DataError(
                     f"{folder} has format {about['format']!r} (written by promcse_pl {about.get('promcse_pl')}); this version "
-                    f"({__version__}) reads {FORMAT}. Try: promcse index {folder.parent} --kind {about.get('kind')}"
+                    f"({__version__}) reads {FORMAT}. Try: {_index_command(folder.parent, str(about.get('kind')))}"
                 )
             if about["adapter"] != adapter:
                 raise AdapterError(
@@ -152,9 +182,12 @@ class CorpusIndex:
                     f"{adapter[:12]}…), encoder or tokenizer, so the cosines would be meaningless. Load that adapter"
                 )
             rows = sum(shard["rows"] for shard in about["shards"])
-            return cls(
-                folder, about, read_faiss(current(folder, VECTORS), (rows, width), compressed=about["kind"] == "ivfpq")
-            )
+            path = current(folder, VECTORS)
+            if content_sha256(path) != about["sha256"]:
+                raise DataError(
+                    f"{path} is truncated or was modified. Try: {_index_command(folder.parent, about['kind'])}"
+                )
+            return cls(folder, about, read_faiss(path, (rows, width), compressed=about["kind"] == "ivfpq"))
         except PromcseError:
             raise
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -198,8 +231,8 @@ class CorpusIndex:
             shard = read_shard(self._corpus, stored["name"])
             if shard is None or shard.input_sha256 != stored["input_sha256"] or shard.rows != stored["rows"]:
                 raise DataError(
-                    f"the shard {self._corpus / stored['name']} is missing, or newer than the index. Try: promcse index "
-                    f"{self._corpus} --kind {self.kind}"
+                    f"the shard {self._corpus / stored['name']} is missing, or newer than the index. Try: "
+                    f"{_index_command(self._corpus, self.kind)}"
                 )
             file = pq.ParquetFile(self._corpus / f"{shard.name}.parquet")
             columns = [name for name in shard.columns if name != EMBEDDING]
@@ -216,11 +249,26 @@ class CorpusIndex:
         return read
 
 
+def _index_command(corpus: Path, kind: str) -> str:
+    return f"promcse index {shlex.quote(str(corpus))} --kind {kind}"
+
+
+def _check_content(folder: Path, shard: Shard) -> None:
+    """Raise a DataError if a file of a shard differs from its checksum."""
+    for name, about in shard.files.items():
+        if content_sha256(folder / name) != about["sha256"]:
+            raise DataError(
+                f"{folder / name} was modified or is damaged: its sha256 is not that of {shard.name}.json. Try: "
+                f"{remove_command(folder, [shard.name])} and the same promcse encode command again"
+            )
+
+
 def _vectors(folder: Path, shards: list[Shard]) -> Iterator[NDArray[np.float32]]:
-    """Yield the embeddings of the shards in blocks (N, D)."""
+    """Yield the embeddings of the shards in blocks (N, D), after a check of each shard's files."""
     import pyarrow.parquet as pq
 
     for shard in shards:
+        _check_content(folder, shard)
         npy = folder / f"{shard.name}.npy"
         if npy.name in shard.files:
             stored_ND = np.load(npy, mmap_mode="r", allow_pickle=False)
@@ -249,7 +297,7 @@ def _new_index(kind: CorpusKind, folder: Path, shards: list[Shard], width: int) 
     index = faiss.IndexIVFPQ(quantiser, width, cells, codes, bits, faiss.METRIC_INNER_PRODUCT)
     index.cp.min_points_per_centroid = index.pq.cp.min_points_per_centroid = 1  # no warning about few vectors
     index.nprobe = ivf_probes(cells)
-    index.train(_sample(folder, shards, max(TRAIN_ROWS_PER_CELL * cells, 256 * 256)))
+    index.train(_sample(folder, shards, max(TRAIN_ROWS_PER_CELL * cells, 256 * 256), width))
     return index
 
 
@@ -263,13 +311,13 @@ def ivf_probes(cells: int) -> int:
     return min(cells, max(8, min(256, cells // 16)))
 
 
-def _sample(folder: Path, shards: list[Shard], size: int) -> NDArray[np.float32]:
+def _sample(folder: Path, shards: list[Shard], size: int, width: int) -> NDArray[np.float32]:
     """Return a random sample (S, D) of the embeddings, deterministic for given shards."""
     rows = sum(shard.rows for shard in shards)
     chosen_S = np.sort(np.random.default_rng(SEED).choice(rows, min(size, rows), replace=False))
-    parts, start = [], 0
+    sample_SD, start = np.empty((len(chosen_S), width), dtype=np.float32), 0
     for vectors_ND in _vectors(folder, shards):
         first, stop = np.searchsorted(chosen_S, (start, start + len(vectors_ND)))
-        parts.append(vectors_ND[chosen_S[first:stop] - start])
+        sample_SD[first:stop] = vectors_ND[chosen_S[first:stop] - start]
         start += len(vectors_ND)
-    return np.concatenate(parts)
+    return sample_SD

@@ -33,6 +33,7 @@ def find_inputs(given: Sequence[str | Path], *, out: Path) -> list[InputFile]:
 
     Args:
         given: Files, folders (all data files below them) and patterns such as `corpus/*.parquet` or `corpus/**/*.jsonl`.
+            Folders and patterns skip names that start with . or _.
         out: Output folder; files in it are not inputs.
 
     Raises:
@@ -46,7 +47,10 @@ def find_inputs(given: Sequence[str | Path], *, out: Path) -> list[InputFile]:
             )
         found = [file for file in _matches(entry) if not file.path.resolve().is_relative_to(out.resolve())]
         if not found:
-            raise DataError(f"{entry} matches no data file. Allowed: {', '.join(SUFFIXES)}, each also with .gz")
+            raise DataError(
+                f"{entry} matches no data file. Allowed: {', '.join(SUFFIXES)}, each also with .gz; names that start with . or _ "
+                "are skipped in folders and patterns"
+            )
         for file in found:
             inputs.setdefault(file.path.resolve(), file)
     by_name: dict[str, Path] = {}
@@ -68,11 +72,7 @@ def _matches(entry: str | Path) -> Iterator[InputFile]:
     if is_folder(path) and not is_saved_dataset(path):
         for file in sorted(path.rglob("*")):
             below = file.relative_to(path)
-            if (
-                file_suffix(file) in SUFFIXES
-                and file.is_file()
-                and not any(p.startswith((".", "_")) for p in below.parts)
-            ):
+            if file_suffix(file) in SUFFIXES and file.is_file() and not _is_skipped(below):
                 yield InputFile(_name(below), file)
     elif is_there(path):
         yield InputFile(path.name, path)
@@ -80,11 +80,17 @@ def _matches(entry: str | Path) -> Iterator[InputFile]:
         first = next(position for position, part in enumerate(path.parts) if _WILDCARD.search(part))
         base = Path(*path.parts[:first])
         for found in sorted(base.glob(str(path.relative_to(base)))):
-            if found.is_file() or is_saved_dataset(found):
-                yield InputFile(_name(found.relative_to(base)), found)
+            below = found.relative_to(base)
+            if (found.is_file() or is_saved_dataset(found)) and not _is_skipped(below):
+                yield InputFile(_name(below), found)
     else:
         where = "" if path.is_absolute() else f"; the current folder is {Path.cwd()}"
         raise DataError(f"{entry} does not exist{where}")
+
+
+def _is_skipped(below: Path) -> bool:
+    """Return whether a part of a path starts with . or _, which marks hidden and temporary files."""
+    return any(part.startswith((".", "_")) for part in below.parts)
 
 
 def _name(below: Path) -> str:

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from promcse_pl.data.arrow import dataset_batches, is_saved_dataset, select_columns
 from promcse_pl.data.columns import TRAINING_ROWS, ColumnRequest, Record, Records, listed, short_name
 from promcse_pl.data.files import decompressed, open_file
 from promcse_pl.data.readers import BadRow, OnBadRow, UnusableRowError, row_values
-from promcse_pl.data.text_formats import text_records
+from promcse_pl.data.text_formats import shown, text_records
 from promcse_pl.utils.errors import DataError
 from promcse_pl.utils.paths import file_suffix
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+T = TypeVar("T")
 IsWanted = Callable[[int], bool]
 """Maps the number of a shard in its input file to whether its rows are needed."""
 BLOCK_ROWS = 16384
@@ -56,6 +57,7 @@ class Block:
         text_column: Name of the text column.
         bad_rows: Number of rows that were skipped.
         done: Fraction of the input file that has been read.
+        next_shard: Number of the shard of the next row; None after the last row of the file.
     """
 
     shard: int
@@ -63,6 +65,7 @@ class Block:
     text_column: str = ""
     bad_rows: int = 0
     done: float = 0.0
+    next_shard: int | None = None
 
     @property
     def texts(self) -> list[str]:
@@ -101,7 +104,29 @@ def read_blocks(path: Path, settings: RowSettings, is_wanted: IsWanted) -> Itera
         if file_suffix(path) == ".txt":
             records = ((line, r if isinstance(r, str) else [("text", r[0][1])]) for line, r in records)
         for block in _text_blocks(records, request, settings, is_wanted):
-            yield Block(block.shard, block.table, block.text_column, block.bad_rows, min(1.0, raw.tell() / size))
+            yield dataclasses.replace(block, done=min(1.0, raw.tell() / size))
+
+
+def _groups(rows: Iterable[tuple[int, T]], rows_per_shard: int) -> Iterator[tuple[int, list[T], int | None]]:
+    """Yield the rows of each block with the number of its shard and that of the next row.
+
+    Only the next row is read ahead, and it is not checked: a bad row does not affect the shard before it.
+
+    Args:
+        rows: Numbered rows.
+        rows_per_shard: See `RowSettings`.
+    """
+    group: list[T] = []
+    block = (0, 0)
+    for row, value in rows:
+        next_block = _block_of(row, rows_per_shard)
+        if group and next_block != block:
+            yield block[0], group, next_block[0]
+            group = []
+        block = next_block
+        group.append(value)
+    if group:
+        yield block[0], group, None
 
 
 def _block_of(row: int, rows_per_shard: int) -> tuple[int, int]:
@@ -133,17 +158,14 @@ _Rows = list[tuple[int, dict[str, Any]]]
 def _text_blocks(
     records: Records, request: ColumnRequest, settings: RowSettings, is_wanted: IsWanted
 ) -> Iterator[Block]:
-    columns: dict[str, pa.DataType] = {}
-    groups = groupby(enumerate(records), key=lambda entry: _block_of(entry[0], settings.rows_per_shard))
-    for (shard, _), group in groups:
+    columns: dict[str, type] = {}
+    for shard, group, next_shard in _groups(enumerate(records), settings.rows_per_shard):
         if columns and not is_wanted(shard):
-            for _ in group:
-                pass
-            yield Block(shard, None)
+            yield Block(shard, None, next_shard=next_shard)
             continue
         rows: _Rows = []
         bad_rows = 0
-        for _, (line, record) in group:
+        for line, record in group:
             reason = _unusable(record)
             if reason or isinstance(record, str):
                 _check_skipped(request.path, line, reason, settings)
@@ -158,8 +180,9 @@ def _text_blocks(
                     f"{request.path}: none of the first {bad_rows:,} rows is valid. Check its format and columns"
                 )
             columns = _column_types(request.path, rows)
-        table = _table(request.path, rows, columns) if is_wanted(shard) else None
-        yield Block(shard, table, next(iter(columns)), bad_rows)
+        first_rows = min(BLOCK_ROWS, settings.rows_per_shard)
+        table = _table(request.path, rows, columns, first_rows) if is_wanted(shard) else None
+        yield Block(shard, table, next(iter(columns)), bad_rows, next_shard=next_shard)
     if not columns:
         raise DataError(f"{request.path} has no rows")
 
@@ -173,42 +196,62 @@ def _unusable(record: Record) -> str:
     return ""
 
 
-def _column_types(path: Path, rows: _Rows) -> dict[str, pa.DataType]:
-    """Return the columns of the first rows of a file and their types."""
-    import pyarrow as pa
+_TYPES = {str: "string", bool: "bool", int: "int64", float: "double"}
+"""Type of a value -> type of its column."""
 
+
+def _column_types(path: Path, rows: _Rows) -> dict[str, type]:
+    """Return the columns of the first rows of a file and the type of their values: of numbers float, else of the first value."""
     names = list(dict.fromkeys(name for _, cells in rows for name in cells))
     _check_names(path, names)
-    inferred = {name: _array(path, rows, name, None).type for name in names}
-    return {name: pa.string() if pa.types.is_null(kind) else kind for name, kind in inferred.items()}
+    types = {name: [type(value) for value in _values(rows, name) if value is not None] for name in names}
+    return {name: float if set(kinds) == {int, float} else kinds[0] if kinds else str for name, kinds in types.items()}
 
 
-def _table(path: Path, rows: _Rows, columns: dict[str, pa.DataType]) -> pa.Table:
+def _table(path: Path, rows: _Rows, columns: dict[str, type], first_rows: int) -> pa.Table:
     """Return rows as a table; a missing value of a JSON object is null."""
     import pyarrow as pa
 
     for line, cells in rows:
         if unknown := cells.keys() - columns.keys():
             raise DataError(
-                f"{path}:{line}: column {short_name(min(unknown))} does not occur in the first {BLOCK_ROWS:,} rows (columns: "
-                f"{listed(list(columns))}). Add it to the first row, with the value null"
+                f"{path}:{line}: column {short_name(min(unknown))} does not occur in the first {first_rows:,} rows (columns: "
+                f"{listed(list(columns))}). Move a row that has it to the start of the file"
             )
     return pa.table({name: _array(path, rows, name, kind) for name, kind in columns.items()})
 
 
-def _array(path: Path, rows: _Rows, name: str, kind: pa.DataType | None) -> pa.Array:
-    """Return a column; nested JSON values become their JSON text, because their types vary between rows."""
+def _values(rows: _Rows, name: str) -> list[Any]:
+    """Return the values of a column; nested JSON values become their JSON text, because their types vary between rows."""
+    values = (cells.get(name) for _, cells in rows)
+    return [json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else value for value in values]
+
+
+def _array(path: Path, rows: _Rows, name: str, kind: type) -> pa.Array:
+    """Return a column. Values are checked first, because pyarrow converts 9.99 to int64 as 9 and True to double as 1.0."""
     import pyarrow as pa
 
-    values = [cells.get(name) for _, cells in rows]
-    values = [json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else value for value in values]
-    try:
-        return pa.array(values, type=kind)
-    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+    values, allowed = _values(rows, name), {type(None), kind, int if kind is float else kind}
+
+    def array(some: list[Any]) -> pa.Array | None:
+        if not set(map(type, some)) <= allowed:
+            return None
+        try:
+            return pa.array(some, type=_TYPES[kind])
+        except (pa.ArrowException, ValueError, OverflowError):  # an integer out of range, a lone surrogate
+            return None
+
+    column = array(values)
+    if column is None:
+        line, value = next(
+            (line, value) for (line, _), value in zip(rows, values, strict=True) if array([value]) is None
+        )
+        is_float = kind is int and isinstance(value, float)
         raise DataError(
-            f"{path}: the values of column {short_name(name)} must have one type{f' ({kind})' if kind else ''}; in the lines "
-            f"{rows[0][0]} to {rows[-1][0]}: {error}. Convert the values to strings"
-        ) from None
+            f"{path}:{line}: column {short_name(name)} must hold {_TYPES[kind]} as in the first rows, got {shown(value)}. "
+            + ("Write all its numbers with a decimal point" if is_float else "Convert all its values to strings")
+        )
+    return column
 
 
 # parquet and saved datasets
@@ -270,17 +313,16 @@ def _arrow_blocks(
     pieces: Iterator[_Piece], request: ColumnRequest, settings: RowSettings, is_wanted: IsWanted
 ) -> Iterator[Block]:
     is_empty = True
-    for (shard, _), group in groupby(
-        _split(pieces, settings.rows_per_shard), key=lambda piece: _block_of(piece.row, settings.rows_per_shard)
-    ):
-        parts = list(group)
+    split = ((piece.row, piece) for piece in _split(pieces, settings.rows_per_shard))
+    for shard, parts, next_shard in _groups(split, settings.rows_per_shard):
         if is_empty and parts[0].batch is not None:
             _check_names(request.path, parts[0].batch.schema.names)
         is_empty = False
         if is_wanted(shard):
-            yield _arrow_block(shard, parts, request.path, settings)
+            block = _arrow_block(shard, parts, request.path, settings)
         else:
-            yield Block(shard, None, done=parts[-1].done)
+            block = Block(shard, None, done=parts[-1].done)
+        yield dataclasses.replace(block, next_shard=next_shard)
     if is_empty:
         raise DataError(f"{request.path} has no rows")
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def corpus(tmp_path) -> Path:
 
 def test_a_corpus_is_encoded_indexed_and_searched(adapter, corpus, tmp_path, capsys, monkeypatch):
     pytest.importorskip("faiss")
-    out = str(tmp_path / "out")
+    out = str(tmp_path / "the out")
     encode = ["encode", str(adapter), f"{corpus}/*.jsonl", "--out", out, "--rows-per-shard", "5"]
     assert main([*encode, "--shard", "0/2"]) == 0
     assert main(encode) == 0
@@ -45,7 +46,7 @@ def test_a_corpus_is_encoded_indexed_and_searched(adapter, corpus, tmp_path, cap
     assert "a.jsonl-00000: 5 texts, " in printed.err
     assert "0 h 00 min left" in printed.err
     assert main(["index", out, "--kind", "flat"]) == 0
-    command = capsys.readouterr().out.split("promcse ")[1].split()
+    command = shlex.split(capsys.readouterr().out.split("promcse ")[1])
     assert main(["search", str(adapter), command[2], "w13 w14", "--top-k", "1"]) == 0
     assert capsys.readouterr().out == "1.0000\tw13 w14\n"
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"w13 w14\n")))
@@ -59,8 +60,10 @@ def test_a_corpus_is_encoded_indexed_and_searched(adapter, corpus, tmp_path, cap
     [
         (["--out", "v.npy", "--text", "text"], "--text has no effect with --out v.npy. Try: --out FOLDER"),
         (["more.txt", "--out", "v.npy"], "--out v.npy takes one file, got 2. Try: --out FOLDER"),
-        (["--out", "out", "--shard", "2"], "--shard must be I/N, such as 0/8, got 2"),
-        (["--out", "out", "--shard", "8/8"], "got 8/8. Try: 0/8"),
+        (["--out", "out", "--shard", "2"], "--shard must be I/N with 0 <= I < N, such as 0/8, got 2"),
+        (["--out", "out", "--shard", "8/8"], "--shard must be I/N with 0 <= I < N, such as 0/8, got 8/8"),
+        (["--out", "out", "--shard", "0/0"], "such as 0/8, got 0/0"),
+        (["--out", "out", "--rows-per-shard", "0"], "--rows-per-shard must be at least 1, got 0"),
         (["--out", "out", "--text", "body"], "Try: --text text"),
         (["--out", "taken"], "taken already exists and is not overwritten"),
         (["missing.txt", "--out", "out"], "missing.txt does not exist"),
@@ -72,6 +75,16 @@ def test_errors_exit_with_2_and_say_what_to_type(arguments, message, adapter, co
     (corpus / "taken/notes.txt").write_text("mine")
     assert main(["encode", str(adapter), "a.jsonl", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["out", "v.npy"])
+def test_the_home_folder_of_out_is_expanded(name, adapter, corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(corpus)
+    (corpus / "a.txt").write_text("w1\n")
+    assert main(["encode", str(adapter), "a.txt", f"--out=~/{name}"]) == 0
+    assert (tmp_path / name).exists()
+    assert not (corpus / "~").exists()
 
 
 def test_options_of_documents_have_no_effect_on_an_index(adapter, corpus, tmp_path, capsys):

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from support import processes
 
-from promcse_pl.corpus import encode
+from promcse_pl.corpus import encode, folder
 from promcse_pl.corpus.encode import CorpusOptions, encode_corpus
-from promcse_pl.corpus.folder import complete_shards
+from promcse_pl.corpus.folder import complete_shards, finished_shards
 from promcse_pl.corpus.rows import BLOCK_ROWS
 from promcse_pl.embedder import BLOCK_SENTENCES, PromCSE
 from promcse_pl.utils.errors import AdapterError, ConfigError, DataError
@@ -164,6 +164,83 @@ def test_concurrent_tasks_write_disjoint_shards_that_equal_those_of_one(tasks, m
     assert sum(result.shards for result in results.values()) == 11
     assert min(result.shards for result in results.values()) > 0
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_bad_row_loses_no_finished_shard(model, tmp_path, small_blocks):
+    for name, write in (
+        ("a.txt", lambda path, texts: path.write_text("".join(f"{text}\n" for text in texts))),
+        ("b.parquet", lambda path, texts: pq.write_table(pa.table({"text": texts}), path)),
+    ):
+        path, out = tmp_path / name, tmp_path / f"out of {name}"
+        write(path, [*TEXTS[:10], "", *TEXTS[:3]])
+        with pytest.raises(DataError, match=f"{name}:11: "):
+            encode_corpus(model, [path], out, options=OPTIONS)
+        assert [shard.is_last for shard in finished_shards(out)] == [False, False]
+        assert read(out, name).column("text").to_pylist() == TEXTS[:10]
+    path, out = tmp_path / "c.txt", tmp_path / "out of c"
+    path.write_text("".join(f"{text}\n" for text in [*TEXTS[:4], "", "w1"]))  # in the second block of a shard
+    with pytest.raises(DataError, match=r"c\.txt:5: "):
+        encode_corpus(model, [path], out, options=OPTIONS)
+    assert finished_shards(out) == []
+
+
+def test_an_input_that_failed_and_was_removed_is_dropped_from_the_manifest(model, corpus, tmp_path):
+    out = tmp_path / "out"
+    (corpus / "d.txt").write_text("\n")
+    with pytest.raises(DataError, match=r"d\.txt"):
+        encode_corpus(model, [corpus], out, options=OPTIONS)
+    with pytest.raises(
+        DataError, match=r"d\.txt has 0 finished shards.* To leave it out: promcse encode with the other"
+    ):
+        complete_shards(out)
+    (corpus / "d.txt").unlink()
+    encode_corpus(model, [corpus], out, options=OPTIONS)
+    assert len(complete_shards(out)) == 11
+
+
+def test_an_input_with_some_shards_is_left_out_by_the_command_of_the_error(model, corpus, tmp_path):
+    out = tmp_path / "the out"
+    (corpus / "d.txt").write_text("w1\n" * 5 + "\nw1\n")
+    with pytest.raises(DataError, match=r"d\.txt:6"):
+        encode_corpus(model, [corpus], out, options=OPTIONS)
+    (corpus / "d.txt").unlink()
+    encode_corpus(model, [corpus], out, options=OPTIONS)
+    with pytest.raises(DataError, match=r"d\.txt has 1 finished shards") as error:
+        complete_shards(out)
+    subprocess.run(str(error.value).split("leave it out: ")[1].split(";")[0], shell=True, check=True)
+    encode_corpus(model, [corpus], out, options=OPTIONS)
+    assert len(complete_shards(out)) == 11
+
+
+def test_a_folder_that_a_concurrent_task_has_just_created_is_accepted(model, corpus, tmp_path, monkeypatch):
+    out, real = tmp_path / "out", folder.refuse_taken
+    encode_corpus(model, [corpus / "c.jsonl"], tmp_path / "other", options=OPTIONS)
+
+    def refuse_after_a_write(path: Path) -> None:
+        (tmp_path / "other").rename(out)
+        real(path)
+
+    monkeypatch.setattr(folder, "refuse_taken", refuse_after_a_write)
+    assert encode_corpus(model, [corpus], out, options=OPTIONS).skipped == 1
+
+
+def test_shards_of_a_concurrent_command_with_other_settings_are_an_error_whose_command_works(model, corpus, tmp_path):
+    out = tmp_path / "the out"
+    encode_corpus(model, [corpus], tmp_path / "other", options=dataclasses.replace(OPTIONS, prompt="w9 ", task=(2, 3)))
+
+    def add_other_shards(progress: encode.CorpusProgress) -> None:
+        for path in (tmp_path / "other").glob("*-0*"):
+            path.rename(out / path.name)
+
+    message = "1 shards were written with other settings than those in manifest.json"
+    with pytest.raises(DataError, match=message):
+        encode_corpus(model, [corpus], out, options=dataclasses.replace(OPTIONS, task=(0, 3)), report=add_other_shards)
+    for call in (complete_shards, lambda out: encode_corpus(model, [corpus], out, options=OPTIONS)):
+        with pytest.raises(DataError, match=message) as error:
+            call(out)
+    subprocess.run(str(error.value).split("Try: ")[1].split(" and the")[0], shell=True, check=True)
+    encode_corpus(model, [corpus], out, options=OPTIONS)
+    assert len(complete_shards(out)) == 11
 
 
 def test_an_input_that_changed_is_an_error_whose_command_works(model, corpus, tmp_path):

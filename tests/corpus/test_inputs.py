@@ -14,6 +14,8 @@ def corpus(tmp_path) -> Path:
         "sub/deep/c.jsonl",
         ".hidden/d.txt",
         "_tmp/e.txt",
+        ".f.txt",
+        "_g.txt",
         "notes.md",
         "out/a.txt-00000.parquet",
     ):
@@ -29,6 +31,14 @@ def names(*given: object, out: Path) -> list[str]:
 
 def test_a_folder_gives_its_data_files_without_hidden_ones_and_the_output(corpus):
     assert names(corpus, out=corpus / "out") == ["a.txt", "sub--b.csv.gz", "sub--deep--c.jsonl"]
+
+
+def test_a_pattern_skips_the_same_names_as_a_folder(corpus):
+    assert names(corpus / "*.txt", out=corpus / "out") == ["a.txt"]
+    assert names(corpus / "**/*.txt", out=corpus / "out") == ["a.txt"]
+    assert names(corpus / "_g.txt", out=corpus / "out") == ["_g.txt"]
+    with pytest.raises(DataError, match=r"names that start with \. or _ are skipped in folders and patterns"):
+        names(corpus / "_*.txt", out=corpus / "out")
 
 
 def test_a_pattern_names_files_by_their_path_below_its_fixed_part(corpus):

@@ -89,14 +89,55 @@ def test_missing_json_values_are_null_and_new_names_are_an_error(tmp_path):
     path.write_text("".join(json.dumps(cells) + "\n" for cells in objects))
     (block,) = read(path)
     assert block.table.to_pylist()[1] == {"text": "w2", "a": None, "b": None}
-    path.write_text(path.read_text() + json.dumps({"text": "w5", "c": 1}) + "\n")
-    with pytest.raises(
-        DataError, match=r"c\.jsonl:5: column c does not occur in the first 4 rows \(columns: text, a, b\)"
-    ):
+    objects.append({"text": "w5", "c": 1})
+    path.write_text("".join(json.dumps(cells) + "\n" for cells in objects))
+    message = (
+        r"c\.jsonl:{}: column c does not occur in the first {} rows .*Move a row that has it to the start of the file"
+    )
+    with pytest.raises(DataError, match=message.format(5, 4)):
         read(path)
-    path.write_text("".join(json.dumps({"text": "w", "a": a}) + "\n" for a in (1, 2, 3, 4, "x")))
-    with pytest.raises(DataError, match=r"column a must have one type \(int64\); in the lines 5 to 5"):
+    with pytest.raises(DataError, match=message.format(5, 2)):
+        read(path, rows_per_shard=2)
+    path.write_text("".join(json.dumps(cells) + "\n" for cells in (objects[-1], *objects[:-1])))
+    assert read(path)[0].table.column("c").to_pylist() == [1, None, None, None]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([1, 1, 1, 1, 9.99], "int64 as in the first rows, got float 9.99. Write all its numbers with a decimal point"),
+        ([1, True], "int64 as in the first rows, got bool True. Convert all its values to strings"),
+        ([1, 1, 1, 1, True], "int64 as in the first rows, got bool True. Convert all its values to strings"),
+        ([1, 2**63], "int64 as in the first rows, got int 9223372036854775808"),
+        ([1, 1, 1, 1, "x"], "int64 as in the first rows, got str 'x'"),
+        ([0.5, True], "double as in the first rows, got bool True"),
+        ([0.5, 0.5, 0.5, 0.5, True], "double as in the first rows, got bool True"),
+        ([0.5, 2**53 + 1], "double as in the first rows, got int 9007199254740993"),
+        ([True, 1], "bool as in the first rows, got int 1"),
+        (["x", 1], "string as in the first rows, got int 1"),
+        (["x", "\ud800"], "string as in the first rows, got str"),
+        ([None, None, None, None, 1], "string as in the first rows, got int 1"),
+    ],
+)
+def test_a_value_that_does_not_fit_its_column_is_an_error_with_its_line(values, message, tmp_path):
+    path = tmp_path / "c.jsonl"
+    path.write_text("".join(json.dumps({"text": "w", "a": value}) + "\n" for value in values))
+    with pytest.raises(DataError) as error:
         read(path)
+    assert f"{path}:{len(values)}: column a must hold {message}" in str(error.value)
+
+
+def test_whole_numbers_in_a_column_of_floats_and_nulls_are_stored_exactly(tmp_path):
+    values = [1, 0.5, None, 2, 3, 2**53, None, 0.25]
+    path = tmp_path / "c.jsonl"
+    path.write_text("".join(json.dumps({"text": "w", "a": value}) + "\n" for value in values))
+    assert [value for block in read(path) for value in block.table.column("a").to_pylist()] == values
+
+
+@pytest.mark.parametrize("name", ["c.txt", "c.parquet"])
+def test_every_block_has_the_shard_of_the_next_row(name, tmp_path):
+    blocks = read(write(tmp_path / name), wanted=lambda shard: shard != 1)
+    assert [block.next_shard for block in blocks] == [*(block.shard for block in blocks[1:]), None]
 
 
 @pytest.mark.parametrize(

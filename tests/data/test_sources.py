@@ -30,10 +30,10 @@ def test_the_first_rows_are_read_and_no_more(tmp_path, monkeypatch):
         check_training_file(config(path), 0)
     path.write_text("a,b,c\n" + "x,y,z\n" * FIRST_ROWS + "x,y\n")
     check_training_file(config(path), 0)
-    read = sources.read_rows
+    read = sources.stream_rows
     taken = itertools.count()
     monkeypatch.setattr(
-        sources, "read_rows", lambda *args, **options: (row for row in read(*args, **options) if next(taken) >= 0)
+        sources, "stream_rows", lambda *args, **options: (row for row in read(*args, **options) if next(taken) >= 0)
     )
     check_training_file(config(path), 0)
     assert next(taken) == FIRST_ROWS

@@ -1,5 +1,8 @@
 import json
+import shlex
+import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from promcse_pl.cli.main import main
 from promcse_pl.corpus import index as module
 from promcse_pl.corpus.encode import CorpusOptions, encode_corpus
 from promcse_pl.corpus.index import CorpusIndex, build_corpus_index, ivf_cells, ivf_probes
@@ -150,9 +154,75 @@ def test_a_wrong_adapter_a_truncated_index_and_a_changed_shard_are_errors(model,
     with pytest.raises(DataError, match=r"is missing, or newer than the index\. Try: promcse index"):
         index.search(model.encode(["w1"]))
     vectors = folder / "vectors.faiss"
-    vectors.write_bytes(vectors.read_bytes()[:-40])
-    with pytest.raises(DataError, match="is damaged"):
+    content = vectors.read_bytes()
+    for damaged in (content[:-40], content[:-1] + bytes([content[-1] ^ 1])):
+        vectors.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"is truncated or was modified. Try: promcse index .*/out --kind flat"):
+            load(folder, model)
+    vectors.unlink()
+    with pytest.raises(DataError, match=r"vectors\.faiss"):
         load(folder, model)
+
+
+@pytest.mark.parametrize("suffix", ["npy", "parquet"])
+@pytest.mark.parametrize("kind", ["flat", "ivfpq"])
+def test_a_modified_shard_is_an_error_whose_command_works(kind, suffix, model, tmp_path):
+    (tmp_path / "a.txt").write_text("w1\nw2\nw3\n")
+    out, options = tmp_path / "the out", CorpusOptions(rows_per_shard=2, shard_format="npy")
+    encode_corpus(model, [tmp_path / "a.txt"], out, options=options)
+    path = out / f"a.txt-00001.{suffix}"
+    content = path.read_bytes()
+    path.write_bytes(content[:-5] + bytes([content[-5] ^ 1]) + content[-4:])
+    with pytest.raises(DataError, match=rf"a\.txt-00001\.{suffix} was modified or is damaged") as error:
+        build_corpus_index(out, kind)
+    subprocess.run(str(error.value).split("Try: ")[1].split(" and the")[0], shell=True, check=True)
+    encode_corpus(model, [tmp_path / "a.txt"], out, options=options)
+    assert path.read_bytes() == content
+    build_corpus_index(out, kind)
+
+
+def test_a_search_warns_of_shards_that_are_not_in_the_index(model, tmp_path, caplog):
+    out = tmp_path / "the out"
+    (tmp_path / "a.txt").write_text("w1\nw2\n")
+    encode_corpus(model, [tmp_path / "a.txt"], out)
+    folder = build_corpus_index(out, "flat")
+    load(folder, model)
+    assert not caplog.messages
+    (tmp_path / "b.txt").write_text("w3\n")
+    encode_corpus(model, [tmp_path / "*.txt"], out)
+    load(folder, model)
+    assert caplog.messages == [f"1 shards of {out} are not in the index. Try: promcse index '{out}' --kind flat"]
+    command = caplog.messages[0].split("Try: promcse ")[1]
+    assert main(shlex.split(command)) == 0
+    caplog.clear()
+    assert len(load(folder, model)) == 3
+    assert not caplog.messages
+
+
+def test_ivfpq_of_one_row_is_an_error_whose_command_works(model, tmp_path):
+    (tmp_path / "a.txt").write_text("w1\n")
+    encode_corpus(model, [tmp_path / "a.txt"], tmp_path / "out")
+    with pytest.raises(DataError, match=r"ivfpq needs at least 2 rows, .*/out has 1\. Try: promcse index") as error:
+        build_corpus_index(tmp_path / "out", "ivfpq")
+    assert main(shlex.split(str(error.value).split("Try: promcse ")[1])) == 0
+    (hits,) = load(tmp_path / "out/flat", model).search(model.encode(["w1"]))
+    assert hits[0].text == "w1"
+
+
+def test_a_sample_has_the_chosen_rows_in_order_and_is_allocated_once(tmp_path, monkeypatch):
+    vectors = clustered(4000, 64)
+
+    class Stored:
+        rows = len(vectors)
+
+    monkeypatch.setattr(module, "_vectors", lambda folder, shards: iter(np.array_split(vectors, 40)))
+    tracemalloc.start()
+    sample = module._sample(tmp_path, [Stored()], 3000, 64)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    rows = np.sort(np.random.default_rng(module.SEED).choice(4000, 3000, replace=False))
+    np.testing.assert_array_equal(sample, vectors[rows])
+    assert peak < 1.3 * sample.nbytes
 
 
 def test_an_unknown_kind_and_a_missing_faiss_are_errors(encoded, monkeypatch):
