@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
@@ -17,12 +19,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from promcse_pl import adapter as adapter_files
+from promcse_pl.data.texts import list_of_texts
 from promcse_pl.data.tokenizer import tokenizer_fingerprint
 from promcse_pl.index import Hit, Kind, SearchOptions, SentenceIndex
 from promcse_pl.models.cpu.chunks import CHUNK_TOKENS
 from promcse_pl.models.device import pick_device
 from promcse_pl.models.encoder import PromptEncoder, eval_mode
-from promcse_pl.models.texts import list_of_texts, tokenize
+from promcse_pl.models.texts import tokenize
 from promcse_pl.models.vectors import Embeddings, Vectors, is_embeddings, require_finite, unit_embeddings
 from promcse_pl.utils.errors import AdapterError, ConfigError, DataError
 from promcse_pl.utils.terminal import progress_bar
@@ -401,3 +404,10 @@ class PromCSE:
         found_ND: Vectors = embeddings_ND.cpu().numpy()
         require_finite(sentences, found_ND)
         return found_ND
+
+
+def model_hash(model: PromCSE) -> str:
+    """Return the hex sha256 of everything that affects a model's embeddings: adapter hash, maximum length, precision, device."""
+    backbone = model.encoder.backbone
+    parts = [model.adapter_hash(), model.max_tokens, backbone.precision, backbone.device.type]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -207,7 +207,8 @@ def encoder_of(row: str) -> Callable[[list[str]], object]:
 
 def exported_encoder(row: str, encoder: PromptEncoder) -> Callable[[list[str]], object]:
     """Return the embeddings of an exported graph, on as many threads as torch uses."""
-    from promcse_pl.interop.onnx import GRAPH, OPENVINO, QUANTIZED, GraphEncoder, export_onnx, export_openvino
+    from promcse_pl.interop.graph import GRAPH, OPENVINO, QUANTIZED, GraphEncoder
+    from promcse_pl.interop.onnx import export_onnx, export_openvino
 
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "exported"

@@ -73,7 +73,8 @@ def _export_graph(options: argparse.Namespace) -> None:
         load_stsb(options.data / "senteval", "dev") if options.data else None
     )  # before the export, which takes longer
     model = load_model(options, device="cpu")
-    from promcse_pl.interop.onnx import GRAPH, OPENVINO, QUANTIZED, GraphEncoder, export_onnx, export_openvino
+    from promcse_pl.interop.graph import GRAPH, OPENVINO, QUANTIZED, GraphEncoder
+    from promcse_pl.interop.onnx import export_onnx, export_openvino
 
     if options.to == "openvino":
         report, written = export_openvino(model, options.out), OPENVINO
@@ -88,10 +89,10 @@ def _export_graph(options: argparse.Namespace) -> None:
     if pairs:
         from promcse_pl.evaluation.sts import spearman
 
-        scores = {}
+        prompt, scores = model.encoder.text.prompt_text(), {}
         for file in (GRAPH, QUANTIZED):
             encoder = GraphEncoder.load(options.out, file)
-            first, second = (encoder.encode(side) for side in (pairs.first, pairs.second))
+            first, second = (encoder.encode([prompt + text for text in side]) for side in (pairs.first, pairs.second))
             scores[file] = 100 * spearman((first * second).sum(1), pairs.gold)
         change = scores[QUANTIZED] - scores[GRAPH]
         lines.append(f"STS-B dev: float32 {scores[GRAPH]:.2f}, int8 {scores[QUANTIZED]:.2f} ({change:+.2f})")

@@ -13,9 +13,11 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from promcse_pl.data.files import open_file
 from promcse_pl.data.pairs import ScoredPairs
 from promcse_pl.utils.errors import ConfigError, DataError
-from promcse_pl.utils.paths import is_folder
+from promcse_pl.utils.paths import is_folder, is_there
 
 CORPUS, QUERIES, QRELS = "corpus.jsonl", "queries.jsonl", "qrels"
+_DEV_SPLITS = ("dev", "validation", "train")
+"""Splits to suggest for a dev set, the best first."""
 
 
 class RoleText(NamedTuple):
@@ -90,7 +92,7 @@ def load_retrieval(path: Path, split: str) -> RetrievalSet:
         raise ConfigError(
             "retrieval metrics need the package pytrec-eval-terrier. Try: pip install 'promcse_pl[retrieval]'"
         )
-    qrels = path if path.suffix == ".tsv" else _split_file(path, split)
+    qrels = _existing_file(path, split) if path.suffix == ".tsv" else _split_file(path, split)
     folder = qrels.parent.parent
     digests = [hashlib.sha256() for _ in range(3)]
     relevance, lines = _read_qrels(qrels, digests[2])
@@ -117,14 +119,32 @@ def load_retrieval(path: Path, split: str) -> RetrievalSet:
 
 def _split_file(folder: Path, split: str) -> Path:
     """Return the qrels file of a split, or the only qrels file."""
-    found = sorted((folder / QRELS).glob("*.tsv"))
-    named = [path for path in found if path.stem == split] or found
-    if len(named) == 1:
-        return named[0]
+    found = _splits(folder)
+    if split in found or len(found) == 1:
+        return found.get(split) or next(iter(found.values()))
     if not found:
         raise DataError(f"{folder} is not in BEIR layout: it has no {QRELS}/{split}.tsv (query-id, corpus-id, score)")
-    splits = ", ".join(path.stem for path in found)
-    raise DataError(f"{folder / QRELS} has the splits {splits}, but no {split}. Try: {found[0]} instead of the folder")
+    raise DataError(f"{folder / QRELS} has the splits {', '.join(found)}, but no {split}.{_advice(found, split)}")
+
+
+def _existing_file(path: Path, split: str) -> Path:
+    """Return a qrels file; if it does not exist, the error lists the splits."""
+    found = _splits(path.parent.parent)
+    if found and not is_there(path):
+        raise DataError(f"{path} does not exist; the splits are {', '.join(found)}.{_advice(found, split)}")
+    return path
+
+
+def _splits(folder: Path) -> dict[str, Path]:
+    """Return the qrels files of a folder by split."""
+    return {path.stem: path for path in sorted((folder / QRELS).glob("*.tsv"))}
+
+
+def _advice(splits: dict[str, Path], split: str) -> str:
+    """Return the advice to use an existing split; `test` may not select the best step, so it is not advised for a dev set."""
+    names = [*_DEV_SPLITS, *splits] if split == "dev" else splits
+    allowed = [name for name in names if name in splits and not (split == "dev" and name == "test")]
+    return f" Try: {splits[allowed[0]]}" if allowed else ""
 
 
 def _lines(path: Path, digest: Any) -> Iterator[tuple[int, str]]:  # noqa: ANN401  (hashlib's type is private)

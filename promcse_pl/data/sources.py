@@ -17,7 +17,7 @@ from promcse_pl.data.columns import ROW_KINDS, ColumnRequest, is_number
 from promcse_pl.data.demo import demo_pairs, demo_triplets
 from promcse_pl.data.pairs import ScoredPairs, load_pairs, load_stsb
 from promcse_pl.data.readers import BadRow, stream_rows
-from promcse_pl.data.retrieval import DevSet, is_retrieval, load_retrieval
+from promcse_pl.data.retrieval import QRELS, DevSet, is_retrieval, load_retrieval
 from promcse_pl.data.test_sets import refuse_test_set
 from promcse_pl.data.tokens import RowSource, file_source, memory_source
 from promcse_pl.utils.errors import ConfigError, DataError
@@ -82,7 +82,8 @@ def find_file(name: str, config: DataConfig, key: str) -> Path:
     path, base = expand(name), data_dir(config)
     candidates = [path] if path.is_absolute() or base is None else [base / path, path]
     for candidate in candidates:
-        if is_there(candidate):
+        # of a missing split of a retrieval set, the error of load_retrieval lists the splits
+        if is_there(candidate) or (candidate.parent.name == QRELS and is_folder(candidate.parent)):
             return candidate
     if path.is_absolute():
         raise DataError(f"{key}={name} does not exist. Check the path")

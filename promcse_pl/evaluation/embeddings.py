@@ -9,7 +9,6 @@ replaced.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from promcse_pl.data.retrieval import RoleText, Text
-from promcse_pl.embedder import PromCSE
+from promcse_pl.embedder import PromCSE, model_hash
 from promcse_pl.evaluation.sts import Embeddings
 from promcse_pl.models.vectors import require_finite
 from promcse_pl.utils.errors import DataError
@@ -138,13 +137,6 @@ def check_embeddings(embeddings: Embeddings) -> None:
         raise DataError(
             f"all {len(embeddings)} sentences have the same embedding: the model has collapsed and cannot be scored"
         )
-
-
-def model_hash(model: PromCSE) -> str:
-    """Return the hex sha256 of everything that affects a model's embeddings: adapter hash, maximum length, precision, device."""
-    backbone = model.encoder.backbone
-    parts = [model.adapter_hash(), model.max_tokens, backbone.precision, backbone.device.type]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _read(path: Path, width: int) -> dict[bytes, NDArray[np.float32]]:

@@ -99,7 +99,11 @@ def _score(
     member: Member, label: str, tasks: Sequence[Task], cache: EmbeddingCache, report: Report
 ) -> tuple[Tree, dict[str, Score]]:
     """Load a model, encode all sentences once and score every task."""
-    model = member.load()
+    model, results = member.load(), Path(cache.folder) / "mteb"
+    for task in tasks:
+        if task.load_data is not None:  # an unreachable data set is reported before anything is encoded
+            report(f"{label}: data of {task.name}", 0, 1)
+            task.load_data(model, results)
     sentences = {text for task in tasks for text in task.sentences}
     embeddings = cache.embeddings(model, sentences, lambda done: report(f"{label}: encoding", done, len(sentences)))
     scores = {}
@@ -107,7 +111,7 @@ def _score(
         stage = f"{label}: {task.name}"
         report(stage, 0, 1)
         if task.score_model is not None:
-            scores[task.name] = task.score_model(model, Path(cache.folder) / "mteb")
+            scores[task.name] = task.score_model(model, results)
         else:
             assert task.score is not None
             scores[task.name] = task.score(embeddings, partial(report, stage))

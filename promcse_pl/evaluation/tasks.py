@@ -71,6 +71,8 @@ class Task:
         sentences: All texts to encode, duplicates included.
         score: Maps the embeddings of the texts to the score.
         score_model: For tasks that encode their own texts: maps a model and a folder for cached results to the score.
+        load_data: For the same tasks: loads data that the task itself does not contain, unless the result of the model is in the
+            folder; raises DataError. None instead of a model: it is not trained yet.
     """
 
     name: str
@@ -82,6 +84,7 @@ class Task:
     sentences: tuple[Text, ...]
     score: Callable[[Embeddings, Progress], Score] | None = None
     score_model: Callable[[PromCSE, Path], Score] | None = None
+    load_data: Callable[[PromCSE | None, Path], None] | None = None
 
     @property
     def rows(self) -> int:
@@ -275,6 +278,7 @@ def _mteb_task(name: str) -> Task:
         expected_rows=None,
         sentences=(),
         score_model=score_model,
+        load_data=partial(mteb.load_data, task),
     )
 
 

@@ -14,7 +14,7 @@ from mteb.models import ModelMeta
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.types import PromptType
 
-from promcse_pl.embedder import PromCSE
+from promcse_pl.embedder import PromCSE, model_hash
 from promcse_pl.models.encoder_files import first_line
 from promcse_pl.models.hub import why_unreachable
 from promcse_pl.models.vectors import Vectors
@@ -24,10 +24,10 @@ from promcse_pl.utils.errors import ConfigError, DataError
 class MtebModel(AbsEncoder):  # type: ignore[misc]
     """Model for `mteb.evaluate`: embeddings are those of `PromCSE.encode`, similarities are cosines.
 
-    Its revision is the adapter's content hash, so that mteb, which caches results by name and revision, never returns those of
-    another adapter. In retrieval tasks, queries are encoded with the model's prompt `query`, and documents with `document`,
-    `passage` or `corpus`; without such a prompt, and in other tasks, with its default prompt. The task's instructions and mteb's
-    batch size have no effect.
+    Its revision is a hash of everything that affects its embeddings (`model_hash`), so that mteb, which caches results by name
+    and revision, never returns those of another adapter or precision. In retrieval tasks, queries are encoded with the model's
+    prompt `query`, and documents with `document`, `passage` or `corpus`; without such a prompt, and in other tasks, with its
+    default prompt. The task's instructions and mteb's batch size have no effect.
 
     Args:
         model: The model.
@@ -41,7 +41,7 @@ class MtebModel(AbsEncoder):  # type: ignore[misc]
         encoder = model.encoder
         self.mteb_model_meta = ModelMeta(
             name=f"promcse_pl/{Path(encoder.backbone.identity.name).absolute().name}",
-            revision=model.adapter_hash(),
+            revision=model_hash(model),
             loader=None,
             release_date=None,
             languages=None,
@@ -94,19 +94,33 @@ def main_score(model: PromCSE, task: AbsTask, folder: Path) -> float:
     Args:
         model: The model.
         task: The task.
-        folder: Cache of results, by content hash of the adapter.
+        folder: Cache of results, by `model_hash`.
 
     Raises:
         DataError: The data set cannot be loaded.
     """
-    wrapped, cache = MtebModel(model), ResultCache(folder)
-    if cache.load_task_result(task.metadata.name, wrapped.mteb_model_meta) is None and not task.data_loaded:
-        _load_data(task)
-    found = mteb.evaluate(wrapped, task, cache=cache, show_progress_bar=False)
+    load_data(task, model, folder)
+    found = mteb.evaluate(MtebModel(model), task, cache=ResultCache(folder), show_progress_bar=False)
     return float(found.task_results[0].get_score())
 
 
-def _load_data(task: AbsTask) -> None:
+def load_data(task: AbsTask, model: PromCSE | None, folder: Path) -> None:
+    """Load the data of a task, unless they are loaded or the result of the model is cached.
+
+    Args:
+        task: The task.
+        model: The model; None: it is not trained yet.
+        folder: Cache of results.
+
+    Raises:
+        DataError: The data set cannot be loaded.
+    """
+    if task.data_loaded:
+        return
+    if model is not None:
+        name, meta = task.metadata.name, MtebModel(model).mteb_model_meta
+        if ResultCache(folder).load_task_result(name, meta) is not None:
+            return
     data = task.metadata.dataset
     name, revision = data["path"], data.get("revision")
     why = why_unreachable(name, revision, kind="dataset")

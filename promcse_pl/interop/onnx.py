@@ -10,12 +10,11 @@ layout is that of text-embeddings-inference, fastembed and transformers.js.
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from tokenizers import Tokenizer, normalizers
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,24 +29,17 @@ from torch.nn import functional as F
 from promcse_pl.data.batch import Tokens
 from promcse_pl.data.demo import demo_pairs
 from promcse_pl.embedder import PromCSE
+from promcse_pl.interop.graph import GRAPH, INPUTS, OPENVINO, OUTPUT, QUANTIZED, GraphEncoder, require_modules
 from promcse_pl.models.encoder import PromptEncoder, eval_mode
 from promcse_pl.models.encoder_files import first_line, quiet_transformers
-from promcse_pl.models.vectors import Vectors
-from promcse_pl.utils.errors import AdapterError, ConfigError
+from promcse_pl.models.tuning import merge_lora
+from promcse_pl.utils.errors import AdapterError
 from promcse_pl.utils.files import new_folder
-
-Run = Callable[[NDArray[np.int64], NDArray[np.int64]], Vectors]
-"""Function of token ids and attention mask, (N, T), that returns the embeddings (N, D)."""
 
 TOLERANCE = 1e-5
 """Largest difference from PyTorch in an entry of a unit-length embedding, in float32."""
-GRAPH, QUANTIZED, OPENVINO = "onnx/model.onnx", "onnx/model_quantized.onnx", "openvino/openvino_model.xml"
-"""Files of an export. The names of the ONNX files are those of transformers.js for float32 and for `dtype: "q8"`."""
-_INPUTS, _OUTPUT = ("input_ids", "attention_mask"), "sentence_embedding"
 _CHECKED_TOKENS = 512
 """Length of the longest text that is checked, unless the encoder's limit is shorter."""
-_MODULES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
-"""Extra -> modules that it installs."""
 _CARD = """---
 tags: [sentence-similarity, promcse_pl]
 ---
@@ -63,7 +54,8 @@ class ExportReport:
 
     Attributes:
         difference: Largest difference between an entry of the exported and of the PyTorch embeddings.
-        int8_cosine: Lowest and mean cosine between int8 and float32 embeddings of the demo sentences; None without int8.
+        int8_cosine: Lowest and mean cosine between int8 and float32 embeddings of the demo sentences, with the default prompt in
+            front; None without int8.
         notes: Settings of the adapter that the graph and its tokenizer cannot contain.
     """
 
@@ -92,53 +84,6 @@ class EmbeddingGraph(nn.Module):
         return F.normalize(embeddings_ND, dim=1)
 
 
-class GraphEncoder:
-    """Encode texts with an exported folder; it uses neither torch nor transformers.
-
-    Args:
-        run: The graph.
-        tokenizer: Its tokenizer, which pads and truncates.
-    """
-
-    def __init__(self, run: Run, tokenizer: Tokenizer) -> None:
-        self.run, self.tokenizer = run, tokenizer
-
-    @classmethod
-    def load(cls, folder: str | Path, file: str | None = None, *, threads: int = 0) -> GraphEncoder:
-        """Read a folder that `export_onnx` or `export_openvino` wrote.
-
-        Args:
-            folder: The folder.
-            file: `GRAPH`, `QUANTIZED` or `OPENVINO`; None: `OPENVINO` if it exists, else `GRAPH`.
-            threads: Number of threads; 0: the default of the runtime.
-
-        Raises:
-            ConfigError: The runtime is not installed.
-        """
-        folder = Path(folder)
-        file = file or next((name for name in (OPENVINO, GRAPH) if (folder / name).is_file()), GRAPH)
-        read = _openvino if file == OPENVINO else _onnxruntime
-        return cls(read(folder / file, threads), Tokenizer.from_file(str(folder / "tokenizer.json")))
-
-    def encode(self, texts: Sequence[str], batch_size: int = 32) -> Vectors:
-        """Return the embeddings (N, D) of texts, which are encoded in batches of similar length."""
-        encoded = self.tokenizer.encode_batch_fast(list(texts))
-        order = np.argsort([-sum(each.attention_mask) for each in encoded], kind="stable")
-        parts = []
-        for start in range(0, len(order), batch_size):
-            rows = [encoded[row] for row in order[start : start + batch_size]]
-            longest = max(sum(row.attention_mask) for row in rows)
-            padded_at_start = (self.tokenizer.padding or {}).get("direction") == "left"
-            columns = slice(-longest, None) if padded_at_start else slice(longest)
-            ids_NT, mask_NT = (
-                np.array([getattr(row, name)[columns] for row in rows], dtype=np.int64)
-                for name in ("ids", "attention_mask")
-            )
-            parts.append(self.run(ids_NT, mask_NT))
-        embeddings_ND: Vectors = np.concatenate(parts)[np.argsort(order)]
-        return embeddings_ND
-
-
 def export_onnx(model: PromCSE, folder: str | Path, *, int8: bool = False) -> ExportReport:
     """Write an ONNX graph and its tokenizer to a folder, after comparing its embeddings with PyTorch's.
 
@@ -151,7 +96,7 @@ def export_onnx(model: PromCSE, folder: str | Path, *, int8: bool = False) -> Ex
         ConfigError: The extra `onnx` is not installed.
         AdapterError: The encoder or its tokenizer cannot be exported, the embeddings differ, or the folder cannot be written.
     """
-    _require("onnx")
+    require_modules("onnx", "onnx", "onnxscript", "onnxruntime")
     _check_model(model)
     with new_folder(Path(folder), error=AdapterError) as new:
         _write_graph(model, new / GRAPH)
@@ -161,7 +106,8 @@ def export_onnx(model: PromCSE, folder: str | Path, *, int8: bool = False) -> Ex
         cosine = None
         if int8:
             _quantize(new / GRAPH, new / QUANTIZED)
-            texts = sorted({text for pair in demo_pairs("dev") for text in pair[:2]})
+            prompt = model.encoder.text.prompt_text()
+            texts = [prompt + text for text in sorted({text for pair in demo_pairs("dev") for text in pair[:2]})]
             quantized = GraphEncoder.load(new, QUANTIZED)
             cosines_N = (exported.encode(texts) * quantized.encode(texts)).sum(1)
             cosine = float(cosines_N.min()), float(cosines_N.mean())
@@ -170,7 +116,7 @@ def export_onnx(model: PromCSE, folder: str | Path, *, int8: bool = False) -> Ex
 
 def export_openvino(model: PromCSE, folder: str | Path) -> ExportReport:
     """Write an OpenVINO graph (IR, float32) and its tokenizer to a folder; arguments and errors as `export_onnx`."""
-    _require("openvino")
+    require_modules("openvino", "onnx", "onnxscript", "openvino")
     _check_model(model)
     import openvino
 
@@ -185,14 +131,6 @@ def export_openvino(model: PromCSE, folder: str | Path) -> ExportReport:
         notes = _write_files(model, new)
         difference = _check(model, GraphEncoder.load(new, OPENVINO))
     return ExportReport(difference, None, notes)
-
-
-def _require(extra: str) -> None:
-    for module in _MODULES[extra]:
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise ConfigError(f"this needs {module}. Try: pip install 'promcse_pl[{extra}]'") from error
 
 
 def _check_model(model: PromCSE) -> None:
@@ -223,21 +161,25 @@ def _quiet() -> Iterator[None]:
 
 
 def _write_graph(model: PromCSE, path: Path) -> None:
-    """Export the graph with dynamic batch size and length."""
+    """Export the graph with dynamic batch size and length; LoRA is merged into the weights."""
     path.parent.mkdir()
-    backbone = model.encoder.backbone
+    encoder = model.encoder
+    if encoder.backbone.tuning.weights == "lora":
+        encoder = copy.deepcopy(encoder)
+        merge_lora(encoder.backbone.model)
+    backbone = encoder.backbone
     ids = torch.full((2, 4), backbone.pad_id + 1)
     dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     fused, backbone.use_fused_layers = backbone.use_fused_layers, False
     try:
-        with _quiet(), eval_mode(model.encoder), torch.no_grad():
+        with _quiet(), eval_mode(encoder), torch.no_grad():
             program = torch.export.export(
-                EmbeddingGraph(model.encoder),
+                EmbeddingGraph(encoder),
                 (ids, torch.ones_like(ids)),
                 dynamic_shapes=(dynamic, dynamic),
                 strict=False,
             )
-            graph: Any = torch.onnx.export(program, input_names=_INPUTS, output_names=[_OUTPUT], verbose=False)
+            graph: Any = torch.onnx.export(program, input_names=INPUTS, output_names=[OUTPUT], verbose=False)
             for value in (*graph.model.graph.inputs, *graph.model.graph.outputs):
                 value.shape[0] = "batch"
             for value in graph.model.graph.inputs:
@@ -329,32 +271,3 @@ def _check(model: PromCSE, exported: GraphEncoder) -> float:
             f"{difference:.1e} (allowed: {TOLERANCE:.0e}); nothing was written"
         )
     return difference
-
-
-def _onnxruntime(path: Path, threads: int) -> Run:
-    _require("onnx")
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-    def run(ids_NT: NDArray[np.int64], mask_NT: NDArray[np.int64]) -> Vectors:
-        found_ND: Vectors = session.run([_OUTPUT], dict(zip(_INPUTS, (ids_NT, mask_NT), strict=True)))[0]
-        return found_ND
-
-    return run
-
-
-def _openvino(path: Path, threads: int) -> Run:
-    _require("openvino")
-    import openvino
-
-    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_NUM_THREADS": threads} if threads else {})
-
-    def run(ids_NT: NDArray[np.int64], mask_NT: NDArray[np.int64]) -> Vectors:
-        found_ND: Vectors = compiled(dict(zip(_INPUTS, (ids_NT, mask_NT), strict=True)))[_OUTPUT].copy()
-        return found_ND
-
-    return run

@@ -92,4 +92,5 @@ def _append_input_prompt(_module: nn.Module, _inputs: object, embedded_BTE: Tens
     vectors = _input_prompt.get()
     if vectors is None:
         return None
-    return torch.cat([embedded_BTE, vectors.to(embedded_BTE.dtype).expand(len(embedded_BTE), -1, -1)], dim=1)
+    # not len(), which would make the batch size a constant in an exported graph
+    return torch.cat([embedded_BTE, vectors.to(embedded_BTE.dtype).expand(embedded_BTE.shape[0], -1, -1)], dim=1)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from promcse_pl.config import SENTEVAL_SUITES, SUITES, Config, decides, flat_settings
 from promcse_pl.data.pairs import ScoredPairs
-from promcse_pl.data.sources import check_training_file, data_dir, dev_set, senteval_dir
+from promcse_pl.data.sources import cache_dir, check_training_file, data_dir, dev_set, senteval_dir
 from promcse_pl.evaluation.tasks import load_tasks
 from promcse_pl.run_folder import INPUTS, read_json
 from promcse_pl.tracking.wandb import resolve_mode
@@ -51,8 +51,10 @@ def check_inputs(config: Config) -> None:
     if set(config.evaluation.tasks) & set(SENTEVAL_SUITES):
         senteval_dir(config.data)
     dev = None if config.data.dev == "holdout" else dev_set(config.data)
-    # evaluation files are read at the end of the run, but a missing one is reported now
+    # evaluation files and MTEB data are read at the end of the run, but missing ones are reported now
     for task in load_tasks(config.evaluation.tasks, data_dir(config.data)):
+        if task.load_data is not None:
+            task.load_data(None, cache_dir(config.data.cache_dir))
         if dev is not None and dev.sha256 in {file["sha256"] for file in task.files}:
             advice = (
                 "FILE with other pairs" if isinstance(dev, ScoredPairs) else "FOLDER/qrels/SPLIT.tsv with another split"

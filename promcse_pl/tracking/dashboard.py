@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from promcse_pl.run_folder import DEV_METRICS
 from promcse_pl.utils.errors import ConfigError
 from promcse_pl.utils.interpreter import python_command
 
@@ -19,6 +20,8 @@ NO_KEY = 3
 NAME = "PromCSE"
 COLORS = (("#440154", 0), ("#21918c", 50), ("#fde725", 100))
 """Viridis from the worst to the best score: readable in greyscale and with colour blindness."""
+_DEV = {f"{text} x 100": key for key, text in DEV_METRICS.items()}
+"""Title of each metric of dev sets, and its name in keys; a run has one of them."""
 CURVES = {
     "Training": {
         "loss": "train/loss",
@@ -28,7 +31,11 @@ CURVES = {
         "gradient norm before clipping": "train/gradient_norm",
         "learning rate": "train/lr",
     },
-    "Development": {"dev Spearman x 100": "dev/spearman", "best dev Spearman x 100 so far": "dev/best_spearman"},
+    "Development": {
+        title: metric
+        for name, key in _DEV.items()
+        for title, metric in ((f"dev {name}", f"dev/{key}"), (f"best dev {name} so far", f"dev/best_{key}"))
+    },
     "Speed": {
         "rows/s": "speed/rows_per_second",
         "tokens/s": "speed/tokens_per_second",
@@ -54,28 +61,16 @@ def build_workspace(entity: str, project: str) -> Any:  # noqa: ANN401  (a wandb
         section: [panels.LinePlot(title=title, x="step", y=[metric]) for title, metric in curves.items()]
         for section, curves in CURVES.items()
     }
-    dev = panels.SummaryMetric("dev/spearman")
-    temperature, margin, hinge_weight, length, lr = (
-        panels.Config(key)
-        for key in ("loss.temperature", "loss.margin", "loss.hinge_weight", "prompt.length", "optim.lr")
-    )
-    gradient = [panels.GradientPoint(color=color, offset=offset) for color, offset in COLORS]
-    columns = [
-        panels.ParallelCoordinatesPlotColumn(metric=metric)
-        for metric in (temperature, margin, hinge_weight, length, lr, dev)
-    ]
     sections["Sweep"] = [
-        panels.ScatterPlot(
-            title="temperature x margin, colour: dev Spearman", x=temperature, y=margin, z=dev, gradient=gradient
-        ),
-        panels.ScatterPlot(title="prompt length", x=length, y=dev, running_ymean=True),
-        panels.ParallelCoordinatesPlot(title="settings to dev Spearman", columns=columns, gradient=gradient),
-        panels.ParameterImportancePlot(with_respect_to="dev/spearman"),
+        *(panel for title, key in _DEV.items() for panel in _sweep_panels(title, f"dev/{key}")),
         panels.WeavePanelSummaryTable(table_name="jobs"),
     ]
     sections["Scores"] = [
         panels.WeavePanelSummaryTable(table_name="results"),
-        panels.BarPlot(title="final dev Spearman x 100", metrics=[dev]),
+        *(
+            panels.BarPlot(title=f"final dev {title}", metrics=[panels.SummaryMetric(f"dev/{key}")])
+            for title, key in _DEV.items()
+        ),
         panels.BarPlot(title="test average (not to choose by)", metrics=[panels.SummaryMetric("test/avg")]),
     ]
     return views.Workspace(
@@ -87,6 +82,30 @@ def build_workspace(entity: str, project: str) -> Any:  # noqa: ANN401  (a wandb
             for name in ("Training", "Development", "Sweep", "Scores", "Speed")
         ],
     )
+
+
+def _sweep_panels(title: str, metric: str) -> list[Any]:
+    """Return the panels of the settings of a sweep against a dev metric."""
+    import wandb_workspaces.reports.v2 as panels
+
+    dev = panels.SummaryMetric(metric)
+    temperature, margin, hinge_weight, length, lr = (
+        panels.Config(key)
+        for key in ("loss.temperature", "loss.margin", "loss.hinge_weight", "prompt.length", "optim.lr")
+    )
+    gradient = [panels.GradientPoint(color=color, offset=offset) for color, offset in COLORS]
+    columns = [
+        panels.ParallelCoordinatesPlotColumn(metric=column)
+        for column in (temperature, margin, hinge_weight, length, lr, dev)
+    ]
+    return [
+        panels.ScatterPlot(
+            title=f"temperature x margin, colour: dev {title}", x=temperature, y=margin, z=dev, gradient=gradient
+        ),
+        panels.ScatterPlot(title=f"prompt length, dev {title}", x=length, y=dev, running_ymean=True),
+        panels.ParallelCoordinatesPlot(title=f"settings to dev {title}", columns=columns, gradient=gradient),
+        panels.ParameterImportancePlot(with_respect_to=metric),
+    ]
 
 
 def save_dashboard(project: str, entity: str | None) -> str:

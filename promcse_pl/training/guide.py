@@ -19,8 +19,7 @@ from promcse_pl.data.batch import Tokens
 from promcse_pl.data.module import PromcseDataModule
 from promcse_pl.data.sources import cache_dir
 from promcse_pl.data.tokens import TokenRows
-from promcse_pl.embedder import PromCSE
-from promcse_pl.evaluation.embeddings import model_hash
+from promcse_pl.embedder import PromCSE, model_hash
 from promcse_pl.evaluation.targets import frozen_target
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.utils.files import atomic_file

@@ -1,5 +1,6 @@
 """Folders in BEIR layout are read; errors name the file and line."""
 
+import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -37,12 +38,38 @@ def test_the_split_is_the_wanted_one_else_the_only_one_or_the_file_that_is_named
     write_beir(folder, *GOOD, train={("q2", "d2"): 1})
     assert load_retrieval(folder, "dev").name == "set dev"
     assert load_retrieval(folder / "qrels/train.tsv", "test").name == "set train"
-    with pytest.raises(
-        DataError, match=r"has the splits dev, train, but no test\. Try: .*qrels/dev\.tsv instead"
-    ) as raised:
+    with pytest.raises(DataError, match=r"has the splits dev, train, but no test\. Try: .*qrels/dev\.tsv$") as raised:
         load_retrieval(folder, "test")
-    advised = str(raised.value).partition("Try: ")[2].partition(" instead")[0]
+    advised = str(raised.value).partition("Try: ")[2]
     assert load_retrieval(type(folder)(advised), "test").name == "set dev"
+
+
+@pytest.mark.parametrize(
+    ("splits", "advice"),
+    [
+        (("test", "train"), "train"),
+        (("test", "train", "validation"), "validation"),
+        (("a", "test"), "a"),
+        (("other", "test", "validation"), "validation"),
+    ],
+)
+def test_the_split_test_is_never_advised_for_a_dev_set(splits, advice, tmp_path):
+    folder = write_beir(tmp_path / "set", *GOOD, **{split: {("q1", "d1"): 1} for split in splits})
+    for named in ("set", "set/qrels/dev.tsv"):
+        config = DataConfig(kind="triplets", train="demo", dev=named, dir=str(tmp_path))
+        with pytest.raises(DataError, match=rf"the splits (are )?{', '.join(splits)}") as raised:
+            dev_set(config)
+        advised = str(raised.value).partition("Try: ")[2]
+        assert advised == str(folder / f"qrels/{advice}.tsv")
+        assert dev_set(dataclasses.replace(config, dev=advised)).name == f"set {advice}"
+
+
+def test_a_missing_split_lists_the_others_and_advises_none_for_a_dev_set_if_only_test_exists(tmp_path):
+    folder = write_beir(tmp_path / "set", *GOOD, test={("q1", "d1"): 1})
+    with pytest.raises(DataError, match=r"dev\.tsv does not exist; the splits are test\.$"):
+        load_retrieval(folder / "qrels/dev.tsv", "dev")
+    with pytest.raises(DataError, match=r"dev\.tsv does not exist; the splits are test\. Try: .*qrels/test\.tsv$"):
+        load_retrieval(folder / "qrels/dev.tsv", "test")
 
 
 def test_a_query_without_a_relevant_document_is_left_out(tmp_path):

@@ -10,7 +10,8 @@ import torch
 from support.encoders import save_small_encoder
 
 from promcse_pl import PromCSE
-from promcse_pl.evaluation.embeddings import EmbeddingCache, check_embeddings, model_hash
+from promcse_pl.embedder import model_hash
+from promcse_pl.evaluation.embeddings import EmbeddingCache, check_embeddings
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.pipeline import TextSettings

@@ -14,9 +14,11 @@ from mteb.abstasks import AbsTaskRetrieval, AbsTaskSTS
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.cache import ResultCache
 from support.encoders import save_small_encoder
+from support.runs import small_config
 
 from promcse_pl import PromCSE
 from promcse_pl.adapter import adapter_hash, load_adapter, save_adapter
+from promcse_pl.embedder import model_hash
 from promcse_pl.evaluation.embeddings import EmbeddingCache
 from promcse_pl.evaluation.report import render
 from promcse_pl.evaluation.suite import evaluate
@@ -27,6 +29,7 @@ from promcse_pl.interop.mteb import MtebModel
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.pipeline import TextSettings
+from promcse_pl.runs.inputs import check_inputs
 from promcse_pl.utils.errors import ConfigError, DataError
 
 FIRST = [f"w{i} w{i + 1} w{i + 2}" for i in range(5, 85, 4)]
@@ -88,7 +91,7 @@ def test_mteb_gives_the_spearman_of_our_cosines_and_keeps_adapters_apart(tmp_pat
         cosines = (model.encode(FIRST) * model.encode(SECOND)).sum(1)
         scores = result.task_results[0].scores["test"][0]
         assert scores["main_score"] == pytest.approx(spearmanr(cosines, SCORES).statistic, abs=1e-6)
-        assert (result.model_name, result.model_revision) == ("promcse_pl/encoder", adapter_hash(model.encoder))
+        assert (result.model_name, result.model_revision) == ("promcse_pl/encoder", model_hash(model))
     assert len(list((tmp_path / "results").rglob("SmallSTS.json"))) == 2
 
 
@@ -161,6 +164,39 @@ def test_an_mteb_task_is_scored_beside_others_and_its_result_is_cached_by_the_ad
     again = evaluate([target], load_tasks(names[:1], None), cache)
     cached = again["targets"]["a"]["scores"]["mteb:SmallSTS"]["value"]
     assert cached == pytest.approx(scores["mteb:SmallSTS"]["value"], abs=1e-3)  # mteb stores rounded scores
+
+
+def test_rounded_weights_do_not_get_the_cached_result_of_float32(tmp_path, monkeypatch):
+    monkeypatch.setattr(wrapper, "why_unreachable", lambda *_, **__: None)
+    revisions = set()
+    for dtype in (torch.float32, torch.bfloat16):
+        encoder = small_prompt_encoder(tmp_path / "encoder")
+        encoder.backbone.to(dtype)
+        model = PromCSE(encoder)
+        wrapper.main_score(model, SmallSTS(), tmp_path / "cache")
+        revisions.add(MtebModel(model).mteb_model_meta.revision)
+    assert len(list((tmp_path / "cache").rglob("SmallSTS.json"))) == len(revisions) == 2
+
+
+def test_data_that_cannot_be_loaded_are_reported_before_an_evaluation_encodes_and_before_a_run_trains(
+    tmp_path, monkeypatch
+):
+    class Unreachable(SmallSTS):
+        def load_data(self, **_):
+            raise ConnectionError("could not reach the hub")
+
+    monkeypatch.setattr(mteb, "get_task", lambda _: Unreachable())
+    monkeypatch.setattr(wrapper, "why_unreachable", lambda *_, **__: None)
+    model = PromCSE(small_prompt_encoder(tmp_path / "encoder"))
+    target = Target("a", "adapter", (Member(lambda: model),))
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            PromCSE, "encode", lambda *_, **__: pytest.fail("sentences were encoded before the data were loaded")
+        )
+        with pytest.raises(DataError, match="mteb:SmallSTS needs the data set memory"):
+            evaluate([target], load_tasks(["demo", "mteb:SmallSTS"], None), EmbeddingCache(tmp_path / "cache"))
+    with pytest.raises(DataError, match="mteb:SmallSTS needs the data set memory"):
+        check_inputs(small_config(tmp_path, evaluation={"tasks": ["mteb:SmallSTS"]}))
 
 
 @pytest.mark.parametrize("why", ["no network (ConnectError: refused)", "HF_HUB_OFFLINE is set"])

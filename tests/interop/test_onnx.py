@@ -1,6 +1,7 @@
 """Exported graphs: embeddings equal to PyTorch's at every length and padding, exported files, errors."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,33 +20,38 @@ from tokenizers import Tokenizer
 from promcse_pl import PromCSE
 from promcse_pl.adapter import save_adapter
 from promcse_pl.cli.main import main
+from promcse_pl.data.pairs import load_stsb
+from promcse_pl.evaluation.sts import spearman
+from promcse_pl.interop import graph as graphs
 from promcse_pl.interop import onnx
-from promcse_pl.interop.onnx import (
-    GRAPH,
-    OPENVINO,
-    QUANTIZED,
-    TOLERANCE,
-    GraphEncoder,
-    export_onnx,
-    export_openvino,
-)
+from promcse_pl.interop.graph import GRAPH, OPENVINO, QUANTIZED, GraphEncoder
+from promcse_pl.interop.onnx import TOLERANCE, export_onnx, export_openvino
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import PromptEncoder
-from promcse_pl.utils.errors import AdapterError, ConfigError
+from promcse_pl.models.tuning import Tuning
+from promcse_pl.utils.errors import AdapterError, ConfigError, TextTypeError
 
 TEXTS = ["w5 w6 w7", "w8", "w9 w10 w11 w12 w13 w14", "w5 " * 60, "W20 w21 unknown"]
 QUICK = {"bert"}
 """Families of the quick tests; an export takes several seconds."""
 
 
-def small_model(folder: Path, family: str = "bert", *, pipeline: bool = False, **settings: object) -> PromCSE:
+def small_model(
+    folder: Path, family: str = "bert", *, pipeline: bool = False, tuning: Tuning | None = None, **settings: object
+) -> PromCSE:
+    """A model whose trained weights differ enough from their initial values to matter."""
     encoder = save_small_encoder(folder / "encoder", family)
     if pipeline:
         add_pipeline(encoder)
     torch.manual_seed(3)
-    model = PromptEncoder(FrozenBackbone.load(str(encoder)), length=4, **{"pooling": "avg", **settings})
+    backbone = FrozenBackbone.load(str(encoder))
+    if tuning is not None:
+        backbone.tune(tuning)
+    model = PromptEncoder(backbone, **{"length": 4, "pooling": "avg", **settings})
     for weight in [*model.prompt.parameters(), *(model.head.parameters() if model.head else ())]:
         torch.nn.init.normal_(weight, std=0.5)
+    for weight in backbone.tuned_weights.values():
+        weight.data.add_(0.3 * torch.randn(weight.shape))
     return PromCSE(model.eval())
 
 
@@ -63,7 +69,7 @@ def exported(tmp_path_factory) -> tuple[PromCSE, Path, onnx.ExportReport]:
 def test_the_graph_of_every_family_equals_pytorch_at_every_length_and_padding(family, tmp_path):
     encoder = prompt_encoder(family, dtype=torch.float32, head="mlp", pooling="cls" if family == "roberta" else "avg")
     onnx._write_graph(PromCSE(encoder, object()), tmp_path / "onnx" / "model.onnx")
-    run = onnx._onnxruntime(tmp_path / "onnx" / "model.onnx", 1)
+    run = graphs._onnxruntime(tmp_path / "onnx" / "model.onnx", 1)
     limit = min(encoder.longest_input, 40)
     for lengths in ([1], [2], [1, 1], [3, 1], [limit], [limit, 5, 1], [9, 4, 12, 5], [8, 8, 8]):
         tokens = small_tokens(lengths, encoder.backbone.pad_id)
@@ -109,20 +115,80 @@ def test_an_export_gives_our_embeddings_from_its_own_tokenizer_and_has_the_files
     assert len(Tokenizer.from_file(str(out / "tokenizer.json")).encode("w5 " * 60).ids) == 20
 
 
-def test_the_command_writes_the_graph_and_prints_the_difference(tmp_path, capsys):
-    save_adapter(small_model(tmp_path).encoder, tmp_path / "adapter")
+def test_the_command_prints_the_difference_and_the_scores_with_the_default_prompt(tmp_path, capsys):
+    model = small_model(tmp_path, pipeline=True, pooling="cls")
+    save_adapter(model.encoder, tmp_path / "adapter")
     senteval = tmp_path / "data/senteval/STS/STSBenchmark"
     senteval.mkdir(parents=True)
-    rows = [f"x\tx\tx\t{i}\t{i % 5}\tw{5 + i} w6\tw{9 + i} w7" for i in range(9)]
+    rows = [f"x\tx\tx\t{i}\t{i * 7 % 5}\tw{5 + i} w6\tw{9 + i * 11 % 70} w7" for i in range(40)]
     (senteval / "sts-dev.csv").write_text("\n".join(rows) + "\n")
     command = ["export", str(tmp_path / "adapter"), "--to", "onnx", "-o", str(tmp_path / "out"), "--int8"]
     assert main([*command, "--data", str(tmp_path / "data")]) == 0
     printed = capsys.readouterr().out
     assert "model.onnx: largest difference from PyTorch" in printed
     assert "on the demo sentences at least" in printed
-    assert "STS-B dev: float32" in printed
+    pairs = load_stsb(tmp_path / "data/senteval", "dev")
+    score, without_prompt = (
+        100 * spearman((model.encode(pairs.first, **prompt) * model.encode(pairs.second, **prompt)).sum(1), pairs.gold)
+        for prompt in ({}, {"prompt": ""})
+    )
+    assert abs(score - without_prompt) > 0.1
+    assert f"STS-B dev: float32 {score:.2f}, int8" in printed
     assert main(command) == 2
     assert "already exists" in capsys.readouterr().err
+
+
+def test_the_cosines_of_int8_are_those_of_texts_with_the_default_prompt(exported, tmp_path):
+    _, out, report = exported
+    texts = [f"w5 {text}" for text in sorted({text for pair in onnx.demo_pairs("dev") for text in pair[:2]})]
+    cosines = (GraphEncoder.load(out).encode(texts) * GraphEncoder.load(out, QUANTIZED).encode(texts)).sum(1)
+    assert report.int8_cosine == pytest.approx((cosines.min(), cosines.mean()), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"tuning": Tuning("lora", rank=3, alpha=6.0), "length": 0},
+        {"tuning": Tuning("bias"), "kind": "shared"},
+        {"kind": "input", "head": "low_rank", "head_rank": 2},
+    ],
+    ids=["lora", "bias, shared prompt", "input prompt, low-rank head"],
+)
+def test_tuned_weights_every_prompt_and_a_low_rank_head_are_exported(settings, tmp_path):
+    model = small_model(tmp_path, **settings)
+    assert export_onnx(model, tmp_path / "out").difference <= TOLERANCE
+    found = GraphEncoder.load(tmp_path / "out").encode(TEXTS)
+    np.testing.assert_allclose(found, model.encode(TEXTS), atol=TOLERANCE, rtol=0)
+    frozen = PromCSE(PromptEncoder(model.encoder.backbone.base(), length=0, pooling="avg").eval())
+    assert abs(found - frozen.encode(TEXTS)).max() > 0.01
+    if settings.get("tuning", Tuning()).weights == "lora":
+        import onnx as onnx_files
+
+        graph = onnx_files.load(tmp_path / "out" / GRAPH).graph
+        assert not [value.name for value in graph.initializer if "lora" in value.name]
+        assert any("lora" in name for name, _ in model.encoder.named_parameters())
+
+
+def test_a_single_text_no_text_and_entries_that_are_not_texts_are_treated_as_by_promcse(exported):
+    model, out, _ = exported
+    graph = GraphEncoder.load(out)
+    np.testing.assert_allclose(graph.encode("w5 w6"), model.encode("w5 w6", prompt=""), atol=TOLERANCE, rtol=0)
+    assert graph.encode([]).shape == (0, model.width)
+    assert graph.encode(text for text in TEXTS).shape == (len(TEXTS), model.width)
+    for wrong in (["w5", 3], b"w5", None):
+        with pytest.raises(TextTypeError):
+            graph.encode(wrong)
+
+
+def test_an_exported_folder_is_read_without_torch_transformers_and_onnx(exported):
+    _, out, _ = exported
+    code = (
+        "import sys; from promcse_pl.interop.graph import GraphEncoder; "
+        f"print(GraphEncoder.load({str(out)!r}).encode('w5 w6').shape, "
+        "{'torch', 'transformers', 'onnx', 'onnxscript'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "(8,) set()"
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 from support.wandb_files import items, records
 
 from promcse_pl.cli.main import main
+from promcse_pl.run_folder import DEV_METRICS
 from promcse_pl.tracking import dashboard
 from promcse_pl.tracking.dashboard import build_workspace
 
@@ -31,13 +32,8 @@ def keys_of(panels: object) -> set[str]:
 def test_the_view_has_its_sections_and_panels(view):
     kinds = {name: [panel["viewType"] for panel in panels] for name, panels in view.items() if panels}
     assert list(kinds) == ["Training", "Development", "Sweep", "Scores", "Speed"]
-    assert kinds["Sweep"] == [
-        "Scatter Plot",
-        "Scatter Plot",
-        "Parallel Coordinates Plot",
-        "Parameter Importance",
-        "Weave",
-    ]
+    of_a_metric = ["Scatter Plot", "Scatter Plot", "Parallel Coordinates Plot", "Parameter Importance"]
+    assert kinds["Sweep"] == [*of_a_metric * len(DEV_METRICS), "Weave"]
     assert kinds["Training"] == ["Run History Line Plot"] * 6
     heat, length = (panel["config"] for panel in view["Sweep"][:2])
     assert [heat[axis] for axis in ("xAxis", "yAxis", "zAxis")] == [
@@ -55,12 +51,21 @@ def test_every_key_of_the_view_is_one_that_a_run_logs(view, trained_run):
     logged |= {key for r in stored if r.HasField("summary") for key in items(r.summary.update)}
     shown = keys_of(view)
     assert len(shown) >= 12
-    # the demo run has no MLM loss and no test sets
-    assert shown - {"train/mlm", "test/avg"} <= logged
+    # the demo run has no MLM loss and no test sets, and its dev set consists of pairs
+    assert shown - {"train/mlm", "test/avg", "dev/ndcg_at_10", "dev/best_ndcg_at_10"} <= logged
     settings = set(re.findall(r"config:(\w+)\.value\.(\w+)", json.dumps(view)))
     assert len(settings) >= 5
     sent = next(r.run for r in stored if r.HasField("run"))
     assert all(name in items(sent.config.update)[section] for section, name in settings)
+
+
+def test_every_metric_of_dev_sets_has_its_panels(view):
+    for metric in DEV_METRICS:
+        panels = {name: json.dumps(view[name]) for name in ("Development", "Sweep", "Scores")}
+        assert re.search(rf"dev/{metric}\b", panels["Development"])
+        assert re.search(rf"dev/best_{metric}\b", panels["Development"])
+        assert len(re.findall(rf"dev/{metric}\b", panels["Sweep"])) == 4
+        assert re.search(rf"dev/{metric}\b", panels["Scores"])
 
 
 def test_a_missing_extra_key_or_server_is_an_error_that_names_the_fix(tmp_path, monkeypatch, capsys):

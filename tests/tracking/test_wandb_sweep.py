@@ -44,7 +44,8 @@ def test_the_id_of_a_run_is_that_of_the_agent_only_inside_a_sweep_of_wandb(monke
 def test_an_agent_runs_trials_as_normal_runs_with_its_ids_and_continues_after_one_that_fails(tmp_path):
     config = tracked_config(tmp_path, "online")
     write_config(config, tmp_path / "base.yaml")
-    train = ["promcse", "train", f"--config={tmp_path / 'base.yaml'}", "${args_no_hyphens}"]
+    (run_dir,) = (argument for argument in SWEEP["command"] if argument.startswith("hydra.run.dir="))
+    train = ["promcse", "train", f"--config={tmp_path / 'base.yaml'}", run_dir, "${args_no_hyphens}"]
     assert SWEEP["command"][1:3] == train[:2]
     with serving() as server:
         server.sweep = yaml.safe_dump({**SWEEP, "command": ["${env}", *train]})
@@ -77,3 +78,5 @@ def test_an_agent_runs_trials_as_normal_runs_with_its_ids_and_continues_after_on
     assert (sent["loss"]["value"]["margin"], sent["prompt"]["value"]["length"]) == (0.3, 4)
     (status,) = tmp_path.glob("outputs/*/*/status.json")
     assert json.loads(status.read_text())["wandb_id"] == "trained"
+    # two agents in one folder can start trials in the same second
+    assert status.parent.name.endswith("-trained")
