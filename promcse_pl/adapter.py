@@ -33,11 +33,11 @@ from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import HEADS, MODEL_PREFIX, LowRankHead, PromptEncoder
 from promcse_pl.models.encoder_files import weights_sha256
 from promcse_pl.models.hub import download
-from promcse_pl.models.identity import EncoderId, differences
+from promcse_pl.models.identity import EncoderId, differences, encoder_name
 from promcse_pl.models.pipeline import SHORTEST_INPUT, TextSettings
 from promcse_pl.models.prompt import KINDS, DeepPrompt, Prompt
 from promcse_pl.models.tuning import TRAINABLE, Tuning
-from promcse_pl.models.weights import add_to_digest, read_header, read_json_object
+from promcse_pl.models.weights import TensorSpec, add_to_digest, read_header, read_json_object
 from promcse_pl.utils.errors import AdapterError, EncoderError
 from promcse_pl.utils.files import current, read_unchanged, update_folder
 from promcse_pl.utils.paths import expand, is_folder, looks_like_path
@@ -119,11 +119,13 @@ def save_adapter(encoder: PromptEncoder, folder: str | Path, *, training: dict[s
         training: Summary of the run, plain values.
 
     Raises:
-        AdapterError: The folder cannot be written, or contains something other than an adapter.
+        AdapterError: The folder cannot be written, or contains something other than an adapter; or weights of an encoder without
+            a name were trained.
         EncoderError: Weights of the encoder were trained and then rounded to another type than float32.
     """
     folder, backbone = Path(folder), encoder.backbone
     check_target(folder)
+    _require_named_encoder(backbone)
     if backbone.is_rounded:
         backbone.require_float32()
     in_encoder = backbone.tuning.weights == "full"
@@ -153,6 +155,16 @@ def save_adapter(encoder: PromptEncoder, folder: str | Path, *, training: dict[s
         (new / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
+def _require_named_encoder(backbone: FrozenBackbone) -> None:
+    """Reject trained weights of an encoder that is stored in its adapter: the pre-trained encoder would be lost."""
+    if backbone.tuning.weights != "none" and backbone.identity.name == BUNDLED:
+        raise AdapterError(
+            f"an adapter with tuning.weights={backbone.tuning.weights} stores the name of its pre-trained encoder, but this "
+            f"encoder has none: it was loaded from the folder {BUNDLED_NAME}/ of an adapter or from an official checkpoint. Save "
+            "it to a folder before training. Try: backbone.save(Path('FOLDER')), then FrozenBackbone.load('FOLDER').tune(...)"
+        )
+
+
 def _trains_all(description: dict[str, Any]) -> bool:
     """Return whether all weights of the encoder were trained; formats 1 to 3 have no trained weights."""
     tuning = description.get("tuning")
@@ -167,7 +179,8 @@ def _holds_encoder(description: dict[str, Any]) -> bool:
 def _checksum(description: dict[str, Any], weights: bytes, bundled: Path) -> str:
     """Return the hex sha256 of a description, the tensors and the files of the encoder in the adapter's folder."""
     described = {key: value for key, value in description.items() if key != "checksum"}
-    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode() + weights)
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+    digest.update(weights)
     if _holds_encoder(description):
         for path in sorted(bundled.glob("*.json")):
             digest.update(path.name.encode() + path.read_bytes())
@@ -250,7 +263,8 @@ def load_adapter(
 
 
 def _load(folder: Path, encoder: str | None, dtype: torch.dtype) -> PromptEncoder:
-    about = _read_description(folder)
+    about, header = _read_description(folder), _read_header(folder)
+    _check_rank(about.get("tuning"), header, folder)
     backbone = _load_backbone(folder, about, encoder, dtype)
     options: dict[str, Any] = {
         "length": about["prompt"]["length"],
@@ -273,7 +287,8 @@ def _load(folder: Path, encoder: str | None, dtype: torch.dtype) -> PromptEncode
     in_encoder = {
         name: wanted.pop(name) for name in list(wanted) if name.startswith(MODEL_PREFIX) and _trains_all(about)
     }
-    stored = _read_tensors(wanted, about, folder)
+    _check_header(header, wanted, folder)
+    stored = _read_tensors(about, folder)
     model = PromptEncoder(backbone, **options)
     model.load_state_dict({**in_encoder, **stored}, strict=True)
     backbone.freeze()
@@ -298,8 +313,9 @@ def _load_backbone(folder: Path, about: dict[str, Any], encoder: str | None, dty
     )
     if _trains_all(about):  # the identity is that of the pre-trained encoder
         revision = None if encoder else stored["revision"]
+        name = encoder_name(encoder) if encoder else stored["name"]
         backbone.identity = dataclasses.replace(
-            backbone.identity, name=encoder or stored["name"], revision=revision, sha256=stored["sha256"]
+            backbone.identity, name=name, revision=revision, sha256=stored["sha256"]
         )
     _check_encoder(stored, backbone, folder)
     if bundled and not _trains_all(about):
@@ -308,7 +324,8 @@ def _load_backbone(folder: Path, about: dict[str, Any], encoder: str | None, dty
     if tuning:
         with torch.random.fork_rng(devices=[]):
             backbone.tune(Tuning(tuning["weights"], tuning["rank"], tuning["alpha"]))
-        backbone.stored_sha256 = tuning["sha256"]
+        if backbone.is_rounded:
+            backbone.exact_sha256 = tuning["sha256"]
     return backbone
 
 
@@ -388,7 +405,7 @@ def _checked(about: dict[str, Any], path: Path) -> dict[str, Any]:
         template["head_rank"] = int | None
         tuning = {"weights": str, "rank": int | None, "alpha": float | int | None, "sha256": str}
         template["tuning"] = tuning if isinstance(about.get("tuning"), dict) else type(None)
-    if "checksum" in about:  # older adapters have none
+    if about["format"] > 3 or "checksum" in about:  # the first adapters of formats 1 to 3 have none
         template["checksum"] = str
     check(about, template, "")
     if not is_pooling(about["pooling"]):
@@ -453,7 +470,7 @@ def _check_tuning(tuning: dict[str, Any] | None, path: Path) -> None:
         return
     if tuning["weights"] not in TRAINABLE:
         raise AdapterError(f"{path}: tuning.weights is {tuning['weights']!r}; allowed: {', '.join(TRAINABLE)}")
-    for key, most in (("rank", 4096), ("alpha", 2**20)):
+    for key, most in (("rank", 1024), ("alpha", 2**20)):
         value = tuning[key]
         if tuning["weights"] != "lora" and value is not None:
             raise AdapterError(f"{path}: tuning.{key} is {value}; allowed with {tuning['weights']}: null")
@@ -461,15 +478,31 @@ def _check_tuning(tuning: dict[str, Any] | None, path: Path) -> None:
             raise AdapterError(f"{path}: tuning.{key} is {value}; allowed with lora: above 0, up to {most}")
 
 
-def _read_tensors(wanted: dict[str, Tensor], about: dict[str, Any], folder: Path) -> dict[str, Tensor]:
-    """Check names, shapes and types in the header, then values and checksum; return the stored tensors."""
+def _read_header(folder: Path) -> dict[str, TensorSpec]:
     path = current(folder, WEIGHTS)
     try:
-        header = read_header(path)
+        return read_header(path)
     except FileNotFoundError:
         raise AdapterError(f"{path} is missing: the adapter is incomplete") from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise AdapterError(f"{path} is damaged or truncated: {error}") from error
+
+
+def _check_rank(tuning: dict[str, Any] | None, header: dict[str, TensorSpec], folder: Path) -> None:
+    """Check the rank of LoRA against the stored matrices A (rank, in) and B (out, rank), before matrices are allocated."""
+    if tuning is None or tuning["weights"] != "lora":
+        return
+    ranks = {spec.shape[:1] for name, spec in header.items() if ".lora_A." in name}
+    ranks |= {spec.shape[1:] for name, spec in header.items() if ".lora_B." in name}
+    if ranks != {(tuning["rank"],)}:
+        raise AdapterError(
+            f"{folder}: {DESCRIPTION} has tuning.rank {tuning['rank']}, and {WEIGHTS} LoRA matrices of other ranks or none"
+        )
+
+
+def _check_header(header: dict[str, TensorSpec], wanted: dict[str, Tensor], folder: Path) -> None:
+    """Check names, shapes and types of the stored tensors."""
+    path = current(folder, WEIGHTS)
     if set(header) != set(wanted):
         raise AdapterError(f"{path} must hold the tensors {sorted(wanted)}, got {sorted(header)}")
     for name, spec in header.items():
@@ -477,6 +510,11 @@ def _read_tensors(wanted: dict[str, Tensor], about: dict[str, Any], folder: Path
             raise AdapterError(f"{path}: {name} has shape {spec.shape}, the encoder needs {tuple(wanted[name].shape)}")
         if spec.dtype != torch.float32:
             raise AdapterError(f"{path}: {name} is {spec.dtype}, expected torch.float32")
+
+
+def _read_tensors(about: dict[str, Any], folder: Path) -> dict[str, Tensor]:
+    """Return the stored tensors after a check of their values and the checksum."""
+    path = current(folder, WEIGHTS)
     try:
         content = path.read_bytes()
         stored = load(content)

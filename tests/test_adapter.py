@@ -169,6 +169,12 @@ def test_kinds_and_ranks_that_do_not_fit_are_refused(folder, key, value, message
         load_adapter(folder)
 
 
+def test_an_adapter_of_format_4_needs_a_checksum(folder):
+    change_description(folder, "checksum", ...)
+    with pytest.raises(AdapterError, match=r"must have the keys .*'checksum'"):
+        load_adapter(folder)
+
+
 def as_format_2(folder: Path) -> None:
     removed = ("encoder.pipeline", "prompt.keys", "prompt.kind", "head_rank", "tuning", "text", "checksum")
     for key, value in {"format": 2, **dict.fromkeys(removed, ...)}.items():

@@ -185,7 +185,8 @@ class LossConfig(Section):
     """Added to the NT-Xent logit of an anchor with its own hard negative (official: `--hard_negative_weight`)."""
     mask_false_negatives: bool = False
     """Whether NT-Xent and the hinge exclude probable false negatives: candidates whose cosine with the anchor, computed by the
-    frozen encoder, is higher than that of the positive (GISTEmbed; Solatorio 2024, arXiv 2402.16829)."""
+    frozen encoder, is higher than that of the positive (GISTEmbed; Solatorio 2024, arXiv 2402.16829). The difference may be
+    rounding (0.001), so that copies of the positive are excluded."""
     distillation_weight: Annotated[float, Range(ge=0, le=10_000, example=0.3)] = 0.0
     """Weight of the KL divergence between the softmax over the in-batch cosines of the frozen encoder and that of the model, both
     with `loss.temperature`; 0 disables it. It keeps the embeddings close to those of the frozen encoder (distillation as in SEED;
@@ -361,6 +362,12 @@ class TrainerConfig(Section):
             raise ConfigError(
                 "trainer.device=mps trains in one process. Try: trainer.devices=1 trainer.num_nodes=1, or trainer.device=cpu"
             )
+        for key, value in (("patience", self.patience), ("average", self.average)):
+            if self.max_steps == 0 and value is not None:
+                raise ConfigError(
+                    f"trainer.{key}={value:g} has no effect with trainer.max_steps=0, which trains nothing. Try: "
+                    f"trainer.{key}=null"
+                )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -457,7 +464,7 @@ class Config(Section):
         if is_frozen and self.trainer.max_steps != 0:
             raise ConfigError(
                 "prompt.length=0 with model.head=none leaves nothing to train. Try: prompt.length=10, model.head=mlp, or "
-                "tuning=none to evaluate the frozen encoder"
+                "trainer.max_steps=0 to evaluate the frozen encoder"
             )
         needs_dir = ["data.dev=stsb"] if data.dev == "stsb" else []
         if tasks := [task for task in self.evaluation.tasks if task in SENTEVAL_SUITES]:
@@ -497,8 +504,13 @@ class Config(Section):
             )
         if loss.mask_false_negatives and data.kind == "sentences":
             raise ConfigError(
-                "loss.mask_false_negatives=true has no effect with data.kind=sentences: a sentence is its own positive, and no "
-                "other one is more similar. Try: loss.mask_false_negatives=false"
+                "loss.mask_false_negatives=true needs positives, but with data.kind=sentences a sentence is its own positive, "
+                "and only copies of it are as similar. Try: loss.mask_false_negatives=false"
+            )
+        if loss.mlm_weight and self.prompt.length == 0 and self.tuning.weights == "none":
+            raise ConfigError(
+                f"loss.mlm_weight={loss.mlm_weight:g} has no effect with prompt.length=0 and tuning.weights=none: the MLM loss "
+                "depends on no tensor of the adapter. Try: loss.mlm_weight=0"
             )
         if not loss.hinge_weight and loss.margin != LossConfig().margin:
             raise ConfigError(

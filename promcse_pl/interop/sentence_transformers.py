@@ -49,18 +49,19 @@ library_name: sentence-transformers
 pipeline_tag: sentence-similarity
 tags: [sentence-transformers, sentence-similarity, promcse_pl]
 ---
-Sentence embeddings from a soft prompt on the frozen encoder {encoder}. It needs the package promcse_pl:
+Sentence embeddings from {encoder}, trained with promcse_pl (soft prompt: {length} slots; trained weights of the encoder:
+{weights}). It needs the package promcse_pl:
 
     SentenceTransformer(THIS_FOLDER, trust_remote_code=True)
 """
 
 
 class PromptTransformer(InputModule):  # type: ignore[misc]
-    """The first module of a sentence-transformers model: frozen encoder, deep prompt, pooling and head.
+    """The first module of a sentence-transformers model: encoder, prompt, pooling and head.
 
     In eval mode it returns the test-time embedding, in train mode the embedding for the loss (they differ with the head
-    `mlp_train_only`). Embeddings are not normalised; `as_sentence_transformer` appends a Normalize module. Only the prompt and
-    the head take gradients.
+    `mlp_train_only`). Embeddings are not normalised; `as_sentence_transformer` appends a Normalize module. The prompt, the head
+    and the weights that `FrozenBackbone.tune` has selected take gradients; weights that are loaded from an adapter are frozen.
 
     Args:
         encoder: The prompt encoder; it is shared, not copied.
@@ -213,8 +214,9 @@ def export_sentence_transformers(model: PromCSE, folder: str | Path) -> str:
     folder = Path(folder)
     model.require_encoder_tokenizer("export_sentence_transformers")
     identity, tuning = model.encoder.backbone.identity, model.encoder.backbone.tuning
-    if _is_plain(model.encoder):
-        card = _PLAIN_CARD.format(encoder=identity.name, weights=tuning.weights)
+    is_plain, length = _is_plain(model.encoder), model.encoder.prompt.length
+    card = (_PLAIN_CARD if is_plain else _CARD).format(encoder=identity.name, weights=tuning.weights, length=length)
+    if is_plain:
         with new_folder(folder, error=AdapterError) as new:
             _save_plain(model, new)
             (new / "README.md").write_text(card, encoding="utf-8")
@@ -227,7 +229,7 @@ def export_sentence_transformers(model: PromCSE, folder: str | Path) -> str:
     else:
         with new_folder(folder, error=AdapterError) as new:
             as_sentence_transformer(model).save_pretrained(str(new), create_model_card=False)
-            (new / "README.md").write_text(_CARD.format(encoder=identity.name), encoding="utf-8")
+            (new / "README.md").write_text(card, encoding="utf-8")
     return f"SentenceTransformer({str(folder)!r}, trust_remote_code=True)"
 
 
@@ -249,7 +251,7 @@ def _dense(head: nn.Module | None) -> Dense:
     width = head.down.in_features
     dense = Dense(width, width, bias=False, activation_function=nn.Identity())
     with torch.no_grad():
-        dense.linear.weight.copy_(torch.eye(width) + head.up.weight @ head.down.weight)
+        dense.linear.weight.copy_(torch.eye(width) + head.up.weight.cpu() @ head.down.weight.cpu())
     return dense
 
 

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+GUIDE_ROUNDING = 1e-3
+"""Upper bound of the rounding of a cosine of the guide, whose unit vectors are stored as float16."""
+
 
 def candidate_cosines(anchor_BD: Tensor, positive_BD: Tensor, negative_BD: Tensor | None = None) -> Tensor:
     """Return the cosine of every anchor with every candidate, in the column order of `ntxent_logits`.
@@ -24,7 +27,10 @@ def candidate_cosines(anchor_BD: Tensor, positive_BD: Tensor, negative_BD: Tenso
 def false_negatives(guide_BC: Tensor) -> Tensor:
     """Return the mask of probable false negatives (GISTEmbed; Solatorio 2024, section 3).
 
-        mask_ic = cos_guide(anchor_i, candidate_c) > cos_guide(anchor_i, positive_i)
+        mask_ic = cos_guide(anchor_i, candidate_c) >= cos_guide(anchor_i, positive_i) - 0.001,  c != i
+
+    GISTEmbed has no margin. With it, a copy of the positive in another row is a false negative in spite of the rounding of the
+    guide to float16.
 
     Args:
         guide_BC: Cosines of the guide, from `candidate_cosines`.
@@ -32,7 +38,8 @@ def false_negatives(guide_BC: Tensor) -> Tensor:
     Returns:
         (B, C) boolean; False for the positive of each row.
     """
-    return guide_BC > guide_BC.diagonal().unsqueeze(1)
+    mask_BC = guide_BC >= guide_BC.diagonal().unsqueeze(1) - GUIDE_ROUNDING
+    return mask_BC.fill_diagonal_(False)
 
 
 def distillation_loss(cosines_BC: Tensor, guide_BC: Tensor, *, temperature: float) -> Tensor:

@@ -41,14 +41,13 @@ from promcse_pl.models.hooks import (
     register_input_prompt_hook,
 )
 from promcse_pl.models.hub import locate
-from promcse_pl.models.identity import EncoderId, output_config
+from promcse_pl.models.identity import EncoderId, encoder_name, output_config
 from promcse_pl.models.mlm import MlmHead
 from promcse_pl.models.pipeline import Pipeline, read_pipeline
 from promcse_pl.models.pooling import count_pooled_parts
 from promcse_pl.models.tuning import Tuning, merge_lora, train_weights
 from promcse_pl.models.weights import add_to_digest
 from promcse_pl.utils.errors import ConfigError, EncoderError
-from promcse_pl.utils.paths import expand, hide_home, is_folder
 
 UNLIMITED_INPUT = 2**16
 """Maximum number of tokens for encoders without a position limit (T5); in practice, memory limits the length."""
@@ -68,7 +67,7 @@ class FrozenBackbone(nn.Module):
         dense: Frozen dense layers after the pooling; empty for most encoders.
         tuning: Which weights are trained; `identity` is that of the encoder before training.
         tuned_names: Names of the trained parameters of `model`.
-        stored_sha256: `tuned_sha256` in the adapter that the weights were read from; None if there is none.
+        exact_sha256: `tuned_sha256` of the float32 values if the trained weights are rounded, and it is known; None otherwise.
         use_fused_layers: Whether `forward` may use the fused CPU layers, which it does where they apply and no module of the
             encoder has hooks; False: always the modules of transformers.
 
@@ -110,7 +109,7 @@ class FrozenBackbone(nn.Module):
         self.quantized = False
         self.tuning = Tuning()
         self.tuned_names: tuple[str, ...] = ()
-        self.stored_sha256: str | None = None
+        self.exact_sha256: str | None = None
         self.use_fused_layers = True
         self._check_prompt_reaches_every_layer()
 
@@ -141,10 +140,8 @@ class FrozenBackbone(nn.Module):
         pipeline = read_pipeline(source, getattr(config, "max_position_embeddings", None)) if with_pipeline else None
         sha256 = weights_sha256(source)
         model = read_model(source, config, name, dtype)
-        # absolute, since adapters store the name
-        stored = hide_home(str(expand(name).absolute())) if is_folder(expand(name)) else name
         try:
-            backbone = cls(model, EncoderId(stored, commit, sha256), source, pipeline)
+            backbone = cls(model, EncoderId(encoder_name(name), commit, sha256), source, pipeline)
         except EncoderError:
             raise
         except Exception as error:  # a config.json with values that transformers accepts and cannot run
@@ -166,14 +163,17 @@ class FrozenBackbone(nn.Module):
         Raises:
             ConfigError: The encoder has no biases, peft is not installed, or all weights of an encoder with dense layers would be
                 trained, which an adapter cannot store.
+            EncoderError: The weights are in int8.
         """
+        if self.quantized and tuning.weights != "none":
+            raise EncoderError(f"weights in int8 cannot be trained. Load {self.identity.name} as float32")
         if tuning.weights == "full" and len(self.dense):
             raise ConfigError(
                 f"tuning.weights=full does not work with {self.identity.name}: it has dense layers after the pooling, which an "
                 "adapter cannot store. Try: tuning=lora"
             )
         if tuning.weights != "none":
-            self.tuned_names = train_weights(self.model, tuning, self._weights_in_use())
+            self.tuned_names = train_weights(self.model, tuning, self._weights_in_use)
         self.tuning = tuning
 
     def freeze(self) -> None:
@@ -188,10 +188,11 @@ class FrozenBackbone(nn.Module):
     def tuned_sha256(self) -> str | None:
         """Return the hex sha256 of names, shapes and float32 values of the trained weights; None if the encoder is frozen.
 
-        For weights that were read from an adapter in another type, it is that of the values in the adapter.
+        For weights in int8, and for those that were read from an adapter in another type, it is that of the values before
+        rounding.
         """
-        if not self.tuned_names or (self.is_rounded and self.stored_sha256):
-            return self.stored_sha256
+        if not self.tuned_names or self.exact_sha256:
+            return self.exact_sha256
         digest = hashlib.sha256()
         add_to_digest(digest, self.tuned_weights)
         return digest.hexdigest()
@@ -275,6 +276,7 @@ class FrozenBackbone(nn.Module):
             from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
         except ImportError as error:
             raise EncoderError("this version of torch has no dynamic quantisation. Try: dtype=bfloat16") from error
+        self.exact_sha256 = self.tuned_sha256()
         if self.tuning.weights == "lora":
             merge_lora(self.model)
         with warnings.catch_warnings():

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from promcse_pl.models.families import FAMILIES
+from promcse_pl.utils.paths import expand, hide_home, is_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,12 @@ class EncoderId:
     sha256: str
     config: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: str | None = None
+
+
+def encoder_name(name: str) -> str:
+    """Return an encoder's name as adapters store it: a hub id, or the absolute path of a folder, with ~ for the home folder."""
+    path = expand(name)
+    return hide_home(str(path.absolute())) if is_folder(path) else name
 
 
 def output_config(config: Any, dense: Iterable[Any] = ()) -> dict[str, Any]:  # noqa: ANN401  (a transformers config)

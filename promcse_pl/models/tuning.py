@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -31,13 +31,13 @@ class Tuning:
     alpha: float | None = None
 
 
-def train_weights(model: nn.Module, tuning: Tuning, used: Collection[str]) -> tuple[str, ...]:
+def train_weights(model: nn.Module, tuning: Tuning, used: Callable[[], list[str]]) -> tuple[str, ...]:
     """Enable the gradients of the selected weights; LoRA layers are inserted with B = 0, so the output is unchanged.
 
     Args:
         model: A frozen transformers encoder, changed in place.
         tuning: Which weights; not `none`.
-        used: Names of the parameters that the embedding depends on.
+        used: Returns the names of the parameters that the embedding depends on; not called for LoRA.
 
     Returns:
         The names of the trained parameters. LoRA matrices are float32, other weights keep their type.
@@ -49,9 +49,9 @@ def train_weights(model: nn.Module, tuning: Tuning, used: Collection[str]) -> tu
         _insert_lora(model, tuning)
         names = [name for name, weight in model.named_parameters() if weight.requires_grad]
     elif tuning.weights == "bias":
-        names = [name for name in used if name.rpartition(".")[2] == "bias"]
+        names = [name for name in used() if name.rpartition(".")[2] == "bias"]
     else:
-        names = list(used)
+        names = used()
     if not names:
         raise ConfigError(
             f"tuning.weights={tuning.weights} trains nothing: {model.config.model_type} encoders have no bias vectors. "  # type: ignore[union-attr]

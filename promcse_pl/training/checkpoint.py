@@ -51,7 +51,7 @@ def newest_checkpoint(run: Path) -> Checkpoint | None:
     folders = checkpoint_folders(run)
     for path in reversed(folders):
         try:
-            checkpoint = read_checkpoint(path)
+            checkpoint, _ = read_checkpoint(path)
             if history_bytes < checkpoint.history_bytes:
                 raise DataError(f"{path} does not match {HISTORY}, which is shorter than at that step")
             return checkpoint
@@ -61,8 +61,11 @@ def newest_checkpoint(run: Path) -> Checkpoint | None:
     return None
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def read_checkpoint(path: Path) -> tuple[Checkpoint, dict[str, Any]]:
     """Read and verify a checkpoint folder.
+
+    Returns:
+        The checkpoint, and the dictionary that Lightning saved.
 
     Raises:
         DataError: A file is missing, truncated, changed, or of a newer format.
@@ -74,7 +77,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise DataError(f"{path} has format {stored['format']}; this version reads {FORMAT}")
         if stored["sha256"] != _checksum(stored, tensors):
             raise DataError(f"{path} is damaged: its checksum is wrong")
-        return Checkpoint(path, stored["step"], stored["history_bytes"], _from_plain(stored["state"], load(tensors)))
+        state = _from_plain(stored["state"], load(tensors))
+        return Checkpoint(path, stored["step"], stored["history_bytes"]), state
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         if isinstance(error, DataError):
             raise
@@ -83,7 +87,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 def _checksum(stored: dict[str, Any], tensors: bytes) -> str:
     described = {name: value for name, value in stored.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode() + tensors).hexdigest()
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+    digest.update(tensors)
+    return digest.hexdigest()
 
 
 class RunCheckpoints(CheckpointIO):
@@ -135,7 +141,8 @@ class RunCheckpoints(CheckpointIO):
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Return the state in a checkpoint."""
-        return read_checkpoint(Path(path)).state
+        _, state = read_checkpoint(Path(path))
+        return state
 
     def remove_checkpoint(self, path: Any) -> None:
         """Remove a checkpoint."""

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -28,13 +28,11 @@ class Checkpoint:
         path: Folder of the checkpoint.
         step: Number of optimiser steps done.
         history_bytes: Size of metrics.jsonl at that step.
-        state: The dictionary that Lightning saved.
     """
 
     path: Path
     step: int
     history_bytes: int
-    state: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

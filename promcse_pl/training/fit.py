@@ -216,13 +216,15 @@ def fit(run: RunContext, parts: Parts, loggers: Sequence[Logger]) -> Fitted:
         Stopped: A signal stopped the run; a checkpoint is saved.
     """
     config, data = run.config, parts.data
+    parts.encoder.to(parts.device)
+    if config.prompt.init == "data" and not run.checkpoint:
+        _start_prompt_from_data(run, parts)
     if config.trainer.max_steps == 0:
         return _untrained(run, parts, loggers)
     epoch_steps = -(-len(data.token_rows) // config.data.batch_size)
     steps = min(epoch_steps * config.trainer.epochs, config.trainer.max_steps or epoch_steps * config.trainer.epochs)
     chunk_tokens = config.trainer.chunk_tokens
     assert chunk_tokens != "auto", "call resolve_machine first"
-    parts.encoder.to(parts.device)
     module = PromcseModule(
         parts.encoder,
         loss=config.loss,
@@ -233,8 +235,6 @@ def fit(run: RunContext, parts: Parts, loggers: Sequence[Logger]) -> Fitted:
         mlm_head=parts.mlm_head,
         guide=_guide(run, parts, chunk_tokens) if config.loss.needs_guide else None,
     )
-    if config.prompt.init == "data" and not run.checkpoint:
-        _start_prompt_from_data(run, parts)
     data.start_step = run.checkpoint.step if run.checkpoint else 0
     log_every = min(config.trainer.log_every, steps)  # at least one entry in a short run
     history, average, saver = History(log_every, chunk_tokens), _weight_average(config.trainer, steps), Saver(run)
@@ -274,7 +274,7 @@ def _untrained(run: RunContext, parts: Parts, loggers: Sequence[Logger]) -> Fitt
     log.info("trainer.max_steps=0: nothing is trained")
     score, dev = None, parts.data.dev
     if run.is_main and dev is not None:
-        score = score_dev(PromCSE(parts.encoder.to(parts.device), parts.data.tokenizer), dev)
+        score = score_dev(PromCSE(parts.encoder, parts.data.tokenizer), dev)
         for logger in loggers:
             logger.log_metrics({f"dev/{dev.metric}": 100 * score, f"dev/best_{dev.metric}": 100 * score}, step=0)
     return Fitted(0, None, 0, score, None, 0.0, 0.0, 0.0)
@@ -308,7 +308,10 @@ def _guide(run: RunContext, parts: Parts, chunk_tokens: int | None) -> Guide:
 
 def _weight_average(trainer: TrainerConfig, steps: int) -> WeightAverage | None:
     """Return the callback that averages the trained tensors; None without `trainer.average`."""
-    return WeightAverage(steps - math.ceil(trainer.average * steps) + 1) if trainer.average else None
+    if trainer.average is None:
+        return None
+    averaged = max(1, math.ceil(round(trainer.average * steps, 9)))  # 0.07 * 100 is 7.000000000000001
+    return WeightAverage(steps - averaged + 1)
 
 
 def _describe_average(average: WeightAverage | None, best: BestByDev | None, step: int) -> Average | None:

@@ -22,6 +22,8 @@ from promcse_pl.data.tokens import TokenRows
 from promcse_pl.embedder import PromCSE, model_hash
 from promcse_pl.evaluation.targets import frozen_target
 from promcse_pl.models.encoder import PromptEncoder
+from promcse_pl.training.distributed import TIMEOUT
+from promcse_pl.training.gather import world_size
 from promcse_pl.utils.files import atomic_file
 
 log = logging.getLogger("promcse_pl")
@@ -69,6 +71,13 @@ def load_guide(
     if not _is_whole(path, shape):
         if path.exists():
             log.warning("%s is damaged; the training sentences are encoded again", path)
+        if world_size() > 1:
+            log.info(
+                "rank 0 encodes the training sentences with the frozen encoder; the other ranks wait for at most %d minutes. If "
+                "it takes longer, first run the same command with trainer.devices=1 trainer.num_nodes=1 trainer.max_steps=1, "
+                "which writes the cache",
+                TIMEOUT.total_seconds() // 60,
+            )
         _write(path, frozen.encoder, rows, chunk_tokens, progress)
     return Guide(np.memmap(path, np.float16, "r", shape=shape))
 

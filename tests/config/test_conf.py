@@ -10,7 +10,7 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 from support.configs import CONF, composed, config_of
 
-from promcse_pl.config import Config, SweepConfig, flat_settings
+from promcse_pl.config import Config, SweepConfig, TuningConfig, flat_settings
 from promcse_pl.config.fields import settings
 from promcse_pl.utils.errors import ConfigError
 
@@ -122,6 +122,14 @@ def test_a_row_that_two_tables_share_is_one_config(model):
 def test_a_head_alone_wins_over_the_recipe(model, data):
     config = config_of(f"model={model}", f"data={data}", "data.dir=d", "tuning=head")
     assert (config.prompt.length, config.model.head, config.model.head_rank) == (0, "low_rank", 8)
+    assert config.tuning == TuningConfig()
+
+
+@pytest.mark.parametrize("choice", ["head", "none"])
+def test_without_a_prompt_and_trained_weights_there_is_no_masked_language_modelling(choice):
+    roberta = ("model=roberta-base", "data=wiki", "data.dir=d")
+    assert config_of(*roberta).loss.mlm_weight > 0
+    assert config_of(*roberta, f"tuning={choice}").loss.mlm_weight == 0
 
 
 def test_no_group_of_conf_is_left_without_a_test():
@@ -306,13 +314,26 @@ def test_the_default_tuning_changes_no_setting():
         (["tuning.rank=4"], r"tuning.rank=4 has no effect with tuning.weights=none. Try: .* tuning=lora tuning.rank=4"),
         (["tuning=full", "tuning.alpha=4"], "tuning.alpha=4 has no effect with tuning.weights=full"),
         (["tuning.weights=lora"], "tuning.weights=lora needs tuning.rank, got null. Try: .* tuning=lora"),
-        (["tuning=none", "trainer.max_steps=4"], "leaves nothing to train. Try: .*tuning=none to evaluate"),
+        (["tuning=none", "debug=fast"], "leaves nothing to train. Try: .*trainer.max_steps=0 to evaluate"),
+        (
+            ["tuning=head", "loss.mlm_weight=0.1"],
+            "loss.mlm_weight=0.1 has no effect with prompt.length=0 .* Try: loss.mlm_weight=0",
+        ),
+        (
+            ["trainer.max_steps=0", "trainer.average=0.5"],
+            "trainer.average=0.5 has no effect with .* Try: trainer.average=null",
+        ),
+        (
+            ["trainer.max_steps=0", "trainer.patience=2"],
+            "trainer.patience=2 has no effect with .* Try: trainer.patience=null",
+        ),
     ],
 )
 def test_settings_of_a_tuning_without_effect_are_refused(overrides, message):
     with pytest.raises(ConfigError, match=message):
         config_of(*overrides)
     config_of("tuning=lora", "tuning.rank=4")
+    config_of("tuning=none", "debug=fast", "trainer.max_steps=0")
 
 
 def test_the_defaults_of_a_sweep_are_those_of_conf():

@@ -143,6 +143,8 @@ def test_with_a_prompt_an_export_holds_the_trained_weights_in_its_adapter(tmp_pa
             torch.nn.init.normal_(weight, std=0.3)
     assert export_sentence_transformers(model, tmp_path / "export").endswith("trust_remote_code=True)")
     np.testing.assert_allclose(load(tmp_path / "export").encode(TEXTS), model.encode(TEXTS), atol=1e-6, rtol=0)
+    card = " ".join((tmp_path / "export/README.md").read_text().split())
+    assert "soft prompt: 4 slots; trained weights of the encoder: lora" in card
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from promcse_pl.data.batch import TrainBatch
 from promcse_pl.embedder import PromCSE
 from promcse_pl.losses.hybrid import hybrid_loss
 from promcse_pl.models.backbone import FrozenBackbone
-from promcse_pl.models.encoder import PromptEncoder
+from promcse_pl.models.encoder import LowRankHead, PromptEncoder
 from promcse_pl.training.machine import activation_bytes, free_bytes
 
 pytestmark = pytest.mark.gpu
@@ -75,3 +75,13 @@ def test_a_pinned_batch_is_the_batch():
 def test_activation_bytes_of_one_sentence_are_measured():
     encoder = PromptEncoder(small_backbone(), length=4).to(GPU).train()
     assert 0 < activation_bytes(encoder, 10) < free_bytes(GPU)
+
+
+def test_a_low_rank_head_on_the_gpu_is_exported_for_sentence_transformers():
+    pytest.importorskip("sentence_transformers")
+    from promcse_pl.interop import sentence_transformers as interop
+
+    head = LowRankHead(6, 2)
+    torch.nn.init.normal_(head.up.weight)
+    expected = interop._dense(head).linear.weight
+    torch.testing.assert_close(interop._dense(head.to(GPU)).linear.weight, expected, rtol=1e-5, atol=1e-6)

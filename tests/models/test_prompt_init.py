@@ -5,6 +5,7 @@ import torch
 from support.encoders import small_backbone, small_tokens
 from support.runs import run_small
 
+from promcse_pl.adapter import load_adapter
 from promcse_pl.models.backbone import SUPPORTED
 from promcse_pl.models.prompt import DeepPrompt
 
@@ -55,5 +56,15 @@ def test_a_run_starts_from_the_data_in_the_same_way_twice(tmp_path):
         )
         outputs.append((tmp_path / name / "adapter/adapter.safetensors").read_bytes())
     assert outputs[0] == outputs[1]
-    run_small(tmp_path, "random")
+    run_small(tmp_path, "random", prompt={"length": 4})
     assert (tmp_path / "random/adapter/adapter.safetensors").read_bytes() != outputs[0]
+
+
+def test_an_untrained_prompt_starts_from_the_data_too(tmp_path):
+    prompts = {}
+    for init in ("random", "data"):
+        run_small(tmp_path, init, prompt={"length": 4, "init": init}, trainer={"max_steps": 0})
+        prompts[init] = load_adapter(tmp_path / init).prompt.embedding.weight
+    moved = prompts["data"] - prompts["random"]
+    assert moved.abs().max() > 0.1
+    torch.testing.assert_close(moved, moved[:1].expand_as(moved))  # the same mean in every slot

@@ -1,6 +1,7 @@
 """Trained encoder weights: selection, gradients over chunks, state dict, adapters and merging."""
 
 import copy
+import dataclasses
 import json
 import shutil
 import sys
@@ -12,6 +13,7 @@ from torch import nn
 
 from promcse_pl import PromCSE
 from promcse_pl.adapter import load_adapter, save_adapter
+from promcse_pl.adapter_folder import BUNDLED
 from promcse_pl.evaluation.targets import frozen_target
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.cpu.layers import can_fuse
@@ -176,7 +178,7 @@ def test_rounded_weights_are_not_saved(tmp_path):
             rounded.save_pretrained(tmp_path / "copy")
 
 
-def test_a_fully_trained_adapter_loads_without_the_base_encoder_and_its_damage_is_found(tmp_path):
+def test_a_fully_trained_adapter_loads_without_the_base_encoder_and_its_damage_is_found(tmp_path, monkeypatch):
     folder = save_small_encoder(tmp_path / "encoder")
     backbone = FrozenBackbone.load(folder)
     backbone.tune(FULL)
@@ -187,8 +189,12 @@ def test_a_fully_trained_adapter_loads_without_the_base_encoder_and_its_damage_i
     loaded = PromCSE.load(tmp_path / "adapter", device="cpu")
     with pytest.raises(EncoderError, match=r"cannot read the encoder|does not exist|neither"):
         loaded.encoder.backbone.base()
-    elsewhere = PromCSE.load(tmp_path / "adapter", encoder=tmp_path / "moved", device="cpu")
-    assert elsewhere.encoder.backbone.base().identity.sha256 == backbone.identity.sha256
+    monkeypatch.chdir(tmp_path)
+    elsewhere = PromCSE.load("adapter", encoder="moved", device="cpu")
+    elsewhere.save_pretrained("copy")
+    monkeypatch.chdir("/")  # the adapter has the absolute path
+    for model in (elsewhere, PromCSE.load(tmp_path / "copy", device="cpu")):
+        assert model.encoder.backbone.base().identity.sha256 == backbone.identity.sha256
     # the untrained encoder has the right names and shapes, and other values
     shutil.copy(tmp_path / "moved/model.safetensors", tmp_path / "adapter/encoder/model.safetensors")
     with pytest.raises(AdapterError, match="its checksum is wrong"):
@@ -200,7 +206,8 @@ def test_a_fully_trained_adapter_loads_without_the_base_encoder_and_its_damage_i
     [
         ({"weights": "some"}, "tuning.weights is 'some'; allowed: bias, lora, full"),
         ({"rank": None}, "tuning.rank is None; allowed with lora"),
-        ({"rank": 10**9}, "tuning.rank is 1000000000; allowed with lora"),
+        ({"rank": 1025}, "tuning.rank is 1025; allowed with lora"),
+        ({"rank": 4}, "has tuning.rank 4, and adapter.safetensors LoRA matrices of other ranks"),
         ({"weights": "bias"}, "tuning.rank is 3; allowed with bias: null"),
         ({"extra": 1}, "tuning must have the keys"),
     ],
@@ -215,6 +222,63 @@ def test_a_description_with_other_values_is_refused(change, message, tmp_path):
     path.write_text(json.dumps(about))
     with pytest.raises(AdapterError, match=message):
         load_adapter(tmp_path / "adapter")
+
+
+@every_tuning
+def test_trained_weights_of_an_encoder_without_a_name_are_refused_with_a_command_that_works(tuning, tmp_path):
+    nameless = FrozenBackbone.load(save_small_encoder(tmp_path / "encoder"))
+    nameless.identity = dataclasses.replace(nameless.identity, name=BUNDLED)
+    save_adapter(PromptEncoder(nameless, length=2), tmp_path / "bundled")
+    loaded = load_adapter(tmp_path / "bundled").backbone
+    shutil.rmtree(tmp_path / "encoder")
+    loaded.save(tmp_path / "FOLDER")
+    loaded.tune(tuning)
+    with pytest.raises(AdapterError, match=r"this encoder has none.* Try: backbone.save\(Path\('FOLDER'\)\)"):
+        save_adapter(PromptEncoder(loaded, length=0), tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+    named = FrozenBackbone.load(tmp_path / "FOLDER")
+    named.tune(tuning)
+    encoder = PromptEncoder(named, length=0, pooling="avg").eval()
+    move(encoder)
+    save_adapter(encoder, tmp_path / "adapter")
+    found = PromCSE.load(tmp_path / "adapter", device="cpu").encode(SENTENCES)
+    assert (found == PromCSE(encoder).encode(SENTENCES)).all()
+
+
+def test_the_hash_of_weights_in_int8_is_that_of_their_values_before(tmp_path):
+    folder, hashes = save_small_encoder(tmp_path / "encoder"), []
+    for seed in (1, 2):
+        backbone = FrozenBackbone.load(folder)
+        backbone.tune(BIAS)
+        torch.manual_seed(seed)
+        for weight in backbone.tuned_weights.values():
+            torch.nn.init.normal_(weight)
+        model = PromCSE(PromptEncoder(backbone, length=0).eval())
+        hashes.append(model.adapter_hash())
+        backbone.quantize()
+        assert model.adapter_hash() == hashes[-1]
+    assert hashes[0] != hashes[1]
+    with pytest.raises(EncoderError, match="weights in int8 cannot be trained"):
+        backbone.tune(BIAS)
+
+
+@pytest.mark.parametrize("convert", [lambda model: model.quantize(), lambda model: model.bfloat16()])
+def test_weights_that_changed_after_they_were_loaded_have_another_hash(convert, tmp_path):
+    backbone = FrozenBackbone.load(save_small_encoder(tmp_path / "encoder"))
+    backbone.tune(BIAS)
+    save_adapter(PromptEncoder(backbone, length=0), tmp_path / "adapter")
+    model = PromCSE.load(tmp_path / "adapter", device="cpu")
+    stored = model.adapter_hash()
+    for weight in model.encoder.backbone.tuned_weights.values():
+        weight.add_(1)
+    convert(model.encoder.backbone)
+    assert model.adapter_hash() != stored
+
+
+def test_lora_needs_no_backward_pass_to_select_its_weights(monkeypatch):
+    backbone = small_backbone()
+    monkeypatch.setattr(FrozenBackbone, "_weights_in_use", lambda _: pytest.fail("called"))
+    backbone.tune(LORA)
 
 
 def test_a_checkpoint_without_a_trained_weight_is_refused():

@@ -198,10 +198,12 @@ def stopped_run(long_run, tmp_path) -> Path:
 def test_times_are_those_of_all_processes_without_the_time_between_them(stopped_run, long_run):
     config, straight = long_run
     newest = newest_checkpoint(stopped_run)
-    saver = newest.state["callbacks"]["Saver"]
+    checkpoints = RunCheckpoints(stopped_run)
+    state = checkpoints.load_checkpoint(newest.path)
+    saver = state["callbacks"]["Saver"]
     assert 0 < saver["seconds"] < saver["run_seconds"]
     saver["seconds"], saver["run_seconds"] = 5000.0, 7000.0  # a long run that was resumed after a day
-    RunCheckpoints(stopped_run).save_checkpoint(newest.state, newest.path)
+    checkpoints.save_checkpoint(state, newest.path)
     day = 24 * 3600
     before = read_status(stopped_run)
     standing = dataclasses.replace(before, started=before.started - day)

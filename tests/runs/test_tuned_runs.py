@@ -81,7 +81,7 @@ def test_a_resumed_run_is_bit_identical(name, tmp_path, dev):
 
 
 def test_nothing_to_train_is_refused_unless_it_is_asked_for(tmp_path):
-    with pytest.raises(ConfigError, match=r"leaves nothing to train. Try: .*tuning=none"):
+    with pytest.raises(ConfigError, match=r"leaves nothing to train. Try: .*trainer.max_steps=0"):
         small_config(tmp_path, **PLAIN)
     small_config(tmp_path, **SECTIONS["none"])
 

@@ -8,12 +8,13 @@ import torch
 from safetensors.torch import load_file
 from support.encoders import small_backbone, small_tokenizer
 
-from promcse_pl.config import DataConfig, LossConfig, OptimConfig
+from promcse_pl.config import DataConfig, LossConfig, OptimConfig, TrainerConfig
 from promcse_pl.data.module import PromcseDataModule
 from promcse_pl.data.pairs import ScoredPairs
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.training import callbacks
 from promcse_pl.training.callbacks import BestByDev, History, WeightAverage
+from promcse_pl.training.fit import _weight_average
 from promcse_pl.training.module import PromcseModule
 
 PAIRS = ScoredPairs.of("dev", [("w5 w6", "w7", 1.0), ("w8", "w9 w10", 0.0), ("w11", "w12", 0.5)])
@@ -134,6 +135,13 @@ def test_without_a_dev_set_the_mean_of_the_last_steps_is_kept(first, steps, tmp_
     assert average.steps == steps - first + 1
     assert equals(module, states.mean(first))
     assert not equals(module, states.after[0])
+
+
+@pytest.mark.parametrize(
+    ("fraction", "steps", "first"), [(0.07, 100, 94), (0.25, 10, 8), (0.28, 100, 73), (1.0, 9, 1), (1e-12, 9, 9)]
+)
+def test_the_fraction_of_the_averaged_steps_is_rounded_up_but_not_its_rounding_error(fraction, steps, first):
+    assert _weight_average(TrainerConfig(average=fraction), steps).first_step == first
 
 
 @pytest.mark.parametrize(("score", "kept"), [(0.5, True), (0.4, False), (0.3, False)])

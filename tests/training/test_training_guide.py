@@ -11,6 +11,7 @@ from promcse_pl.config import DataConfig
 from promcse_pl.data.batch import Tokens
 from promcse_pl.data.module import PromcseDataModule
 from promcse_pl.models.encoder import PromptEncoder
+from promcse_pl.training import guide
 from promcse_pl.training.guide import load_guide
 
 TEXTS = {
@@ -59,6 +60,18 @@ def test_the_guide_is_read_from_the_cache_unless_it_is_damaged_or_another_one(tm
     encoder.pooling = "cls"
     load_guide(encoder, data, None, done.append)
     assert done == [9, 9, 9]
+
+
+def test_with_several_ranks_the_log_names_the_time_limit_and_the_way_around_it(tmp_path, caplog, monkeypatch):
+    data, encoder = data_of(tmp_path, "triplets"), prompt_encoder(dtype=torch.float32)
+    monkeypatch.setattr(guide, "world_size", lambda: 2)
+    with caplog.at_level("INFO", "promcse_pl"):
+        load_guide(encoder, data, None, lambda _: None)
+        assert "the other ranks wait for at most 60 minutes" in caplog.text
+        assert "trainer.devices=1 trainer.num_nodes=1 trainer.max_steps=1" in caplog.text
+        caplog.clear()
+        load_guide(encoder, data, None, lambda _: None)
+    assert not caplog.records  # read from the cache
 
 
 @pytest.mark.parametrize("setting", [{"mask_false_negatives": True}, {"distillation_weight": 0.5}])
