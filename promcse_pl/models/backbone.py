@@ -329,6 +329,11 @@ class FrozenBackbone(nn.Module):
         head.load_state_dict({**found, "decoder.weight": self.word_embeddings}, strict=True)
         return True
 
+    @property
+    def takes_input_prompt(self) -> bool:
+        """Whether vectors can be appended to the embedded tokens: the tokens of a decoder do not attend to later rows."""
+        return self.family.embeddings is not None and not getattr(self.model.config, "is_decoder", False)
+
     def embedding_width(self, pooling: str) -> int:
         """Return the dimension of an embedding for a pooling.
 
@@ -506,13 +511,13 @@ class FrozenBackbone(nn.Module):
     def _check_prompt_reaches_every_layer(self) -> None:
         """Reject an encoder that ignores the prompt: the output must have a gradient with respect to every layer's prompt.
 
-        If the family takes an input prompt, also with respect to its vectors.
+        If the encoder takes an input prompt, also with respect to its vectors.
         """
         with torch.enable_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             shape = (self.layers, 2, 1, self.kv_heads, 1, self.head_size)
             prompt_kv = torch.randn(shape, dtype=self.dtype).to(self.device).requires_grad_()
-            vectors = torch.randn(1, int(self.family.embeddings is not None), self.input_width, dtype=self.dtype)
+            vectors = torch.randn(1, int(self.takes_input_prompt), self.input_width, dtype=self.dtype)
             vectors = vectors.to(self.device).requires_grad_()
             state = self._probe(prompt_kv.unbind(0), vectors)
             # a random direction: the sum over a LayerNorm's outputs is constant and has no gradient
@@ -526,7 +531,7 @@ class FrozenBackbone(nn.Module):
                 f"{self.identity.name} ({self.model_type}) ignores the prompt in at least one layer; its outputs would be those "
                 "of the frozen encoder"
             )
-        if self.family.embeddings and (input_grad is None or not bool(input_grad.ne(0).any())):
+        if self.takes_input_prompt and (input_grad is None or not bool(input_grad.ne(0).any())):
             raise EncoderError(
                 f"{self.identity.name} ({self.model_type}) ignores vectors in front of its input embeddings (prompt.kind=input)"
             )

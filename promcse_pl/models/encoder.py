@@ -249,10 +249,10 @@ def build_prompt(
         ConfigError: The encoder's family does not take an input prompt.
     """
     if kind == "input":
-        if not backbone.family.embeddings:
+        if not backbone.takes_input_prompt:
             raise ConfigError(
                 f"prompt.kind=input needs an encoder whose positions are absolute, but {backbone.identity.name} "
-                f"({backbone.model_type}) has relative or rotary positions. Try: prompt.kind=shared"
+                f"({backbone.model_type}) has relative or rotary positions or is a decoder. Try: prompt.kind=shared"
             )
         return InputPrompt(length, width=backbone.input_width, dropout=dropout)
     shape = {"layers": backbone.layers, "heads": backbone.kv_heads, "head_size": backbone.head_size}

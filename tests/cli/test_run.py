@@ -66,7 +66,7 @@ MISTAKES = {
     "loss.margin=0.1,0.2": "loss.margin=0.1,0.2 has several values. Try: python run.py -m loss.margin=0.1,0.2 (a job for each)",
     "model=minilm,bert-base": "model=minilm,bert-base has several values. Try: python run.py -m model=minilm,bert-base ",
     "seed=range(1,3)": "seed=range(1,3) has several values. Try: python run.py -m 'seed=range(1,3)' (a job for each), or ",
-    "~model": "Error resolving interpolation '${mode}/${model}', possible interpolation keys: ",
+    "~model": "Error resolving interpolation '${tuning}/${mode}/${model}', possible interpolation keys: ",
     "data.train=/ä.csv": "data.train=/ä.csv: token recognition error at: 'ä'. A value with special characters needs quotes. ",
     "hydra.nope=1": "Could not override 'hydra.nope'. To append to your config use +hydra.nope=1. Try: ",
     "-cn nope": "Cannot find primary config 'nope'. Check that it's in your config search path. Try: ",

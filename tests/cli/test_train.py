@@ -268,8 +268,8 @@ def test_the_config_file_of_a_sweep_is_part_of_its_overrides(jobs, sweeps, tmp_p
 
 def test_tab_completion_answers_for_both_entry_points(monkeypatch, capsys):
     for program, line, arguments in (
-        ("run.py", "python run.py loss.ma", ["train", "-sc", "query=bash"]),
-        ("bin/promcse", "promcse train loss.ma", ["-sc", "query=bash"]),
+        ("run.py", "python run.py loss.mar", ["train", "-sc", "query=bash"]),
+        ("bin/promcse", "promcse train loss.mar", ["-sc", "query=bash"]),
     ):
         monkeypatch.setattr("sys.argv", [program])
         monkeypatch.setenv("COMP_LINE", line)
