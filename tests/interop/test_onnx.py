@@ -1,6 +1,7 @@
 """Exported graphs: embeddings equal to PyTorch's at every length and padding, exported files, errors."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,8 +33,8 @@ from promcse_pl.models.tuning import Tuning
 from promcse_pl.utils.errors import AdapterError, ConfigError, TextTypeError
 
 TEXTS = ["w5 w6 w7", "w8", "w9 w10 w11 w12 w13 w14", "w5 " * 60, "W20 w21 unknown"]
-QUICK = {"bert"}
-"""Families of the quick tests; an export takes several seconds."""
+EXPORTED = FAMILIES if os.environ.get("PROMCSE_ONNX") == "all" else ["bert"]
+"""Families whose graph is tested; an export takes 10 to 60 seconds, so the others need PROMCSE_ONNX=all."""
 
 
 def small_model(
@@ -63,9 +64,7 @@ def exported(tmp_path_factory) -> tuple[PromCSE, Path, onnx.ExportReport]:
     return model, folder / "out", export_onnx(model, folder / "out", int8=True)
 
 
-@pytest.mark.parametrize(
-    "family", [family if family in QUICK else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES]
-)
+@pytest.mark.parametrize("family", EXPORTED)
 def test_the_graph_of_every_family_equals_pytorch_at_every_length_and_padding(family, tmp_path):
     encoder = prompt_encoder(family, dtype=torch.float32, head="mlp", pooling="cls" if family == "roberta" else "avg")
     onnx._write_graph(PromCSE(encoder, object()), tmp_path / "onnx" / "model.onnx")
