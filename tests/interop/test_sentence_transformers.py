@@ -101,21 +101,22 @@ def test_an_export_holds_safetensors_and_json_only_and_replaces_an_older_one(tmp
         export_sentence_transformers(model, tmp_path / "mine")
 
 
-@pytest.mark.parametrize("head", ["none", "mlp", "mlp_train_only", "low_rank"])
 @pytest.mark.parametrize(
-    ("family", "pooling", "tuning"),
+    ("family", "pooling", "tuning", "head"),
     [
-        ("bert", "cls", Tuning("lora", 3, 6.0)),
-        ("mpnet", "avg", Tuning("bias")),
-        ("roberta", "cls+avg", Tuning("full")),
-        ("bert", "cls_before_pooler", Tuning()),
+        ("bert", "cls", Tuning("lora", 3, 6.0), "none"),
+        ("bert", "cls", Tuning("lora", 3, 6.0), "mlp"),
+        ("mpnet", "avg", Tuning("bias"), "mlp_train_only"),
+        ("mpnet", "avg", Tuning("bias"), "low_rank"),
+        ("roberta", "cls+avg", Tuning("full"), "mlp"),
+        ("roberta", "cls+avg", Tuning("full"), "none"),
+        ("bert", "cls_before_pooler", Tuning(), "none"),
     ],
 )
 def test_without_a_prompt_an_export_is_plain_and_gives_our_vectors(tmp_path, family, pooling, tuning, head):
     backbone = FrozenBackbone.load(save_small_encoder(tmp_path / "encoder", family))
     backbone.tune(tuning)
     text = TextSettings(max_length=12, lower_case=True, prompts={"query": "w5 "}, default_prompt="query")
-    head = "none" if pooling == "cls_before_pooler" else head
     model = PromCSE(PromptEncoder(backbone, length=0, pooling=pooling, head=head, text=text).eval())
     for weight in model.encoder.parameters():
         if weight.requires_grad:
