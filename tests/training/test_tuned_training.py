@@ -70,7 +70,7 @@ def test_three_steps_equal_a_plain_loop_in_loss_gradients_and_weights(tuning, ch
         loss.backward()
         states = model(input_ids=tokens.ids_NT, attention_mask=tokens.mask_NT).last_hidden_state
         views = states[:, 0].view(3, 2, -1)
-        expected = hybrid_loss(*views, temperature=0.05, margin=0.2, hinge_weight=10.0).total
+        expected = hybrid_loss(*views, LossConfig(temperature=0.05, margin=0.2, hinge_weight=10.0)).total
         expected.backward()
         torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
         found = {name: weight for name, weight in module.named_parameters() if weight.numel() and weight.requires_grad}
