@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,29 +150,23 @@ def _corpus_options(options: argparse.Namespace) -> CorpusOptions:
     return CorpusOptions(**given)
 
 
-def _corpus_progress() -> Any:  # noqa: ANN401
+@contextmanager
+def _corpus_progress() -> Iterator[Callable[[CorpusProgress], None]]:
     """Report progress on standard error: a bar on a terminal, else a line for every finished shard."""
-    from contextlib import contextmanager
-
     from rich.console import Console
 
     from promcse_pl.utils.terminal import stages
 
     console = Console(stderr=True)
+    with stages(console) as bar:
 
-    @contextmanager
-    def shown() -> Any:  # noqa: ANN401
-        with stages(console) as bar:
+        def report(progress: CorpusProgress) -> None:
+            text = _progress_text(progress)
+            bar(f"encoding: {text}", round(100 * progress.done), 100)
+            if progress.shard is not None and not console.is_terminal:
+                sys.stderr.write(f"{progress.shard}: {text}\n")
 
-            def report(progress: CorpusProgress) -> None:
-                text = _progress_text(progress)
-                bar(f"encoding: {text}", round(100 * progress.done), 100)
-                if progress.shard is not None and not console.is_terminal:
-                    sys.stderr.write(f"{progress.shard}: {text}\n")
-
-            yield report
-
-    return shown()
+        yield report
 
 
 def _progress_text(progress: CorpusProgress) -> str:

@@ -69,9 +69,8 @@ def _check_options(options: argparse.Namespace) -> None:
 def _export_graph(options: argparse.Namespace) -> None:
     from promcse_pl.data.pairs import load_stsb
 
-    pairs = (
-        load_stsb(options.data / "senteval", "dev") if options.data else None
-    )  # before the export, which takes longer
+    # before the export, so that a missing file is reported at once
+    pairs = load_stsb(options.data / "senteval", "dev") if options.data else None
     model = load_model(options, device="cpu")
     from promcse_pl.interop.graph import GRAPH, OPENVINO, QUANTIZED, GraphEncoder
     from promcse_pl.interop.onnx import export_onnx, export_openvino

@@ -156,7 +156,7 @@ def encode_corpus(
     remove_leftovers(out, older_than=_STALE_SECONDS)
     write_manifest(out, settings, [file.name for file in files])
     try:
-        done = _Task(model, files, out, options).run(report)
+        done = _Task(model, files, out, options, settings).run(report)
     finally:
         write_manifest(out, settings, [file.name for file in files])
     matching_shards(out, settings)
@@ -183,9 +183,10 @@ def corpus_settings(model: PromCSE, options: CorpusOptions) -> CorpusSettings:
 class _Task:
     """The part of a corpus that one process encodes."""
 
-    def __init__(self, model: PromCSE, files: list[InputFile], out: Path, options: CorpusOptions) -> None:
-        self.model, self.out, self.options = model, out, options
-        self.settings = corpus_settings(model, options)
+    def __init__(
+        self, model: PromCSE, files: list[InputFile], out: Path, options: CorpusOptions, settings: CorpusSettings
+    ) -> None:
+        self.model, self.out, self.options, self.settings = model, out, options, settings
         number, tasks = options.task
         self.has_whole_files = len(files) >= tasks
         self.files = [

@@ -87,13 +87,14 @@ def encode_texts(model: PromCSE, texts: Iterable[Text], progress: Progress | Non
         by_prompt.setdefault(_prompt_name(model, text), []).append(text)
     encoded: dict[Text, NDArray[np.float32]] = {}
     for name, part in by_prompt.items():
-        report = partial(_report_after, progress, len(encoded)) if progress else None
+        report = partial(_report_offset, progress, len(encoded)) if progress else None
         embeddings_ND = model.encode([_plain(text) for text in part], prompt_name=name, progress=report)
         encoded.update(zip(part, embeddings_ND, strict=True))
     return encoded
 
 
-def _report_after(progress: Progress, before: int, done: int) -> None:
+def _report_offset(progress: Progress, before: int, done: int) -> None:
+    """Report the progress of one of several calls of `encode`."""
     progress(before + done)
 
 

@@ -273,7 +273,7 @@ def _mteb_task(name: str) -> Task:
         suite="mteb",
         unit=f"{metadata.main_score} x 100",
         protocol=f"MTEB {metadata.type}, main score over the splits {splits} of {metadata.dataset['path']}, revision "
-        f" {metadata.dataset['revision']}; no interval",
+        f"{metadata.dataset['revision']}; no interval",
         files=[],
         expected_rows=None,
         sentences=(),

@@ -79,7 +79,7 @@ class EmbeddingGraph(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return (N, D) from token ids and attention mask, (N, T)."""
         embeddings_ND = self.encoder.encode_chunk(Tokens(input_ids, attention_mask), self.get_buffer("prompt"))[0]
-        if self.encoder.head is not None and self.encoder.head_mode != "mlp_train_only":
+        if self.encoder.head is not None and self.encoder.has_test_head:
             embeddings_ND = self.encoder.head(embeddings_ND)
         return F.normalize(embeddings_ND, dim=1)
 

@@ -277,7 +277,16 @@ def _untrained(run: RunContext, parts: Parts, loggers: Sequence[Logger]) -> Fitt
         score = score_dev(PromCSE(parts.encoder, parts.data.tokenizer), dev)
         for logger in loggers:
             logger.log_metrics({f"dev/{dev.metric}": 100 * score, f"dev/best_{dev.metric}": 100 * score}, step=0)
-    return Fitted(0, None, 0, score, None, 0.0, 0.0, 0.0)
+    return Fitted(
+        steps=0,
+        stopped_early=None,
+        best_step=0,
+        dev_score=score,
+        average=None,
+        seconds=0.0,
+        earlier_seconds=0.0,
+        rows_per_second=0.0,
+    )
 
 
 def _start_prompt_from_data(run: RunContext, parts: Parts) -> None:

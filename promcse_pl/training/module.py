@@ -107,9 +107,8 @@ class PromcseModule(pl.LightningModule):
             return weight * loss
         fraction = len(labels_M) / sum_over_ranks(loss.new_tensor(float(len(labels_M)))).clamp(min=1)
         loss = loss * fraction
-        return weight * (
-            loss + (sum_over_ranks(loss) - loss).detach()
-        )  # the value over all ranks, the gradient of this rank
+        # the value over all ranks, the gradient of this rank
+        return weight * (loss + (sum_over_ranks(loss) - loss).detach())
 
     def on_fit_start(self) -> None:
         """Enable dropout: encoders are loaded in eval mode, and Lightning does not change the mode."""

@@ -12,14 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.encoders import save_small_encoder
+from support.encoders import save_small_adapter
 from support.folders import ROOT
 
-from promcse_pl.adapter import save_adapter
 from promcse_pl.cli.main import main
 from promcse_pl.embedder import PromCSE
-from promcse_pl.models.backbone import FrozenBackbone
-from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.run_folder import read_status
 
 CORPUS = ["w5 w6", "w7", "w8 w9 w10", "w11 w12 w13 w14", "w40 zażółć"]
@@ -27,10 +24,7 @@ CORPUS = ["w5 w6", "w7", "w8 w9 w10", "w11 w12 w13 w14", "w40 zażółć"]
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("small")
-    backbone = FrozenBackbone.load(str(save_small_encoder(folder / "encoder")))
-    save_adapter(PromptEncoder(backbone, length=3, pooling="avg"), folder / "adapter")
-    return folder / "adapter"
+    return save_small_adapter(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="module")

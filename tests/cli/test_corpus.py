@@ -6,22 +6,16 @@ import shlex
 from pathlib import Path
 
 import pytest
-from support.encoders import save_small_encoder
+from support.encoders import save_small_adapter
 
-from promcse_pl.adapter import save_adapter
 from promcse_pl.cli.main import main
-from promcse_pl.models.backbone import FrozenBackbone
-from promcse_pl.models.encoder import PromptEncoder
 
 TEXTS = [f"w{i + 10} w{i + 11}" for i in range(12)]
 
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("small")
-    backbone = FrozenBackbone.load(str(save_small_encoder(folder / "encoder")))
-    save_adapter(PromptEncoder(backbone, length=3, pooling="avg"), folder / "adapter")
-    return folder / "adapter"
+    return save_small_adapter(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
+from promcse_pl.adapter import save_adapter
 from promcse_pl.data.batch import Tokens
 from promcse_pl.models.attention import prompt_in_attention
 from promcse_pl.models.backbone import SUPPORTED, FrozenBackbone
@@ -162,6 +163,13 @@ def save_small_encoder(folder: Path, family: str = "bert", **changes: object) ->
         tokenizer.add_tokens([AddedToken(f"w{i}", normalized=False) for i in range(5, SMALL["vocab_size"])])
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def save_small_adapter(folder: Path) -> Path:
+    """Write the small encoder and an untrained adapter of it; returns the adapter's folder."""
+    backbone = FrozenBackbone.load(str(save_small_encoder(folder / "encoder")))
+    save_adapter(PromptEncoder(backbone, length=3, pooling="avg"), folder / "adapter")
+    return folder / "adapter"
 
 
 def add_pipeline(folder: Path, width: int = SMALL["hidden_size"]) -> Path:

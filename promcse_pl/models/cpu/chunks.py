@@ -149,8 +149,10 @@ class _Chunks(torch.autograd.Function):
             of_chunk[chunk], start = gradients[start : start + chunk.outputs], start + chunk.outputs
         parts: list[Tensor] = []
         sums: list[Tensor | None] = [None] * len(weights)
+        # gradients of weights are large: only those of a few chunks are kept at the same time
+        pending = 2 * torch.get_num_threads() if weights else None
         for of_prompt, *of_weights in _results(
-            lambda chunk: chunk.backward(prompt_kv, weights, of_chunk[chunk]), ctx.work, prompt_kv.device
+            lambda chunk: chunk.backward(prompt_kv, weights, of_chunk[chunk]), ctx.work, prompt_kv.device, pending
         ):
             if of_prompt is not None:
                 parts.append(of_prompt)
@@ -166,8 +168,10 @@ def _map(function: Callable[[_Chunk], Result], work: Sequence[_Chunk], device: t
     return list(_results(function, work, device))
 
 
-def _results(function: Callable[[_Chunk], Result], work: Sequence[_Chunk], device: torch.device) -> Iterator[Result]:
-    """Yield the results of `_map` in the order of the chunks; at most two per thread are in progress or waiting."""
+def _results(
+    function: Callable[[_Chunk], Result], work: Sequence[_Chunk], device: torch.device, pending: int | None = None
+) -> Iterator[Result]:
+    """Yield the results of `_map` in the order of the chunks; at most `pending` are computed ahead (None: all)."""
     threads = torch.get_num_threads()
     workers = min(threads, len(work)) if device.type == "cpu" else 1
     if workers < 2:
@@ -181,7 +185,7 @@ def _results(function: Callable[[_Chunk], Result], work: Sequence[_Chunk], devic
 
     pool, running = _workers(workers, threads // workers), deque[Future[Result]]()
     for chunk in work:
-        if len(running) == 2 * workers:
+        if len(running) == pending:
             yield running.popleft().result()
         running.append(pool.submit(in_thread, chunk))
     while running:
