@@ -196,7 +196,12 @@ def _results(
 def _workers(count: int, threads_each: int) -> ThreadPoolExecutor:
     """Return a pool of threads whose operations use `threads_each` cores; the calling thread keeps using all cores."""
     before, all_started = torch.get_num_threads(), Barrier(count + 1)
-    pool = ThreadPoolExecutor(count, "promcse-chunks", lambda: torch.set_num_threads(threads_each))
+
+    def limit_threads() -> None:
+        torch.get_num_threads()  # its first call in a thread copies the process's number, and would undo an earlier limit
+        torch.set_num_threads(threads_each)
+
+    pool = ThreadPoolExecutor(count, "promcse-chunks", limit_threads)
     for _ in range(
         count
     ):  # start all threads now: later ones would get the number of threads that torch was given last
