@@ -21,7 +21,10 @@ class Tokens:
         ids_NT: Token ids, int64.
         mask_NT: 1 for real tokens, 0 for padding at the end.
         types_NT: Token types, or None for zeros.
-        mlm_ids_NT, mlm_labels_NT: Masked token ids and their labels, see `mask_tokens`; None without the MLM task.
+        mlm_ids_NT: Masked token ids, see `mask_tokens`; None without the MLM task.
+        mlm_labels_NT: Labels of the MLM task, always on the CPU.
+        lengths_N: Number of real tokens of each sentence, always on the CPU, so that a training step does not wait for a GPU;
+            None: unknown, and sentences may be padded at the start.
     """
 
     ids_NT: Tensor
@@ -29,28 +32,51 @@ class Tokens:
     types_NT: Tensor | None = None
     mlm_ids_NT: Tensor | None = None
     mlm_labels_NT: Tensor | None = None
+    lengths_N: Tensor | None = None
 
     @classmethod
     def padded(cls, ids_NT: NDArray[np.int64], lengths_N: NDArray[np.int64]) -> Tokens:
         """Build from ids that are padded on the right, and the number of real tokens of each sentence."""
-        mask_NT = (torch.arange(ids_NT.shape[1]) < torch.from_numpy(lengths_N).unsqueeze(1)).long()
-        return cls(torch.from_numpy(ids_NT), mask_NT)
+        lengths = torch.from_numpy(lengths_N)
+        mask_NT = (torch.arange(ids_NT.shape[1]) < lengths.unsqueeze(1)).long()
+        return cls(torch.from_numpy(ids_NT), mask_NT, lengths_N=lengths)
 
-    def select(self, rows: Tensor, length: int) -> Tokens:
-        """Return some sentences, truncated to a length."""
-        return self._each(lambda part: part[rows, :length])
+    def lengths(self) -> Tensor:
+        """Return the number of real tokens of each sentence, (N,), on the CPU."""
+        return self.mask_NT.sum(1).cpu() if self.lengths_N is None else self.lengths_N
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Tokens:
-        """Return the batch on a device."""
-        return self._each(lambda part: part.to(device, non_blocking=non_blocking))
+    def select(self, rows: Tensor | slice, length: int) -> Tokens:
+        """Return some sentences, truncated to a length.
+
+        Args:
+            rows: Row numbers on the CPU, or a slice.
+            length: Number of columns that are kept; lengths of sentences are not changed.
+        """
+
+        def part_of(part: Tensor) -> Tensor:
+            return part[rows if isinstance(rows, slice) else upload(rows, part.device), :length]
+
+        selected = self._each(part_of, part_of)
+        selected.lengths_N = None if self.lengths_N is None else self.lengths_N[rows]
+        return selected
+
+    def to(self, device: torch.device | str) -> Tokens:
+        """Return the batch on a device, without `mlm_labels_NT` and `lengths_N`, which stay on the CPU."""
+        return self._each(lambda part: upload(part, torch.device(device)), lambda labels: labels)
 
     def pin_memory(self) -> Tokens:
         """Return the batch in page-locked memory."""
-        return self._each(Tensor.pin_memory)
+        return self._each(Tensor.pin_memory, Tensor.pin_memory)
 
-    def _each(self, function: Callable[[Tensor], Tensor]) -> Tokens:
-        parts = (self.ids_NT, self.mask_NT, self.types_NT, self.mlm_ids_NT, self.mlm_labels_NT)
-        return Tokens(*(None if part is None else function(part) for part in parts))  # type: ignore[arg-type]
+    def _each(self, function: Callable[[Tensor], Tensor], for_labels: Callable[[Tensor], Tensor]) -> Tokens:
+        types, mlm_ids = (None if part is None else function(part) for part in (self.types_NT, self.mlm_ids_NT))
+        labels = None if self.mlm_labels_NT is None else for_labels(self.mlm_labels_NT)
+        return Tokens(function(self.ids_NT), function(self.mask_NT), types, mlm_ids, labels, self.lengths_N)
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a CPU tensor on a device; the CPU does not wait for a GPU."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 @dataclass(slots=True)
@@ -76,7 +102,7 @@ class TrainBatch:
         """
         rows = torch.tensor_split(torch.arange(len(self.rows_B)), world_size)[rank]
         sentences = torch.cat([rows + view * len(self.rows_B) for view in range(self.views)])
-        lengths = self.tokens.mask_NT[sentences].sum(1)
+        lengths = self.tokens.lengths()[sentences]
         longest = int(lengths.max()) if len(lengths) else self.tokens.mask_NT.shape[1]
         scores = None if self.scores_B is None else self.scores_B[rows]
         return TrainBatch(self.tokens.select(sentences, longest), self.views, self.rows_B[rows], scores)

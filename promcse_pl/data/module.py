@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from promcse_pl.config import DataConfig
-from promcse_pl.data.batch import Tokens, TrainBatch
+from promcse_pl.data.batch import Tokens, TrainBatch, upload
 from promcse_pl.data.masking import mask_tokens
 from promcse_pl.data.retrieval import DevSet
 from promcse_pl.data.sources import cache_dir, load_sources
@@ -87,7 +87,7 @@ class TrainBatches(Dataset[TrainBatch]):
     def __getitem__(self, position: BatchPosition) -> TrainBatch:
         tokens = Tokens.padded(*self.rows.fetch(position.rows_B))
         if self.rows.width == 1:
-            tokens = Tokens(tokens.ids_NT.repeat(2, 1), tokens.mask_NT.repeat(2, 1))
+            tokens = tokens.select(torch.arange(len(tokens.ids_NT)).repeat(2), tokens.ids_NT.shape[1])
         if self.masking is not None:
             special_NT = torch.isin(tokens.ids_NT, torch.tensor(self.masking.special_ids)) | (tokens.mask_NT == 0)
             seed = np.random.SeedSequence([self.seed, position.epoch, position.index]).generate_state(1, np.uint64)[0]
@@ -198,5 +198,5 @@ class PromcseDataModule(pl.LightningDataModule):
 
     def transfer_batch_to_device(self, batch: TrainBatch, device: torch.device, dataloader_idx: int) -> TrainBatch:  # noqa: ARG002
         """Return the batch on a device."""
-        scores = None if batch.scores_B is None else batch.scores_B.to(device)
-        return TrainBatch(batch.tokens.to(device, non_blocking=True), batch.views, batch.rows_B, scores)
+        scores = None if batch.scores_B is None else upload(batch.scores_B, device)
+        return TrainBatch(batch.tokens.to(device), batch.views, batch.rows_B, scores)

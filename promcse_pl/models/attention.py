@@ -177,8 +177,15 @@ def _check_arguments(module: nn.Module, query_BNTH: Tensor, mask: Tensor | None,
 
 
 def _mask(*sizes: Any, **options: Any) -> Tensor | None:  # noqa: ANN401
-    """Return transformers' boolean mask; causal masks are always materialised, `is_causal` does not count prompt slots."""
-    return cast(Tensor | None, sdpa_mask(*sizes, **{**options, "allow_is_causal_skip": False}))
+    """Return transformers' boolean mask.
+
+    Causal masks are always materialised, since `is_causal` does not count prompt slots. A mask without padding is left out on a
+    CPU only: elsewhere the CPU would wait for the device to know.
+    """
+    skips = {"allow_is_causal_skip": False}
+    if torch.device(options.get("device", "cpu")).type != "cpu":
+        skips["allow_is_bidirectional_skip"] = False
+    return cast(Tensor | None, sdpa_mask(*sizes, **{**options, **skips}))
 
 
 AttentionInterface.register(PROMPT_ATTENTION, prompt_attention)

@@ -399,15 +399,13 @@ class FrozenBackbone(nn.Module):
             position_offset: Added to every position.
             types_BT: Token types (BERT, ELECTRA); zeros if None.
             all_layers: Also return the embedding output and every layer.
-            first_token: The caller needs only the first token of the last layer, so the others need not be computed; no effect
-                if a sentence is padded on the left.
+            first_token: The caller needs only the first token of the last layer, so the others need not be computed. No sentence
+                may be padded at the start.
 
         Returns:
             Hidden states of the tokens (B, T, D), the last layer last; that one is (B, 1, D) if only the first token was
             computed. Values at padding are undefined.
         """
-        # sentences may be padded on the left, and an exported graph cannot branch on that
-        first_token = first_token and not torch.compiler.is_exporting() and bool(mask_BT[:, 0].all())
         inputs = {"input_ids": ids_BT}
         if self.family.positions != "none":
             inputs["position_ids"] = self.positions(ids_BT, mask_BT, position_offset)

@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import get_args
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from promcse_pl.config import Head, PromptKind
-from promcse_pl.data.batch import Tokens
+from promcse_pl.data.batch import Tokens, upload
 from promcse_pl.data.masking import IGNORED
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.cpu.chunks import plan_chunks, run_chunks
@@ -167,21 +168,20 @@ class PromptEncoder(nn.Module):
             Unnormalised embeddings (N, D), float32 or wider; and, if the batch has an MLM task, the hidden states of its masked
             tokens (M, D), in the row-major order of the labels.
         """
-        lengths_N = tokens.mask_NT.sum(1).cpu()
-        chunks = plan_chunks(lengths_N, chunk_tokens, chunk_sentences)
-        whole = tokens.mask_NT.shape[1]
-
-        def run(rows: Tensor, prompt: Tensor) -> tuple[Tensor, ...]:
-            return self.encode_chunk(tokens.select(rows, int(lengths_N[rows].max()) if chunk_tokens else whole), prompt)
-
+        if tokens.lengths_N is None and bool(tokens.mask_NT[:, 0].all()):
+            tokens = dataclasses.replace(tokens, lengths_N=tokens.lengths())
+        planned = plan_chunks(tokens.lengths(), chunk_tokens, chunk_sentences)
+        order_N = torch.cat(planned)
+        chunks = _split(tokens.select(order_N, tokens.mask_NT.shape[1]), planned, is_trimmed=chunk_tokens is not None)
         weights = [weight for weight in self.backbone.parameters() if weight.requires_grad]
-        found = run_chunks(run, self.prompt(), chunks, weights=weights, dropout=self.training, recompute=recompute)
+        found = run_chunks(
+            self.encode_chunk, self.prompt(), chunks, weights=weights, dropout=self.training, recompute=recompute
+        )
         pooled, hidden = [outputs[0] for outputs in found], [outputs[1] for outputs in found if len(outputs) > 1]
-        order = torch.cat(chunks)
-        embeddings_ND = _float(torch.cat(pooled))[torch.argsort(order).to(pooled[0].device)]
+        embeddings_ND = _float(torch.cat(pooled))[upload(torch.argsort(order_N), pooled[0].device)]
         if self.head is not None and (train_head or self.has_test_head):
             embeddings_ND = self.head(embeddings_ND)
-        return embeddings_ND, self._in_row_order(hidden, tokens, chunks) if hidden else None
+        return embeddings_ND, self._in_row_order(hidden, tokens, order_N) if hidden else None
 
     def encode_chunk(self, chunk: Tokens, prompt: Tensor) -> tuple[Tensor, ...]:
         """Return the pooled embeddings of a chunk before the head and, with an MLM task, the hidden states of masked tokens."""
@@ -191,7 +191,8 @@ class PromptEncoder(nn.Module):
         if chunk.mlm_ids_NT is None or chunk.mlm_labels_NT is None:
             return (pooled,)
         (states,) = self._states(chunk, chunk.mlm_ids_NT, dropped)
-        return pooled, states[chunk.mlm_labels_NT != IGNORED]
+        masked_M = (chunk.mlm_labels_NT != IGNORED).flatten().nonzero()[:, 0]  # on the CPU, as the labels
+        return pooled, states.flatten(0, 1).index_select(0, upload(masked_M, states.device))
 
     def _states(
         self,
@@ -226,18 +227,35 @@ class PromptEncoder(nn.Module):
             tokens.ids_NT,
             prompt,
             all_layers=needs_all_layers(self.pooling),
-            first_token=needs_first_token(self.pooling),
+            first_token=needs_first_token(self.pooling) and tokens.lengths_N is not None,
         )
         pooled: Tensor = self.backbone.dense(pool([_float(state) for state in states], tokens.mask_NT, self.pooling))
         return pooled
 
     @staticmethod
-    def _in_row_order(hidden: list[Tensor], tokens: Tokens, chunks: list[Tensor]) -> Tensor:
+    def _in_row_order(hidden: list[Tensor], tokens: Tokens, order_N: Tensor) -> Tensor:
         """Return the hidden states of all chunks in the row-major order of the batch's labels."""
         assert tokens.mlm_labels_NT is not None
-        counts = (tokens.mlm_labels_NT != IGNORED).sum(1).cpu()
-        row_of_hidden = torch.cat([torch.repeat_interleave(rows, counts[rows]) for rows in chunks])
-        return _float(torch.cat(hidden))[torch.argsort(row_of_hidden, stable=True).to(hidden[0].device)]
+        counts_N = (tokens.mlm_labels_NT != IGNORED).sum(1)
+        row_of_hidden = torch.repeat_interleave(order_N, counts_N[order_N])
+        return _float(torch.cat(hidden))[upload(torch.argsort(row_of_hidden, stable=True), hidden[0].device)]
+
+
+def _split(ordered: Tokens, planned: Sequence[Tensor], *, is_trimmed: bool) -> list[Tokens]:
+    """Return consecutive sentences as chunks.
+
+    Args:
+        ordered: The sentences, in the order of the planned chunks.
+        planned: Row numbers of each chunk; only their number is used.
+        is_trimmed: Whether a chunk is as long as its longest sentence, instead of as long as the batch.
+    """
+    chunks, start, lengths_N = [], 0, ordered.lengths()
+    for rows in planned:
+        part = slice(start, start + len(rows))
+        length = int(lengths_N[part].max()) if is_trimmed else ordered.mask_NT.shape[1]
+        chunks.append(ordered.select(part, length))
+        start = part.stop
+    return chunks
 
 
 def build_prompt(

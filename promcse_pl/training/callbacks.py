@@ -234,19 +234,19 @@ class History(pl.Callback):
     ) -> None:
         """Add the step to the counts; log an entry every `every` steps."""
         assert isinstance(pl_module, PromcseModule)
-        if batch.tokens.ids_NT.is_cuda:
-            torch.cuda.synchronize()
+        is_entry = trainer.global_step % self.every == 0
+        # reading the values waits for a GPU, so that the time of all steps of an entry is complete
+        metrics = {name: float(value) for name, value in pl_module.entry.items()} if is_entry else {}
         seconds = time.perf_counter() - self._start
-        mask_NT = batch.tokens.mask_NT
-        counts = [len(batch.rows_B), int(mask_NT.sum()), padded_tokens(mask_NT, self.chunk_tokens)]
+        lengths_N, longest = batch.tokens.lengths(), batch.tokens.ids_NT.shape[1]
+        counts = [len(batch.rows_B), int(lengths_N.sum()), padded_tokens(lengths_N, longest, self.chunk_tokens)]
         rows, real_tokens, padded = sum_over_ranks(torch.tensor(counts)).tolist()
         self.total_rows, self.total_seconds = self.total_rows + rows, self.total_seconds + seconds
         self.rows, self._seconds = self.rows + rows, self._seconds + seconds
         self.real_tokens, self.padded_tokens = self.real_tokens + real_tokens, self.padded_tokens + padded
-        if trainer.global_step % self.every:
+        if not is_entry:
             return
-        metrics = {
-            **{name: float(value) for name, value in pl_module.entry.items()},
+        metrics |= {
             "train/lr": self._lr,
             "speed/rows_per_second": self.rows / self._seconds,
             "speed/tokens_per_second": self.real_tokens / self._seconds,

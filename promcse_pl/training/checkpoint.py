@@ -267,7 +267,9 @@ class Saver(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: TrainBatch, batch_idx: int
     ) -> None:
-        """Keep the batch, to write it to disk if its loss is not finite."""
+        """Keep the batch, to write it to disk if its loss is not finite; a GPU may report that of the last one here."""
+        assert isinstance(pl_module, PromcseModule)
+        pl_module.finite.wait()
         self._batch = batch
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any) -> None:
@@ -276,6 +278,7 @@ class Saver(pl.Callback):
         step, steps, every = trainer.global_step, pl_module.total_steps, self.run.config.trainer.save_every
         signum = max(sum_over_ranks(self._received(trainer)).tolist())
         if signum or step >= steps or trainer.should_stop or (every and step % every == 0):
+            pl_module.finite.wait()
             trainer.save_checkpoint(self.run.folder / CHECKPOINTS / f"step-{step}")
             if trainer.is_global_zero:
                 write_status(self.run.folder, self.run.status.at(step, steps))

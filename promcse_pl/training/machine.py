@@ -148,7 +148,7 @@ def _kept_bytes(encoder: PromptEncoder, sentences: int, length: int) -> int:
 
     device = encoder.backbone.device
     token_id = min(5, len(encoder.backbone.word_embeddings) - 1)
-    ids_NT = torch.full((sentences, length), token_id, device=device)
+    ids_NT, lengths_N = torch.full((sentences, length), token_id, device=device), torch.full((sentences,), length)
     training = encoder.training
     with (
         torch.random.fork_rng(devices=[]),
@@ -156,7 +156,7 @@ def _kept_bytes(encoder: PromptEncoder, sentences: int, length: int) -> int:
         torch.autograd.graph.saved_tensors_hooks(record, record),
     ):
         encoder.train()
-        kept = encoder.encode_chunk(Tokens(ids_NT, torch.ones_like(ids_NT)), encoder.prompt())
+        kept = encoder.encode_chunk(Tokens(ids_NT, torch.ones_like(ids_NT), lengths_N=lengths_N), encoder.prompt())
     encoder.train(training)
     del kept
     return sum(sizes.values())

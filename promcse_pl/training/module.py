@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from promcse_pl.config import LossConfig, OptimConfig
-from promcse_pl.data.batch import TrainBatch
+from promcse_pl.data.batch import TrainBatch, upload
 from promcse_pl.data.masking import IGNORED
 from promcse_pl.losses.guide import candidate_cosines
 from promcse_pl.losses.hybrid import LossParts, hybrid_loss, mlm_loss, mlm_weight_at
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.mlm import MlmHead
+from promcse_pl.training.finite import FiniteCheck
 from promcse_pl.training.gather import average_gradients, gather_rows, scaled_gradient, sum_over_ranks, world_size
 from promcse_pl.training.guide import Guide
 from promcse_pl.training.optimizer import build_optimizer, learning_rate_factor
-from promcse_pl.utils.errors import NonFiniteError
 
 
 class PromcseModule(pl.LightningModule):
@@ -54,7 +54,7 @@ class PromcseModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.encoder, self.mlm_head, self.official_gradient = encoder, mlm_head, official_gradient
-        self.guide = guide
+        self.guide, self.finite = guide, FiniteCheck()
         self.loss, self.optim, self.total_steps = loss, optim, total_steps
         self.chunk_tokens, self.recompute = chunk_tokens, recompute
         self.entry: dict[str, Tensor] = {}
@@ -101,11 +101,11 @@ class PromcseModule(pl.LightningModule):
         if self.mlm_head is None or hidden_MD is None or labels_NT is None:
             return None
         weight = mlm_weight_at(self.global_step, self.loss.mlm_weight)
-        labels_M = labels_NT[labels_NT != IGNORED]
+        labels_M = upload(labels_NT[labels_NT != IGNORED], hidden_MD.device)
         loss = mlm_loss(self.mlm_head(hidden_MD), labels_M)
         if self.official_gradient or world_size() == 1:
             return weight * loss
-        fraction = len(labels_M) / sum_over_ranks(loss.new_tensor(float(len(labels_M)))).clamp(min=1)
+        fraction = len(labels_M) / sum_over_ranks(loss.new_full((), float(len(labels_M)))).clamp(min=1)
         loss = loss * fraction
         # the value over all ranks, the gradient of this rank
         return weight * (loss + (sum_over_ranks(loss) - loss).detach())
@@ -115,15 +115,15 @@ class PromcseModule(pl.LightningModule):
         self.train()
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
-        """Return the total loss; raise NonFiniteError, before any update, if it is not finite."""
+        """Return the total loss; see `FiniteCheck` for a loss that is not finite."""
         parts = self.losses(batch)
         named = {name: part.detach() for name, part in parts.named().items()}
-        if not bool(torch.isfinite(parts.total)):
-            values = ", ".join(f"{name} {float(part):g}" for name, part in named.items())
-            raise NonFiniteError(
-                f"the loss of step {self.global_step + 1} (batch {batch_idx} of epoch {self.current_epoch}, training rows "
-                f"{batch.rows_B[:4].tolist()}...) is not finite: {values}. {self._remedy()}"
-            )
+        self.finite.check_losses(
+            named,
+            step=f"step {self.global_step + 1}",
+            rows=f"batch {batch_idx} of epoch {self.current_epoch}, training rows {batch.rows_B[:4].tolist()}...",
+            remedy=self._remedy(),
+        )
         self.entry = {f"train/{name}": part for name, part in named.items()}
         self.log_dict(named, prog_bar=True, logger=False, batch_size=len(batch.rows_B))
         return parts.total
@@ -140,12 +140,11 @@ class PromcseModule(pl.LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: ARG002
-        """Record the global gradient norm before clipping; raise NonFiniteError if it is not finite."""
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Record and check the global gradient norm before clipping."""
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        if not bool(torch.isfinite(norm)):
-            raise NonFiniteError(f"the gradient of step {self.global_step + 1} is not finite. {self._remedy()}")
+        self.finite.check_gradient(norm, optimizer)
         self.entry["train/gradient_norm"] = norm
 
     def _remedy(self) -> str:

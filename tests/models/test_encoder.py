@@ -247,8 +247,8 @@ def test_no_budget_is_one_chunk_in_the_given_order():
 
 def test_padded_tokens_counts_rows_times_longest_of_each_chunk():
     tokens = small_tokens([9, 4, 12, 5])
-    assert padded_tokens(tokens.mask_NT, None) == 48
-    assert padded_tokens(tokens.mask_NT, 24) == 12 * 2 + 5 * 2
+    assert padded_tokens(tokens.lengths(), tokens.ids_NT.shape[1], None) == 48
+    assert padded_tokens(tokens.lengths(), tokens.ids_NT.shape[1], 24) == 12 * 2 + 5 * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])

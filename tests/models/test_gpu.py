@@ -42,6 +42,20 @@ def test_loss_and_gradient_are_those_of_the_cpu(family, recompute):
         assert (gradient_gpu - gradient).norm() <= bound * gradient.norm()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_training_step_does_not_wait_for_the_gpu(family):
+    encoder = PromptEncoder(small_backbone(family), length=4, pooling="avg").to(GPU).train()
+    tokens = small_tokens(LENGTHS, encoder.backbone.pad_id)
+    tokens.lengths_N = torch.tensor(LENGTHS)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        vectors, _ = encoder(tokens.pin_memory().to(GPU), train_head=True, chunk_tokens=20)
+        loss = hybrid_loss(*vectors.view(3, 3, -1), LossConfig(temperature=0.5, margin=0.2, hinge_weight=10.0)).total
+        loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_recomputed_chunks_drop_the_same_and_leave_the_generator_as_it_was():
     encoder = PromptEncoder(small_backbone(), length=4, pooling="avg", dropout=0.3).double().to(GPU).train()
     found = []
@@ -69,7 +83,7 @@ def test_a_pinned_batch_is_the_batch():
     tokens = small_tokens(LENGTHS)
     pinned = TrainBatch(tokens, 3, torch.arange(3)).pin_memory()
     assert pinned.tokens.ids_NT.is_pinned()
-    assert torch.equal(pinned.tokens.ids_NT.to(GPU, non_blocking=True).cpu(), tokens.ids_NT)
+    assert torch.equal(pinned.tokens.to(GPU).ids_NT.cpu(), tokens.ids_NT)
 
 
 def test_activation_bytes_of_one_sentence_are_measured():

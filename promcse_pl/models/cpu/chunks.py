@@ -23,8 +23,8 @@ from promcse_pl.models.cpu.dropout import seeded_dropout
 
 Result = TypeVar("Result")
 Outputs = tuple[Tensor, ...]
-Run = Callable[[Tensor, Tensor], Outputs]
-"""Function of the row numbers of a chunk and the prompt (`Prompt.forward`) that returns the chunk's outputs."""
+Run = Callable[[Any, Tensor], Outputs]
+"""Function of a chunk's inputs and the prompt (`Prompt.forward`) that returns the chunk's outputs."""
 Gradients = tuple[Tensor | None, ...]
 
 
@@ -55,11 +55,16 @@ def plan_chunks(lengths_N: Tensor, budget: int | None, most_rows: int | None = N
     return chunks
 
 
-def padded_tokens(mask_NT: Tensor, budget: int | None) -> int:
-    """Return the number of tokens, padding included, of a batch in chunks."""
+def padded_tokens(lengths_N: Tensor, longest: int, budget: int | None) -> int:
+    """Return the number of tokens, padding included, of a batch in chunks.
+
+    Args:
+        lengths_N: Number of tokens of each sentence.
+        longest: T of the batch, which is the length of a single chunk.
+        budget: See `plan_chunks`.
+    """
     if budget is None:
-        return mask_NT.numel()
-    lengths_N = mask_NT.sum(1)
+        return len(lengths_N) * longest
     return sum(len(rows) * int(lengths_N[rows].max()) for rows in plan_chunks(lengths_N, budget))
 
 
@@ -67,7 +72,7 @@ def padded_tokens(mask_NT: Tensor, budget: int | None) -> int:
 def run_chunks(
     run: Run,
     prompt_kv: Tensor,
-    chunks: Sequence[Tensor],
+    chunks: Sequence[Any],
     *,
     weights: Sequence[Tensor] = (),
     dropout: bool = False,
@@ -78,14 +83,14 @@ def run_chunks(
     Args:
         run: See `Run`. On a CPU, several threads call it.
         prompt_kv: The prompt's keys and values, or its vectors in front of the input embeddings.
-        chunks: Row numbers of each chunk.
+        chunks: The inputs of each chunk.
         weights: The other tensors that `run` reads and that require a gradient. Their gradients are summed in the order of the
             chunks, and only those of a few chunks are in memory.
         dropout: Whether `run` draws dropout masks; a chunk's masks depend on its position, not on threads.
         recompute: Compute each chunk's activations again in the backward pass instead of keeping them: 1.5x the computation.
     """
     seeds = torch.randint(2**62, (len(chunks),)).tolist() if dropout else [None] * len(chunks)
-    work = [_Chunk(run, rows, seed) for rows, seed in zip(chunks, seeds, strict=True)]
+    work = [_Chunk(run, inputs, seed) for inputs, seed in zip(chunks, seeds, strict=True)]
     trains_prompt = prompt_kv.requires_grad and prompt_kv.numel() > 0
     if not (torch.is_grad_enabled() and (trains_prompt or weights)):
         return _map(lambda chunk: chunk.forward(prompt_kv), work, prompt_kv.device)
@@ -98,13 +103,13 @@ class _Chunk:
 
     outputs = 0
 
-    def __init__(self, run: Run, rows: Tensor, seed: int | None) -> None:
-        self.run, self.rows, self.seed = run, rows, seed
+    def __init__(self, run: Run, inputs: Any, seed: int | None) -> None:  # noqa: ANN401
+        self.run, self.inputs, self.seed = run, inputs, seed
         self._graph: tuple[Tensor, Outputs] | None = None
 
     def forward(self, prompt_kv: Tensor) -> Outputs:
         with seeded_dropout(self.seed, prompt_kv.device):
-            return self.run(self.rows, prompt_kv)
+            return self.run(self.inputs, prompt_kv)
 
     def forward_with_graph(self, prompt_kv: Tensor) -> Outputs:
         leaf = prompt_kv.detach().requires_grad_()

@@ -31,7 +31,7 @@ def seeded_dropout(seed: int | None, device: torch.device) -> Iterator[None]:
         seed: Seed of the stream; None: no effect.
         device: Device on which the masks are drawn.
     """
-    if seed is None:
+    if seed is None or device.type == "meta":  # meta tensors have no values
         yield
     elif device.type == "cpu":
         before, _of_thread.stream = getattr(_of_thread, "stream", None), np.random.SFC64(seed)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from promcse_pl.models.attention import additive_mask, attend, prepend_prompt
+from promcse_pl.models.attention import PROMPT_ATTENTION, additive_mask, attend, prepend_prompt
 from promcse_pl.models.cpu.layers import DenseNorm, FusedLayers, LayerParts
 from promcse_pl.models.families.family import COMMON_FIELDS, Family
 
@@ -54,6 +54,8 @@ class PromptSelfAttention(nn.Module):
 def _replace_attention(model: Any) -> None:  # noqa: ANN401
     for number, layer in enumerate(model.encoder.layer):
         layer.attention.attn = PromptSelfAttention(layer.attention.attn, number)
+    # selects the mask function; the public setter refuses models without the attention interface
+    model.config._attn_implementation = PROMPT_ATTENTION
 
 
 def _parts(layer: Any) -> LayerParts:  # noqa: ANN401
