@@ -157,7 +157,7 @@ def build_report(tracked: TrackedSweep, project: str, entity: str, *, is_online:
         project=project,
         entity=entity,
         title=report_title(tracked.sweep),
-        description=f"{len(tracked.sweep.runs)} jobs, written by promcse dashboard",
+        description=f"{_jobs(tracked.sweep.runs)}, written by promcse dashboard",
         blocks=blocks,
     )
 
@@ -199,12 +199,13 @@ def _summary(sweep: Sweep, grouped: Sequence[Row], best: Best | None) -> list[st
         for run in runs
     ]
     facts = sweep_facts(dataclasses.replace(sweep, runs=public), tests=False)
+    setup = "; ".join(f"{name}: {text}" for name, text in facts if name != "versions")
     states = ", ".join(f"{count} {state}" for state, count in Counter(run.state for run in runs).items())
     scored = sum(row.rank is not None for row in grouped)
     return [
         f"Varied: {'; '.join(_levels_text(runs, name) for name in varied_settings(runs)) or 'nothing'}.",
-        f"Setup: {visible('; '.join(f'{name}: {text}' for name, text in facts if name != 'versions'))}.",
-        f"{len(runs)} jobs: {states}.",
+        *([f"Setup: {visible(setup)}."] if setup else []),
+        f"{_jobs(runs)}: {states}.",
         *([_best_text(best, runs)] if best else []),
         *(
             [f"Best of {scored} settings on the dev set: the score is optimistic, a test set gives an unbiased one."]
@@ -213,6 +214,10 @@ def _summary(sweep: Sweep, grouped: Sequence[Row], best: Best | None) -> list[st
         ),
         f"Not compared: {_not_compared(runs, grouped)}.",
     ]
+
+
+def _jobs(runs: Sequence[Run]) -> str:
+    return "1 job" if len(runs) == 1 else f"{len(runs)} jobs"
 
 
 def _levels_text(runs: Sequence[Run], name: str) -> str:
@@ -270,7 +275,7 @@ def _not_compared(runs: Sequence[Run], grouped: Sequence[Row]) -> str:
 
 def _best_adapter(sweep: Sweep, best: Best, project: str, entity: str) -> Section:
     """Return where the best adapter is and how to load it."""
-    local = f"{sweep.folder.resolve().name}/{best.run.name}"
+    local = visible(f"{sweep.folder.resolve().name}/{best.run.name}")
     source = local
     code: list[tuple[str | None, str]] = []
     text = f"On the machine of the sweep: {local}/adapter."
@@ -280,7 +285,7 @@ def _best_adapter(sweep: Sweep, best: Best, project: str, entity: str) -> Sectio
         text = f"W&B artifact {path}. {text}"
         code.append((None, f"wandb artifact get {path} --root {source}"))
     code.append(("python", f'from promcse_pl import PromCSE\n\nmodel = PromCSE.from_pretrained("{source}")'))
-    return Section("Best adapter", [visible(text)], code=code)
+    return Section("Best adapter", [text], code=code)
 
 
 def _effects(sweep: Sweep, grouped: Sequence[Row], best: Best) -> Section:

@@ -19,6 +19,7 @@ from support.wandb_server import serving
 
 from promcse_pl.cli.main import main
 from promcse_pl.run_folder import RESULTS, read_status, write_status
+from promcse_pl.sweeps import wandb_report
 from promcse_pl.sweeps.collect import read_sweep
 from promcse_pl.sweeps.ranking import rank
 from promcse_pl.sweeps.wandb_report import SHADES, heat_map
@@ -234,6 +235,15 @@ def test_no_error_message_and_no_folder_is_sent(sweep, tmp_path):
     blocks = preview(folder, tmp_path)
     assert "data.train (0.csv, 1.csv)" in texts(blocks)[1]
     assert "dev set: dev.tsv" in texts(blocks)[2]
+
+
+def test_long_tables_and_lists_of_values_are_cut_and_say_so(sweep, tmp_path, monkeypatch):
+    monkeypatch.setattr(wandb_report, "MAX_ROWS", 5)
+    monkeypatch.setattr(wandb_report, "MAX_LEVELS", 2)
+    blocks = preview(sweep, tmp_path)
+    assert [len(table) - 1 for table in tables(blocks)[1:]] == [5, 5]
+    assert "The first 5 of 12 rows; promcse report shows all." in texts(blocks)
+    assert "Varied: loss.temperature (3 values, 0.03 to 0.1); loss.margin (0.1, 0.2); seed (1, 2)." in texts(blocks)
 
 
 def test_a_heat_map_is_a_slice_through_the_best_settings(tmp_path):
