@@ -176,8 +176,11 @@ def save_view(target: str, *arguments: str | None) -> str:
         lines = [
             line for line in done.stderr.splitlines() if line and not line[0].isspace()
         ]  # without indented details
-        reason = lines[-1] if lines else "no reason given"
-        raise ConfigError(f"W&B did not save the view: {reason}. Try: wandb login, or another --project or --entity")
+        reason = lines[-1].rstrip(".") if lines else "no reason given"
+        raise ConfigError(
+            f"W&B did not save the view: {reason}. "
+            "Try: wandb login, or another --project or --entity; WANDB_BASE_URL names the server"
+        )
     return done.stdout.strip().splitlines()[-1]
 
 
