@@ -106,15 +106,19 @@ class Sweep:
     warnings: list[str]
 
 
-def read_sweep(folder: str | Path) -> Sweep:
+def read_sweep(folder: str | Path, command: str = "promcse report") -> Sweep:
     """Read the folder of a sweep, or any folder with runs below it.
+
+    Args:
+        folder: The folder.
+        command: Command that error messages suggest.
 
     Raises:
         DataError: The folder does not exist or contains no run.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder. Try: promcse report multirun/DATE/TIME")
+        raise DataError(f"{folder} is not a folder. Try: {command} multirun/DATE/TIME")
     plan, warnings = None, []
     if (folder / PLAN).exists():
         try:
@@ -126,7 +130,7 @@ def read_sweep(folder: str | Path) -> Sweep:
         runs = [_read_run(folder, name, None) for name in _find_runs(folder)]
     if not runs:
         raise DataError(
-            f"{folder} holds no run: no {CONFIG} or {START} in it or below. Try: promcse report multirun/DATE/TIME"
+            f"{folder} holds no run: no {CONFIG} or {START} in it or below. Try: {command} multirun/DATE/TIME"
         )
     return Sweep(folder, runs, plan is not None, warnings)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
@@ -41,20 +41,32 @@ def write_html(sweep: Sweep, *, tests: bool) -> Path:
     path = sweep.folder / REPORT
     if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
         raise ConfigError(f"{path} exists and is not a report of promcse report. Move it to another folder")
-    import jinja2
     from plotly.offline import get_plotlyjs
 
-    folder = files("promcse_pl.sweeps") / "page"
-    template, style, script = (
-        (folder / name).read_text(encoding="utf-8") for name in ("page.html", "style.css", "page.js")
-    )
+    content = page_content(sweep, tests=tests)
+    write_text(path, render("page.html", content, script=_page_file("page.js"), plotly=get_plotlyjs()))
+    return path
+
+
+def render(template: str, content: Mapping[str, Any], **code: str) -> str:
+    """Return a page of the folder `page` with its style sheet; the home folder is written as ~.
+
+    Args:
+        template: File name of the Jinja template.
+        content: Variables that may contain any text.
+        code: Scripts of this package or of libraries.
+    """
+    import jinja2
+
     # autoescape: names, values and messages of runs may contain markup
     pages = jinja2.Environment(autoescape=True, finalize=lambda value: "" if value is None else value)
     pages.policies["json.dumps_kwargs"] = {"sort_keys": False}  # keep the order of metrics
-    content = hide_home(page_content(sweep, tests=tests))
-    text = pages.from_string(template).render(content, style=style, script=script, plotly=get_plotlyjs())
-    write_text(path, text.encode("utf-8", "backslashreplace").decode("utf-8"))  # file names may hold lone surrogates
-    return path
+    text = pages.from_string(_page_file(template)).render(hide_home(content), style=_page_file("style.css"), **code)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")  # file names may hold lone surrogates
+
+
+def _page_file(name: str) -> str:
+    return (files("promcse_pl.sweeps") / "page" / name).read_text(encoding="utf-8")
 
 
 def page_content(sweep: Sweep, *, tests: bool) -> dict[str, Any]:
@@ -64,17 +76,17 @@ def page_content(sweep: Sweep, *, tests: bool) -> dict[str, Any]:
     names, tasks = varied_settings(runs), tested_tasks(runs) if tests else []
     curves = sum(len(_curves(run)) for run in runs)
     most = max(MIN_CURVE, min(MAX_CURVE, MAX_POINTS // max(1, curves)))
-    levels = [_levels(runs, name) for name in names]
+    levels = [levels_of(runs, name) for name in names]
     return {
-        "title": f"Sweep {_sweep_name(sweep)}" + (f": {', '.join(names)}" if names else ""),
+        "title": f"Sweep {sweep_name(sweep)}" + (f": {', '.join(names)}" if names else ""),
         "version": __version__,
-        "facts": _facts(sweep, tests=tests),
+        "facts": sweep_facts(sweep, tests=tests),
         "notes": notes(sweep, grouped, tests=tests),
         "commands": commands(sweep),
         "columns": ["#", "dev", "n", "run", *names, *tasks, "time", "status"],
         "filters": [*zip(names, levels, strict=True), ("status", [*dict.fromkeys(run.state for run in runs)])],
-        "grouped": _rows(grouped, runs, names, tasks) if len(grouped) < len(single) else [],
-        "single": _rows(single, runs, names, tasks),
+        "grouped": table_rows(grouped, runs, names, tasks) if len(grouped) < len(single) else [],
+        "single": table_rows(single, runs, names, tasks),
         "failures": [
             {"name": run.name, "state": run.state, "messages": messages, "log": str(run.folder / LOG)}
             for run, messages in failures(runs)
@@ -96,14 +108,14 @@ def page_content(sweep: Sweep, *, tests: bool) -> dict[str, Any]:
     }
 
 
-def _sweep_name(sweep: Sweep) -> str:
+def sweep_name(sweep: Sweep) -> str:
     """Return the folder's name, with the date in front if the folder is DATE/TIME."""
     folder = sweep.folder.resolve()
     is_dated = re.fullmatch(r"\d{4}-\d\d-\d\d", folder.parent.name)
     return f"{folder.parent.name}/{folder.name}" if is_dated else folder.name
 
 
-def _facts(sweep: Sweep, *, tests: bool) -> list[tuple[str, str]]:
+def sweep_facts(sweep: Sweep, *, tests: bool) -> list[tuple[str, str]]:
     """Return (name, text) pairs on the data, encoder and versions of the runs; unknown facts are left out."""
     runs = sweep.runs
     baseline = {
@@ -132,13 +144,13 @@ def _date(seconds: Iterable[float | None]) -> str:
         return ""
 
 
-def _levels(runs: Sequence[Run], name: str) -> list[str]:
+def levels_of(runs: Sequence[Run], name: str) -> list[str]:
     """Return the distinct values of a setting: numbers by value, then other values by text."""
     values = {setting_text(run.settings[name]): run.settings[name] for run in runs if name in run.settings}
     return sorted(values, key=lambda text: (0, values[text], "") if is_number(values[text]) else (1, 0, text))
 
 
-def _rows(
+def table_rows(
     ranked: Sequence[Row], runs: Sequence[Run], names: Sequence[str], tasks: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Return the rows of the table; a cell is a text and the value to sort by."""

@@ -38,7 +38,7 @@ def publish_sweep(folder: Path) -> str | None:
         runs = read_sweep(folder).runs
     except DataError:  # no job has started
         return None
-    started = [(run, config) for run in runs if run.started is not None and (config := _config(run))]
+    started = [(run, config) for run in runs if run.started is not None and (config := submitted_config(run))]
     ids = [run.wandb_id for run, _ in started if run.wandb_id]
     if not ids:
         return None
@@ -60,12 +60,12 @@ def publish_sweep(folder: Path) -> str | None:
         if resolve_mode(tracking.wandb) == "disabled":
             return None
     except ConfigError:  # an invalid WANDB_MODE has already failed the jobs
-        return _sync_command(folder)
+        return sync_command(folder)
     about = {"job_type": "sweep", "name": name, "config": {"varying": ", ".join(varied)}}
     if run := open_run(tracking, folder, _run_id(folder, ids[0]), **about):
         table = {"columns": [*columns], "data": [list(row) for row in zip(*columns.values(), strict=True)]}
         run.finish(summary=summary, tables={"jobs": table}, artifacts=artifacts, quiet=True)
-    return _sync_command(folder)
+    return sync_command(folder)
 
 
 def _summarise(
@@ -88,7 +88,7 @@ def _summarise(
     return summary, [{"name": artifact, "path": str(path), "metadata": summary, "aliases": ["best"]}]
 
 
-def _config(run: Run) -> Config | None:
+def submitted_config(run: Run) -> Config | None:
     """Return the config of a run as it was submitted, before `auto` was resolved; None if it cannot be read."""
     start = run.folder / START
     try:
@@ -125,7 +125,8 @@ def _run_id(folder: Path, first: str) -> str:
     return run_id
 
 
-def _sync_command(folder: Path) -> str | None:
+def sync_command(folder: Path) -> str | None:
+    """Return the command that uploads all offline runs of a sweep; None if there are none."""
     patterns = [pattern for pattern in ("*/wandb", "wandb") if any(folder.glob(f"{pattern}/offline-run-*"))]
     if not patterns:
         return None

@@ -1,4 +1,7 @@
-"""The saved view of a W&B project: training, dev scores, sweeps, final scores, speed. Requires the extra `dashboard`."""
+"""The saved view of a W&B project: training, dev scores, sweeps, final scores, speed. Requires the extra `dashboard`.
+
+`save_view`, `save_and_print` and `sent_json` are also used by the report of a sweep.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from promcse_pl.run_folder import DEV_METRICS
@@ -14,11 +17,12 @@ from promcse_pl.utils.errors import ConfigError
 from promcse_pl.utils.interpreter import python_command
 
 SAVE_SECONDS = 60
-"""Time limit for saving the view."""
+"""Time limit for saving a view."""
 NO_KEY = 3
-"""Exit code of the process that saves the view if W&B finds no key."""
-NAME = "PromCSE"
-COLORS = (("#440154", 0), ("#21918c", 50), ("#fde725", 100))
+"""Exit code of the process that saves a view if W&B finds no key."""
+NAME, PROJECT = "PromCSE", "promcse"
+"""Name of the view, and the default project."""
+_COLORS = (("#440154", 0), ("#21918c", 50), ("#fde725", 100))
 """Viridis from the worst to the best score: readable in greyscale and with colour blindness."""
 _DEV = {f"{text} x 100": key for key, text in DEV_METRICS.items()}
 """Title of each metric of dev sets, and its name in keys; a run has one of them."""
@@ -58,8 +62,7 @@ def build_workspace(entity: str, project: str) -> Any:  # noqa: ANN401  (a wandb
     import wandb_workspaces.workspaces as views
 
     sections = {
-        section: [panels.LinePlot(title=title, x="step", y=[metric]) for title, metric in curves.items()]
-        for section, curves in CURVES.items()
+        section: [line_plot(title, metric) for title, metric in curves.items()] for section, curves in CURVES.items()
     }
     sections["Sweep"] = [
         *(panel for title, key in _DEV.items() for panel in _sweep_panels(title, f"dev/{key}")),
@@ -93,19 +96,41 @@ def _sweep_panels(title: str, metric: str) -> list[Any]:
         panels.Config(key)
         for key in ("loss.temperature", "loss.margin", "loss.hinge_weight", "prompt.length", "optim.lr")
     )
-    gradient = [panels.GradientPoint(color=color, offset=offset) for color, offset in COLORS]
     columns = [
         panels.ParallelCoordinatesPlotColumn(metric=column)
         for column in (temperature, margin, hinge_weight, length, lr, dev)
     ]
     return [
         panels.ScatterPlot(
-            title=f"temperature x margin, colour: dev {title}", x=temperature, y=margin, z=dev, gradient=gradient
+            title=f"temperature x margin, colour: dev {title}", x=temperature, y=margin, z=dev, gradient=gradient()
         ),
         panels.ScatterPlot(title=f"prompt length, dev {title}", x=length, y=dev, running_ymean=True),
-        panels.ParallelCoordinatesPlot(title=f"settings to dev {title}", columns=columns, gradient=gradient),
+        panels.ParallelCoordinatesPlot(title=f"settings to dev {title}", columns=columns, gradient=gradient()),
         panels.ParameterImportancePlot(with_respect_to=metric),
     ]
+
+
+def line_plot(title: str, metric: str) -> Any:  # noqa: ANN401  (a LinePlot)
+    """Return the panel of a metric by optimiser step."""
+    import wandb_workspaces.reports.v2 as panels
+
+    return panels.LinePlot(title=title, x="step", y=[metric])
+
+
+def gradient() -> list[Any]:
+    """Return the colours of scores in scatter plots and parallel coordinates."""
+    import wandb_workspaces.reports.v2 as panels
+
+    return [panels.GradientPoint(color=color, offset=offset) for color, offset in _COLORS]
+
+
+def sent_json(view: Any) -> str:  # noqa: ANN401  (a wandb_workspaces Workspace or Report)
+    """Return a view as the JSON that its `save` sends; the server adds the ids.
+
+    wandb-workspaces has no public function for it.
+    """
+    sent = json.loads(view._to_model().model_dump_json(by_alias=True, exclude_none=True))
+    return json.dumps(sent, indent=2) + "\n"
 
 
 def save_dashboard(project: str, entity: str | None) -> str:
@@ -118,10 +143,28 @@ def save_dashboard(project: str, entity: str | None) -> str:
     Raises:
         ConfigError: The extra or the key is missing, or the server does not save the view within the time limit.
     """
+    return save_view("promcse_pl.tracking.dashboard:main", project, entity)
+
+
+def require_extra() -> None:
+    """Raise ConfigError if wandb-workspaces is not installed."""
     if importlib.util.find_spec("wandb_workspaces") is None:
         raise ConfigError("promcse dashboard needs wandb-workspaces. Try: pip install 'promcse_pl[dashboard]'")
-    command = python_command("promcse_pl.tracking.dashboard:main", json.dumps([project, entity]))
-    try:  # in a process, since saving has no time limit in wandb-workspaces
+
+
+def save_view(target: str, *arguments: str | None) -> str:
+    """Save a view in a process with a time limit, which wandb-workspaces does not have; return its URL.
+
+    Args:
+        target: "module:function" that takes the arguments as a JSON list and returns `save_and_print(...)`.
+        arguments: Arguments of the function.
+
+    Raises:
+        ConfigError: The extra or the key is missing, or the server does not save the view within the time limit.
+    """
+    require_extra()
+    command = python_command(target, json.dumps(arguments))
+    try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SAVE_SECONDS)
     except subprocess.TimeoutExpired:
         raise ConfigError(
@@ -130,21 +173,37 @@ def save_dashboard(project: str, entity: str | None) -> str:
     if done.returncode == NO_KEY:
         raise ConfigError("promcse dashboard needs a W&B key. Try: wandb login")
     if done.returncode:
-        reason = done.stderr.strip().splitlines()[-1:] or ["no reason given"]
-        raise ConfigError(f"W&B did not save the view: {reason[0]}. Try: wandb login, or another --project or --entity")
+        lines = [
+            line for line in done.stderr.splitlines() if line and not line[0].isspace()
+        ]  # without indented details
+        reason = lines[-1].rstrip(".") if lines else "no reason given"
+        raise ConfigError(
+            f"W&B did not save the view: {reason}. "
+            "Try: wandb login, or another --project or --entity; WANDB_BASE_URL names the server"
+        )
     return done.stdout.strip().splitlines()[-1]
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Save the view of a project and entity (a JSON list as the only argument) and print its URL; return 0 or `NO_KEY`."""
+def save_and_print(entity: str | None, build: Callable[[str], Any]) -> int:
+    """Save a view and print its URL; return 0, or `NO_KEY`.
+
+    Args:
+        entity: W&B user or team; None: the account's default.
+        build: Returns the Workspace or Report of an entity.
+    """
     import wandb
 
-    project, entity = json.loads(arguments[0])
     try:
         api = wandb.Api(timeout=SAVE_SECONDS // 3)
     except wandb.errors.UsageError:
         return NO_KEY
-    workspace = build_workspace(entity or api.default_entity, project)
-    workspace.save()
-    sys.stdout.write(f"{workspace.url}\n")
+    view = build(entity or api.default_entity)
+    view.save()
+    sys.stdout.write(f"{view.url}\n")
     return 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Save the view of a project and entity (a JSON list as the only argument) and print its URL; return 0 or `NO_KEY`."""
+    project, entity = json.loads(arguments[0])
+    return save_and_print(entity, lambda entity: build_workspace(entity, project))

@@ -93,7 +93,9 @@ def start_wandb(config: Config, folder: Path, run_id: str) -> WandbRun | None:
 
 def sent_settings(config: Config) -> dict[str, Any]:
     """Return the settings that are sent to W&B: all but tracking and folders, and of a path its last part."""
-    settings: dict[str, Any] = _public({name: part for name, part in config.to_dict().items() if name != "tracking"})
+    settings: dict[str, Any] = hide_folders(
+        {name: part for name, part in config.to_dict().items() if name != "tracking"}
+    )
     for private in ("dir", "cache_dir"):
         del settings["data"][private]
     return settings
@@ -117,12 +119,12 @@ def open_run(tracking: TrackingConfig, folder: Path, run_id: str, **run: Any) ->
     return WandbRun({"id": run_id, **options}, folder.absolute(), mode)
 
 
-def _public(value: Any) -> Any:  # noqa: ANN401  (a tree of settings)
+def hide_folders(value: Any) -> Any:  # noqa: ANN401  (a tree of settings)
     """Return settings in which every path is replaced by its last part."""
     if isinstance(value, Mapping):
-        return {name: _public(part) for name, part in value.items()}
+        return {name: hide_folders(part) for name, part in value.items()}
     if isinstance(value, list):
-        return [_public(part) for part in value]
+        return [hide_folders(part) for part in value]
     if not isinstance(value, str):
         return value
     # an override names several values: data.train=FILE,loss.margin=0.2
@@ -134,7 +136,7 @@ def _public(value: Any) -> Any:  # noqa: ANN401  (a tree of settings)
 
 def short(text: str, max_length: int) -> str:
     """Return a name or tag for W&B: of a path its last part, cut to a number of characters."""
-    text = _public(text)
+    text = hide_folders(text)
     return text if len(text) <= max_length else text[: max_length - 1] + "…"
 
 

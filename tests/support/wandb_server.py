@@ -16,6 +16,7 @@ class Server(ThreadingHTTPServer):
     Attributes:
         runs: Id -> the run's fields as they were last sent, `history` (lines by position), `summary` and `complete`.
         uploads: Addresses that files were put to.
+        views: Saved workspaces and reports: the variables of the request, `spec` as text.
         sweep: Content of the YAML file of a W&B sweep; an agent that asks for it gets its trials.
         trials: Trials that no agent has started yet: the id of the run, and its parameters.
         hangs: Set: nothing is answered any more.
@@ -27,6 +28,7 @@ class Server(ThreadingHTTPServer):
         self.runs: dict[str, dict[str, Any]] = {}
         self.operations: list[tuple[str, dict[str, Any]]] = []
         self.uploads: list[str] = []
+        self.views: list[dict[str, Any]] = []
         self.sweep = ""
         self.trials: list[tuple[str, dict[str, Any]]] = []
         self.hangs = threading.Event()
@@ -76,7 +78,7 @@ class Server(ThreadingHTTPServer):
                 "wandbConfig": '{"t": 1}',
             }
             return {"model": {"id": "p", "name": "p", "entity": {"id": "e", "name": "someone"}, "bucket": bucket}}
-        if operation in ("Viewer", "DefaultEntity"):
+        if operation in ("Viewer", "DefaultEntity", "GetDefaultEntity"):
             return {
                 "viewer": {"id": "u", "entity": "someone", "username": "someone", "flags": "{}", "teams": {"edges": []}}
             }
@@ -85,6 +87,17 @@ class Server(ThreadingHTTPServer):
             return {"createRunFiles": {"runID": "node", "uploadHeaders": [], "files": files}}
         if operation == "ArtifactType":
             return {"project": {"artifact": None}}
+        if operation == "ProjectInternalId":
+            return {"project": {"id": "p", "internalId": "12"}}
+        if operation == "GetProjects":
+            return {
+                "models": {"edges": [], "pageInfo": {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}}
+            }
+        if operation in ("UpsertView2", "upsertView"):
+            self.views.append(variables)
+            view = {key: variables[key] for key in ("name", "displayName", "description", "type", "spec")}
+            project = {"id": "p", "name": variables["projectName"], "entityName": variables["entityName"]}
+            return {"upsertView": {"view": {"id": "V1", "project": project, **view}, "inserted": True}}
         if operation == "CreateArtifact":
             artifact = {"id": "a", "state": "COMMITTED", "artifactSequence": {"id": "s", "latestArtifact": None}}
             return {"createArtifact": {"artifact": artifact}}

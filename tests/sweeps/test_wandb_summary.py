@@ -16,6 +16,7 @@ from promcse_pl.cli.main import main
 from promcse_pl.run_folder import Status, write_config, write_status
 from promcse_pl.sweeps.execute import summarise
 from promcse_pl.sweeps.plan import Plan, SweepJob, write_plan, write_start
+from promcse_pl.sweeps.wandb_report import read_tracked_sweep, report_sections
 from promcse_pl.sweeps.wandb_summary import publish_sweep
 
 
@@ -131,6 +132,17 @@ def test_terminal_report_html_and_wandb_name_the_same_best_run(seeds, capsys):
     sent = {k: v for r in records(folder) if r.HasField("summary") for k, v in items(r.summary.update).items()}
     assert (sent["best/job"], sent["best/dev/spearman"], sent["best/loss.margin"]) == ("2", 72.0, 0.1)
     assert (sent["best/dev/mean"], sent["best/seeds"]) == (71.0, 3)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:wandb_workspaces.*")
+def test_the_report_of_a_trained_run_has_the_interval_of_its_dev_score(trained_run):
+    score = trained_run.results["evaluation"]["targets"]["adapter"]["scores"]["dev"]
+    tracked = read_tracked_sweep(trained_run.folder)
+    sections = {section.name: section for section in report_sections(tracked, "test", "")}
+    text = " ".join(sections["Summary"].paragraphs)
+    assert f"{score['value']:.2f} (Spearman x 100, 1 seed, 95 % confidence interval over the dev set " in text
+    assert f"[{score['low']:.2f}, {score['high']:.2f}]" in text
+    assert sections["Training curves"].panels[0].y == ["train/loss"]
 
 
 def test_with_two_dev_sets_no_run_is_best_and_every_output_gives_the_reason(seeds, capsys):

@@ -11,7 +11,7 @@ from support.wandb_files import items, records
 from promcse_pl.cli.main import main
 from promcse_pl.run_folder import DEV_METRICS
 from promcse_pl.tracking import dashboard
-from promcse_pl.tracking.dashboard import build_workspace
+from promcse_pl.tracking.dashboard import build_workspace, sent_json
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:wandb_workspaces.*")
 
@@ -19,8 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:wandb_worksp
 @pytest.fixture(scope="module")
 def view() -> dict:
     """The panels of each section, as sent."""
-    model = build_workspace("someone", "promcse")._to_model()
-    spec = json.loads(model.spec.model_dump_json(by_alias=True, exclude_none=True))
+    spec = json.loads(sent_json(build_workspace("someone", "promcse")))["spec"]
     return {section["name"]: section["panels"] for section in spec["section"]["panelBankConfig"]["sections"]}
 
 
