@@ -13,6 +13,7 @@ from typing import Any, Literal
 import yaml
 
 from promcse_pl.adapter_folder import BUNDLED
+from promcse_pl.utils.errors import AdapterError
 from promcse_pl.utils.paths import looks_like_path, require_regular_file
 
 CARD = "README.md"
@@ -49,7 +50,21 @@ def model_card(
         parameters: Number of trained parameters.
         encoder_card: Metadata of the encoder's own model card; empty if unknown.
         form: What the folder contains.
+
+    Raises:
+        AdapterError: `training` in adapter.json was not written by this package.
     """
+    try:
+        text = _text(about, name, parameters, encoder_card, form)
+    except (TypeError, ValueError, AttributeError, LookupError, StopIteration) as error:
+        raise AdapterError(
+            f"the entry training in adapter.json cannot be described in a model card ({type(error).__name__}: {error}). To "
+            "remove it, in Python with promcse_pl.adapter. Try: save_adapter(load_adapter(FOLDER), FOLDER, training={})"
+        ) from error
+    return text + _MARK.format(hashlib.sha256(text.encode()).hexdigest())
+
+
+def _text(about: Mapping[str, Any], name: str, parameters: int, encoder_card: Mapping[str, Any], form: Form) -> str:
     sections = [
         f"# {_line(name)}",
         _introduction(about, form),
@@ -67,8 +82,7 @@ def model_card(
         _limits(about, encoder_card),
     ]
     metadata = yaml.safe_dump(_metadata(about, name, encoder_card, form), allow_unicode=True)
-    text = f"---\n{metadata}---\n\n" + "\n\n".join(sections) + "\n\n"
-    return text + _MARK.format(hashlib.sha256(text.encode()).hexdigest())
+    return f"---\n{metadata}---\n\n" + "\n\n".join(sections) + "\n\n"
 
 
 def is_generated(card: str) -> bool:
@@ -148,7 +162,9 @@ def _table(rows: Sequence[Sequence[object]], *, header: Sequence[str] = ("", "")
 
 def _introduction(about: Mapping[str, Any], form: Form) -> str:
     encoder, weights = about["encoder"]["name"], _weights(about)
-    linked = _code(encoder) if looks_like_path(encoder) else f"[{encoder}](https://huggingface.co/{encoder})"
+    linked = (
+        _code(encoder) if looks_like_path(encoder) else f"[{_line(encoder)}](https://huggingface.co/{_line(encoder)})"
+    )
     parts = ["a soft prompt"] if about["prompt"]["length"] else []
     parts += [] if weights == "none" else [f"weights of the encoder ({weights})"]
     parts += [] if about["head"] == "none" else ["a head"]

@@ -23,9 +23,10 @@ def load_model(options: argparse.Namespace, device: str = "auto", dtype: str = "
     """Return the adapter of `add_adapter` with its encoder. Call it after other inputs were read: it imports torch."""
     note_unfinished_run(options.adapter)
     with without_gc():
+        from promcse_pl.adapter import locate_adapter
         from promcse_pl.embedder import PromCSE
 
-    return PromCSE.from_pretrained(options.adapter, encoder=options.encoder, device=device, dtype=dtype)
+    return PromCSE.load(locate_adapter(options.adapter), encoder=options.encoder, device=device, dtype=dtype)
 
 
 def note_unfinished_run(adapter: Path) -> None:

@@ -103,7 +103,9 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/api/validate-yaml":
             block = json.loads(body)["content"].split("---\n")[1]
             is_valid = isinstance(yaml.safe_load(block), dict)
-            return self._answer({"errors": [], "warnings": []} if is_valid else {"errors": [{}]}, 200 if is_valid else 400)
+            return self._answer(
+                {"errors": [], "warnings": []} if is_valid else {"errors": [{}]}, 200 if is_valid else 400
+            )
         match = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(\w+)/?(.*))?", path)
         if match:
             return self._api(*match.groups(), body)
