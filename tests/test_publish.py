@@ -230,24 +230,33 @@ def test_an_adapter_that_would_be_shadowed_is_not_pushed(hub, adapter):
         push_adapter(adapter, "someone/small")
 
 
-@pytest.mark.slow
-def test_the_examples_of_a_pushed_card_work_as_typed(hub, tmp_path, monkeypatch):
+@pytest.mark.parametrize("example", [0, 1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_examples_of_a_pushed_card_work_as_typed(hub, tmp_path, monkeypatch, example):
     model = some_model(tmp_path / "encoder", Tuning("full"))  # with its own encoder: nothing to replace in the examples
     model.push_to_hub("someone/small")
     text = pushed(hub)["README.md"].decode()
     monkeypatch.chdir(tmp_path)
     expected = model.encode(["A woman is reading.", "Someone reads."])
-    examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(examples) == 2
-    for code in examples:
+    examples = re.findall(r"```(python|bash)\n(.*?)```", text, re.DOTALL)
+    assert [language for language, _ in examples] == ["python", "bash", "python"]
+    language, code = examples[example]
+    if language == "python":
         scope: dict[str, object] = {}
         exec(code, scope)
-        np.testing.assert_allclose(scope["embeddings"], expected, atol=1e-6, rtol=0)
-    (commands,) = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
-    first, second = commands.splitlines()
-    subprocess.run(first, shell=True, check=True)
-    assert main(shlex.split(second)[1:]) == 0
-    np.testing.assert_allclose(np.load("embeddings.npy"), expected, atol=1e-6, rtol=0)
+        found = scope["embeddings"]
+    else:
+        prepare, command = code.splitlines()
+        subprocess.run(prepare, shell=True, check=True)
+        assert main(shlex.split(command)[1:]) == 0
+        found = np.load("embeddings.npy")
+    np.testing.assert_allclose(found, expected, atol=1e-6, rtol=0)
+
+
+def test_a_private_adapter_without_login_says_what_to_type(hub, tmp_path, monkeypatch):
+    some_model(tmp_path / "encoder").push_to_hub("someone/small", private=True)
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(AdapterError, match=r"If the repository is private, try: hf auth login$"):
+        PromCSE.from_pretrained("someone/small")
 
 
 def test_a_name_without_owner_is_that_of_the_account(hub, adapter):

@@ -139,13 +139,16 @@ def download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
         EncoderError: It cannot be downloaded and is not in the cache.
     """
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
         with _quiet_hub():
             return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:
+        is_hidden = isinstance(error, RepositoryNotFoundError)
+        hint = ". If the repository is private, try: hf auth login" if is_hidden else ""
         raise EncoderError(
-            f"cannot download {name} from the hub: {type(error).__name__}: {first_line(error)}"
+            f"cannot download {name} from the hub: {type(error).__name__}: {first_line(error)}{hint}"
         ) from error
 
 

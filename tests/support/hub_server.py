@@ -112,9 +112,15 @@ class Handler(BaseHTTPRequestHandler):
         match = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         return self._file(*match.groups()) if match else self._refuse(404, "EntryNotFound")
 
+    def _has_token(self) -> bool:
+        return self.headers.get("Authorization") == f"Bearer {TOKEN}"
+
+    def _may_read(self, repository: Repository) -> bool:
+        return self._has_token() or not repository.private
+
     def _may_write(self, name: str) -> bool:
         """Refuse a request that the account may not make."""
-        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+        if not self._has_token():
             self._refuse(401, "Invalid username or password.")
         elif not name.startswith("someone/"):
             self._refuse(403, "You don't have the rights to create a model under this namespace")
@@ -134,8 +140,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _api(self, name: str, action: str | None, rest: str | None, body: bytes) -> None:
         repository = self.server.repositories.get(name)
-        if repository is None:
-            return self._refuse(404, "RepoNotFound")
+        if repository is None or not self._may_read(repository):
+            return self._refuse(404 if self._has_token() else 401, "RepoNotFound")
         writes = action in ("branch", "preupload", "commit", "settings")
         if writes and not self._may_write(name):
             return None
@@ -182,7 +188,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _file(self, name: str, revision: str, path: str) -> None:
         repository = self.server.repositories.get(name)
-        found = repository.commit_of(revision) if repository else None
+        found = repository.commit_of(revision) if repository and self._may_read(repository) else None
         if found is None or path not in found[1]:
             return self._refuse(404, "EntryNotFound" if found else "RepoNotFound")
         commit, files = found
