@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -149,6 +150,23 @@ def test_with_a_prompt_an_export_holds_the_trained_weights_in_its_adapter(tmp_pa
     card = (tmp_path / "export/README.md").read_text()
     assert "| prompt | deep, 4 slots |" in card
     assert "| trained weights of the encoder | lora, rank 3, alpha 6.0 |" in card
+
+
+@pytest.mark.parametrize("length", [4, 0])
+def test_the_examples_of_an_exports_card_work_as_typed(tmp_path, monkeypatch, length):
+    encoder = save_small_encoder(tmp_path / "encoder")
+    model = PromCSE(PromptEncoder(FrozenBackbone.load(encoder), length=length, pooling="avg", position_offset=0).eval())
+    export_sentence_transformers(model, tmp_path / "export")
+    export_sentence_transformers(model, tmp_path / "export") if length else None  # an update writes the card again
+    monkeypatch.chdir(tmp_path)
+    card = (tmp_path / "export/README.md").read_text()
+    examples = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(examples) == (2 if length else 1)
+    for code in examples:
+        scope = {}
+        exec(code.replace("ENCODER_FOLDER", str(encoder)), scope)
+        expected = model.encode(["A woman is reading.", "Someone reads."])
+        np.testing.assert_allclose(scope["embeddings"], expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.slow
