@@ -1,4 +1,4 @@
-"""Save and load adapters: adapter.safetensors (the trained tensors) and adapter.json (the settings to use them).
+"""Save and load adapters: adapter.safetensors (the trained tensors), adapter.json (the settings to use them) and README.md.
 
 The encoder is stored by name, or in the folder encoder/ of the adapter if it has no name or all of its weights were trained. No
 code is stored or run. Saves are atomic (`promcse_pl.utils.files.update_folder`).
@@ -29,10 +29,11 @@ from promcse_pl.adapter_folder import (
 )
 from promcse_pl.config.pooling import ALLOWED_POOLINGS, is_pooling
 from promcse_pl.data.tokenizer import tokenizer_fingerprint
+from promcse_pl.model_card import CARD, Form, may_replace_card, model_card
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import HEADS, MODEL_PREFIX, LowRankHead, PromptEncoder
 from promcse_pl.models.encoder_files import weights_sha256
-from promcse_pl.models.hub import download
+from promcse_pl.models.hub import card_metadata, download
 from promcse_pl.models.identity import EncoderId, differences, encoder_name
 from promcse_pl.models.pipeline import SHORTEST_INPUT, TextSettings
 from promcse_pl.models.prompt import KINDS, DeepPrompt, Prompt
@@ -54,7 +55,10 @@ ROTATED_KEYS = "after_rotation"
 """Value of `prompt.keys` for encoders with rotary positions: the prompt's keys enter the attention after the rotation."""
 _OTHER_ENCODER = "--encoder FOLDER (in Python: PromCSE.load(..., encoder=FOLDER))"
 """How to use an encoder that is not found under the name in the adapter."""
-HUB_FILES = ("adapter*", "encoder/*")
+ENCODER_FILES = ("*.json", "model*.safetensors")
+"""File patterns of an encoder in an adapter's folder; the checksum covers them."""
+_FILES = (DESCRIPTION, WEIGHTS, CARD, *(f"{BUNDLED_NAME}/{pattern}" for pattern in ENCODER_FILES))
+HUB_FILES = (*_FILES, *(f"adapter/{pattern}" for pattern in _FILES))
 """File patterns of an adapter on the hub: at the top of a repository, or in its folder adapter/."""
 
 
@@ -90,6 +94,30 @@ def describe(encoder: PromptEncoder) -> dict[str, Any]:
     }
 
 
+def training_summary(encoder: PromptEncoder) -> dict[str, Any]:
+    """Return the summary of the training of the adapter that a model was loaded from; empty if its tensors changed since."""
+    sha256, summary = encoder.trained_by or ("", {})
+    return summary if summary and sha256 == _state_sha256(encoder) else {}
+
+
+def _state_sha256(encoder: PromptEncoder) -> str:
+    digest = hashlib.sha256()
+    add_to_digest(digest, encoder.state_dict())
+    return digest.hexdigest()
+
+
+def card_of(encoder: PromptEncoder, description: dict[str, Any], name: str, form: Form = "adapter") -> str:
+    """Return the model card of an adapter, or of its export; see `model_card`."""
+    identity = encoder.backbone.identity
+    return model_card(
+        description,
+        name=name,
+        parameters=sum(tensor.numel() for tensor in encoder.state_dict().values()),
+        encoder_card=card_metadata(identity.name, identity.revision),
+        form=form,
+    )
+
+
 def _projection_size(prompt: Prompt) -> int | None:
     if not isinstance(prompt, DeepPrompt) or prompt.trans is None:
         return None
@@ -109,14 +137,15 @@ def _keys(backbone: FrozenBackbone) -> str | None:
 
 
 def save_adapter(encoder: PromptEncoder, folder: str | Path, *, training: dict[str, Any] | None = None) -> None:
-    """Write an adapter to a folder; an adapter that is already there is replaced atomically.
+    """Write an adapter and its model card to a folder; an adapter that is already there is replaced atomically.
 
-    Other files in the folder (README.md, .git) are kept.
+    Other files in the folder (.git, a README.md that someone wrote or edited) are kept.
 
     Args:
         encoder: The prompt encoder.
         folder: Absent, empty, or the folder of an adapter.
-        training: Summary of the run, plain values.
+        training: Summary of the run, plain values; None: that of the adapter that the encoder was loaded from, if its tensors
+            are unchanged.
 
     Raises:
         AdapterError: The folder cannot be written, or contains something other than an adapter; or weights of an encoder without
@@ -134,25 +163,39 @@ def save_adapter(encoder: PromptEncoder, folder: str | Path, *, training: dict[s
         for name, tensor in encoder.state_dict().items()
         if not (in_encoder and name.startswith(MODEL_PREFIX))
     }
-    description: dict[str, Any] = {**describe(encoder), "training": training or {}}
+    description: dict[str, Any] = {
+        **describe(encoder),
+        "training": training_summary(encoder) if training is None else training,
+    }
     weights = save(state)  # safetensors' own save_file makes a file that only its owner can read
-    replaced = written_description(folder)
-    own = [WEIGHTS, DESCRIPTION]
-    if replaced and _holds_encoder(replaced):
-        own.append(BUNDLED_NAME)
-    bundles = _holds_encoder(description)
-    if bundles and BUNDLED_NAME not in own and os.path.lexists(folder / BUNDLED_NAME):
-        raise AdapterError(
-            f"{folder / BUNDLED_NAME} already exists and is not part of the adapter. Move it to another folder"
-        )
+    own = _own_entries(folder, description)
     with update_folder(folder, own, error=AdapterError) as new:
-        if bundles:
+        if _holds_encoder(description):
             sha256 = backbone.save(new / BUNDLED)
             if not in_encoder:
                 description["encoder"]["sha256"] = sha256
         (new / WEIGHTS).write_bytes(weights)
         description["checksum"] = _checksum(description, weights, new / BUNDLED)
         (new / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        if CARD in own:
+            (new / CARD).write_text(card_of(encoder, description, folder.absolute().name), encoding="utf-8")
+
+
+def _own_entries(folder: Path, description: dict[str, Any]) -> list[str]:
+    """Return the names of the entries of a folder that a save of an adapter replaces or removes.
+
+    Raises:
+        AdapterError: The adapter contains its encoder, and the folder another entry of that name.
+    """
+    own = [WEIGHTS, DESCRIPTION, *([CARD] if may_replace_card(folder) else [])]
+    replaced = written_description(folder)
+    if replaced and _holds_encoder(replaced):
+        own.append(BUNDLED_NAME)
+    elif _holds_encoder(description) and os.path.lexists(folder / BUNDLED_NAME):
+        raise AdapterError(
+            f"{folder / BUNDLED_NAME} already exists and is not part of the adapter. Move it to another folder"
+        )
+    return own
 
 
 def _require_named_encoder(backbone: FrozenBackbone) -> None:
@@ -292,6 +335,7 @@ def _load(folder: Path, encoder: str | None, dtype: torch.dtype) -> PromptEncode
     model = PromptEncoder(backbone, **options)
     model.load_state_dict({**in_encoder, **stored}, strict=True)
     backbone.freeze()
+    model.trained_by = (_state_sha256(model), about["training"])
     return model.eval()
 
 
@@ -476,6 +520,28 @@ def _check_tuning(tuning: dict[str, Any] | None, path: Path) -> None:
             raise AdapterError(f"{path}: tuning.{key} is {value}; allowed with {tuning['weights']}: null")
         if tuning["weights"] == "lora" and (value is None or not 0 < value <= most):
             raise AdapterError(f"{path}: tuning.{key} is {value}; allowed with lora: above 0, up to {most}")
+
+
+def read_checked(folder: Path) -> tuple[dict[str, Any], int]:
+    """Return the content of adapter.json and the number of trained parameters, after checking the files; no encoder is loaded.
+
+    Raises:
+        AdapterError: A file is missing or damaged, or the adapter has a newer format.
+    """
+    about, header = _read_description(folder), _read_header(folder)
+    _read_tensors(about, folder)
+    in_encoder = sorted(current(folder, BUNDLED_NAME).glob(ENCODER_FILES[1])) if _trains_all(about) else []
+    specs = [*header.values(), *(spec for path in in_encoder for spec in read_header(path).values())]
+    return about, sum(spec.numel for spec in specs)
+
+
+def adapter_files(folder: Path, about: dict[str, Any]) -> dict[str, Path]:
+    """Return the files of an adapter without its model card: name in the folder -> path."""
+    files = {name: current(folder, name) for name in (DESCRIPTION, WEIGHTS)}
+    if _holds_encoder(about):
+        paths = (path for pattern in ENCODER_FILES for path in sorted(current(folder, BUNDLED_NAME).glob(pattern)))
+        files |= {f"{BUNDLED_NAME}/{path.name}": path for path in paths}
+    return files
 
 
 def _read_header(folder: Path) -> dict[str, TensorSpec]:

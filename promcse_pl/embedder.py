@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
@@ -27,6 +28,7 @@ from promcse_pl.models.device import pick_device
 from promcse_pl.models.encoder import PromptEncoder, eval_mode
 from promcse_pl.models.texts import tokenize
 from promcse_pl.models.vectors import Embeddings, Vectors, is_embeddings, require_finite, unit_embeddings
+from promcse_pl.publish import push_adapter
 from promcse_pl.utils.errors import AdapterError, ConfigError, DataError
 from promcse_pl.utils.terminal import progress_bar
 
@@ -134,10 +136,11 @@ class PromCSE:
         return cls(model)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the adapter to a folder: what was trained, and the name of the encoder.
+        """Write the adapter and its model card to a folder: what was trained, and the name of the encoder.
 
         Args:
-            folder: Absent, empty, or the folder of an adapter, which is replaced.
+            folder: Absent, empty, or the folder of an adapter, which is replaced. A README.md that someone wrote or edited is
+                kept.
 
         Raises:
             AdapterError: The folder cannot be written or has other content, or `require_encoder_tokenizer` fails.
@@ -145,6 +148,37 @@ class PromCSE:
         """
         self.require_encoder_tokenizer("save_pretrained")
         adapter_files.save_adapter(self.encoder, folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        token: str | bool | None = None,
+    ) -> str:
+        """Upload the adapter and its model card to the Hugging Face Hub in one commit.
+
+        The card has the training and the scores of the run if the model was loaded from it and not changed since.
+
+        Args:
+            repo_id: OWNER/NAME; created if there is no such repository.
+            private, revision, commit_message, token: See `promcse_pl.publish.push_adapter`.
+
+        Returns:
+            The URL of the commit.
+
+        Raises:
+            AdapterError: The hub cannot be reached or refuses the upload; or see `save_pretrained`.
+            ConfigError: `repo_id` is not a valid name.
+        """
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "adapter"
+            self.save_pretrained(folder)
+            return push_adapter(
+                folder, repo_id, private=private, revision=revision, commit_message=commit_message, token=token
+            )
 
     def require_encoder_tokenizer(self, caller: str) -> None:
         """Raise an AdapterError if the tokenizer is not that of the encoder: an adapter cannot store another one."""

@@ -17,6 +17,7 @@ from support.limits import memory_limit
 from promcse_pl.adapter import FORMAT, adapter_hash, describe, load_adapter, save_adapter
 from promcse_pl.adapter_folder import BUNDLED, DESCRIPTION, WEIGHTS
 from promcse_pl.config.pooling import POOLINGS
+from promcse_pl.model_card import CARD
 from promcse_pl.models.backbone import SUPPORTED, FrozenBackbone
 from promcse_pl.models.encoder import HEADS, PromptEncoder
 from promcse_pl.models.pipeline import TextSettings
@@ -268,8 +269,8 @@ def test_a_minilm_adapter_stays_under_2_megabytes(tmp_path):
 # --- what is written
 
 
-def test_an_adapter_is_two_files_of_plain_data_and_nothing_beside_them(folder, tmp_path):
-    assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(["adapter", DESCRIPTION, WEIGHTS])
+def test_an_adapter_is_two_files_of_plain_data_a_model_card_and_nothing_beside_them(folder, tmp_path):
+    assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(["adapter", DESCRIPTION, WEIGHTS, CARD])
     content = (folder / WEIGHTS).read_bytes()
     header_size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + header_size])
@@ -318,7 +319,7 @@ def test_a_bundled_encoder_is_replaced_and_removed_but_a_foreign_folder_of_its_n
     save_adapter(some_encoder(bundled, seed=1), folder)
     assert torch.equal(vectors_of(load_adapter(folder)), vectors_of(some_encoder(bundled, seed=1)))
     save_adapter(some_encoder(plain), folder)
-    assert sorted(path.name for path in folder.iterdir()) == [DESCRIPTION, WEIGHTS]
+    assert sorted(path.name for path in folder.iterdir()) == [CARD, DESCRIPTION, WEIGHTS]
     (folder / "encoder").mkdir()
     (folder / "encoder/notes.txt").write_text("mine")
     with pytest.raises(AdapterError, match=r"encoder already exists and is not part of the adapter"):
@@ -339,7 +340,7 @@ def test_an_adapter_whose_save_was_killed_after_the_commit_loads_as_the_new_one(
         assert torch.equal(vectors_of(load_adapter(target)), vectors_of(newer))
         save_adapter(some_encoder(backbone, seed=2), target)
         assert torch.equal(vectors_of(load_adapter(target)), vectors_of(some_encoder(backbone, seed=2)))
-        assert sorted(path.name for path in target.iterdir()) == [DESCRIPTION, WEIGHTS]
+        assert sorted(path.name for path in target.iterdir()) == [CARD, DESCRIPTION, WEIGHTS]
 
 
 def test_a_save_that_fails_half_way_leaves_the_old_adapter_and_no_other_trace(backbone, folder, tmp_path):

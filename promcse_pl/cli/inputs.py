@@ -21,24 +21,29 @@ SENTENCES_HELP = "one sentence a line (csv, jsonl, .gz... too); - reads standard
 
 def load_model(options: argparse.Namespace, device: str = "auto", dtype: str = "float32") -> PromCSE:
     """Return the adapter of `add_adapter` with its encoder. Call it after other inputs were read: it imports torch."""
+    note_unfinished_run(options.adapter)
+    with without_gc():
+        from promcse_pl.adapter import locate_adapter
+        from promcse_pl.embedder import PromCSE
+
+    return PromCSE.load(locate_adapter(options.adapter), encoder=options.encoder, device=device, dtype=dtype)
+
+
+def note_unfinished_run(adapter: Path) -> None:
+    """Print a note if an adapter is that of a run that is not finished."""
     from promcse_pl.adapter_folder import find_adapter
     from promcse_pl.run_folder import ADAPTER, read_status
 
-    adapter: Path = options.adapter
     folder = expand(adapter)
     with suppress(DataError):  # an intact adapter can be used even if the status is damaged
         status = read_status(folder.parent if folder.name == ADAPTER else folder)
         if status is not None and status.state != "finished" and find_adapter(folder):
             sys.stderr.write("the run is not finished: this is its best adapter so far\n")
-    with without_gc():
-        from promcse_pl.embedder import PromCSE
-
-    return PromCSE.load(adapter, encoder=options.encoder, device=device, dtype=dtype)
 
 
 def add_adapter(parser: argparse.ArgumentParser) -> None:
     """Add the argument for an adapter and the option --encoder."""
-    parser.add_argument("adapter", type=Path, help="adapter folder or run folder")
+    parser.add_argument("adapter", type=Path, help="adapter folder, run folder or hub id OWNER/NAME")
     add_encoder_option(parser)
 
 

@@ -19,6 +19,7 @@ from promcse_pl.cli import (
     import_,
     index,
     models,
+    push,
     report,
     search,
     similarity,
@@ -30,7 +31,7 @@ from promcse_pl.utils.paths import ENTRY_POINT
 from promcse_pl.utils.streams import open_streams
 from promcse_pl.version import __version__
 
-COMMANDS = (train, encode, index, search, similarity, evaluate, report, dashboard, import_, export, models)
+COMMANDS = (train, encode, index, search, similarity, evaluate, report, dashboard, import_, export, push, models)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

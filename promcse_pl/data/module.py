@@ -149,6 +149,8 @@ class PromcseDataModule(pl.LightningDataModule):
         """The first training row, with text prompts."""
         self.notes: tuple[str, ...] = ()
         """How the training file is read: its columns and delimiter."""
+        self.sha256 = ""
+        """Of the training file; see `RowSource`."""
         self.longest_input = longest_input
         self.dev: DevSet | None = None
 
@@ -159,7 +161,7 @@ class PromcseDataModule(pl.LightningDataModule):
         source, self.dev = load_sources(self.config, self.seed)
         if self.prepare is not None:
             source = prepare_rows(source, self.config.prompts or [""] * source.width, self.prepare)
-        self.example, self.notes = source.example, source.notes
+        self.example, self.notes, self.sha256 = source.example, source.notes, source.sha256
         self.rows = load_tokens(
             source,
             self.tokenizer,

@@ -199,5 +199,7 @@ def _hold_out(source: RowSource, seed: int) -> tuple[RowSource, ScoredPairs]:
         bad.extend(bad_rows)
         return iter(train)
 
-    kept = dataclasses.replace(memory_source(source.name, train), rows=remaining, notes=source.notes)
+    kept = dataclasses.replace(
+        memory_source(source.name, train), rows=remaining, notes=source.notes, sha256=source.sha256
+    )
     return kept, ScoredPairs.of(f"{most} anchors kept back", pairs)

@@ -57,6 +57,8 @@ class RowSource:
     notes: tuple[str, ...] = ()
     """How the file is read: its columns and delimiter."""
     is_scored: bool = False
+    sha256: str = ""
+    """Of the file (of a saved dataset, of its Arrow files), or of the rows if they are in memory."""
 
 
 def file_source(
@@ -76,7 +78,7 @@ def file_source(
     options = [file_suffix(path), width, None if columns is None else list(columns), header, on_bad_row]
     scored = ["scored"] if kind.is_scored else []  # caches of rows without scores keep their names
     fingerprint = _sha256([content, *options, *scored])
-    return RowSource(str(path), fingerprint, rows, width, example, tuple(notes), kind.is_scored)
+    return RowSource(str(path), fingerprint, rows, width, example, tuple(notes), kind.is_scored, content)
 
 
 def memory_source(name: str, rows: Sequence[tuple[str, ...]]) -> RowSource:
@@ -92,7 +94,7 @@ def memory_source(name: str, rows: Sequence[tuple[str, ...]]) -> RowSource:
             digest.update(json.dumps(row, ensure_ascii=False).encode())  # quoted: ("ab", "c") and ("a", "bc") differ
         except UnicodeEncodeError as error:
             raise DataError(f"{name}: row {number} holds a lone surrogate, which no tokenizer accepts") from error
-    return RowSource(name, digest.hexdigest(), lambda _: iter(rows), width, rows[0])
+    return RowSource(name, digest.hexdigest(), lambda _: iter(rows), width, rows[0], sha256=digest.hexdigest())
 
 
 def prepare_rows(source: RowSource, prompts: Sequence[str], prepare: Prepare) -> RowSource:

@@ -25,6 +25,28 @@ def headline(tree: Tree) -> dict[str, dict[str, float]]:
     }
 
 
+def condensed(tree: Tree) -> Tree:
+    """Return the scores with their intervals, as an adapter stores them; empty for an empty tree."""
+    if not tree:
+        return {}
+    differences = {row["task"]: row["verdict"].replace(f" over {row['over']}", "") for row in tree["comparisons"]}
+    return {
+        **{key: tree["bootstrap"][key] for key in ("level", "resamples")},
+        "tasks": {
+            task: {
+                "unit": about["unit"],
+                "rows": about.get("rows"),
+                "scores": {
+                    name: [target["scores"][task][key] for key in ("value", "low", "high")]
+                    for name, target in tree["targets"].items()
+                },
+                "difference": differences.get(task),
+            }
+            for task, about in tree["tasks"].items()
+        },
+    }
+
+
 def tables(tree: Tree) -> list[Table]:
     """Return the scores of all targets, and the differences to the first, as tables of 80 columns; none for an empty tree."""
     if not tree:

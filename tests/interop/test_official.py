@@ -145,7 +145,11 @@ def test_an_equal_encoder_is_referred_to_by_name(by, checkpoint, tmp_path):
         == f"encoder {name}: equal to the checkpoint's bit for bit, so the adapter refers to it by name"
     )
     save_adapter(imported.encoder, tmp_path / "adapter")
-    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {"adapter.json", "adapter.safetensors"}
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
+        "README.md",
+        "adapter.json",
+        "adapter.safetensors",
+    }
     again = PromCSE.load(tmp_path / "adapter", device="cpu")
     assert np.array_equal(again.encode(SENTENCES), PromCSE(import_official(checkpoint).encoder).encode(SENTENCES))
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -91,6 +92,7 @@ def test_an_export_holds_safetensors_and_json_only_and_replaces_an_older_one(tmp
         "config_sentence_transformers.json",
         "sentence_bert_config.json",
         "1_Normalize/config.json",
+        "adapter/README.md",
         "adapter/adapter.json",
         "adapter/adapter.safetensors",
     }
@@ -128,6 +130,7 @@ def test_without_a_prompt_an_export_is_plain_and_gives_our_vectors(tmp_path, fam
     for options in ({}, {"prompt_name": "query"}, {"prompt": ""}):
         ours = model.encode(texts, **options)
         np.testing.assert_allclose(exported.encode(texts, **options), ours, atol=1e-6, rtol=0)
+    assert 'SentenceTransformer("export")\n' in (tmp_path / "export/README.md").read_text()
     assert not list((tmp_path / "export").rglob("*.py"))
     assert "promcse_pl" not in (tmp_path / "export/modules.json").read_text()
     as_encoder = FrozenBackbone.load(tmp_path / "export")  # the exported folder is an encoder to train on
@@ -144,8 +147,26 @@ def test_with_a_prompt_an_export_holds_the_trained_weights_in_its_adapter(tmp_pa
             torch.nn.init.normal_(weight, std=0.3)
     assert export_sentence_transformers(model, tmp_path / "export").endswith("trust_remote_code=True)")
     np.testing.assert_allclose(load(tmp_path / "export").encode(TEXTS), model.encode(TEXTS), atol=1e-6, rtol=0)
-    card = " ".join((tmp_path / "export/README.md").read_text().split())
-    assert "soft prompt: 4 slots; trained weights of the encoder: lora" in card
+    card = (tmp_path / "export/README.md").read_text()
+    assert "| prompt | deep, 4 slots |" in card
+    assert "| trained weights of the encoder | lora, rank 3, alpha 6.0 |" in card
+
+
+@pytest.mark.parametrize("length", [4, 0])
+def test_the_examples_of_an_exports_card_work_as_typed(tmp_path, monkeypatch, length):
+    encoder = save_small_encoder(tmp_path / "encoder")
+    model = PromCSE(PromptEncoder(FrozenBackbone.load(encoder), length=length, pooling="avg", position_offset=0).eval())
+    export_sentence_transformers(model, tmp_path / "export")
+    export_sentence_transformers(model, tmp_path / "export") if length else None  # an update writes the card again
+    monkeypatch.chdir(tmp_path)
+    card = (tmp_path / "export/README.md").read_text()
+    examples = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(examples) == (2 if length else 1)
+    for code in examples:
+        scope = {}
+        exec(code.replace("ENCODER_FOLDER", str(encoder)), scope)
+        expected = model.encode(["A woman is reading.", "Someone reads."])
+        np.testing.assert_allclose(scope["embeddings"], expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.slow

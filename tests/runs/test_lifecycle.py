@@ -59,7 +59,8 @@ def test_a_run_folder_has_adapter_results_history_config_log_and_tracking_and_no
         "inputs.json",
         ".lock",
     }
-    assert {path.name for path in (trained_run.folder / "adapter").iterdir()} == {"adapter.json", "adapter.safetensors"}
+    adapter = trained_run.folder / "adapter"
+    assert {path.name for path in adapter.iterdir()} == {"README.md", "adapter.json", "adapter.safetensors"}
     assert json.loads((trained_run.folder / "results.json").read_text()) == trained_run.results
 
 
