@@ -23,6 +23,7 @@ from promcse_pl.utils.interpreter import call, python_command
 from promcse_pl.utils.paths import run_command
 from promcse_pl.utils.processes import (
     RANK_THREADS,
+    StoppableProcess,
     available_cores,
     fork_process,
     start_process,
@@ -63,19 +64,6 @@ class Task:
     output: Path
 
 
-class JobProcess(Protocol):
-    """The process of a task, on this machine (`ChildProcess`) or on another one."""
-
-    def poll(self) -> int | None:
-        """Return the exit code, negative for a signal; None while the process runs."""
-
-    def terminate(self) -> None:
-        """Send SIGTERM, but only once."""
-
-    def kill(self) -> None:
-        """Kill the process and its group."""
-
-
 @dataclass(frozen=True, slots=True)
 class RunningTask:
     """A task whose process was started.
@@ -88,7 +76,7 @@ class RunningTask:
     """
 
     task: Task
-    child: JobProcess
+    child: StoppableProcess
     slot: int
     started: float
 
@@ -104,7 +92,7 @@ class Engine(Protocol):
     parallel: int
     rank_threads: int | None
 
-    def start(self, task: Task, slot: int) -> JobProcess:
+    def start(self, task: Task, slot: int) -> StoppableProcess:
         """Start the process of a task.
 
         Args:
@@ -208,7 +196,7 @@ class LocalEngine:
         self._inherited = [] if lock is None else [lock]
         self._can_fork = can_fork and sys.platform == "linux" and "torch" not in sys.modules
 
-    def start(self, task: Task, slot: int) -> JobProcess:
+    def start(self, task: Task, slot: int) -> StoppableProcess:
         """Start the process of a task in a slot.
 
         Raises:

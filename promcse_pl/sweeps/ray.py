@@ -18,7 +18,6 @@ from promcse_pl.sweeps.plan import SharedSettings
 from promcse_pl.sweeps.pool import Task, thread_variables
 from promcse_pl.utils.errors import ConfigError
 from promcse_pl.utils.interpreter import python_command
-from promcse_pl.utils.paths import run_command
 from promcse_pl.utils.processes import PROCESS_POLL_SECONDS, RANK_THREADS, ChildProcess, available_cores, start_process
 from promcse_pl.utils.terminal import print_line
 
@@ -118,11 +117,9 @@ class RayProcess:
     def _report(self, error: Exception) -> None:
         """Append to the job's output why Ray lost it, as the error of the job."""
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = lines[-1].partition(" Some common causes")[0][:MAX_REASON_LENGTH]
         with self._output.open("a", encoding="utf-8") as stream:
-            stream.write(
-                f"error: Ray lost the job: {lines[-1][:MAX_REASON_LENGTH]} Try: "
-                f"{run_command('-m', 'sweep.resume=FOLDER')}\n"
-            )
+            stream.write(f"error: Ray lost the job: {reason}\n")
 
 
 class RayEngine:
@@ -204,10 +201,15 @@ def _connect(address: str | None) -> Any:  # noqa: ANN401  (a module)
             socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
         ray.init(**options)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = str(error.__cause__ or error).strip().partition("\n")[0] or type(error).__name__
+        advice = (
+            "more free memory and disk"
+            if address is None
+            else "ray start --head, RAY_AUTH_MODE=token if the cluster has a token, or sweep.address=null"
+        )
         raise ConfigError(
             f"sweep.engine=ray sweep.address={address or 'null'}: there is no connection to a Ray cluster ({reason}). Try: "
-            f"{'more free memory' if address is None else 'ray start --head, or sweep.address=null'}"
+            f"{advice}"
         ) from error
     return ray
 
