@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -96,13 +97,18 @@ def _with_launcher(overrides: list[str]) -> list[str]:
     """Return the overrides of a sweep with the launcher of Hydra that `sweep.engine=submitit` needs.
 
     Raises:
-        ConfigError: The launcher is not installed.
+        ConfigError: The launcher or SLURM is not installed.
     """
     if engine_of(overrides) != "submitit" or any(entry.startswith("hydra/launcher=") for entry in overrides):
         return overrides
     if not find_spec("hydra_plugins.hydra_submitit_launcher"):
         raise ConfigError(
             "sweep.engine=submitit needs Hydra's submitit launcher. Try: pip install hydra-submitit-launcher"
+        )
+    if not shutil.which("srun"):
+        raise ConfigError(
+            "sweep.engine=submitit needs SLURM, but this machine has no srun. Try: the same command on a node of the cluster, or "
+            "sweep.engine=local"
         )
     return [*overrides, "hydra/launcher=submitit_slurm"]
 

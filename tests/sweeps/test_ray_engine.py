@@ -131,7 +131,7 @@ def test_killed_and_stopped_jobs_are_recorded_and_a_resumed_sweep_finishes_them(
     assert code == 0, printed + errors
     assert "1 in parallel, 1 thread per job\n" in printed
     assert "2 finished" in printed
-    assert "resumed at step" in (sweep / "0/run.log").read_text()
+    assert "resuming after step" in (sweep / "0/run.log").read_text()
 
 
 @needs_ray
