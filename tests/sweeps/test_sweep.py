@@ -104,7 +104,9 @@ def test_a_killed_sweep_can_be_resumed_until_all_jobs_are_finished(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "launcher", [["hydra/launcher=joblib"], ["sweep.engine=submitit", "hydra/launcher=submitit_local"]]
+    "launcher",
+    [["hydra/launcher=joblib"], ["sweep.engine=submitit", "hydra/launcher=submitit_local"]],
+    ids=["joblib", "submitit"],
 )
 def test_the_launchers_of_hydra_keep_working(launcher, tmp_path):
     files(tmp_path)
