@@ -67,6 +67,7 @@ class PromcseSweeper(Sweeper):
         overrides = [entry for entry in parser.parse_overrides(lines) if not entry.key_or_group.startswith("sweep.")]
         space = {override.get_key_element(): _values(override) for override in overrides}
         launcher = str(self.config.hydra.runtime.choices["hydra/launcher"])
+        check_launcher(settings.engine, launcher)
         launch = None if launcher == "basic" else self._launch
         if settings.trials is not None:
             return run_search(folder, arguments, space, settings, self._compose, launch)
@@ -91,6 +92,24 @@ class PromcseSweeper(Sweeper):
             hydra_context=self.hydra_context, task_function=self.task_function, config=self.config
         )
         launcher.launch([[*job.overrides, f"hydra.sweep.subdir={job.folder}"] for job in jobs], initial_job_idx=0)
+
+
+def check_launcher(engine: str, launcher: str) -> None:
+    """Check that the choice of `hydra/launcher` fits `sweep.engine`.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    if engine == "submitit" and not launcher.startswith("submitit"):
+        raise ConfigError(
+            f"sweep.engine=submitit needs hydra/launcher=submitit_slurm, got {launcher}. Try: sweep.engine=submitit on the "
+            "command line, without hydra/launcher"
+        )
+    if engine == "ray" and launcher != "basic":
+        raise ConfigError(
+            f"hydra/launcher={launcher} has no effect with sweep.engine=ray. Try: sweep.engine=ray without hydra/launcher, or "
+            f"sweep.engine=local hydra/launcher={launcher}"
+        )
 
 
 def _values(override: Override) -> list[str] | Interval:

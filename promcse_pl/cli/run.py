@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from contextvars import ContextVar
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from promcse_pl.runs.compose import (
     replace_prompts,
     typed_command,
 )
-from promcse_pl.sweeps.plan import resumed_arguments, without_home
+from promcse_pl.sweeps.plan import engine_of, resumed_arguments, without_home
 from promcse_pl.utils.errors import ConfigError, PromcseError
 from promcse_pl.utils.exit_codes import exit_code
 from promcse_pl.utils.paths import expand, run_command
@@ -71,6 +73,8 @@ def compose_and_run(
     if any(override.startswith("sweep.resume=") for override in given):
         _, *given = resumed_arguments(given)
         flags = [*(flag for flag in flags if flag != "--multirun"), "--multirun"]
+    if "--multirun" in flags:
+        given = _with_launcher(given)
     searches_elsewhere = any(flag.startswith("--config-path=") for flag in flags) or any(
         override.lstrip("+").startswith("hydra.searchpath") for override in given
     )
@@ -87,6 +91,26 @@ def _with_file(file: str, overrides: Sequence[str], folders: Sequence[Path], is_
         return [*named, *file_overrides(file, overrides, folders), *overrides]
     except RecursionError as error:
         raise ConfigError(f"{file}: a value contains itself. Try: the file without & and *") from error
+
+
+def _with_launcher(overrides: list[str]) -> list[str]:
+    """Return the overrides of a sweep with the launcher of Hydra that `sweep.engine=submitit` needs.
+
+    Raises:
+        ConfigError: The launcher or SLURM is not installed.
+    """
+    if engine_of(overrides) != "submitit" or any(entry.startswith("hydra/launcher=") for entry in overrides):
+        return overrides
+    if not find_spec("hydra_plugins.hydra_submitit_launcher"):
+        raise ConfigError(
+            "sweep.engine=submitit needs Hydra's submitit launcher. Try: pip install hydra-submitit-launcher"
+        )
+    if not shutil.which("srun"):
+        raise ConfigError(
+            "sweep.engine=submitit needs SLURM, but this machine has no srun. Try: the same command on a node of the cluster, or "
+            "sweep.engine=local"
+        )
+    return [*overrides, "hydra/launcher=submitit_slurm"]
 
 
 def _call_hydra(arguments: list[str]) -> None:

@@ -5,6 +5,8 @@ those of the official code where it has one; model, data and recipe files in con
 """
 
 import difflib
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -523,8 +525,19 @@ class Config(Section):
 class SweepConfig(Section):
     """Execution of a sweep, `python run.py -m` ([details](sweeps.md)). These settings are not part of the config of a job."""
 
+    engine: Literal["local", "ray", "submitit"] = "local"
+    """Where the jobs run. `local`: processes of this machine. `ray`: a Ray cluster. `submitit`: SLURM, through Hydra's launcher
+    `submitit_slurm`, whose settings are `hydra.launcher.*`."""
     parallel: Annotated[int, Range(ge=1, example=2)] = 1
-    """Number of jobs to run at the same time on this machine; CPU threads or GPUs are divided among them."""
+    """Number of jobs to run at the same time. `sweep.engine=local` divides CPU threads or GPUs among them. `ray` submits this
+    number of jobs to the cluster, where a job waits until its CPUs and GPUs are free."""
+    address: str | None = None
+    """Ray cluster: `auto` for the one that this machine belongs to, or HOST:PORT of its head. `null`: a new cluster of this
+    machine, which ends with the sweep."""
+    job_cpus: Annotated[int | None, Range(ge=1, le=10_000, example=4)] = None
+    """CPUs that Ray reserves for a job, and its number of threads; `null`: 1."""
+    job_gpus: Annotated[float | None, Range(ge=0, le=64, example=1)] = None
+    """GPUs that Ray reserves for a job; less than 1: several jobs share a GPU. `null`: none, the job trains on the CPU."""
     resume: str | None = None
     """Folder of a sweep to resume; its finished jobs are kept."""
     trials: Annotated[int | None, Range(ge=1, example=30)] = None
@@ -533,3 +546,20 @@ class SweepConfig(Section):
     """Whether a search stops jobs whose dev score is in the worse half after a quarter or half of their steps."""
     seed: Annotated[int, Range(ge=0, lt=2**31)] = 42
     """Seed of the search."""
+
+    def _check_combinations(self) -> None:
+        of_ray = {"address": self.address, "job_cpus": self.job_cpus, "job_gpus": self.job_gpus}
+        if unused := {key: value for key, value in of_ray.items() if value is not None and self.engine != "ray"}:
+            key, value = next(iter(unused.items()))
+            raise ConfigError(
+                f"sweep.{key}={value} has no effect with sweep.engine={self.engine}. Try: sweep.engine=ray, or sweep.{key}=null"
+            )
+        if self.address is not None and not re.fullmatch(r"auto|[\w.:\[\]-]+:\d{1,5}", self.address):
+            raise ConfigError(
+                f"sweep.address must be auto, HOST:PORT or null, got {shown(self.address)}. Try: sweep.address=auto"
+            )
+        if self.job_gpus is not None and self.job_gpus > 1 and not self.job_gpus.is_integer():
+            raise ConfigError(
+                f"sweep.job_gpus above 1 must be a whole number, got {self.job_gpus:g}. Try: "
+                f"sweep.job_gpus={math.ceil(self.job_gpus)}"
+            )

@@ -1,16 +1,16 @@
-"""Execute the jobs of a sweep, on this machine or through a launcher of Hydra: start, record how they end, summarise."""
+"""Execute the jobs of a sweep, in a pool or through a launcher of Hydra: start, record how they end, summarise."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-import os
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -43,12 +43,12 @@ from promcse_pl.sweeps.plan import (
     write_plan,
     write_start,
 )
-from promcse_pl.sweeps.pool import JOB_GRACE_SECONDS, Pool, RunningTask, Task, check_gpus
+from promcse_pl.sweeps.pool import JOB_GRACE_SECONDS, LocalEngine, Pool, RunningTask, Task, check_gpus
 from promcse_pl.sweeps.ranking import different_dev_sets, find_best, format_score
+from promcse_pl.sweeps.ray import RayEngine, ray_engine
 from promcse_pl.sweeps.wandb_summary import publish_sweep
 from promcse_pl.utils.errors import ConfigError, DataError, PromcseError
 from promcse_pl.utils.paths import run_command
-from promcse_pl.utils.processes import available_cores
 from promcse_pl.utils.terminal import print_line
 
 Launch = Callable[[Sequence[SweepJob]], None]
@@ -73,7 +73,7 @@ def run_sweep(
         jobs: Overrides of each job.
         settings: Settings of the sweep.
         compose: Function from the overrides of a job to its config.
-        launch: A launcher of Hydra; None: processes of this machine.
+        launch: A launcher of Hydra; None: a pool with the engine of the settings.
 
     Returns:
         0; 1 if a job did not finish; 130 or 143 if a signal stopped the sweep.
@@ -83,7 +83,8 @@ def run_sweep(
     """
     if launch and settings.parallel > 1:
         raise ConfigError(
-            "sweep.parallel applies to the local launcher only. Try: hydra.launcher.n_jobs (joblib), or leave it out"
+            "sweep.parallel applies to sweep.engine=local and ray only. Try: hydra.launcher.array_parallelism (submitit), "
+            "hydra.launcher.n_jobs (joblib), or leave it out"
         )
     if settings.resume is not None:
         with locked(folder) as lock:
@@ -91,25 +92,50 @@ def run_sweep(
             seen: set[str] = set()
             for job in missing_jobs(folder, plan):
                 check_job(job.overrides, lambda _, start=folder / job.folder / START: read_config(start), seen)  # type: ignore[misc]
-            return _run_missing(folder, plan, launch or Pool(settings.parallel, plan.shared, lock=lock))
-    planned = plan_jobs(jobs, lambda overrides: check_gpus(compose(overrides), settings.parallel))
+            with open_runner(launch, settings, lock, plan.shared) as runner:
+                return _run_missing(folder, plan, runner)
+    planned = plan_jobs(jobs, lambda overrides: check_gpus(compose(overrides), settings))
     with locked(folder) as lock:
         plan = Plan(kept_overrides(overrides), [job for job, _ in planned])
         check_new(folder, plan.jobs)
-        runner = launch or Pool(settings.parallel, lock=lock)
-        if isinstance(runner, Pool):
-            plan.shared = measure_shared(runner, [config for _, config in planned])
-            if plan.shared is None:
-                return runner.exit_code or 1
-        for job, config in planned:
-            write_start(folder, plan, job, config)
-        write_plan(folder, plan)
-        return _run_missing(folder, plan, runner)
+        with open_runner(launch, settings, lock) as runner:
+            if isinstance(runner, Pool):
+                plan.shared = measure_shared(folder, runner, [config for _, config in planned])
+                if plan.shared is None:
+                    return runner.exit_code or 1
+            for job, config in planned:
+                write_start(folder, plan, job, config)
+            write_plan(folder, plan)
+            return _run_missing(folder, plan, runner)
+
+
+@contextmanager
+def open_runner(
+    launch: Launch | None, settings: SweepConfig, lock: int, shared: SharedSettings | None = None
+) -> Iterator[Pool | Launch]:
+    """Yield the launcher of Hydra if there is one, else a pool with the engine of the settings.
+
+    Args:
+        launch: A launcher of Hydra.
+        settings: Settings of the sweep.
+        lock: File descriptor of the sweep's lock.
+        shared: Settings of the first start if the sweep is resumed.
+
+    Raises:
+        ConfigError: Ray is not installed, or the cluster cannot be used.
+    """
+    if launch:
+        yield launch
+    elif settings.engine == "ray":
+        with ray_engine(settings, shared) as engine:
+            yield Pool(engine)
+    else:
+        yield Pool(LocalEngine(settings.parallel, shared, lock=lock))
 
 
 def _run_missing(folder: Path, plan: Plan, runner: Pool | Launch) -> int:
     jobs = missing_jobs(folder, plan)
-    shared = describe_shared(plan, runner.parallel) if isinstance(runner, Pool) else ""
+    shared = describe_shared(plan, runner.engine.parallel) if isinstance(runner, Pool) else ""
     print_line(
         f"sweep {folder}: {len(plan.jobs)} {'job' if len(plan.jobs) == 1 else 'jobs'}, {len(jobs)} to run{shared}"
     )
@@ -136,7 +162,7 @@ def run_single(folder: Path, job: SweepJob) -> float:
         Its dev score, x 100; nan if there is none.
     """
     wait_for_earlier(folder, [job])
-    pool = Pool(1, can_fork=False)
+    pool = Pool(LocalEngine(1, can_fork=False))
     pool.run(iter([job_task(folder, job)]), lambda task, code: end_job(folder, task, code))
     if pool.exit_code:
         sys.exit(pool.exit_code)
@@ -144,10 +170,11 @@ def run_single(folder: Path, job: SweepJob) -> float:
     return math.nan if score is None else score
 
 
-def measure_shared(pool: Pool, configs: Iterable[Config]) -> SharedSettings | None:
+def measure_shared(folder: Path, pool: Pool, configs: Iterable[Config]) -> SharedSettings | None:
     """Measure the precision for `trainer.precision=auto` in a process with the threads of a job.
 
     Args:
+        folder: Folder of the sweep, for temporary files that the process can write on any machine.
         pool: Pool that will run the jobs; no task runs in it yet.
         configs: Configs of the jobs.
 
@@ -158,9 +185,10 @@ def measure_shared(pool: Pool, configs: Iterable[Config]) -> SharedSettings | No
         ConfigError: A device that a job needs is not available.
     """
     devices = sorted({config.trainer.device for config in configs if config.trainer.precision == "auto"})
-    is_set_by_user = pool.parallel == 1 and os.environ.get("OMP_NUM_THREADS")
+    if not devices and isinstance(pool.engine, RayEngine):  # it sets the threads
+        return SharedSettings(pool.engine.parallel, pool.engine.threads, pool.engine.threads, {})
     codes: list[int] = []
-    with TemporaryDirectory(prefix="promcse-") as temporary:
+    with TemporaryDirectory(prefix=".measure-", dir=folder) as temporary:
         result, output = Path(temporary, "result.json"), Path(temporary, "output.log")
         task = Task("measure", "promcse_pl.training.machine:measure", [str(result), *devices], output)
         pool.run(iter([task]), lambda _, code: codes.append(code))
@@ -170,8 +198,7 @@ def measure_shared(pool: Pool, configs: Iterable[Config]) -> SharedSettings | No
             lines = output.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no reason given"]
             raise ConfigError(f"trainer.precision=auto cannot be measured: {lines[-1].removeprefix('error: ')}")
         measured = json.loads(result.read_text(encoding="utf-8"))
-    rank_threads = None if is_set_by_user else max(1, available_cores() // pool.parallel)
-    return SharedSettings(pool.parallel, measured["threads"], rank_threads, measured["precision"])
+    return SharedSettings(pool.engine.parallel, measured["threads"], pool.engine.rank_threads, measured["precision"])
 
 
 def describe_shared(plan: Plan, parallel: int) -> str:

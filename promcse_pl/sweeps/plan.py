@@ -71,7 +71,7 @@ class Plan:
     Attributes:
         overrides: Overrides as typed.
         jobs: All jobs; for a search, those suggested so far.
-        shared: Shared settings; None for sweeps of older versions and for sweeps with a Hydra launcher.
+        shared: Shared settings; None for sweeps of older versions and for sweeps with a Hydra launcher (submitit, joblib).
     """
 
     overrides: list[str]
@@ -175,11 +175,17 @@ def resumed_arguments(arguments: Sequence[str]) -> list[str]:
         )
     fixed = ("hydra.sweep.", "hydra/sweeper", "sweep.resume=")
     launch = [entry for entry in arguments if _is_of_launch(entry) and not entry.startswith(fixed)]
-    is_local = not any(entry.startswith("hydra/launcher=") for entry in [*plan.overrides, *launch])
-    if plan.shared and is_local and not any(entry.startswith("sweep.parallel=") for entry in launch):
+    together = [*plan.overrides, *launch]
+    has_launcher = engine_of(together) == "submitit" or any(entry.startswith("hydra/launcher=") for entry in together)
+    if plan.shared and not has_launcher and not any(entry.startswith("sweep.parallel=") for entry in launch):
         launch.append(f"sweep.parallel={plan.shared.parallel}")
     path = quoted(str(folder))
     return ["-m", *plan.overrides, *launch, f"sweep.resume={path}", f"hydra.sweep.dir={path}"]
+
+
+def engine_of(overrides: Sequence[str]) -> str | None:
+    """Return the value of `sweep.engine` on a command line; None if it is not there."""
+    return next((entry.partition("=")[2] for entry in reversed(overrides) if entry.startswith("sweep.engine=")), None)
 
 
 def kept_overrides(overrides: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Run tasks in parallel processes: a slot of the machine's CPU threads and GPUs for each."""
+"""Run tasks in parallel: an engine starts their processes, `LocalEngine` in slots of this machine's CPU threads and GPUs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
-from promcse_pl.config import Config
+from promcse_pl.config import Config, SweepConfig
 from promcse_pl.sweeps.plan import SharedSettings
 from promcse_pl.utils.errors import ConfigError, PromcseError
 from promcse_pl.utils.imports import without_gc
@@ -22,7 +23,7 @@ from promcse_pl.utils.interpreter import call, python_command
 from promcse_pl.utils.paths import run_command
 from promcse_pl.utils.processes import (
     RANK_THREADS,
-    ChildProcess,
+    StoppableProcess,
     available_cores,
     fork_process,
     start_process,
@@ -75,9 +76,38 @@ class RunningTask:
     """
 
     task: Task
-    child: ChildProcess
+    child: StoppableProcess
     slot: int
     started: float
+
+
+class Engine(Protocol):
+    """Starts the processes of a pool.
+
+    Attributes:
+        parallel: Maximum number of processes at the same time.
+        rank_threads: Threads of all ranks of a job together; None: the environment sets the threads of each rank.
+    """
+
+    parallel: int
+    rank_threads: int | None
+
+    def start(self, task: Task, slot: int) -> StoppableProcess:
+        """Start the process of a task.
+
+        Args:
+            task: The task; the folder of its output exists.
+            slot: Index in [0, parallel) that no running task has.
+
+        Raises:
+            OSError: No further process can be started.
+            Stopped: A signal interrupted the start.
+        """
+
+
+def thread_variables(threads: int) -> dict[str, str]:
+    """Return the environment variables that set the number of threads of a process."""
+    return dict.fromkeys(_THREAD_VARIABLES, str(threads))
 
 
 def slot_environments(parallel: int, shared: SharedSettings | None = None) -> list[dict[str, str]]:
@@ -93,7 +123,7 @@ def slot_environments(parallel: int, shared: SharedSettings | None = None) -> li
         return [{}]
     threads = shared.threads if shared else max(1, available_cores() // parallel)
     rank_threads = shared.share if shared else threads
-    variables = dict.fromkeys(_THREAD_VARIABLES, str(threads))
+    variables = thread_variables(threads)
     if rank_threads is not None:
         variables[RANK_THREADS] = str(rank_threads)
     devices = visible_devices() if parallel > 1 else []
@@ -107,14 +137,21 @@ def slot_environments(parallel: int, shared: SharedSettings | None = None) -> li
     return environments
 
 
-def check_gpus(config: Config, parallel: int) -> Config:
+def check_gpus(config: Config, settings: SweepConfig) -> Config:
     """Return a job's config after checking that there is a GPU for each rank of the parallel jobs.
 
     Raises:
         ConfigError: There are fewer GPUs.
     """
-    ranks = config.trainer.devices
-    if parallel > 1 and ranks > 1 and config.trainer.device != "cpu":
+    ranks, parallel = config.trainer.devices, settings.parallel
+    if settings.engine == "ray":
+        gpus = settings.job_gpus or 0
+        if (config.trainer.device == "cuda" and not gpus) or (config.trainer.device != "cpu" and 0 < gpus < ranks > 1):
+            raise ConfigError(
+                f"sweep.job_gpus={gpus:g}, but a job of trainer.device={config.trainer.device} trainer.devices={ranks} needs "
+                f"{ranks}. Try: sweep.job_gpus={ranks}"
+            )
+    elif parallel > 1 and ranks > 1 and config.trainer.device != "cpu":
         available = len(visible_devices())
         if 0 < available < parallel * ranks:
             raise ConfigError(
@@ -135,34 +172,90 @@ def visible_devices() -> list[str]:
     return [str(number) for number, _ in enumerate(line for line in listed.splitlines() if line.startswith("GPU "))]
 
 
-class Pool:
-    """Runs tasks in parallel and handles the stop signals of this process.
+class LocalEngine:
+    """Starts processes on this machine.
 
-    After one Ctrl-C no task is started and the running ones are waited for. A second Ctrl-C, SIGTERM or SIGUSR1 sends SIGTERM to
-    the running tasks, which save; they are killed after `JOB_GRACE_SECONDS`. If this process is killed, they get SIGTERM too.
-
-    On Linux a task is forked from this process, which first imports what the tasks need and uses no GPU: a start takes
-    milliseconds. Where this process has imported torch before, and on other systems, a task is a new interpreter.
+    On Linux a process is forked from this one, which first imports what the tasks need and uses no GPU: a start takes
+    milliseconds. Where this process has imported torch before, and on other systems, it is a new interpreter. It gets SIGTERM if
+    this process is killed.
 
     Args:
         parallel: Number of slots, >= 1.
         shared: Settings of the first start if the sweep is resumed.
         lock: File descriptor of the sweep's lock, which the tasks must not hold; None: there is no lock.
         can_fork: False: always start a new interpreter.
-
-    Attributes:
-        running: Tasks whose process runs.
     """
 
     def __init__(
         self, parallel: int, shared: SharedSettings | None = None, *, lock: int | None = None, can_fork: bool = True
     ) -> None:
         self.parallel = parallel
-        self.running: list[RunningTask] = []
-        self._free_slots = list(range(parallel))
+        is_set_by_user = parallel == 1 and os.environ.get("OMP_NUM_THREADS")
+        self.rank_threads = None if is_set_by_user else max(1, available_cores() // parallel)
         self._environments = slot_environments(parallel, shared)
         self._inherited = [] if lock is None else [lock]
         self._can_fork = can_fork and sys.platform == "linux" and "torch" not in sys.modules
+
+    def start(self, task: Task, slot: int) -> StoppableProcess:
+        """Start the process of a task in a slot.
+
+        Raises:
+            PromcseError: An import failed.
+            OSError, Stopped: As for `Engine`.
+        """
+        environment = self._environments[slot]
+        if not self._can_fork:
+            return start_process(
+                python_command(task.target, *task.arguments),
+                {**os.environ, **environment},
+                output=task.output,
+                parent_signal=signal.SIGTERM,
+            )
+        self._preload()
+        return fork_process(
+            lambda: _run_forked(task),
+            environment,
+            output=task.output,
+            parent_signal=signal.SIGTERM,
+            close=self._inherited,
+        )
+
+    def _preload(self) -> None:
+        """Import what the tasks need; the libraries read the number of threads, the same for all tasks, as they are imported.
+
+        Raises:
+            PromcseError: An import failed.
+            Stopped: A signal interrupted the imports.
+        """
+        first = self._environments[0]
+        os.environ.update({name: first[name] for name in _THREAD_VARIABLES if name in first})
+        try:
+            with StopSignals(), without_gc(), redirect_stdout(sys.stderr):
+                for name in PRELOAD:
+                    importlib.import_module(name)
+        except ImportError as error:
+            raise PromcseError(
+                f"the modules of the jobs could not be imported ({error}). Try: pip install promcse_pl"
+            ) from error
+
+
+class Pool:
+    """Runs tasks in parallel and handles the stop signals of this process.
+
+    After one Ctrl-C no task is started and the running ones are waited for. A second Ctrl-C, SIGTERM or SIGUSR1 sends SIGTERM to
+    the running tasks, which save; they are killed after `JOB_GRACE_SECONDS`.
+
+    Args:
+        engine: Starts the processes.
+
+    Attributes:
+        running: Tasks whose process runs.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.running: list[RunningTask] = []
+        self._free_slots = list(range(engine.parallel))
         self._signals: list[int] = []
         self._is_waiting = False
         self._terminated_at: float | None = None
@@ -214,26 +307,9 @@ class Pool:
     def _start(self, task: Task) -> None:
         slot = self._free_slots[0]
         task.output.parent.mkdir(parents=True, exist_ok=True)
-        environment = self._environments[slot]
+        started = time.time()
         try:
-            if self._can_fork:
-                self._preload()
-                started = time.time()
-                child = fork_process(
-                    lambda: _run_forked(task),
-                    environment,
-                    output=task.output,
-                    parent_signal=signal.SIGTERM,
-                    close=self._inherited,
-                )
-            else:
-                started = time.time()
-                child = start_process(
-                    python_command(task.target, *task.arguments),
-                    {**os.environ, **environment},
-                    output=task.output,
-                    parent_signal=signal.SIGTERM,
-                )
+            child = self.engine.start(task, slot)
         except Stopped as stopped:
             self._signals.append(stopped.signum)
             return
@@ -244,24 +320,6 @@ class Pool:
             ) from error
         self._free_slots.remove(slot)
         self.running.append(RunningTask(task, child, slot, started))
-
-    def _preload(self) -> None:
-        """Import what the tasks need; the libraries read the number of threads, the same for all tasks, as they are imported.
-
-        Raises:
-            PromcseError: An import failed.
-            Stopped: A signal interrupted the imports.
-        """
-        first = self._environments[0]
-        os.environ.update({name: first[name] for name in _THREAD_VARIABLES if name in first})
-        try:
-            with StopSignals(), without_gc(), redirect_stdout(sys.stderr):
-                for name in PRELOAD:
-                    importlib.import_module(name)
-        except ImportError as error:
-            raise PromcseError(
-                f"the modules of the jobs could not be imported ({error}). Try: pip install promcse_pl"
-            ) from error
 
     def _stop_tasks(self) -> None:
         """React to received signals: start no more tasks, or stop the running ones."""

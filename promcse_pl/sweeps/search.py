@@ -19,6 +19,7 @@ from promcse_pl.sweeps.execute import (
     dev_score,
     end_job,
     measure_shared,
+    open_runner,
     start_job,
     summarise,
     wait_for_earlier,
@@ -83,7 +84,8 @@ def run_search(
         space: Values or range of each key; a single value is fixed.
         settings: Settings of the sweep.
         compose: Function from the overrides of a job to its config.
-        launch: A launcher of Hydra, which gets `sweep.parallel` jobs at once and prunes none; None: processes of this machine.
+        launch: A launcher of Hydra, which gets `sweep.parallel` jobs at once and prunes none; None: a pool
+            with the engine of the settings.
 
     Returns:
         As `run_sweep`.
@@ -93,7 +95,7 @@ def run_search(
     """
     space = {key: _whole(values) if is_integer(key) else values for key, values in space.items()}
     seen: set[str] = set()
-    configs = [check_gpus(check_job(corner, compose, seen), settings.parallel) for corner in corners(space)]
+    configs = [check_gpus(check_job(corner, compose, seen), settings) for corner in corners(space)]
     for config in configs:
         if config.data.dev is None:
             raise ConfigError(
@@ -106,17 +108,17 @@ def run_search(
             plan = Plan(kept_overrides(overrides))
         else:
             plan = read_plan(folder)
-        runner = launch or Pool(settings.parallel, plan.shared, lock=lock)
-        if settings.resume is None and isinstance(runner, Pool):
-            plan.shared = measure_shared(runner, configs)
-            if plan.shared is None:
-                return runner.exit_code or 1
-        search = Search(folder, plan, _study(folder, settings), space, settings, compose)
-        write_plan(folder, plan)
-        shared = describe_shared(plan, runner.parallel) if isinstance(runner, Pool) else ""
-        print_line(f"search {folder}: {settings.trials} jobs, {search.n_finished()} done{shared}")
-        stopped = search.run(runner) if isinstance(runner, Pool) else search.launch(runner)
-        return summarise(folder, plan, stopped)
+        with open_runner(launch, settings, lock, plan.shared) as runner:
+            if settings.resume is None and isinstance(runner, Pool):
+                plan.shared = measure_shared(folder, runner, configs)
+                if plan.shared is None:
+                    return runner.exit_code or 1
+            search = Search(folder, plan, _study(folder, settings), space, settings, compose)
+            write_plan(folder, plan)
+            shared = describe_shared(plan, runner.engine.parallel) if isinstance(runner, Pool) else ""
+            print_line(f"search {folder}: {settings.trials} jobs, {search.n_finished()} done{shared}")
+            stopped = search.run(runner) if isinstance(runner, Pool) else search.launch(runner)
+            return summarise(folder, plan, stopped)
 
 
 def corners(space: Space) -> Iterator[list[str]]:

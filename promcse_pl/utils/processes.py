@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from promcse_pl.utils.signals import STOP_SIGNALS
 
@@ -31,6 +31,19 @@ _PR_SET_PDEATHSIG = 1
 def available_cores() -> int:
     """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+class StoppableProcess(Protocol):
+    """A process of this machine (`ChildProcess`) or of another one."""
+
+    def poll(self) -> int | None:
+        """Return the exit code, negative for a signal; None while the process runs."""
+
+    def terminate(self) -> None:
+        """Send SIGTERM, but only once."""
+
+    def kill(self) -> None:
+        """Kill the process and its group."""
 
 
 class ChildProcess:
@@ -79,7 +92,7 @@ class ChildProcess:
                     kill(self.pid, signal.SIGKILL)
 
 
-def stop_all(children: Iterable[ChildProcess], grace: float) -> None:
+def stop_all(children: Iterable[StoppableProcess], grace: float) -> None:
     """Terminate children, kill those that still run after some seconds, and wait until all have ended.
 
     Args:

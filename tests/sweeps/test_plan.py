@@ -279,9 +279,9 @@ def test_shared_settings_are_saved_and_a_resume_keeps_the_number_of_jobs(sweep):
     assert "sweep.parallel=2" in resumed_arguments([f"sweep.resume={sweep}"])
     again = resumed_arguments(["sweep.parallel=5", f"sweep.resume={sweep}"])
     assert [entry for entry in again if entry.startswith("sweep.parallel=")] == ["sweep.parallel=5"]
-    assert not any(
-        "sweep.parallel" in entry for entry in resumed_arguments(["hydra/launcher=joblib", f"sweep.resume={sweep}"])
-    )
+    for launcher in ("hydra/launcher=joblib", "sweep.engine=submitit"):
+        resumed = resumed_arguments([launcher, f"sweep.resume={sweep}"])
+        assert not any("sweep.parallel" in entry for entry in resumed)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 from support.folders import ROOT
 from support.sweep_jobs import files, small_config
 
+from promcse_pl.config import SweepConfig
 from promcse_pl.run_folder import write_config
 from promcse_pl.sweeps.pool import check_gpus, slot_environments, visible_devices
 from promcse_pl.utils.errors import ConfigError
@@ -25,7 +26,7 @@ folder, parallel, jobs, job = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[
 pool.JOB_GRACE_SECONDS, pool.PRELOAD = 0.5 if "stubborn" in job else 15, (os.environ["PRELOAD"],)
 tasks = (pool.Task(str(n), job[0], [str(n), *job[1:]], folder / f"{n}.out") for n in range(jobs))
 lock = os.open(folder, os.O_RDONLY)
-runner = pool.Pool(parallel, lock=lock, can_fork=os.environ["CAN_FORK"] == "1")
+runner = pool.Pool(pool.LocalEngine(parallel, lock=lock, can_fork=os.environ["CAN_FORK"] == "1"))
 runner.run(tasks, lambda running, code: print("ended", running.task.name, code, flush=True))
 sys.exit(runner.exit_code or 0)
 """
@@ -269,10 +270,10 @@ def test_jobs_of_several_processes_must_find_their_gpus(monkeypatch, tmp_path):
     config = small_config(tmp_path, trainer={"devices": 2, "device": "auto"})
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
     with pytest.raises(ConfigError, match=r"need 4 GPUs, this machine has 3. Try: sweep.parallel=1"):
-        check_gpus(config, 2)
-    assert check_gpus(config, 1) is config
+        check_gpus(config, SweepConfig(parallel=2))
+    assert check_gpus(config, SweepConfig(parallel=1)) is config
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert check_gpus(config, 2) is config
+    assert check_gpus(config, SweepConfig(parallel=2)) is config
 
 
 def test_devices_are_shared_out_by_what_the_process_may_see(monkeypatch):

@@ -9,8 +9,11 @@ import time
 import pytest
 from support.sweep_jobs import ROWS, SETTINGS, begin, files, run
 
+from hydra_plugins.promcse_sweeper import check_launcher
+from promcse_pl.cli.run import _with_launcher
 from promcse_pl.run_folder import is_running, locked, read_config, read_status
 from promcse_pl.sweeps.plan import missing_jobs, read_plan
+from promcse_pl.utils.errors import ConfigError
 
 
 def test_an_invalid_value_in_any_job_stops_the_sweep_before_the_first_job(tmp_path):
@@ -100,10 +103,14 @@ def test_a_killed_sweep_can_be_resumed_until_all_jobs_are_finished(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+@pytest.mark.parametrize(
+    "launcher",
+    [["hydra/launcher=joblib"], ["sweep.engine=submitit", "hydra/launcher=submitit_local"]],
+    ids=["joblib", "submitit"],
+)
 def test_the_launchers_of_hydra_keep_working(launcher, tmp_path):
     files(tmp_path)
-    code, printed, errors = run(tmp_path, "-m", f"hydra/launcher={launcher}", *SETTINGS, "hydra.sweep.dir=sweep")
+    code, printed, errors = run(tmp_path, "-m", *launcher, *SETTINGS, "hydra.sweep.dir=sweep")
     assert code == 0, errors
     assert read_status(tmp_path / "sweep/0").state == "finished"
     assert "1 finished" in printed
@@ -115,8 +122,28 @@ def test_sweep_parallel_is_not_silently_ignored_by_another_launcher(tmp_path):
     code, _, errors = run(tmp_path, "-m", "hydra/launcher=joblib", "sweep.parallel=2", *SETTINGS)
     assert code == 2
     assert errors.startswith(
-        "error: sweep.parallel applies to the local launcher only. Try: hydra.launcher.n_jobs (joblib)"
+        "error: sweep.parallel applies to sweep.engine=local and ray only. Try: hydra.launcher.array_parallelism (submitit), "
+        "hydra.launcher.n_jobs (joblib)"
     )
+
+
+def test_the_engine_submitit_selects_the_launcher_for_slurm(monkeypatch, tmp_path):
+    given = ["sweep.engine=submitit", "hydra.launcher.partition=gpu"]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"^sweep.engine=submitit needs SLURM, but this machine has no srun. Try: "):
+        _with_launcher(given)
+    (tmp_path / "srun").touch(mode=0o755)
+    assert _with_launcher(given) == [*given, "hydra/launcher=submitit_slurm"]
+    for others in ([*given, "hydra/launcher=submitit_local"], [*given, "sweep.engine=local"], ["seed=1,2"]):
+        assert _with_launcher(others) == others
+    check_launcher("submitit", "submitit_local")
+    check_launcher("local", "joblib")
+    for engine, launcher, message in (
+        ("submitit", "joblib", "sweep.engine=submitit needs hydra/launcher=submitit_slurm, got joblib"),
+        ("ray", "joblib", "hydra/launcher=joblib has no effect with sweep.engine=ray"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check_launcher(engine, launcher)
 
 
 def test_a_sweep_json_with_a_folder_outside_the_sweep_is_rejected_and_the_folder_untouched(tmp_path):

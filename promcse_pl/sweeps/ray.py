@@ -1,0 +1,238 @@
+"""Start the jobs of a sweep on a Ray cluster: an actor per job, which starts the job's process and forwards stops to it."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from promcse_pl.config import SweepConfig
+from promcse_pl.sweeps.plan import SharedSettings
+from promcse_pl.sweeps.pool import Task, thread_variables
+from promcse_pl.utils.errors import ConfigError
+from promcse_pl.utils.interpreter import python_command
+from promcse_pl.utils.processes import PROCESS_POLL_SECONDS, RANK_THREADS, ChildProcess, available_cores, start_process
+from promcse_pl.utils.terminal import print_line
+
+ANSWER_SECONDS = 0.5
+"""Time after which an actor answers that its job still runs; a stop waits for this answer."""
+CONNECT_SECONDS = 10.0
+OBJECT_STORE_BYTES = 100 * 2**20
+"""Object store of a local cluster; the jobs do not use it."""
+MAX_REASON_LENGTH = 300
+"""Characters of Ray's reason for a lost job."""
+_ACTOR_ENVIRONMENT = {"RAY_kill_child_processes_on_worker_exit": "false"}
+"""Otherwise Ray kills a job with SIGKILL if the sweep is killed; without it the job gets SIGTERM and saves."""
+
+
+class JobActor:
+    """Runs the process of one job on the node where Ray starts this actor."""
+
+    def start(self, task: Task, environment: Mapping[str, str], folder: Path) -> None:
+        """Start the process.
+
+        Args:
+            task: The task.
+            environment: Variables that are set in addition to those of the node.
+            folder: Current folder of the process; the paths of the task are relative to it.
+        """
+        self.child: ChildProcess = start_process(
+            python_command(task.target, *task.arguments),
+            {**os.environ, **environment},
+            output=folder / task.output,
+            parent_signal=signal.SIGTERM,
+            cwd=folder,
+        )
+
+    def wait(self, seconds: float) -> int | None:
+        """Return the exit code of the process, negative for a signal; None if it still runs after some seconds."""
+        deadline = time.monotonic() + seconds
+        while (code := self.child.poll()) is None and time.monotonic() < deadline:
+            time.sleep(PROCESS_POLL_SECONDS)
+        return code
+
+    def terminate(self) -> None:
+        """Send SIGTERM to the process."""
+        self.child.terminate()
+
+    def kill(self) -> None:
+        """Kill the process and its group."""
+        self.child.kill()
+
+
+class RayProcess:
+    """The process of a job on a Ray cluster, with the interface of `ChildProcess`; it waits until its resources are free.
+
+    Args:
+        ray: The module.
+        actor: Handle of a `JobActor`.
+        answer: Result of its method `start`.
+        output: File to which the reason is appended if the job is lost.
+    """
+
+    def __init__(self, ray: Any, actor: Any, answer: Any, output: Path) -> None:  # noqa: ANN401  (Ray's)
+        self._ray, self._actor, self._answer, self._output = ray, actor, answer, output
+        self._code: int | None = None
+        self._is_started = self._is_terminated = False
+
+    def poll(self) -> int | None:
+        """Return the exit code, negative for a signal, 1 if Ray lost the job; None while it runs or waits for resources."""
+        if self._code is None and self._ray.wait([self._answer], timeout=0)[0]:
+            try:
+                self._code = self._ray.get(self._answer)
+                self._is_started = True
+            except self._ray.exceptions.ActorUnavailableError:  # its node cannot be reached at the moment
+                pass
+            except self._ray.exceptions.RayError as error:
+                self._report(error)
+                self._code = 1
+            if self._code is None:
+                self._answer = self._actor.wait.remote(ANSWER_SECONDS)
+            else:
+                self._ray.kill(self._actor)
+        return self._code
+
+    def terminate(self) -> None:
+        """Send SIGTERM, but only once; a job that still waits for resources ends at once."""
+        if self.poll() is None and not self._is_terminated:
+            if self._is_started:
+                self._actor.terminate.remote()
+            else:
+                self._ray.kill(self._actor)
+                self._code = -signal.SIGTERM
+        self._is_terminated = True
+
+    def kill(self) -> None:
+        """Kill the process and its group."""
+        if self.poll() is None:
+            self._actor.kill.remote()
+
+    def _report(self, error: Exception) -> None:
+        """Append to the job's output why Ray lost it, as the error of the job."""
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = lines[-1].partition(" Some common causes")[0][:MAX_REASON_LENGTH]
+        with self._output.open("a", encoding="utf-8") as stream:
+            stream.write(f"error: Ray lost the job: {reason}\n")
+
+
+class RayEngine:
+    """Starts processes on a Ray cluster; they get SIGTERM if this process is killed.
+
+    Args:
+        ray: The module, connected to a cluster.
+        settings: Settings of the sweep.
+        shared: Settings of the first start if the sweep is resumed.
+
+    Attributes:
+        threads: Threads of a job.
+    """
+
+    def __init__(self, ray: Any, settings: SweepConfig, shared: SharedSettings | None) -> None:  # noqa: ANN401  (Ray's)
+        self.parallel = settings.parallel
+        self.threads = job_threads(settings, shared)
+        self.rank_threads: int | None = self.threads
+        self._ray = ray
+        self._environment = {**thread_variables(self.threads), RANK_THREADS: str(self.threads)}
+        if not settings.job_gpus:
+            self._environment["CUDA_VISIBLE_DEVICES"] = ""
+        self._actors = ray.remote(JobActor).options(
+            num_cpus=settings.job_cpus or self.threads,
+            num_gpus=settings.job_gpus or 0,
+            runtime_env={"env_vars": _ACTOR_ENVIRONMENT},
+        )
+
+    def start(self, task: Task, slot: int) -> RayProcess:  # noqa: ARG002  (Ray chooses node and GPUs)
+        """Submit a task; it starts when the cluster has free CPUs and GPUs for it."""
+        actor = self._actors.remote()
+        answer = actor.start.remote(task, self._environment, Path.cwd())
+        return RayProcess(self._ray, actor, answer, task.output)
+
+
+def job_threads(settings: SweepConfig, shared: SharedSettings | None) -> int:
+    """Return the threads of a job: those of the first start of the sweep, else the CPUs that Ray reserves for it."""
+    return shared.threads if shared else settings.job_cpus or 1
+
+
+@contextmanager
+def ray_engine(settings: SweepConfig, shared: SharedSettings | None) -> Iterator[RayEngine]:
+    """Connect to a Ray cluster, or start one on this machine; disconnect, or stop it, at the end.
+
+    Args:
+        settings: Settings of the sweep.
+        shared: Settings of the first start if the sweep is resumed.
+
+    Raises:
+        ConfigError: Ray is not installed, the cluster cannot be reached, or the local one is too small for a job.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    ray = _connect(settings.address)
+    signal.signal(signal.SIGTERM, handler)  # Ray has replaced it
+    try:
+        _check_resources(ray, settings, settings.job_cpus or job_threads(settings, shared))
+        yield RayEngine(ray, settings, shared)
+    finally:
+        ray.shutdown()
+
+
+def _connect(address: str | None) -> Any:  # noqa: ANN401  (a module)
+    """Return the module ray, connected to the cluster at an address, or to a new one of this machine."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        ray = importlib.import_module("ray")
+    except ImportError as error:
+        raise ConfigError("sweep.engine=ray needs Ray. Try: pip install 'promcse_pl[ray]'") from error
+    options: dict[str, Any] = {"address": address or "local", "log_to_driver": False, "logging_level": logging.ERROR}
+    if address is None:
+        options |= {
+            "num_cpus": available_cores(),
+            "object_store_memory": OBJECT_STORE_BYTES,
+            "include_dashboard": False,
+        }
+    try:
+        if address not in (None, "auto"):  # Ray itself would try for two minutes
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+        ray.init(**options)
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        reason = str(error.__cause__ or error).strip().partition("\n")[0] or type(error).__name__
+        advice = (
+            "more free memory and disk"
+            if address is None
+            else "ray start --head, RAY_AUTH_MODE=token if the cluster has a token, or sweep.address=null"
+        )
+        raise ConfigError(
+            f"sweep.engine=ray sweep.address={address or 'null'}: there is no connection to a Ray cluster ({reason}). Try: "
+            f"{advice}"
+        ) from error
+    return ray
+
+
+def _check_resources(ray: Any, settings: SweepConfig, cpus: int) -> None:  # noqa: ANN401  (Ray's)
+    """Print the size of the cluster, and check that one of its nodes is large enough for a job.
+
+    Raises:
+        ConfigError: The local cluster is too small. Another cluster may grow, so that this is a warning.
+    """
+    gpus = settings.job_gpus or 0
+    nodes = [
+        (node["Resources"].get("CPU", 0), node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]
+    ]
+    all_cpus, all_gpus = (sum(node[part] for node in nodes) for part in (0, 1))
+    address = ray.get_runtime_context().gcs_address
+    size = f"{len(nodes)} {'node' if len(nodes) == 1 else 'nodes'}, {all_cpus:g} CPUs, {all_gpus:g} GPUs"
+    print_line(f"Ray cluster {address}: {size}; {cpus} CPUs and {gpus:g} GPUs per job")
+    if any(node[0] >= cpus and node[1] >= gpus for node in nodes):
+        return
+    problem = f"sweep.job_cpus={cpus} sweep.job_gpus={gpus:g} do not fit on a node of the Ray cluster ({size})"
+    if settings.address:
+        print_line(f"warning: {problem}; the jobs wait until a larger node joins")
+        return
+    fitting = f"sweep.job_cpus={min(cpus, int(all_cpus))} sweep.job_gpus={min(gpus, all_gpus):g}"
+    raise ConfigError(f"{problem}. Try: {fitting}")

@@ -1,0 +1,213 @@
+"""Sweeps on a real Ray cluster of this machine: results, failures, kills, pruning and stops as with local processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import psutil
+import pytest
+from support.folders import ROOT
+from support.sweep_jobs import ROWS, SETTINGS, begin, files, run, small_config
+
+from promcse_pl.config import SweepConfig
+from promcse_pl.run_folder import checkpoint_folders, read_status
+from promcse_pl.sweeps.collect import read_sweep
+from promcse_pl.sweeps.pool import check_gpus
+from promcse_pl.sweeps.ray import ray_engine
+from promcse_pl.utils.errors import ConfigError
+
+needs_ray = pytest.mark.skipif(not find_spec("ray"), reason="Ray is not installed")
+CLUSTER = """
+import sys
+import ray
+from promcse_pl.config import SweepConfig
+from promcse_pl.sweeps.ray import _check_resources, ray_engine
+from promcse_pl.utils.errors import ConfigError
+with ray_engine(SweepConfig(engine="ray"), None):
+    try:
+        _check_resources(ray, SweepConfig(engine="ray", job_gpus=64.0), 1)
+    except ConfigError as error:
+        print(error, flush=True)
+    sys.stdin.read()
+"""
+"""Starts the cluster of a sweep with `sweep.address=null`, which ends with this process."""
+SEARCH = """
+import sys
+from pathlib import Path
+from support.sweep_jobs import small_config
+from promcse_pl.config import SweepConfig
+from promcse_pl.sweeps import search
+here = Path.cwd()
+search.Search._should_prune = lambda self, name: bool(search.dev_evaluations(self.folder / name))
+trainer = {"max_steps": 5000, "epochs": 5000, "eval_every": 5, "device": "cpu", "precision": "float32"}
+compose = lambda _: small_config(here, data={"dev": "holdout", "max_length": 16, "batch_size": 8}, trainer=trainer)
+settings = SweepConfig(engine="ray", address=sys.argv[1], trials=1)
+sys.exit(search.run_search(here / "searched", ["x"], {"seed": ["1", "2"]}, settings, compose, None))
+"""
+"""A search that prunes its job at the first dev evaluation."""
+
+
+class Cluster:
+    """A Ray cluster, and the folder in which its sweeps run; the home folder has Ray's token."""
+
+    def __init__(self, here: Path) -> None:
+        self.here = here
+        self.process = self.start(CLUSTER, stdin=subprocess.PIPE)
+        self.printed = [self.process.stdout.readline() for _ in range(3)]
+        assert self.printed[0].startswith("Ray cluster "), self.process.communicate()
+        self.address = self.printed[0].split()[2].rstrip(":")
+        self.settings = ["sweep.engine=ray", f"sweep.address={self.address}"]
+
+    def start(self, script: str, *arguments: str, **options: object) -> subprocess.Popen[str]:
+        own = {"HOME": str(self.here), "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+        command = [sys.executable, "-c", script, *arguments]
+        return subprocess.Popen(command, cwd=self.here, env={**os.environ, **own}, text=True, **streams)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "token")
+        cluster = Cluster(files(tmp_path_factory.mktemp("ray")))
+        processes = psutil.Process(cluster.process.pid).children(recursive=True)
+        yield cluster
+    cluster.process.communicate("", timeout=60)
+    left = psutil.wait_procs(processes, timeout=30)[1]
+    assert not left, f"processes are left behind: {left}"
+
+
+def until(condition: Callable[[], object], sweep: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 200
+    while not condition():
+        assert sweep.poll() is None, sweep.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_sweep_on_ray_has_the_results_failures_and_report_of_a_local_one(cluster):
+    rows = [*ROWS, *ROWS, *ROWS[:20], "w5,only two"]  # the bad one behind those that are read before the first job
+    (cluster.here / "bad.csv").write_text("\n".join(["a,b,c", *rows]) + "\n")
+    settings = [entry for entry in SETTINGS if not entry.startswith("data.train=")]
+    arguments = ["-m", "data.train=bad.csv,train.csv", *settings, "sweep.parallel=2"]
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    on_ray = [*arguments, *cluster.settings, f"sweep.job_cpus={threads}", "hydra.sweep.dir=on_ray"]
+    code, printed, errors = run(cluster.here, *on_ray)
+    assert (code, "1 failed, 1 finished" in printed) == (1, True), printed + errors
+    assert run(cluster.here, *arguments, "hydra.sweep.dir=local")[0] == 1
+    adapters = [cluster.here / folder / "1/adapter/adapter.safetensors" for folder in ("on_ray", "local")]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+    fields = ("name", "settings", "state", "error", "dev", "tests", "precision", "dev_sha256")
+    runs = [read_sweep(cluster.here / folder).runs for folder in ("on_ray", "local")]
+    on_ray, local = ([[getattr(run, name) for name in fields] for run in part] for part in runs)
+    assert on_ray == local
+    assert runs[0][0].error.startswith("DataError: ")
+
+
+@needs_ray
+@pytest.mark.slow
+def test_killed_and_stopped_jobs_are_recorded_and_a_resumed_sweep_finishes_them(cluster):
+    sweep = cluster.here / "killed"
+    settings = [entry for entry in SETTINGS if not entry.startswith("trainer.max_steps=")]
+    more = ["trainer.max_steps=100", "trainer.save_every=5", "hydra.sweep.dir=killed"]
+    process = begin(cluster.here, "-m", "seed=1,2", *settings, *more, *cluster.settings)
+    until(lambda: checkpoint_folders(sweep / "0"), process)
+    os.kill(read_status(sweep / "0").pid, signal.SIGKILL)
+    until(lambda: checkpoint_folders(sweep / "1"), process)
+    process.terminate()
+    printed, errors = process.communicate(timeout=100)
+    assert process.returncode == 143, printed + errors
+    killed, stopped = (read_status(sweep / job) for job in "01")
+    assert (killed.state, killed.error.partition(":")[0]) == ("failed", "killed by SIGKILL")
+    assert (stopped.state, stopped.step > 0) == ("stopped", True)
+    code, printed, errors = run(cluster.here, "-m", "sweep.resume=killed", "sweep.engine=local", "sweep.address=null")
+    assert code == 0, printed + errors
+    assert "1 in parallel, 1 thread per job\n" in printed
+    assert "2 finished" in printed
+    assert "resuming after step" in (sweep / "0/run.log").read_text()
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_search_on_ray_stops_a_poor_job_which_saves(cluster):
+    process = cluster.start(SEARCH, cluster.address)
+    printed, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, printed + errors
+    assert "1 pruned" in printed
+    status = read_status(cluster.here / "searched/0")
+    assert (status.state, status.step > 0) == ("pruned", True)
+    assert checkpoint_folders(cluster.here / "searched/0")
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_job_that_no_node_can_run_is_announced_and_ends_with_the_sweep(cluster):
+    assert "sweep.job_cpus=1 sweep.job_gpus=64 do not fit on a node of the Ray cluster" in cluster.printed[2]
+    assert cluster.printed[2].endswith("Try: sweep.job_cpus=1 sweep.job_gpus=0\n")
+    process = begin(cluster.here, "-m", *SETTINGS, *cluster.settings, "sweep.job_gpus=64", "hydra.sweep.dir=waiting")
+    lines = [process.stdout.readline() for _ in range(4)]
+    assert lines[1].startswith("warning: sweep.job_cpus=1 sweep.job_gpus=64 do not fit"), lines
+    assert lines[3] == "job 0 starts\n"
+    process.terminate()
+    assert "job 0 stopped" in process.communicate(timeout=60)[0]
+    assert process.returncode == 143
+
+
+def test_a_missing_package_and_a_missing_cluster_are_errors_of_one_line(monkeypatch):
+    if find_spec("ray"):
+        settings = SweepConfig(engine="ray", address="127.0.0.1:1")
+        message = (
+            r"sweep.address=127.0.0.1:1: there is no connection to a Ray cluster .*refused.* Try: ray start --head, "
+        )
+        with pytest.raises(ConfigError, match=message), ray_engine(settings, None):
+            pass
+    monkeypatch.setitem(sys.modules, "ray", None)
+    message = r"^sweep.engine=ray needs Ray. Try: pip install 'promcse_pl\[ray\]'$"
+    with pytest.raises(ConfigError, match=message), ray_engine(SweepConfig(engine="ray"), None):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"job_cpus": 2},
+            r"job_cpus=2 has no effect with sweep.engine=local. Try: sweep.engine=ray, or sweep.job_cpus=null",
+        ),
+        ({"engine": "submitit", "address": "auto"}, r"sweep.address=auto has no effect with sweep.engine=submitit"),
+        ({"engine": "ray", "address": "ray://x:1"}, r"sweep.address must be auto, HOST:PORT or null, got 'ray://x:1'"),
+        (
+            {"engine": "ray", "job_gpus": 1.5},
+            r"sweep.job_gpus above 1 must be a whole number, got 1.5. Try: sweep.job_gpus=2",
+        ),
+    ],
+)
+def test_settings_of_the_engine_without_effect_are_errors(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        SweepConfig.from_dict(settings)
+
+
+def test_a_job_on_ray_needs_a_gpu_for_each_rank(tmp_path):
+    files(tmp_path)
+    for device, ranks, gpus, is_valid in (
+        ("cpu", 2, None, True),
+        ("auto", 2, None, True),
+        ("auto", 1, 0.5, True),
+        ("auto", 2, 1.0, False),
+        ("cuda", 1, None, False),
+        ("cuda", 2, 2.0, True),
+    ):
+        config = small_config(tmp_path, trainer={"devices": ranks, "device": device})
+        settings = SweepConfig(engine="ray", job_gpus=gpus)
+        if is_valid:
+            assert check_gpus(config, settings) is config
+            continue
+        with pytest.raises(ConfigError, match=rf"trainer.devices={ranks} needs {ranks}. Try: sweep.job_gpus={ranks}"):
+            check_gpus(config, settings)
