@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("*.md", "docs/*.md", "experiments/**/README.md")
-HELP_WIDTH = "88"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -46,13 +47,36 @@ def site_files() -> set[str]:
 
 def cli_reference() -> str:
     """Return a page with the --help text of every command."""
-    os.environ["COLUMNS"] = HELP_WIDTH  # read by argparse
     from promcse_pl.cli.main import build_parsers
+    from promcse_pl.utils.paths import ENTRY_POINT
 
-    parser, commands = build_parsers()
-    pages = [f"# Command line\n\n```text\n{parser.format_help()}```\n"]
-    pages += [f"## promcse {name}\n\n```text\n{command.format_help()}```\n" for name, command in commands.items()]
-    return "\n".join(pages)
+    with patch.dict(os.environ, {ENTRY_POINT: "promcse train"}):
+        parser, commands = build_parsers()
+    summaries = dict(re.findall(r"^    (\w+)\s+(.*)$", _help(parser), re.MULTILINE))
+    sections = ["# Command line\n\n`promcse COMMAND --help` prints the options of a command.\n"]
+    for name, command in commands.items():
+        sections.append(f"## promcse {name}\n\n{summaries[name]}\n\n{_help_page(command)}\n")
+    return "\n".join(sections)
+
+
+def _help_page(parser: argparse.ArgumentParser) -> str:
+    """Return a --help text with its usage as code and its arguments as lists, which fit any screen."""
+    with patch.dict(os.environ, {"COLUMNS": "80"}):
+        usage = parser.format_usage()
+    text = re.sub(r"[*_<>\[\]`]", r"\\\g<0>", _help(parser).partition("\n\n")[2])
+    text = re.sub(r"^ +(\S.*?)(?: {2,}|\n {20,})(\S.*)$", _help_item, text, flags=re.MULTILINE)
+    return f"```text\n{usage}```\n\n" + re.sub(r":\n(?=- )", ":\n\n", text)
+
+
+def _help(parser: argparse.ArgumentParser) -> str:
+    """Return the --help text of a parser without wrapped lines; argparse reads the width from COLUMNS."""
+    with patch.dict(os.environ, {"COLUMNS": "10000"}):
+        return parser.format_help()
+
+
+def _help_item(line: re.Match[str]) -> str:
+    name = line[1].replace("\\", "")  # nothing is escaped in code
+    return f"- `{name}`: {line[2]}"
 
 
 def _import_table(diagram: re.Match[str]) -> str:
