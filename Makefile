@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help install demo demodata test lint format constraints hashes lowest audit
+.PHONY: help install demo demodata test lint format docs constraints hashes lowest audit
 PYTHON ?= .venv/bin/python
 
 help: ## show the targets
@@ -27,6 +27,10 @@ lint: ## run ruff, mypy and import-linter
 format: ## format the code with ruff
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
+
+docs: ## build the documentation site into site/
+	$(dir $(PYTHON))mkdocs build --strict
+	@echo "Show it with: $(PYTHON) -m http.server --directory site"
 
 constraints: ## resolve all extras and write constraints.txt
 	bash tools/write_constraints.sh

@@ -56,7 +56,9 @@ class PromCSE:
         encoder: The model; it is used in eval mode, and its mode is restored afterwards.
         tokenizer: A transformers tokenizer; None: that of the encoder.
 
-    Example (`run` is the folder of a run, `folder` a folder to write to):
+    Examples:
+        `run` is the folder of a run, `folder` a folder to write to.
+
         >>> from promcse_pl import PromCSE
         >>> model = PromCSE.from_pretrained(run)
         >>> embeddings = model.encode(["A woman is reading.", "Someone reads."], batch_size=32)

@@ -57,7 +57,7 @@ class SentenceIndex:
     Raises:
         ConfigError: An unknown kind, or one that needs FAISS where it is not installed.
 
-    Example:
+    Examples:
         >>> index = SentenceIndex()
         >>> index.add(np.eye(2, dtype=np.float32), ["east", "north"])
         >>> index.search(np.array([[0.8, 0.6]], dtype=np.float32), top_k=2, threshold=0.7)

@@ -45,18 +45,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if Path(sys.argv[0]).stem == "promcse":
         os.environ[ENTRY_POINT] = "promcse train"  # named in messages, also by the processes that a run starts
         given = _completion(given)
-    parser = Parser(prog="promcse", description="Sentence embeddings from a soft prompt on a frozen encoder.")
-    parser.add_argument("--version", action="version", version=f"promcse {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    for command in COMMANDS:
-        command.add_parser(commands)
+    parser, commands = build_parsers()
     options, rest = parser.parse_known_args(given)
     if "overrides" in options:  # KEY=VALUE may stand between options, which argparse cannot declare
         options.overrides = [argument for argument in rest if not argument.startswith("-")]
         rest = [argument for argument in rest if argument.startswith("-")]
     if rest:
-        commands.choices[options.command].error(f"unrecognized arguments: {' '.join(rest)}")
+        commands[options.command].error(f"unrecognized arguments: {' '.join(rest)}")
     return exit_code(lambda: options.run(options))
+
+
+def build_parsers() -> tuple[Parser, dict[str, Parser]]:
+    """Return the parser of `promcse` and those of its commands by name."""
+    parser = Parser(prog="promcse", description="Sentence embeddings from a soft prompt on a frozen encoder.")
+    parser.add_argument("--version", action="version", version=f"promcse {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    for command in COMMANDS:
+        command.add_parser(commands)
+    return parser, dict(commands.choices)
 
 
 def _completion(arguments: list[str]) -> list[str]:

@@ -32,7 +32,7 @@ class MtebModel(AbsEncoder):  # type: ignore[misc]
     Args:
         model: The model.
 
-    Example:
+    Examples:
         >>> mteb.evaluate(MtebModel(PromCSE.load(RUN)), tasks=mteb.get_tasks(tasks=["STSBenchmark"]))  # doctest: +SKIP
     """
 

@@ -55,7 +55,7 @@ def export_peft(encoder: PromptEncoder, folder: str | Path) -> None:
             time, texts are changed before tokenisation, the encoder has dense layers, several poolings are concatenated, the
             positions are not shifted by P, there is no prompt, PEFT does not support the family, or the folder cannot be written.
 
-    Example:
+    Examples:
         >>> from promcse_pl.adapter import load_adapter
         >>> export_peft(load_adapter(Path("outputs/.../adapter")), Path("peft_adapter"))  # doctest: +SKIP
     """

@@ -68,16 +68,15 @@ def train(
     Raises:
         PromcseError: Invalid settings or data. KeyboardInterrupt: Ctrl-C stopped the run; a checkpoint is saved.
 
-    Example:
-        import promcse_pl
-
-        rows = [
-            ("A woman is reading.", "Someone reads.", "A woman is running."),
-            ("A dog sleeps on a sofa.", "A pet is resting.", "A dog barks at a cat."),
-            ("Two men play chess.", "People play a board game.", "Two men play football."),
-        ]
-        model = promcse_pl.train(rows, overrides=["trainer.epochs=2", "tracking=local"])
-        embeddings = model.encode(["A girl studies a map."])
+    Examples:
+        >>> import promcse_pl
+        >>> rows = [
+        ...     ("A woman is reading.", "Someone reads.", "A woman is running."),
+        ...     ("A dog sleeps on a sofa.", "A pet is resting.", "A dog barks at a cat."),
+        ...     ("Two men play chess.", "People play a board game.", "Two men play football."),
+        ... ]
+        >>> model = promcse_pl.train(rows, overrides=["trainer.epochs=2", "tracking=local"])
+        >>> embeddings = model.encode(["A girl studies a map."])
     """
     rows = None if isinstance(data, str | Path) else _to_tuples(data)
     kind = TRAINING_ROWS[len(rows[0])].name if rows else _data_group(data)
