@@ -123,7 +123,9 @@ class Encoder:
             self._check_columns(list(batch))
             return {**batch, EMBEDDING: self._embeddings(batch[self._text_column].tolist())}
         if not hasattr(batch, "column_names"):
-            raise ConfigError(f"a batch must be numpy arrays or a pyarrow table, got {type(batch)}. Try: batch_format='numpy'")
+            raise ConfigError(
+                f"a batch must be numpy arrays or a pyarrow table, got {type(batch)}. Try: batch_format='numpy'"
+            )
         self._check_columns(batch.column_names)
         embeddings_ND = self._embeddings(batch[self._text_column].to_pylist())
         return batch.append_column(EMBEDDING, fixed_size_lists(embeddings_ND))
@@ -325,7 +327,7 @@ def ray_cluster(address: str | None) -> Iterator[None]:
         return
     if address is None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        local = {"include_dashboard": False, "object_store_memory": _STORE_BYTES}
+        local = {"include_dashboard": False, "object_store_memory": _STORE_BYTES, "log_to_driver": False}
     else:
         local = {}
     try:
