@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import socket
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -53,6 +54,7 @@ RETRIES = 3
 """How often Ray repeats a part whose worker was killed; an error of the encoder or of a row is not repeated."""
 _POLL_SECONDS = 0.2
 _STOP_SECONDS = 30.0
+_CONNECT_SECONDS = 10.0
 _STORE_BYTES = 10**8
 """Object store of a local cluster: only plans and progress pass through it, and Ray would reserve 30 % of the memory."""
 
@@ -322,25 +324,41 @@ def ray_cluster(address: str | None) -> Iterator[None]:
     Raises:
         ConfigError: There is no cluster at the address.
     """
+    if address not in (None, "auto"):
+        _check_address(str(address))
     if ray.is_initialized():
         yield
         return
+    local: dict[str, Any] = {}
     if address is None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         local = {"include_dashboard": False, "object_store_memory": _STORE_BYTES, "log_to_driver": False}
-    else:
-        local = {}
     try:
         ray.init(address=address or "local", logging_level="error", **local)
-    except (ConnectionError, ValueError) as error:
-        raise ConfigError(
-            f"--address {address}: cannot connect to a Ray cluster ({first_line(error)}). Try: ray start --head on its first "
-            "node, or no --address, which starts a cluster on this machine"
-        ) from error
+    except ConnectionError as error:
+        raise _unreachable(str(address), first_line(error)) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Raise a ConfigError if nothing answers at an address: Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ConfigError(f"--address must be auto or HOST:PORT, got {address!r}. Try: --address auto")
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise _unreachable(address, str(error)) from error
+
+
+def _unreachable(address: str, reason: str) -> ConfigError:
+    return ConfigError(
+        f"--address {address}: cannot connect to a Ray cluster ({reason}). Try: ray start --head on its first node, or no "
+        "--address, which starts a cluster on this machine"
+    )
 
 
 def _on_every_node(name: str | Path) -> str:

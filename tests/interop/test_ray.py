@@ -255,6 +255,19 @@ def test_workers_share_the_cpus_and_gpus_of_the_nodes(nodes, workers, device, ex
     assert dataclasses.astuple(engine.worker_resources(nodes, workers, device)) == expected
 
 
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("node7", "--address must be auto or HOST:PORT, got 'node7'. Try: --address auto"),
+        ("127.0.0.1:1", "--address 127.0.0.1:1: cannot connect to a Ray cluster"),
+    ],
+)
+def test_an_address_without_a_cluster_is_an_error_at_once(address, message, adapter, corpus, tmp_path, capsys):
+    command = ["encode", str(adapter), str(corpus), "--out", str(tmp_path / "out"), "--engine", "ray"]
+    assert main([*command, "--address", address]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_an_engine_takes_no_task(adapter, model, corpus, tmp_path):
     with pytest.raises(ConfigError, match=r"Try: task=\(0, 1\)"):
         encode_corpus(
