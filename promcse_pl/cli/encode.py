@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from promcse_pl.cli.inputs import add_adapter, add_prompt_options, load_model, prompt_text, read_sentences
 from promcse_pl.utils.errors import ConfigError, DataError
+from promcse_pl.utils.imports import without_gc
 from promcse_pl.utils.paths import SUFFIXES, expand, file_suffix
 
 if TYPE_CHECKING:
-    from promcse_pl.corpus.encode import CorpusOptions, CorpusProgress
+    from promcse_pl.corpus.encode import CorpusOptions, CorpusProgress, Engine
 
 _CORPUS_OPTIONS = {
     "text": "text_column",
@@ -26,6 +27,8 @@ _CORPUS_OPTIONS = {
     "shard": "task",
 }
 """Options that apply only to --out FOLDER -> attributes of `CorpusOptions`."""
+_RAY_OPTIONS = ("address", "workers")
+"""Options that apply only to --engine ray."""
 
 
 def add_parser(commands: Any) -> None:  # noqa: ANN401  (argparse's type is private)
@@ -72,6 +75,18 @@ def add_parser(commands: Any) -> None:  # noqa: ANN401  (argparse's type is priv
         "--on-bad-row", choices=("stop", "skip"), help="what to do with a row without a text (default stop)"
     )
     corpus.add_argument("--shard", metavar="I/N", help="encode part I of N, from 0: one per GPU or job of an array")
+    corpus.add_argument(
+        "--engine", choices=("local", "ray"), help="local: this process (default); ray: workers of a Ray cluster"
+    )
+    corpus.add_argument(
+        "--address", metavar="ADDRESS", help="Ray cluster: auto or HOST:PORT (default: a new one on this machine)"
+    )
+    corpus.add_argument(
+        "--workers",
+        metavar="N",
+        type=int,
+        help="worker processes of --engine ray (default: one per GPU or, without GPUs, one per node)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -83,7 +98,8 @@ def run(options: argparse.Namespace) -> None:
             raise DataError(f"--out must end in .npy, be - for standard output, or be a folder, got {out}")
         _encode_corpus(options)
         return
-    given = next((name for name in _CORPUS_OPTIONS if getattr(options, name) is not None), None)
+    names = (*_CORPUS_OPTIONS, "engine", *_RAY_OPTIONS)
+    given = next((name for name in names if getattr(options, name) is not None), None)
     if given is not None:
         raise ConfigError(f"--{given.replace('_', '-')} has no effect with --out {out}. Try: --out FOLDER")
     if len(options.files) > 1:
@@ -125,15 +141,37 @@ def _encode_corpus(options: argparse.Namespace) -> None:
     chosen = _corpus_options(options)
     find_inputs(options.files, out=options.out)  # errors before the model is loaded
     check_out(options.out)
-    model = load_model(options, options.device, options.precision)
-    chosen = dataclasses.replace(chosen, prompt=prompt_text(model, options))
-    with StopSignals(), _corpus_progress() as report:
-        done = encode_corpus(model, options.files, options.out, options=chosen, report=report)
+    with _engine(options) as engine:
+        # the workers of an engine have their own copies of the model
+        model = load_model(options, options.device if engine is None else "cpu", options.precision)
+        chosen = dataclasses.replace(chosen, prompt=prompt_text(model, options))
+        with StopSignals(), _corpus_progress() as report:
+            done = encode_corpus(model, options.files, options.out, options=chosen, report=report, engine=engine)
     skipped = f"; {done.skipped} shards were finished before" if done.skipped else ""
     bad = f"; {done.bad_rows} bad rows skipped" if done.bad_rows else ""
     sys.stdout.write(
         f"{options.out}: {done.rows} x {model.width} {chosen.output_dtype}, unit length, in {done.shards} shards{skipped}{bad}\n"
     )
+
+
+@contextmanager
+def _engine(options: argparse.Namespace) -> Iterator[Engine | None]:
+    """Give the engine of `encode_corpus`, connected to its cluster."""
+    if options.engine != "ray":
+        given = next((name for name in _RAY_OPTIONS if getattr(options, name) is not None), None)
+        if given is not None:
+            raise ConfigError(f"--{given} has no effect without --engine ray. Try: --engine ray")
+        yield None
+        return
+    if options.shard is not None:
+        raise ConfigError("--shard has no effect with --engine ray, which distributes all shards. Try: without --shard")
+    with without_gc():
+        from promcse_pl.interop.ray import RayEngine
+        from promcse_pl.utils.ray_cluster import ray_cluster
+
+    engine = RayEngine(options.adapter, options.encoder, options.precision, options.device, options.workers)
+    with ray_cluster(options.address, "--address "):
+        yield engine
 
 
 def _corpus_options(options: argparse.Namespace) -> CorpusOptions:

@@ -91,18 +91,36 @@ class CorpusProgress:
     """State of `encode_corpus`, reported after every block of texts.
 
     Attributes:
-        rows: Texts encoded by this process.
-        rows_per_second: Texts encoded per second.
-        done: Fraction of this task's input bytes that have been read or skipped as finished.
-        seconds_left: Estimated time left; None if unknown.
+        rows: Texts encoded by this call.
+        seconds: Time since its start.
+        encoded_bytes: Input bytes of these texts.
+        done_bytes: Input bytes that have been encoded, or skipped as finished.
+        total_bytes: Input bytes of this task.
         shard: Name of the shard that has just been finished; else None.
     """
 
     rows: int
-    rows_per_second: float
-    done: float
-    seconds_left: float | None
+    seconds: float
+    encoded_bytes: float
+    done_bytes: float
+    total_bytes: float
     shard: str | None
+
+    @property
+    def rows_per_second(self) -> float:
+        """Texts encoded per second."""
+        return self.rows / max(self.seconds, 1e-9)
+
+    @property
+    def done(self) -> float:
+        """Fraction of this task's input bytes that have been encoded or skipped."""
+        return min(1.0, self.done_bytes / self.total_bytes)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Estimated time left; None if unknown."""
+        left = max(0.0, self.total_bytes - self.done_bytes)
+        return self.seconds * left / self.encoded_bytes if self.encoded_bytes else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,13 +140,37 @@ class EncodedCorpus:
     skipped: int
 
 
+@dataclass(frozen=True, slots=True)
+class CorpusPlan:
+    """What `encode_corpus` encodes, and where to.
+
+    Attributes:
+        files: The input files.
+        out: The output folder.
+        options: See `CorpusOptions`.
+        settings: The settings in the manifest of the folder.
+    """
+
+    files: Sequence[InputFile]
+    out: Path
+    options: CorpusOptions
+    settings: CorpusSettings
+
+
+Report = Callable[[CorpusProgress], None]
+Engine = Callable[[CorpusPlan, Report | None], EncodedCorpus]
+"""Writes the shards of a plan that are not finished; manifest and checks are the caller's."""
+
+
+# six parameters: the model, from where to where, and how
 def encode_corpus(
     model: PromCSE,
     inputs: Sequence[str | Path],
     out: str | Path,
     *,
     options: CorpusOptions | None = None,
-    report: Callable[[CorpusProgress], None] | None = None,
+    report: Report | None = None,
+    engine: Engine | None = None,
 ) -> EncodedCorpus:
     """Write the embeddings (unit length) of all texts of some files to a folder of shards.
 
@@ -141,6 +183,7 @@ def encode_corpus(
         out: Output folder: absent, empty, or written with the same adapter and options.
         options: See `CorpusOptions`.
         report: Function that is called after every block of texts.
+        engine: What encodes the shards; None: this process. See `promcse_pl.interop.ray.RayEngine`.
 
     Raises:
         DataError: An input is missing, broken or has changed since some of its shards were written, a row is bad, or `out` has
@@ -156,7 +199,8 @@ def encode_corpus(
     remove_leftovers(out, older_than=_STALE_SECONDS)
     write_manifest(out, settings, [file.name for file in files])
     try:
-        done = _Task(model, files, out, options, settings).run(report)
+        plan = CorpusPlan(files, out, options, settings)
+        done = encode_task(model, plan, report) if engine is None else engine(plan, report)
     finally:
         write_manifest(out, settings, [file.name for file in files])
     matching_shards(out, settings)
@@ -180,25 +224,30 @@ def corpus_settings(model: PromCSE, options: CorpusOptions) -> CorpusSettings:
     )
 
 
+def encode_task(model: PromCSE, plan: CorpusPlan, report: Report | None) -> EncodedCorpus:
+    """Encode the part `plan.options.task` of a corpus in this process."""
+    return _Task(model, plan).run(report)
+
+
 class _Task:
     """The part of a corpus that one process encodes."""
 
-    def __init__(
-        self, model: PromCSE, files: list[InputFile], out: Path, options: CorpusOptions, settings: CorpusSettings
-    ) -> None:
-        self.model, self.out, self.options, self.settings = model, out, options, settings
-        number, tasks = options.task
-        self.has_whole_files = len(files) >= tasks
+    def __init__(self, model: PromCSE, plan: CorpusPlan) -> None:
+        self.model, self.out, self.options, self.settings = model, plan.out, plan.options, plan.settings
+        number, tasks = self.options.task
+        self.has_whole_files = len(plan.files) >= tasks
         self.files = [
-            (index, file) for index, file in enumerate(files) if not self.has_whole_files or index % tasks == number
+            (index, file)
+            for index, file in enumerate(plan.files)
+            if not self.has_whole_files or index % tasks == number
         ]
         self.finished: dict[str, dict[int, Shard]] = {}
-        for shard in matching_shards(out, self.settings):
+        for shard in matching_shards(self.out, self.settings):
             self.finished.setdefault(shard.input, {})[shard.number] = shard
         self.shards = self.rows = self.bad_rows = self.skipped = 0
-        self.meter = _Meter(sum(_size(file.path) for _, file in self.files), 1 if self.has_whole_files else tasks)
+        self.meter = _Meter(sum(input_bytes(file) for _, file in self.files), 1 if self.has_whole_files else tasks)
 
-    def run(self, report: Callable[[CorpusProgress], None] | None) -> EncodedCorpus:
+    def run(self, report: Report | None) -> EncodedCorpus:
         """Encode the shards of this task that are not finished."""
         self.meter.report = report
         for index, file in self.files:
@@ -211,7 +260,7 @@ class _Task:
         return self.has_whole_files or (index + shard) % tasks == number
 
     def _encode_file(self, index: int, file: InputFile) -> None:
-        version, sha256, size = _version(file.path), content_sha256(file.path), _size(file.path)
+        version, sha256, size = _version(file.path), content_sha256(file.path), input_bytes(file)
         finished = self.finished.get(file.name, {})
         if any(shard.input_sha256 != sha256 for shard in finished.values()):
             raise DataError(
@@ -262,7 +311,7 @@ class _Task:
                 embeddings_ND = embeddings_ND.astype(self.options.output_dtype)
                 if vectors is not None:
                     vectors.write(embeddings_ND)
-                table = block.table if is_npy else block.table.append_column(EMBEDDING, _lists(embeddings_ND))
+                table = block.table if is_npy else block.table.append_column(EMBEDDING, fixed_size_lists(embeddings_ND))
                 if writer is None:
                     writer = stack.enter_context(
                         pq.ParquetWriter(temporary[0], table.schema, **_compression(table.schema))
@@ -317,7 +366,7 @@ class _Meter:
     """
 
     def __init__(self, total: int, tasks: int) -> None:
-        self.report: Callable[[CorpusProgress], None] | None = None
+        self.report: Report | None = None
         self._total, self._tasks = max(1, total), tasks
         self._skipped = self._encoded = 0.0
         self._rows = self._rows_of_block = 0
@@ -355,13 +404,11 @@ class _Meter:
         if self.report is None:
             return
         seconds, rows = time.monotonic() - self._start, self._rows + self._rows_of_block
-        left = max(0.0, self._total - self._skipped - self._encoded) / self._tasks
-        seconds_left = seconds * left / self._encoded if self._encoded else None
-        done = min(1.0, (self._skipped + self._encoded) / self._total)
-        self.report(CorpusProgress(rows, rows / max(seconds, 1e-9), done, seconds_left, shard))
+        done = (self._skipped + self._encoded) / self._tasks
+        self.report(CorpusProgress(rows, seconds, self._encoded, done, self._total / self._tasks, shard))
 
 
-def _lists(embeddings_ND: NDArray[Any]) -> pa.Array:
+def fixed_size_lists(embeddings_ND: NDArray[Any]) -> pa.Array:
     """Return embeddings as a column of fixed-size lists."""
     import pyarrow as pa
 
@@ -380,8 +427,9 @@ def _files(path: Path) -> list[Path]:
     return dataset_files(path) if is_saved_dataset(path) else [path]
 
 
-def _size(path: Path) -> int:
-    return sum(file.stat().st_size for file in _files(path))
+def input_bytes(file: InputFile) -> int:
+    """Return the size of an input file."""
+    return sum(part.stat().st_size for part in _files(file.path))
 
 
 def _version(path: Path) -> list[tuple[int, int]]:

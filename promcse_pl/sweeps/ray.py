@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import logging
 import os
 import signal
-import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,14 +15,12 @@ from promcse_pl.sweeps.plan import SharedSettings
 from promcse_pl.sweeps.pool import Task, thread_variables
 from promcse_pl.utils.errors import ConfigError
 from promcse_pl.utils.interpreter import python_command
-from promcse_pl.utils.processes import PROCESS_POLL_SECONDS, RANK_THREADS, ChildProcess, available_cores, start_process
+from promcse_pl.utils.processes import PROCESS_POLL_SECONDS, RANK_THREADS, ChildProcess, start_process
+from promcse_pl.utils.ray_cluster import cluster_nodes, ray_cluster
 from promcse_pl.utils.terminal import print_line
 
 ANSWER_SECONDS = 0.5
 """Time after which an actor answers that its job still runs; a stop waits for this answer."""
-CONNECT_SECONDS = 10.0
-OBJECT_STORE_BYTES = 100 * 2**20
-"""Object store of a local cluster; the jobs do not use it."""
 MAX_REASON_LENGTH = 300
 """Characters of Ray's reason for a lost job."""
 _ACTOR_ENVIRONMENT = {"RAY_kill_child_processes_on_worker_exit": "false"}
@@ -171,47 +166,9 @@ def ray_engine(settings: SweepConfig, shared: SharedSettings | None) -> Iterator
     Raises:
         ConfigError: Ray is not installed, the cluster cannot be reached, or the local one is too small for a job.
     """
-    handler = signal.getsignal(signal.SIGTERM)
-    ray = _connect(settings.address)
-    signal.signal(signal.SIGTERM, handler)  # Ray has replaced it
-    try:
+    with ray_cluster(settings.address, "sweep.address=") as ray:
         _check_resources(ray, settings, settings.job_cpus or job_threads(settings, shared))
         yield RayEngine(ray, settings, shared)
-    finally:
-        ray.shutdown()
-
-
-def _connect(address: str | None) -> Any:  # noqa: ANN401  (a module)
-    """Return the module ray, connected to the cluster at an address, or to a new one of this machine."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        ray = importlib.import_module("ray")
-    except ImportError as error:
-        raise ConfigError("sweep.engine=ray needs Ray. Try: pip install 'promcse_pl[ray]'") from error
-    options: dict[str, Any] = {"address": address or "local", "log_to_driver": False, "logging_level": logging.ERROR}
-    if address is None:
-        options |= {
-            "num_cpus": available_cores(),
-            "object_store_memory": OBJECT_STORE_BYTES,
-            "include_dashboard": False,
-        }
-    try:
-        if address not in (None, "auto"):  # Ray itself would try for two minutes
-            host, _, port = address.rpartition(":")
-            socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
-        ray.init(**options)
-    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        reason = str(error.__cause__ or error).strip().partition("\n")[0] or type(error).__name__
-        advice = (
-            "more free memory and disk"
-            if address is None
-            else "ray start --head, RAY_AUTH_MODE=token if the cluster has a token, or sweep.address=null"
-        )
-        raise ConfigError(
-            f"sweep.engine=ray sweep.address={address or 'null'}: there is no connection to a Ray cluster ({reason}). Try: "
-            f"{advice}"
-        ) from error
-    return ray
 
 
 def _check_resources(ray: Any, settings: SweepConfig, cpus: int) -> None:  # noqa: ANN401  (Ray's)
@@ -221,9 +178,7 @@ def _check_resources(ray: Any, settings: SweepConfig, cpus: int) -> None:  # noq
         ConfigError: The local cluster is too small. Another cluster may grow, so that this is a warning.
     """
     gpus = settings.job_gpus or 0
-    nodes = [
-        (node["Resources"].get("CPU", 0), node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]
-    ]
+    nodes = cluster_nodes(ray)
     all_cpus, all_gpus = (sum(node[part] for node in nodes) for part in (0, 1))
     address = ray.get_runtime_context().gcs_address
     size = f"{len(nodes)} {'node' if len(nodes) == 1 else 'nodes'}, {all_cpus:g} CPUs, {all_gpus:g} GPUs"

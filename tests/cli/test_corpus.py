@@ -61,6 +61,10 @@ def test_a_corpus_is_encoded_indexed_and_searched(adapter, corpus, tmp_path, cap
         (["--out", "out", "--text", "body"], "Try: --text text"),
         (["--out", "taken"], "taken already exists and is not overwritten"),
         (["missing.txt", "--out", "out"], "missing.txt does not exist"),
+        (["--out", "v.npy", "--engine", "ray"], "--engine has no effect with --out v.npy. Try: --out FOLDER"),
+        (["--out", "out", "--workers", "2"], "--workers has no effect without --engine ray. Try: --engine ray"),
+        (["--out", "out", "--engine", "local", "--address", "auto"], "--address has no effect without --engine ray"),
+        (["--out", "out", "--engine", "ray", "--shard", "0/2"], "distributes all shards. Try: without --shard"),
     ],
 )
 def test_errors_exit_with_2_and_say_what_to_type(arguments, message, adapter, corpus, capsys, monkeypatch):

@@ -169,7 +169,7 @@ def test_a_missing_package_and_a_missing_cluster_are_errors_of_one_line(monkeypa
         with pytest.raises(ConfigError, match=message), ray_engine(settings, None):
             pass
     monkeypatch.setitem(sys.modules, "ray", None)
-    message = r"^sweep.engine=ray needs Ray. Try: pip install 'promcse_pl\[ray\]'$"
+    message = r"^this needs Ray. Try: pip install 'promcse_pl\[ray\]'$"
     with pytest.raises(ConfigError, match=message), ray_engine(SweepConfig(engine="ray"), None):
         pass
 

@@ -1,0 +1,310 @@
+"""Encode with Ray: an actor for Ray Data, and the engine of `promcse encode --engine ray`."""
+
+# N sentences, D width
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from promcse_pl.corpus.encode import (
+    CorpusPlan,
+    CorpusProgress,
+    EncodedCorpus,
+    Report,
+    corpus_settings,
+    encode_task,
+    fixed_size_lists,
+    input_bytes,
+)
+from promcse_pl.corpus.folder import check_settings, matching_shards
+from promcse_pl.corpus.rows import EMBEDDING
+from promcse_pl.embedder import PromCSE
+from promcse_pl.models.encoder_files import first_line
+from promcse_pl.models.vectors import Vectors
+from promcse_pl.utils.errors import ConfigError, DataError, PromcseError
+from promcse_pl.utils.paths import expand
+from promcse_pl.utils.ray_cluster import cluster_nodes
+
+try:
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+    from ray.util.queue import Queue
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+except ImportError as error:
+    raise ConfigError("this needs Ray. Try: pip install 'promcse_pl[ray]'") from error
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+PARTS_PER_WORKER = 8
+"""Parts of a corpus for each worker, so that a slow or lost worker delays the end by a part only."""
+RETRIES = 3
+"""How often Ray repeats a part whose worker was killed; an error of the encoder or of a row is not repeated."""
+_POLL_SECONDS = 0.2
+_STOP_SECONDS = 30.0
+
+
+@cache
+def _load(adapter: str, encoder: str | None, dtype: str) -> PromCSE:
+    """Load the adapter once per worker process, on the GPU and with the CPUs that Ray assigned to it."""
+    cpus = max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)))
+    os.environ["RAYON_NUM_THREADS"] = str(cpus)  # of the tokenizer, which reads it before its first batch
+    torch.set_num_threads(cpus)
+    device = "cuda" if ray.get_gpu_ids() else "cpu"
+    return PromCSE.from_pretrained(adapter, encoder=encoder, device=device, dtype=dtype)
+
+
+class Encoder:
+    """Actor for `ray.data.Dataset.map_batches` that adds the column `embedding` and keeps all others.
+
+    Each actor loads the adapter once, on its GPU if Ray assigned one, and uses as many threads as it has CPUs (`num_cpus`). Set
+    the number of actors with `compute`; `concurrency` is deprecated in Ray. With `num_gpus`, Ray requires a `batch_size`; 4,096
+    or a multiple of it fills the batches of `PromCSE.encode`. Use `batch_format="pyarrow"` if other columns contain lists or
+    missing integers: Ray converts such columns in its default format, numpy.
+
+    Args:
+        adapter: Folder of an adapter or of a run, readable by every node, or a hub id.
+        text_column: Name of the text column.
+        encoder, dtype: See `PromCSE.load`.
+        prompt_name, prompt: See `PromCSE.encode`.
+
+    Example:
+        >>> texts = ray.data.read_parquet("corpus")  # doctest: +SKIP
+        >>> texts.map_batches(
+        ...     Encoder,
+        ...     fn_constructor_kwargs={"adapter": "/shared/adapter", "text_column": "text"},
+        ...     compute=ray.data.ActorPoolStrategy(size=8),
+        ...     batch_size=16384,
+        ...     batch_format="pyarrow",
+        ...     num_gpus=1,
+        ... ).write_parquet("embeddings")  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        adapter: str | Path,
+        *,
+        text_column: str = "text",
+        encoder: str | Path | None = None,
+        dtype: str = "float32",
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+    ) -> None:
+        self._model = _load(_on_every_node(adapter), None if encoder is None else _on_every_node(encoder), dtype)
+        self._text_column, self._prompt_name, self._prompt = text_column, prompt_name, prompt
+
+    def __call__(self, batch: dict[str, Any] | pa.Table) -> dict[str, Any] | pa.Table:
+        """Return a batch with the embeddings of its texts.
+
+        Args:
+            batch: Columns as numpy arrays or as a pyarrow table.
+
+        Returns:
+            The same kind of batch with `embedding`: (N, D) float32 of unit length, or a column of fixed-size lists.
+
+        Raises:
+            ConfigError: There is no text column of that name, or the batch has another format.
+            DataError: There is a column `embedding`, or a text is missing.
+        """
+        if isinstance(batch, dict):
+            self._check_columns(list(batch))
+            return {**batch, EMBEDDING: self._embeddings(batch[self._text_column].tolist())}
+        if not hasattr(batch, "column_names"):
+            raise ConfigError(
+                f"a batch must be numpy arrays or a pyarrow table, got {type(batch)}. Try: batch_format='numpy'"
+            )
+        self._check_columns(batch.column_names)
+        embeddings_ND = self._embeddings(batch[self._text_column].to_pylist())
+        return batch.append_column(EMBEDDING, fixed_size_lists(embeddings_ND))
+
+    def _embeddings(self, texts: list[str]) -> Vectors:
+        return self._model.encode(texts, prompt_name=self._prompt_name, prompt=self._prompt)
+
+    def _check_columns(self, names: Sequence[str]) -> None:
+        if self._text_column not in names:
+            near = difflib.get_close_matches(self._text_column, names, n=1) or names[:1]
+            raise ConfigError(
+                f"text_column={self._text_column!r} is not a column of the dataset (columns: {', '.join(names)}). "
+                f"Try: text_column={''.join(near)!r}"
+            )
+        if EMBEDDING in names:
+            raise DataError(
+                f"the dataset has a column {EMBEDDING}, the name of the output column. Try: "
+                f'dataset.rename_columns({{"{EMBEDDING}": "old_{EMBEDDING}"}})'
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class RayEngine:
+    """Engine of `encode_corpus` that encodes parts of a corpus in the workers of the Ray cluster of this process.
+
+    Parts are encoded as with `CorpusOptions.task`: whole files, or shards if there are few files. Ray repeats the part of a
+    killed worker, and the repetition skips the shards that were finished. Every node must be able to read the adapter and the
+    inputs and to write to the output folder under the same paths.
+
+    Attributes:
+        adapter: Folder of an adapter or of a run, or a hub id: that of the model of `encode_corpus`.
+        encoder, dtype: See `PromCSE.load`.
+        device: `cpu`, `cuda`, or `auto`: GPUs if the cluster has any.
+        workers: Number of worker processes; None: one per GPU or, without GPUs, one per node. They share the CPUs equally.
+
+    Example:
+        >>> encode_corpus(model, ["corpus"], "embeddings", engine=RayEngine("/shared/adapter"))  # doctest: +SKIP
+    """
+
+    adapter: str | Path
+    encoder: str | Path | None = None
+    dtype: str = "float32"
+    device: str = "auto"
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ConfigError(f"device must be auto, cpu or cuda with Ray, got {self.device!r}")
+        if self.workers is not None and self.workers < 1:
+            raise ConfigError(f"workers must be an integer >= 1, got {self.workers!r}")
+
+    def __call__(self, plan: CorpusPlan, report: Report | None) -> EncodedCorpus:
+        """Encode the shards of a plan that are not finished.
+
+        Raises:
+            ConfigError: The cluster has too few CPUs or GPUs, or the plan has a task.
+            PromcseError: A worker was killed more than `RETRIES` times, or the error of a worker.
+        """
+        if plan.options.task != (0, 1):
+            raise ConfigError("task has no effect with RayEngine, which distributes all parts. Try: task=(0, 1)")
+        files = [dataclasses.replace(file, path=file.path.absolute()) for file in plan.files]
+        plan = dataclasses.replace(plan, files=files, out=plan.out.absolute())
+        earlier = {shard.name for shard in matching_shards(plan.out, plan.settings)}
+        try:
+            self._encode_parts(plan, worker_resources(cluster_nodes(ray), self.workers, self.device), report)
+        except RayTaskError as error:
+            if isinstance(error.cause, PromcseError | OSError):
+                raise error.cause from None
+            raise
+        except RayError as error:
+            raise PromcseError(
+                f"Ray could not finish a part of the corpus ({type(error).__name__}: {first_line(error)}). Finished shards are "
+                "kept. Try: the same command again, with fewer --workers if the memory was full"
+            ) from error
+        names = {file.name for file in files}
+        shards = [shard for shard in matching_shards(plan.out, plan.settings) if shard.input in names]
+        new = [shard for shard in shards if shard.name not in earlier]
+        rows, bad_rows = sum(shard.rows for shard in new), sum(shard.bad_rows for shard in new)
+        return EncodedCorpus(len(new), rows, bad_rows, len(shards) - len(new))
+
+    def _encode_parts(self, plan: CorpusPlan, resources: WorkerResources, report: Report | None) -> None:
+        workers = resources.workers
+        parts = max(workers, min(len(plan.files), PARTS_PER_WORKER * workers))
+        encode = ray.remote(_encode_part).options(
+            num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=RETRIES, name="promcse encode"
+        )
+        adapter = (_on_every_node(self.adapter), self.encoder and _on_every_node(self.encoder), self.dtype)
+        shared, progress = ray.put(plan), _Progress(plan, report)
+        waiting, running = deque(range(parts)), list[ray.ObjectRef]()
+        try:
+            while waiting or running:
+                while waiting and len(running) < workers:
+                    running.append(encode.remote(adapter, shared, (waiting.popleft(), parts), progress.queue))
+                done, running = ray.wait(running, timeout=_POLL_SECONDS)
+                progress.forward()
+                ray.get(done)
+        finally:
+            for part in running:
+                ray.cancel(part)
+            if running:  # workers remove their temporary files
+                ray.wait(running, num_returns=len(running), timeout=_STOP_SECONDS)
+            progress.queue.shutdown()
+
+
+def _encode_part(adapter: tuple[str, str | None, str], plan: CorpusPlan, task: tuple[int, int], reports: Queue) -> None:
+    """Encode a part of a corpus in a worker process; its progress goes to a queue."""
+    model = _load(*adapter)
+    plan = dataclasses.replace(plan, options=dataclasses.replace(plan.options, task=task))
+    check_settings(plan.out, corpus_settings(model, plan.options))  # this node may have another adapter under the path
+    encode_task(model, plan, lambda progress: reports.put((task[0], progress)))
+
+
+class _Progress:
+    """Sum of the progress of all parts.
+
+    Args:
+        plan: The corpus.
+        report: Receives the sum.
+    """
+
+    def __init__(self, plan: CorpusPlan, report: Report | None) -> None:
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+        self._report, self._bytes = report, max(1, sum(map(input_bytes, plan.files)))
+        self._parts: dict[int, CorpusProgress] = {}
+        self._start = time.monotonic()
+
+    def forward(self) -> None:
+        """Report everything in the queue."""
+        for part, progress in self.queue.get_nowait_batch(self.queue.qsize()):
+            self._parts[part] = progress
+            if self._report is not None:
+                self._report(self._sum(progress.shard))
+
+    def _sum(self, shard: str | None) -> CorpusProgress:
+        parts, seconds = self._parts.values(), time.monotonic() - self._start
+        rows = sum(part.rows for part in parts)
+        encoded, done = sum(part.encoded_bytes for part in parts), sum(part.done_bytes for part in parts)
+        return CorpusProgress(rows, seconds, encoded, done, self._bytes, shard)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerResources:
+    """Number of workers, and the CPUs and GPUs of each."""
+
+    workers: int
+    cpus: int
+    gpus: int
+
+
+def worker_resources(nodes: Sequence[tuple[float, float]], workers: int | None, device: str) -> WorkerResources:
+    """Divide the CPUs and GPUs of a cluster among workers.
+
+    Args:
+        nodes: CPUs and GPUs of each node.
+        workers, device: See `RayEngine`.
+
+    Raises:
+        ConfigError: There are not enough of them.
+    """
+    total_cpus, total_gpus = (int(sum(column)) for column in zip(*nodes, strict=True))
+    if device == "cuda" and not total_gpus:
+        raise ConfigError("--device cuda: the Ray cluster has no GPU. Try: --device cpu")
+    on_gpu = device != "cpu" and total_gpus > 0
+
+    def fitting(cpus_each: int) -> int:
+        """Return how many workers with so many CPUs fit into the nodes."""
+        return int(sum(min(cpus // cpus_each, gpus) if on_gpu else cpus // cpus_each for cpus, gpus in nodes))
+
+    default = fitting(1) if on_gpu else sum(cpus > 0 for cpus, _ in nodes)
+    count = default if workers is None else workers
+    if not 0 < count <= fitting(1):
+        raise ConfigError(
+            f"--workers {count}: the Ray cluster has {total_cpus} CPUs and {total_gpus} GPUs, which is enough for "
+            f"{fitting(1)} workers. Try: --workers {max(1, fitting(1))}"
+        )
+    cpus = next(cpus for cpus in range(total_cpus, 0, -1) if fitting(cpus) >= count)
+    return WorkerResources(count, cpus, int(on_gpu))
+
+
+def _on_every_node(name: str | Path) -> str:
+    """Return an absolute path, which also holds in processes with another current folder; hub ids are returned as they are."""
+    path = expand(name)
+    return str(path.absolute()) if path.exists() else str(name)

@@ -1,0 +1,92 @@
+"""Connects to a Ray cluster."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from promcse_pl.utils.errors import ConfigError
+from promcse_pl.utils.processes import available_cores
+
+_CONNECT_SECONDS = 10.0
+_STORE_BYTES = 10**8
+"""Object store of a local cluster: only small messages pass through it, and Ray would reserve 30 % of the memory."""
+
+
+@contextmanager
+def ray_cluster(address: str | None, setting: str) -> Iterator[Any]:
+    """Connect this process to a Ray cluster and return the module `ray`; a connection that exists is used and kept.
+
+    Args:
+        address: `auto` or HOST:PORT; None: a cluster on this machine that is stopped at the end.
+        setting: Beginning of the setting of the address, for errors: `--address ` or `sweep.address=`.
+
+    Raises:
+        ConfigError: Ray is not installed, or there is no cluster at the address.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        ray = importlib.import_module("ray")
+    except ImportError as error:
+        raise ConfigError("this needs Ray. Try: pip install 'promcse_pl[ray]'") from error
+    if address not in (None, "auto"):
+        _check_address(str(address), setting)
+    if ray.is_initialized():
+        yield ray
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        _connect(ray, address, setting)
+    finally:
+        signal.signal(signal.SIGTERM, handler)  # Ray has replaced it
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def cluster_nodes(ray: Any) -> list[tuple[float, float]]:  # noqa: ANN401  (a module)
+    """Return the CPUs and GPUs of every node of the cluster."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [(node.get("CPU", 0), node.get("GPU", 0)) for node in nodes]
+
+
+def _connect(ray: Any, address: str | None, setting: str) -> None:  # noqa: ANN401  (a module)
+    local = {
+        "num_cpus": available_cores(),
+        "include_dashboard": False,
+        "object_store_memory": _STORE_BYTES,
+        "log_to_driver": False,
+    }
+    try:
+        ray.init(address=address or "local", logging_level="error", **({} if address else local))
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        reason = str(error.__cause__ or error).strip().partition("\n")[0] or type(error).__name__
+        raise _unreachable(address, setting, reason) from error
+
+
+def _check_address(address: str, setting: str) -> None:
+    """Raise a ConfigError if nothing answers at an address: Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ConfigError(f"{setting}{address}: an address must be auto or HOST:PORT. Try: {setting}auto")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise _unreachable(address, setting, str(error)) from error
+
+
+def _unreachable(address: str | None, setting: str, reason: str) -> ConfigError:
+    if address is None:
+        return ConfigError(
+            f"a Ray cluster cannot be started on this machine ({reason}). Try: more free memory and disk"
+        )
+    return ConfigError(
+        f"{setting}{address}: there is no connection to a Ray cluster ({reason}). Try: ray start --head on its first node, "
+        f"RAY_AUTH_MODE=token if the cluster has a token, or no {setting.strip(' =')}, which starts a cluster on this machine"
+    )
