@@ -98,7 +98,7 @@ def check_launcher(engine: str, launcher: str) -> None:
     """Check that the choice of `hydra/launcher` fits `sweep.engine`.
 
     Raises:
-        ConfigError: It does not.
+        ConfigError: The launcher does not fit.
     """
     if engine == "submitit" and not launcher.startswith("submitit"):
         raise ConfigError(

@@ -56,7 +56,7 @@ ROTATED_KEYS = "after_rotation"
 _OTHER_ENCODER = "--encoder FOLDER (in Python: PromCSE.load(..., encoder=FOLDER))"
 """How to use an encoder that is not found under the name in the adapter."""
 ENCODER_FILES = ("*.json", "model*.safetensors")
-"""File patterns of an encoder in an adapter's folder; the checksum covers them."""
+"""File patterns of an encoder in an adapter folder; the checksum covers these files."""
 _FILES = (DESCRIPTION, WEIGHTS, CARD, *(f"{BUNDLED_NAME}/{pattern}" for pattern in ENCODER_FILES))
 HUB_FILES = (*_FILES, *(f"adapter/{pattern}" for pattern in _FILES))
 """File patterns of an adapter on the hub: at the top of a repository, or in its folder adapter/."""
@@ -95,7 +95,7 @@ def describe(encoder: PromptEncoder) -> dict[str, Any]:
 
 
 def training_summary(encoder: PromptEncoder) -> dict[str, Any]:
-    """Return the summary of the training of the adapter that a model was loaded from; empty if its tensors changed since."""
+    """Return the training summary of the adapter that a model was loaded from; empty if the model's tensors have changed."""
     sha256, summary = encoder.trained_by or ("", {})
     return summary if summary and sha256 == _state_sha256(encoder) else {}
 
@@ -139,13 +139,13 @@ def _keys(backbone: FrozenBackbone) -> str | None:
 def save_adapter(encoder: PromptEncoder, folder: str | Path, *, training: dict[str, Any] | None = None) -> None:
     """Write an adapter and its model card to a folder; an adapter that is already there is replaced atomically.
 
-    Other files in the folder (.git, a README.md that someone wrote or edited) are kept.
+    Other files in the folder are kept, such as .git and a README.md that a person wrote or edited.
 
     Args:
         encoder: The prompt encoder.
         folder: Absent, empty, or the folder of an adapter.
-        training: Summary of the run, plain values; None: that of the adapter that the encoder was loaded from, if its tensors
-            are unchanged.
+        training: Summary of the run, plain values; None: the summary of the adapter that the model was loaded from, if the
+            model's tensors are unchanged.
 
     Raises:
         AdapterError: The folder cannot be written, or contains something other than an adapter; or weights of an encoder without
@@ -182,10 +182,10 @@ def save_adapter(encoder: PromptEncoder, folder: str | Path, *, training: dict[s
 
 
 def _own_entries(folder: Path, description: dict[str, Any]) -> list[str]:
-    """Return the names of the entries of a folder that a save of an adapter replaces or removes.
+    """Return the names of the files and folders that saving an adapter replaces or removes.
 
     Raises:
-        AdapterError: The adapter contains its encoder, and the folder another entry of that name.
+        AdapterError: The adapter contains its encoder, but the folder encoder/ exists and is not part of an adapter.
     """
     own = [WEIGHTS, DESCRIPTION, *([CARD] if may_replace_card(folder) else [])]
     replaced = written_description(folder)

@@ -141,7 +141,7 @@ class PromCSE:
         """Write the adapter and its model card to a folder: what was trained, and the name of the encoder.
 
         Args:
-            folder: Absent, empty, or the folder of an adapter, which is replaced. A README.md that someone wrote or edited is
+            folder: Absent, empty, or the folder of an adapter, which is replaced. A README.md that a person wrote or edited is
                 kept.
 
         Raises:
@@ -162,10 +162,10 @@ class PromCSE:
     ) -> str:
         """Upload the adapter and its model card to the Hugging Face Hub in one commit.
 
-        The card has the training and the scores of the run if the model was loaded from it and not changed since.
+        The card contains the settings and scores of the run that the model was loaded from, unless its tensors have changed.
 
         Args:
-            repo_id: OWNER/NAME; created if there is no such repository.
+            repo_id: OWNER/NAME; the repository is created if it does not exist.
             private, revision, commit_message, token: See `promcse_pl.publish.push_adapter`.
 
         Returns:

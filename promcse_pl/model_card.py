@@ -1,4 +1,4 @@
-"""The model card of an adapter (README.md): metadata of the Hugging Face Hub and a description, from the adapter's own data."""
+"""The model card of an adapter (README.md): rendered from adapter.json and the metadata of the encoder's model card."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from promcse_pl.utils.paths import looks_like_path, require_regular_file
 
 CARD = "README.md"
 Form = Literal["adapter", "sentence-transformers", "plain"]
-"""What a folder contains: an adapter; a sentence-transformers model with an adapter, or one that needs no other package."""
+"""Content of a folder: an adapter; a sentence-transformers model that needs promcse_pl; or one that does not (`plain`)."""
 _MARK = "<!-- Written by promcse_pl. It is updated unless the text is edited. sha256 of the text: {} -->\n"
 _MARKED = re.compile(re.escape(_MARK).replace(r"\{\}", "([0-9a-f]{64})") + r"\Z")
 _IMPORT = "from promcse_pl import PromCSE"
@@ -58,8 +58,8 @@ def model_card(
         text = _text(about, name, parameters, encoder_card, form)
     except (TypeError, ValueError, AttributeError, LookupError, StopIteration) as error:
         raise AdapterError(
-            f"the entry training in adapter.json cannot be described in a model card ({type(error).__name__}: {error}). To "
-            "remove it, in Python with promcse_pl.adapter. Try: save_adapter(load_adapter(FOLDER), FOLDER, training={})"
+            f"the entry training in adapter.json was not written by promcse_pl ({type(error).__name__}: {error}). To remove "
+            "it, use promcse_pl.adapter. Try: save_adapter(load_adapter(FOLDER), FOLDER, training={})"
         ) from error
     return text + _MARK.format(hashlib.sha256(text.encode()).hexdigest())
 
@@ -78,7 +78,7 @@ def _text(about: Mapping[str, Any], name: str, parameters: int, encoder_card: Ma
         _evaluation(about["training"]),
         "## Licence",
         _licence(about["encoder"]["name"], encoder_card),
-        "## Limits",
+        "## Limitations",
         _limits(about, encoder_card),
     ]
     metadata = yaml.safe_dump(_metadata(about, name, encoder_card, form), allow_unicode=True)
@@ -142,7 +142,7 @@ def _dev_name(training: Mapping[str, Any]) -> str:
 
 
 def _weights(about: Mapping[str, Any]) -> str:
-    """Return which weights of the encoder were trained; formats 1 to 3 have none."""
+    """Return which weights of the encoder were trained; adapters of formats 1 to 3 train none."""
     return str((about.get("tuning") or {}).get("weights", "none"))
 
 
@@ -171,7 +171,8 @@ def _introduction(about: Mapping[str, Any], form: Form) -> str:
     what = "A sentence-transformers model" if form != "adapter" else "A promcse_pl adapter"
     return (
         f"{what} for sentence embeddings. Encoder: {linked}. Trained with "
-        f"[PromCSE](https://arxiv.org/abs/2203.06875), promcse_pl {_line(about['promcse_pl'])}: {', '.join(parts) or 'nothing'}."
+        f"[PromCSE](https://arxiv.org/abs/2203.06875), promcse_pl {_line(about['promcse_pl'])}. "
+        f"Trained tensors: {', '.join(parts) or 'none'}."
     )
 
 
@@ -222,7 +223,7 @@ def _model(about: Mapping[str, Any], parameters: int) -> str:
         ("trained weights of the encoder", _weights(about) + details),
         ("pooling", about["pooling"]),
         ("head", about["head"] + (f", rank {about['head_rank']}" if about.get("head_rank") else "")),
-        ("shift of the positions", about["position_offset"]),
+        ("position offset", about["position_offset"]),
         ("trained parameters", f"{parameters:,} ({4 * parameters:,} bytes)"),
     ]
     return _table(rows)
@@ -252,7 +253,7 @@ def _training(training: Mapping[str, Any]) -> str:
 def _evaluation(training: Mapping[str, Any]) -> str:
     evaluation = training.get("evaluation", {})
     if not evaluation:
-        return "Not evaluated after training. To evaluate it: `promcse evaluate`."
+        return "Not evaluated after training. Use `promcse evaluate`."
     tasks = evaluation["tasks"]
     targets = list(next(iter(tasks.values()))["scores"])
     rows = []
@@ -262,7 +263,7 @@ def _evaluation(training: Mapping[str, Any]) -> str:
         rows.append((label, _line(entry["unit"]), *cells, _line(entry["difference"] or "")))
     notes = (
         f"In brackets: {100 * evaluation['level']:.0f} % confidence intervals (bootstrap, {evaluation['resamples']} resamples)."
-        + (" Differences are to the frozen encoder." if len(targets) > 1 else "")
+        + (" Differences are relative to the frozen encoder." if len(targets) > 1 else "")
     )
     return f"{_table(rows, header=('task', 'unit', *targets, 'difference'))}\n\n{notes}"
 
@@ -286,7 +287,7 @@ def _limits(about: Mapping[str, Any], encoder_card: Mapping[str, Any]) -> str:
     training, limit = about["training"], about.get("text", {}).get("max_length")
     positions = about["encoder"].get("config", {}).get("max_position_embeddings")
     fits = f"the {positions} positions of the encoder" if positions else "the positions of the encoder"
-    fits += f", of which the shift takes {about['position_offset']}" if about["position_offset"] else ""
+    fits += f", minus the position offset of {about['position_offset']}" if about["position_offset"] else ""
     languages = encoder_card.get("language")
     listed = ", ".join(map(str, languages)) if isinstance(languages, list) else languages
     points = [
@@ -294,7 +295,7 @@ def _limits(about: Mapping[str, Any], encoder_card: Mapping[str, Any]) -> str:
         f"Languages: {_line(listed)} (model card of the encoder)."
         if listed
         else "The languages of the encoder are unknown.",
-        "Other languages and domains than those of the training data were not tested, unless the table above has them.",
+        "Not evaluated on languages and domains other than those of the training data, except for the tasks in the table above.",
         "Scores on similarity tasks do not measure retrieval or classification.",
     ]
     if longest := training.get("settings", {}).get("data.max_length"):

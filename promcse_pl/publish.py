@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 _INNER = f"adapter/{DESCRIPTION}"
-"""File of a repository that `PromCSE.from_pretrained` prefers to an adapter at its top."""
+"""`PromCSE.from_pretrained` loads this file of a repository instead of an adapter at the top level."""
 
 
 def push_adapter(
@@ -31,16 +31,16 @@ def push_adapter(
     commit_message: str | None = None,
     token: str | bool | None = None,
 ) -> str:
-    """Upload an adapter and its model card in one commit; the repository is created if there is none.
+    """Upload an adapter and its model card in one commit; the repository is created if it does not exist.
 
-    Only the files of the adapter are uploaded. A model card that someone wrote or edited, in the folder or in the repository, is
-    not replaced by a generated one; that in the folder takes precedence. Other files of the repository are kept.
+    Only the files of the adapter are uploaded; other files of the repository are kept. A model card that a person wrote or edited
+    is not replaced by a generated one. A card edited in the folder replaces the card in the repository, even an edited one.
 
     Args:
         folder: Folder of an adapter or of a run.
         repo_id: OWNER/NAME.
-        private: Whether a new repository is private; None: as its owner has set (public by default).
-        revision: Branch, created if absent; None: the default branch.
+        private: Whether a new repository is private; None: the default of the owner's account (usually public).
+        revision: Branch; created if it does not exist. None: the default branch.
         commit_message: None: "Upload adapter".
         token: Access token; None: that of `hf auth login` or of HF_TOKEN.
 
@@ -100,7 +100,7 @@ def _has_generated_card(api: HfApi, repo: str, revision: str | None) -> bool:
 
 @contextmanager
 def _clear_errors(repo_id: str) -> Iterator[None]:
-    """Turn errors of huggingface_hub into one line that says what to type."""
+    """Convert errors of huggingface_hub to errors of this package with a command to try."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     try:

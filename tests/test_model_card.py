@@ -123,7 +123,7 @@ def test_the_card_names_trained_weights_text_prompts_and_positions(tmp_path):
     card = (tmp_path / "adapter" / CARD).read_text()
     assert cells(card)["trained weights of the encoder"] == "lora, rank 3, alpha 6.0"
     assert 'Text prompts (`prompt_name` of `encode`): `query` (`"q: "`). Default: `query`.' in card
-    assert "truncated to the 40 positions of the encoder, of which the shift takes 4." in card
+    assert "truncated to the 40 positions of the encoder, minus the position offset of 4." in card
 
 
 def test_names_from_outside_cannot_add_lines_to_a_card(adapter):
@@ -132,7 +132,7 @@ def test_names_from_outside_cannot_add_lines_to_a_card(adapter):
     found["encoder"]["name"] = evil
     found["training"] = {"dev": evil, "data": {"name": evil, "sha256": evil}, "stopped_early": evil, "rows": 3}
     card = model_card(found, name='a "b" $c', parameters=parameters, encoder_card={"language": evil, "license": evil})
-    titles = ["Usage", "Model", "Training", "Evaluation", "Licence", "Limits"]
+    titles = ["Usage", "Model", "Training", "Evaluation", "Licence", "Limitations"]
     assert [line[3:] for line in card.splitlines() if line.startswith("## ")] == titles
     assert metadata(card)["license"] == evil  # quoted by YAML
 

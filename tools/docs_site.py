@@ -1,4 +1,4 @@
-"""Hooks of mkdocs.yml. The site has the folders of the repository, so that relative links work in both."""
+"""Hooks of mkdocs.yml. The site keeps the repository's folders, so that relative links work on GitHub and on the site."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:  # noqa: ANN401  (the hook's signature is that of mkdocs)
-    """Write what GitHub renders and Python-Markdown does not in another form."""
+    """Convert Markdown that GitHub renders but Python-Markdown does not."""
     markdown = re.sub(r"^```mermaid\n(.*?)^```$", _import_table, markdown, flags=re.DOTALL | re.MULTILINE)
     return re.sub(r"^(<!-- .* -->)\n(?=\|)", r"\1\n\n", markdown, flags=re.MULTILINE)
 
@@ -60,7 +60,7 @@ def cli_reference() -> str:
 
 
 def _help_page(parser: argparse.ArgumentParser) -> str:
-    """Return a --help text with its usage as code and its arguments as lists, which fit any screen."""
+    """Return a --help text with its usage as code and its arguments as a list, which wraps on narrow screens."""
     with patch.dict(os.environ, {"COLUMNS": "80"}):
         usage = parser.format_usage()
     text = re.sub(r"[*_<>\[\]`]", r"\\\g<0>", _help(parser).partition("\n\n")[2])
@@ -75,7 +75,7 @@ def _help(parser: argparse.ArgumentParser) -> str:
 
 
 def _help_item(line: re.Match[str]) -> str:
-    name = line[1].replace("\\", "")  # nothing is escaped in code
+    name = line[1].replace("\\", "")  # code spans need no escapes
     return f"- `{name}`: {line[2]}"
 
 

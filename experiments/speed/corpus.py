@@ -1,4 +1,4 @@
-"""Rate of `encode_corpus` relative to `PromCSE.encode`, and of two Ray workers relative to one (one thread each), interleaved.
+"""Speed of `encode_corpus` and `PromCSE.encode`, and of one and two Ray workers (one thread each), in interleaved runs.
 
 Usage: python experiments/speed/corpus.py ADAPTER FILE.txt [TEXTS]
 """
@@ -40,7 +40,7 @@ def seconds(function: Callable[[], object]) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Print one JSON line per call: what, wall seconds, CPU seconds."""
+    """Print one JSON line per call: name, wall seconds, CPU seconds."""
     adapter, file, count = sys.argv[1], Path(sys.argv[2]), int((*sys.argv, "4096")[3])
     torch.set_num_threads(1)
     model, texts = PromCSE.load(adapter, device="cpu"), file.read_text().splitlines()[:count]

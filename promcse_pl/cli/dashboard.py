@@ -25,13 +25,13 @@ def add_parser(commands: Any) -> None:  # noqa: ANN401  (argparse's type is priv
         "--preview",
         metavar="FILE",
         type=expand,
-        help="write FILE.json (what would be sent) and FILE.html instead of saving; needs no key and no network",
+        help="write FILE.json (the JSON that would be sent) and FILE.html, and save nothing on the server; works offline",
     )
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Save the view or write its preview, and print the URL or the files."""
+    """Save the view or report, or write its preview, and print the URL or the files."""
     from promcse_pl.sweeps.wandb_preview import preview_dashboard, preview_report
     from promcse_pl.sweeps.wandb_report import save_report
     from promcse_pl.tracking.dashboard import PROJECT, save_dashboard

@@ -156,7 +156,7 @@ def _encode_corpus(options: argparse.Namespace) -> None:
 
 @contextmanager
 def _engine(options: argparse.Namespace) -> Iterator[Engine | None]:
-    """Give the engine of `encode_corpus`, connected to its cluster."""
+    """Yield the engine of `encode_corpus`, connected to its cluster; None without `--engine ray`."""
     if options.engine != "ray":
         given = next((name for name in _RAY_OPTIONS if getattr(options, name) is not None), None)
         if given is not None:

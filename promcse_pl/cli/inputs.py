@@ -30,7 +30,7 @@ def load_model(options: argparse.Namespace, device: str = "auto", dtype: str = "
 
 
 def note_unfinished_run(adapter: Path) -> None:
-    """Print a note if an adapter is that of a run that is not finished."""
+    """Print a note if an adapter belongs to an unfinished run."""
     from promcse_pl.adapter_folder import find_adapter
     from promcse_pl.run_folder import ADAPTER, read_status
 

@@ -14,9 +14,9 @@ from promcse_pl.utils.streams import visible
 
 def add_parser(commands: Any) -> None:  # noqa: ANN401  (argparse's type is private)
     """Add the command's parser."""
-    parser = commands.add_parser("push", help="an adapter with its model card to the Hugging Face Hub")
+    parser = commands.add_parser("push", help="upload an adapter with its model card to the Hugging Face Hub")
     parser.add_argument("adapter", type=Path, help="adapter folder or run folder")
-    parser.add_argument("repo_id", metavar="OWNER/NAME", help="the repository; created if there is none")
+    parser.add_argument("repo_id", metavar="OWNER/NAME", help="repository; created if it does not exist")
     parser.add_argument("--private", action="store_true", help="create a private repository")
     parser.add_argument("--revision", metavar="BRANCH", help="branch, created if absent (default: the default branch)")
     parser.add_argument("--message", metavar="TEXT", help="commit message")

@@ -526,14 +526,14 @@ class SweepConfig(Section):
     """Execution of a sweep, `python run.py -m` ([details](sweeps.md)). These settings are not part of the config of a job."""
 
     engine: Literal["local", "ray", "submitit"] = "local"
-    """Where the jobs run. `local`: processes of this machine. `ray`: a Ray cluster. `submitit`: SLURM, through Hydra's launcher
+    """Where the jobs run. `local`: processes on this machine. `ray`: a Ray cluster. `submitit`: SLURM, through Hydra's launcher
     `submitit_slurm`, whose settings are `hydra.launcher.*`."""
     parallel: Annotated[int, Range(ge=1, example=2)] = 1
     """Number of jobs to run at the same time. `sweep.engine=local` divides CPU threads or GPUs among them. `ray` submits this
     number of jobs to the cluster, where a job waits until its CPUs and GPUs are free."""
     address: str | None = None
-    """Ray cluster: `auto` for the one that this machine belongs to, or HOST:PORT of its head. `null`: a new cluster of this
-    machine, which ends with the sweep."""
+    """Address of the Ray cluster: `auto` for the cluster of this machine, or HOST:PORT of the head node. `null`: a new cluster on
+    this machine, which is stopped when the sweep ends."""
     job_cpus: Annotated[int | None, Range(ge=1, le=10_000, example=4)] = None
     """CPUs that Ray reserves for a job, and its number of threads; `null`: 1."""
     job_gpus: Annotated[float | None, Range(ge=0, le=64, example=1)] = None

@@ -92,8 +92,8 @@ class CorpusProgress:
 
     Attributes:
         rows: Texts encoded by this call.
-        seconds: Time since its start.
-        encoded_bytes: Input bytes of these texts.
+        seconds: Seconds since the start of the call.
+        encoded_bytes: Input bytes of the texts encoded by this call.
         done_bytes: Input bytes that have been encoded, or skipped as finished.
         total_bytes: Input bytes of this task.
         shard: Name of the shard that has just been finished; else None.
@@ -142,7 +142,7 @@ class EncodedCorpus:
 
 @dataclass(frozen=True, slots=True)
 class CorpusPlan:
-    """What `encode_corpus` encodes, and where to.
+    """Inputs, output folder and settings of an `encode_corpus` call.
 
     Attributes:
         files: The input files.
@@ -159,10 +159,10 @@ class CorpusPlan:
 
 Report = Callable[[CorpusProgress], None]
 Engine = Callable[[CorpusPlan, Report | None], EncodedCorpus]
-"""Writes the shards of a plan that are not finished; manifest and checks are the caller's."""
+"""Function that writes the unfinished shards of a plan. The caller writes the manifest and checks the output folder."""
 
 
-# six parameters: the model, from where to where, and how
+# six parameters: model, inputs, output, and how to encode
 def encode_corpus(
     model: PromCSE,
     inputs: Sequence[str | Path],
@@ -183,7 +183,7 @@ def encode_corpus(
         out: Output folder: absent, empty, or written with the same adapter and options.
         options: See `CorpusOptions`.
         report: Function that is called after every block of texts.
-        engine: What encodes the shards; None: this process. See `promcse_pl.interop.ray.RayEngine`.
+        engine: Encodes the shards; None: this process encodes them. See `promcse_pl.interop.ray.RayEngine`.
 
     Raises:
         DataError: An input is missing, broken or has changed since some of its shards were written, a row is bad, or `out` has

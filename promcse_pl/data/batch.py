@@ -23,8 +23,8 @@ class Tokens:
         types_NT: Token types, or None for zeros.
         mlm_ids_NT: Masked token ids, see `mask_tokens`; None without the MLM task.
         mlm_labels_NT: Labels of the MLM task, always on the CPU.
-        lengths_N: Number of real tokens of each sentence, always on the CPU, so that a training step does not wait for a GPU;
-            None: unknown, and sentences may be padded at the start.
+        lengths_N: Number of real tokens of each sentence, always on the CPU, so that a training step does not synchronise with
+            the GPU. None: unknown, and sentences may be left-padded.
     """
 
     ids_NT: Tensor
@@ -50,7 +50,7 @@ class Tokens:
 
         Args:
             rows: Row numbers on the CPU, or a slice.
-            length: Number of columns that are kept; lengths of sentences are not changed.
+            length: Number of columns that are kept; `lengths_N` is not truncated.
         """
 
         def part_of(part: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class Tokens:
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a CPU tensor on a device; the CPU does not wait for a GPU."""
+    """Copy a CPU tensor to a device; the copy to a GPU is asynchronous."""
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 

@@ -150,7 +150,7 @@ class PromcseDataModule(pl.LightningDataModule):
         self.notes: tuple[str, ...] = ()
         """How the training file is read: its columns and delimiter."""
         self.sha256 = ""
-        """Of the training file; see `RowSource`."""
+        """sha256 of the training file; see `RowSource`."""
         self.longest_input = longest_input
         self.dev: DevSet | None = None
 

@@ -58,7 +58,7 @@ class RowSource:
     """How the file is read: its columns and delimiter."""
     is_scored: bool = False
     sha256: str = ""
-    """Of the file (of a saved dataset, of its Arrow files), or of the rows if they are in memory."""
+    """sha256 of the file, of the Arrow files of a saved dataset, or of rows in memory."""
 
 
 def file_source(

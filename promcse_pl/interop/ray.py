@@ -48,9 +48,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 PARTS_PER_WORKER = 8
-"""Parts of a corpus for each worker, so that a slow or lost worker delays the end by a part only."""
+"""Maximum number of parts per worker. Smaller parts reduce the delay by a slow or lost worker."""
 RETRIES = 3
-"""How often Ray repeats a part whose worker was killed; an error of the encoder or of a row is not repeated."""
+"""Maximum number of retries of a part whose worker was killed. Errors of the encoder or of a row are not retried."""
 _POLL_SECONDS = 0.2
 _STOP_SECONDS = 30.0
 
@@ -59,7 +59,7 @@ _STOP_SECONDS = 30.0
 def _load(adapter: str, encoder: str | None, dtype: str) -> PromCSE:
     """Load the adapter once per worker process, on the GPU and with the CPUs that Ray assigned to it."""
     cpus = max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)))
-    os.environ["RAYON_NUM_THREADS"] = str(cpus)  # of the tokenizer, which reads it before its first batch
+    os.environ["RAYON_NUM_THREADS"] = str(cpus)  # threads of the tokenizer, read before its first batch
     torch.set_num_threads(cpus)
     device = "cuda" if ray.get_gpu_ids() else "cpu"
     return PromCSE.from_pretrained(adapter, encoder=encoder, device=device, dtype=dtype)
@@ -69,9 +69,9 @@ class Encoder:
     """Actor for `ray.data.Dataset.map_batches` that adds the column `embedding` and keeps all others.
 
     Each actor loads the adapter once, on its GPU if Ray assigned one, and uses as many threads as it has CPUs (`num_cpus`). Set
-    the number of actors with `compute`; `concurrency` is deprecated in Ray. With `num_gpus`, Ray requires a `batch_size`; 4,096
-    or a multiple of it fills the batches of `PromCSE.encode`. Use `batch_format="pyarrow"` if other columns contain lists or
-    missing integers: Ray converts such columns in its default format, numpy.
+    the number of actors with `compute`; `concurrency` is deprecated in Ray. With `num_gpus`, Ray requires a `batch_size`: use a
+    multiple of 4,096, the number of texts that `PromCSE.encode` sorts by length at a time. Use `batch_format="pyarrow"` if other
+    columns contain lists or missing integers: Ray converts such columns in its default format, numpy.
 
     Args:
         adapter: Folder of an adapter or of a run, readable by every node, or a hub id.
@@ -149,15 +149,15 @@ class Encoder:
 class RayEngine:
     """Engine of `encode_corpus` that encodes parts of a corpus in the workers of the Ray cluster of this process.
 
-    Parts are encoded as with `CorpusOptions.task`: whole files, or shards if there are few files. Ray repeats the part of a
-    killed worker, and the repetition skips the shards that were finished. Every node must be able to read the adapter and the
-    inputs and to write to the output folder under the same paths.
+    Parts are those of `CorpusOptions.task`: whole files, or shards if there are fewer files than workers. Ray retries the part of
+    a killed worker, and the retry skips finished shards. Every node must be able to read the adapter and the inputs and to write
+    to the output folder under the same paths.
 
     Attributes:
-        adapter: Folder of an adapter or of a run, or a hub id: that of the model of `encode_corpus`.
+        adapter: Folder of an adapter or of a run, or a hub id. It must be the model of `encode_corpus`.
         encoder, dtype: See `PromCSE.load`.
         device: `cpu`, `cuda`, or `auto`: GPUs if the cluster has any.
-        workers: Number of worker processes; None: one per GPU or, without GPUs, one per node. They share the CPUs equally.
+        workers: Number of worker processes; None: one per GPU or, without GPUs, one per node. All have the same number of CPUs.
 
     Example:
         >>> encode_corpus(model, ["corpus"], "embeddings", engine=RayEngine("/shared/adapter"))  # doctest: +SKIP
@@ -180,7 +180,7 @@ class RayEngine:
 
         Raises:
             ConfigError: The cluster has too few CPUs or GPUs, or the plan has a task.
-            PromcseError: A worker was killed more than `RETRIES` times, or the error of a worker.
+            PromcseError: The worker of a part was killed more than `RETRIES` times, or a worker raised an error.
         """
         if plan.options.task != (0, 1):
             raise ConfigError("task has no effect with RayEngine, which distributes all parts. Try: task=(0, 1)")
@@ -196,7 +196,7 @@ class RayEngine:
         except RayError as error:
             raise PromcseError(
                 f"Ray could not finish a part of the corpus ({type(error).__name__}: {first_line(error)}). Finished shards are "
-                "kept. Try: the same command again, with fewer --workers if the memory was full"
+                "kept. Try: the same command again, with fewer --workers if a worker ran out of memory"
             ) from error
         names = {file.name for file in files}
         shards = [shard for shard in matching_shards(plan.out, plan.settings) if shard.input in names]
@@ -229,7 +229,7 @@ class RayEngine:
 
 
 def _encode_part(adapter: tuple[str, str | None, str], plan: CorpusPlan, task: tuple[int, int], reports: Queue) -> None:
-    """Encode a part of a corpus in a worker process; its progress goes to a queue."""
+    """Encode a part of a corpus in a worker process and put its progress into a queue."""
     model = _load(*adapter)
     plan = dataclasses.replace(plan, options=dataclasses.replace(plan.options, task=task))
     check_settings(plan.out, corpus_settings(model, plan.options))  # this node may have another adapter under the path
@@ -245,8 +245,8 @@ class _Progress:
     """
 
     def __init__(self, plan: CorpusPlan, report: Report | None) -> None:
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+        this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": this_node})
         self._report, self._bytes = report, max(1, sum(map(input_bytes, plan.files)))
         self._parts: dict[int, CorpusProgress] = {}
         self._start = time.monotonic()
@@ -282,7 +282,7 @@ def worker_resources(nodes: Sequence[tuple[float, float]], workers: int | None, 
         workers, device: See `RayEngine`.
 
     Raises:
-        ConfigError: There are not enough of them.
+        ConfigError: The cluster has no GPU, or too few CPUs or GPUs for this number of workers.
     """
     total_cpus, total_gpus = (int(sum(column)) for column in zip(*nodes, strict=True))
     if device == "cuda" and not total_gpus:
@@ -290,7 +290,7 @@ def worker_resources(nodes: Sequence[tuple[float, float]], workers: int | None, 
     on_gpu = device != "cpu" and total_gpus > 0
 
     def fitting(cpus_each: int) -> int:
-        """Return how many workers with so many CPUs fit into the nodes."""
+        """Return how many workers with `cpus_each` CPUs fit on the nodes."""
         return int(sum(min(cpus // cpus_each, gpus) if on_gpu else cpus // cpus_each for cpus, gpus in nodes))
 
     default = fitting(1) if on_gpu else sum(cpus > 0 for cpus, _ in nodes)
@@ -305,6 +305,6 @@ def worker_resources(nodes: Sequence[tuple[float, float]], workers: int | None, 
 
 
 def _on_every_node(name: str | Path) -> str:
-    """Return an absolute path, which also holds in processes with another current folder; hub ids are returned as they are."""
+    """Return an absolute path, which is valid in processes with another current folder; hub ids are returned unchanged."""
     path = expand(name)
     return str(path.absolute()) if path.exists() else str(name)

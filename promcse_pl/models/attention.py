@@ -179,8 +179,8 @@ def _check_arguments(module: nn.Module, query_BNTH: Tensor, mask: Tensor | None,
 def _mask(*sizes: Any, **options: Any) -> Tensor | None:  # noqa: ANN401
     """Return transformers' boolean mask.
 
-    Causal masks are always materialised, since `is_causal` does not count prompt slots. A mask without padding is left out on a
-    CPU only: elsewhere the CPU would wait for the device to know.
+    Causal masks are always materialised, since `is_causal` does not count prompt slots. A mask without padding is skipped on a
+    CPU only: on other devices the check for padding would synchronise with the device.
     """
     skips = {"allow_is_causal_skip": False}
     if torch.device(options.get("device", "cpu")).type != "cpu":

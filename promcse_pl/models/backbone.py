@@ -399,8 +399,8 @@ class FrozenBackbone(nn.Module):
             position_offset: Added to every position.
             types_BT: Token types (BERT, ELECTRA); zeros if None.
             all_layers: Also return the embedding output and every layer.
-            first_token: The caller needs only the first token of the last layer, so the others need not be computed. No sentence
-                may be padded at the start.
+            first_token: The caller needs only the first token of the last layer, so the others need not be computed. Sentences
+                must not be left-padded.
 
         Returns:
             Hidden states of the tokens (B, T, D), the last layer last; that one is (B, 1, D) if only the first token was

@@ -92,7 +92,7 @@ class PromptEncoder(nn.Module):
     Attributes:
         width: Dimension of an embedding: after the pooling, and after the dense layers of the encoder.
         autocast: Type that an encoder with float32 weights computes in (`torch.autocast`); None: float32.
-        trained_by: Of a model that was loaded from an adapter, sha256 of its state dict and summary of its training; otherwise
+        trained_by: sha256 of the state dict and summary of the training, if the model was loaded from an adapter; otherwise
             None.
 
     Raises:
@@ -194,7 +194,7 @@ class PromptEncoder(nn.Module):
         if chunk.mlm_ids_NT is None or chunk.mlm_labels_NT is None:
             return (pooled,)
         (states,) = self._states(chunk, chunk.mlm_ids_NT, dropped)
-        masked_M = (chunk.mlm_labels_NT != IGNORED).flatten().nonzero()[:, 0]  # on the CPU, as the labels
+        masked_M = (chunk.mlm_labels_NT != IGNORED).flatten().nonzero()[:, 0]  # on the CPU, like the labels
         return pooled, states.flatten(0, 1).index_select(0, upload(masked_M, states.device))
 
     def _states(
@@ -245,12 +245,12 @@ class PromptEncoder(nn.Module):
 
 
 def _split(ordered: Tokens, planned: Sequence[Tensor], *, is_trimmed: bool) -> list[Tokens]:
-    """Return consecutive sentences as chunks.
+    """Split a reordered batch into chunks of consecutive sentences.
 
     Args:
         ordered: The sentences, in the order of the planned chunks.
-        planned: Row numbers of each chunk; only their number is used.
-        is_trimmed: Whether a chunk is as long as its longest sentence, instead of as long as the batch.
+        planned: Row indices of each chunk; only the number of rows is used.
+        is_trimmed: Whether each chunk is trimmed to its longest sentence; otherwise it has the length of the batch.
     """
     chunks, start, lengths_N = [], 0, ordered.lengths()
     for rows in planned:

@@ -109,7 +109,7 @@ def _unchecked_wheel_folder(name: str) -> Path | None:
 
 
 def card_metadata(name: str, revision: str | None, *, online: bool = False) -> dict[str, Any]:
-    """Return the metadata of an encoder's model card (README.md); empty if there is none, or it cannot be read.
+    """Return the metadata of an encoder's model card (README.md); empty if there is no card or it cannot be read.
 
     Args:
         name: Folder or hub id.
@@ -119,7 +119,7 @@ def card_metadata(name: str, revision: str | None, *, online: bool = False) -> d
     from huggingface_hub import hf_hub_download, metadata_load
 
     folder = expand(name) if is_folder(expand(name)) else _unchecked_wheel_folder(name)
-    with suppress(Exception):  # the card is not needed to use the encoder, and may contain anything
+    with suppress(Exception):  # the card is optional, and its content is not validated
         if folder is None and looks_like_path(name):
             return {}
         offline = not online

@@ -1,4 +1,4 @@
-"""Execute the jobs of a sweep, in a pool or through a launcher of Hydra: start, record how they end, summarise."""
+"""Execute the jobs of a sweep, in a pool or through a launcher of Hydra: start them, record their states, summarise."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def measure_shared(folder: Path, pool: Pool, configs: Iterable[Config]) -> Share
     """Measure the precision for `trainer.precision=auto` in a process with the threads of a job.
 
     Args:
-        folder: Folder of the sweep, for temporary files that the process can write on any machine.
+        folder: Folder of the sweep. The process writes temporary files to it, since all nodes mount it.
         pool: Pool that will run the jobs; no task runs in it yet.
         configs: Configs of the jobs.
 
@@ -185,7 +185,7 @@ def measure_shared(folder: Path, pool: Pool, configs: Iterable[Config]) -> Share
         ConfigError: A device that a job needs is not available.
     """
     devices = sorted({config.trainer.device for config in configs if config.trainer.precision == "auto"})
-    if not devices and isinstance(pool.engine, RayEngine):  # it sets the threads
+    if not devices and isinstance(pool.engine, RayEngine):  # the engine has already set the number of threads
         return SharedSettings(pool.engine.parallel, pool.engine.threads, pool.engine.threads, {})
     codes: list[int] = []
     with TemporaryDirectory(prefix=".measure-", dir=folder) as temporary:

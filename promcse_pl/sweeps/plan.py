@@ -184,7 +184,7 @@ def resumed_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def engine_of(overrides: Sequence[str]) -> str | None:
-    """Return the value of `sweep.engine` on a command line; None if it is not there."""
+    """Return the value of `sweep.engine` on a command line; None if it is not given."""
     return next((entry.partition("=")[2] for entry in reversed(overrides) if entry.startswith("sweep.engine=")), None)
 
 

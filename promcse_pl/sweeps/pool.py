@@ -1,4 +1,4 @@
-"""Run tasks in parallel: an engine starts their processes, `LocalEngine` in slots of this machine's CPU threads and GPUs."""
+"""Run tasks in parallel. An engine starts their processes; `LocalEngine` divides CPU threads and GPUs into slots."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Engine(Protocol):
 
     Attributes:
         parallel: Maximum number of processes at the same time.
-        rank_threads: Threads of all ranks of a job together; None: the environment sets the threads of each rank.
+        rank_threads: Total threads of all ranks of a job; None: environment variables set the threads of each rank.
     """
 
     parallel: int
@@ -175,9 +175,9 @@ def visible_devices() -> list[str]:
 class LocalEngine:
     """Starts processes on this machine.
 
-    On Linux a process is forked from this one, which first imports what the tasks need and uses no GPU: a start takes
-    milliseconds. Where this process has imported torch before, and on other systems, it is a new interpreter. It gets SIGTERM if
-    this process is killed.
+    On Linux, this process imports the modules that the tasks need, without using a GPU, and forks: a start takes milliseconds. On
+    other systems, or if this process had already imported torch, a new interpreter is started. A process receives SIGTERM if this
+    process is killed.
 
     Args:
         parallel: Number of slots, >= 1.
@@ -221,7 +221,7 @@ class LocalEngine:
         )
 
     def _preload(self) -> None:
-        """Import what the tasks need; the libraries read the number of threads, the same for all tasks, as they are imported.
+        """Import the modules of the tasks, with their number of threads, which the libraries read when they are imported.
 
         Raises:
             PromcseError: An import failed.
@@ -242,8 +242,8 @@ class LocalEngine:
 class Pool:
     """Runs tasks in parallel and handles the stop signals of this process.
 
-    After one Ctrl-C no task is started and the running ones are waited for. A second Ctrl-C, SIGTERM or SIGUSR1 sends SIGTERM to
-    the running tasks, which save; they are killed after `JOB_GRACE_SECONDS`.
+    After one Ctrl-C, no further task is started, and the running tasks finish. After a second Ctrl-C, SIGTERM or SIGUSR1, the
+    running tasks receive SIGTERM and save a checkpoint; they are killed after `JOB_GRACE_SECONDS`.
 
     Args:
         engine: Starts the processes.

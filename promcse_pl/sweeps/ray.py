@@ -1,4 +1,4 @@
-"""Start the jobs of a sweep on a Ray cluster: an actor per job, which starts the job's process and forwards stops to it."""
+"""Start the jobs of a sweep on a Ray cluster: an actor per job starts its process and forwards stop signals."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from promcse_pl.utils.ray_cluster import cluster_nodes, ray_cluster
 from promcse_pl.utils.terminal import print_line
 
 ANSWER_SECONDS = 0.5
-"""Time after which an actor answers that its job still runs; a stop waits for this answer."""
+"""Maximum duration of a `JobActor.wait` call. A stop signal is delivered after the current call."""
 MAX_REASON_LENGTH = 300
-"""Characters of Ray's reason for a lost job."""
+"""Maximum number of characters of Ray's reason for a lost job."""
 _ACTOR_ENVIRONMENT = {"RAY_kill_child_processes_on_worker_exit": "false"}
-"""Otherwise Ray kills a job with SIGKILL if the sweep is killed; without it the job gets SIGTERM and saves."""
+"""By default, Ray kills a job with SIGKILL if the sweep is killed. With this setting the job receives SIGTERM and saves."""
 
 
 class JobActor:
@@ -63,12 +63,12 @@ class JobActor:
 
 
 class RayProcess:
-    """The process of a job on a Ray cluster, with the interface of `ChildProcess`; it waits until its resources are free.
+    """The process of a job on a Ray cluster, as a `StoppableProcess`; it starts when its CPUs and GPUs are free.
 
     Args:
         ray: The module.
         actor: Handle of a `JobActor`.
-        answer: Result of its method `start`.
+        answer: Object reference that its method `start` returned.
         output: File to which the reason is appended if the job is lost.
     """
 
@@ -95,7 +95,7 @@ class RayProcess:
         return self._code
 
     def terminate(self) -> None:
-        """Send SIGTERM, but only once; a job that still waits for resources ends at once."""
+        """Send SIGTERM, but only once; a job that still waits for resources is cancelled."""
         if self.poll() is None and not self._is_terminated:
             if self._is_started:
                 self._actor.terminate.remote()
@@ -110,7 +110,7 @@ class RayProcess:
             self._actor.kill.remote()
 
     def _report(self, error: Exception) -> None:
-        """Append to the job's output why Ray lost it, as the error of the job."""
+        """Append Ray's reason for the lost job to the job's output, as its error line."""
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         reason = lines[-1].partition(" Some common causes")[0][:MAX_REASON_LENGTH]
         with self._output.open("a", encoding="utf-8") as stream:
@@ -118,7 +118,7 @@ class RayProcess:
 
 
 class RayEngine:
-    """Starts processes on a Ray cluster; they get SIGTERM if this process is killed.
+    """Starts processes on a Ray cluster; they receive SIGTERM if this process is killed.
 
     Args:
         ray: The module, connected to a cluster.
@@ -151,7 +151,7 @@ class RayEngine:
 
 
 def job_threads(settings: SweepConfig, shared: SharedSettings | None) -> int:
-    """Return the threads of a job: those of the first start of the sweep, else the CPUs that Ray reserves for it."""
+    """Return the number of threads of a job: that of the first start of the sweep, else its reserved CPUs."""
     return shared.threads if shared else settings.job_cpus or 1
 
 
@@ -175,7 +175,7 @@ def _check_resources(ray: Any, settings: SweepConfig, cpus: int) -> None:  # noq
     """Print the size of the cluster, and check that one of its nodes is large enough for a job.
 
     Raises:
-        ConfigError: The local cluster is too small. Another cluster may grow, so that this is a warning.
+        ConfigError: The local cluster is too small. For other clusters, which may grow, a warning is printed.
     """
     gpus = settings.job_gpus or 0
     nodes = cluster_nodes(ray)

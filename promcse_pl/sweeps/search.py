@@ -84,8 +84,8 @@ def run_search(
         space: Values or range of each key; a single value is fixed.
         settings: Settings of the sweep.
         compose: Function from the overrides of a job to its config.
-        launch: A launcher of Hydra, which gets `sweep.parallel` jobs at once and prunes none; None: a pool
-            with the engine of the settings.
+        launch: A launcher of Hydra, which receives `sweep.parallel` jobs at a time and does not prune; None: a pool with the
+            engine of the settings.
 
     Returns:
         As `run_sweep`.

@@ -1,4 +1,4 @@
-"""Previews of W&B views: the JSON that would be sent, and a static page. Neither a key nor a network is needed."""
+"""Previews of W&B views without an API key or a network connection: the JSON that would be sent, and a static page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from promcse_pl.utils.files import write_text
 from promcse_pl.version import __version__
 
 MARKS = {".json": '"displayName": ', ".html": 'content="promcse dashboard"'}
-"""Suffix of each file of a preview, and text that it always contains."""
+"""Suffix of each preview file -> text that identifies a file as a preview."""
 _FIELDS = {
     "x": "x",
     "y": "y",
@@ -34,7 +34,7 @@ def preview_dashboard(file: Path, project: str | None, entity: str | None) -> li
     Args:
         file: FILE.json and FILE.html are written.
         project: W&B project; None: the default.
-        entity: W&B user or team; None: the account's default, which is not known here.
+        entity: W&B user or team; None: the account's default, which only the server knows, so the field is empty.
 
     Raises:
         ConfigError: The extra is missing, or a file exists that is not a preview.
@@ -55,7 +55,7 @@ def preview_report(file: Path, folder: Path, project: str | None, entity: str | 
         file: FILE.json and FILE.html are written.
         folder: Folder of the sweep.
         project: W&B project; None: that of the sweep's runs.
-        entity: W&B user or team; None: that of the sweep's runs, else the account's default, which is not known here.
+        entity: W&B user or team; None: that of the sweep's runs; without one, the field is empty.
 
     Raises:
         PromcseError: The sweep has no W&B runs, the extra is missing, or a file cannot be written.
@@ -97,7 +97,7 @@ def _write(files: Sequence[Path], view: Any, title: str, sections: Sequence[Sect
 
 
 def _describe(panel: Any) -> dict[str, Any]:  # noqa: ANN401  (a panel of wandb_workspaces)
-    """Return title (None: it has none), kind and metrics of a panel."""
+    """Return the title (or None), type and metrics of a panel."""
     kind = re.sub(r"(?<!^)([A-Z])", r" \1", type(panel).__name__.removeprefix("WeavePanel")).lower()
     fields = {name: _names(getattr(panel, field, None)) for field, name in _FIELDS.items()}
     return {

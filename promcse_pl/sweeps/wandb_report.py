@@ -1,6 +1,6 @@
 """The W&B Report of a sweep: summary, best adapter, heat map, training curves and jobs. Requires the extra `dashboard`.
 
-As everything that is sent to W&B, it contains no error message, and only the last part of every path.
+Like everything that is sent to W&B, it contains no error messages, and only the last part of every path.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ def read_tracked_sweep(folder: str | Path) -> TrackedSweep:
     configs = [config for run in sweep.runs if run.wandb_id and (config := submitted_config(run))]
     if not configs:
         raise ConfigError(
-            f"no run of {folder} was logged to W&B, and finished runs cannot be added. "
-            f"Try: the sweep again with tracking=wandb, or promcse report {shlex.quote(str(folder))}"
+            f"no run of {folder} was logged to W&B, and finished runs cannot be added later. "
+            f"Try: repeat the sweep with tracking=wandb, or promcse report {shlex.quote(str(folder))}"
         )
     return TrackedSweep(sweep, configs[0].tracking)
 
@@ -109,7 +109,7 @@ def save_report(folder: Path, project: str | None, entity: str | None) -> str:
         entity: W&B user or team; None: that of the sweep's runs, else the account's default.
 
     Raises:
-        PromcseError: The sweep has no W&B runs, or some are still offline; or the report cannot be saved.
+        PromcseError: The sweep has no W&B runs, some of its runs are not uploaded, or the report cannot be saved.
     """
     tracked = read_tracked_sweep(folder)
     offline = [run for run in tracked.sweep.runs if _is_offline(run.folder)]
@@ -138,7 +138,7 @@ def build_report(tracked: TrackedSweep, project: str, entity: str, *, is_online:
         tracked: The sweep.
         project: W&B project.
         entity: W&B user or team; empty: unknown.
-        is_online: Name the project in the run sets, which wandb-workspaces looks up on the server when it converts the report.
+        is_online: Whether the run sets name the project, whose id wandb-workspaces then requests from the server.
     """
     import wandb_workspaces.reports.v2 as wr
     from wandb_workspaces import expr
@@ -188,7 +188,7 @@ def report_sections(tracked: TrackedSweep, project: str, entity: str) -> list[Se
 
 
 def _text(value: object) -> str:
-    """Return a setting, name or fact as it is sent."""
+    """Return a setting, name or fact as text, without folders."""
     return visible(hide_folders(setting_text(value)))
 
 
@@ -208,7 +208,7 @@ def _summary(sweep: Sweep, grouped: Sequence[Row], best: Best | None) -> list[st
         f"{_jobs(runs)}: {states}.",
         *([_best_text(best, runs)] if best else []),
         *(
-            [f"Best of {scored} settings on the dev set: the score is optimistic, a test set gives an unbiased one."]
+            [f"Best of {scored} settings on the dev set: the score is optimistic; a test set gives an unbiased one."]
             if scored > 1
             else []
         ),
@@ -267,7 +267,7 @@ def _not_compared(runs: Sequence[Run], grouped: Sequence[Row]) -> str:
     jobs = "job" if len(left_out) == 1 else "jobs"
     parts = [f"{jobs} {', '.join(left_out[:MAX_LEVELS])}{more}"] if left_out else []
     if all(row.n < 2 for row in grouped):
-        parts.append("seeds (one for each of the settings)")
+        parts.append("seeds (only one per combination of settings)")
     return "; ".join(
         [*parts, "test scores", "the significance of differences (promcse evaluate A B tests two adapters)"]
     )
@@ -346,7 +346,7 @@ def heat_map(runs: Sequence[Run], grouped: Sequence[Row], names: Sequence[str]) 
 
     Args:
         runs: Runs of the sweep.
-        grouped: Its rows by seed, ranked.
+        grouped: Ranked rows, one per combination of settings (mean over seeds).
         names: Varied settings without the seed.
 
     Returns:

@@ -125,9 +125,9 @@ def gradient() -> list[Any]:
 
 
 def sent_json(view: Any) -> str:  # noqa: ANN401  (a wandb_workspaces Workspace or Report)
-    """Return a view as the JSON that its `save` sends; the server adds the ids.
+    """Return the JSON that `save` of a view sends; the server adds the ids.
 
-    wandb-workspaces has no public function for it.
+    It uses a private method, because wandb-workspaces has no public one.
     """
     sent = json.loads(view._to_model().model_dump_json(by_alias=True, exclude_none=True))
     return json.dumps(sent, indent=2) + "\n"
@@ -153,7 +153,7 @@ def require_extra() -> None:
 
 
 def save_view(target: str, *arguments: str | None) -> str:
-    """Save a view in a process with a time limit, which wandb-workspaces does not have; return its URL.
+    """Save a view in a child process with a time limit, since wandb-workspaces has no timeout; return the URL of the view.
 
     Args:
         target: "module:function" that takes the arguments as a JSON list and returns `save_and_print(...)`.
@@ -179,7 +179,7 @@ def save_view(target: str, *arguments: str | None) -> str:
         reason = lines[-1].rstrip(".") if lines else "no reason given"
         raise ConfigError(
             f"W&B did not save the view: {reason}. "
-            "Try: wandb login, or another --project or --entity; WANDB_BASE_URL names the server"
+            "Try: wandb login, another --project or --entity, or another server in WANDB_BASE_URL"
         )
     return done.stdout.strip().splitlines()[-1]
 

@@ -235,7 +235,7 @@ class History(pl.Callback):
         """Add the step to the counts; log an entry every `every` steps."""
         assert isinstance(pl_module, PromcseModule)
         is_entry = trainer.global_step % self.every == 0
-        # reading the values waits for a GPU, so that the time of all steps of an entry is complete
+        # float() waits for the GPU, so that the measured time includes all steps of the entry
         metrics = {name: float(value) for name, value in pl_module.entry.items()} if is_entry else {}
         seconds = time.perf_counter() - self._start
         lengths_N, longest = batch.tokens.lengths(), batch.tokens.ids_NT.shape[1]

@@ -267,7 +267,7 @@ class Saver(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: TrainBatch, batch_idx: int
     ) -> None:
-        """Keep the batch, to write it to disk if its loss is not finite; a GPU may report that of the last one here."""
+        """Keep the batch, which is saved if its loss is not finite; on a GPU, raise the error of the previous batch first."""
         assert isinstance(pl_module, PromcseModule)
         pl_module.finite.wait()
         self._batch = batch

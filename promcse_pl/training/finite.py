@@ -1,4 +1,4 @@
-"""Stops a run whose loss or gradient is not finite, without making the CPU wait for a GPU in every step."""
+"""Stop a run whose loss or gradient is not finite, without synchronising the CPU with the GPU in every step."""
 
 # K loss terms
 
@@ -14,10 +14,10 @@ from promcse_pl.utils.errors import NonFiniteError
 
 
 class FiniteCheck:
-    """Checks the loss terms and the gradient norm of each step; a step that fails does not change what is trained.
+    """Checks the loss terms and the gradient norm of each step; a step that fails does not change the trained parameters.
 
-    On a CPU, a step is checked before its update. On a GPU, the values arrive later: the optimiser skips the update on the
-    device, and `wait`, called before the next step and before a checkpoint, raises the error.
+    On a CPU, a step is checked before its update. On a GPU, the values are copied to the CPU asynchronously: the optimiser skips
+    the update on the device, and `wait`, called before the next step and before a checkpoint, raises the error.
     """
 
     def __init__(self) -> None:
@@ -32,8 +32,8 @@ class FiniteCheck:
         Args:
             losses: Detached scalars by name, the total first.
             step: Number of the step, for the error.
-            rows: Its batch, for the error.
-            remedy: What to try.
+            rows: Batch and training rows of the step, for the error.
+            remedy: Advice at the end of the error message.
 
         Raises:
             NonFiniteError: The total is not finite (CPU only, see `wait`).
@@ -56,7 +56,7 @@ class FiniteCheck:
             self._require([], float(norm))
             return
         values = torch.stack([*(value.to(norm.dtype) for value in self._losses.values()), norm])
-        if not all(group.get("fused") for group in optimizer.param_groups):  # resumed from a checkpoint of a CPU
+        if not all(group.get("fused") for group in optimizer.param_groups):  # resumed from a CPU checkpoint
             *losses, last = values.tolist()
             self._require(losses, last)
             return
@@ -68,10 +68,10 @@ class FiniteCheck:
             self._arrived.record()
 
     def wait(self) -> None:
-        """Wait for the values of the last step, if they are on the way.
+        """Wait for the pending copy of the last step's values, if there is one.
 
         Raises:
-            NonFiniteError: One of them is not finite.
+            NonFiniteError: The total loss or the gradient norm is not finite.
         """
         if self._arriving is None:
             return
@@ -90,5 +90,5 @@ class FiniteCheck:
 
 
 def is_deferred(value: Tensor) -> bool:
-    """Return whether the CPU would wait for a value."""
+    """Return whether a value is checked asynchronously: reading it would synchronise with the GPU."""
     return value.is_cuda

@@ -115,7 +115,7 @@ class PromcseModule(pl.LightningModule):
         self.train()
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
-        """Return the total loss; see `FiniteCheck` for a loss that is not finite."""
+        """Return the total loss; `FiniteCheck` raises NonFiniteError if it is not finite."""
         parts = self.losses(batch)
         named = {name: part.detach() for name, part in parts.named().items()}
         self.finite.check_losses(

@@ -48,7 +48,7 @@ def build_optimizer(trained: Sequence[Tensor], optim: OptimConfig) -> torch.opti
             {"params": [tensor for tensor in trained if tensor.ndim >= 2], "weight_decay": optim.weight_decay},
             {"params": [tensor for tensor in trained if tensor.ndim < 2]},
         ]
-    # the fused AdamW can skip an update on a GPU, see `FiniteCheck`
+    # only the fused AdamW can skip an update on a GPU, see `FiniteCheck`
     is_fused = trained[0].is_cuda if trained else False
     return torch.optim.AdamW(
         groups, lr=optim.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=is_fused or None

@@ -34,7 +34,7 @@ def available_cores() -> int:
 
 
 class StoppableProcess(Protocol):
-    """A process of this machine (`ChildProcess`) or of another one."""
+    """A process on this machine (`ChildProcess`) or on a node of a Ray cluster."""
 
     def poll(self) -> int | None:
         """Return the exit code, negative for a signal; None while the process runs."""

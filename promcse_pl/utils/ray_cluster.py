@@ -1,4 +1,4 @@
-"""Connects to a Ray cluster."""
+"""Connect to a Ray cluster, or start one on this machine."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _STORE_BYTES = 10**8
 
 @contextmanager
 def ray_cluster(address: str | None, setting: str) -> Iterator[Any]:
-    """Connect this process to a Ray cluster and return the module `ray`; a connection that exists is used and kept.
+    """Connect this process to a Ray cluster and yield the module `ray`; an existing connection is reused and kept open.
 
     Args:
-        address: `auto` or HOST:PORT; None: a cluster on this machine that is stopped at the end.
-        setting: Beginning of the setting of the address, for errors: `--address ` or `sweep.address=`.
+        address: `auto` or HOST:PORT; None: start a cluster on this machine, and stop it at the end.
+        setting: Prefix of the address in error messages: `--address ` or `sweep.address=`.
 
     Raises:
         ConfigError: Ray is not installed, or there is no cluster at the address.
@@ -71,7 +71,7 @@ def _connect(ray: Any, address: str | None, setting: str) -> None:  # noqa: ANN4
 
 
 def _check_address(address: str, setting: str) -> None:
-    """Raise a ConfigError if nothing answers at an address: Ray would try for minutes."""
+    """Raise a ConfigError if nothing listens at an address; Ray would retry for minutes."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
         raise ConfigError(f"{setting}{address}: an address must be auto or HOST:PORT. Try: {setting}auto")
@@ -84,9 +84,9 @@ def _check_address(address: str, setting: str) -> None:
 def _unreachable(address: str | None, setting: str, reason: str) -> ConfigError:
     if address is None:
         return ConfigError(
-            f"a Ray cluster cannot be started on this machine ({reason}). Try: more free memory and disk"
+            f"a Ray cluster cannot be started on this machine ({reason}). Try: free memory and disk space"
         )
     return ConfigError(
-        f"{setting}{address}: there is no connection to a Ray cluster ({reason}). Try: ray start --head on its first node, "
+        f"{setting}{address}: cannot connect to a Ray cluster ({reason}). Try: ray start --head on its first node, "
         f"RAY_AUTH_MODE=token if the cluster has a token, or no {setting.strip(' =')}, which starts a cluster on this machine"
     )

@@ -1,4 +1,4 @@
-"""Ray Data's actor and `promcse encode --engine ray` on a local cluster with two CPUs, which takes seconds to start: one file."""
+"""The Ray Data actor and `promcse encode --engine ray`. All tests share one local cluster with two CPUs."""
 
 import contextlib
 import dataclasses
@@ -42,7 +42,7 @@ def model(adapter) -> PromCSE:
 
 @pytest.fixture(scope="module")
 def cluster():
-    """A cluster with two CPUs, started as by the command; Ray's token does not go to the home folder."""
+    """A cluster with two CPUs, started as the command starts it; Ray's token is not written to the home folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_OVERRIDE_RESOURCES", json.dumps({"CPU": 2}))
         patch.setenv("RAY_AUTH_TOKEN", "0" * 64)
@@ -260,7 +260,7 @@ def test_workers_share_the_cpus_and_gpus_of_the_nodes(nodes, workers, device, ex
     ("address", "message"),
     [
         ("node7", "--address node7: an address must be auto or HOST:PORT. Try: --address auto"),
-        ("127.0.0.1:1", "--address 127.0.0.1:1: there is no connection to a Ray cluster"),
+        ("127.0.0.1:1", "--address 127.0.0.1:1: cannot connect to a Ray cluster"),
     ],
 )
 def test_an_address_without_a_cluster_is_an_error_at_once(address, message, adapter, corpus, tmp_path, capsys):

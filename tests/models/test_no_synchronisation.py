@@ -1,4 +1,4 @@
-"""A training step on a GPU does not wait for values: it runs on the meta device, whose tensors have none."""
+"""A training step does not synchronise with the device: it also runs on the meta device, whose tensors have no values."""
 
 import pytest
 import torch

@@ -71,7 +71,7 @@ class Hub(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def commits(self, name: str, branch: str = "main") -> list[tuple[str, dict[str, bytes]]]:
-        """Return the commits of a branch, without the first one, which the hub makes."""
+        """Return the commits of a branch without the initial commit of the hub."""
         return self.repositories[name].branches[branch][1:]
 
 
@@ -119,7 +119,7 @@ class Handler(BaseHTTPRequestHandler):
         return self._has_token() or not repository.private
 
     def _may_write(self, name: str) -> bool:
-        """Refuse a request that the account may not make."""
+        """Return whether the account may write to a repository; if not, answer 401 or 403."""
         if not self._has_token():
             self._refuse(401, "Invalid username or password.")
         elif not name.startswith("someone/"):

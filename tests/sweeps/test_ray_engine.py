@@ -1,4 +1,4 @@
-"""Sweeps on a real Ray cluster of this machine: results, failures, kills, pruning and stops as with local processes."""
+"""Sweeps on a local Ray cluster: results, failures, killed jobs, pruning and stopping are the same as with local processes."""
 
 import os
 import signal
@@ -53,7 +53,7 @@ sys.exit(search.run_search(here / "searched", ["x"], {"seed": ["1", "2"]}, setti
 
 
 class Cluster:
-    """A Ray cluster, and the folder in which its sweeps run; the home folder has Ray's token."""
+    """A Ray cluster, and the folder in which its sweeps run. It is also the home folder, which contains Ray's token."""
 
     def __init__(self, here: Path) -> None:
         self.here = here
@@ -93,7 +93,7 @@ def until(condition: Callable[[], object], sweep: subprocess.Popen[str]) -> None
 @needs_ray
 @pytest.mark.slow
 def test_a_sweep_on_ray_has_the_results_failures_and_report_of_a_local_one(cluster):
-    rows = [*ROWS, *ROWS, *ROWS[:20], "w5,only two"]  # the bad one behind those that are read before the first job
+    rows = [*ROWS, *ROWS, *ROWS[:20], "w5,only two"]  # the bad row is not read before the first job
     (cluster.here / "bad.csv").write_text("\n".join(["a,b,c", *rows]) + "\n")
     settings = [entry for entry in SETTINGS if not entry.startswith("data.train=")]
     arguments = ["-m", "data.train=bad.csv,train.csv", *settings, "sweep.parallel=2"]
@@ -163,9 +163,7 @@ def test_a_job_that_no_node_can_run_is_announced_and_ends_with_the_sweep(cluster
 def test_a_missing_package_and_a_missing_cluster_are_errors_of_one_line(monkeypatch):
     if find_spec("ray"):
         settings = SweepConfig(engine="ray", address="127.0.0.1:1")
-        message = (
-            r"sweep.address=127.0.0.1:1: there is no connection to a Ray cluster .*refused.* Try: ray start --head, "
-        )
+        message = r"sweep.address=127.0.0.1:1: cannot connect to a Ray cluster .*refused.* Try: ray start --head on "
         with pytest.raises(ConfigError, match=message), ray_engine(settings, None):
             pass
     monkeypatch.setitem(sys.modules, "ray", None)

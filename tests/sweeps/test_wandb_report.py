@@ -44,7 +44,7 @@ def change_results(job: Path, **changes: object) -> None:
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sweep over two settings and two seeds; job 3 failed, and the best job is 2 with its seed 2 failed."""
+    """A sweep over two settings and two seeds; job 3 failed, and the best job is 11."""
     folder = tmp_path_factory.mktemp("report") / "margins"
     write_sweep(folder, loss__temperature=[0.03, 0.05, 0.1], loss__margin=[0.1, 0.2], seed=[1, 2])
     start(folder / "3", [], "failed", f"DataError: /secret/folder: {NASTY}")
@@ -57,7 +57,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_account(tmp_path, monkeypatch):
-    """No key, and an address that nothing listens on."""
+    """No API key, and a server address that nothing listens on."""
     for name in ("WANDB_API_KEY", "NETRC", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_CONFIG_DIR", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -193,7 +193,7 @@ def test_one_seed_has_the_interval_of_its_dev_set_and_the_missing_seeds_are_name
     blocks = preview(folder, tmp_path)
     found = " ".join(texts(blocks))
     assert "80.00 (Spearman x 100, 1 seed, 95 % confidence interval over the dev set [78.50, 81.25]); job 0." in found
-    assert "seeds (one for each of the settings)" in found
+    assert "seeds (only one per combination of settings)" in found
     assert "Settings" not in texts(blocks, "heading")
     assert len(tables(blocks)) == 1, "one setting has no heat map"
 

@@ -1,4 +1,4 @@
-"""A step with a value that is not finite changes nothing that is trained, whether it is found at once or one step later."""
+"""A step with a non-finite loss or gradient does not change the trained parameters, also if it is detected one step later."""
 
 import io
 
@@ -19,7 +19,7 @@ from promcse_pl.utils.errors import NonFiniteError
 
 @pytest.fixture
 def deferred(monkeypatch):
-    """Values arrive later, as on a GPU; on a CPU the fused AdamW skips an update in the same way."""
+    """Check values one step later, as on a GPU; on a CPU, the fused AdamW skips an update in the same way."""
     monkeypatch.setattr(finite, "is_deferred", lambda _: True)
 
     def fused(*arguments):

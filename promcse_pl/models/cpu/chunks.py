@@ -56,11 +56,11 @@ def plan_chunks(lengths_N: Tensor, budget: int | None, most_rows: int | None = N
 
 
 def padded_tokens(lengths_N: Tensor, longest: int, budget: int | None) -> int:
-    """Return the number of tokens, padding included, of a batch in chunks.
+    """Return the number of tokens, including padding, of a batch that is split into chunks.
 
     Args:
         lengths_N: Number of tokens of each sentence.
-        longest: T of the batch, which is the length of a single chunk.
+        longest: T of the batch: the length of the chunk if the batch is not split.
         budget: See `plan_chunks`.
     """
     if budget is None:
@@ -203,7 +203,7 @@ def _workers(count: int, threads_each: int) -> ThreadPoolExecutor:
     before, all_started = torch.get_num_threads(), Barrier(count + 1)
 
     def limit_threads() -> None:
-        torch.get_num_threads()  # its first call in a thread copies the process's number, and would undo an earlier limit
+        torch.get_num_threads()  # the first call in a thread copies the process's number of threads and would undo a limit
         torch.set_num_threads(threads_each)
 
     pool = ThreadPoolExecutor(count, "promcse-chunks", limit_threads)
