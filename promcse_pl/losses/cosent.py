@@ -25,4 +25,5 @@ def cosent(cosines_B: Tensor, scores_B: Tensor, *, temperature: float) -> Tensor
     """
     gaps_BB = (cosines_B.unsqueeze(0) - cosines_B.unsqueeze(1)) / temperature
     in_order_BB = scores_B.unsqueeze(1) > scores_B.unsqueeze(0)
-    return torch.cat([gaps_BB.new_zeros(1), gaps_BB[in_order_BB]]).logsumexp(0)
+    compared_BB = gaps_BB.masked_fill(~in_order_BB, -torch.inf)  # selecting them would wait for a GPU
+    return torch.cat([gaps_BB.new_zeros(1), compared_BB.flatten()]).logsumexp(0)

@@ -175,7 +175,10 @@ class PromptEncoder(nn.Module):
             tokens = dataclasses.replace(tokens, lengths_N=tokens.lengths())
         planned = plan_chunks(tokens.lengths(), chunk_tokens, chunk_sentences)
         order_N = torch.cat(planned)
-        chunks = _split(tokens.select(order_N, tokens.mask_NT.shape[1]), planned, is_trimmed=chunk_tokens is not None)
+        # sentences that may be padded at the start are not trimmed
+        is_trimmed = chunk_tokens is not None and tokens.lengths_N is not None
+        ordered = tokens.select(order_N, tokens.mask_NT.shape[1])
+        chunks = _split(ordered, [len(rows) for rows in planned], is_trimmed=is_trimmed)
         weights = [weight for weight in self.backbone.parameters() if weight.requires_grad]
         found = run_chunks(
             self.encode_chunk, self.prompt(), chunks, weights=weights, dropout=self.training, recompute=recompute
@@ -244,20 +247,19 @@ class PromptEncoder(nn.Module):
         return _float(torch.cat(hidden))[upload(torch.argsort(row_of_hidden, stable=True), hidden[0].device)]
 
 
-def _split(ordered: Tokens, planned: Sequence[Tensor], *, is_trimmed: bool) -> list[Tokens]:
-    """Split a reordered batch into chunks of consecutive sentences.
+def _split(tokens: Tokens, sizes: Sequence[int], *, is_trimmed: bool) -> list[Tokens]:
+    """Return consecutive sentences as chunks.
 
     Args:
-        ordered: The sentences, in the order of the planned chunks.
-        planned: Row indices of each chunk; only the number of rows is used.
-        is_trimmed: Whether each chunk is trimmed to its longest sentence; otherwise it has the length of the batch.
+        tokens: The sentences.
+        sizes: Number of sentences of each chunk.
+        is_trimmed: Whether a chunk is as long as its longest sentence, instead of as long as the batch.
     """
-    chunks, start, lengths_N = [], 0, ordered.lengths()
-    for rows in planned:
-        part = slice(start, start + len(rows))
-        length = int(lengths_N[part].max()) if is_trimmed else ordered.mask_NT.shape[1]
-        chunks.append(ordered.select(part, length))
-        start = part.stop
+    chunks, start, lengths_N = [], 0, tokens.lengths()
+    for size in sizes:
+        rows = slice(start, start + size)
+        chunks.append(tokens.select(rows, int(lengths_N[rows].max()) if is_trimmed else tokens.mask_NT.shape[1]))
+        start += size
     return chunks
 
 

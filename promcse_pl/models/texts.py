@@ -37,4 +37,5 @@ def tokenize(tokenizer: Any, sentences: Sequence[str], longest: int, vocabulary:
     )
     if vocabulary is not None:
         require_embeddings(tokenizer, encoded["input_ids"].numpy(), vocabulary, "the texts cannot be encoded")
-    return Tokens(encoded["input_ids"], encoded["attention_mask"])
+    mask_NT = encoded["attention_mask"]
+    return Tokens(encoded["input_ids"], mask_NT, lengths_N=mask_NT.sum(1))

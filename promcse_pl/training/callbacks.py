@@ -124,6 +124,7 @@ class BestByDev(pl.Callback):
         step, steps = trainer.global_step, pl_module.total_steps
         if step % self.every and step < steps:
             return
+        pl_module.finite.wait()
         if trainer.is_global_zero:
             self._evaluate(trainer, pl_module, step)
         if self.patience is None or step >= steps:
@@ -235,6 +236,8 @@ class History(pl.Callback):
         """Add the step to the counts; log an entry every `every` steps."""
         assert isinstance(pl_module, PromcseModule)
         is_entry = trainer.global_step % self.every == 0
+        if is_entry:
+            pl_module.finite.wait()
         # float() waits for the GPU, so that the measured time includes all steps of the entry
         metrics = {name: float(value) for name, value in pl_module.entry.items()} if is_entry else {}
         seconds = time.perf_counter() - self._start
@@ -278,7 +281,7 @@ class Progress(pl.Callback):
 
     def __init__(self, console: Console, every: int, seconds: Callable[[], float]) -> None:
         self.console, self.every, self.seconds = console, every, seconds
-        self._bar = ExitStack()
+        self._bar, self._loss = ExitStack(), ""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show the bar."""
@@ -287,14 +290,18 @@ class Progress(pl.Callback):
         self.report("training", trainer.global_step, pl_module.total_steps)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any) -> None:
-        """Update the bar with loss and dev score, or log a line if it is due."""
+        """Update the bar; read the loss, and log a line without a terminal, if an entry is due."""
         assert isinstance(pl_module, PromcseModule)
-        step, steps, metrics = trainer.global_step, pl_module.total_steps, trainer.callback_metrics
-        digits = {"loss": 3, "dev": 2}
-        values = [f"{name} {float(metrics[name]):.{digits[name]}f}" for name in digits if name in metrics]
+        step, steps = trainer.global_step, pl_module.total_steps
+        if (
+            step % self.every == 0 or step >= steps or trainer.should_stop
+        ):  # reading the loss in each step would wait for a GPU
+            self._loss = f"loss {float(pl_module.entry['train/loss']):.3f}"
+            if not self.console.is_terminal:
+                log.info("step %d of %d: %s, %.0f s", step, steps, self._loss, self.seconds())
+        dev = trainer.callback_metrics.get("dev")
+        values = [self._loss] if dev is None else [self._loss, f"dev {float(dev):.2f}"]
         self.report(f"training: {', '.join(values)}", step, steps)
-        if not self.console.is_terminal and (step % self.every == 0 or step >= steps or trainer.should_stop):
-            log.info("step %d of %d: %s, %.0f s", step, steps, values[0], self.seconds())
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remove the bar."""

@@ -25,7 +25,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from promcse_pl.data.batch import TrainBatch
 from promcse_pl.run_folder import CHECKPOINTS, HISTORY, NON_FINITE, checkpoint_folders, write_status
 from promcse_pl.training.context import Checkpoint, RunContext
 from promcse_pl.training.distributed import gather_values
@@ -251,7 +250,6 @@ class Saver(pl.Callback):
         """Duration of the run and of its training in earlier processes, up to the checkpoint that was resumed from."""
         self._random: list[dict[str, Any]] | None = None
         self._training_started = time.perf_counter()
-        self._batch: TrainBatch | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the number of steps to status.json, replace Lightning's signal handlers and restore or seed the generators."""
@@ -263,14 +261,6 @@ class Saver(pl.Callback):
             set_random_state(self._random[trainer.global_rank])
         elif trainer.global_rank:
             seed_rank(self.run.config.seed, trainer.global_rank)
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: TrainBatch, batch_idx: int
-    ) -> None:
-        """Keep the batch, which is saved if its loss is not finite; on a GPU, raise the error of the previous batch first."""
-        assert isinstance(pl_module, PromcseModule)
-        pl_module.finite.wait()
-        self._batch = batch
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any) -> None:
         """Save a checkpoint if it is due; stop if a rank has received a signal."""
@@ -293,14 +283,15 @@ class Saver(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Write the batch and the prompt of a non-finite loss to the run folder."""
-        if not isinstance(exception, NonFiniteError) or self._batch is None:
-            return
         assert isinstance(pl_module, PromcseModule)
-        tokens = self._batch.tokens
+        batch = pl_module.finite.failed
+        if not isinstance(exception, NonFiniteError) or batch is None:
+            return
+        tokens = batch.tokens
         tensors = {f"prompt.{name}": value for name, value in pl_module.encoder.state_dict().items()} | {
             "batch.ids": tokens.ids_NT,
             "batch.mask": tokens.mask_NT,
-            "batch.rows": self._batch.rows_B,
+            "batch.rows": batch.rows_B,
         }
         path = self.run.folder / NON_FINITE
         if trainer.global_rank:

@@ -1,46 +1,63 @@
 """Stop a run whose loss or gradient is not finite, without synchronising the CPU with the GPU in every step."""
 
-# K loss terms
-
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from promcse_pl.data.batch import TrainBatch
 from promcse_pl.utils.errors import NonFiniteError
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedStep:
+    """A training step and what its error says.
+
+    Attributes:
+        name: Number of the step.
+        rows: Batch and training rows of the step.
+        remedy: Advice at the end of the error message.
+        batch: Its batch.
+        losses: Detached scalars by name, the total first.
+    """
+
+    name: str
+    rows: str
+    remedy: str
+    batch: TrainBatch
+    losses: dict[str, Tensor]
 
 
 class FiniteCheck:
     """Checks the loss terms and the gradient norm of each step; a step that fails does not change the trained parameters.
 
-    On a CPU, a step is checked before its update. On a GPU, the values are copied to the CPU asynchronously: the optimiser skips
-    the update on the device, and `wait`, called before the next step and before a checkpoint, raises the error.
+    On a CPU, a step is checked before its update. On a GPU, the values are copied to the CPU asynchronously: from the failed step
+    on, the optimiser skips all updates on the device, and `wait` raises the error.
+
+    Attributes:
+        failed: Batch of the step that failed; None: no step has failed.
     """
 
     def __init__(self) -> None:
-        self._step = self._rows = self._remedy = ""
-        self._losses: dict[str, Tensor] = {}
-        self._arriving: Tensor | None = None
-        self._arrived: torch.cuda.Event | None = None
+        self.failed: TrainBatch | None = None
+        self._step: CheckedStep | None = None
+        self._copies: deque[tuple[CheckedStep, Tensor, torch.cuda.Event | None]] = deque()
+        self._found_inf: Tensor | None = None
 
-    def check_losses(self, losses: dict[str, Tensor], *, step: str, rows: str, remedy: str) -> None:
+    def check_losses(self, step: CheckedStep) -> None:
         """Check the loss terms of a step.
-
-        Args:
-            losses: Detached scalars by name, the total first.
-            step: Number of the step, for the error.
-            rows: Batch and training rows of the step, for the error.
-            remedy: Advice at the end of the error message.
 
         Raises:
             NonFiniteError: The total is not finite (CPU only, see `wait`).
         """
-        self._step, self._rows, self._losses, self._remedy = step, rows, losses, remedy
-        if not is_deferred(next(iter(losses.values()))):
-            self._require([float(value) for value in losses.values()], 0.0)
+        self._step = step
+        if not is_deferred(next(iter(step.losses.values()))):
+            self._require_finite(step, [float(value) for value in step.losses.values()], 0.0)
 
     def check_gradient(self, norm: Tensor, optimizer: torch.optim.Optimizer) -> None:
         """Check the global gradient norm of the step whose losses were checked last.
@@ -52,41 +69,50 @@ class FiniteCheck:
         Raises:
             NonFiniteError: A value is not finite; on a GPU, only with an optimiser that is not fused, see `wait`.
         """
+        assert self._step is not None
         if not is_deferred(norm):
-            self._require([], float(norm))
+            self._require_finite(self._step, [], float(norm))
             return
-        values = torch.stack([*(value.to(norm.dtype) for value in self._losses.values()), norm])
+        values = torch.stack([*(value.to(norm.dtype) for value in self._step.losses.values()), norm])
         if not all(group.get("fused") for group in optimizer.param_groups):  # resumed from a CPU checkpoint
             *losses, last = values.tolist()
-            self._require(losses, last)
+            self._require_finite(self._step, losses, last)
             return
-        optimizer.found_inf = (~values.isfinite().all()).float()  # type: ignore[attr-defined]
-        self._arriving = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
-        self._arriving.copy_(values, non_blocking=True)
+        is_bad = (~values.isfinite().all()).float()
+        self._found_inf = is_bad if self._found_inf is None else torch.maximum(self._found_inf, is_bad)
+        optimizer.found_inf = self._found_inf  # type: ignore[attr-defined]
+        copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+        copy.copy_(values, non_blocking=True)
+        event = None
         if values.is_cuda:
-            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._arrived.record()
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+        self._copies.append((self._step, copy, event))
 
-    def wait(self) -> None:
-        """Wait for the pending copy of the last step's values, if there is one.
+    def wait(self, *, pending: int = 0) -> None:
+        """Wait for the values of earlier steps on a GPU; no effect on a CPU.
+
+        Args:
+            pending: Number of the last steps whose values are not waited for.
 
         Raises:
-            NonFiniteError: The total loss or the gradient norm is not finite.
+            NonFiniteError: The total loss or the gradient norm of a step is not finite.
         """
-        if self._arriving is None:
-            return
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        *losses, norm = self._arriving.tolist()
-        self._arriving = self._arrived = None
-        self._require(losses, norm)
+        while len(self._copies) > pending:
+            step, copy, event = self._copies.popleft()
+            if event is not None:
+                event.synchronize()
+            *losses, norm = copy.tolist()
+            self._require_finite(step, losses, norm)
 
-    def _require(self, losses: Sequence[float], norm: float) -> None:
+    def _require_finite(self, step: CheckedStep, losses: Sequence[float], norm: float) -> None:
+        self.failed = step.batch
         if losses and not math.isfinite(losses[0]):
-            values = ", ".join(f"{name} {value:g}" for name, value in zip(self._losses, losses, strict=True))
-            raise NonFiniteError(f"the loss of {self._step} ({self._rows}) is not finite: {values}. {self._remedy}")
+            values = ", ".join(f"{name} {value:g}" for name, value in zip(step.losses, losses, strict=True))
+            raise NonFiniteError(f"the loss of {step.name} ({step.rows}) is not finite: {values}. {step.remedy}")
         if not math.isfinite(norm):
-            raise NonFiniteError(f"the gradient of {self._step} is not finite. {self._remedy}")
+            raise NonFiniteError(f"the gradient of {step.name} is not finite. {step.remedy}")
+        self.failed = None
 
 
 def is_deferred(value: Tensor) -> bool:

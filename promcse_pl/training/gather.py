@@ -49,7 +49,7 @@ def gather_rows(local_VBD: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return local_VBD
-    rows = torch.tensor([local_VBD.shape[1]], device=local_VBD.device)
+    rows = torch.tensor([local_VBD.shape[1]])  # on the CPU, over gloo: its value is needed here
     counts = [torch.empty_like(rows) for _ in range(world_size())]
     with collective():
         dist.all_gather(counts, rows)

@@ -18,7 +18,7 @@ from promcse_pl.losses.guide import candidate_cosines
 from promcse_pl.losses.hybrid import LossParts, hybrid_loss, mlm_loss, mlm_weight_at
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.mlm import MlmHead
-from promcse_pl.training.finite import FiniteCheck
+from promcse_pl.training.finite import CheckedStep, FiniteCheck
 from promcse_pl.training.gather import average_gradients, gather_rows, scaled_gradient, sum_over_ranks, world_size
 from promcse_pl.training.guide import Guide
 from promcse_pl.training.optimizer import build_optimizer, learning_rate_factor
@@ -94,7 +94,7 @@ class PromcseModule(pl.LightningModule):
         """Return the cosines of the guide between all anchors and candidates of the batch, or None without a guide."""
         if self.guide is None:
             return None
-        return candidate_cosines(*gather_rows(self.guide.views(rows_B).to(device)))
+        return candidate_cosines(*gather_rows(upload(self.guide.views(rows_B), device)))
 
     def _mlm_loss(self, hidden_MD: Tensor | None, labels_NT: Tensor | None) -> Tensor | None:
         """Return the weighted MLM loss over all ranks, or None without the MLM task."""
@@ -118,15 +118,18 @@ class PromcseModule(pl.LightningModule):
         """Return the total loss; `FiniteCheck` raises NonFiniteError if it is not finite."""
         parts = self.losses(batch)
         named = {name: part.detach() for name, part in parts.named().items()}
-        self.finite.check_losses(
-            named,
-            step=f"step {self.global_step + 1}",
-            rows=f"batch {batch_idx} of epoch {self.current_epoch}, training rows {batch.rows_B[:4].tolist()}...",
-            remedy=self._remedy(),
-        )
+        rows = f"batch {batch_idx} of epoch {self.current_epoch}, training rows {batch.rows_B[:4].tolist()}..."
+        self.finite.check_losses(CheckedStep(f"step {self.global_step + 1}", rows, self._remedy(), batch, named))
         self.entry = {f"train/{name}": part for name, part in named.items()}
-        self.log_dict(named, prog_bar=True, logger=False, batch_size=len(batch.rows_B))
         return parts.total
+
+    def on_train_batch_start(self, batch: TrainBatch, batch_idx: int) -> None:  # noqa: ARG002
+        """Raise the error of an earlier step; the last one may still be computed by a GPU."""
+        self.finite.wait(pending=1)
+
+    def on_train_end(self) -> None:
+        """Raise the error of one of the last steps."""
+        self.finite.wait()
 
     def on_after_backward(self) -> None:
         """Average the gradients over all ranks; a strategy that has done so already is not affected."""

@@ -305,3 +305,19 @@ def test_chunks_of_a_batch_on_a_gpu_equal_those_on_the_cpu():
     expected = encoder(tokens, chunk_tokens=13)
     for ours, theirs in zip(encoder.cuda()(tokens.to("cuda"), chunk_tokens=13), expected, strict=True):
         torch.testing.assert_close(ours.cpu(), theirs, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("pooling", ["avg", "cls", "lasttoken"])
+def test_sentences_that_are_padded_at_the_start_are_not_trimmed(pooling):
+    encoder = PromptEncoder(small_backbone(), length=4, pooling=pooling).double().eval()
+    right = small_tokens([9, 4, 12, 5])
+    rows = [torch.arange(12).roll(12 - int(length)) for length in right.lengths()]  # the padding moves to the start
+    left = Tokens(
+        *(
+            torch.stack([row[order] for row, order in zip(part, rows, strict=True)])
+            for part in (right.ids_NT, right.mask_NT)
+        )
+    )
+    assert left.mask_NT[:, -1].all()
+    for chunk_tokens in (None, 12):
+        torch.testing.assert_close(encoder(left, chunk_tokens=chunk_tokens)[0], encoder(right)[0], rtol=0, atol=1e-12)

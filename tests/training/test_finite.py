@@ -9,10 +9,12 @@ from safetensors.torch import load_file, save_file
 from support.encoders import save_small_encoder
 from support.runs import small_config, word_rows
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from promcse_pl.data.batch import Tokens, TrainBatch
 from promcse_pl.runs.lifecycle import run_job
 from promcse_pl.training import finite, module
-from promcse_pl.training.finite import FiniteCheck
+from promcse_pl.training.finite import CheckedStep, FiniteCheck
 from promcse_pl.training.optimizer import build_optimizer
 from promcse_pl.utils.errors import NonFiniteError
 
@@ -31,36 +33,69 @@ def deferred(monkeypatch):
     monkeypatch.setattr(module, "build_optimizer", fused)
 
 
+def step(number: int, loss: float) -> CheckedStep:
+    tokens = Tokens(torch.tensor([[number]]), torch.tensor([[1]]))
+    losses = {"loss": torch.tensor(loss), "hinge": torch.tensor(0.5)}
+    return CheckedStep(
+        f"step {number}", f"batch {number - 1}", "Try: less", TrainBatch(tokens, 2, torch.tensor([number])), losses
+    )
+
+
 @pytest.mark.parametrize(
     ("loss", "norm", "error"),
     [
-        (1.0, 1.0, None),
-        (float("nan"), 1.0, r"the loss of step 3 \(batch 2\) is not finite: loss nan, hinge 0.5. Try: less"),
-        (1.0, float("inf"), "the gradient of step 3 is not finite. Try: less"),
+        (float("nan"), 1.0, r"the loss of step 2 \(batch 1\) is not finite: loss nan, hinge 0.5. Try: less"),
+        (1.0, float("inf"), "the gradient of step 2 is not finite. Try: less"),
     ],
 )
-def test_a_late_error_is_raised_once_and_the_update_is_skipped(deferred, loss, norm, error):
+def test_a_late_error_names_its_step_and_no_update_follows_it(deferred, loss, norm, error):
     parameter = nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([parameter], lr=0.1, weight_decay=0.0, fused=True)
-    parameter.grad = torch.ones(3)
-    check = FiniteCheck()
-    losses = {"loss": torch.tensor(loss), "hinge": torch.tensor(0.5)}
-    check.check_losses(losses, step="step 3", rows="batch 2", remedy="Try: less")
-    check.check_gradient(torch.tensor(norm), optimizer)
-    optimizer.step()
-    assert torch.equal(parameter.detach(), torch.ones(3)) == (error is not None)
-    if error:
-        with pytest.raises(NonFiniteError, match=f"^{error}$"):
-            check.wait()
-    check.wait()
+    check, values = FiniteCheck(), []
+    for number, (value, length) in enumerate([(1.0, 1.0), (loss, norm), (1.0, 1.0)], start=1):
+        check.wait(pending=2)
+        parameter.grad = torch.ones(3)
+        check.check_losses(step(number, value))
+        check.check_gradient(torch.tensor(length), optimizer)
+        optimizer.step()
+        values.append(parameter.detach().clone())
+    assert not torch.equal(values[0], torch.ones(3))
+    assert torch.equal(values[1], values[0])
+    assert torch.equal(values[2], values[0])
+    check.wait(pending=2)
+    assert check.failed is None
+    with pytest.raises(NonFiniteError, match=f"^{error}$"):
+        check.wait(pending=1)
+    assert check.failed.rows_B.tolist() == [2]
 
 
-def test_an_optimiser_that_cannot_skip_an_update_is_waited_for(deferred):
+def test_an_unfused_optimiser_is_checked_immediately(deferred):
     optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(3))])
     check = FiniteCheck()
-    check.check_losses({"loss": torch.tensor(float("nan"))}, step="step 3", rows="batch 2", remedy="Try: less")
+    check.check_losses(step(3, float("nan")))
     with pytest.raises(NonFiniteError, match="the loss of step 3"):
         check.check_gradient(torch.tensor(1.0), optimizer)
+
+
+class FloatReads(TorchDispatchMode):
+    """Counts the floating-point values that are read from tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default and args[0].is_floating_point():
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_number_of_values_that_are_read_does_not_grow_with_the_steps(tmp_path, deferred):
+    counts = []
+    for steps in (2, 5):
+        config = small_config(tmp_path, trainer={"log_every": 100, "eval_every": 100, "epochs": 3, "max_steps": steps})
+        with FloatReads() as reads:
+            run_job(config, tmp_path / f"run{steps}", Console(file=io.StringIO()))
+        counts.append(reads.count)
+    assert counts[0] == counts[1] > 0
 
 
 def test_a_run_with_late_values_stops_with_the_same_error_and_saves_the_batch_of_the_failed_step(tmp_path, deferred):
