@@ -1,6 +1,7 @@
 """Shared fixtures and skips."""
 
 import io
+import os
 
 import pytest
 import torch
@@ -22,7 +23,11 @@ def backbone() -> FrozenBackbone:
     return small_backbone()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if os.environ.get("PROMCSE_TESTS") != "all":
+        exhaustive = [item for item in items if "exhaustive" in item.keywords]
+        config.hook.pytest_deselected(items=exhaustive)
+        items[:] = [item for item in items if item not in exhaustive]
     for item in items:
         if "realdata" in item.keywords and not DATA.is_dir():
             item.add_marker(pytest.mark.skip(reason=f"no data in {DATA}; set PROMCSE_DATA"))

@@ -97,6 +97,7 @@ def test_a_run_on_ones_own_file_and_its_repetition_from_the_saved_config(here):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_sweep_over_a_partial_config_with_a_conf_folder(here):
     (here / "partial.yaml").write_text("data: {dev: null}\nevaluation: {tasks: [], frozen: false}\n")
     (here / "my_conf/experiment").mkdir(parents=True)

@@ -64,6 +64,7 @@ def test_the_tables_are_printed_and_written_in_the_form_that_is_asked_for(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_and_the_command_give_the_same_scores(trained_run, tmp_path):
     data = dataclasses.replace(trained_run.config.data, cache_dir=str(tmp_path / "cache"))
     evaluation = dataclasses.replace(trained_run.config.evaluation, tasks=["demo"], frozen=False)

@@ -228,6 +228,7 @@ def test_help_lists_the_groups_and_is_quick(here):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_jobs_with_prompts_on_the_command_line_resolve_their_encoder_as_a_single_run_does(here):
     pytest.importorskip("sentence_transformers", exc_type=ImportError)
     from support.sentence_encoders import PROMPTS, save_sentence_encoder
@@ -304,6 +305,7 @@ def test_a_multirun_makes_a_complete_folder_and_an_adapter_of_its_own_for_every_
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_killed_and_resumed_from_the_command_line_is_bit_identical_to_an_uninterrupted_run(here):
     save_small_encoder(here / "encoder")
     (here / "train.csv").write_text("a,b,c\n" + "".join(f"w{row} w7,w{row} w8,w{row + 40}\n" for row in range(5, 45)))

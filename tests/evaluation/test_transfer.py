@@ -159,6 +159,7 @@ def test_dev_rows_select_the_penalty_for_sst2(senteval):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_ten_folds_of_the_training_rows_select_the_penalty_for_trec(senteval):
     data = load_transfer(senteval, "TREC")
     vectors = vectors_for(data, 1)

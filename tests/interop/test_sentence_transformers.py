@@ -269,6 +269,7 @@ def test_the_retrieval_evaluator_ranks_as_our_cosines_do(model):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_pool_of_processes_gives_the_same_vectors(model):
     theirs, texts = as_sentence_transformer(model), TEXTS * 4
     vectors = theirs.encode(texts, device=["cpu", "cpu"], chunk_size=8, batch_size=4)

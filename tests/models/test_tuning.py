@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from support.encoders import FAMILIES, NO_DROPOUT, prompt_encoder, save_small_encoder, small_backbone, small_tokens
+from support.encoders import NO_DROPOUT, every_family, prompt_encoder, save_small_encoder, small_backbone, small_tokens
 from torch import nn
 
 from promcse_pl import PromCSE
@@ -53,7 +53,7 @@ def gradients(encoder: PromptEncoder, **options: object) -> dict[str, torch.Tens
     return {name: weight.grad.clone() for name, weight in encoder.named_parameters() if weight.grad is not None}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@every_family
 @every_tuning
 def test_every_family_trains_saves_and_loads_its_weights(family, tuning, tmp_path):
     folder = save_small_encoder(tmp_path / "encoder", family)

@@ -301,6 +301,7 @@ def test_the_launcher_stops_all_ranks_if_one_dies_and_leaves_no_orphan_if_killed
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_job_of_a_multirun_trains_one_run_on_both_ranks_in_one_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_small_encoder(tmp_path / "encoder", **NO_DROPOUT)

@@ -104,8 +104,12 @@ resource.setrlimit(resource.RLIMIT_AS, (used + {room}, resource.RLIM_INFINITY))
     ("trainer", "advice"),
     [
         ({"chunk_tokens": None, "recompute": "never"}, "trainer.recompute=always trainer.chunk_tokens=512"),
-        ({"chunk_tokens": 512, "recompute": "never"}, "trainer.recompute=always"),
-        ({"chunk_tokens": 100_000, "recompute": "always"}, "trainer.chunk_tokens=50000"),
+        pytest.param(
+            {"chunk_tokens": 512, "recompute": "never"}, "trainer.recompute=always", marks=pytest.mark.exhaustive
+        ),
+        pytest.param(
+            {"chunk_tokens": 100_000, "recompute": "always"}, "trainer.chunk_tokens=50000", marks=pytest.mark.exhaustive
+        ),
     ],
     ids=["whole batch", "kept", "recomputed"],
 )

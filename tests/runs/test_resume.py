@@ -25,7 +25,7 @@ from promcse_pl.training.checkpoint import RunCheckpoints, newest_checkpoint
 from promcse_pl.utils.errors import AdapterError, ConfigError, DataError, PromcseError
 from promcse_pl.utils.signals import Stopped
 
-KILLS = 20
+KILLS = 20 if os.environ.get("PROMCSE_TESTS") == "all" else 8
 
 
 def go(config: Path, folder: Path, die_at: int | None = None, die_in: str | None = None) -> None:
@@ -89,8 +89,12 @@ def test_the_uninterrupted_run_covers_the_hard_cases_of_resuming(long_run):
 
 @pytest.mark.parametrize(
     "sections",
-    [{"prompt": {"kind": "shared"}}, {"prompt": {"kind": "input"}, "model": {"head": "low_rank", "head_rank": 2}}],
-    ids=["shared", "input and low_rank"],
+    [
+        pytest.param({"prompt": {"kind": "shared"}}, id="shared", marks=pytest.mark.exhaustive),
+        pytest.param(
+            {"prompt": {"kind": "input"}, "model": {"head": "low_rank", "head_rank": 2}}, id="input and low_rank"
+        ),
+    ],
 )
 def test_a_resumed_run_of_another_kind_of_prompt_is_bit_identical(tmp_path, sections):
     config = small_config(
@@ -148,7 +152,13 @@ PARTS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+@pytest.mark.parametrize(
+    "part",
+    [
+        pytest.param(part, id=name, marks=[] if name.startswith("a save") else [pytest.mark.exhaustive])
+        for name, part in PARTS.items()
+    ],
+)
 def test_a_run_killed_during_an_evaluation_or_save_is_bit_identical_to_an_uninterrupted_run(part, long_run, tmp_path):
     config, straight = long_run
     folder = tmp_path / "run"

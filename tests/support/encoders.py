@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -129,6 +130,14 @@ def ignore_prompt_in_layer(model: torch.nn.Module, number: int) -> None:
             return forward(*inputs, **options)
 
     layers[number].forward = without_prompt
+
+
+COMMON = ("bert", "mpnet", "t5", "modernbert", "deberta-v2", "qwen3", "gemma3_text")
+"""One family for each way in which prompts and positions reach the layers."""
+every_family = pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[] if name in COMMON else [pytest.mark.exhaustive]) for name in FAMILIES]
+)
+"""All families; those that are not in `COMMON` only with PROMCSE_TESTS=all."""
 
 
 def small_tokens(lengths: list[int], pad_id: int = 0) -> Tokens:

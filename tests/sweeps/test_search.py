@@ -75,6 +75,7 @@ def test_a_poor_job_is_pruned_with_a_checkpoint_and_not_failed(scripted, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_search_proposes_in_its_space_and_a_resumed_one_the_same_as_one_that_was_not_stopped(scripted, tmp_path):
     scripted(tmp_path / "whole", trials=5)
     scripted(tmp_path / "parts", trials=2)

@@ -49,7 +49,13 @@ def markers(here: Path) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["trainer.devices=2 hydra.run.dir=run", "-m seed=1,2 hydra.sweep.dir=sweep"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "trainer.devices=2 hydra.run.dir=run",
+        pytest.param("-m seed=1,2 hydra.sweep.dir=sweep", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_ranks_jobs_and_the_wandb_process_import_nothing_from_the_current_folder(how, here):
     done = run(here, str(ROOT / "run.py"), *how.split(), *SETTINGS.split(), PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr
