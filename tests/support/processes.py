@@ -28,8 +28,11 @@ def _go(arguments: list[str], before: str, output: Path) -> None:
     for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
         stream.flush()
         os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1 if name == "out" else 2)
+    import torch
+
     from promcse_pl.cli.main import main
 
+    torch.set_num_threads(1)  # as in conftest.py
     exec(before, {})
     sys.exit(main(arguments))
 
