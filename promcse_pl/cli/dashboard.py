@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> None:
     """Save the view or report, or write its preview, and print the URL or the files."""
     from promcse_pl.sweeps.wandb_preview import preview_dashboard, preview_report
     from promcse_pl.sweeps.wandb_report import save_report
-    from promcse_pl.tracking.dashboard import PROJECT, save_dashboard
+    from promcse_pl.tracking.dashboard import DEFAULT_PROJECT, save_dashboard
 
     project, entity = options.project, options.entity
     lines: Sequence[object]
@@ -45,5 +45,5 @@ def run(options: argparse.Namespace) -> None:
     elif options.sweep:
         lines = [save_report(options.sweep, project, entity)]
     else:
-        lines = [save_dashboard(project or PROJECT, entity)]
+        lines = [save_dashboard(project or DEFAULT_PROJECT, entity)]
     sys.stdout.writelines(f"{visible(hide_home(str(line)))}\n" for line in lines)

@@ -9,13 +9,15 @@ from typing import Any
 
 from promcse_pl.sweeps.html import render
 from promcse_pl.sweeps.wandb_report import Section, build_report, read_tracked_sweep, report_sections, report_title
-from promcse_pl.tracking.dashboard import PROJECT, build_workspace, require_extra, sent_json
+from promcse_pl.tracking.dashboard import DEFAULT_PROJECT, build_workspace, require_extra, sent_json
 from promcse_pl.utils.errors import ConfigError
 from promcse_pl.utils.files import write_text
+from promcse_pl.utils.paths import is_plain_name
 from promcse_pl.version import __version__
 
-MARKS = {".json": '"displayName": ', ".html": 'content="promcse dashboard"'}
-"""Suffix of each preview file -> text that identifies a file as a preview."""
+SUFFIXES = (".json", ".html")
+PREVIEW_MARKER = 'content="promcse dashboard"'
+"""Text that identifies FILE.html, and so the FILE.json beside it, as a preview: the fields of the JSON are too common."""
 _FIELDS = {
     "x": "x",
     "y": "y",
@@ -37,11 +39,11 @@ def preview_dashboard(file: Path, project: str | None, entity: str | None) -> li
         entity: W&B user or team; None: the account's default, which only the server knows, so the field is empty.
 
     Raises:
-        ConfigError: The extra is missing, or a file exists that is not a preview.
+        ConfigError: The extra is missing, FILE is no file name, or a file exists that is not a preview.
         DataError: A file cannot be written.
     """
     files = _preview_files(file)
-    project = project or PROJECT
+    project = project or DEFAULT_PROJECT
     workspace = build_workspace(entity or "", project)
     sections = [Section(section.name, panels=section.panels) for section in workspace.sections]
     _write(files, workspace, f"Workspace {workspace.name}", sections)
@@ -72,13 +74,17 @@ def _preview_files(file: Path) -> list[Path]:
     """Return the paths of the JSON and of the page.
 
     Raises:
-        ConfigError: wandb-workspaces is missing, or a file exists that is not a preview.
+        ConfigError: wandb-workspaces is missing, `file` has no name, or a file exists that is not a preview.
     """
     require_extra()
-    base = file.with_suffix("") if file.suffix in MARKS else file
-    files = [base.with_name(base.name + suffix) for suffix in MARKS]
-    for path, mark in zip(files, MARKS.values(), strict=True):
-        if path.exists() and not (path.is_file() and mark in path.read_text(encoding="utf-8", errors="replace")):
+    if not is_plain_name(file.name):
+        raise ConfigError(f"--preview must be the name of a file, got {str(file)!r}. Try: --preview preview")
+    base = file.with_suffix("") if file.suffix in SUFFIXES else file
+    files = [base.with_name(base.name + suffix) for suffix in SUFFIXES]
+    page = files[1]
+    is_preview = page.is_file() and PREVIEW_MARKER in page.read_text(encoding="utf-8", errors="replace")
+    for path in files:
+        if path.exists() and not (is_preview and path.is_file()):
             raise ConfigError(f"{path} exists and is not a preview. Try: --preview with another name")
     return files
 
@@ -92,8 +98,9 @@ def _write(files: Sequence[Path], view: Any, title: str, sections: Sequence[Sect
         "json": files[0].name,
         "sections": [(section, [_describe(panel) for panel in section.panels]) for section in sections],
     }
-    write_text(files[0], sent_json(view))
-    write_text(files[1], render("preview.html", content))
+    sent = sent_json(view)
+    write_text(files[1], render("preview.html", content))  # first: it identifies the JSON as a preview
+    write_text(files[0], sent)
 
 
 def _describe(panel: Any) -> dict[str, Any]:  # noqa: ANN401  (a panel of wandb_workspaces)

@@ -1,12 +1,14 @@
 """The W&B Report of a sweep: summary, best adapter, heat map, training curves and jobs. Requires the extra `dashboard`.
 
-Like everything that is sent to W&B, it contains no error messages, and only the last part of every path.
+Like everything that is sent to W&B, it contains no error messages, and only the last part of every path; the path of the best
+adapter is relative to the folder in which the command was started.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shlex
 from collections import Counter
@@ -33,9 +35,10 @@ from promcse_pl.sweeps.ranking import (
 )
 from promcse_pl.sweeps.report import setting_text
 from promcse_pl.sweeps.wandb_summary import submitted_config, sync_command
-from promcse_pl.tracking.dashboard import CURVES, gradient, line_plot, save_and_print, save_view
+from promcse_pl.tracking.dashboard import CURVES, line_plot, save_and_print, save_view, score_colors
 from promcse_pl.tracking.wandb import hide_folders, short
 from promcse_pl.utils.errors import ConfigError, PromcseError
+from promcse_pl.utils.paths import expand
 from promcse_pl.utils.streams import visible
 
 COMMAND = "promcse dashboard --sweep"
@@ -116,7 +119,7 @@ def save_report(folder: Path, project: str | None, entity: str | None) -> str:
     if offline:
         raise ConfigError(
             f"{len(offline)} of {len(tracked.run_ids)} W&B runs of {folder} are offline. "
-            f"Try: wandb login && {sync_command(folder)}"
+            f"Try: wandb login && {sync_command(folder, tracked.sweep.runs)}"
         )
     project = project or tracked.tracking.project
     return save_view(
@@ -275,10 +278,9 @@ def _not_compared(runs: Sequence[Run], grouped: Sequence[Row]) -> str:
 
 def _best_adapter(sweep: Sweep, best: Best, project: str, entity: str) -> Section:
     """Return where the best adapter is and how to load it."""
-    local = visible(f"{sweep.folder.resolve().name}/{best.run.name}")
-    source = local
+    source, origin = _relative_path(sweep, best.run)
     code: list[tuple[str | None, str]] = []
-    text = f"On the machine of the sweep: {local}/adapter."
+    text = f"On the machine of the sweep: {source}/adapter, relative to {origin}."
     if best.run.wandb_id and not any(best.run.folder.glob("wandb/offline-run-*")):  # offline runs have no artifacts
         path = "/".join(part for part in (entity, project, f"adapter-{best.run.wandb_id}:latest") if part)
         source = "best-adapter"
@@ -286,6 +288,20 @@ def _best_adapter(sweep: Sweep, best: Best, project: str, entity: str) -> Sectio
         code.append((None, f"wandb artifact get {path} --root {source}"))
     code.append(("python", f'from promcse_pl import PromCSE\n\nmodel = PromCSE.from_pretrained("{source}")'))
     return Section("Best adapter", [text], code=code)
+
+
+def _relative_path(sweep: Sweep, run: Run) -> tuple[str, str]:
+    """Return the path of a run as ./PATH, which is never a hub id, and a description of the folder that it is relative to.
+
+    It is relative to the current folder if the sweep is below it, as it is in a project folder, else to the folder that contains
+    the sweep. The names of other folders, such as the home folder, are not part of it.
+    """
+    folder, current = Path(os.path.abspath(sweep.folder)), Path.cwd()  # noqa: PTH100  (keeps links)
+    base, origin = folder.parent, f"the folder that contains {folder.name}"
+    if current in folder.parents and current not in expand("~").parents:
+        base, origin = current, "the folder in which promcse dashboard was started"
+    path = (folder / run.folder.relative_to(sweep.folder)).relative_to(base)
+    return visible(f"./{path}"), visible(origin)
 
 
 def _effects(sweep: Sweep, grouped: Sequence[Row], best: Best) -> Section:
@@ -303,20 +319,20 @@ def _effects(sweep: Sweep, grouped: Sequence[Row], best: Best) -> Section:
     title = f"dev {DEV_METRICS[best.run.metric]} x 100"
     heat = heat_map(sweep.runs, grouped, names)
     panels: list[Any] = []
-    if heat and {heat.up, heat.across} <= {*numeric}:
+    if heat and {heat.row_setting, heat.column_setting} <= {*numeric}:
         panels.append(
             wr.ScatterPlot(
-                title=f"{heat.up} x {heat.across}, colour: {title}",
-                x=wr.Config(heat.up),
-                y=wr.Config(heat.across),
+                title=f"{heat.row_setting} x {heat.column_setting}, colour: {title}",
+                x=wr.Config(heat.row_setting),
+                y=wr.Config(heat.column_setting),
                 z=dev,
-                gradient=gradient(),
+                gradient=score_colors(),
             )
         )
     if numeric:
         columns = [wr.ParallelCoordinatesPlotColumn(metric=key) for key in (*map(wr.Config, numeric), dev)]
         panels += [
-            wr.ParallelCoordinatesPlot(title=f"settings to {title}", columns=columns, gradient=gradient()),
+            wr.ParallelCoordinatesPlot(title=f"settings to {title}", columns=columns, gradient=score_colors()),
             wr.ParameterImportancePlot(with_respect_to=metric),
         ]
     if heat is None:
@@ -329,13 +345,13 @@ class HeatMap:
     """Dev scores over two settings, as a table.
 
     Attributes:
-        up, across: Settings of the rows and of the columns.
+        row_setting, column_setting: Settings of the rows and of the columns.
         caption: What the cells contain.
-        columns, rows: The table; the first cell of each row is the value of `up`.
+        columns, rows: The table; the first cell of each row is the value of `row_setting`.
     """
 
-    up: str
-    across: str
+    row_setting: str
+    column_setting: str
     caption: str
     columns: list[str]
     rows: list[list[str]]
@@ -358,35 +374,39 @@ def heat_map(runs: Sequence[Run], grouped: Sequence[Row], names: Sequence[str]) 
         if row.rank is not None
     ]
     found: list[tuple[str, str, dict[tuple[str, str], float]]] = []
-    for up, across in combinations(names, 2):
-        others = [name for name in names if name not in (up, across)]
+    for row_setting, column_setting in combinations(names, 2):
+        others = [name for name in names if name not in (row_setting, column_setting)]
         cells = {
-            (values[up], values[across]): dev
+            (values[row_setting], values[column_setting]): dev
             for values, dev in ranked
             if dev is not None and all(values[name] == ranked[0][0][name] for name in others)
         }
         sides = [{key[axis] for key in cells} for axis in (0, 1)]
         if min(map(len, sides)) > 1 and 2 * len(cells) >= len(sides[0]) * len(sides[1]):
-            found.append((up, across, cells))
+            found.append((row_setting, column_setting, cells))
     if not found:
         return None
-    up, across, cells = max(found, key=lambda entry: len(entry[2]))
-    ups, acrosses = (
+    row_setting, column_setting, cells = max(found, key=lambda entry: len(entry[2]))
+    row_levels, column_levels = (
         [level for level in levels_of(runs, name) if any(key[axis] == level for key in cells)]
-        for axis, name in enumerate((up, across))
+        for axis, name in enumerate((row_setting, column_setting))
     )
     low, high = min(cells.values()), max(cells.values())
     marks = {key: SHADES[min(3, int(4 * (dev - low) / ((high - low) or 1)))] for key, dev in cells.items()}
-    table = {key: f"{marks[key]} {cells[key]:.2f}" if key in cells else "" for key in product(ups, acrosses)}
-    fixed = ", ".join(f"{_text(name)}={_text(ranked[0][0][name])}" for name in names if name not in (up, across))
+    table = {
+        key: f"{marks[key]} {cells[key]:.2f}" if key in cells else "" for key in product(row_levels, column_levels)
+    }
+    fixed = ", ".join(
+        f"{_text(name)}={_text(ranked[0][0][name])}" for name in names if name not in (row_setting, column_setting)
+    )
     return HeatMap(
-        up,
-        across,
-        f"Dev score of {_text(up)} (rows) and {_text(across)} (columns)"
+        row_setting,
+        column_setting,
+        f"Dev score of {_text(row_setting)} (rows) and {_text(column_setting)} (columns)"
         + (f" at {fixed}, the best values of the other settings" if fixed else "")
         + f"; means over seeds. {SHADES[0]} to {SHADES[-1]}: quarters of the range from {low:.2f} to {high:.2f}.",
-        [f"{_text(up)} / {_text(across)}", *map(_text, acrosses)],
-        [[_text(level), *(table[level, other] for other in acrosses)] for level in ups],
+        [f"{_text(row_setting)} / {_text(column_setting)}", *map(_text, column_levels)],
+        [[_text(level), *(table[level, other] for other in column_levels)] for level in row_levels],
     )
 
 

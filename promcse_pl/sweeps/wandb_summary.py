@@ -60,12 +60,12 @@ def publish_sweep(folder: Path) -> str | None:
         if resolve_mode(tracking.wandb) == "disabled":
             return None
     except ConfigError:  # an invalid WANDB_MODE has already failed the jobs
-        return sync_command(folder)
+        return sync_command(folder, runs)
     about = {"job_type": "sweep", "name": name, "config": {"varying": ", ".join(varied)}}
     if run := open_run(tracking, folder, _run_id(folder, ids[0]), **about):
         table = {"columns": [*columns], "data": [list(row) for row in zip(*columns.values(), strict=True)]}
         run.finish(summary=summary, tables={"jobs": table}, artifacts=artifacts, quiet=True)
-    return sync_command(folder)
+    return sync_command(folder, runs)
 
 
 def _summarise(
@@ -125,9 +125,14 @@ def _run_id(folder: Path, first: str) -> str:
     return run_id
 
 
-def sync_command(folder: Path) -> str | None:
-    """Return the command that uploads all offline runs of a sweep; None if there are none."""
-    patterns = [pattern for pattern in ("*/wandb", "wandb") if any(folder.glob(f"{pattern}/offline-run-*"))]
+def sync_command(folder: Path, runs: Sequence[Run]) -> str | None:
+    """Return the command that uploads all offline runs of a sweep, or of a folder of sweeps; None if there are none."""
+    folders = {
+        folder,
+        *(path for run in runs for path in (run.folder, run.folder.parent) if path.is_relative_to(folder)),
+    }
+    offline = [path for path in folders if any(path.glob("wandb/offline-run-*"))]
+    patterns = sorted({"*/" * len(path.relative_to(folder).parts) for path in offline}, reverse=True)
     if not patterns:
         return None
-    return "wandb sync " + " ".join(f"{shlex.quote(str(folder))}/{pattern}/offline-run-*" for pattern in patterns)
+    return "wandb sync " + " ".join(f"{shlex.quote(str(folder))}/{pattern}wandb/offline-run-*" for pattern in patterns)

@@ -20,7 +20,7 @@ SAVE_SECONDS = 60
 """Time limit for saving a view."""
 NO_KEY = 3
 """Exit code of the process that saves a view if W&B finds no key."""
-NAME, PROJECT = "PromCSE", "promcse"
+VIEW_NAME, DEFAULT_PROJECT = "PromCSE", "promcse"
 """Name of the view, and the default project."""
 _COLORS = (("#440154", 0), ("#21918c", 50), ("#fde725", 100))
 """Viridis from the worst to the best score: readable in greyscale and with colour blindness."""
@@ -79,7 +79,7 @@ def build_workspace(entity: str, project: str) -> Any:  # noqa: ANN401  (a wandb
     return views.Workspace(
         entity=entity,
         project=project,
-        name=NAME,
+        name=VIEW_NAME,
         sections=[
             views.Section(name=name, panels=sections[name], is_open=True)
             for name in ("Training", "Development", "Sweep", "Scores", "Speed")
@@ -102,10 +102,10 @@ def _sweep_panels(title: str, metric: str) -> list[Any]:
     ]
     return [
         panels.ScatterPlot(
-            title=f"temperature x margin, colour: dev {title}", x=temperature, y=margin, z=dev, gradient=gradient()
+            title=f"temperature x margin, colour: dev {title}", x=temperature, y=margin, z=dev, gradient=score_colors()
         ),
         panels.ScatterPlot(title=f"prompt length, dev {title}", x=length, y=dev, running_ymean=True),
-        panels.ParallelCoordinatesPlot(title=f"settings to dev {title}", columns=columns, gradient=gradient()),
+        panels.ParallelCoordinatesPlot(title=f"settings to dev {title}", columns=columns, gradient=score_colors()),
         panels.ParameterImportancePlot(with_respect_to=metric),
     ]
 
@@ -117,7 +117,7 @@ def line_plot(title: str, metric: str) -> Any:  # noqa: ANN401  (a LinePlot)
     return panels.LinePlot(title=title, x="step", y=[metric])
 
 
-def gradient() -> list[Any]:
+def score_colors() -> list[Any]:
     """Return the colours of scores in scatter plots and parallel coordinates."""
     import wandb_workspaces.reports.v2 as panels
 

@@ -9,6 +9,9 @@ import json
 import shlex
 import shutil
 import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diagnostics
@@ -19,13 +22,20 @@ import pytest
 import scipy
 import scoring
 import study
+import torch
 import training
 from study import DEV, MODELS, PROMCSE, PROMCSE_EH, SHIFTED, STS, STUDIES, Row
-from support.folders import DATA
+from support.encoders import save_small_adapter, small_encoder
+from support.folders import ROOT
 from training import Workspace
 
 import run
+from promcse_pl import PromCSE
+from promcse_pl.adapter import save_adapter
+from promcse_pl.cli.main import main
+from promcse_pl.data.demo import demo_pairs, demo_triplets
 from promcse_pl.evaluation.targets import Member
+from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.run_folder import write_config
 from promcse_pl.runs.compose import CONF, compose_config
 from promcse_pl.utils.errors import ConfigError, DataError
@@ -411,9 +421,20 @@ def test_a_dry_run_estimates_the_steps_and_reports_invalid_rows(workspace, capsy
     assert "experiment=table1/prompt_eh" in printed
 
 
-def test_the_cosine_of_an_ensemble_is_the_mean_of_the_cosines(trained_run):
-    models = [diagnostics.load_variant(trained_run.folder, seed=seed) for seed in (1, 2)]
-    texts = ["A woman is reading.", "Someone reads.", "A dog barks."]
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory) -> Path:
+    """An adapter of a small encoder, whose prompt differs enough from an initial one to matter."""
+    folder = tmp_path_factory.mktemp("small")
+    encoder = PromCSE.load(save_small_adapter(folder)).encoder
+    for weight in encoder.prompt.parameters():
+        torch.nn.init.normal_(weight, std=0.5)
+    save_adapter(encoder, folder / "trained")
+    return folder / "trained"
+
+
+def test_the_cosine_of_an_ensemble_is_the_mean_of_the_cosines(adapter):
+    models = [diagnostics.load_variant(adapter, seed=seed) for seed in (1, 2)]
+    texts = ["w5 w6 w7", "w8 w9", "w20 w21 w5 w30"]
     cosines = [model.encode(texts) @ model.encode(texts).T for model in models]
     assert np.abs(cosines[0] - cosines[1]).max() > 1e-4
     both = diagnostics.Ensemble(models)
@@ -422,19 +443,19 @@ def test_the_cosine_of_an_ensemble_is_the_mean_of_the_cosines(trained_run):
     np.testing.assert_allclose(embeddings @ embeddings.T, np.mean(cosines, axis=0), atol=1e-6)
 
 
-def test_a_variant_keeps_the_trained_prompt_unless_it_gets_a_seed(trained_run):
-    texts = ["A woman is reading.", "Someone reads."]
-    trained = scoring.adapter_member(trained_run.folder).load().encode(texts)
-    np.testing.assert_array_equal(diagnostics.load_variant(trained_run.folder).encode(texts), trained)
-    assert np.abs(diagnostics.load_variant(trained_run.folder, seed=42).encode(texts) - trained).max() > 1e-3
-    both = diagnostics.load_variant(trained_run.folder, pooling="cls+avg")
+def test_a_variant_keeps_the_trained_prompt_unless_it_gets_a_seed(adapter):
+    texts = ["w5 w6 w7", "w8 w9"]
+    trained = scoring.adapter_member(adapter).load().encode(texts)
+    np.testing.assert_array_equal(diagnostics.load_variant(adapter).encode(texts), trained)
+    assert np.abs(diagnostics.load_variant(adapter, seed=42).encode(texts) - trained).max() > 1e-3
+    both = diagnostics.load_variant(adapter, pooling="cls+avg")
     embeddings = both.encode(texts)
     assert embeddings.shape == (2, 2 * trained.shape[1])
     mean = embeddings[:, trained.shape[1] :]
     np.testing.assert_allclose(mean / np.linalg.norm(mean, axis=1, keepdims=True), trained, atol=1e-6)
 
 
-def test_cached_scores_are_those_of_the_same_model_and_data(trained_run, tmp_path, monkeypatch):
+def test_cached_scores_are_those_of_the_same_model_and_data(adapter, tmp_path, monkeypatch):
     evaluated: list[str] = []
     files = {"demo test": [{"name": "a", "rows": 2, "sha256": "1"}]}
     monkeypatch.setattr(scoring, "files_of", lambda *_: files)
@@ -443,7 +464,7 @@ def test_cached_scores_are_those_of_the_same_model_and_data(trained_run, tmp_pat
     )
 
     def score(seed: int) -> dict[str, float]:
-        member = Member(lambda: diagnostics.load_variant(trained_run.folder, seed=seed))
+        member = Member(lambda: diagnostics.load_variant(adapter, seed=seed))
         return scoring.score(member, ("transfer",), tmp_path, tmp_path / "scores")
 
     assert scoring.score(Member(lambda: pytest.fail("loaded")), (), tmp_path, tmp_path) == {}
@@ -487,13 +508,46 @@ def test_diagnostics_are_merged_by_seed(workspace):
     assert "## minilm-3" in (study.study_folder("diagnostics") / "README.md").read_text()
 
 
-@pytest.mark.realdata
-@pytest.mark.slow
+def write_data(folder: Path) -> Path:
+    """Write 40 triplets and 20 dev pairs of the demo data where the studies read theirs."""
+    nli, dev = folder / training.SOURCES["nli"], folder / "senteval/STS/STSBenchmark/sts-dev.csv"
+    for file in (nli, dev):
+        file.parent.mkdir(parents=True)
+    rows = [("sent0", "sent1", "hard_neg"), *demo_triplets()[:40]]
+    with nli.open("w", newline="") as stream:
+        csv.writer(stream).writerows(rows)
+    dev.write_text(
+        "".join(f"x\tx\tx\t{n}\t{score}\t{a}\t{b}\n" for n, (a, b, score) in enumerate(demo_pairs("dev")[:20]))
+    )
+    return folder
+
+
+def save_encoder(folder: Path) -> Path:
+    """Write a small encoder with the tokenizer of MiniLM."""
+    tokenizer = FrozenBackbone.load("sentence-transformers/all-MiniLM-L6-v2").tokenizer
+    tokenizer.save_pretrained(folder)
+    small_encoder("bert", vocab_size=len(tokenizer), max_position_embeddings=512).save_pretrained(folder)
+    return folder
+
+
 def test_a_study_trains_scores_and_is_not_repeated(workspace, monkeypatch):
     small = Workspace(
-        "minilm", DATA, workspace.runs, 16, None, ("data.batch_size=16", "trainer.max_steps=1", "data.dev=null")
+        "minilm",
+        write_data(workspace.data),
+        workspace.runs,
+        16,
+        save_encoder(workspace.runs / "encoder"),
+        ("data.batch_size=16", "trainer.max_steps=1", "data.dev=null", f"data.cache_dir={workspace.runs}/cache"),
     )
-    monkeypatch.setenv("XDG_CACHE_HOME", str(workspace.runs / "cache"))
+
+    def run_here(command: list[str], *, cwd: Path, env: dict[str, str], check: bool) -> None:
+        """Run the command without the seconds that another process needs."""
+        assert (command[:2], cwd, check) == ([sys.executable, "run.py"], ROOT, True)
+        assert main(["train", *command[2:]]) == 0
+
+    monkeypatch.setattr(
+        training, "subprocess", SimpleNamespace(run=run_here, CalledProcessError=subprocess.CalledProcessError)
+    )
     monkeypatch.setitem(scoring.SUITES, "sts", ["demo"])
     monkeypatch.setattr(scoring, "domain_scores", lambda _: {})
     table = study.Study("t", "a", (EH,), tasks=("demo test",), headline="demo test")
@@ -502,9 +556,9 @@ def test_a_study_trains_scores_and_is_not_repeated(workspace, monkeypatch):
     (only,) = study.read_results("small")["minilm-16"]["rows"][PROMCSE_EH]["runs"]
     assert (only["steps"], only["rows"]) == (1, 16)
     assert only["scores"]["demo test"] != study.read_results("small")["minilm-16"]["frozen"]["demo test"]
-    assert str(DATA) not in json.dumps(study.read_results("small"))
+    assert str(workspace.data) not in json.dumps(study.read_results("small"))
     before = {path: path.stat().st_mtime_ns for path in small.folder.rglob("*.json")}
-    monkeypatch.setattr(subprocess, "run", None)  # a second call starts no run
+    monkeypatch.setattr(training, "subprocess", None)  # a second call starts no run
     assert training.run_study("small", table, small, (42,), said.append) == []
     assert {path: path.stat().st_mtime_ns for path in small.folder.rglob("*.json")} == before
     shutil.rmtree(small.run_folder(EH, 42))  # another machine has results.json alone

@@ -40,8 +40,8 @@ EXPORTED = FAMILIES if os.environ.get("PROMCSE_ONNX") == "all" else ["bert"]
 def small_model(
     folder: Path, family: str = "bert", *, pipeline: bool = False, tuning: Tuning | None = None, **settings: object
 ) -> PromCSE:
-    """A model whose trained weights differ enough from their initial values to matter."""
-    encoder = save_small_encoder(folder / "encoder", family)
+    """A model of one layer whose trained weights differ enough from their initial values to matter."""
+    encoder = save_small_encoder(folder / "encoder", family, num_hidden_layers=1)
     if pipeline:
         add_pipeline(encoder)
     torch.manual_seed(3)
@@ -66,11 +66,13 @@ def exported(tmp_path_factory) -> tuple[PromCSE, Path, onnx.ExportReport]:
 
 @pytest.mark.parametrize("family", EXPORTED)
 def test_the_graph_of_every_family_equals_pytorch_at_every_length_and_padding(family, tmp_path):
-    encoder = prompt_encoder(family, dtype=torch.float32, head="mlp", pooling="cls" if family == "roberta" else "avg")
+    layers = {"num_hidden_layers": 2} if family == "bert" else {}  # of the others, some layers differ from each other
+    pooling = "cls" if family == "roberta" else "avg"
+    encoder = prompt_encoder(family, dtype=torch.float32, head="mlp", pooling=pooling, changes=layers)
     onnx._write_graph(PromCSE(encoder, object()), tmp_path / "onnx" / "model.onnx")
     run = graphs._onnxruntime(tmp_path / "onnx" / "model.onnx", 1)
     limit = min(encoder.longest_input, 40)
-    for lengths in ([1], [2], [1, 1], [3, 1], [limit], [limit, 5, 1], [9, 4, 12, 5], [8, 8, 8]):
+    for lengths in ([1], [2], [1, 1], [limit, 5, 1], [9, 4, 12, 5], [8, 8, 8]):
         tokens = small_tokens(lengths, encoder.backbone.pad_id)
         with torch.no_grad():
             expected_ND = F.normalize(encoder(tokens)[0])

@@ -8,6 +8,7 @@ import random
 import re
 import shlex
 import statistics
+import subprocess
 from itertools import product
 from pathlib import Path
 
@@ -21,8 +22,9 @@ from promcse_pl.cli.main import main
 from promcse_pl.run_folder import RESULTS, read_status, write_status
 from promcse_pl.sweeps import wandb_report
 from promcse_pl.sweeps.collect import read_sweep
-from promcse_pl.sweeps.ranking import rank
-from promcse_pl.sweeps.wandb_report import SHADES, heat_map
+from promcse_pl.sweeps.ranking import find_best, rank
+from promcse_pl.sweeps.wandb_report import SHADES, _best_adapter, heat_map
+from promcse_pl.tracking import dashboard
 from promcse_pl.tracking.dashboard import build_workspace, sent_json
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:wandb_workspaces.*")
@@ -171,14 +173,37 @@ def test_the_best_adapter_comes_with_the_commands_that_load_it(sweep, tmp_path):
     ]
     assert code[0] == "wandb artifact get someone/mine/adapter-id11:latest --root best-adapter"
     assert code[1] == 'from promcse_pl import PromCSE\n\nmodel = PromCSE.from_pretrained("best-adapter")'
-    assert any("margins/11/adapter" in text for text in texts(blocks))
+    assert any("./margins/11/adapter, relative to the folder that contains margins." in text for text in texts(blocks))
     (sweep / "11/wandb/offline-run-20260101_000000-id11").mkdir(parents=True)  # an offline run has no artifact
     try:
         blocks = preview(sweep, tmp_path)
     finally:
         (sweep / "11/wandb/offline-run-20260101_000000-id11").rmdir()
     (code,) = [block["children"][0]["children"][0]["text"] for block in blocks if block["type"] == "code-block"]
-    assert code.endswith('PromCSE.from_pretrained("margins/11")')
+    assert code.endswith('PromCSE.from_pretrained("./margins/11")')
+
+
+def test_the_path_of_the_best_adapter_works_in_the_folder_of_the_command(tmp_path, monkeypatch):
+    project = tmp_path / "project"
+    sweep = project / "multirun/2026-01-01/12-00-00"
+    write_sweep(sweep, loss__margin=[0.1, 0.2])
+    change_results(sweep / "1", dev_spearman=90.0)
+    here, typed = "the folder in which promcse dashboard was started", str(sweep.relative_to(project))
+    for current, folder, path, origin in (
+        (project, typed, f"{typed}/1", here),
+        (project, str(sweep), f"{typed}/1", here),
+        (project, f"{typed}/1", f"{typed}/1", here),  # a single run
+        (sweep / "1", ".", "1", "the folder that contains 1"),
+        (sweep, ".", "12-00-00/1", "the folder that contains 12-00-00"),
+        (tmp_path.parent, str(sweep), "12-00-00/1", "the folder that contains 12-00-00"),  # above the home folder
+    ):
+        monkeypatch.chdir(current)
+        runs = read_sweep(folder)
+        section = _best_adapter(runs, find_best(runs.runs), "promcse", "")
+        assert section.paragraphs == [f"On the machine of the sweep: ./{path}/adapter, relative to {origin}."]
+        assert section.code == [
+            ("python", f'from promcse_pl import PromCSE\n\nmodel = PromCSE.from_pretrained("./{path}")')
+        ]
 
 
 def test_one_seed_has_the_interval_of_its_dev_set_and_the_missing_seeds_are_named(tmp_path):
@@ -256,7 +281,7 @@ def test_a_heat_map_is_a_slice_through_the_best_settings(tmp_path):
         run.dev = generator.uniform(60, 80)
     names = ["loss.temperature", "loss.margin", "prompt.length"]
     heat = heat_map(runs, rank(runs, by_seed=True), names)
-    assert (heat.up, heat.across) == ("loss.temperature", "loss.margin")
+    assert (heat.row_setting, heat.column_setting) == ("loss.temperature", "loss.margin")
     means = {
         key: statistics.fmean(run.dev for run in runs if tuple(run.settings[name] for name in names) == key)
         for key in product([0.05, 0.1], [0.1, 0.2, 0.3], [6, 10])
@@ -266,7 +291,7 @@ def test_a_heat_map_is_a_slice_through_the_best_settings(tmp_path):
     scores = {key[:2]: mean for key, mean in means.items() if key[2] == length}
     assert heat.columns[1:] == ["0.1", "0.2", "0.3"]
     assert [[row[0], *(cell.split()[1] for cell in row[1:])] for row in heat.rows] == [
-        [str(up), *(f"{scores[up, across]:.2f}" for across in (0.1, 0.2, 0.3))] for up in (0.05, 0.1)
+        [str(row), *(f"{scores[row, column]:.2f}" for column in (0.1, 0.2, 0.3))] for row in (0.05, 0.1)
     ]
     cells = sorted((cell for row in heat.rows for cell in row[1:]), key=lambda cell: float(cell.split()[1]))
     shades = [SHADES.index(cell[0]) for cell in cells]
@@ -296,7 +321,7 @@ def test_the_server_receives_what_the_preview_shows(sweep, tmp_path, monkeypatch
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         monkeypatch.setenv("WANDB_API_KEY", KEY)
         assert main(["dashboard", "--sweep", str(sweep)]) == 0
-        assert main(["dashboard", "--project", "mine", "--entity", "team"]) == 0
+        assert dashboard.main([json.dumps(["mine", "team"])]) == 0  # without the seconds that another process needs
     report, workspace = server.views
     addresses = capsys.readouterr().out.splitlines()
     assert re.fullmatch(rf"{server.url}/someone/promcse/reports/Sweep-margins[^ /]*--V1", addresses[0])
@@ -346,6 +371,23 @@ def test_offline_runs_come_with_the_command_that_uploads_them(tmp_path, capsys):
     assert "sweep/*/wandb/offline-run-*" in error
 
 
+def test_the_command_that_uploads_offline_runs_covers_a_folder_of_sweeps(tmp_path, capsys):
+    folder = tmp_path / "two sweeps"
+    offline = []
+    for name in ("a", "b"):
+        write_sweep(folder / name, loss__margin=[0.1, 0.2])
+        track(folder / name)
+        offline += [folder / name / part / "wandb/offline-run-20260101_000000-id" for part in ("0", "1", ".")]
+    for path in offline:
+        path.mkdir(parents=True)
+    assert main(["dashboard", "--sweep", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: 4 of 4 W&B runs of ~/two sweeps are offline. Try: wandb login && wandb sync ")
+    arguments = error.strip().partition("wandb sync ")[2].replace("~", str(tmp_path))
+    listed = subprocess.run(f"ls -d {arguments}", shell=True, capture_output=True, text=True, check=True).stdout
+    assert sorted(listed.splitlines()) == sorted(map(str, offline))
+
+
 def test_a_preview_replaces_a_preview_but_no_other_file(sweep, tmp_path, capsys):
     content = (sweep / "sweep.json").read_text()
     assert main(["dashboard", "--preview", str(sweep / "sweep")]) == 2
@@ -355,6 +397,27 @@ def test_a_preview_replaces_a_preview_but_no_other_file(sweep, tmp_path, capsys)
     for name in ("p", "p.json", "p.html"):
         assert main(["dashboard", "--preview", str(tmp_path / name)]) == 0
     assert sorted(path.name for path in tmp_path.glob("p*")) == ["p.html", "p.json"]
+    foreign = tmp_path / "app.json"
+    foreign.write_text('{"name": "app", "displayName": "My app"}')
+    for page in (None, "<title>My app</title>"):
+        if page:
+            (tmp_path / "app.html").write_text(page)
+        assert main(["dashboard", "--preview", str(tmp_path / "app")]) == 2
+        assert "exists and is not a preview" in capsys.readouterr().err
+        assert "My app" in foreign.read_text()
+    (tmp_path / "p.json").unlink()
+    (tmp_path / "p.json").mkdir()
+    assert main(["dashboard", "--preview", str(tmp_path / "p")]) == 2
+    assert "p.json exists and is not a preview" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [".", "..", "/", "", "a/.."])
+def test_a_preview_needs_a_file_name(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["dashboard", "--preview", name]) == 2
+    error = capsys.readouterr().err
+    assert error == f"error: --preview must be the name of a file, got {str(Path(name))!r}. Try: --preview preview\n"
+    assert [*tmp_path.iterdir()] == []
 
 
 @needs_chromium
