@@ -33,8 +33,8 @@ from promcse_pl.models.tuning import Tuning
 from promcse_pl.utils.errors import AdapterError, ConfigError, TextTypeError
 
 TEXTS = ["w5 w6 w7", "w8", "w9 w10 w11 w12 w13 w14", "w5 " * 60, "W20 w21 unknown"]
-EXPORTED = FAMILIES if os.environ.get("PROMCSE_ONNX") == "all" else ["bert"]
-"""Families whose graph is tested; an export takes 10 to 60 seconds, so the others need PROMCSE_ONNX=all."""
+EXPORTED = FAMILIES if os.environ.get("PROMCSE_TESTS") == "all" else ["bert"]
+"""Families whose graph is tested; an export takes 10 to 60 seconds, so the others need PROMCSE_TESTS=all."""
 
 
 def small_model(
