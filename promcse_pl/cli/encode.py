@@ -16,7 +16,7 @@ from promcse_pl.utils.imports import without_gc
 from promcse_pl.utils.paths import SUFFIXES, expand, file_suffix
 
 if TYPE_CHECKING:
-    from promcse_pl.corpus.encode import CorpusOptions, CorpusProgress, Engine
+    from promcse_pl.corpus.encode import CorpusOptions, CorpusProgress, CorpusEngine
 
 _CORPUS_OPTIONS = {
     "text": "text_column",
@@ -155,7 +155,7 @@ def _encode_corpus(options: argparse.Namespace) -> None:
 
 
 @contextmanager
-def _engine(options: argparse.Namespace) -> Iterator[Engine | None]:
+def _engine(options: argparse.Namespace) -> Iterator[CorpusEngine | None]:
     """Yield the engine of `encode_corpus`, connected to its cluster; None without `--engine ray`."""
     if options.engine != "ray":
         given = next((name for name in _RAY_OPTIONS if getattr(options, name) is not None), None)
@@ -166,10 +166,10 @@ def _engine(options: argparse.Namespace) -> Iterator[Engine | None]:
     if options.shard is not None:
         raise ConfigError("--shard has no effect with --engine ray, which distributes all shards. Try: without --shard")
     with without_gc():
-        from promcse_pl.interop.ray import RayEngine
+        from promcse_pl.interop.ray import RayCorpusEngine
         from promcse_pl.utils.ray_cluster import ray_cluster
 
-    engine = RayEngine(options.adapter, options.encoder, options.precision, options.device, options.workers)
+    engine = RayCorpusEngine(options.adapter, options.encoder, options.precision, options.device, options.workers)
     with ray_cluster(options.address, "--address "):
         yield engine
 

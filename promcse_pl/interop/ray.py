@@ -21,7 +21,7 @@ from promcse_pl.corpus.encode import (
     CorpusPlan,
     CorpusProgress,
     EncodedCorpus,
-    Report,
+    ProgressCallback,
     corpus_settings,
     encode_task,
     fixed_size_lists,
@@ -65,7 +65,7 @@ def _load(adapter: str, encoder: str | None, dtype: str) -> PromCSE:
     return PromCSE.from_pretrained(adapter, encoder=encoder, device=device, dtype=dtype)
 
 
-class Encoder:
+class RayEncoder:
     """Actor for `ray.data.Dataset.map_batches` that adds the column `embedding` and keeps all others.
 
     Each actor loads the adapter once, on its GPU if Ray assigned one, and uses as many threads as it has CPUs (`num_cpus`). Set
@@ -82,7 +82,7 @@ class Encoder:
     Example:
         >>> texts = ray.data.read_parquet("corpus")  # doctest: +SKIP
         >>> texts.map_batches(
-        ...     Encoder,
+        ...     RayEncoder,
         ...     fn_constructor_kwargs={"adapter": "/shared/adapter", "text_column": "text"},
         ...     compute=ray.data.ActorPoolStrategy(size=8),
         ...     batch_size=16384,
@@ -146,7 +146,7 @@ class Encoder:
 
 
 @dataclass(frozen=True, slots=True)
-class RayEngine:
+class RayCorpusEngine:
     """Engine of `encode_corpus` that encodes parts of a corpus in the workers of the Ray cluster of this process.
 
     Parts are those of `CorpusOptions.task`: whole files, or shards if there are fewer files than workers. Ray retries the part of
@@ -160,7 +160,7 @@ class RayEngine:
         workers: Number of worker processes; None: one per GPU or, without GPUs, one per node. All have the same number of CPUs.
 
     Example:
-        >>> encode_corpus(model, ["corpus"], "embeddings", engine=RayEngine("/shared/adapter"))  # doctest: +SKIP
+        >>> encode_corpus(model, ["corpus"], "embeddings", engine=RayCorpusEngine("/shared/adapter"))  # doctest: +SKIP
     """
 
     adapter: str | Path
@@ -175,7 +175,7 @@ class RayEngine:
         if self.workers is not None and self.workers < 1:
             raise ConfigError(f"workers must be an integer >= 1, got {self.workers!r}")
 
-    def __call__(self, plan: CorpusPlan, report: Report | None) -> EncodedCorpus:
+    def __call__(self, plan: CorpusPlan, report: ProgressCallback | None) -> EncodedCorpus:
         """Encode the shards of a plan that are not finished.
 
         Raises:
@@ -183,7 +183,7 @@ class RayEngine:
             PromcseError: The worker of a part was killed more than `RETRIES` times, or a worker raised an error.
         """
         if plan.options.task != (0, 1):
-            raise ConfigError("task has no effect with RayEngine, which distributes all parts. Try: task=(0, 1)")
+            raise ConfigError("task has no effect with RayCorpusEngine, which distributes all parts. Try: task=(0, 1)")
         files = [dataclasses.replace(file, path=file.path.absolute()) for file in plan.files]
         plan = dataclasses.replace(plan, files=files, out=plan.out.absolute())
         earlier = {shard.name for shard in matching_shards(plan.out, plan.settings)}
@@ -204,7 +204,7 @@ class RayEngine:
         rows, bad_rows = sum(shard.rows for shard in new), sum(shard.bad_rows for shard in new)
         return EncodedCorpus(len(new), rows, bad_rows, len(shards) - len(new))
 
-    def _encode_parts(self, plan: CorpusPlan, resources: WorkerResources, report: Report | None) -> None:
+    def _encode_parts(self, plan: CorpusPlan, resources: WorkerResources, report: ProgressCallback | None) -> None:
         workers = resources.workers
         parts = max(workers, min(len(plan.files), PARTS_PER_WORKER * workers))
         encode = ray.remote(_encode_part).options(
@@ -244,7 +244,7 @@ class _Progress:
         report: Receives the sum.
     """
 
-    def __init__(self, plan: CorpusPlan, report: Report | None) -> None:
+    def __init__(self, plan: CorpusPlan, report: ProgressCallback | None) -> None:
         this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": this_node})
         self._report, self._bytes = report, max(1, sum(map(input_bytes, plan.files)))
@@ -279,7 +279,7 @@ def worker_resources(nodes: Sequence[tuple[float, float]], workers: int | None, 
 
     Args:
         nodes: CPUs and GPUs of each node.
-        workers, device: See `RayEngine`.
+        workers, device: See `RayCorpusEngine`.
 
     Raises:
         ConfigError: The cluster has no GPU, or too few CPUs or GPUs for this number of workers.

@@ -45,7 +45,7 @@ from promcse_pl.sweeps.plan import (
 )
 from promcse_pl.sweeps.pool import JOB_GRACE_SECONDS, LocalEngine, Pool, RunningTask, Task, check_gpus
 from promcse_pl.sweeps.ranking import different_dev_sets, find_best, format_score
-from promcse_pl.sweeps.ray import RayEngine, ray_engine
+from promcse_pl.sweeps.ray_engine import RaySweepEngine, ray_engine
 from promcse_pl.sweeps.wandb_summary import publish_sweep
 from promcse_pl.utils.errors import ConfigError, DataError, PromcseError
 from promcse_pl.utils.paths import run_command
@@ -185,7 +185,7 @@ def measure_shared(folder: Path, pool: Pool, configs: Iterable[Config]) -> Share
         ConfigError: A device that a job needs is not available.
     """
     devices = sorted({config.trainer.device for config in configs if config.trainer.precision == "auto"})
-    if not devices and isinstance(pool.engine, RayEngine):  # the engine has already set the number of threads
+    if not devices and isinstance(pool.engine, RaySweepEngine):  # the engine has already set the number of threads
         return SharedSettings(pool.engine.parallel, pool.engine.threads, pool.engine.threads, {})
     codes: list[int] = []
     with TemporaryDirectory(prefix=".measure-", dir=folder) as temporary:

@@ -85,7 +85,7 @@ def test_the_actor_of_ray_data_equals_encode_and_keeps_all_other_columns(cluster
     encoded = (
         data.from_arrow([table.slice(0, 30), table.slice(30)])
         .map_batches(
-            engine.Encoder,
+            engine.RayEncoder,
             fn_constructor_kwargs={"adapter": adapter, "text_column": "body"},
             compute=data.ActorPoolStrategy(size=2),
             batch_size=16,
@@ -104,7 +104,7 @@ def test_the_actor_of_ray_data_equals_encode_and_keeps_all_other_columns(cluster
 
 @pytest.mark.slow
 def test_an_actor_uses_its_cpus_keeps_missing_integers_of_tables_and_names_wrong_columns(cluster, adapter, model):
-    class Actor(engine.Encoder):
+    class Actor(engine.RayEncoder):
         def threads(self) -> tuple[int, str]:
             return torch.get_num_threads(), os.environ["RAYON_NUM_THREADS"]
 
@@ -158,7 +158,7 @@ def test_a_killed_worker_loses_nothing(cluster, adapter, model, corpus, tmp_path
 
     two = tmp_path / "two"
     done = encode_corpus(
-        model, [corpus], two, options=OPTIONS, report=kill_once, engine=engine.RayEngine(adapter, workers=2)
+        model, [corpus], two, options=OPTIONS, report=kill_once, engine=engine.RayCorpusEngine(adapter, workers=2)
     )
     assert killed
     assert contents(two) == contents(tmp_path / "one")
@@ -168,7 +168,7 @@ def test_a_killed_worker_loses_nothing(cluster, adapter, model, corpus, tmp_path
 @pytest.mark.slow
 def test_an_interrupted_command_is_resumed(cluster, adapter, model, corpus, tmp_path):
     encode_corpus(model, [corpus], tmp_path / "one", options=OPTIONS)
-    two, on_ray = tmp_path / "two", engine.RayEngine(adapter, workers=2)
+    two, on_ray = tmp_path / "two", engine.RayCorpusEngine(adapter, workers=2)
 
     def interrupt(progress: CorpusProgress) -> None:
         raise KeyboardInterrupt
@@ -214,7 +214,7 @@ def test_a_worker_that_dies_too_often_is_one_line(cluster, adapter, model, corpu
             tmp_path / "out",
             options=options,
             report=kill,
-            engine=engine.RayEngine(adapter, workers=1),
+            engine=engine.RayCorpusEngine(adapter, workers=1),
         )
     assert "\n" not in str(error.value)
 
@@ -276,7 +276,7 @@ def test_an_engine_takes_no_task(adapter, model, corpus, tmp_path):
             [corpus],
             tmp_path / "out",
             options=dataclasses.replace(OPTIONS, task=(0, 2)),
-            engine=engine.RayEngine(adapter),
+            engine=engine.RayCorpusEngine(adapter),
         )
 
 

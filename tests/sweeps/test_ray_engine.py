@@ -18,7 +18,7 @@ from promcse_pl.config import SweepConfig
 from promcse_pl.run_folder import checkpoint_folders, read_status
 from promcse_pl.sweeps.collect import read_sweep
 from promcse_pl.sweeps.pool import check_gpus
-from promcse_pl.sweeps.ray import ray_engine
+from promcse_pl.sweeps.ray_engine import ray_engine
 from promcse_pl.utils.errors import ConfigError
 
 needs_ray = pytest.mark.skipif(not find_spec("ray"), reason="Ray is not installed")
@@ -26,7 +26,7 @@ CLUSTER = """
 import sys
 import ray
 from promcse_pl.config import SweepConfig
-from promcse_pl.sweeps.ray import _check_resources, ray_engine
+from promcse_pl.sweeps.ray_engine import _check_resources, ray_engine
 from promcse_pl.utils.errors import ConfigError
 with ray_engine(SweepConfig(engine="ray"), None):
     try:

@@ -117,7 +117,7 @@ class RayProcess:
             stream.write(f"error: Ray lost the job: {reason}\n")
 
 
-class RayEngine:
+class RaySweepEngine:
     """Starts processes on a Ray cluster; they receive SIGTERM if this process is killed.
 
     Args:
@@ -156,7 +156,7 @@ def job_threads(settings: SweepConfig, shared: SharedSettings | None) -> int:
 
 
 @contextmanager
-def ray_engine(settings: SweepConfig, shared: SharedSettings | None) -> Iterator[RayEngine]:
+def ray_engine(settings: SweepConfig, shared: SharedSettings | None) -> Iterator[RaySweepEngine]:
     """Connect to a Ray cluster, or start one on this machine; disconnect, or stop it, at the end.
 
     Args:
@@ -168,7 +168,7 @@ def ray_engine(settings: SweepConfig, shared: SharedSettings | None) -> Iterator
     """
     with ray_cluster(settings.address, "sweep.address=") as ray:
         _check_resources(ray, settings, settings.job_cpus or job_threads(settings, shared))
-        yield RayEngine(ray, settings, shared)
+        yield RaySweepEngine(ray, settings, shared)
 
 
 def _check_resources(ray: Any, settings: SweepConfig, cpus: int) -> None:  # noqa: ANN401  (Ray's)
