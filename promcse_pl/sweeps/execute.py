@@ -91,7 +91,8 @@ def run_sweep(
             plan = read_plan(folder)
             seen: set[str] = set()
             for job in missing_jobs(folder, plan):
-                check_job(job.overrides, lambda _, start=folder / job.folder / START: read_config(start), seen)  # type: ignore[misc]
+                path = folder / job.folder / START
+                check_job(job.overrides, lambda _, path=path: check_gpus(read_config(path), settings), seen)  # type: ignore[misc]
             with open_runner(launch, settings, lock, plan.shared) as runner:
                 return _run_missing(folder, plan, runner)
     planned = plan_jobs(jobs, lambda overrides: check_gpus(compose(overrides), settings))

@@ -14,10 +14,13 @@ import pytest
 from support.folders import ROOT
 from support.sweep_jobs import ROWS, SETTINGS, begin, files, run, small_config
 
+import promcse_pl.sweeps.ray_engine as ray_engine_module
 from promcse_pl.config import SweepConfig
 from promcse_pl.run_folder import checkpoint_folders, read_status
 from promcse_pl.sweeps.collect import read_sweep
-from promcse_pl.sweeps.pool import check_gpus
+from promcse_pl.sweeps.execute import run_sweep
+from promcse_pl.sweeps.plan import Plan, SweepJob, write_plan, write_start
+from promcse_pl.sweeps.pool import Task, check_gpus
 from promcse_pl.sweeps.ray_engine import ray_engine
 from promcse_pl.utils.errors import ConfigError
 
@@ -127,7 +130,7 @@ def test_killed_and_stopped_jobs_are_recorded_and_a_resumed_sweep_finishes_them(
     killed, stopped = (read_status(sweep / job) for job in "01")
     assert (killed.state, killed.error.partition(":")[0]) == ("failed", "killed by SIGKILL")
     assert (stopped.state, stopped.step > 0) == ("stopped", True)
-    code, printed, errors = run(cluster.here, "-m", "sweep.resume=killed", "sweep.engine=local", "sweep.address=null")
+    code, printed, errors = run(cluster.here, "-m", "sweep.resume=killed", "sweep.engine=local")
     assert code == 0, printed + errors
     assert "1 in parallel, 1 thread per job\n" in printed
     assert "2 finished" in printed
@@ -190,6 +193,29 @@ def test_a_missing_package_and_a_missing_cluster_are_errors_of_one_line(monkeypa
 def test_settings_of_the_engine_without_effect_are_errors(settings, message):
     with pytest.raises(ConfigError, match=message):
         SweepConfig.from_dict(settings)
+
+
+def test_a_job_on_ray_has_no_rank_of_the_command_that_started_ray(tmp_path, monkeypatch):
+    given: dict[str, str] = {}
+    monkeypatch.setattr(ray_engine_module, "start_process", lambda _, environment, **options: given.update(environment))
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "KEPT"):
+        monkeypatch.setenv(name, "4")
+    task = Task("0", "promcse_pl.cli.main:main", [], Path("output.log"))
+    ray_engine_module.JobActor().start(task, {"OMP_NUM_THREADS": "3"}, tmp_path)
+    assert (given["KEPT"], given["OMP_NUM_THREADS"]) == ("4", "3")
+    assert not [name for name in given if name.endswith(("RANK", "WORLD_SIZE")) or name.startswith("SLURM")]
+
+
+def test_a_resumed_sweep_checks_the_gpus_of_its_jobs(tmp_path):
+    config, plan = small_config(files(tmp_path), trainer={"devices": 2}), Plan(["seed=1"], [SweepJob("0", ["seed=1"])])
+    (tmp_path / "sweep/0").mkdir(parents=True)
+    write_start(tmp_path / "sweep", plan, plan.jobs[0], config)
+    write_plan(tmp_path / "sweep", plan)
+    settings = SweepConfig(engine="ray", job_gpus=1.0, resume="sweep")
+    with pytest.raises(
+        ConfigError, match=r"no job was started; job seed=1: sweep.job_gpus=1, but .* Try: sweep.job_gpus=2"
+    ):
+        run_sweep(tmp_path / "sweep", [], [], settings, lambda _: config, None)
 
 
 def test_a_job_on_ray_needs_a_gpu_for_each_rank(tmp_path):
