@@ -126,28 +126,34 @@ def test_the_actor_of_ray_data_takes_numpy_and_names_wrong_columns(adapter, mode
 
 
 @pytest.mark.slow
-def test_the_command_writes_the_files_of_one_process_also_after_the_adapter_was_replaced(
+def test_the_command_writes_the_files_of_one_process_and_a_replaced_adapter_is_loaded_again(
     cluster, corpus, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(corpus)
-    adapter, options = save_small_adapter(tmp_path), dataclasses.replace(OPTIONS, prompt="")
-    for files in (["a.jsonl"], ["a.jsonl", "b.jsonl", "c.jsonl"]):
-        model, one, two = PromCSE.load(adapter, device="cpu"), tmp_path / f"one{len(files)}", f"../two{len(files)}"
-        with torch.no_grad():
-            next(iter(model.encoder.prompt.parameters())).add_(0.1)
-        model.save_pretrained(adapter)
-        encode_corpus(model, files, one, options=options)
-        command = ["encode", str(adapter), *files, "--out", two, "--rows-per-shard", "5"]
-        capsys.readouterr()
-        assert main([*command, "--engine", "ray", "--workers", str(len(files[:2]))]) == 0
-        assert contents(Path(two)) == contents(one)
-        printed = capsys.readouterr()
-        assert printed.out == f"{two}: {60 * len(files)} x 16 float32, unit length, in {12 * len(files)} shards\n"
-        assert sorted(line.split(": ")[0] for line in printed.err.splitlines()) == sorted(
-            f"{name}-{number:05d}" for name in files for number in range(12)
-        )
-        assert f": {60 * len(files)} texts, " in printed.err
-        assert "0 h 00 min left" in printed.err
+    adapter = save_small_adapter(tmp_path)
+    model = PromCSE.load(adapter, device="cpu")
+    encode_corpus(model, ["a.jsonl"], tmp_path / "one", options=dataclasses.replace(OPTIONS, prompt=""))
+    command = ["encode", str(adapter), "a.jsonl", "--rows-per-shard", "5", "--engine", "ray"]
+    capsys.readouterr()
+    assert main([*command, "--out", "../two", "--workers", "2"]) == 0
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    printed = capsys.readouterr()
+    assert printed.out == "../two: 60 x 16 float32, unit length, in 12 shards\n"
+    assert sorted(line.split(": ")[0] for line in printed.err.splitlines()) == [f"a.jsonl-{i:05d}" for i in range(12)]
+    assert ": 60 texts, " in printed.err
+    assert "0 h 00 min left" in printed.err
+
+    with torch.no_grad():
+        next(iter(model.encoder.prompt.parameters())).add_(0.1)
+    model.save_pretrained(adapter)
+    with (corpus / "a.jsonl").open("a") as stream:
+        stream.write('{"id": "a60", "text": ""}\n')
+    with pytest.raises(DataError) as error:
+        encode_corpus(model, ["a.jsonl"], tmp_path / "three", options=OPTIONS)
+    assert main([*command, "--out", "../four", "--workers", "1"]) == 2
+    assert [line for line in capsys.readouterr().err.splitlines() if "error" in line] == [f"error: {error.value}"]
+    names = [f"a.jsonl-{i:05d}.parquet" for i in range(12)]
+    assert all((tmp_path / "four" / name).read_bytes() == (tmp_path / "three" / name).read_bytes() for name in names)
 
 
 @pytest.mark.slow
@@ -176,17 +182,6 @@ def test_an_interrupted_command_is_resumed_and_a_killed_worker_loses_nothing(clu
     assert killed
     assert (done.shards, done.skipped) == (36 - finished, finished)
     assert contents(two) == contents(tmp_path / "one")
-
-
-@pytest.mark.slow
-def test_a_bad_row_is_the_error_of_one_process(cluster, adapter, model, corpus, tmp_path, capsys):
-    with (corpus / "b.jsonl").open("a") as stream:
-        stream.write('{"id": "b60", "text": ""}\n')
-    with pytest.raises(DataError) as error:
-        encode_corpus(model, [corpus], tmp_path / "one", options=OPTIONS)
-    two = ["encode", str(adapter), str(corpus), "--out", str(tmp_path / "two"), "--rows-per-shard", "5"]
-    assert main([*two, "--engine", "ray", "--workers", "1"]) == 2
-    assert [line for line in capsys.readouterr().err.splitlines() if "error" in line] == [f"error: {error.value}"]
 
 
 @pytest.mark.slow
