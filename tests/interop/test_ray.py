@@ -149,7 +149,7 @@ def test_the_command_writes_the_files_of_one_process_and_a_replaced_adapter_is_l
     with (corpus / "a.jsonl").open("a") as stream:
         stream.write('{"id": "a60", "text": ""}\n')
     with pytest.raises(DataError) as error:
-        encode_corpus(model, ["a.jsonl"], tmp_path / "three", options=OPTIONS)
+        encode_corpus(model, [corpus / "a.jsonl"], tmp_path / "three", options=OPTIONS)
     assert main([*command, "--out", "../four", "--workers", "1"]) == 2
     assert [line for line in capsys.readouterr().err.splitlines() if "error" in line] == [f"error: {error.value}"]
     names = [f"a.jsonl-{i:05d}.parquet" for i in range(12)]
