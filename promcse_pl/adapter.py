@@ -29,11 +29,11 @@ from promcse_pl.adapter_folder import (
 )
 from promcse_pl.config.pooling import ALLOWED_POOLINGS, is_pooling
 from promcse_pl.data.tokenizer import tokenizer_fingerprint
-from promcse_pl.model_card import CARD, Form, may_replace_card, model_card
+from promcse_pl.model_card import CARD, Form, encoder_metadata, may_replace_card, model_card
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import HEADS, MODEL_PREFIX, LowRankHead, PromptEncoder
 from promcse_pl.models.encoder_files import weights_sha256
-from promcse_pl.models.hub import card_metadata, download
+from promcse_pl.models.hub import download
 from promcse_pl.models.identity import EncoderId, differences, encoder_name
 from promcse_pl.models.pipeline import SHORTEST_INPUT, TextSettings
 from promcse_pl.models.prompt import KINDS, DeepPrompt, Prompt
@@ -95,15 +95,9 @@ def describe(encoder: PromptEncoder) -> dict[str, Any]:
 
 
 def training_summary(encoder: PromptEncoder) -> dict[str, Any]:
-    """Return the training summary of the adapter that a model was loaded from; empty if the model's tensors have changed."""
+    """Return the training summary of the adapter that a model was loaded from; empty if its `adapter_hash` has changed."""
     sha256, summary = encoder.trained_by or ("", {})
-    return summary if summary and sha256 == _state_sha256(encoder) else {}
-
-
-def _state_sha256(encoder: PromptEncoder) -> str:
-    digest = hashlib.sha256()
-    add_to_digest(digest, encoder.state_dict())
-    return digest.hexdigest()
+    return summary if summary and sha256 == adapter_hash(encoder) else {}
 
 
 def card_of(encoder: PromptEncoder, description: dict[str, Any], name: str, form: Form = "adapter") -> str:
@@ -113,7 +107,7 @@ def card_of(encoder: PromptEncoder, description: dict[str, Any], name: str, form
         description,
         name=name,
         parameters=sum(tensor.numel() for tensor in encoder.state_dict().values()),
-        encoder_card=card_metadata(identity.name, identity.revision),
+        encoder_card=encoder_metadata(identity.name, identity.revision),
         form=form,
     )
 
@@ -145,7 +139,7 @@ def save_adapter(encoder: PromptEncoder, folder: str | Path, *, training: dict[s
         encoder: The prompt encoder.
         folder: Absent, empty, or the folder of an adapter.
         training: Summary of the run, plain values; None: the summary of the adapter that the model was loaded from, if the
-            model's tensors are unchanged.
+            model is unchanged.
 
     Raises:
         AdapterError: The folder cannot be written, or contains something other than an adapter; or weights of an encoder without
@@ -335,7 +329,7 @@ def _load(folder: Path, encoder: str | None, dtype: torch.dtype) -> PromptEncode
     model = PromptEncoder(backbone, **options)
     model.load_state_dict({**in_encoder, **stored}, strict=True)
     backbone.freeze()
-    model.trained_by = (_state_sha256(model), about["training"])
+    model.trained_by = (adapter_hash(model), about["training"])
     return model.eval()
 
 

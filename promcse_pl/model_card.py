@@ -13,6 +13,8 @@ from typing import Any, Literal
 import yaml
 
 from promcse_pl.adapter_folder import BUNDLED
+from promcse_pl.models.hub import card_metadata
+from promcse_pl.run_folder import DEV_METRICS, find_dev
 from promcse_pl.utils.errors import AdapterError
 from promcse_pl.utils.paths import looks_like_path, require_regular_file
 
@@ -41,6 +43,7 @@ def model_card(
     parameters: int,
     encoder_card: Mapping[str, Any],
     form: Form = "adapter",
+    revision: str | None = None,
 ) -> str:
     """Return the model card of an adapter.
 
@@ -50,12 +53,13 @@ def model_card(
         parameters: Number of trained parameters.
         encoder_card: Metadata of the encoder's own model card; empty if unknown.
         form: What the folder contains.
+        revision: Branch that the examples load; None: the default branch. The commands have no option for it.
 
     Raises:
         AdapterError: `training` in adapter.json was not written by this package.
     """
     try:
-        text = _text(about, name, parameters, encoder_card, form)
+        text = _text(about, name, parameters, encoder_card, form, revision)
     except (TypeError, ValueError, AttributeError, LookupError, StopIteration) as error:
         raise AdapterError(
             f"the entry training in adapter.json was not written by promcse_pl ({type(error).__name__}: {error}). To remove "
@@ -64,12 +68,20 @@ def model_card(
     return text + _MARK.format(hashlib.sha256(text.encode()).hexdigest())
 
 
-def _text(about: Mapping[str, Any], name: str, parameters: int, encoder_card: Mapping[str, Any], form: Form) -> str:
+# six parameters: those of `model_card`
+def _text(
+    about: Mapping[str, Any],
+    name: str,
+    parameters: int,
+    encoder_card: Mapping[str, Any],
+    form: Form,
+    revision: str | None,
+) -> str:
     sections = [
         f"# {_line(name)}",
         _introduction(about, form),
         "## Usage",
-        _usage(about, name, form),
+        _usage(about, name, form, revision),
         "## Model",
         _model(about, parameters),
         "## Training",
@@ -83,6 +95,19 @@ def _text(about: Mapping[str, Any], name: str, parameters: int, encoder_card: Ma
     ]
     metadata = yaml.safe_dump(_metadata(about, name, encoder_card, form), allow_unicode=True)
     return f"---\n{metadata}---\n\n" + "\n\n".join(sections) + "\n\n"
+
+
+def encoder_metadata(name: str, revision: str | None, *, online: bool = False) -> dict[str, Any]:
+    """Return the metadata of an encoder's model card without links that point nowhere; see `card_metadata`."""
+    if name == BUNDLED:  # relative to the adapter, which contains no card of its encoder
+        return {}
+    card = card_metadata(name, revision, online=online)
+    link = card.get("license_link")
+    if link and not re.match(r"https?://", str(link)):
+        card.pop("license_link")
+        if not looks_like_path(name):
+            card["license_link"] = f"https://huggingface.co/{name}/blob/{revision or 'main'}/{link}"
+    return card
 
 
 def is_generated(card: str) -> bool:
@@ -176,10 +201,11 @@ def _introduction(about: Mapping[str, Any], form: Form) -> str:
     )
 
 
-def _usage(about: Mapping[str, Any], name: str, form: Form) -> str:
+def _usage(about: Mapping[str, Any], name: str, form: Form, revision: str | None) -> str:
     quoted, encoder = json.dumps(name, ensure_ascii=False), about["encoder"]["name"]
     has_folder = encoder != BUNDLED and looks_like_path(encoder) and _weights(about) != "full"
-    ours = f"PromCSE.from_pretrained({quoted}{_FOLDER_OPTION if has_folder else ''})"
+    branch = f", revision={json.dumps(revision, ensure_ascii=False)}" if revision else ""
+    ours = f"PromCSE.from_pretrained({quoted}{branch}{_FOLDER_OPTION if has_folder else ''})"
     if form == "adapter":
         theirs = f"{_IMPORT}\nfrom promcse_pl.interop.sentence_transformers import as_sentence_transformer\n\n"
         theirs += f"model = as_sentence_transformer({ours})"
@@ -192,7 +218,11 @@ def _usage(about: Mapping[str, Any], name: str, form: Form) -> str:
     command = f"{_SENTENCES}\npromcse encode {shlex.quote(name)} sentences.txt --out embeddings.npy"
     examples = [
         ("Python", "python", f"{_IMPORT}\n\nmodel = {ours}\n{_ENCODE}"),
-        ("Command line", "bash", command + (" --encoder ENCODER_FOLDER" if has_folder else "")),
+        *(
+            []
+            if revision
+            else [("Command line", "bash", command + (" --encoder ENCODER_FOLDER" if has_folder else ""))]
+        ),
         ("sentence-transformers", "python", f"{theirs}\n{_ENCODE}"),
     ]
     parts = [f"{title}:\n\n```{language}\n{code}\n```" for title, language, code in examples]
@@ -232,7 +262,7 @@ def _model(about: Mapping[str, Any], parameters: int) -> str:
 def _training(training: Mapping[str, Any]) -> str:
     if not training:
         return "Not recorded: the adapter was not saved by a run, or was changed since."
-    data = training.get("data", {})
+    data, dev = training.get("data", {}), find_dev(training, "dev_")
     rows = [
         ("training data", _code(data["name"]) if data else None),
         ("sha256 of the training data", _code(data["sha256"]) if data else None),
@@ -240,6 +270,7 @@ def _training(training: Mapping[str, Any]) -> str:
         ("dev set", training.get("dev") and _line(training["dev"])),
         ("optimiser steps", training.get("steps")),
         ("best step on the dev set", training.get("best_step")),
+        ("dev score", f"{dev[1]:.2f} ({DEV_METRICS[dev[0]]} x 100)" if dev else None),
         ("stopped early", training.get("stopped_early") and _line(training["stopped_early"])),
         ("seed", training.get("seed")),
     ]
@@ -253,7 +284,7 @@ def _training(training: Mapping[str, Any]) -> str:
 def _evaluation(training: Mapping[str, Any]) -> str:
     evaluation = training.get("evaluation", {})
     if not evaluation:
-        return "Not evaluated after training. Use `promcse evaluate`."
+        return "The adapter has no recorded test scores. Use `promcse evaluate`."
     tasks = evaluation["tasks"]
     targets = list(next(iter(tasks.values()))["scores"])
     rows = []

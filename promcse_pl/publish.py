@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 from promcse_pl.adapter import adapter_files, read_checked
 from promcse_pl.adapter_folder import BUNDLED_NAME, DESCRIPTION, find_adapter
-from promcse_pl.model_card import CARD, is_generated, may_replace_card, model_card
+from promcse_pl.model_card import CARD, encoder_metadata, is_generated, may_replace_card, model_card
 from promcse_pl.models.encoder_files import first_line
-from promcse_pl.models.hub import card_metadata
 from promcse_pl.utils.errors import AdapterError, ConfigError, PromcseError
-from promcse_pl.utils.paths import expand
+from promcse_pl.utils.files import read_unchanged
+from promcse_pl.utils.paths import expand, require_regular_file
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -53,31 +55,54 @@ def push_adapter(
     """
     path = expand(folder)
     found = find_adapter(path) or path
-    about, parameters = read_checked(found)
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    with _clear_errors(repo_id):
+    with TemporaryDirectory() as temporary, _clear_errors(repo_id):
+        copy = Path(temporary, "adapter")
+        about, parameters = read_unchanged(found, DESCRIPTION, lambda: _copy(found, copy))
         api = HfApi(token=token)
         repo = _open_repository(api, repo_id, private=private, revision=revision)
-        present = set(api.list_repo_files(repo, revision=revision))
+        before = api.model_info(repo, revision=revision)
+        present = {file.rfilename for file in before.siblings or []}
         if _INNER in present:
             raise AdapterError(
                 f"{repo} contains an adapter in its folder adapter/, which from_pretrained would load instead of the new one. "
                 "Try: another repository"
             )
-        files: dict[str, Path | bytes] = dict(adapter_files(found, about))
+        files: dict[str, Path | bytes] = {
+            str(path.relative_to(copy)): path for path in copy.rglob("*") if path.is_file()
+        }
         outdated = [name for name in present if name.startswith(f"{BUNDLED_NAME}/") and name not in files]
-        if not may_replace_card(found):
-            files[CARD] = found / CARD
-        elif CARD not in present or _has_generated_card(api, repo, revision):
-            card = card_metadata(about["encoder"]["name"], about["encoder"]["revision"], online=True)
-            files[CARD] = model_card(about, name=repo, parameters=parameters, encoder_card=card).encode()
+        if CARD not in files and (CARD not in present or _has_generated_card(api, repo, before.sha)):
+            card = encoder_metadata(about["encoder"]["name"], about["encoder"]["revision"], online=True)
+            text = model_card(about, name=repo, parameters=parameters, encoder_card=card, revision=revision)
+            files[CARD] = text.encode()
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
             *(CommitOperationAdd(name, content) for name, content in files.items()),
             *(CommitOperationDelete(name) for name in outdated),
         ]
         message = commit_message or "Upload adapter"
-        return str(api.create_commit(repo, operations, commit_message=message, revision=revision).commit_url)
+        commit = api.create_commit(
+            repo, operations, commit_message=message, revision=revision, parent_commit=before.sha
+        )
+        return str(commit.commit_url)
+
+
+def _copy(folder: Path, copy: Path) -> tuple[dict[str, Any], int]:
+    """Copy an adapter, and its model card if it was written or edited by a person; return the result of `read_checked`."""
+    about, parameters = read_checked(folder)
+    shutil.rmtree(copy, ignore_errors=True)  # of an earlier attempt
+    files = adapter_files(folder, about)
+    if not may_replace_card(folder):
+        files[CARD] = folder / CARD
+    for name, path in files.items():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            shutil.copyfile(require_regular_file(path), copy / name)
+        except OSError as error:
+            reason = error.strerror or error
+            raise AdapterError(f"cannot copy {path}: {reason}. Try: make it a readable file") from error
+    return about, parameters
 
 
 def _open_repository(api: HfApi, repo_id: str, *, private: bool | None, revision: str | None) -> str:
@@ -118,6 +143,7 @@ def _clear_errors(repo_id: str) -> Iterator[None]:
             401: "The access token is missing or not valid. Try: hf auth login",
             403: "The account or its token may not write there. Try: an OWNER that `hf auth whoami` prints, or `hf auth login` "
             "with a token that has write access",
+            412: "The repository received another commit at the same time. Try: the same command again",
         }
         status = error.response.status_code
         reason = advice.get(status, first_line(error))

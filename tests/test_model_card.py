@@ -13,9 +13,9 @@ import yaml
 from support.encoders import save_small_adapter, save_small_encoder
 from support.runs import run_small
 
-from promcse_pl.adapter import adapter_files, load_adapter, read_checked, save_adapter
+from promcse_pl.adapter import adapter_files, load_adapter, read_checked, save_adapter, training_summary
 from promcse_pl.embedder import PromCSE
-from promcse_pl.model_card import CARD, is_generated, may_replace_card, model_card
+from promcse_pl.model_card import CARD, encoder_metadata, is_generated, may_replace_card, model_card
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.hub import card_metadata
@@ -101,6 +101,39 @@ def test_licence_and_language_are_those_of_the_encoders_card(tmp_path):
     assert "Licence of the encoder: apache-2.0 (from its model card)." in card
     assert "Languages: en (model card of the encoder)." in card
     assert "Texts are truncated to 256 tokens." in card
+
+
+@pytest.mark.parametrize(
+    ("encoder", "link", "expected"),
+    [
+        ("someone/encoder", "LICENSE.md", "https://huggingface.co/someone/encoder/blob/v1/LICENSE.md"),
+        ("someone/encoder", "https://example.org/licence", "https://example.org/licence"),
+        ("./other", "LICENSE.md", None),
+    ],
+)
+def test_a_relative_link_to_the_licence_of_the_encoder_is_absolute_in_the_card(encoder, link, expected, monkeypatch):
+    monkeypatch.setattr("promcse_pl.model_card.card_metadata", lambda *_, **__: {"license_link": link})
+    assert encoder_metadata(encoder, "v1").get("license_link") == expected
+
+
+def test_the_card_of_an_encoder_in_the_adapter_is_not_that_of_another_encoder_in_the_current_folder(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (save_small_encoder(tmp_path / "encoder") / CARD).write_text("---\nlicense: mit\n---\n")
+    backbone = FrozenBackbone.load(str(save_small_encoder(tmp_path / "other")))
+    backbone.identity = dataclasses.replace(backbone.identity, name="./encoder")
+    save_adapter(PromptEncoder(backbone, length=2, pooling="avg"), tmp_path / "adapter")
+    assert "license" not in metadata((tmp_path / "adapter" / CARD).read_text())
+
+
+def test_without_test_scores_the_card_has_the_dev_score(adapter):
+    found, parameters = read_checked(adapter)
+    for metric, label in (("spearman", "Spearman"), ("ndcg_at_10", "nDCG@10")):
+        found["training"] = {"rows": 3, f"dev_{metric}": 81.2345}
+        card = model_card(found, name="small", parameters=parameters, encoder_card={})
+        assert cells(card)["dev score"] == f"81.23 ({label} x 100)"
+        assert "The adapter has no recorded test scores." in card
 
 
 @pytest.mark.parametrize("readme", [None, "no metadata", "---\n- a list\n---\n", "---\n{broken\n---\n", b"\xff\xfe"])
@@ -192,6 +225,21 @@ def test_a_loaded_adapter_keeps_its_training_until_its_tensors_change(run, tmp_p
     card = (tmp_path / "changed" / CARD).read_text()
     assert "Not recorded" in card
     assert "model-index" not in metadata(card)
+
+
+def test_a_loaded_adapter_keeps_no_training_if_its_settings_change(run):
+    model = PromCSE.load(run, device="cpu")
+    assert training_summary(model.encoder)
+    for name, value in (
+        ("pooling", "avg"),
+        ("position_offset", 1),
+        ("text", dataclasses.replace(model.encoder.text, max_length=9)),
+    ):
+        before = getattr(model.encoder, name)
+        setattr(model.encoder, name, value)
+        assert training_summary(model.encoder) == {}, name
+        setattr(model.encoder, name, before)
+    assert training_summary(model.encoder)
 
 
 def test_the_files_of_an_adapter_are_those_that_its_checksum_covers(tmp_path):

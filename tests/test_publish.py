@@ -15,6 +15,7 @@ import torch
 from support.encoders import save_small_adapter, save_small_encoder
 from support.hub_server import TOKEN, Hub, serving, use_endpoint
 
+from promcse_pl.adapter import load_adapter, save_adapter
 from promcse_pl.adapter_folder import BUNDLED
 from promcse_pl.cli.main import main
 from promcse_pl.embedder import PromCSE
@@ -41,13 +42,13 @@ def adapter(tmp_path) -> Path:
     return save_small_adapter(tmp_path / "small")
 
 
-def some_model(folder: Path, tuning: Tuning | None = None, name: str | None = None) -> PromCSE:
+def some_model(folder: Path, tuning: Tuning | None = None, name: str | None = None, pooling: str = "avg") -> PromCSE:
     backbone = FrozenBackbone.load(str(folder if folder.is_dir() else save_small_encoder(folder)))
     if name is not None:
         backbone.identity = dataclasses.replace(backbone.identity, name=name)
     backbone.tune(tuning or Tuning())
     torch.manual_seed(5)
-    model = PromCSE(PromptEncoder(backbone, length=3, pooling="avg").eval())
+    model = PromCSE(PromptEncoder(backbone, length=3, pooling=pooling).eval())
     for weight in model.encoder.parameters():
         if weight.requires_grad:
             torch.nn.init.normal_(weight, std=0.3)
@@ -144,6 +145,65 @@ def test_the_licence_of_an_encoder_on_the_hub_is_read_from_its_card(hub, tmp_pat
     assert "Licence of the encoder: apache-2.0" in text
     loaded = PromCSE.from_pretrained("someone/small", device="cpu")
     assert np.array_equal(loaded.encode(TEXTS), model.encode(TEXTS))
+
+
+def test_the_examples_of_a_card_on_a_branch_load_the_branch(hub, tmp_path):
+    model = some_model(tmp_path / "encoder", Tuning("full"))
+    model.push_to_hub("someone/small", revision="v2")
+    text = pushed(hub, branch="v2")["README.md"].decode()
+    examples = re.findall(r"```(python|bash)\n(.*?)```", text, re.DOTALL)
+    assert [language for language, _ in examples] == ["python", "python"]  # the commands load the default branch
+    assert all('PromCSE.from_pretrained("someone/small", revision="v2")' in code for _, code in examples)
+    scope: dict[str, object] = {}
+    exec(examples[0][1], scope)
+    np.testing.assert_array_equal(scope["embeddings"], model.encode(["A woman is reading.", "Someone reads."]))
+
+
+def test_an_adapter_that_is_saved_during_a_push_is_pushed_as_it_was_at_its_start(hub, adapter, monkeypatch):
+    before = {name: (adapter / name).read_bytes() for name in ("adapter.json", "adapter.safetensors")}
+    create_repo = huggingface_hub.HfApi.create_repo
+
+    def save_then_create(*args: object, **options: object) -> object:
+        save_adapter(load_adapter(adapter), adapter, training={"rows": 77})
+        return create_repo(*args, **options)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", save_then_create)
+    push_adapter(adapter, "someone/small")
+    assert {name: pushed(hub)[name] for name in before} == before
+    assert (adapter / "adapter.json").read_bytes() != before["adapter.json"]
+    assert "| training rows | 77 |" not in pushed(hub)["README.md"].decode()
+
+
+def test_a_commit_of_someone_else_during_a_push_is_an_error(hub, adapter, monkeypatch):
+    create_commit = huggingface_hub.HfApi.create_commit
+
+    def after_another(*args: object, **options: object) -> object:
+        hub.repositories["someone/small"].branches["main"].append(("other", {"README.md": b"Edited"}))
+        return create_commit(*args, **options)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", after_another)
+    with pytest.raises(
+        AdapterError, match=r"answered 412\. .* another commit at the same time\. Try: the same command"
+    ):
+        push_adapter(adapter, "someone/small")
+    assert pushed(hub) == {"README.md": b"Edited"}
+
+
+def test_a_model_card_that_is_a_folder_is_an_error_before_the_repository_is_created(hub, adapter):
+    (adapter / "README.md").unlink()
+    (adapter / "README.md").mkdir()
+    with pytest.raises(AdapterError, match=r"cannot copy .*README.md: Is a directory\. Try: "):
+        push_adapter(adapter, "someone/small")
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    ("to", "expected"), [("official", "its tokenizer is WordLevel, transformers 4.2.1 needs WordPiece"), ("peft", "")]
+)
+def test_an_adapter_on_the_hub_can_be_exported(hub, tmp_path, capsys, to, expected):
+    some_model(tmp_path / "encoder", pooling="cls").push_to_hub("someone/small")
+    assert main(["export", "someone/small", "--to", to, "-o", str(tmp_path / "out")]) == (2 if expected else 0)
+    assert expected in capsys.readouterr().err  # the adapter was loaded
 
 
 def test_a_private_push_to_a_public_repository_is_refused(hub, adapter, capsys, monkeypatch):

@@ -52,7 +52,9 @@ def main() -> None:
 
     def on_ray(workers: int) -> None:
         with patch.object(engine, "worker_resources", lambda *_: engine.WorkerResources(workers, 1, 0)):
-            encode_corpus(model, [f"{folder}/part-*"], folder / f"{next(names)}", engine=engine.RayEngine(adapter))
+            encode_corpus(
+                model, [f"{folder}/part-*"], folder / f"{next(names)}", engine=engine.RayCorpusEngine(adapter)
+            )
 
     calls = {
         "encode": lambda: model.encode(texts),

@@ -6,7 +6,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from promcse_pl.utils.imports import without_gc
 from promcse_pl.utils.paths import SUFFIXES, expand, file_suffix
 
 if TYPE_CHECKING:
-    from promcse_pl.corpus.encode import CorpusOptions, CorpusProgress, Engine
+    from promcse_pl.corpus.encode import CorpusEngine, CorpusOptions, CorpusProgress
 
 _CORPUS_OPTIONS = {
     "text": "text_column",
@@ -136,17 +136,19 @@ def _encode_corpus(options: argparse.Namespace) -> None:
     from promcse_pl.corpus.encode import encode_corpus
     from promcse_pl.corpus.folder import check_out
     from promcse_pl.corpus.inputs import find_inputs
+    from promcse_pl.utils.ray_cluster import ray_cluster
     from promcse_pl.utils.signals import StopSignals
 
     chosen = _corpus_options(options)
     find_inputs(options.files, out=options.out)  # errors before the model is loaded
     check_out(options.out)
-    with _engine(options) as engine:
-        # the workers of an engine have their own copies of the model
-        model = load_model(options, options.device if engine is None else "cpu", options.precision)
-        chosen = dataclasses.replace(chosen, prompt=prompt_text(model, options))
-        with StopSignals(), _corpus_progress() as report:
-            done = encode_corpus(model, options.files, options.out, options=chosen, report=report, engine=engine)
+    engine = _engine(options)
+    # the workers of an engine have their own copies of the model
+    model = load_model(options, options.device if engine is None else "cpu", options.precision)
+    chosen = dataclasses.replace(chosen, prompt=prompt_text(model, options))
+    cluster = nullcontext() if engine is None else ray_cluster(options.address, "--address ")
+    with cluster, StopSignals(), _corpus_progress() as report:
+        done = encode_corpus(model, options.files, options.out, options=chosen, report=report, engine=engine)
     skipped = f"; {done.skipped} shards were finished before" if done.skipped else ""
     bad = f"; {done.bad_rows} bad rows skipped" if done.bad_rows else ""
     sys.stdout.write(
@@ -154,24 +156,19 @@ def _encode_corpus(options: argparse.Namespace) -> None:
     )
 
 
-@contextmanager
-def _engine(options: argparse.Namespace) -> Iterator[Engine | None]:
-    """Yield the engine of `encode_corpus`, connected to its cluster; None without `--engine ray`."""
+def _engine(options: argparse.Namespace) -> CorpusEngine | None:
+    """Return the engine of `encode_corpus`; None without `--engine ray`."""
     if options.engine != "ray":
         given = next((name for name in _RAY_OPTIONS if getattr(options, name) is not None), None)
         if given is not None:
             raise ConfigError(f"--{given} has no effect without --engine ray. Try: --engine ray")
-        yield None
-        return
+        return None
     if options.shard is not None:
         raise ConfigError("--shard has no effect with --engine ray, which distributes all shards. Try: without --shard")
     with without_gc():
-        from promcse_pl.interop.ray import RayEngine
-        from promcse_pl.utils.ray_cluster import ray_cluster
+        from promcse_pl.interop.ray import RayCorpusEngine
 
-    engine = RayEngine(options.adapter, options.encoder, options.precision, options.device, options.workers)
-    with ray_cluster(options.address, "--address "):
-        yield engine
+    return RayCorpusEngine(options.adapter, options.encoder, options.precision, options.device, options.workers)
 
 
 def _corpus_options(options: argparse.Namespace) -> CorpusOptions:

@@ -36,18 +36,18 @@ def add_parser(commands: Any) -> None:  # noqa: ANN401  (argparse's type is priv
 
 def run(options: argparse.Namespace) -> None:
     """Write the adapter in the other format and print how to load it there."""
-    from promcse_pl.adapter import load_adapter
+    from promcse_pl.adapter import load_adapter, locate_adapter
 
     out = options.out
     _check_options(options)
     if options.to == "official":
         from promcse_pl.interop.official import export_official
 
-        sys.stdout.write(export_official(load_adapter(options.adapter, encoder=options.encoder), out))
+        sys.stdout.write(export_official(load_adapter(locate_adapter(options.adapter), encoder=options.encoder), out))
     elif options.to == "peft":
         from promcse_pl.interop.peft import export_peft
 
-        export_peft(load_adapter(options.adapter, encoder=options.encoder), out)
+        export_peft(load_adapter(locate_adapter(options.adapter), encoder=options.encoder), out)
         sys.stdout.write(f"{out}: PeftModel.from_pretrained(encoder, {str(out)!r}); PEFT does not pool: add it\n")
     elif options.to in ("onnx", "openvino"):
         _export_graph(options)

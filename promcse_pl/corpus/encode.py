@@ -157,8 +157,8 @@ class CorpusPlan:
     settings: CorpusSettings
 
 
-Report = Callable[[CorpusProgress], None]
-Engine = Callable[[CorpusPlan, Report | None], EncodedCorpus]
+ProgressCallback = Callable[[CorpusProgress], None]
+CorpusEngine = Callable[[CorpusPlan, ProgressCallback | None], EncodedCorpus]
 """Function that writes the unfinished shards of a plan. The caller writes the manifest and checks the output folder."""
 
 
@@ -169,8 +169,8 @@ def encode_corpus(
     out: str | Path,
     *,
     options: CorpusOptions | None = None,
-    report: Report | None = None,
-    engine: Engine | None = None,
+    report: ProgressCallback | None = None,
+    engine: CorpusEngine | None = None,
 ) -> EncodedCorpus:
     """Write the embeddings (unit length) of all texts of some files to a folder of shards.
 
@@ -183,7 +183,7 @@ def encode_corpus(
         out: Output folder: absent, empty, or written with the same adapter and options.
         options: See `CorpusOptions`.
         report: Function that is called after every block of texts.
-        engine: Encodes the shards; None: this process encodes them. See `promcse_pl.interop.ray.RayEngine`.
+        engine: Encodes the shards; None: this process encodes them. See `promcse_pl.interop.ray.RayCorpusEngine`.
 
     Raises:
         DataError: An input is missing, broken or has changed since some of its shards were written, a row is bad, or `out` has
@@ -224,7 +224,7 @@ def corpus_settings(model: PromCSE, options: CorpusOptions) -> CorpusSettings:
     )
 
 
-def encode_task(model: PromCSE, plan: CorpusPlan, report: Report | None) -> EncodedCorpus:
+def encode_task(model: PromCSE, plan: CorpusPlan, report: ProgressCallback | None) -> EncodedCorpus:
     """Encode the part `plan.options.task` of a corpus in this process."""
     return _Task(model, plan).run(report)
 
@@ -247,7 +247,7 @@ class _Task:
         self.shards = self.rows = self.bad_rows = self.skipped = 0
         self.meter = _Meter(sum(input_bytes(file) for _, file in self.files), 1 if self.has_whole_files else tasks)
 
-    def run(self, report: Report | None) -> EncodedCorpus:
+    def run(self, report: ProgressCallback | None) -> EncodedCorpus:
         """Encode the shards of this task that are not finished."""
         self.meter.report = report
         for index, file in self.files:
@@ -366,7 +366,7 @@ class _Meter:
     """
 
     def __init__(self, total: int, tasks: int) -> None:
-        self.report: Report | None = None
+        self.report: ProgressCallback | None = None
         self._total, self._tasks = max(1, total), tasks
         self._skipped = self._encoded = 0.0
         self._rows = self._rows_of_block = 0

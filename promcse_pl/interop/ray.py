@@ -8,10 +8,10 @@ import dataclasses
 import difflib
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from promcse_pl.corpus.encode import (
     CorpusPlan,
     CorpusProgress,
     EncodedCorpus,
-    Report,
+    ProgressCallback,
     corpus_settings,
     encode_task,
     fixed_size_lists,
@@ -38,7 +38,14 @@ from promcse_pl.utils.ray_cluster import cluster_nodes
 
 try:
     import ray
-    from ray.exceptions import RayError, RayTaskError
+    from ray.exceptions import (
+        NodeDiedError,
+        OutOfMemoryError,
+        RayActorError,
+        RayError,
+        RayTaskError,
+        WorkerCrashedError,
+    )
     from ray.util.queue import Queue
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 except ImportError as error:
@@ -51,13 +58,14 @@ PARTS_PER_WORKER = 8
 """Maximum number of parts per worker. Smaller parts reduce the delay by a slow or lost worker."""
 RETRIES = 3
 """Maximum number of retries of a part whose worker was killed. Errors of the encoder or of a row are not retried."""
+LOST_WORKER = (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError)
+"""Errors of a killed worker. Ray does not retry its part: Ray would retry without limit if its memory monitor killed it."""
 _POLL_SECONDS = 0.2
 _STOP_SECONDS = 30.0
 
 
-@cache
-def _load(adapter: str, encoder: str | None, dtype: str) -> PromCSE:
-    """Load the adapter once per worker process, on the GPU and with the CPUs that Ray assigned to it."""
+def _load_in_actor(adapter: str, encoder: str | None, dtype: str) -> PromCSE:
+    """Load an adapter on the GPU, and set the number of threads to the CPUs, that Ray assigned to this actor."""
     cpus = max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)))
     os.environ["RAYON_NUM_THREADS"] = str(cpus)  # threads of the tokenizer, read before its first batch
     torch.set_num_threads(cpus)
@@ -65,13 +73,14 @@ def _load(adapter: str, encoder: str | None, dtype: str) -> PromCSE:
     return PromCSE.from_pretrained(adapter, encoder=encoder, device=device, dtype=dtype)
 
 
-class Encoder:
+class RayEncoder:
     """Actor for `ray.data.Dataset.map_batches` that adds the column `embedding` and keeps all others.
 
-    Each actor loads the adapter once, on its GPU if Ray assigned one, and uses as many threads as it has CPUs (`num_cpus`). Set
-    the number of actors with `compute`; `concurrency` is deprecated in Ray. With `num_gpus`, Ray requires a `batch_size`: use a
-    multiple of 4,096, the number of texts that `PromCSE.encode` sorts by length at a time. Use `batch_format="pyarrow"` if other
-    columns contain lists or missing integers: Ray converts such columns in its default format, numpy.
+    Each actor loads the adapter once, on its GPU if Ray assigned one, and uses as many threads as it has CPUs (`num_cpus`, 1 by
+    default). Set the number of actors with `compute`; `concurrency` is deprecated in Ray. With `num_gpus`, Ray requires a
+    `batch_size`: use a multiple of 4,096, the number of texts that `PromCSE.encode` sorts by length at a time. Use
+    `batch_format="pyarrow"` if other columns contain lists or missing integers: Ray converts such columns in its default format,
+    numpy.
 
     Args:
         adapter: Folder of an adapter or of a run, readable by every node, or a hub id.
@@ -82,11 +91,12 @@ class Encoder:
     Example:
         >>> texts = ray.data.read_parquet("corpus")  # doctest: +SKIP
         >>> texts.map_batches(
-        ...     Encoder,
+        ...     RayEncoder,
         ...     fn_constructor_kwargs={"adapter": "/shared/adapter", "text_column": "text"},
         ...     compute=ray.data.ActorPoolStrategy(size=8),
         ...     batch_size=16384,
         ...     batch_format="pyarrow",
+        ...     num_cpus=8,
         ...     num_gpus=1,
         ... ).write_parquet("embeddings")  # doctest: +SKIP
     """
@@ -101,7 +111,8 @@ class Encoder:
         prompt_name: str | None = None,
         prompt: str | None = None,
     ) -> None:
-        self._model = _load(_on_every_node(adapter), None if encoder is None else _on_every_node(encoder), dtype)
+        encoder = None if encoder is None else _on_every_node(encoder)
+        self._model = _load_in_actor(_on_every_node(adapter), encoder, dtype)
         self._text_column, self._prompt_name, self._prompt = text_column, prompt_name, prompt
 
     def __call__(self, batch: dict[str, Any] | pa.Table) -> dict[str, Any] | pa.Table:
@@ -146,11 +157,13 @@ class Encoder:
 
 
 @dataclass(frozen=True, slots=True)
-class RayEngine:
+class RayCorpusEngine:
     """Engine of `encode_corpus` that encodes parts of a corpus in the workers of the Ray cluster of this process.
 
-    Parts are those of `CorpusOptions.task`: whole files, or shards if there are fewer files than workers. Ray retries the part of
-    a killed worker, and the retry skips finished shards. Every node must be able to read the adapter and the inputs and to write
+    Parts are those of `CorpusOptions.task`: whole files, or shards if there are fewer files than workers. The part
+    of a killed worker is retried in a new one, which skips finished shards.
+
+    Every node must be able to read the adapter and the inputs and to write
     to the output folder under the same paths.
 
     Attributes:
@@ -160,7 +173,7 @@ class RayEngine:
         workers: Number of worker processes; None: one per GPU or, without GPUs, one per node. All have the same number of CPUs.
 
     Example:
-        >>> encode_corpus(model, ["corpus"], "embeddings", engine=RayEngine("/shared/adapter"))  # doctest: +SKIP
+        >>> encode_corpus(model, ["corpus"], "embeddings", engine=RayCorpusEngine("/shared/adapter"))  # doctest: +SKIP
     """
 
     adapter: str | Path
@@ -175,7 +188,7 @@ class RayEngine:
         if self.workers is not None and self.workers < 1:
             raise ConfigError(f"workers must be an integer >= 1, got {self.workers!r}")
 
-    def __call__(self, plan: CorpusPlan, report: Report | None) -> EncodedCorpus:
+    def __call__(self, plan: CorpusPlan, report: ProgressCallback | None) -> EncodedCorpus:
         """Encode the shards of a plan that are not finished.
 
         Raises:
@@ -183,7 +196,7 @@ class RayEngine:
             PromcseError: The worker of a part was killed more than `RETRIES` times, or a worker raised an error.
         """
         if plan.options.task != (0, 1):
-            raise ConfigError("task has no effect with RayEngine, which distributes all parts. Try: task=(0, 1)")
+            raise ConfigError("task has no effect with RayCorpusEngine, which distributes all parts. Try: task=(0, 1)")
         files = [dataclasses.replace(file, path=file.path.absolute()) for file in plan.files]
         plan = dataclasses.replace(plan, files=files, out=plan.out.absolute())
         earlier = {shard.name for shard in matching_shards(plan.out, plan.settings)}
@@ -204,36 +217,68 @@ class RayEngine:
         rows, bad_rows = sum(shard.rows for shard in new), sum(shard.bad_rows for shard in new)
         return EncodedCorpus(len(new), rows, bad_rows, len(shards) - len(new))
 
-    def _encode_parts(self, plan: CorpusPlan, resources: WorkerResources, report: Report | None) -> None:
-        workers = resources.workers
-        parts = max(workers, min(len(plan.files), PARTS_PER_WORKER * workers))
-        encode = ray.remote(_encode_part).options(
-            num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=RETRIES, name="promcse encode"
-        )
-        adapter = (_on_every_node(self.adapter), self.encoder and _on_every_node(self.encoder), self.dtype)
+    def _encode_parts(self, plan: CorpusPlan, resources: WorkerResources, report: ProgressCallback | None) -> None:
+        parts = max(resources.workers, min(len(plan.files), PARTS_PER_WORKER * resources.workers))
         shared, progress = ray.put(plan), _Progress(plan, report)
-        waiting, running = deque(range(parts)), list[ray.ObjectRef]()
+        waiting, losses = deque(range(parts)), Counter[int]()
+        idle: list[ray.actor.ActorHandle] = []
+        running: dict[ray.ObjectRef, tuple[ray.actor.ActorHandle, int]] = {}
         try:
             while waiting or running:
-                while waiting and len(running) < workers:
-                    running.append(encode.remote(adapter, shared, (waiting.popleft(), parts), progress.queue))
-                done, running = ray.wait(running, timeout=_POLL_SECONDS)
+                while waiting and len(running) < resources.workers:
+                    worker, part = idle.pop() if idle else self._start_worker(resources), waiting.popleft()
+                    running[worker.encode.remote(shared, (part, parts), progress.queue)] = worker, part
+                while idle:  # without waiting parts: its CPUs may be needed to replace a killed worker
+                    ray.kill(idle.pop())
+                done, _ = ray.wait(list(running), timeout=_POLL_SECONDS)
                 progress.forward()
-                ray.get(done)
+                for answer in done:
+                    worker, part = running.pop(answer)
+                    try:
+                        ray.get(answer)
+                        idle.append(worker)
+                    except LOST_WORKER:
+                        ray.kill(worker)
+                        losses[part] += 1
+                        if losses[part] > RETRIES:
+                            raise
+                        waiting.append(part)
         finally:
-            for part in running:
-                ray.cancel(part)
-            if running:  # workers remove their temporary files
-                ray.wait(running, num_returns=len(running), timeout=_STOP_SECONDS)
-            progress.queue.shutdown()
+            progress.queue.shutdown()  # workers that report progress to it stop and remove their temporary files
+            for answer in running:
+                ray.cancel(answer)  # if it has not started
+            if running:
+                ray.wait(list(running), num_returns=len(running), timeout=_STOP_SECONDS)
+            for worker, _ in running.values():
+                ray.kill(worker)
+
+    def _start_worker(self, resources: WorkerResources) -> ray.actor.ActorHandle:
+        adapter, encoder = _on_every_node(self.adapter), self.encoder and _on_every_node(self.encoder)
+        actor = ray.remote(CorpusWorker).options(num_cpus=resources.cpus, num_gpus=resources.gpus)
+        return actor.remote(adapter, encoder, self.dtype)
 
 
-def _encode_part(adapter: tuple[str, str | None, str], plan: CorpusPlan, task: tuple[int, int], reports: Queue) -> None:
-    """Encode a part of a corpus in a worker process and put its progress into a queue."""
-    model = _load(*adapter)
-    plan = dataclasses.replace(plan, options=dataclasses.replace(plan.options, task=task))
-    check_settings(plan.out, corpus_settings(model, plan.options))  # this node may have another adapter under the path
-    encode_task(model, plan, lambda progress: reports.put((task[0], progress)))
+class CorpusWorker:
+    """Actor that encodes parts of a corpus with an adapter that it loads once.
+
+    Args:
+        adapter, encoder, dtype: See `RayCorpusEngine`.
+    """
+
+    def __init__(self, adapter: str, encoder: str | None, dtype: str) -> None:
+        self._arguments = adapter, encoder, dtype
+
+    @cached_property
+    def _model(self) -> PromCSE:
+        return _load_in_actor(*self._arguments)  # not in __init__: Ray would replace its error by an ActorDiedError
+
+    def encode(self, plan: CorpusPlan, task: tuple[int, int], reports: Queue) -> None:
+        """Encode a part of a corpus and put its progress into a queue."""
+        plan = dataclasses.replace(plan, options=dataclasses.replace(plan.options, task=task))
+        check_settings(
+            plan.out, corpus_settings(self._model, plan.options)
+        )  # the path may be another adapter on this node
+        encode_task(self._model, plan, lambda progress: reports.put((task[0], progress)))
 
 
 class _Progress:
@@ -244,7 +289,7 @@ class _Progress:
         report: Receives the sum.
     """
 
-    def __init__(self, plan: CorpusPlan, report: Report | None) -> None:
+    def __init__(self, plan: CorpusPlan, report: ProgressCallback | None) -> None:
         this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": this_node})
         self._report, self._bytes = report, max(1, sum(map(input_bytes, plan.files)))
@@ -279,7 +324,7 @@ def worker_resources(nodes: Sequence[tuple[float, float]], workers: int | None, 
 
     Args:
         nodes: CPUs and GPUs of each node.
-        workers, device: See `RayEngine`.
+        workers, device: See `RayCorpusEngine`.
 
     Raises:
         ConfigError: The cluster has no GPU, or too few CPUs or GPUs for this number of workers.

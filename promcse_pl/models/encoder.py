@@ -92,7 +92,7 @@ class PromptEncoder(nn.Module):
     Attributes:
         width: Dimension of an embedding: after the pooling, and after the dense layers of the encoder.
         autocast: Type that an encoder with float32 weights computes in (`torch.autocast`); None: float32.
-        trained_by: sha256 of the state dict and summary of the training, if the model was loaded from an adapter; otherwise
+        trained_by: `adapter_hash` and summary of the training, if the model was loaded from an adapter; otherwise
             None.
 
     Raises:

@@ -45,7 +45,7 @@ from promcse_pl.sweeps.plan import (
 )
 from promcse_pl.sweeps.pool import JOB_GRACE_SECONDS, LocalEngine, Pool, RunningTask, Task, check_gpus
 from promcse_pl.sweeps.ranking import different_dev_sets, find_best, format_score
-from promcse_pl.sweeps.ray import RayEngine, ray_engine
+from promcse_pl.sweeps.ray_engine import RaySweepEngine, ray_engine
 from promcse_pl.sweeps.wandb_summary import publish_sweep
 from promcse_pl.utils.errors import ConfigError, DataError, PromcseError
 from promcse_pl.utils.paths import run_command
@@ -91,7 +91,8 @@ def run_sweep(
             plan = read_plan(folder)
             seen: set[str] = set()
             for job in missing_jobs(folder, plan):
-                check_job(job.overrides, lambda _, start=folder / job.folder / START: read_config(start), seen)  # type: ignore[misc]
+                path = folder / job.folder / START
+                check_job(job.overrides, lambda _, path=path: check_gpus(read_config(path), settings), seen)  # type: ignore[misc]
             with open_runner(launch, settings, lock, plan.shared) as runner:
                 return _run_missing(folder, plan, runner)
     planned = plan_jobs(jobs, lambda overrides: check_gpus(compose(overrides), settings))
@@ -185,7 +186,7 @@ def measure_shared(folder: Path, pool: Pool, configs: Iterable[Config]) -> Share
         ConfigError: A device that a job needs is not available.
     """
     devices = sorted({config.trainer.device for config in configs if config.trainer.precision == "auto"})
-    if not devices and isinstance(pool.engine, RayEngine):  # the engine has already set the number of threads
+    if not devices and isinstance(pool.engine, RaySweepEngine):  # the engine has already set the number of threads
         return SharedSettings(pool.engine.parallel, pool.engine.threads, pool.engine.threads, {})
     codes: list[int] = []
     with TemporaryDirectory(prefix=".measure-", dir=folder) as temporary:

@@ -20,6 +20,8 @@ from promcse_pl.utils.paths import expand, hide_home, is_plain_name, run_command
 
 PLAN = "sweep.json"
 FORMAT = 1
+_OF_ENGINE = ("sweep.address=", "sweep.job_cpus=", "sweep.job_gpus=")
+"""Overrides that a resumed sweep does not take from sweep.json if it has another engine."""
 
 Compose = Callable[[Sequence[str]], Config]
 """Function from the overrides of a job to its valid config."""
@@ -175,12 +177,15 @@ def resumed_arguments(arguments: Sequence[str]) -> list[str]:
         )
     fixed = ("hydra.sweep.", "hydra/sweeper", "sweep.resume=")
     launch = [entry for entry in arguments if _is_of_launch(entry) and not entry.startswith(fixed)]
-    together = [*plan.overrides, *launch]
+    kept = plan.overrides
+    if (engine_of(launch) or engine_of(kept)) != engine_of(kept):
+        kept = [entry for entry in kept if not entry.startswith(_OF_ENGINE)]
+    together = [*kept, *launch]
     has_launcher = engine_of(together) == "submitit" or any(entry.startswith("hydra/launcher=") for entry in together)
     if plan.shared and not has_launcher and not any(entry.startswith("sweep.parallel=") for entry in launch):
         launch.append(f"sweep.parallel={plan.shared.parallel}")
     path = quoted(str(folder))
-    return ["-m", *plan.overrides, *launch, f"sweep.resume={path}", f"hydra.sweep.dir={path}"]
+    return ["-m", *kept, *launch, f"sweep.resume={path}", f"hydra.sweep.dir={path}"]
 
 
 def engine_of(overrides: Sequence[str]) -> str | None:

@@ -81,7 +81,7 @@ class RunningTask:
     started: float
 
 
-class Engine(Protocol):
+class JobEngine(Protocol):
     """Starts the processes of a pool.
 
     Attributes:
@@ -201,7 +201,7 @@ class LocalEngine:
 
         Raises:
             PromcseError: An import failed.
-            OSError, Stopped: As for `Engine`.
+            OSError, Stopped: As for `JobEngine`.
         """
         environment = self._environments[slot]
         if not self._can_fork:
@@ -252,7 +252,7 @@ class Pool:
         running: Tasks whose process runs.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: JobEngine) -> None:
         self.engine = engine
         self.running: list[RunningTask] = []
         self._free_slots = list(range(engine.parallel))

@@ -23,6 +23,11 @@ T = TypeVar("T")
 
 STORE = "PROMCSE_STORE"
 """Environment variable with the rendezvous file of the ranks that `promcse_pl.runs.launcher` has started."""
+LAUNCHER_VARIABLES = {
+    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),  # of a job step, not of the batch script
+}
+"""Launcher -> environment variables of the rank, the world size and the local rank of a process."""
 TIMEOUT = timedelta(hours=1)
 """Timeout of collective operations; longer than any dev evaluation. The exit of a rank is detected at once."""
 
@@ -84,11 +89,7 @@ def find_ranks(trainer: TrainerConfig) -> Ranks | None:
 
 def _from_environment() -> tuple[str, int, int, int] | None:
     """Return the launcher of this process, its rank, the world size and its local rank; None without a launcher."""
-    sources = (
-        ("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK"),
-        ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),  # of a job step, not of the batch script
-    )
-    for starter, *names in sources:
+    for starter, names in LAUNCHER_VARIABLES.items():
         values = [os.environ.get(name, "") for name in names]
         if all(value.isdigit() for value in values):
             rank, size, local = map(int, values)

@@ -6,6 +6,8 @@ import importlib
 import os
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +16,8 @@ from promcse_pl.utils.errors import ConfigError
 from promcse_pl.utils.processes import available_cores
 
 _CONNECT_SECONDS = 10.0
+_ANSWER_SECONDS = 30.0
+"""Maximum duration of `ray health-check`, most of which is the import of Ray."""
 _STORE_BYTES = 10**8
 """Object store of a local cluster: only small messages pass through it, and Ray would reserve 30 % of the memory."""
 
@@ -71,7 +75,7 @@ def _connect(ray: Any, address: str | None, setting: str) -> None:  # noqa: ANN4
 
 
 def _check_address(address: str, setting: str) -> None:
-    """Raise a ConfigError if nothing listens at an address; Ray would retry for minutes."""
+    """Raise a ConfigError if no Ray cluster answers at an address; Ray would retry for minutes."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
         raise ConfigError(f"{setting}{address}: an address must be auto or HOST:PORT. Try: {setting}auto")
@@ -79,6 +83,12 @@ def _check_address(address: str, setting: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
         raise _unreachable(address, setting, str(error)) from error
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    try:  # the exit code is not used: `_connect` reports a wrong token or version
+        subprocess.run(command, capture_output=True, timeout=_ANSWER_SECONDS, check=False)
+    except subprocess.TimeoutExpired as error:
+        reason = f"no answer within {_ANSWER_SECONDS:.0f} s; the default port of a cluster is 6379"
+        raise _unreachable(address, setting, reason) from error
 
 
 def _unreachable(address: str | None, setting: str, reason: str) -> ConfigError:

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -71,84 +72,105 @@ def busy_workers() -> list[psutil.Process]:
     found = []
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):  # it has just died
-            if " ".join(child.cmdline()).startswith("ray::promcse encode"):
+            if " ".join(child.cmdline()).startswith("ray::CorpusWorker.encode"):
                 found.append(child)
     return found
 
 
 @pytest.mark.slow
-def test_the_actor_of_ray_data_equals_encode_and_keeps_all_other_columns(cluster, adapter, model):
-    ids = [2**60 + i for i in range(len(TEXTS))]
+def test_the_actor_of_ray_data_equals_encode_keeps_all_other_columns_and_uses_its_cpus(cluster, adapter, model):
+    class Actor(engine.RayEncoder):
+        def __call__(self, batch: pa.Table) -> pa.Table:
+            threads = f"{torch.get_num_threads()} {os.environ['RAYON_NUM_THREADS']}"
+            return super().__call__(batch).append_column("threads", pa.array([threads] * len(batch)))
+
+    ids = [None, *(2**60 + i for i in range(1, len(TEXTS)))]
     table = pa.table({"id": ids, "body": TEXTS, "tags": [[text] for text in TEXTS]})
     data = importlib.import_module("ray.data")
     data.DataContext.get_current().enable_progress_bars = False
     encoded = (
         data.from_arrow([table.slice(0, 30), table.slice(30)])
         .map_batches(
-            engine.Encoder,
-            fn_constructor_kwargs={"adapter": adapter, "text_column": "body"},
-            compute=data.ActorPoolStrategy(size=2),
+            Actor,
+            fn_constructor_kwargs={"adapter": adapter, "text_column": "body", "prompt": "w7 "},
+            compute=data.ActorPoolStrategy(size=1),
             batch_size=16,
-            num_cpus=1,
+            batch_format="pyarrow",
+            num_cpus=2,
         )
-        .take_all()
+        .to_arrow_refs()
     )
-    encoded.sort(key=lambda row: row["id"])
-    assert [(row["id"], row["body"], list(row["tags"])) for row in encoded] == [
-        (row["id"], row["body"], row["tags"]) for row in table.to_pylist()
-    ]
-    embeddings_ND = np.stack([row["embedding"] for row in encoded])
-    assert embeddings_ND.dtype == np.float32
-    np.testing.assert_allclose(embeddings_ND, model.encode(TEXTS), atol=1e-6)
-
-
-@pytest.mark.slow
-def test_an_actor_uses_its_cpus_keeps_missing_integers_of_tables_and_names_wrong_columns(cluster, adapter, model):
-    class Actor(engine.Encoder):
-        def threads(self) -> tuple[int, str]:
-            return torch.get_num_threads(), os.environ["RAYON_NUM_THREADS"]
-
-    actor = ray.remote(Actor).options(num_cpus=2).remote(adapter, prompt="w7 ")
-    assert ray.get(actor.threads.remote()) == (2, "2")
-    table = pa.table({"id": pa.array([2**60 + 1, None]), "text": TEXTS[:2]})
-    encoded = ray.get(actor.__call__.remote(table))
-    assert encoded.drop_columns("embedding") == table
+    encoded = pa.concat_tables(ray.get(encoded)).sort_by("id")
+    assert encoded.select(table.column_names) == table.sort_by("id")
+    assert encoded.column("threads").unique().to_pylist() == ["2 2"]
     assert encoded.schema.field("embedding").type == pa.list_(pa.float32(), 16)
     embeddings_ND = np.stack(encoded.column("embedding").to_numpy())
-    np.testing.assert_allclose(embeddings_ND, model.encode(TEXTS[:2], prompt="w7 "), atol=1e-6)
+    texts = encoded.column("body").to_pylist()
+    np.testing.assert_allclose(embeddings_ND, model.encode(texts, prompt="w7 "), atol=1e-6)
+
+
+def test_the_actor_of_ray_data_takes_numpy_and_names_wrong_columns(adapter, model, monkeypatch):
+    monkeypatch.setattr(engine, "_load_in_actor", lambda *_: model)
+    encoder, table = engine.RayEncoder(adapter), pa.table({"id": [1, 2], "text": TEXTS[:2]})
+    encoded = encoder({"id": np.array([1, 2]), "text": np.array(TEXTS[:2], dtype=object)})
+    assert list(encoded) == ["id", "text", "embedding"]
+    np.testing.assert_array_equal(encoded["embedding"], model.encode(TEXTS[:2]))
     for batch, error, message in (
-        (encoded, DataError, 'Try: dataset.rename_columns({"embedding": "old_embedding"})'),
+        (encoder(table), DataError, 'Try: dataset.rename_columns({"embedding": "old_embedding"})'),
         (table.rename_columns(["id", "texts"]), ConfigError, "(columns: id, texts). Try: text_column='texts'"),
         (table.to_pandas(), ConfigError, "Try: batch_format='numpy'"),
     ):
         with pytest.raises(error) as raised:
-            ray.get(actor.__call__.remote(batch))
-        assert message in str(raised.value.cause)
-    ray.kill(actor)  # the error holds a reference
+            encoder(batch)
+        assert message in str(raised.value)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("files", [["a.jsonl"], ["a.jsonl", "b.jsonl", "c.jsonl"]])
-def test_the_command_writes_the_files_of_one_process(
-    files, cluster, adapter, model, corpus, tmp_path, capsys, monkeypatch
+def test_the_command_writes_the_files_of_one_process_and_a_replaced_adapter_is_loaded_again(
+    cluster, corpus, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(corpus)
-    encode_corpus(model, files, tmp_path / "one", options=dataclasses.replace(OPTIONS, prompt=""))
-    command = ["encode", str(adapter), *files, "--out", "../two", "--rows-per-shard", "5"]
-    assert main([*command, "--engine", "ray", "--workers", "2"]) == 0
+    adapter = save_small_adapter(tmp_path)
+    model = PromCSE.load(adapter, device="cpu")
+    encode_corpus(model, ["a.jsonl"], tmp_path / "one", options=dataclasses.replace(OPTIONS, prompt=""))
+    command = ["encode", str(adapter), "a.jsonl", "--rows-per-shard", "5", "--engine", "ray"]
+    capsys.readouterr()
+    assert main([*command, "--out", "../two", "--workers", "2"]) == 0
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
     printed = capsys.readouterr()
-    assert printed.out == f"../two: {60 * len(files)} x 16 float32, unit length, in {12 * len(files)} shards\n"
-    assert sorted(line.split(": ")[0] for line in printed.err.splitlines()) == sorted(
-        f"{name}-{number:05d}" for name in files for number in range(12)
-    )
-    assert f": {60 * len(files)} texts, " in printed.err
+    assert printed.out == "../two: 60 x 16 float32, unit length, in 12 shards\n"
+    assert sorted(line.split(": ")[0] for line in printed.err.splitlines()) == [f"a.jsonl-{i:05d}" for i in range(12)]
+    assert ": 60 texts, " in printed.err
     assert "0 h 00 min left" in printed.err
+
+    with torch.no_grad():
+        next(iter(model.encoder.prompt.parameters())).add_(0.1)
+    model.save_pretrained(adapter)
+    with (corpus / "a.jsonl").open("a") as stream:
+        stream.write('{"id": "a60", "text": ""}\n')
+    with pytest.raises(DataError) as error:
+        encode_corpus(model, [corpus / "a.jsonl"], tmp_path / "three", options=OPTIONS)
+    assert main([*command, "--out", "../four", "--workers", "1"]) == 2
+    assert [line for line in capsys.readouterr().err.splitlines() if "error" in line] == [f"error: {error.value}"]
+    names = [f"a.jsonl-{i:05d}.parquet" for i in range(12)]
+    assert all((tmp_path / "four" / name).read_bytes() == (tmp_path / "three" / name).read_bytes() for name in names)
 
 
 @pytest.mark.slow
-def test_a_killed_worker_loses_nothing(cluster, adapter, model, corpus, tmp_path):
+def test_an_interrupted_command_is_resumed_and_a_killed_worker_loses_nothing(cluster, adapter, model, corpus, tmp_path):
     encode_corpus(model, [corpus], tmp_path / "one", options=OPTIONS)
+    two, (on_one, on_two) = tmp_path / "two", [engine.RayCorpusEngine(adapter, workers=count) for count in (1, 2)]
+
+    def interrupt(progress: CorpusProgress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        encode_corpus(model, [corpus], two, options=OPTIONS, report=interrupt, engine=on_one)
+    assert not list(two.glob(".promcse_pl-*"))
+    (two / "a.jsonl-00003.parquet").unlink(missing_ok=True)
+    finished = len(finished_shards(two))
+    assert finished < 36
+
     killed: list[psutil.Process] = []
 
     def kill_once(progress: CorpusProgress) -> None:
@@ -156,45 +178,10 @@ def test_a_killed_worker_loses_nothing(cluster, adapter, model, corpus, tmp_path
             killed.extend(busy_workers()[:1])
             os.kill(killed[0].pid, signal.SIGKILL)
 
-    two = tmp_path / "two"
-    done = encode_corpus(
-        model, [corpus], two, options=OPTIONS, report=kill_once, engine=engine.RayEngine(adapter, workers=2)
-    )
+    done = encode_corpus(model, [corpus], two, options=OPTIONS, report=kill_once, engine=on_two)
     assert killed
-    assert contents(two) == contents(tmp_path / "one")
-    assert (done.shards, done.rows, done.skipped) == (36, 180, 0)
-
-
-@pytest.mark.slow
-def test_an_interrupted_command_is_resumed(cluster, adapter, model, corpus, tmp_path):
-    encode_corpus(model, [corpus], tmp_path / "one", options=OPTIONS)
-    two, on_ray = tmp_path / "two", engine.RayEngine(adapter, workers=2)
-
-    def interrupt(progress: CorpusProgress) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        encode_corpus(model, [corpus], two, options=OPTIONS, report=interrupt, engine=on_ray)
-    assert not list(two.glob(".promcse_pl-*"))
-    (two / "a.jsonl-00003.parquet").unlink(missing_ok=True)
-    finished = len(finished_shards(two))
-    assert finished < 36
-    done = encode_corpus(model, [corpus], two, options=OPTIONS, engine=on_ray)
     assert (done.shards, done.skipped) == (36 - finished, finished)
     assert contents(two) == contents(tmp_path / "one")
-
-
-@pytest.mark.slow
-def test_a_bad_row_is_the_error_of_one_process(cluster, adapter, model, corpus, tmp_path, capsys):
-    with (corpus / "b.jsonl").open("a") as stream:
-        stream.write('{"id": "b60", "text": ""}\n')
-    with pytest.raises(DataError) as error:
-        encode_corpus(model, [corpus], tmp_path / "one", options=OPTIONS)
-    two = ["encode", str(adapter), str(corpus), "--out", str(tmp_path / "two"), "--rows-per-shard", "5"]
-    assert main([*two, "--engine", "ray", "--workers", "2"]) == 2
-    assert [line for line in capsys.readouterr().err.splitlines() if "error" in line] == [f"error: {error.value}"]
-    assert main([*two, "--engine", "ray", "--workers", "2", "--on-bad-row", "skip"]) == 2
-    assert "Try: --on-bad-row stop" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -206,16 +193,9 @@ def test_a_worker_that_dies_too_often_is_one_line(cluster, adapter, model, corpu
             worker.kill()
 
     (corpus / "a.jsonl").write_text('{"text": "w1"}\n' * 3000)
-    options = dataclasses.replace(OPTIONS, rows_per_shard=1)
+    options, on_ray = dataclasses.replace(OPTIONS, rows_per_shard=1), engine.RayCorpusEngine(adapter, workers=1)
     with pytest.raises(PromcseError, match="Try: the same command again") as error:
-        encode_corpus(
-            model,
-            [corpus / "a.jsonl"],
-            tmp_path / "out",
-            options=options,
-            report=kill,
-            engine=engine.RayEngine(adapter, workers=1),
-        )
+        encode_corpus(model, [corpus / "a.jsonl"], tmp_path / "out", options=options, report=kill, engine=on_ray)
     assert "\n" not in str(error.value)
 
 
@@ -269,6 +249,22 @@ def test_an_address_without_a_cluster_is_an_error_at_once(address, message, adap
     assert message in capsys.readouterr().err
 
 
+def test_a_port_of_another_program_is_an_error_within_seconds(monkeypatch):
+    monkeypatch.setattr("promcse_pl.utils.ray_cluster._ANSWER_SECONDS", 4.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        message = f"--address {address}: cannot connect .*no answer within 4 s; the default port of a cluster is 6379"
+        with pytest.raises(ConfigError, match=message), ray_cluster(address, "--address "):
+            pass
+
+
+def test_a_mistyped_adapter_is_an_error_before_the_cluster_starts(corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("promcse_pl.utils.ray_cluster.ray_cluster", None)
+    command = ["encode", str(tmp_path / "run"), str(corpus), "--out", str(tmp_path / "out"), "--engine", "ray"]
+    assert main(command) == 2
+    assert "is not an adapter: there is no such folder" in capsys.readouterr().err
+
+
 def test_an_engine_takes_no_task(adapter, model, corpus, tmp_path):
     with pytest.raises(ConfigError, match=r"Try: task=\(0, 1\)"):
         encode_corpus(
@@ -276,7 +272,7 @@ def test_an_engine_takes_no_task(adapter, model, corpus, tmp_path):
             [corpus],
             tmp_path / "out",
             options=dataclasses.replace(OPTIONS, task=(0, 2)),
-            engine=engine.RayEngine(adapter),
+            engine=engine.RayCorpusEngine(adapter),
         )
 
 

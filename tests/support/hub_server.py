@@ -178,13 +178,15 @@ class Handler(BaseHTTPRequestHandler):
             value = line["value"]
             if line["key"] == "header":
                 message = value["summary"]
+                if value.get("parentCommit") != (repository.commit_of(branch) or ("", {}))[0]:
+                    return self._refuse(412, "A commit has happened since.")
             elif line["key"] == "file":
                 new[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "deletedFile":
                 del new[value["path"]]
         repository.branches[branch].append((message, new))
         commit, _ = repository.commit_of(branch) or ("", {})
-        self._answer({"commitUrl": f"{self.server.url}/{name}/commit/{commit}", "commitOid": commit})
+        return self._answer({"commitUrl": f"{self.server.url}/{name}/commit/{commit}", "commitOid": commit})
 
     def _file(self, name: str, revision: str, path: str) -> None:
         repository = self.server.repositories.get(name)

@@ -79,6 +79,14 @@ def test_a_resume_takes_the_settings_from_the_folder_and_the_launching_from_the_
     ]
 
 
+def test_a_resume_with_another_engine_leaves_out_the_settings_of_the_first(sweep):
+    of_ray = ["sweep.engine=ray", "sweep.address=auto", "sweep.job_cpus=2", "sweep.job_gpus=1"]
+    write_plan(sweep, Plan(["seed=1,2", *of_ray], JOBS))
+    for engine, kept in ((["sweep.engine=local"], []), (["sweep.engine=ray"], of_ray[1:]), ([], of_ray[1:])):
+        resumed = resumed_arguments([*engine, f"sweep.resume={sweep}"])
+        assert resumed[:-2] == ["-m", "seed=1,2", of_ray[0], *kept, *engine]
+
+
 def test_a_resume_with_other_settings_names_them(sweep):
     error = r"started with other overrides: optim.lr=0.01,0.03 is new; optim.lr=0.01,0.02 is missing. Try: python run.py -m sweep"
     with pytest.raises(ConfigError, match=error):

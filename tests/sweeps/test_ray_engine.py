@@ -14,11 +14,14 @@ import pytest
 from support.folders import ROOT
 from support.sweep_jobs import ROWS, SETTINGS, begin, files, run, small_config
 
+import promcse_pl.sweeps.ray_engine as ray_engine_module
 from promcse_pl.config import SweepConfig
 from promcse_pl.run_folder import checkpoint_folders, read_status
 from promcse_pl.sweeps.collect import read_sweep
-from promcse_pl.sweeps.pool import check_gpus
-from promcse_pl.sweeps.ray import ray_engine
+from promcse_pl.sweeps.execute import run_sweep
+from promcse_pl.sweeps.plan import Plan, SweepJob, write_plan, write_start
+from promcse_pl.sweeps.pool import Task, check_gpus
+from promcse_pl.sweeps.ray_engine import ray_engine
 from promcse_pl.utils.errors import ConfigError
 
 needs_ray = pytest.mark.skipif(not find_spec("ray"), reason="Ray is not installed")
@@ -26,7 +29,7 @@ CLUSTER = """
 import sys
 import ray
 from promcse_pl.config import SweepConfig
-from promcse_pl.sweeps.ray import _check_resources, ray_engine
+from promcse_pl.sweeps.ray_engine import _check_resources, ray_engine
 from promcse_pl.utils.errors import ConfigError
 with ray_engine(SweepConfig(engine="ray"), None):
     try:
@@ -92,46 +95,30 @@ def until(condition: Callable[[], object], sweep: subprocess.Popen[str]) -> None
 
 @needs_ray
 @pytest.mark.slow
-def test_a_sweep_on_ray_has_the_results_failures_and_report_of_a_local_one(cluster):
+def test_good_failing_and_killed_jobs_are_recorded_and_a_local_resume_has_the_adapter_of_an_unbroken_job(cluster):
     rows = [*ROWS, *ROWS, *ROWS[:20], "w5,only two"]  # the bad row is not read before the first job
     (cluster.here / "bad.csv").write_text("\n".join(["a,b,c", *rows]) + "\n")
-    settings = [entry for entry in SETTINGS if not entry.startswith("data.train=")]
-    arguments = ["-m", "data.train=bad.csv,train.csv", *settings, "sweep.parallel=2"]
-    threads = max(1, len(os.sched_getaffinity(0)) // 2)
-    on_ray = [*arguments, *cluster.settings, f"sweep.job_cpus={threads}", "hydra.sweep.dir=on_ray"]
-    code, printed, errors = run(cluster.here, *on_ray)
-    assert (code, "1 failed, 1 finished" in printed) == (1, True), printed + errors
-    assert run(cluster.here, *arguments, "hydra.sweep.dir=local")[0] == 1
-    adapters = [cluster.here / folder / "1/adapter/adapter.safetensors" for folder in ("on_ray", "local")]
-    assert adapters[0].read_bytes() == adapters[1].read_bytes()
-    fields = ("name", "settings", "state", "error", "dev", "tests", "precision", "dev_sha256")
-    runs = [read_sweep(cluster.here / folder).runs for folder in ("on_ray", "local")]
-    on_ray, local = ([[getattr(run, name) for name in fields] for run in part] for part in runs)
-    assert on_ray == local
-    assert runs[0][0].error.startswith("DataError: ")
-
-
-@needs_ray
-@pytest.mark.slow
-def test_killed_and_stopped_jobs_are_recorded_and_a_resumed_sweep_finishes_them(cluster):
-    sweep = cluster.here / "killed"
-    settings = [entry for entry in SETTINGS if not entry.startswith("trainer.max_steps=")]
-    more = ["trainer.max_steps=100", "trainer.save_every=5", "hydra.sweep.dir=killed"]
-    process = begin(cluster.here, "-m", "seed=1,2", *settings, *more, *cluster.settings)
+    (cluster.here / "copy.csv").write_text((cluster.here / "train.csv").read_text())
+    settings = [entry for entry in SETTINGS if not entry.startswith(("data.train=", "trainer.max_steps="))]
+    more = ["data.train=copy.csv,bad.csv,train.csv", "trainer.max_steps=40", "trainer.save_every=10"]
+    of_ray = ["sweep.parallel=2", "sweep.job_cpus=1", "hydra.sweep.dir=on_ray", *cluster.settings]
+    process = begin(cluster.here, "-m", *more, *settings, *of_ray)
+    sweep = cluster.here / "on_ray"
     until(lambda: checkpoint_folders(sweep / "0"), process)
     os.kill(read_status(sweep / "0").pid, signal.SIGKILL)
-    until(lambda: checkpoint_folders(sweep / "1"), process)
-    process.terminate()
-    printed, errors = process.communicate(timeout=100)
-    assert process.returncode == 143, printed + errors
-    killed, stopped = (read_status(sweep / job) for job in "01")
-    assert (killed.state, killed.error.partition(":")[0]) == ("failed", "killed by SIGKILL")
-    assert (stopped.state, stopped.step > 0) == ("stopped", True)
-    code, printed, errors = run(cluster.here, "-m", "sweep.resume=killed", "sweep.engine=local", "sweep.address=null")
-    assert code == 0, printed + errors
-    assert "1 in parallel, 1 thread per job\n" in printed
-    assert "2 finished" in printed
+    printed, errors = process.communicate(timeout=200)
+    assert process.returncode == 1, printed + errors
+    assert "2 failed, 1 finished" in printed
+    assert "; 2 in parallel, 1 thread per job\n" in printed
+    assert read_status(sweep / "0").error.startswith("killed by SIGKILL")
+    assert read_status(sweep / "1").error.startswith("DataError: ")
+    code, printed, errors = run(cluster.here, "-m", "sweep.resume=on_ray", "sweep.engine=local", "sweep.parallel=1")
+    assert (code, "2 finished, 1 failed" in printed) == (1, True), printed + errors
     assert "resuming after step" in (sweep / "0/run.log").read_text()
+    resumed, unbroken = ((sweep / job / "adapter/adapter.safetensors").read_bytes() for job in "02")
+    assert resumed == unbroken
+    runs = {run.name: run for run in read_sweep(sweep).runs}
+    assert (runs["0"].dev, runs["0"].precision) == (runs["2"].dev, runs["2"].precision)
 
 
 @needs_ray
@@ -190,6 +177,29 @@ def test_a_missing_package_and_a_missing_cluster_are_errors_of_one_line(monkeypa
 def test_settings_of_the_engine_without_effect_are_errors(settings, message):
     with pytest.raises(ConfigError, match=message):
         SweepConfig.from_dict(settings)
+
+
+def test_a_job_on_ray_has_no_rank_of_the_command_that_started_ray(tmp_path, monkeypatch):
+    given: dict[str, str] = {}
+    monkeypatch.setattr(ray_engine_module, "start_process", lambda _, environment, **options: given.update(environment))
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "KEPT"):
+        monkeypatch.setenv(name, "4")
+    task = Task("0", "promcse_pl.cli.main:main", [], Path("output.log"))
+    ray_engine_module.JobActor().start(task, {"OMP_NUM_THREADS": "3"}, tmp_path)
+    assert (given["KEPT"], given["OMP_NUM_THREADS"]) == ("4", "3")
+    assert not [name for name in given if name.endswith(("RANK", "WORLD_SIZE")) or name.startswith("SLURM")]
+
+
+def test_a_resumed_sweep_checks_the_gpus_of_its_jobs(tmp_path):
+    config, plan = small_config(files(tmp_path), trainer={"devices": 2}), Plan(["seed=1"], [SweepJob("0", ["seed=1"])])
+    (tmp_path / "sweep/0").mkdir(parents=True)
+    write_start(tmp_path / "sweep", plan, plan.jobs[0], config)
+    write_plan(tmp_path / "sweep", plan)
+    settings = SweepConfig(engine="ray", job_gpus=1.0, resume="sweep")
+    with pytest.raises(
+        ConfigError, match=r"no job was started; job seed=1: sweep.job_gpus=1, but .* Try: sweep.job_gpus=2"
+    ):
+        run_sweep(tmp_path / "sweep", [], [], settings, lambda _: config, None)
 
 
 def test_a_job_on_ray_needs_a_gpu_for_each_rank(tmp_path):

@@ -13,6 +13,7 @@ from typing import Any
 from promcse_pl.config import SweepConfig
 from promcse_pl.sweeps.plan import SharedSettings
 from promcse_pl.sweeps.pool import Task, thread_variables
+from promcse_pl.training.distributed import LAUNCHER_VARIABLES
 from promcse_pl.utils.errors import ConfigError
 from promcse_pl.utils.interpreter import python_command
 from promcse_pl.utils.processes import PROCESS_POLL_SECONDS, RANK_THREADS, ChildProcess, start_process
@@ -35,12 +36,15 @@ class JobActor:
 
         Args:
             task: The task.
-            environment: Variables that are set in addition to those of the node.
+            environment: Variables that are set in addition to those of the node. The node's rank variables are removed:
+                they belong to the command that started Ray, such as srun.
             folder: Current folder of the process; the paths of the task are relative to it.
         """
+        ranks = {name for names in LAUNCHER_VARIABLES.values() for name in names}
+        of_node = {name: value for name, value in os.environ.items() if name not in ranks}
         self.child: ChildProcess = start_process(
             python_command(task.target, *task.arguments),
-            {**os.environ, **environment},
+            {**of_node, **environment},
             output=folder / task.output,
             parent_signal=signal.SIGTERM,
             cwd=folder,
@@ -117,7 +121,7 @@ class RayProcess:
             stream.write(f"error: Ray lost the job: {reason}\n")
 
 
-class RayEngine:
+class RaySweepEngine:
     """Starts processes on a Ray cluster; they receive SIGTERM if this process is killed.
 
     Args:
@@ -156,7 +160,7 @@ def job_threads(settings: SweepConfig, shared: SharedSettings | None) -> int:
 
 
 @contextmanager
-def ray_engine(settings: SweepConfig, shared: SharedSettings | None) -> Iterator[RayEngine]:
+def ray_engine(settings: SweepConfig, shared: SharedSettings | None) -> Iterator[RaySweepEngine]:
     """Connect to a Ray cluster, or start one on this machine; disconnect, or stop it, at the end.
 
     Args:
@@ -168,7 +172,7 @@ def ray_engine(settings: SweepConfig, shared: SharedSettings | None) -> Iterator
     """
     with ray_cluster(settings.address, "sweep.address=") as ray:
         _check_resources(ray, settings, settings.job_cpus or job_threads(settings, shared))
-        yield RayEngine(ray, settings, shared)
+        yield RaySweepEngine(ray, settings, shared)
 
 
 def _check_resources(ray: Any, settings: SweepConfig, cpus: int) -> None:  # noqa: ANN401  (Ray's)
