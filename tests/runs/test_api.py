@@ -1,11 +1,11 @@
 """`promcse_pl.train`: files and rows in memory, callbacks and loggers, and what is in the run folder."""
 
+import doctest
 import inspect
 import json
 import os
 import re
 import signal
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -307,7 +307,7 @@ def test_callbacks_are_refused_for_processes_that_they_cannot_reach(train, tmp_p
 def test_the_example_of_the_docstring_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    example = inspect.getdoc(api.train).partition("Example:\n")[2]
     names: dict[str, object] = {}
-    exec(compile(textwrap.dedent(example), "docstring", "exec"), names)
+    for example in doctest.DocTestParser().get_examples(inspect.getdoc(api.train)):
+        exec(example.source, names)
     assert names["embeddings"].shape == (1, 384)
