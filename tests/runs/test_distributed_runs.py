@@ -250,6 +250,7 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_setting_that_the_encoder_refuses_leaves_no_folder_of_a_run_on_two_ranks(tmp_path):
     config = write_config(distributed(tmp_path, model={"default_prompt": "qury"}), tmp_path / "wrong.yaml")
     refused = promcse(tmp_path / "log", "train", config, "--out", tmp_path / "run")

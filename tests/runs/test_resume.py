@@ -171,7 +171,7 @@ def test_a_run_killed_during_an_evaluation_or_save_is_bit_identical_to_an_uninte
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("signum", "code"),
-    [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)],
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGUSR1, 143, marks=pytest.mark.exhaustive), (signal.SIGINT, 130)],
     ids=["TERM", "USR1", "INT"],
 )
 def test_a_signal_saves_a_checkpoint_sets_the_exit_code_and_loses_no_step(signum, code, long_run, tmp_path):

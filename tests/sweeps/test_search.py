@@ -189,6 +189,7 @@ def test_a_search_of_real_runs_as_it_is_typed(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_search_fixes_precision_and_threads_for_all_jobs_at_its_first_start(scripted, tmp_path):
     scripted(tmp_path / "parts", trials=2)
     shared = read_plan(tmp_path / "parts").shared

@@ -201,6 +201,7 @@ def test_a_resumed_sweep_keeps_threads_and_precision_of_its_first_start(tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_sweep_of_an_older_version_is_resumed_as_it_was(tmp_path):
     files(tmp_path)
     code, _, errors = run(tmp_path, "-m", *SETTINGS, "hydra.sweep.dir=sweep")

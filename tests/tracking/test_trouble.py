@@ -103,7 +103,7 @@ def test_a_server_that_accepts_and_never_answers_makes_the_run_an_offline_one(on
         online.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
         started = time.perf_counter()
         run = begin(tmp_path / "run")
-        assert time.perf_counter() - started < 0.5, "the start is waited for"
+        assert time.perf_counter() - started < 1.5, "the start is waited for"
         patiently(lambda: "W&B did not start online (" in caplog.text)
         run.finish()
     assert f"wandb login && wandb sync {tmp_path}/run/wandb/offline-run-" in caplog.text
