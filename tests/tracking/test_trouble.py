@@ -63,7 +63,7 @@ def write_history(folder: Path, lines: int) -> None:
     (folder / "metrics.jsonl").write_text("".join(entries))
 
 
-def patiently(what, seconds: float = 60):
+def patiently(what, seconds: float = 120):
     """Return the first true value of a function."""
     patience = time.monotonic() + seconds
     while not (found := what()):
@@ -286,7 +286,7 @@ def test_the_printed_command_uploads_an_offline_run(server, tmp_path, caplog):
     begin(tmp_path / "run", "offline").finish(summary={"test/avg": 1.5})
     command = shlex.split(caplog.text.partition("wandb login && ")[2].partition("\n")[0])
     done = subprocess.run(
-        [sys.executable, "-m", *command], capture_output=True, text=True, check=False, cwd=tmp_path, timeout=60
+        [sys.executable, "-m", *command], capture_output=True, text=True, check=False, cwd=tmp_path, timeout=180
     )
     assert done.returncode == 0, done.stderr
     there = server.runs["id1"]
