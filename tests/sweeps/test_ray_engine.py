@@ -123,6 +123,7 @@ def test_good_failing_and_killed_jobs_are_recorded_and_a_local_resume_has_the_ad
 
 @needs_ray
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_search_on_ray_stops_a_poor_job_which_saves(cluster):
     process = cluster.start(SEARCH, cluster.address)
     printed, errors = process.communicate(timeout=200)

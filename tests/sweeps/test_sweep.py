@@ -163,6 +163,7 @@ def test_a_sweep_json_with_a_folder_outside_the_sweep_is_rejected_and_the_folder
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_resumed_sweep_keeps_threads_and_precision_of_its_first_start(tmp_path):
     files(tmp_path)
     settings = [entry for entry in SETTINGS if not entry.startswith("trainer.precision=")]
