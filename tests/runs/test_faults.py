@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from support.encoders import save_small_encoder
 from support.folders import ROOT
 from support.processes import Ended, promcse
-from support.runs import KILL_AT_STEP, small_config, word_rows
+from support.runs import KILL_AT_STEP, small_config, word_rows, write_inputs_with_nan
 
 from promcse_pl.run_folder import read_status, write_config
 from promcse_pl.runs.failures import actionable_errors
@@ -145,12 +145,7 @@ def test_out_of_memory_at_minimal_settings_suggests_a_new_run(tmp_path):
 
 
 def test_a_non_finite_loss_saves_prompt_and_batch_and_sets_the_status_failed(tmp_path):
-    save_small_encoder(tmp_path / "encoder")
-    weights = tmp_path / "encoder/model.safetensors"
-    tensors = load_file(weights)
-    tensors["embeddings.word_embeddings.weight"][96] = float("nan")  # the word w96
-    save_file(tensors, weights, metadata={"format": "pt"})
-    (tmp_path / "train.csv").write_text("a,b,c\n" + "\n".join([*word_rows(9), "w96 w96,w96,w96"]) + "\n")
+    write_inputs_with_nan(tmp_path)
     done = promcse(tmp_path / "log", "train", config_file(tmp_path, data={"batch_size": 10}), "--out", tmp_path / "run")
     one_line(done, "the loss of step 1 ")
     left = load_file(tmp_path / "run/non_finite.safetensors")

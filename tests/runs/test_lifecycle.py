@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file, save_file
-from support.encoders import save_small_encoder
-from support.runs import DEV_PAIRS, run_small, small_config, word_rows
+from safetensors.torch import load_file
+from support.runs import DEV_PAIRS, run_small, small_config, word_rows, write_inputs_with_nan
 
 from promcse_pl import PromCSE
 from promcse_pl.cli.main import main
@@ -319,12 +318,7 @@ def test_held_out_triplets_become_the_dev_set_and_are_not_trained_on(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_code_2_and_names_step_rows_and_remedy(tmp_path, capsys):
-    save_small_encoder(tmp_path / "encoder")
-    weights = tmp_path / "encoder/model.safetensors"
-    tensors = load_file(weights)
-    tensors["embeddings.word_embeddings.weight"][96] = float("nan")  # the word w96
-    save_file(tensors, weights, metadata={"format": "pt"})
-    (tmp_path / "train.csv").write_text("sent0,sent1,hard_neg\n" + "\n".join([*word_rows(9), "w96 w96,w96,w96"]) + "\n")
+    write_inputs_with_nan(tmp_path)
     path = write_config(small_config(tmp_path, data={"batch_size": 10}), tmp_path / "config.yaml")
     capsys.readouterr()
     assert main(["train", str(path), "--out", str(tmp_path / "run")]) == 2

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from promcse_pl.config import Config
 from promcse_pl.runs.lifecycle import run_job
@@ -34,6 +35,16 @@ def word_rows(rows: int, width: int = 3) -> list[str]:
         ",".join(f"w{5 + (7 * row + 3 * position) % 80} w{6 + row % 70} w{10 + position}" for position in range(width))
         for row in range(rows)
     ]
+
+
+def write_inputs_with_nan(folder: Path) -> None:
+    """A small encoder whose embedding of the word w96 is NaN, and ten triplets of which the last consists of this word."""
+    weights = save_small_encoder(folder / "encoder") / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["embeddings.word_embeddings.weight"][96] = float("nan")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    rows = [*word_rows(9), "w96 w96,w96,w96"]
+    (folder / "train.csv").write_text("sent0,sent1,hard_neg\n" + "\n".join(rows) + "\n")
 
 
 def small_config(folder: Path, **sections: dict) -> Config:

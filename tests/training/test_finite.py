@@ -5,9 +5,8 @@ import io
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file, save_file
-from support.encoders import save_small_encoder
-from support.runs import small_config, word_rows
+from safetensors.torch import load_file
+from support.runs import small_config, write_inputs_with_nan
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -99,12 +98,7 @@ def test_the_number_of_values_that_are_read_does_not_grow_with_the_steps(tmp_pat
 
 
 def test_a_run_with_late_values_stops_with_the_same_error_and_saves_the_batch_of_the_failed_step(tmp_path, deferred):
-    save_small_encoder(tmp_path / "encoder")
-    weights = tmp_path / "encoder/model.safetensors"
-    tensors = load_file(weights)
-    tensors["embeddings.word_embeddings.weight"][96] = float("nan")  # the word w96
-    save_file(tensors, weights, metadata={"format": "pt"})
-    (tmp_path / "train.csv").write_text("a,b,c\n" + "\n".join([*word_rows(9), "w96 w96,w96,w96"]) + "\n")
+    write_inputs_with_nan(tmp_path)
     config = small_config(tmp_path, data={"batch_size": 2}, trainer={"save_every": 1, "eval_every": 1})
     with pytest.raises(NonFiniteError, match=r"^the loss of step \d") as caught:
         run_job(config, tmp_path / "run", Console(file=io.StringIO()))
