@@ -162,7 +162,8 @@ class PromCSE:
     ) -> str:
         """Upload the adapter and its model card to the Hugging Face Hub in one commit.
 
-        The card contains the settings and scores of the run that the model was loaded from, unless its tensors have changed.
+        The card contains the settings and scores of the run that the model was loaded from, unless its tensors or
+        settings have changed.
 
         Args:
             repo_id: OWNER/NAME; the repository is created if it does not exist.

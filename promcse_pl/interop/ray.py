@@ -88,7 +88,7 @@ class RayEncoder:
         encoder, dtype: See `PromCSE.load`.
         prompt_name, prompt: See `PromCSE.encode`.
 
-    Example:
+    Examples:
         >>> texts = ray.data.read_parquet("corpus")  # doctest: +SKIP
         >>> texts.map_batches(
         ...     RayEncoder,
@@ -160,11 +160,10 @@ class RayEncoder:
 class RayCorpusEngine:
     """Engine of `encode_corpus` that encodes parts of a corpus in the workers of the Ray cluster of this process.
 
-    Parts are those of `CorpusOptions.task`: whole files, or shards if there are fewer files than workers. The part
-    of a killed worker is retried in a new one, which skips finished shards.
+    Parts are those of `CorpusOptions.task`: whole files, or shards if there are fewer files than workers. The part of a killed
+    worker is retried in a new one, which skips finished shards.
 
-    Every node must be able to read the adapter and the inputs and to write
-    to the output folder under the same paths.
+    Every node must be able to read the adapter and the inputs and to write to the output folder under the same paths.
 
     Attributes:
         adapter: Folder of an adapter or of a run, or a hub id. It must be the model of `encode_corpus`.
@@ -172,7 +171,7 @@ class RayCorpusEngine:
         device: `cpu`, `cuda`, or `auto`: GPUs if the cluster has any.
         workers: Number of worker processes; None: one per GPU or, without GPUs, one per node. All have the same number of CPUs.
 
-    Example:
+    Examples:
         >>> encode_corpus(model, ["corpus"], "embeddings", engine=RayCorpusEngine("/shared/adapter"))  # doctest: +SKIP
     """
 
@@ -275,9 +274,8 @@ class CorpusWorker:
     def encode(self, plan: CorpusPlan, task: tuple[int, int], reports: Queue) -> None:
         """Encode a part of a corpus and put its progress into a queue."""
         plan = dataclasses.replace(plan, options=dataclasses.replace(plan.options, task=task))
-        check_settings(
-            plan.out, corpus_settings(self._model, plan.options)
-        )  # the path may be another adapter on this node
+        # on this node, the path may contain another adapter
+        check_settings(plan.out, corpus_settings(self._model, plan.options))
         encode_task(self._model, plan, lambda progress: reports.put((task[0], progress)))
 
 

@@ -293,15 +293,14 @@ class Progress(pl.Callback):
         """Update the bar; read the loss, and log a line without a terminal, if an entry is due."""
         assert isinstance(pl_module, PromcseModule)
         step, steps = trainer.global_step, pl_module.total_steps
-        if (
-            step % self.every == 0 or step >= steps or trainer.should_stop
-        ):  # reading the loss in each step would wait for a GPU
+        is_due = step % self.every == 0 or step >= steps or trainer.should_stop
+        if is_due:  # reading the loss in each step would synchronise with the GPU
             self._loss = f"loss {float(pl_module.entry['train/loss']):.3f}"
             if not self.console.is_terminal:
                 log.info("step %d of %d: %s, %.0f s", step, steps, self._loss, self.seconds())
         dev = trainer.callback_metrics.get("dev")
-        values = [self._loss] if dev is None else [self._loss, f"dev {float(dev):.2f}"]
-        self.report(f"training: {', '.join(values)}", step, steps)
+        values = [self._loss, "" if dev is None else f"dev {float(dev):.2f}"]
+        self.report(f"training: {', '.join(filter(None, values))}", step, steps)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remove the bar."""

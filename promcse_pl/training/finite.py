@@ -106,13 +106,15 @@ class FiniteCheck:
             self._require_finite(step, losses, norm)
 
     def _require_finite(self, step: CheckedStep, losses: Sequence[float], norm: float) -> None:
-        self.failed = step.batch
         if losses and not math.isfinite(losses[0]):
             values = ", ".join(f"{name} {value:g}" for name, value in zip(step.losses, losses, strict=True))
-            raise NonFiniteError(f"the loss of {step.name} ({step.rows}) is not finite: {values}. {step.remedy}")
-        if not math.isfinite(norm):
-            raise NonFiniteError(f"the gradient of {step.name} is not finite. {step.remedy}")
-        self.failed = None
+            problem = f"the loss of {step.name} ({step.rows}) is not finite: {values}"
+        elif not math.isfinite(norm):
+            problem = f"the gradient of {step.name} is not finite"
+        else:
+            return
+        self.failed = step.batch
+        raise NonFiniteError(f"{problem}. {step.remedy}")
 
 
 def is_deferred(value: Tensor) -> bool:

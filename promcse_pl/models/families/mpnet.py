@@ -54,7 +54,7 @@ class PromptSelfAttention(nn.Module):
 def _replace_attention(model: Any) -> None:  # noqa: ANN401
     for number, layer in enumerate(model.encoder.layer):
         layer.attention.attn = PromptSelfAttention(layer.attention.attn, number)
-    # selects the mask function; the public setter raises an error for models without the attention interface
+    # selects the mask function; the public setter has no effect on models without the attention interface
     model.config._attn_implementation = PROMPT_ATTENTION
 
 
