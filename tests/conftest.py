@@ -23,11 +23,18 @@ def backbone() -> FrozenBackbone:
     return small_backbone()
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One worker more than cores: some tests wait for time limits, servers and killed processes."""
+    return (os.cpu_count() or 1) + 1
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if os.environ.get("PROMCSE_TESTS") != "all":
         exhaustive = [item for item in items if "exhaustive" in item.keywords]
         config.hook.pytest_deselected(items=exhaustive)
         items[:] = [item for item in items if item not in exhaustive]
+    slow = {item.path for item in items if "slow" in item.keywords}
+    items.sort(key=lambda item: item.path not in slow)  # else one worker would end with a slow file, the others idle
     for item in items:
         if "realdata" in item.keywords and not DATA.is_dir():
             item.add_marker(pytest.mark.skip(reason=f"no data in {DATA}; set PROMCSE_DATA"))

@@ -201,6 +201,7 @@ def test_a_full_output_is_an_error_and_a_closed_output_is_not(output, trained_ru
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_closed_output_pipe_does_not_stop_a_run(trained_run, tmp_path):
     command = [
         sys.executable,

@@ -126,12 +126,8 @@ def test_the_actor_of_ray_data_takes_numpy_and_names_wrong_columns(adapter, mode
 
 
 @pytest.mark.slow
-def test_the_command_writes_the_files_of_one_process_and_a_replaced_adapter_is_loaded_again(
-    cluster, corpus, tmp_path, capsys, monkeypatch
-):
+def test_the_command_writes_the_files_of_one_process(cluster, adapter, model, corpus, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(corpus)
-    adapter = save_small_adapter(tmp_path)
-    model = PromCSE.load(adapter, device="cpu")
     encode_corpus(model, ["a.jsonl"], tmp_path / "one", options=dataclasses.replace(OPTIONS, prompt=""))
     command = ["encode", str(adapter), "a.jsonl", "--rows-per-shard", "5", "--engine", "ray"]
     capsys.readouterr()
@@ -143,6 +139,16 @@ def test_the_command_writes_the_files_of_one_process_and_a_replaced_adapter_is_l
     assert ": 60 texts, " in printed.err
     assert "0 h 00 min left" in printed.err
 
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_a_replaced_adapter_is_loaded_again(cluster, corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(corpus)
+    adapter = save_small_adapter(tmp_path)
+    model = PromCSE.load(adapter, device="cpu")
+    command = ["encode", str(adapter), "a.jsonl", "--rows-per-shard", "5", "--engine", "ray", "--workers", "1"]
+    assert main([*command, "--out", "../two"]) == 0
+    capsys.readouterr()
     with torch.no_grad():
         next(iter(model.encoder.prompt.parameters())).add_(0.1)
     model.save_pretrained(adapter)
@@ -150,16 +156,17 @@ def test_the_command_writes_the_files_of_one_process_and_a_replaced_adapter_is_l
         stream.write('{"id": "a60", "text": ""}\n')
     with pytest.raises(DataError) as error:
         encode_corpus(model, [corpus / "a.jsonl"], tmp_path / "three", options=OPTIONS)
-    assert main([*command, "--out", "../four", "--workers", "1"]) == 2
+    assert main([*command, "--out", "../four"]) == 2
     assert [line for line in capsys.readouterr().err.splitlines() if "error" in line] == [f"error: {error.value}"]
     names = [f"a.jsonl-{i:05d}.parquet" for i in range(12)]
     assert all((tmp_path / "four" / name).read_bytes() == (tmp_path / "three" / name).read_bytes() for name in names)
 
 
 @pytest.mark.slow
-def test_an_interrupted_command_is_resumed_and_a_killed_worker_loses_nothing(cluster, adapter, model, corpus, tmp_path):
+@pytest.mark.exhaustive
+def test_an_interrupted_command_is_resumed(cluster, adapter, model, corpus, tmp_path):
     encode_corpus(model, [corpus], tmp_path / "one", options=OPTIONS)
-    two, (on_one, on_two) = tmp_path / "two", [engine.RayCorpusEngine(adapter, workers=count) for count in (1, 2)]
+    two, on_one = tmp_path / "two", engine.RayCorpusEngine(adapter, workers=1)
 
     def interrupt(progress: CorpusProgress) -> None:
         raise KeyboardInterrupt
@@ -167,10 +174,20 @@ def test_an_interrupted_command_is_resumed_and_a_killed_worker_loses_nothing(clu
     with pytest.raises(KeyboardInterrupt):
         encode_corpus(model, [corpus], two, options=OPTIONS, report=interrupt, engine=on_one)
     assert not list(two.glob(".promcse_pl-*"))
-    (two / "a.jsonl-00003.parquet").unlink(missing_ok=True)
-    finished = len(finished_shards(two))
-    assert finished < 36
+    assert len(finished_shards(two)) < 36
+    encode_corpus(model, [corpus], two, options=OPTIONS, engine=on_one)
+    assert contents(two) == contents(tmp_path / "one")
 
+
+@pytest.mark.slow
+def test_a_killed_worker_loses_nothing_and_only_missing_shards_are_encoded(cluster, adapter, model, corpus, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        encode_corpus(model, [corpus], folder, options=OPTIONS)
+    for path in [path for path in two.glob("*.parquet") if not path.name.startswith("a.jsonl-0000")]:
+        path.unlink()
+    finished = len(finished_shards(two))
+    assert finished == 10
     killed: list[psutil.Process] = []
 
     def kill_once(progress: CorpusProgress) -> None:
@@ -178,13 +195,15 @@ def test_an_interrupted_command_is_resumed_and_a_killed_worker_loses_nothing(clu
             killed.extend(busy_workers()[:1])
             os.kill(killed[0].pid, signal.SIGKILL)
 
+    on_two = engine.RayCorpusEngine(adapter, workers=2)
     done = encode_corpus(model, [corpus], two, options=OPTIONS, report=kill_once, engine=on_two)
     assert killed
     assert (done.shards, done.skipped) == (36 - finished, finished)
-    assert contents(two) == contents(tmp_path / "one")
+    assert contents(two) == contents(one)
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_worker_that_dies_too_often_is_one_line(cluster, adapter, model, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "RETRIES", 0)
 

@@ -192,17 +192,23 @@ def test_a_signal_saves_a_checkpoint_sets_the_exit_code_and_loses_no_step(signum
     assert outcome(folder) == outcome(straight)
 
 
-@pytest.fixture
-def stopped_run(long_run, tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def killed_run(long_run, tmp_path_factory) -> Path:
     """A run that died behind its second save."""
     config, _ = long_run
-    folder = tmp_path / "stopped"
+    folder = tmp_path_factory.mktemp("killed") / "run"
     process = start(config, folder)
     while not (folder / "checkpoints/step-8").exists():
         time.sleep(0.002)
     process.kill()
     end(process)
     return folder
+
+
+@pytest.fixture
+def stopped_run(killed_run, tmp_path) -> Path:
+    """A copy of the killed run, which a test may resume or damage."""
+    return shutil.copytree(killed_run, tmp_path / "stopped", symlinks=True)
 
 
 def test_times_are_those_of_all_processes_without_the_time_between_them(stopped_run, long_run):

@@ -84,6 +84,7 @@ def test_a_killed_sweep_with_a_failed_job_is_resumed_with_the_missing_jobs_only(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_killed_sweep_can_be_resumed_until_all_jobs_are_finished(tmp_path):
     files(tmp_path)
     parent = begin(tmp_path, "-m", "seed=1,2", *SETTINGS, "hydra.sweep.dir=sweep")
@@ -105,8 +106,10 @@ def test_a_killed_sweep_can_be_resumed_until_all_jobs_are_finished(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher",
-    [["hydra/launcher=joblib"], ["sweep.engine=submitit", "hydra/launcher=submitit_local"]],
-    ids=["joblib", "submitit"],
+    [
+        pytest.param(["hydra/launcher=joblib"], id="joblib", marks=pytest.mark.exhaustive),
+        pytest.param(["sweep.engine=submitit", "hydra/launcher=submitit_local"], id="submitit"),
+    ],
 )
 def test_the_launchers_of_hydra_keep_working(launcher, tmp_path):
     files(tmp_path)

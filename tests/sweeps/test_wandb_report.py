@@ -13,6 +13,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import wandb
 from markdown_it import MarkdownIt
 from support.browser import chromium, console_messages, needs_chromium, view
 from support.sweep_folders import finish, start, write_sweep
@@ -321,7 +322,10 @@ def test_the_server_receives_what_the_preview_shows(sweep, tmp_path, monkeypatch
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         monkeypatch.setenv("WANDB_API_KEY", KEY)
         assert main(["dashboard", "--sweep", str(sweep)]) == 0
-        assert dashboard.main([json.dumps(["mine", "team"])]) == 0  # without the seconds that another process needs
+        try:
+            assert dashboard.main([json.dumps(["mine", "team"])]) == 0  # without the seconds that another process needs
+        finally:
+            wandb.teardown()  # ends its service, which other tests would use
     report, workspace = server.views
     addresses = capsys.readouterr().out.splitlines()
     assert re.fullmatch(rf"{server.url}/someone/promcse/reports/Sweep-margins[^ /]*--V1", addresses[0])

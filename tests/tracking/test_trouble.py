@@ -252,6 +252,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_killed_and_resumed_job_is_one_complete_run_on_the_server(server, tmp_path):
     config, run = small_config(tmp_path, "online"), tmp_path / "run"
     trainer = replace(config.trainer, epochs=20, max_steps=20, save_every=1, log_every=1)
