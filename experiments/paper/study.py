@@ -72,7 +72,7 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """A table or figure of the paper.
+    """A table or figure of the paper, or a comparison of our own.
 
     Attributes:
         title: Title of its page.
@@ -86,6 +86,7 @@ class Study:
         seeds: Number of seeds.
         curves: For a figure: the label of each curve, and its points: value on the horizontal axis and name of the row.
         axis: Label of the horizontal axis.
+        baseline: In a comparison of our own: the row that all others are compared with, on the dev score.
     """
 
     title: str
@@ -99,6 +100,7 @@ class Study:
     seeds: int = 5
     curves: tuple[tuple[str, tuple[tuple[float, str], ...]], ...] = ()
     axis: str = ""
+    baseline: str | None = None
 
 
 def _scores(tasks: tuple[str, ...], *lines: tuple[str, str]) -> dict[str, dict[str, float]]:
@@ -344,6 +346,37 @@ STUDIES: dict[str, Study] = {
         "subsets. If DATA/cxc exists, CxC-STS is evaluated and compared instead.",
     ),
 }
+
+STUDIES["options"] = Study(
+    title="Options beyond the paper",
+    about="Losses, initialisation, averaging, heads, poolings and trained weights beyond the paper, each as the only change of "
+    f"{PROMCSE_EH}. An option is kept in the code if its dev score is significantly better for some encoder.",
+    rows=(
+        Row(PROMCSE_EH, PRESETS[PROMCSE_EH]),
+        *(
+            Row(name, PRESETS[PROMCSE_EH], overrides)
+            for name, overrides in {
+                "false negatives masked": ("loss.mask_false_negatives=true",),
+                "distillation from the frozen encoder": ("loss.distillation_weight=0.3",),
+                "symmetric NT-Xent": ("loss.symmetric=true",),
+                "weighted negatives": ("loss.hardness=0.5",),
+                "prompt from data": ("prompt.init=data",),
+                "mean of the last half": ("trainer.average=0.5",),
+                "prompt and low-rank head": ("model.head=low_rank", "model.head_rank=8"),
+                "prompt, mean of the last two layers": ("model.pooling=avg_top2",),
+                "prompt and LoRA": ("tuning.weights=lora", "tuning.rank=2", "tuning.alpha=1", "optim.lr=3e-3"),
+                "LoRA": ("tuning=lora", "tuning.rank=2", "tuning.alpha=4", "optim.lr=1e-3"),
+                "biases": ("tuning=bitfit", "optim.lr=1e-3"),
+            }.items()
+        ),
+    ),
+    tasks=(),
+    headline=DEV,
+    suites=(),
+    seeds=3,
+    baseline=PROMCSE_EH,
+    limits="No test set is used.",
+)
 
 LEARNING_RATE_OF = {
     "table1/prompt": "table1/prompt_eh",

@@ -125,7 +125,16 @@ class Workspace:
 
     def run_folder(self, row: Row, seed: int) -> Path:
         """Return the folder of a run, named after the overrides that vary, so that studies share runs."""
-        local = ("seed=", "model", "data.", "evaluation=", "tracking=", *MINIATURE_OVERRIDES, *self.extra)
+        local = (
+            "seed=",
+            "model=",
+            "model.path=",
+            "data.",
+            "evaluation=",
+            "tracking=",
+            *MINIATURE_OVERRIDES,
+            *self.extra,
+        )
         varying = [line for line in self.overrides(row, seed) if not line.startswith(local)]
         return self.folder / "_".join(varying).replace("/", "-").replace("=", "-") / f"seed{seed}"
 

@@ -55,6 +55,7 @@ def record(seed: int, value: float, **scores: float) -> dict[str, Any]:
         "seed": seed,
         "overrides": [f"seed={seed}", "optim.lr=3e-2"],
         "dev_spearman": value,
+        "trained_parameters": 46_080,
         "training_seconds": 60.0,
         "machine": {"threads": 1, "device": "cpu", "precision": "float32"},
         "versions": {"torch": "2"},
@@ -124,6 +125,8 @@ def test_tables_share_the_runs_of_equal_settings(workspace):
     assert workspace.run_folder(rows["PromCSE, without EH"], 42) == workspace.run_folder(PLAIN, 42)
     folders = {workspace.run_folder(row, seed) for row in (EH, PLAIN, rows["PromCSE, m = 0"]) for seed in (42, 43)}
     assert len(folders) == 6
+    settings = {(row.preset, row.overrides) for table in STUDIES.values() for row in table.rows}
+    assert len({workspace.run_folder(Row("", *setting), 42) for setting in settings}) == len(settings)
 
 
 def test_the_overrides_of_a_run_compose_for_the_sample_and_for_the_whole_data(workspace):
@@ -290,6 +293,18 @@ def test_a_page_shows_the_paper_beside_means_intervals_and_verdicts(workspace):
     )
     assert whole.count("| not run |") > 20
     assert not study.study_folder("table3").exists()
+
+
+def test_rows_without_a_claim_of_the_paper_are_compared_with_the_baseline_by_seed(workspace):
+    write("options", **{PROMCSE_EH: [87.0, 87.4, 87.2], "symmetric NT-Xent": [87.2, 87.5, 87.5], "LoRA": [87.0]})
+    test = scipy.stats.ttest_1samp([0.2, 0.1, 0.3], 0.0)
+    low, high = test.confidence_interval(0.95)
+    lines = pages.baseline_table(STUDIES["options"], study.read_results("options")["minilm-3"])
+    cells = {line.split(" | ")[0][2:]: line.split(" | ")[3:] for line in lines if line.startswith("| ")}
+    assert cells["symmetric NT-Xent"][0] == f"+0.20 [{low:.2f}, {high:.2f}], 3 paired seeds"
+    assert cells["symmetric NT-Xent"][1].startswith(f"{test.pvalue:.3f}")
+    assert cells["LoRA"][0] == pages.FEW_SEEDS
+    assert set(cells) == {"row", "---", "symmetric NT-Xent", "LoRA"}
 
 
 def test_every_study_has_a_page_for_partial_results(workspace):

@@ -48,6 +48,7 @@ def cluster():
         patch.setenv("RAY_OVERRIDE_RESOURCES", json.dumps({"CPU": 2}))
         patch.setenv("RAY_AUTH_TOKEN", "0" * 64)
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_worker_niceness", "0")  # by default, workers wait until other tests leave a core free
         with ray_cluster(None, "--address "):
             assert cluster_nodes(ray) == [(2, 0)]
             yield

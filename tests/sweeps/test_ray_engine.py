@@ -77,6 +77,7 @@ class Cluster:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_worker_niceness", "0")  # by default, workers wait until other tests leave a core free
         cluster = Cluster(files(tmp_path_factory.mktemp("ray")))
         processes = psutil.Process(cluster.process.pid).children(recursive=True)
         yield cluster
