@@ -112,9 +112,9 @@ def differences_from_cpu(shape: str, work: Work) -> dict[str, float]:
     """
     tokens, found = random_batch(COMPARED), []
     encoder = random_encoder(shape, torch.float32, "avg", "cpu", **work.changes).eval()
-    for place, chunk_tokens in (("cpu", 16384), (work.device, 128)):
-        encoder.to(place).zero_grad()
-        loss = loss_of(encoder, tokens.to(place), chunk_tokens)
+    for device, chunk_tokens in (("cpu", 16384), (work.device, 128)):
+        encoder.to(device).zero_grad()
+        loss = loss_of(encoder, tokens.to(device), chunk_tokens)
         loss.backward()
         found.append((loss.detach().cpu(), encoder.prompt.embedding.weight.grad.cpu()))
     (loss_cpu, gradient_cpu), (loss, gradient) = found
