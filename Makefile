@@ -1,9 +1,9 @@
 .DEFAULT_GOAL := help
-.PHONY: help install demo demodata test lint format docs constraints hashes lowest audit
+.PHONY: help install demo demodata test gpu-check lint format docs constraints hashes lowest audit
 PYTHON ?= .venv/bin/python
 
 help: ## show the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 install: ## create .venv with all development dependencies
 	python3 -m venv .venv
@@ -17,6 +17,9 @@ demodata: ## write promcse_pl/data/demo_data with its generator
 
 test: ## run the tests
 	$(PYTHON) -m pytest
+
+gpu-check: ## test and measure training on a GPU, and write the results into experiments/speed
+	$(PYTHON) experiments/speed/gpu_check.py
 
 lint: ## run ruff, mypy and import-linter
 	$(PYTHON) -m ruff check .

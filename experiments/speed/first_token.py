@@ -15,11 +15,9 @@ from unittest.mock import patch
 
 import torch
 from machine import describe, seconds
-from shapes import LENGTH, SEED, random_batch, random_encoder
+from shapes import LENGTH, SEED, loss_of, random_batch, random_encoder
 
-from promcse_pl.config import LossConfig
 from promcse_pl.data.batch import Tokens
-from promcse_pl.losses.hybrid import hybrid_loss
 from promcse_pl.models import encoder as module
 from promcse_pl.models.cpu.chunks import CHUNK_TOKENS
 from promcse_pl.models.encoder import PromptEncoder
@@ -32,9 +30,7 @@ LEVERS = {"every token": False, "first token": True}
 
 
 def training(encoder: PromptEncoder, tokens: Tokens) -> None:
-    vectors, _ = encoder.train()(tokens, chunk_tokens=CHUNK_TOKENS["cpu"])
-    views = vectors.view(3, -1, vectors.shape[1])
-    hybrid_loss(*views, LossConfig(temperature=0.05, margin=0.2, hinge_weight=10.0)).total.backward()
+    loss_of(encoder.train(), tokens, CHUNK_TOKENS["cpu"]).backward()
     encoder.zero_grad()
 
 
@@ -58,7 +54,7 @@ def main() -> None:
     dtype = getattr(torch, choose_precision("auto", torch.device("cpu"))[0])
     cases = []
     for shape, sentences in CASES:
-        encoder, tokens = random_encoder(shape, dtype, "cls", "cpu"), random_batch(sentences, "cpu")
+        encoder, tokens = random_encoder(shape, dtype, "cls", "cpu"), random_batch(sentences)
         for work in (training, encoding):
             took = interleaved(lambda: work(encoder, tokens))  # noqa: B023
             case = {"shape": shape, "work": work.__name__, "sentences": sentences, "seconds": took}

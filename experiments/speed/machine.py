@@ -70,6 +70,12 @@ def peak_bytes(device: str = "cpu") -> int:
     return int(found[1]) * 1024
 
 
+def reset_peak(device: str) -> None:
+    """Let the peak memory of a GPU start at what is in use; that of a process only grows."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
 def in_own_process(script: str, *arguments: object) -> Any:  # noqa: ANN401  (what the script prints last, as JSON)
     """Run a script of this folder and return what it printed."""
     command = [sys.executable, str(Path(script).resolve()), *map(str, arguments)]

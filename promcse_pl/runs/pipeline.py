@@ -47,7 +47,7 @@ from promcse_pl.training.distributed import (
 )
 from promcse_pl.training.encoder_settings import describe_origins, resolved_model
 from promcse_pl.training.fit import Fitted, Parts, build_data, build_encoder, build_mlm_head, fit
-from promcse_pl.training.machine import resolve_machine
+from promcse_pl.training.machine import resolve_chunk_tokens, resolve_machine
 from promcse_pl.utils.errors import DataError
 from promcse_pl.utils.files import write_text
 from promcse_pl.utils.paths import hide_home
@@ -125,6 +125,7 @@ def _prepare(run: RunContext) -> tuple[RunContext, Parts]:
     mlm_head = build_mlm_head(config, encoder.backbone)
     with rank_zero_first(run.ranks), progress_bar(run.console, "tokenising", None) as progress:
         data = build_data(config, encoder, progress)
+    config = resolve_chunk_tokens(config, encoder, data.token_rows, device)
     run, parts = dataclasses.replace(run, config=config), Parts(device, encoder, mlm_head, data)
     _report_data(run, data, encoder.text.max_length)
     trained, total = _count_parameters(parts)

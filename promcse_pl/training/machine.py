@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,43 @@ log = logging.getLogger("promcse_pl")
 MIN_BFLOAT16_GAIN = 1.3
 """`trainer.precision=auto` selects bfloat16 if its matrix product is at least this many times as fast as float32's."""
 MAX_MEMORY_FRACTION = 0.5
-"""`trainer.recompute=auto` keeps activations that fit into this fraction of the free memory."""
+"""`trainer.recompute=auto` keeps activations that fit into this fraction of the free memory, and so does a chunk on a GPU."""
+_MEMORY_DEVICES = ("cuda",)
+"""Devices where `trainer.chunk_tokens=auto` depends on the free memory."""
 _ROWS, _WIDTH, _REPEATS = 512, 768, 5
 _CGROUP = Path("/sys/fs/cgroup")
 _PROBE_SENTENCES = 4
 
 
+@dataclass(frozen=True, slots=True)
+class StepMemory:
+    """Memory of a training step, measured at the start of a run.
+
+    Attributes:
+        free: Free bytes for the activations of this rank.
+        token_bytes: Bytes that autograd keeps for one token.
+        batch_tokens: Number of tokens in the batch of this rank, from the mean length of a sentence.
+    """
+
+    free: int
+    token_bytes: int
+    batch_tokens: int
+
+    @property
+    def needed(self) -> int:
+        """Bytes that autograd keeps for a batch."""
+        return self.token_bytes * self.batch_tokens
+
+    @property
+    def fits(self) -> bool:
+        """Whether the activations of a batch are kept with `trainer.recompute=auto`."""
+        return self.needed <= MAX_MEMORY_FRACTION * self.free
+
+
 def resolve_machine(config: Config) -> tuple[Config, torch.device]:
     """Replace `auto` in device, precision and chunk size by values for this machine; all ranks use rank 0's precision.
+
+    The chunk size of a GPU depends on the encoder, see `resolve_chunk_tokens`.
 
     Returns:
         The resolved config, and the device.
@@ -45,7 +75,7 @@ def resolve_machine(config: Config) -> tuple[Config, torch.device]:
     precision, reason = gather_values(_choose(config, device))[0]
     log.info("device: %s; precision: %s", device.type, reason)
     resolved: dict[str, Any] = {"device": device.type, "precision": precision}
-    if config.trainer.chunk_tokens == "auto":
+    if config.trainer.chunk_tokens == "auto" and device.type not in _MEMORY_DEVICES:
         resolved["chunk_tokens"] = CHUNK_TOKENS[device.type]
     return dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, **resolved)), device
 
@@ -97,31 +127,77 @@ def measure(arguments: Sequence[str]) -> int:
     return 0
 
 
+def resolve_chunk_tokens(config: Config, encoder: PromptEncoder, rows: TokenRows, device: torch.device) -> Config:
+    """Replace `auto` in the chunk size of a GPU by a value for its free memory; all ranks use the smallest.
+
+    Args:
+        config: The config; other devices have a chunk size after `resolve_machine`.
+        encoder: The model; it is moved to the device.
+        rows: The training rows.
+        device: The device of this rank.
+    """
+    if config.trainer.chunk_tokens != "auto":
+        return config
+    memory = measure_memory(config, encoder.to(device), rows, device)
+    tokens = min(gather_values(fit_chunk_tokens(CHUNK_TOKENS[device.type], memory)))
+    log.info("chunk size: %d tokens (trainer.chunk_tokens)", tokens)
+    return dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, chunk_tokens=tokens))
+
+
+def fit_chunk_tokens(most: int, memory: StepMemory | None) -> int:
+    """Return the number of tokens in a chunk: `most`, or the largest power of two whose activations fit.
+
+    If the activations of a batch fit, those of a chunk do. Powers of two, so that runs with nearly equal free memory have equal
+    chunks and dropout masks.
+
+    Args:
+        most: Maximum; larger chunks need more padding.
+        memory: Measured memory; None: not known.
+    """
+    if memory is None or memory.fits:
+        return most
+    fitting = max(1, int(MAX_MEMORY_FRACTION * memory.free) // memory.token_bytes)
+    return min(most, 1 << (fitting.bit_length() - 1))
+
+
 def must_recompute(config: Config, encoder: PromptEncoder, rows: TokenRows, device: torch.device) -> bool:
     """Return whether chunks are recomputed in the backward pass: as set, or with `auto` if memory is too small."""
     if config.trainer.recompute != "auto":
         return config.trainer.recompute == "always"
-    free = free_bytes(device)
-    if free is None:
-        return False
-    # gradients, both moments of AdamW, and the gradients of the chunks that run at the same time
-    trained = sum(weight.nbytes for weight in encoder.parameters() if weight.requires_grad)
-    free = max(0, free - (3 + (2 * torch.get_num_threads() if device.type == "cpu" else 1)) * trained)
-    batch_rows = -(-config.data.batch_size // config.trainer.world_size)
-    sentences = batch_rows * max(2, rows.width) * (2 if config.loss.mlm_weight else 1)
-    mean_length = -(-rows.tokens_total // (len(rows) * rows.width))
-    needed = sentences * activation_bytes(encoder, mean_length)
-    if device.type == "cpu":  # the ranks of this machine share its memory
-        free //= config.trainer.devices
-    if needed <= MAX_MEMORY_FRACTION * free:
+    memory = measure_memory(config, encoder, rows, device)
+    if memory is None or memory.fits:
         return False
     log.info(
         "the activations of a batch would take %.1f GB of %.1f GB free memory: chunks are recomputed in the backward pass "
         "(trainer.recompute)",
-        needed / 1e9,
-        free / 1e9,
+        memory.needed / 1e9,
+        memory.free / 1e9,
     )
     return True
+
+
+def measure_memory(config: Config, encoder: PromptEncoder, rows: TokenRows, device: torch.device) -> StepMemory | None:
+    """Measure the free memory of a device and what the activations of a batch need; None if it is not known.
+
+    Args:
+        config: The config.
+        encoder: The model, on the device.
+        rows: The training rows.
+        device: The device of this rank.
+    """
+    free = free_bytes(device)
+    if free is None:
+        return None
+    # gradients, both moments of AdamW, and the gradients of the chunks that run at the same time
+    trained = sum(weight.nbytes for weight in encoder.parameters() if weight.requires_grad)
+    free = max(0, free - (3 + (2 * torch.get_num_threads() if device.type == "cpu" else 1)) * trained)
+    if device.type == "cpu":  # the ranks of this machine share its memory
+        free //= config.trainer.devices
+    mean_length = -(-rows.tokens_total // (len(rows) * rows.width))
+    passes = 2 if config.loss.mlm_weight else 1
+    token_bytes = -(-passes * activation_bytes(encoder, mean_length) // mean_length)
+    batch_rows = -(-config.data.batch_size // config.trainer.world_size)
+    return StepMemory(free, token_bytes, batch_rows * max(2, rows.width) * mean_length)
 
 
 def activation_bytes(encoder: PromptEncoder, length: int) -> int:
@@ -165,7 +241,8 @@ def _kept_bytes(encoder: PromptEncoder, sentences: int, length: int) -> int:
 def free_bytes(device: torch.device) -> int | None:
     """Return the free memory of a device, for a CPU at most that of its container; None if it is not known."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
     if device.type != "cpu":
         return None
     free = int(psutil.virtual_memory().available)

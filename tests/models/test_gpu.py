@@ -91,6 +91,14 @@ def test_activation_bytes_of_one_sentence_are_measured():
     assert 0 < activation_bytes(encoder, 10) < free_bytes(GPU)
 
 
+def test_memory_that_torch_has_cached_counts_as_free():
+    before = free_bytes(GPU)
+    block = torch.empty(2**28, dtype=torch.uint8, device=GPU)
+    assert free_bytes(GPU) < before - 2**27
+    del block
+    assert free_bytes(GPU) == pytest.approx(before, abs=2**26)
+
+
 def test_a_low_rank_head_on_the_gpu_is_exported_for_sentence_transformers():
     pytest.importorskip("sentence_transformers")
     from promcse_pl.interop import sentence_transformers as interop

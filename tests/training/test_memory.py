@@ -4,12 +4,23 @@ import re
 
 import pytest
 import torch
-from support.encoders import save_small_encoder, small_backbone, small_tokens
+import yaml
+from support.encoders import save_small_encoder, small_backbone, small_tokenizer, small_tokens
 
 from promcse_pl.config import Config
+from promcse_pl.data.tokens import load_tokens, memory_source
 from promcse_pl.models.encoder import PromptEncoder
+from promcse_pl.run_folder import read_resolved_config
 from promcse_pl.runs.lifecycle import run_job
-from promcse_pl.training.machine import activation_bytes, free_bytes
+from promcse_pl.training import machine
+from promcse_pl.training.machine import (
+    MAX_MEMORY_FRACTION,
+    StepMemory,
+    activation_bytes,
+    fit_chunk_tokens,
+    free_bytes,
+    measure_memory,
+)
 
 
 def batch_activation_bytes(encoder, tokens):
@@ -112,3 +123,52 @@ def test_recomputation_is_enabled_and_logged_if_memory_is_too_small(train, monke
 def test_the_chunk_size_of_the_device_is_written_to_the_run_folder(train, tmp_path):
     train("auto", chunk_tokens="auto")
     assert "chunk_tokens: 512" in (tmp_path / "auto" / "config.yaml").read_text()
+
+
+def test_a_chunk_is_the_largest_power_of_two_that_fits_or_the_maximum_if_the_batch_fits():
+    for free in (0, 1, 5, 1_000, 123_456, 10**6, 80 * 10**9):
+        for token_bytes in (1, 7, 1_000, 2_000_000):
+            for batch_tokens in (1, 300, 49_152):
+                memory, halved = StepMemory(free, token_bytes, batch_tokens), 16_384
+                budget = MAX_MEMORY_FRACTION * free
+                if token_bytes * batch_tokens > budget:
+                    while halved > 1 and halved * token_bytes > budget:
+                        halved //= 2
+                assert fit_chunk_tokens(16_384, memory) == halved
+    assert fit_chunk_tokens(8_192, None) == 8_192
+
+
+def test_the_memory_of_a_step_counts_the_batch_of_a_rank_and_both_passes_of_the_mlm_task(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "free_bytes", lambda _device: 10**9)
+    encoder = PromptEncoder(small_backbone(), length=4).train()
+    source = memory_source("rows", [("w5 w6 w7 w8", "w5 w6 w7", "w5 w6 w7")])  # 6, 5 and 5 tokens, 5.3 on average
+    rows = load_tokens(source, small_tokenizer(), max_length=20, cache_dir=tmp_path)
+
+    def measured(**sections):
+        data = {"kind": "triplets", "train": "demo", "batch_size": 7}
+        config = Config.from_dict({"model": {"path": "small"}, "data": data, **sections})
+        return measure_memory(config, encoder, rows, torch.device("cpu"))
+
+    one, two = measured(), measured(trainer={"devices": 2})
+    trained = encoder.prompt.embedding.weight.nbytes
+    assert one == StepMemory(10**9 - 5 * trained, -(-activation_bytes(encoder, 6) // 6), 7 * 3 * 6)
+    assert two == StepMemory(one.free // 2, one.token_bytes, 4 * 3 * 6)
+    with_mlm = measured(loss={"mlm_weight": 0.1})
+    assert with_mlm.token_bytes == -(-2 * activation_bytes(encoder, 6) // 6)
+
+
+def test_the_chunk_size_of_a_device_with_little_memory_is_measured_recorded_and_kept(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "_MEMORY_DEVICES", ("cpu",))  # as on a GPU
+    monkeypatch.setattr(machine, "free_bytes", lambda _device: 300_000)
+    small, said = train("small", chunk_tokens="auto")
+    path = tmp_path / "small/config.yaml"
+    tokens = yaml.safe_load(path.read_text())["resolved"]["trainer.chunk_tokens"]
+    assert tokens in (8, 16, 32)
+    assert f"chunk size: {tokens} tokens (trainer.chunk_tokens)" in said
+    assert "chunks are recomputed" in said
+    typed, _ = train("typed", chunk_tokens=tokens)
+    assert typed == small
+    monkeypatch.setattr(machine, "free_bytes", lambda _device: 10**9)
+    assert read_resolved_config(path).trainer.chunk_tokens == tokens  # what a resumed run uses
+    train("large", chunk_tokens="auto")
+    assert read_resolved_config(tmp_path / "large/config.yaml").trainer.chunk_tokens == 512
