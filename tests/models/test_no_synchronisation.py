@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.encoders import FAMILIES, small_backbone, small_tokens
+from support.encoders import every_family, small_backbone, small_tokens
 
 from promcse_pl.config import LossConfig
 from promcse_pl.data.masking import IGNORED
@@ -28,7 +28,7 @@ def train_on_meta(encoder: PromptEncoder, *, mlm: bool = False, **options: objec
     assert encoder.prompt.embedding.weight.grad.device.type == "meta"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@every_family
 def test_a_training_step_of_every_family_reads_no_value(family):
     train_on_meta(PromptEncoder(small_backbone(family), length=4, pooling="avg"))
 
