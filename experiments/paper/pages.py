@@ -272,7 +272,8 @@ def provenance(model: Results) -> list[str]:
         f"Data: {data}.",
         "",
         f"First run: `python run.py {' '.join(example['overrides'])}`, with `data.dir` and the sample as `data.train`. "
-        f"{len(runs)} runs, {hours:.1f} hours (wall time, with pauses and other load) with {machine['threads']} threads of a {machine['device']}, "
+        f"{len(runs)} runs, {hours:.1f} hours (wall time, with pauses and other load) with {machine['threads']} threads of a "
+        f"{machine['device']}, "
         f"{machine['precision']}; {versions}.",
     ]
 
