@@ -149,4 +149,7 @@ def _clear_errors(repo_id: str) -> Iterator[None]:
         reason = advice.get(status, first_line(error))
         raise AdapterError(f"cannot push to {repo_id}: the hub answered {status}. {reason}") from error
     except Exception as error:  # connection errors depend on the HTTP client of huggingface_hub
-        raise AdapterError(f"cannot push to {repo_id}: {type(error).__name__}: {first_line(error)}") from error
+        raise AdapterError(
+            f"cannot push to {repo_id}: {type(error).__name__}: {first_line(error)}. Try: the same command with a connection to "
+            "the hub; HF_ENDPOINT selects another one"
+        ) from error

@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from promcse_pl.cli import (
     dashboard,
@@ -74,7 +74,10 @@ def _completion(arguments: list[str]) -> list[str]:
 
 
 class Parser(argparse.ArgumentParser):
-    """Argument parser that reports errors in one line and suggests the closest command or option."""
+    """Argument parser that reports errors in one line and suggests the closest command or option; no abbreviations."""
+
+    def __init__(self, **options: Any) -> None:  # noqa: ANN401  (those of argparse)
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with code 2."""

@@ -45,7 +45,13 @@ def find_inputs(given: Sequence[str | Path], *, out: Path) -> list[InputFile]:
             raise DataError(
                 "standard input cannot be read again after an interruption. Try: a file instead of -, or --out FILE.npy"
             )
-        found = [file for file in _matches(entry) if not file.path.resolve().is_relative_to(out.resolve())]
+        matches = list(_matches(entry))
+        found = [file for file in matches if not file.path.resolve().is_relative_to(out.resolve())]
+        if matches and not found:
+            elsewhere = shlex.quote(f"{out}-embeddings")
+            raise DataError(
+                f"{entry} is inside the output folder {out}, whose files are not read. Try: --out {elsewhere}"
+            )
         if not found:
             raise DataError(
                 f"{entry} matches no data file. Allowed: {', '.join(SUFFIXES)}, each also with .gz; names that start with . or _ "

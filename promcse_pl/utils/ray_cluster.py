@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from promcse_pl.utils.errors import ConfigError
@@ -43,6 +44,8 @@ def ray_cluster(address: str | None, setting: str) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
+    if address == "auto":
+        _check_recorded_address(setting)
     handler = signal.getsignal(signal.SIGTERM)
     try:
         _connect(ray, address, setting)
@@ -72,6 +75,23 @@ def _connect(ray: Any, address: str | None, setting: str) -> None:  # noqa: ANN4
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         reason = str(error.__cause__ or error).strip().partition("\n")[0] or type(error).__name__
         raise _unreachable(address, setting, reason) from error
+
+
+def _check_recorded_address(setting: str) -> None:
+    """Raise a ConfigError if the cluster of `auto` does not answer: that in RAY_ADDRESS, or what `ray start` has recorded."""
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    record = Path(folder) / "ray/ray_current_cluster"
+    address = os.environ.get("RAY_ADDRESS") or (record.read_text().strip() if record.is_file() else "auto")
+    if not address.rpartition(":")[2].isdecimal():
+        return  # Ray looks for running processes, and reports that there are none
+    try:
+        _check_address(address, setting)
+    except ConfigError as error:
+        origin, fix = ("RAY_ADDRESS", "unset RAY_ADDRESS") if "RAY_ADDRESS" in os.environ else (record, "ray stop")
+        raise ConfigError(
+            f"{setting}auto: no Ray cluster answers at {address} (from {origin}). Try: {fix}, then ray start --head, or no "
+            f"{setting.strip(' =')}, which starts a cluster on this machine"
+        ) from error
 
 
 def _check_address(address: str, setting: str) -> None:

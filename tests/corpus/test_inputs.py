@@ -59,6 +59,11 @@ def test_equal_names_are_an_error_whose_advice_works(corpus):
     assert names(pattern, out=corpus / "out") == ["a.txt", "sub--a.txt"]
 
 
+def test_an_input_inside_the_output_folder_is_an_error_that_says_so(corpus):
+    with pytest.raises(DataError, match=r"is inside the output folder .* Try: --out .*-embeddings"):
+        names(corpus / "a.txt", out=corpus)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -269,6 +269,25 @@ def test_an_address_without_a_cluster_is_an_error_at_once(address, message, adap
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "RAY_ADDRESS"])
+def test_auto_is_an_error_at_once_if_the_known_cluster_has_ended(recorded, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray/ray_current_cluster").write_text("127.0.0.1:1" if recorded else "127.0.0.1:2")
+    if not recorded:
+        monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    origin, fix = (
+        (f"{tmp_path}/ray/ray_current_cluster", "ray stop") if recorded else ("RAY_ADDRESS", "unset RAY_ADDRESS")
+    )
+    with pytest.raises(ConfigError) as error, ray_cluster("auto", "--address "):
+        pass
+    start = (
+        f"--address auto: no Ray cluster answers at 127.0.0.1:1 (from {origin}). Try: {fix}, then ray start --head, "
+    )
+    assert str(error.value).startswith(start)
+
+
 def test_a_port_of_another_program_is_an_error_within_seconds(monkeypatch):
     monkeypatch.setattr("promcse_pl.utils.ray_cluster._ANSWER_SECONDS", 4.0)
     with socket.create_server(("127.0.0.1", 0)) as server:
