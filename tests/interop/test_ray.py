@@ -271,6 +271,7 @@ def test_an_address_without_a_cluster_is_an_error_at_once(address, message, adap
 
 @pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "RAY_ADDRESS"])
 def test_auto_is_an_error_at_once_if_the_known_cluster_has_ended(recorded, tmp_path, monkeypatch):
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # the cluster of the other tests
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     (tmp_path / "ray").mkdir()
