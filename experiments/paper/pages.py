@@ -273,8 +273,7 @@ def provenance(model: Results) -> list[str]:
         "",
         f"First run: `python run.py {' '.join(example['overrides'])}`, with `data.dir` and the sample as `data.train`. "
         f"{len(runs)} runs, {hours:.1f} hours (wall time, with pauses and other load) with {machine['threads']} threads of a "
-        f"{machine['device']}, "
-        f"{machine['precision']}; {versions}.",
+        f"{machine['device']}, {machine['precision']}; {versions}.",
     ]
 
 

@@ -81,13 +81,14 @@ def _check_recorded_address(setting: str) -> None:
     """Raise a ConfigError if the cluster of `auto` does not answer: that in RAY_ADDRESS, or what `ray start` has recorded."""
     folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
     record = Path(folder) / "ray/ray_current_cluster"
-    address = os.environ.get("RAY_ADDRESS") or (record.read_text().strip() if record.is_file() else "auto")
-    if not address.rpartition(":")[2].isdecimal():
-        return  # Ray looks for running processes, and reports that there are none
+    given = os.environ.get("RAY_ADDRESS")
+    address = given or (record.read_text().strip() if record.is_file() else "auto")
+    if "://" in address or not address.rpartition(":")[2].isdecimal():
+        return  # a Ray client's address, or none: then Ray looks for running processes and reports that there are none
     try:
         _check_address(address, setting)
     except ConfigError as error:
-        origin, fix = ("RAY_ADDRESS", "unset RAY_ADDRESS") if "RAY_ADDRESS" in os.environ else (record, "ray stop")
+        origin, fix = ("RAY_ADDRESS", "unset RAY_ADDRESS") if given else (record, "ray stop")
         raise ConfigError(
             f"{setting}auto: no Ray cluster answers at {address} (from {origin}). Try: {fix}, then ray start --head, or no "
             f"{setting.strip(' =')}, which starts a cluster on this machine"
