@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,26 +14,37 @@ import yaml
 from safetensors.torch import load_file
 from support.encoders import save_small_encoder
 from support.folders import ROOT
+from support.light_commands import Ended, light_commands
 
 from promcse_pl.sweeps.plan import read_plan
 
 RUN = str(ROOT / "run.py")
 
 
-def start(cwd: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def surroundings(cwd: Path, **environment: str) -> dict[str, str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     own = {"XDG_CACHE_HOME": str(cwd.parent / "cache"), "HF_HUB_OFFLINE": "1", "HOME": str(cwd.parent)}
+    return {**clean, **own, **environment}
+
+
+def start(cwd: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `python run.py ARGUMENTS` in a new interpreter."""
     return subprocess.run(
-        [sys.executable, "-X", "importtime", RUN, *arguments]
-        if environment.pop("IMPORTS", "")
-        else [sys.executable, RUN, *arguments],
+        [sys.executable, RUN, *arguments],
         cwd=cwd,
-        env={**clean, **own, **environment},
+        env=surroundings(cwd, **environment),
         capture_output=True,
         text=True,
         check=False,
         timeout=300,
     )
+
+
+@pytest.fixture(scope="module")
+def light(tmp_path_factory) -> Iterator[Callable[..., Ended]]:
+    """Run `python run.py ARGUMENTS` as `start` does, but forked: for commands that end before torch is imported."""
+    with light_commands(tmp_path_factory.mktemp("light")) as commands:
+        yield lambda cwd, *arguments, **environment: commands.run(cwd, [*arguments], surroundings(cwd, **environment))
 
 
 @pytest.fixture
@@ -78,19 +90,14 @@ MISTAKES = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES.items(), ids=MISTAKES)
-def test_an_invalid_command_line_is_a_one_line_error_and_writes_nothing(arguments, message, here):
-    done = start(here, *arguments.split(), IMPORTS="yes")
-    lines = done.stderr.splitlines()
-    imports = [line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")]
-    printed = [line for line in lines if not line.startswith("import time:")]
+def test_an_invalid_command_line_is_a_one_line_error_and_writes_nothing(arguments, message, light, here):
+    done = light(here, *arguments.split())
     assert done.returncode == 2, done.stderr
-    assert len(printed) == 1, printed
-    assert printed[0].startswith(f"error: {message}")
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith(f"error: {message}")
     assert done.stdout == ""
-    assert "promcse_pl.cli.train" in imports
-    assert not {"torch", "transformers", "pytorch_lightning"} & set(imports), "a mistake must not wait for torch"
+    assert done.heavy == [], "a mistake must not wait for torch"
     assert list(here.iterdir()) == []
 
 
@@ -123,26 +130,23 @@ FILES = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("arguments", FILES)
-def test_an_error_in_a_data_file_is_reported_before_torch_is_imported_and_a_folder_created(arguments, here):
+def test_an_error_in_a_data_file_is_reported_before_torch_is_imported_and_a_folder_created(arguments, light, here):
     content, message = FILES[arguments]
     (here / arguments.rpartition("=")[2]).write_text(content)
     before = sorted(here.iterdir())
-    done = start(here, *arguments.split(), IMPORTS="yes")
-    lines = done.stderr.splitlines()
-    imports = [line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")]
-    (printed,) = (line for line in lines if not line.startswith("import time:"))
+    done = light(here, *arguments.split())
     assert (done.returncode, done.stdout) == (2, "")
-    assert printed.startswith(f"error: {message}")
-    assert not {"torch", "transformers", "pytorch_lightning", "datasets"} & set(imports)
+    assert done.stderr.startswith(f"error: {message}")
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.heavy == []
     assert sorted(here.iterdir()) == before
 
 
-def test_an_error_in_a_data_file_stops_a_sweep_before_its_first_job(here):
+def test_an_error_in_a_data_file_stops_a_sweep_before_its_first_job(light, here):
     (here / "good.csv").write_text("a,b\n" + "x,y\n" * 3)
     (here / "bad.csv").write_text("a,b\nx\n")
-    done = start(here, "-m", "data=pairs", "data.train=good.csv,bad.csv")
+    done = light(here, "-m", "data=pairs", "data.train=good.csv,bad.csv")
     assert (done.returncode, done.stdout) == (2, "")
     assert "no job was started" in done.stderr
     assert "bad.csv:2: 1 field, the header has 2" in done.stderr
@@ -150,17 +154,17 @@ def test_an_error_in_a_data_file_stops_a_sweep_before_its_first_job(here):
 
 
 @pytest.mark.parametrize("folder", ["file", "file/run", "/proc/run", "x" * 300])
-def test_a_run_folder_that_cannot_be_created_is_reported_in_one_line(folder, here):
+def test_a_run_folder_that_cannot_be_created_is_reported_in_one_line(folder, light, here):
     (here / "file").touch()
-    done = start(here, f"hydra.run.dir={folder}")
+    done = light(here, f"hydra.run.dir={folder}")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"error: cannot read or write {folder[:200]}")
     assert done.stderr.count("\n") == 1
     assert [path.name for path in here.iterdir()] == ["file"]
 
 
-def test_an_invalid_wandb_mode_in_the_environment_is_a_user_error(here):
-    done = start(here, WANDB_MODE="nonsense")
+def test_an_invalid_wandb_mode_in_the_environment_is_a_user_error(light, here):
+    done = light(here, WANDB_MODE="nonsense")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(
         "error: WANDB_MODE must be one of online, offline, disabled, got 'nonsense'. Try: unset WANDB_MODE"
@@ -168,19 +172,19 @@ def test_an_invalid_wandb_mode_in_the_environment_is_a_user_error(here):
     assert list(here.iterdir()) == []
 
 
-def test_a_user_error_changes_no_unrelated_folder(here):
+def test_a_user_error_changes_no_unrelated_folder(light, here):
     (here / "outputs/earlier").mkdir(parents=True)
-    assert start(here, "seed=-1").returncode == 2
+    assert light(here, "seed=-1").returncode == 2
     assert [path.relative_to(here).as_posix() for path in here.rglob("*")] == ["outputs", "outputs/earlier"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [".env", "notes.txt", "adapter/chapter.txt"])
-def test_a_run_does_not_start_in_a_folder_with_other_content(name, here):
+def test_a_run_does_not_start_in_a_folder_with_other_content(name, light, here):
     (here / "work" / name).parent.mkdir(parents=True)
     (here / "work" / name).write_text("mine")
     for arguments in (["hydra.run.dir=."], ["hydra.run.dir=../work"]):
-        done = start(here / "work", *arguments)
+        done = light(here / "work", *arguments)
         assert (done.returncode, done.stdout) == (2, "")
         assert f"a run needs a new or empty folder, but ~/work contains {name.split('/')[0]}. Try: " in done.stderr
         assert "Try: the same command with hydra.run.dir=NEW_FOLDER" in done.stderr
@@ -203,8 +207,8 @@ def test_ctrl_c_in_the_imports_ends_without_a_traceback(module, here):
     assert list(here.iterdir()) == []
 
 
-def test_cfg_job_shows_the_recipe_with_the_one_value_that_was_changed(here):
-    done = start(here, "model=roberta-large", "loss.margin=0.2", "--cfg", "job")
+def test_cfg_job_shows_the_recipe_with_the_one_value_that_was_changed(light, here):
+    done = light(here, "model=roberta-large", "loss.margin=0.2", "--cfg", "job")
     assert done.returncode == 0, done.stderr
     shown = yaml.safe_load(done.stdout)
     assert (shown["optim"]["lr"], shown["data"]["batch_size"], shown["prompt"]["length"]) == (0.005, 512, 10)
@@ -332,8 +336,8 @@ def test_a_run_killed_and_resumed_from_the_command_line_is_bit_identical_to_an_u
         assert (here / "killed/adapter" / name).read_bytes() == (here / "straight/adapter" / name).read_bytes()
 
 
-def test_an_encoder_that_is_not_there_stops_a_multirun_before_its_first_job(here):
-    done = start(here, "-m", "seed=1,2", "model.path=./missing", "hydra.sweep.dir=sweep")
+def test_an_encoder_that_is_not_there_stops_a_multirun_before_its_first_job(light, here):
+    done = light(here, "-m", "seed=1,2", "model.path=./missing", "hydra.sweep.dir=sweep")
     assert (done.returncode, done.stdout) == (2, "")
     job = "no job was started; job seed=1 model.path=./missing"
     assert done.stderr.startswith(f"error: {job}: the encoder folder ./missing does not exist")

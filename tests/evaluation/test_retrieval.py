@@ -187,6 +187,7 @@ def test_the_dev_score_is_the_mean_ndcg_with_and_without_the_cache(model, tmp_pa
 
 
 @pytest.mark.realdata
+@pytest.mark.exhaustive
 def test_frozen_minilm_finds_the_hypothesis_of_an_nli_premise(tmp_path):
     folder = nli_beir(tmp_path / "nli", DATA / "nli/nli_train.csv")
     targets = find_targets(["sentence-transformers/all-MiniLM-L6-v2"])

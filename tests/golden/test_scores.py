@@ -24,7 +24,15 @@ WORST: dict[str, float] = {}
 WHAT = f"{len(FOLDERS)} STS evaluations"
 
 
-@pytest.fixture(scope="module", params=FOLDERS, ids=lambda path: path.name)
+def _folders():
+    """Return all folders; those after the first are exhaustive."""
+    return [
+        pytest.param(path, id=path.name, marks=[pytest.mark.exhaustive] if number else [])
+        for number, path in enumerate(FOLDERS)
+    ]
+
+
+@pytest.fixture(scope="module", params=_folders())
 def evaluation(request):
     """The folder, the pairs by official task name, our embeddings and our scores."""
     expected = read_json(request.param / "expected.json")

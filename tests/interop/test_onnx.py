@@ -150,7 +150,7 @@ def test_the_cosines_of_int8_are_those_of_texts_with_the_default_prompt(exported
     "settings",
     [
         {"tuning": Tuning("lora", rank=3, alpha=6.0), "length": 0},
-        {"tuning": Tuning("bias"), "kind": "shared"},
+        pytest.param({"tuning": Tuning("bias"), "kind": "shared"}, marks=pytest.mark.exhaustive),
         {"kind": "input", "head": "low_rank", "head_rank": 2},
     ],
     ids=["lora", "bias, shared prompt", "input prompt, low-rank head"],

@@ -115,9 +115,9 @@ resource.setrlimit(resource.RLIMIT_AS, (used + {room}, resource.RLIM_INFINITY))
 )
 def test_out_of_memory_prints_the_command_that_resumes_with_less_memory(trainer, advice, tmp_path):
     save_small_encoder(tmp_path / "encoder", hidden_size=256, intermediate_size=1024, num_attention_heads=4)
-    (tmp_path / "train.csv").write_text("a,b,c\n" + "\n".join(word_rows(4000)) + "\n")
-    config = config_file(tmp_path, data={"batch_size": 4000}, trainer=trainer)
-    done = promcse(tmp_path / "log", "train", config, "--out", tmp_path / "run", before=LIMIT.format(room=400 * 2**20))
+    (tmp_path / "train.csv").write_text("a,b,c\n" + "\n".join(word_rows(1500)) + "\n")
+    config = config_file(tmp_path, data={"batch_size": 1500}, trainer=trainer)
+    done = promcse(tmp_path / "log", "train", config, "--out", tmp_path / "run", before=LIMIT.format(room=180 * 2**20))
     one_line(done, f"out of memory. Try: python run.py resume={tmp_path}/run {advice}\n")
     status = read_status(tmp_path / "run")
     assert status.state == "failed"

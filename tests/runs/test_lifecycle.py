@@ -2,11 +2,8 @@
 
 import io
 import json
-import os
 import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from support.processes import promcse
 from support.runs import DEV_PAIRS, run_small, small_config, word_rows, write_inputs_with_nan
 
 from promcse_pl import PromCSE
@@ -82,23 +80,11 @@ def test_the_saved_config_is_the_given_one(trained_run):
 
 @pytest.mark.slow
 def test_the_saved_config_alone_repeats_the_run_bit_by_bit(trained_run, tmp_path):
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-        "WANDB_MODE": "disabled",
-        "HF_HUB_OFFLINE": "1",
-    }
-    command = [
-        sys.executable,
-        "-m",
-        "promcse_pl.cli.main",
-        "train",
-        str(trained_run.folder / "config.yaml"),
-        "--out",
-        "again",
-    ]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    surroundings = {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
+    before = f"import os; os.environ.update({surroundings!r}); os.chdir({str(tmp_path)!r})"
+    saved = trained_run.folder / "config.yaml"
+    done = promcse(tmp_path / "log", "train", saved, "--out", "again", before=before)
+    assert done.code == 0, done.stderr
     for name in ("adapter.safetensors", "adapter.json"):
         assert (tmp_path / "again/adapter" / name).read_bytes() == (trained_run.folder / "adapter" / name).read_bytes()
     assert json.loads((tmp_path / "again/results.json").read_text())["scores"] == trained_run.results["scores"]
