@@ -81,7 +81,9 @@ def test_loss_and_every_gradient_equal_the_plain_pass_without_dropout(family, th
 
 
 @every_family
-@both[0]
+@pytest.mark.parametrize(
+    "recompute", [False, pytest.param(True, marks=pytest.mark.exhaustive)], ids=["kept", "recomputed"]
+)
 @both[1]
 def test_in_float32_they_agree_to_1e_6(family, threads, recompute, mlm):
     """The loss's own gradient is taken once: cosines near 1 over a temperature of 0.05 magnify any rounding twentyfold."""
