@@ -15,6 +15,7 @@ WHAT = {
     "no sorting": "chunks in file order, padded to the longest of the batch",
     "library layers": "transformers' modules instead of the fused layers",
     "float32": "frozen encoder in float32",
+    "chunks of 512": "the chunk size of float32",
     "bfloat16": "frozen encoder in bfloat16, slow on this processor: memory only",
     "torch dropout": "dropout masks sampled by torch",
     "recompute": "chunks recomputed in the backward pass",

@@ -17,6 +17,7 @@ from promcse_pl.training.machine import (
     MAX_MEMORY_FRACTION,
     StepMemory,
     activation_bytes,
+    divide_batch,
     fit_chunk_tokens,
     free_bytes,
     measure_memory,
@@ -123,6 +124,20 @@ def test_recomputation_is_enabled_and_logged_if_memory_is_too_small(train, monke
 def test_the_chunk_size_of_the_device_is_written_to_the_run_folder(train, tmp_path):
     train("auto", chunk_tokens="auto")
     assert "chunk_tokens: 512" in (tmp_path / "auto" / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("batch_tokens", "threads", "tokens"),
+    [(6_000, 2, 2_048), (4_096, 2, 2_048), (4_095, 2, 1_024), (24_576, 16, 1_024), (24_576, 64, 512), (10, 1, 512)],
+)
+def test_in_bfloat16_on_a_cpu_chunks_are_as_large_as_every_thread_can_have_one(batch_tokens, threads, tokens):
+    assert divide_batch(batch_tokens, threads) == tokens
+
+
+def test_a_run_in_bfloat16_on_a_cpu_records_its_chunk_size(train, tmp_path):
+    _, said = train("bfloat16", chunk_tokens="auto", precision="bfloat16")
+    assert "chunk size: 512 tokens (trainer.chunk_tokens)" in said
+    assert read_resolved_config(tmp_path / "bfloat16/config.yaml").trainer.chunk_tokens == 512
 
 
 def test_a_chunk_is_the_largest_power_of_two_that_fits_or_the_maximum_if_the_batch_fits():
