@@ -55,7 +55,8 @@ def draw(folder: Path) -> str:
 
 def _machine(machine: Data) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    return f"{machine['gpu'] or str(machine['threads']) + ' threads of ' + machine['processor']}; {versions}."
+    device = machine["gpu"] or f"{machine['threads']} threads of {machine['processor']}"
+    return f"{machine['date']}, {device}; {versions}."
 
 
 def _main(results: Data) -> list[str]:

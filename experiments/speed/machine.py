@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ PACKAGES = ("promcse_pl", "torch", "transformers", "sentence-transformers", "pef
 
 def describe() -> dict[str, Any]:
     return {
+        "date": datetime.now(UTC).date().isoformat(),
         "processor": f"{platform.machine()} ({torch.backends.cpu.get_cpu_capability()})",
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
