@@ -19,7 +19,6 @@ from promcse_pl.utils.files import write_text
 
 ROW = Row(PROMCSE_EH, PRESETS[PROMCSE_EH])
 POOLINGS = ("avg", "max", "cls", "avg_first_last", "avg_top2", "weightedmean", "avg+max", "cls+avg")
-SUITES = (DEV, "sts")
 
 
 class Ensemble(PromCSE):
@@ -69,14 +68,14 @@ def load_variant(folder: Path, *, pooling: str | None = None, seed: int | None =
 
 
 def run_diagnostics(workspace: Workspace, seeds: tuple[int, ...], report: Callable[[str], None]) -> None:
-    """Score the variants of the adapters of table 1 on STS-B dev and the seven STS tasks; merge them into results.json.
+    """Score the variants of the adapters of table 1 on STS-B dev; merge them into results.json.
 
     Args:
         workspace: Model, data and run folders.
         seeds: Seeds of the adapters, which are trained if they do not exist.
         report: Called with each progress line.
     """
-    origin = describe_origin(workspace, (ROW,), SUITES)
+    origin = describe_origin(workspace, (ROW,), (DEV,))
     check_origin("diagnostics", workspace.name, origin)
     folders = {seed: workspace.run_folder(ROW, seed) for seed in seeds}
     runs = [train(workspace, ROW, seed) for seed in seeds]
@@ -89,11 +88,10 @@ def run_diagnostics(workspace: Workspace, seeds: tuple[int, ...], report: Callab
         _write(workspace, origin, runs, "single", {name: _score(workspace, name, "all", member)})
 
 
-def _score(workspace: Workspace, name: str, seed: int | str, member: Member) -> dict[str, float]:
-    """Return the scores of a model on STS-B dev and the average of the seven STS tasks."""
+def _score(workspace: Workspace, name: str, seed: int | str, member: Member) -> float:
+    """Return the score of a model on STS-B dev."""
     folder = workspace.folder / "diagnostics" / name.replace(" ", "_") / str(seed) / "scores"
-    scores = score(member, SUITES, workspace.data, folder)
-    return {task: scores[task] for task in (DEV, "Avg")}
+    return score(member, (DEV,), workspace.data, folder)[DEV]
 
 
 def _write(workspace: Workspace, origin: Results, runs: list[Results], part: str, models: Results) -> None:
@@ -105,7 +103,7 @@ def _write(workspace: Workspace, origin: Results, runs: list[Results], part: str
     for run in runs:
         tree["runs"] = add_record(tree["runs"], run)
     for name, scores in models.items():
-        tree[part][name] = tree[part].get(name, {}) | scores
+        tree[part][name] = tree[part].get(name, {}) | scores if part == "variants" else scores
     results[workspace.name] = tree | origin
     write_text(study_folder("diagnostics") / RESULTS, json.dumps(results, indent=2) + "\n")
 

@@ -392,34 +392,33 @@ def draw(names: Sequence[str]) -> None:
 
 
 def diagnostics_rows(model: Results) -> list[list[str]]:
-    """Return the rows of the diagnostics: name, dev score, difference to the trained adapters, STS average.
+    """Return the rows of the diagnostics: name, dev score, difference to the trained adapters.
 
     Variants are paired with the adapters by seed, the frozen encoder is a fixed number. An ensemble has no interval, because it
     consists of the same adapters.
     """
     trained = _dev_by_seed(model, TRAINED)
     rows = []
-    for name, scores in model["single"].items():
+    for name, score in model["single"].items():
         against = ""
         if name == FROZEN and len(trained) > 1:
-            against = format_difference(seed_difference([*trained.values()], [scores[DEV]]), DEV)
+            against = format_difference(seed_difference([*trained.values()], [score]), DEV)
         elif trained:
-            against = format_score(scores[DEV] - float(np.mean([*trained.values()])), DEV, "+")
-        rows.append([name, format_score(scores[DEV], DEV), against, format_score(scores["Avg"], "Avg")])
-    for name, seeds in model["variants"].items():
+            against = format_score(score - float(np.mean([*trained.values()])), DEV, "+")
+        rows.append([name, format_score(score, DEV), against])
+    for name, scores in model["variants"].items():
         first, second = common_scores(trained, _dev_by_seed(model, name))
         against = ""
         if name != TRAINED:
             is_enough = len(first) > 1
             against = format_difference(seed_difference(first, second, is_paired=True), DEV) if is_enough else FEW_SEEDS
-        dev, sts = ([scores[task] for scores in seeds.values()] for task in (DEV, "Avg"))
-        rows.append([name, format_scores(dev, DEV), against, format_scores(sts, "Avg")])
+        rows.append([name, format_scores([*scores.values()], DEV), against])
     return rows
 
 
 def _dev_by_seed(model: Results, name: str) -> dict[int, float]:
     """Return the dev scores of a variant by seed."""
-    return {int(seed): scores[DEV] for seed, scores in model["variants"].get(name, {}).items()}
+    return {int(seed): score for seed, score in model["variants"].get(name, {}).items()}
 
 
 def draw_diagnostics() -> None:
@@ -427,15 +426,14 @@ def draw_diagnostics() -> None:
     lines = [
         "# Diagnostics",
         "",
-        "Variants of the adapters of `experiment=table1/prompt_eh`: mean ± standard deviation and interval over seeds. They are "
-        "compared on STS-B dev; the average of the seven STS tasks (last column) was not used for selection. Differences are "
-        "paired by seed; the frozen encoder is a fixed number. The cosine of the concatenated embeddings of several adapters is "
-        "the mean of their cosines, an upper bound for distillation into one adapter; it consists of the adapters that it is "
-        "compared with, so its difference has no interval.",
+        "STS-B dev scores of variants of the adapters of `experiment=table1/prompt_eh`: mean ± standard deviation and interval "
+        "over seeds. No test set is used. Differences are paired by seed; the frozen encoder is a fixed number. The cosine of "
+        "the concatenated embeddings of several adapters is the mean of their cosines, an upper bound for distillation into one "
+        "adapter; it consists of the adapters that it is compared with, so its difference has no interval.",
     ]
     results = read_results("diagnostics")
     for key, model in results.items():
-        header = ["variant", "STS-B dev", "dev, difference to the trained adapters", "seven STS tasks"]
+        header = ["variant", "dev", "difference to the trained adapters"]
         seeds = ", ".join(str(run["seed"]) for run in model["runs"])
         lines += ["", f"## {key}", *markdown_table(header, diagnostics_rows(model)), f"Seeds {seeds}."]
     if results:

@@ -495,11 +495,8 @@ def test_cached_scores_are_those_of_the_same_model_and_data(adapter, tmp_path, m
 
 def test_variants_are_paired_with_the_adapters_by_seed():
     dev = {"trained": [80.0, 81.0, 82.0], "random": [79.0, 80.1, 80.9], "one seed": [70.0]}
-    variants = {
-        name: {str(42 + n): {DEV: value, "Avg": value} for n, value in enumerate(values)}
-        for name, values in dev.items()
-    }
-    single = {name: {DEV: 80.0, "Avg": 70.0} for name in (study.FROZEN, "mean of the cosines")}
+    variants = {name: {str(42 + n): value for n, value in enumerate(values)} for name, values in dev.items()}
+    single = dict.fromkeys((study.FROZEN, "mean of the cosines"), 80.0)
     rows = {row[0]: row for row in pages.diagnostics_rows({"variants": variants, "single": single})}
     assert rows["random"][2] == "-1.00 [-1.25, -0.75]"
     assert rows["one seed"][2] == "fewer than 2 common seeds"
@@ -511,7 +508,7 @@ def test_variants_are_paired_with_the_adapters_by_seed():
 def test_diagnostics_are_merged_by_seed(workspace):
     def write_scores(seed: int, **settings: str) -> dict[str, Any]:
         runs = [record(seed, 80.0) | settings]
-        diagnostics._write(workspace, {"data": {}}, runs, "variants", {"trained": {str(seed): {DEV: 1.0, "Avg": 2.0}}})
+        diagnostics._write(workspace, {"data": {}}, runs, "variants", {"trained": {str(seed): 1.0}})
         return study.read_results("diagnostics")["minilm-3"]
 
     write_scores(42)
