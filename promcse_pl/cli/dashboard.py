@@ -14,7 +14,9 @@ from promcse_pl.utils.streams import visible
 def add_parser(commands: Any) -> None:  # noqa: ANN401  (argparse's type is private)
     """Add the command's parser."""
     parser = commands.add_parser(
-        "dashboard", help="create the saved view of a W&B project, or the report of a sweep, and print its URL"
+        "dashboard",
+        help="create the saved view of a W&B project, or the report of a sweep, and print its URL",
+        epilog="Example: promcse dashboard --sweep multirun/DATE/TIME",
     )
     parser.add_argument("--project", help="W&B project (default promcse; with --sweep that of its runs)")
     parser.add_argument("--entity", help="W&B user or team (default: that of the runs, or of the account)")

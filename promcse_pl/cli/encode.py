@@ -102,6 +102,8 @@ def run(options: argparse.Namespace) -> None:
     given = next((name for name in names if getattr(options, name) is not None), None)
     if given is not None:
         raise ConfigError(f"--{given.replace('_', '-')} has no effect with --out {out}. Try: --out FOLDER")
+    if any(char in options.files[0] for char in "*?[") and not Path(options.files[0]).exists():
+        raise DataError(f"--out {out} takes one file, and {options.files[0]} is a pattern. Try: --out FOLDER")
     if len(options.files) > 1:
         raise DataError(f"--out {out} takes one file, got {len(options.files)}. Try: --out FOLDER")
     _encode_file(options, options.files[0], out)
@@ -149,10 +151,12 @@ def _encode_corpus(options: argparse.Namespace) -> None:
     cluster = nullcontext() if engine is None else ray_cluster(options.address, "--address ")
     with cluster, StopSignals(), _corpus_progress() as report:
         done = encode_corpus(model, options.files, options.out, options=chosen, report=report, engine=engine)
-    skipped = f"; {done.skipped} shards were finished before" if done.skipped else ""
+    shards = "1 shard" if done.shards == 1 else f"{done.shards} shards"
+    skipped = f"; {done.skipped} finished before" if done.skipped else ""
     bad = f"; {done.bad_rows} bad rows skipped" if done.bad_rows else ""
     sys.stdout.write(
-        f"{options.out}: {done.rows} x {model.width} {chosen.output_dtype}, unit length, in {done.shards} shards{skipped}{bad}\n"
+        f"{options.out}: {'new: ' if done.skipped else ''}{done.rows} x {model.width} {chosen.output_dtype}, unit length, "
+        f"in {shards}{skipped}{bad}\n"
     )
 
 

@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> None:
     from promcse_pl.config import check_tasks
 
     tasks = options.tasks.split(",")
-    check_tasks(tasks, f"promcse evaluate {options.targets[0]} --tasks {{}}")
+    check_tasks(tasks, "the same command with --tasks {}")
     if options.plot:
         from promcse_pl.evaluation.plots import check_plot, draw
 

@@ -51,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.overrides = [argument for argument in rest if not argument.startswith("-")]
         rest = [argument for argument in rest if argument.startswith("-")]
     if rest:
-        commands[options.command].error(f"unrecognized arguments: {' '.join(rest)}")
+        hint = ". Settings are typed KEY=VALUE, such as trainer.epochs=3" if "overrides" in options else ""
+        commands[options.command].error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     return exit_code(lambda: options.run(options))
 
 

@@ -14,7 +14,11 @@ from promcse_pl.utils.streams import visible
 
 def add_parser(commands: Any) -> None:  # noqa: ANN401  (argparse's type is private)
     """Add the command's parser."""
-    parser = commands.add_parser("push", help="upload an adapter with its model card to the Hugging Face Hub")
+    parser = commands.add_parser(
+        "push",
+        help="upload an adapter with its model card to the Hugging Face Hub",
+        epilog="Example: promcse push outputs/DATE/RUN someone/my-adapter --private",
+    )
     parser.add_argument("adapter", type=Path, help="adapter folder or run folder")
     parser.add_argument("repo_id", metavar="OWNER/NAME", help="repository; created if it does not exist")
     parser.add_argument("--private", action="store_true", help="create a private repository")

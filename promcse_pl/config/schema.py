@@ -400,7 +400,7 @@ def check_tasks(tasks: Sequence[str], command: str) -> None:
 
     Args:
         tasks: The tasks.
-        command: Command for the message, with {} in place of the tasks.
+        command: Advice for the message, with {} in place of the corrected tasks.
 
     Raises:
         ConfigError: A task is neither; the message names the nearest suite.
@@ -412,7 +412,7 @@ def check_tasks(tasks: Sequence[str], command: str) -> None:
             raise ConfigError(
                 f"a task must be a suite ({', '.join(SUITES)}), a file of two texts and a score ({', '.join(SUFFIXES)}), the "
                 f"folder of a saved dataset or of retrieval data with a / in its path, or {MTEB}NAME, got {shown(task)}. "
-                f"Try: {command.format(near)}"
+                f"Try: {command.format(','.join(near if other == task else other for other in tasks))}"
             )
 
 

@@ -44,10 +44,16 @@ class GraphEncoder:
             threads: Number of threads; 0: the default of the runtime.
 
         Raises:
-            ConfigError: The runtime is not installed.
+            ConfigError: The runtime is not installed, or the folder has no such graph.
         """
         folder = Path(folder)
         file = file or next((name for name in (OPENVINO, GRAPH) if (folder / name).is_file()), GRAPH)
+        for name in (file, "tokenizer.json"):
+            if not (folder / name).is_file():
+                raise ConfigError(
+                    f"{folder} has no {name} (current folder: {Path.cwd()}). Try: promcse export RUN --to onnx -o FOLDER, then "
+                    "this FOLDER"
+                )
         read = _openvino if file == OPENVINO else _onnxruntime
         return cls(read(folder / file, threads), Tokenizer.from_file(str(folder / "tokenizer.json")))
 

@@ -229,7 +229,11 @@ def _run_as_main(run: RunContext) -> dict[str, Any]:
             is_resumable = isinstance(error, PromcseError) and not (is_new and isinstance(error, ConfigError))
             if is_resumable and not (run.folder / INPUTS).exists():
                 retry = run_command(f"resume={run.folder}")
-                log.info("nothing was trained yet. Fix the cause, then run in this folder again: %s", retry)
+                log.info(
+                    "nothing was trained yet. If a setting is wrong, start a new run in another folder; otherwise fix the cause, "
+                    "then: %s",
+                    retry,
+                )
             raise
         _record_end(run.folder, "finished", stopped_early=results["stopped_early"])
         remove_checkpoints(run.folder)

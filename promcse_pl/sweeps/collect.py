@@ -118,7 +118,10 @@ def read_sweep(folder: str | Path, command: str = "promcse report") -> Sweep:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder. Try: {command} multirun/DATE/TIME")
+        raise DataError(
+            f"{folder} is not a folder (current folder: {Path.cwd()}). Try: {command} FOLDER, with the folder that the sweep "
+            "printed, such as multirun/DATE/TIME"
+        )
     plan, warnings = None, []
     if (folder / PLAN).exists():
         try:

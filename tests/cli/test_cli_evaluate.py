@@ -86,7 +86,7 @@ def test_a_run_and_the_command_give_the_same_scores(trained_run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["T", "--tasks", "stss"], "got 'stss'. Try: promcse evaluate T --tasks sts"),
+        (["T", "--tasks", "sick,stss"], "got 'stss'. Try: the same command with --tasks sick,sts"),
         (["T", "--tasks", "demo", "--plot", "x.jpg"], "a plot must end in .pdf, .png, .svg, got x.jpg"),
         (
             ["T", "--tasks", "sts"],

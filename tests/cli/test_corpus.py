@@ -33,9 +33,7 @@ def test_a_corpus_is_encoded_indexed_and_searched(adapter, corpus, tmp_path, cap
     assert main([*encode, "--shard", "0/2"]) == 0
     assert main(encode) == 0
     printed = capsys.readouterr()
-    assert printed.out.splitlines()[1] == (
-        f"{out}: 5 x 16 float32, unit length, in 1 shards; 2 shards were finished before"
-    )
+    assert printed.out.splitlines()[1] == (f"{out}: new: 5 x 16 float32, unit length, in 1 shard; 2 finished before")
     assert "a.jsonl-00000.parquet" not in printed.out
     assert "a.jsonl-00000: 5 texts, " in printed.err
     assert "0 h 00 min left" in printed.err
@@ -73,6 +71,12 @@ def test_errors_exit_with_2_and_say_what_to_type(arguments, message, adapter, co
     (corpus / "taken/notes.txt").write_text("mine")
     assert main(["encode", str(adapter), "a.jsonl", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_pattern_needs_a_folder(adapter, corpus, capsys, monkeypatch):
+    monkeypatch.chdir(corpus)
+    assert main(["encode", str(adapter), "*.jsonl", "--out", "v.npy"]) == 2
+    assert "--out v.npy takes one file, and *.jsonl is a pattern. Try: --out FOLDER" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["out", "v.npy"])

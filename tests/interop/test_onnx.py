@@ -146,6 +146,13 @@ def test_the_cosines_of_int8_are_those_of_texts_with_the_default_prompt(exported
     assert report.int8_cosine == pytest.approx((cosines.min(), cosines.mean()), abs=1e-6)
 
 
+def test_a_folder_without_the_graph_is_an_error_with_the_command_that_writes_one(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"missing has no onnx/model.onnx .*Try: promcse export RUN --to onnx -o FOLDER"
+    ):
+        GraphEncoder.load(tmp_path / "missing")
+
+
 @pytest.mark.parametrize(
     "settings",
     [
