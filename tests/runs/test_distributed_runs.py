@@ -172,6 +172,7 @@ def test_a_signal_to_one_rank_saves_and_stops_all_at_the_same_step(long_run, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_resumed_run_of_three_ranks_is_bit_identical(tmp_path):
     config = write_config(distributed(tmp_path, 3), tmp_path / "start.yaml")
     assert ended(begin_ranks(tmp_path / "log", *train(config, tmp_path / "straight"), ranks=3)) == [0, 0, 0]

@@ -94,6 +94,7 @@ def test_a_search_proposes_in_its_space_and_a_resumed_one_the_same_as_one_that_w
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_results_that_a_killed_search_did_not_record_are_recorded_on_resume(scripted, tmp_path, monkeypatch):
     monkeypatch.setattr(search.Search, "_record", lambda *_: None)
     scripted(tmp_path / "sweep", trials=2)
