@@ -213,4 +213,4 @@ def _progress_text(progress: CorpusProgress) -> str:
     if progress.seconds_left is not None:
         minutes = round(progress.seconds_left / 60)
         left = f", {minutes // 60} h {minutes % 60:02d} min left"
-    return f"{progress.rows:,} texts, {progress.rows_per_second:,.0f} texts/s{left}"
+    return f"{progress.rows:,} texts so far, {progress.rows_per_second:,.0f} texts/s{left}"

@@ -35,7 +35,7 @@ def test_a_corpus_is_encoded_indexed_and_searched(adapter, corpus, tmp_path, cap
     printed = capsys.readouterr()
     assert printed.out.splitlines()[1] == (f"{out}: new: 5 x 16 float32, unit length, in 1 shard; 2 finished before")
     assert "a.jsonl-00000.parquet" not in printed.out
-    assert "a.jsonl-00000: 5 texts, " in printed.err
+    assert "a.jsonl-00000: 5 texts so far, " in printed.err
     assert "0 h 00 min left" in printed.err
     assert main(["index", out, "--kind", "flat"]) == 0
     command = shlex.split(capsys.readouterr().out.split("promcse ")[1])

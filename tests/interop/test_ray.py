@@ -137,7 +137,7 @@ def test_the_command_writes_the_files_of_one_process(cluster, adapter, model, co
     printed = capsys.readouterr()
     assert printed.out == "../two: 60 x 16 float32, unit length, in 12 shards\n"
     assert sorted(line.split(": ")[0] for line in printed.err.splitlines()) == [f"a.jsonl-{i:05d}" for i in range(12)]
-    assert ": 60 texts, " in printed.err
+    assert ": 60 texts so far, " in printed.err
     assert "0 h 00 min left" in printed.err
 
 
