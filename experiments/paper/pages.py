@@ -40,8 +40,9 @@ VERDICT_RULE = (
     "t-tests, whose p is shown), contradicted if it is significantly larger, and otherwise inconclusive."
 )
 LEARNING_RATES = (
-    "A row uses the learning rate with the best dev score of its method (study `learning_rate`), once all rates of the method "
-    "were run for the same model and rows; the learning rate of a method without such runs is that of the model's recipe."
+    "On a sample, a row uses the learning rate with the best dev score of its method (study `learning_rate`), once all rates of "
+    "the method were run for the same model and rows; rows without EH use the rate that was selected with EH. Other rows, and "
+    "all rows on the whole data, use the learning rate of the model's recipe."
 )
 NOT_RUN, FEW_SEEDS = "not run", "fewer than 2 common seeds"
 
@@ -191,15 +192,25 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list
 def overview_table(study: Study, model: Results, encoder: str) -> list[str]:
     """Return the table of the headline and the dev score with the settings of each row."""
     measured, frozen = list(dict.fromkeys([study.headline, DEV])), model["frozen"]
-    lines = [[FROZEN, "", *(format_score(frozen.get(task), task) for task in measured), "", ""]]
+    lines = [[FROZEN, "", *(format_score(frozen.get(task), task) for task in measured), "", "", ""]]
     for row in study.rows:
         runs = model["rows"].get(row.name, {"runs": []})["runs"]
         rates = [line[9:] for run in runs for line in run["overrides"] if line.startswith("optim.lr=")]
         paper = format_score(paper_scores(study, row.name, encoder).get(study.headline), study.headline)
         scores = (format_scores(values(model, row.name, task), task) for task in measured)
         seeds = ", ".join(str(run["seed"]) for run in runs) or "none"
-        lines.append([row.name, paper, *scores, rates[0] if rates else "recipe" if runs else "", seeds])
-    return markdown_table(["row", f"paper ({encoder})", *measured, "learning rate", "seeds"], lines)
+        best = ", ".join(f"{run['best_step']}" for run in runs) + (f" of {runs[0]['steps']}" if runs else "")
+        lines.append([row.name, paper, *scores, rates[0] if rates else "recipe" if runs else "", best, seeds])
+    return markdown_table(["row", f"paper ({encoder})", *measured, "learning rate", "best step", "seeds"], lines)
+
+
+def count_of_seeds(study: Study) -> str:
+    """Return the default number of seeds, with the reason for fewer than five."""
+    return (
+        "1 seed"
+        if study.seeds == 1
+        else f"{study.seeds} seeds, because all studies with five would take days on two cores"
+    )
 
 
 def task_table(study: Study, model: Results, encoder: str) -> list[str]:
@@ -238,7 +249,7 @@ def claim_table(study: Study, key: str, model: Results) -> list[str]:
 def baseline_table(study: Study, model: Results) -> list[str]:
     """Return the table of the dev scores of all rows relative to the baseline, paired by seed, and of the trained parameters."""
     assert study.baseline is not None
-    base, lines = by_seed(model, study.baseline, DEV), []
+    base, lines, tested = by_seed(model, study.baseline, DEV), [], []
     for row in study.rows:
         runs = model["rows"].get(row.name, {"runs": []})["runs"]
         if row.name == study.baseline or not runs:
@@ -248,10 +259,13 @@ def baseline_table(study: Study, model: Results) -> list[str]:
         text, p = FEW_SEEDS, None
         if difference:
             text, p = f"{format_difference(difference, DEV)}, {difference.over}", difference.p
-        lines.append(
-            [row.name, f"`{' '.join(row.overrides)}`", f"{runs[0]['trained_parameters']:,}", text, format_p(p)]
-        )
-    return markdown_table(["row", "overrides", "trained parameters", f"dev against {study.baseline}", "p"], lines)
+        tested.append(p)
+        share = f"{runs[0]['trained_parameters']:,} ({100 * runs[0]['trained_share']:.2f} %)"
+        lines.append([row.name, f"`{' '.join(row.overrides)}`", share, text, format_p(p)])
+    adjusted = iter(holm([p for p in tested if p is not None]))
+    lines = [[*line, format_p(None if p is None else next(adjusted))] for line, p in zip(lines, tested, strict=True)]
+    header = ["row", "overrides", "trained parameters", f"dev against {study.baseline}", "p", "p (Holm)"]
+    return markdown_table(header, lines)
 
 
 def provenance(model: Results) -> list[str]:
@@ -313,8 +327,8 @@ def study_page(name: str, study: Study, results: Results) -> str:
         f"Limits: {COMMON_LIMITS} {study.limits}".rstrip(),
         "",
         "Rows show mean ± standard deviation and 95 % interval over seeds (Student's t). Differences are paired by seed "
-        f"(paired t-test). By default, this study trains {study.seeds} seeds. The best step of a run "
-        "is selected on STS-B dev.",
+        f"(paired t-test). The default is {count_of_seeds(study)}. The best step of a run is selected on STS-B dev; if it is the "
+        "last one, longer training might be better.",
     ]
     if study.claims:
         lines += ["", LEARNING_RATES, "", f"{VERDICT_RULE} The p-values of this page are not adjusted."]

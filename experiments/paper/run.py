@@ -4,9 +4,9 @@
     python experiments/paper/run.py table1 table3 --data DATA --model bert-base --dry-run
     python experiments/paper/run.py --draw
 
-Run `learning_rate` first: the other studies of a model use the learning rates that it selects. The command can be stopped and
-repeated: finished runs and scores are skipped, unfinished runs are resumed, and every run is merged into results.json. With
---only, a long table is run in parts: `--only table1/full --only table1/prompt` selects the supervised rows of table 1.
+On a sample, run `learning_rate` first: the other studies of the model use the learning rates that it selects. The command can be
+stopped and repeated: finished runs and scores are skipped, unfinished runs are resumed, every run is merged into results.json.
+With --only, a long table is run in parts: `--only table1/full --only table1/prompt` selects the supervised rows of table 1.
 `table5`, `table7` and `domain` score the adapters of `table1`. minilm and mpnet are trained on a sample (--rows), other models
 on all data with the paper's recipe. To use the paper's data, save nli_for_simcse.csv as DATA/nli/nli_train.csv and
 wiki1m_for_simcse.txt, compressed with gzip, as DATA/wiki/wiki.txt.gz. --draw generates the pages from results.json only.
@@ -104,7 +104,9 @@ def _run(options: argparse.Namespace) -> list[str]:
                     failed += dry_run(name, study, workspace, seeds, only)
                 else:
                     failed += run_study(name, study, workspace, seeds, report, only)
-            elif not options.dry_run:
+            elif options.dry_run:
+                print("diagnostics: scores the runs of table 1, trains nothing else")
+            else:
                 run_diagnostics(workspace, SEEDS[: options.seeds or 3], report)
         except (PromcseError, subprocess.CalledProcessError) as error:
             failed.append(f"{name}: {error}")

@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from study import DEV, OTHER, SHIFTED, SHIFTED_PARTS, Study
+from study import DEV, OTHER, SHIFT, SHIFTED, SHIFTED_PARTS, Study
 
 from promcse_pl import PromCSE
 from promcse_pl.data.pairs import load_stsb
@@ -87,7 +87,8 @@ def _evaluate(model: PromCSE, suite: str, data: Path) -> dict[str, float]:
 
 
 def domain_scores(scores: dict[str, float]) -> dict[str, float]:
-    """Return the proxy of the domain shift: the mean over `SHIFTED_PARTS`, and over all other subsets."""
+    """Return the proxy of the domain shift: the mean over `SHIFTED_PARTS`, over all other subsets, and the difference."""
     parts = {name: value for name, value in scores.items() if " " in name or name in ("STS-B", "SICK-R")}
     shifted = [parts.pop(name) for name in SHIFTED_PARTS]
-    return {SHIFTED: sum(shifted) / len(shifted), OTHER: sum(parts.values()) / len(parts)}
+    mean, other = sum(shifted) / len(shifted), sum(parts.values()) / len(parts)
+    return {SHIFTED: mean, OTHER: other, SHIFT: mean - other}

@@ -52,6 +52,7 @@ RECORD_KEYS = (
     "steps",
     "rows",
     "trained_parameters",
+    "trained_share",
     "training_seconds",
     "machine",
     "versions",
@@ -102,8 +103,10 @@ class Workspace:
             ConfigError: As for `selected_learning_rate`.
         """
         source = source_of(row)
-        is_fixed = any(line.startswith("optim.lr=") for line in row.overrides)
+        is_fixed = not self.rows or any(line.startswith("optim.lr=") for line in row.overrides)
         rate = None if is_fixed else selected_learning_rate(self, row.preset)
+        set_by_row = {line.partition("=")[0] for line in row.overrides}
+        miniature = [line for line in MINIATURE_OVERRIDES if line.partition("=")[0] not in set_by_row]
         return [
             f"experiment={row.preset}",
             f"model={self.model}",
@@ -111,7 +114,7 @@ class Workspace:
             *([] if rate is None else [f"optim.lr={rate}"]),
             f"seed={seed}",
             f"data.dir={self.data}",
-            *([f"data.train={self.sample(source)}", *MINIATURE_OVERRIDES] if self.rows else []),
+            *([f"data.train={self.sample(source)}", *miniature] if self.rows else []),
             *([f"model.path={self.encoder}"] if self.encoder else []),
             "evaluation=none",
             "tracking=local",
@@ -221,6 +224,9 @@ def _sample(path: Path, source: str, rows: int) -> bytes:
 def train(workspace: Workspace, row: Row, seed: int) -> Results:
     """Train a run, or resume it, unless it is finished; return its record.
 
+    Returns:
+        The record; for a run with `trainer.average`, `dev_spearman` is the score of the mean.
+
     Raises:
         CalledProcessError: The run failed.
         ConfigError: The run folder has other settings.
@@ -234,8 +240,9 @@ def train(workspace: Workspace, row: Row, seed: int) -> Results:
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         subprocess.run([sys.executable, "run.py", *arguments], cwd=ROOT, env=environment, check=True)
     results = json.loads((folder / "results.json").read_text())
-    kept = workspace.portable(overrides)
-    return {"seed": seed, "overrides": kept, **{name: results[name] for name in RECORD_KEYS}}
+    record = {"seed": seed, "overrides": workspace.portable(overrides), **{name: results[name] for name in RECORD_KEYS}}
+    # the score of the mean itself: the better of the mean and the best step could not be worse than without the mean
+    return record | {"dev_spearman": results["average"]["dev_score"]} if results["average"] else record
 
 
 def is_recorded(name: str, workspace: Workspace, row: Row, seed: int, tasks: set[str]) -> bool:
