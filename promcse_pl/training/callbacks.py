@@ -145,7 +145,7 @@ class BestByDev(pl.Callback):
         assert self.best_score is not None
         percent, best = 100 * score, 100 * self.best_score
         self._log(trainer, step, {f"dev/{metric}": percent, f"dev/best_{metric}": best})
-        module.log("dev", percent, prog_bar=True, logger=False)
+        module.log("dev", percent, logger=False)
         module.log(f"dev/{metric}", percent, logger=False)  # the name in the history, for callbacks that monitor it
         name = DEV_METRICS[metric]
         log.info("step %d: dev %s %.2f (best %.2f at step %d)", step, name, percent, best, self.best_step)
@@ -281,7 +281,7 @@ class Progress(pl.Callback):
 
     def __init__(self, console: Console, every: int, seconds: Callable[[], float]) -> None:
         self.console, self.every, self.seconds = console, every, seconds
-        self._bar, self._loss = ExitStack(), ""
+        self._bar, self._values = ExitStack(), ""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show the bar."""
@@ -290,17 +290,17 @@ class Progress(pl.Callback):
         self.report("training", trainer.global_step, pl_module.total_steps)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any) -> None:
-        """Update the bar; read the loss, and log a line without a terminal, if an entry is due."""
+        """Update the bar; read loss and dev score, and log a line without a terminal, if an entry is due."""
         assert isinstance(pl_module, PromcseModule)
         step, steps = trainer.global_step, pl_module.total_steps
         is_due = step % self.every == 0 or step >= steps or trainer.should_stop
-        if is_due:  # reading the loss in each step would synchronise with the GPU
-            self._loss = f"loss {float(pl_module.entry['train/loss']):.3f}"
+        if is_due:  # reading values in each step would synchronise with the GPU
+            self._values = loss = f"loss {float(pl_module.entry['train/loss']):.3f}"
             if not self.console.is_terminal:
-                log.info("step %d of %d: %s, %.0f s", step, steps, self._loss, self.seconds())
-        dev = trainer.callback_metrics.get("dev")
-        values = [self._loss, "" if dev is None else f"dev {float(dev):.2f}"]
-        self.report(f"training: {', '.join(filter(None, values))}", step, steps)
+                log.info("step %d of %d: %s, %.0f s", step, steps, loss, self.seconds())
+            if (dev := trainer.callback_metrics.get("dev")) is not None:
+                self._values += f", dev {float(dev):.2f}"
+        self.report(f"training: {self._values}".removesuffix(": "), step, steps)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remove the bar."""

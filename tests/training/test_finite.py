@@ -87,10 +87,13 @@ class FloatReads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_the_number_of_values_that_are_read_does_not_grow_with_the_steps(tmp_path, deferred):
+@pytest.mark.parametrize(("every", "lengths"), [(100, (2, 5)), (4, (5, 7))], ids=["before", "after an evaluation"])
+def test_the_number_of_values_that_are_read_does_not_grow_with_the_steps(every, lengths, tmp_path, deferred):
+    (tmp_path / "dev.tsv").write_text("a\tb\tscore\n" + "".join(f"w{i} w9\tw{i + 3}\t{i % 5}\n" for i in range(5, 20)))
     counts = []
-    for steps in (2, 5):
-        config = small_config(tmp_path, trainer={"log_every": 100, "eval_every": 100, "epochs": 3, "max_steps": steps})
+    for steps in lengths:
+        trainer = {"log_every": 100, "eval_every": every, "epochs": 3, "max_steps": steps}
+        config = small_config(tmp_path, data={"dev": str(tmp_path / "dev.tsv")}, trainer=trainer)
         with FloatReads() as reads:
             run_job(config, tmp_path / f"run{steps}", Console(file=io.StringIO()))
         counts.append(reads.count)
