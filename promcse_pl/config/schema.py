@@ -342,9 +342,9 @@ class TrainerConfig(Section):
     (`promcse models`), unless a module has hooks. `library`: always the modules of transformers. Results differ by rounding and
     by the sampled dropout masks."""
     chunk_tokens: Annotated[int | Literal["auto"] | None, Range(ge=1), EXECUTION] = "auto"
-    """Number of tokens, padding included, that are encoded at once. `auto`: 512 on a CPU (up to 2,048 in
-    bfloat16, if every thread still has a chunk), and 16,384 on a GPU, or fewer if the activations of a batch take more than half
-    of its free memory. `null`: the whole batch. It affects speed and memory. The loss is that of the whole batch, but dropout
+    """Number of tokens, padding included, that are encoded at once. `auto`: 512 on a CPU (in bfloat16 up to
+    2,048, with equally many chunks for all threads), and 16,384 on a GPU, or fewer if the activations of a batch take more than
+    half of its free memory. `null`: the whole batch. It affects speed and memory. The loss is that of the whole batch, but dropout
     masks are sampled per chunk."""
     recompute: Annotated[Literal["auto", "always", "never"], EXECUTION] = "auto"
     """Activation checkpointing: each chunk is recomputed in the backward pass. This needs the

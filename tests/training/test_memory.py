@@ -128,10 +128,15 @@ def test_the_chunk_size_of_the_device_is_written_to_the_run_folder(train, tmp_pa
 
 @pytest.mark.parametrize(
     ("batch_tokens", "threads", "tokens"),
-    [(6_000, 2, 2_048), (4_096, 2, 2_048), (4_095, 2, 1_024), (24_576, 16, 1_024), (24_576, 64, 512), (10, 1, 512)],
+    [(6_000, 2, 1_800), (3_413, 2, 2_048), (3_414, 2, 1_025), (24_000, 16, 1_800), (24_000, 64, 512), (10, 1, 512)],
 )
-def test_in_bfloat16_on_a_cpu_chunks_are_as_large_as_every_thread_can_have_one(batch_tokens, threads, tokens):
+def test_in_bfloat16_on_a_cpu_chunks_are_large_and_equally_many_for_all_threads(batch_tokens, threads, tokens):
     assert divide_batch(batch_tokens, threads) == tokens
+
+
+def test_chunks_in_bfloat16_are_small_if_they_are_recomputed(train, tmp_path):
+    train("recomputed", chunk_tokens="auto", precision="bfloat16", recompute="always")
+    assert read_resolved_config(tmp_path / "recomputed/config.yaml").trainer.chunk_tokens == 512
 
 
 def test_a_run_in_bfloat16_on_a_cpu_records_its_chunk_size(train, tmp_path):
@@ -156,7 +161,7 @@ def test_a_chunk_is_the_largest_power_of_two_that_fits_or_the_maximum_if_the_bat
 def test_the_memory_of_a_step_counts_the_batch_of_a_rank_and_both_passes_of_the_mlm_task(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "free_bytes", lambda _device: 10**9)
     encoder = PromptEncoder(small_backbone(), length=4).train()
-    source = memory_source("rows", [("w5 w6 w7 w8", "w5 w6 w7", "w5 w6 w7")])  # 6, 5 and 5 tokens, 5.3 on average
+    source = memory_source("rows", 9 * [("w5 w6 w7 w8", "w5 w6 w7", "w5 w6 w7")])  # 6, 5 and 5 tokens, 5.3 on average
     rows = load_tokens(source, small_tokenizer(), max_length=20, cache_dir=tmp_path)
 
     def measured(**sections):
