@@ -27,6 +27,7 @@ WHAT = {
 def draw(folder: Path) -> str:
     """Return the page from the results in the folder; results of other machines and scripts are optional."""
     parts = {
+        "results-bfloat16-amx": _main,
         "results-bfloat16": _main,
         "results-float32": _main,
         "startup": _startup,
@@ -62,7 +63,7 @@ def _machine(machine: Data) -> str:
 def _main(results: Data) -> list[str]:
     machine, work = results["machine"], results["work"]
     rate = machine["matrix_rate"]
-    fast = max(rate, key=rate.__getitem__)
+    fast = results["precision"]
     rates = " and ".join(f"{value / 1e9:.0f} in {name}" for name, value in rate.items())
     flop = 4 * work["weights"] * work["real_tokens"]
     median = {row: statistics.median(values) for row, values in results["training_seconds"].items()}

@@ -14,7 +14,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from machine import describe, seconds
+from machine import chunk_tokens_of, describe, seconds
 from shapes import LENGTH, SEED, loss_of, random_batch, random_encoder
 
 from promcse_pl.data.batch import Tokens
@@ -30,7 +30,8 @@ LEVERS = {"every token": False, "first token": True}
 
 
 def training(encoder: PromptEncoder, tokens: Tokens) -> None:
-    loss_of(encoder.train(), tokens, CHUNK_TOKENS["cpu"]).backward()
+    chunk_tokens = chunk_tokens_of(encoder.backbone.dtype, int(tokens.mask_NT.sum()))
+    loss_of(encoder.train(), tokens, chunk_tokens).backward()
     encoder.zero_grad()
 
 

@@ -90,7 +90,7 @@ def run_tests() -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         return {"exit_code": None, "summary": f"not finished after {TEST_SECONDS} s"}
     print(done.stdout)
-    return {"exit_code": done.returncode, "summary": done.stdout.strip().splitlines()[-1]}
+    return {"exit_code": done.returncode, "summary": (done.stdout.strip().splitlines() or ["no output"])[-1]}
 
 
 def count_synchronisations(step: Callable[[], None]) -> int:
@@ -165,6 +165,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--folder", type=Path, default=HERE, help="folder of gpu-check.json and README.md")
     options = parser.parse_args(arguments)
+    if options.device == "cpu" and options.folder == HERE:
+        parser.error("--device cpu only tests this script. Try: --folder FOLDER")
     work = GPU if options.device == "cuda" else TINY
     if work is GPU and not torch.cuda.is_available():
         print(f"error: no CUDA device found by torch {torch.__version__}; nothing was measured", file=sys.stderr)

@@ -18,6 +18,9 @@ from typing import Any
 
 import torch
 
+from promcse_pl.models.cpu.chunks import CHUNK_TOKENS
+from promcse_pl.training.machine import divide_batch
+
 SLOW = 5e9
 """Operations per second below which a processor has no instructions for a type."""
 PACKAGES = ("promcse_pl", "torch", "transformers", "sentence-transformers", "peft", "numpy")
@@ -26,12 +29,24 @@ PACKAGES = ("promcse_pl", "torch", "transformers", "sentence-transformers", "pef
 def describe() -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "processor": f"{platform.machine()} ({torch.backends.cpu.get_cpu_capability()})",
+        "processor": f"{platform.machine()} ({torch.backends.cpu.get_cpu_capability()}{', AMX' if has_amx() else ''})",
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
+
+
+def has_amx() -> bool:
+    """Return whether the processor multiplies bfloat16 matrices with AMX (Linux)."""
+    info = Path("/proc/cpuinfo")
+    return info.is_file() and " amx_bf16 " in f"{info.read_text()} "
+
+
+def chunk_tokens_of(dtype: torch.dtype, real_tokens: int) -> int:
+    """Return the chunk size of `trainer.chunk_tokens=auto` on a CPU."""
+    is_divided = dtype == torch.bfloat16
+    return divide_batch(real_tokens, torch.get_num_threads()) if is_divided else CHUNK_TOKENS["cpu"]
 
 
 def wait(device: str) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from draw import draw
-from machine import describe, in_own_process, matrix_rate, peak_bytes, seconds
+from machine import describe, has_amx, in_own_process, matrix_rate, peak_bytes, seconds
 from rows import (
     ENCODING,
     EXPORTED,
@@ -132,6 +132,7 @@ def measure(data: Path, cache: Path, default: torch.dtype) -> dict[str, object]:
         peaks = [pool.submit(partial(in_own_process, __file__, *arguments), row) for row in reversed(rows)]
         held = {row: peak.result() for row, peak in zip(rows, reversed(peaks), strict=True)}
     return {
+        "precision": name_of(default),
         "machine": describe() | {"matrix_rate": {name: statistics.median(values) for name, values in rates.items()}},
         "work": {
             "triplets": TRIPLETS,
@@ -167,7 +168,8 @@ def main() -> None:
         return
     if not options.draw:
         results = measure(options.data.resolve(), options.cache, default)
-        (HERE / f"results-{name_of(default)}.json").write_text(json.dumps(results, indent=1) + "\n")
+        kind = name_of(default) + ("-amx" if has_amx() else "")
+        (HERE / f"results-{kind}.json").write_text(json.dumps(results, indent=1) + "\n")
     (HERE / "README.md").write_text(draw(HERE))
 
 

@@ -7,9 +7,11 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Literal
 from unittest.mock import patch
 
 import torch
+from machine import chunk_tokens_of
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,10 +26,8 @@ from promcse_pl.losses.hybrid import hybrid_loss
 from promcse_pl.models import attention, backbone, prompt
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.cpu import chunks, dropout, layers
-from promcse_pl.models.cpu.chunks import CHUNK_TOKENS
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.hub import locate
-from promcse_pl.training.machine import divide_batch
 
 NAME = "sentence-transformers/all-MiniLM-L6-v2"
 LENGTH, TRIPLETS, MAX_LENGTH, SEED = 10, 128, 32, 1
@@ -75,7 +75,7 @@ def texts(data: Path, count: int) -> list[str]:
 
 @contextmanager
 def without_threads() -> Iterator[None]:
-    with patch.object(chunks, "_map", lambda function, work, _device: [function(chunk) for chunk in work]):
+    with patch.object(chunks, "_results", lambda function, work, *_: map(function, work)):  # forward and backward pass
         yield
 
 
@@ -113,9 +113,11 @@ def our_step(
     work: list[TrainBatch],
     *,
     dtype: torch.dtype,
-    chunk_tokens: int | None,
+    chunk_tokens: int | Literal["auto"] | None = "auto",
     recompute: bool = False,
 ) -> Step:
+    if chunk_tokens == "auto":
+        chunk_tokens = chunk_tokens_of(dtype, sum(int(batch.tokens.mask_NT.sum()) for batch in work) // len(work))
     encoder = prompt_encoder(dtype).train()
     optimizer = torch.optim.AdamW(encoder.prompt.parameters(), lr=3e-2)
 
@@ -183,17 +185,14 @@ def training_step(row: str, work: list[TrainBatch], default: torch.dtype) -> Ste
     """Return a row's step; `default` is the type that `run.py` picks on this machine."""
     if row == "ST + PEFT":
         return peer_step(work)
-    chunk_tokens = CHUNK_TOKENS["cpu"]
-    if default == torch.bfloat16 and row not in ("float32", "chunks of 512"):
-        real_tokens = sum(int(batch.tokens.mask_NT.sum()) for batch in work) // len(work)
-        chunk_tokens = divide_batch(real_tokens, torch.get_num_threads())
     options = {
         "float32": {"dtype": torch.float32},
         "bfloat16": {"dtype": torch.bfloat16},
-        "recompute": {"recompute": True},
+        "chunks of 512": {"chunk_tokens": 512},
+        "recompute": {"recompute": True, "chunk_tokens": 512},
         "plain path": {"dtype": torch.float32, "chunk_tokens": None},  # as the official code: one padded batch
     }
-    return our_step(work, **{"dtype": default, "chunk_tokens": chunk_tokens, **options.get(row, {})})
+    return our_step(work, **{"dtype": default, **options.get(row, {})})
 
 
 def encoder_of(row: str) -> Callable[[list[str]], object]:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from machine import describe, in_own_process, matrix_rate, peak_bytes, reset_peak, seconds
+from machine import chunk_tokens_of, describe, in_own_process, matrix_rate, peak_bytes, reset_peak, seconds
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
@@ -92,7 +92,7 @@ def random_encoder(shape: str, dtype: torch.dtype, pooling: str, device: str, **
 
 def non_embedding_weights(encoder: PromptEncoder) -> int:
     named = encoder.backbone.model.named_parameters()
-    return sum(p.numel() for name, p in named if not name.startswith(("embeddings.", "embed_tokens.")))
+    return sum(p.numel() for name, p in named if not name.startswith(("embeddings.", "embed_tokens.", "pooler.")))
 
 
 def loss_of(encoder: PromptEncoder, tokens: Tokens, chunk_tokens: int, *, recompute: bool = False) -> Tensor:
@@ -143,11 +143,13 @@ def measure(encoder: PromptEncoder, sentences: int, chunk_tokens: int, *, recomp
 
 def measure_shape(shape: str, sentences: int, *, recompute: bool) -> dict[str, object]:
     encoder = random_encoder(shape, torch.bfloat16, "avg", "cpu").train()
+    real_tokens = int(random_batch(sentences).mask_NT.sum())
+    chunk_tokens = CHUNK_TOKENS["cpu"] if recompute else chunk_tokens_of(torch.bfloat16, real_tokens)
     return {
         "shape": shape,
         "fused": can_fuse(encoder.backbone.model, encoder.backbone.family.fused),
         "weights": non_embedding_weights(encoder),
-        **measure(encoder, sentences, CHUNK_TOKENS["cpu"], recompute=recompute),
+        **measure(encoder, sentences, chunk_tokens, recompute=recompute),
         "rate": matrix_rate(torch.bfloat16),
     }
 

@@ -344,8 +344,8 @@ class TrainerConfig(Section):
     chunk_tokens: Annotated[int | Literal["auto"] | None, Range(ge=1), EXECUTION] = "auto"
     """Number of tokens, padding included, that are encoded at once. `auto`: 512 on a CPU (in bfloat16 up to
     2,048, with equally many chunks for all threads), and 16,384 on a GPU, or fewer if the activations of a batch take more than
-    half of its free memory. `null`: the whole batch. It affects speed and memory. The loss is that of the whole batch, but dropout
-    masks are sampled per chunk."""
+    half of its free memory. `null`: the whole batch. It affects speed and memory. The loss is that of the whole batch, but
+    dropout masks are sampled per chunk."""
     recompute: Annotated[Literal["auto", "always", "never"], EXECUTION] = "auto"
     """Activation checkpointing: each chunk is recomputed in the backward pass. This needs the
     memory of a chunk instead of a batch, and 50 % more computation. `auto`: if a batch would take more than half of the free

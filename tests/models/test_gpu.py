@@ -17,7 +17,7 @@ LENGTHS = [9, 4, 12, 5, 5, 11, 3, 8, 10]
 GPU = torch.device("cuda")
 FLOAT64 = {
     *("bert", "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "ernie", "electra"),
-    *("mpnet", "distilbert", "albert", "modernbert"),
+    *("mpnet", "distilbert", "albert"),
 }
 """Families that compute everything in float64 if asked to; others compute norms or rotations in float32."""
 

@@ -11,7 +11,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
+from functools import lru_cache
 from threading import Barrier
 from typing import Any, TypeVar, cast
 
@@ -197,7 +197,7 @@ def _results(
         yield running.popleft().result()
 
 
-@cache
+@lru_cache(maxsize=8)  # the threads of a dropped pool end
 def _workers(count: int, threads_each: int) -> ThreadPoolExecutor:
     """Return a pool of threads whose operations use `threads_each` cores; the calling thread keeps using all cores."""
     before, all_started = torch.get_num_threads(), Barrier(count + 1)
