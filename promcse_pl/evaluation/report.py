@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import reduce
+from operator import getitem
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -135,39 +137,42 @@ def _sentences(tree: Tree) -> list[str]:
 
 
 def _retrieval_details(tree: Tree) -> list[list[str]]:
-    """Return a row for each further metric of each retrieval task; for targets with several seeds, of their first seed."""
+    """Return a row for each further metric of each retrieval task, with means over seeds."""
     rows = []
     for task, score in next(iter(tree["targets"].values()))["scores"].items():
         scores = [target["scores"][task] for target in tree["targets"].values()]
-        first = [score.get("seeds", [score])[0] for score in scores]
         rows += [
-            [f"{task} {title}", *(f"{one[metric]:.2f}" for one in first)]
+            [f"{task} {title}", *(f"{_mean_over_seeds(one, metric):.2f}" for one in scores)]
             for metric, title in METRICS.items()
-            if metric in first[0]
+            if metric in score.get("seeds", [score])[0]
         ]
     return rows
 
 
 def _details(tree: Tree) -> list[list[str]]:
-    """Return a row for each subset, mean and weighted mean; targets of several seeds show their first seed."""
-    by_target = [
-        {task: score["seeds"][0] if "seeds" in score else score for task, score in target["scores"].items()}
-        for target in tree["targets"].values()
-    ]
+    """Return a row for each subset, mean and weighted mean, with means over seeds."""
     rows = []
-    for task, score in by_target[0].items():
-        if "subsets" not in score:
+    for task, score in next(iter(tree["targets"].values()))["scores"].items():
+        subsets = score.get("seeds", [score])[0].get("subsets")
+        if subsets is None:
             continue
-        scores = [target[task] for target in by_target]
-        for subset in score["subsets"]:
-            pairs = [(one["subsets"][subset]["spearman"], one["subsets"][subset]["pearson"]) for one in scores]
-            rows.append([f"{task} {subset}", *(f"{first:.2f} / {second:.2f}" for first, second in pairs)])
-        for mean in ("mean", "weighted_mean"):
-            pairs = [(one[f"spearman_{mean}"], one[f"pearson_{mean}"]) for one in scores]
-            rows.append(
-                [f"{task} {mean.replace('_', ' ')}", *(f"{first:.2f} / {second:.2f}" for first, second in pairs)]
-            )
+        scores = [target["scores"][task] for target in tree["targets"].values()]
+        metrics = ("spearman", "pearson")
+        lines: dict[str, list[tuple[str, ...]]] = {
+            subset: [("subsets", subset, metric) for metric in metrics] for subset in subsets
+        }
+        lines["mean"] = [(f"{metric}_mean",) for metric in metrics]
+        lines["weighted mean"] = [(f"{metric}_weighted_mean",) for metric in metrics]
+        for title, paths in lines.items():
+            cells = (" / ".join(f"{_mean_over_seeds(one, *path):.2f}" for path in paths) for one in scores)
+            rows.append([f"{task} {title}", *cells])
     return rows
+
+
+def _mean_over_seeds(score: Tree, *path: str) -> float:
+    """Return a number of a score by its keys; the mean over the seeds of a target of several."""
+    seeds = score.get("seeds", [score])
+    return float(sum(reduce(getitem, path, one) for one in seeds) / len(seeds))
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

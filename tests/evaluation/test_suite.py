@@ -149,6 +149,14 @@ def test_a_folder_of_seeds_has_mean_spread_and_the_scores_of_each_seed(models, t
     assert "over 3 seeds" in row["verdict"]
 
 
+def test_the_table_of_subsets_shows_means_over_seeds(models, tasks, tmp_path):
+    task = tasks[TASKS.index("STS15")]
+    tree = evaluate([target("seeds", *models[1:])], [task], EmbeddingCache(tmp_path))
+    seeds = tree["targets"]["seeds"]["scores"]["STS15"]["seeds"]
+    means = [np.mean([seed[f"{metric}_mean"] for seed in seeds]) for metric in ("spearman", "pearson")]
+    assert f"| STS15 mean | {means[0]:.2f} / {means[1]:.2f} |" in render(tree, "markdown")
+
+
 # --- honesty ---------------------------------------------------------------------------------------------------------
 
 
