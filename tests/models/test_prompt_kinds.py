@@ -10,6 +10,7 @@ from promcse_pl.config import LossConfig
 from promcse_pl.config.pooling import POOLINGS
 from promcse_pl.data.batch import Tokens
 from promcse_pl.losses.hybrid import hybrid_loss
+from promcse_pl.models import hooks
 from promcse_pl.models.cpu.layers import can_fuse
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.families import FAMILIES
@@ -103,8 +104,15 @@ def test_an_encoder_with_other_positions_refuses_an_input_prompt(family):
 
 
 def test_an_encoder_that_ignores_the_vectors_is_refused(monkeypatch):
-    monkeypatch.setattr("promcse_pl.models.backbone.register_input_prompt_hook", lambda embeddings: None)
-    with pytest.raises((EncoderError, RuntimeError, ValueError)):
+    def append_zeros(embeddings):
+        def hook(_module, _inputs, embedded_BTE):
+            vectors = hooks._input_prompt.get()
+            return None if vectors is None else torch.cat([embedded_BTE, 0 * vectors.detach()], dim=1)
+
+        embeddings.register_forward_hook(hook)
+
+    monkeypatch.setattr("promcse_pl.models.backbone.register_input_prompt_hook", append_zeros)
+    with pytest.raises(EncoderError, match="ignores vectors in front of its input embeddings"):
         small_backbone()
 
 
