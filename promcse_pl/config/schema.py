@@ -251,6 +251,10 @@ class PromptConfig(Section):
                 f"prompt.kind={self.kind} needs prompt.length of at least 1, got 0. Try: prompt.length=10, or prompt=deep "
                 "prompt.length=0 for no prompt"
             )
+        if self.dropout is not None and self.length == 0:
+            raise ConfigError(
+                f"prompt.dropout={self.dropout} has no effect with prompt.length=0. Try: prompt.dropout=null, or prompt.length=10"
+            )
         if self.kind != "projected" and self.projection_size is not None:
             raise ConfigError(
                 f"prompt.projection_size={self.projection_size} has no effect with prompt.kind={self.kind}. "

@@ -258,6 +258,7 @@ def test_every_setting_with_a_range_has_a_test_of_it():
         (["prompt=input", "prompt.length=0"], ["prompt.kind=input", "got 0", "prompt=deep prompt.length=0"]),
         (["model.head=mlp", "model.head_rank=4"], ["model.head_rank=4", "model.head=mlp"]),
         (["prompt.length=0"], ["prompt.length=0", "model.head=none"]),
+        (["tuning=lora", "prompt.dropout=0.1"], ["prompt.dropout=0.1", "prompt.length=0"]),
         (["data=pairs", "data.train=x.csv", "data.dev=holdout"], ["data.dev=holdout", "data.kind=pairs"]),
         (["data=pairs", "data.train=demo"], ["demo", "data.kind=pairs"]),
         (["data.columns=[a,b]"], ["data.columns", "3 columns", "data.kind=triplets"]),
@@ -267,7 +268,7 @@ def test_every_setting_with_a_range_has_a_test_of_it():
         (["model.default_prompt=q", "model.prompts={}"], ["model.default_prompt", "it is empty", "=null"]),
         (["evaluation=sts"], ["evaluation.tasks=[sts,sick]", "data.dir"]),
         (["evaluation.tasks=[demo,geometry,my.csv]"], ["evaluation.tasks=[geometry]", "data.dir"]),
-        (["evaluation.tasks=[demo,transfr]"], ["'transfr'", "'evaluation.tasks=[transfer]'"]),
+        (["evaluation.tasks=[demo,transfr]"], ["'transfr'", "'evaluation.tasks=[demo,transfer]'"]),
     ],
 )
 def test_settings_that_exclude_each_other_are_refused_and_named(overrides, names):
