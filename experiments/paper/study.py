@@ -349,8 +349,8 @@ STUDIES["options"] = Study(
     title="Options beyond the paper",
     about="Losses, initialisation, averaging, heads, poolings and trained weights beyond the paper, each added to "
     f"{PROMCSE_EH} with the same learning rate; LoRA and biases alone replace the prompt, with two rates each. An option stays "
-    "in the code if its dev score is significantly better after Holm's correction, for some encoder. The row of a mean over steps "
-    "has the score of the mean itself, not of the better of the mean and the best step.",
+    "in the code if its dev score is significantly better after Holm's correction, for some encoder. The row of a mean over "
+    "steps has the score of the mean itself, not of the better of the mean and the best step.",
     rows=(
         Row(PROMCSE_EH, PRESETS[PROMCSE_EH]),
         *(
