@@ -86,6 +86,7 @@ def test_the_default_run(here):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_on_ones_own_file_and_its_repetition_from_the_saved_config(here):
     (here / "my.csv").write_text("\n".join(["anchor,positive,hard_negative", *ROWS]) + "\n")
     own = ["data=triplets", "data.train=my.csv", "loss.margin=0.2", "data.dev=null", "debug=fast"]

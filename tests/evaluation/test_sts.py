@@ -281,6 +281,7 @@ def test_the_real_tasks_have_the_published_numbers_of_pairs():
 
 @pytest.mark.realdata
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_frozen_minilm_has_its_known_score_on_the_dev_set():
     backbone = FrozenBackbone.load("sentence-transformers/all-MiniLM-L6-v2")
     encoder = PromptEncoder(backbone, length=0, pooling="avg", head="none").eval()
