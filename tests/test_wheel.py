@@ -83,6 +83,7 @@ def test_the_default_run(here):
     promcse(here, "train", "debug=fast", "evaluation.tasks=[]", "evaluation.frozen=false")
     (folder,) = here.glob("outputs/*/*-minilm-demo")
     assert (folder / "results.json").exists()
+    assert "already finished" in promcse(here, "train", f"resume={folder}")
 
 
 @pytest.mark.slow

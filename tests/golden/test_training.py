@@ -177,7 +177,7 @@ def accumulated_case(case, folder, accumulate):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.exhaustive), 4])
 def test_a_training_with_gradient_accumulation_is_read_with_a_loss_per_micro_batch(accumulate, tmp_path):
     case = accumulated_case(CASES[0], tmp_path / "case", accumulate)
     assert len(read_json(case / "loss.json")["f64"]["loss"]) == len(read_json(CASES[0] / "loss.json")["f64"]["loss"])

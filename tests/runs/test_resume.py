@@ -441,7 +441,10 @@ def test_a_run_that_fails_before_training_can_be_resumed_when_the_cause_is_fixed
     weights.rename(tmp_path / "model.safetensors")
     with pytest.raises(PromcseError):
         run_job(config, tmp_path / "run")
-    advice = "start a new run in another folder; otherwise fix the cause, then: python run.py resume="
+    advice = (
+        "nothing was trained yet. If a setting is wrong, start a new run in another folder; otherwise fix the cause, then: "
+        "python run.py resume="
+    )
     assert advice in (tmp_path / "run/run.log").read_text()
     (tmp_path / "model.safetensors").rename(weights)
     assert resume_job(tmp_path / "run")["steps"] == 3

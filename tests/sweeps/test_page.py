@@ -186,7 +186,15 @@ def test_a_series_of_one_point_is_visible(driver, tmp_path):
     assert driver.execute_script(points) == [2] * 5
 
 
-@pytest.mark.parametrize(("width", "dark"), [(1280, False), (400, True)])
+@pytest.mark.parametrize(
+    ("width", "dark"),
+    [
+        (1280, False),
+        (400, True),
+        pytest.param(1280, True, marks=pytest.mark.exhaustive),
+        pytest.param(400, False, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_the_page_does_not_overflow_and_follows_the_colour_scheme(opened, page, width, dark):
     view(opened, width, dark=dark)
     open_page(opened, page)

@@ -348,8 +348,10 @@ def test_the_server_receives_what_the_preview_shows(sweep, tmp_path, monkeypatch
 def test_a_missing_sweep_or_a_sweep_without_wandb_is_one_line_that_says_what_to_type(sweep, tmp_path, capsys):
     assert main(["dashboard", "--sweep", str(tmp_path / "none")]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ~/none is not a folder (current folder: ")
-    assert "Try: promcse dashboard --sweep FOLDER, with the folder that the sweep printed" in error
+    assert error == (
+        f"error: ~/none is not a folder (current folder: {Path.cwd()}). Try: promcse dashboard --sweep FOLDER, with the "
+        "folder that the sweep printed, such as multirun/DATE/TIME\n"
+    )
 
     folder = tmp_path / "not tracked"
     write_sweep(folder, loss__margin=[0.1, 0.2])
