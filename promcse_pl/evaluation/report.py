@@ -142,7 +142,7 @@ def _retrieval_details(tree: Tree) -> list[list[str]]:
     for task, score in next(iter(tree["targets"].values()))["scores"].items():
         scores = [target["scores"][task] for target in tree["targets"].values()]
         rows += [
-            [f"{task} {title}", *(f"{_mean_over_seeds(one, metric):.2f}" for one in scores)]
+            [f"{task} {title}", *(f"{_seed_mean(one, metric):.2f}" for one in scores)]
             for metric, title in METRICS.items()
             if metric in score.get("seeds", [score])[0]
         ]
@@ -164,12 +164,12 @@ def _details(tree: Tree) -> list[list[str]]:
         lines["mean"] = [(f"{metric}_mean",) for metric in metrics]
         lines["weighted mean"] = [(f"{metric}_weighted_mean",) for metric in metrics]
         for title, paths in lines.items():
-            cells = (" / ".join(f"{_mean_over_seeds(one, *path):.2f}" for path in paths) for one in scores)
+            cells = (" / ".join(f"{_seed_mean(one, *path):.2f}" for path in paths) for one in scores)
             rows.append([f"{task} {title}", *cells])
     return rows
 
 
-def _mean_over_seeds(score: Tree, *path: str) -> float:
+def _seed_mean(score: Tree, *path: str) -> float:
     """Return a number of a score by its keys; the mean over the seeds of a target of several."""
     seeds = score.get("seeds", [score])
     return float(sum(reduce(getitem, path, one) for one in seeds) / len(seeds))

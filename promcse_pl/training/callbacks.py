@@ -281,13 +281,13 @@ class Progress(pl.Callback):
 
     def __init__(self, console: Console, every: int, seconds: Callable[[], float]) -> None:
         self.console, self.every, self.seconds = console, every, seconds
-        self._bar, self._values = ExitStack(), ""
+        self._bar, self._text = ExitStack(), "training"
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show the bar."""
         assert isinstance(pl_module, PromcseModule)
         self.report = self._bar.enter_context(stages(self.console))  # shows nothing if the console is not a terminal
-        self.report("training", trainer.global_step, pl_module.total_steps)
+        self.report(self._text, trainer.global_step, pl_module.total_steps)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any) -> None:
         """Update the bar; read loss and dev score, and log a line without a terminal, if an entry is due."""
@@ -295,12 +295,12 @@ class Progress(pl.Callback):
         step, steps = trainer.global_step, pl_module.total_steps
         is_due = step % self.every == 0 or step >= steps or trainer.should_stop
         if is_due:  # reading values in each step would synchronise with the GPU
-            self._values = loss = f"loss {float(pl_module.entry['train/loss']):.3f}"
+            loss = f"loss {float(pl_module.entry['train/loss']):.3f}"
             if not self.console.is_terminal:
                 log.info("step %d of %d: %s, %.0f s", step, steps, loss, self.seconds())
-            if (dev := trainer.callback_metrics.get("dev")) is not None:
-                self._values += f", dev {float(dev):.2f}"
-        self.report(f"training: {self._values}".removesuffix(": "), step, steps)
+            dev = trainer.callback_metrics.get("dev")
+            self._text = f"training: {loss}" + ("" if dev is None else f", dev {float(dev):.2f}")
+        self.report(self._text, step, steps)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remove the bar."""
