@@ -35,7 +35,7 @@ MAX_MEMORY_FRACTION = 0.5
 _MEMORY_DEVICES = ("cuda",)
 """Devices where `trainer.chunk_tokens=auto` depends on the free memory."""
 MAX_BFLOAT16_CHUNK = 2048
-"""Maximum chunk size in bfloat16 on a CPU: 1.3 times as fast as 512 with AMX, because a product converts its weights first."""
+"""Maximum chunk size in bfloat16 on a CPU; see docs/speed.md."""
 _PADDING = 1.2
 """Assumed ratio of padded to real tokens: NLI triplets in chunks of 2,048 tokens have 1.18 with 128 rows, 1.06 with 512."""
 _ROWS, _WIDTH, _REPEATS = 512, 768, 5
@@ -148,7 +148,7 @@ def resolve_chunk_tokens(config: Config, encoder: PromptEncoder, rows: TokenRows
         return config
     if device.type in _MEMORY_DEVICES:
         tokens = fit_chunk_tokens(CHUNK_TOKENS[device.type], measure_memory(config, encoder.to(device), rows, device))
-    elif _recomputes(config, measure_memory(config, encoder, rows, device)):
+    elif _recomputes(config, encoder, rows, device)[0]:
         tokens = CHUNK_TOKENS[device.type]  # the activations of as many chunks as threads are in memory
     else:
         tokens = divide_batch(_batch_tokens(config, rows), torch.get_num_threads())
@@ -190,8 +190,7 @@ def fit_chunk_tokens(most: int, memory: StepMemory | None) -> int:
 
 def must_recompute(config: Config, encoder: PromptEncoder, rows: TokenRows, device: torch.device) -> bool:
     """Return whether chunks are recomputed in the backward pass: as set, or with `auto` if memory is too small."""
-    memory = measure_memory(config, encoder, rows, device) if config.trainer.recompute == "auto" else None
-    recomputes = _recomputes(config, memory)
+    recomputes, memory = _recomputes(config, encoder, rows, device)
     if recomputes and memory is not None:
         log.info(
             "the activations of a batch would take %.1f GB of %.1f GB free memory: chunks are recomputed in the backward pass "
@@ -202,11 +201,14 @@ def must_recompute(config: Config, encoder: PromptEncoder, rows: TokenRows, devi
     return recomputes
 
 
-def _recomputes(config: Config, memory: StepMemory | None) -> bool:
-    """Return the value of `trainer.recompute`, with `auto` for the measured memory."""
+def _recomputes(
+    config: Config, encoder: PromptEncoder, rows: TokenRows, device: torch.device
+) -> tuple[bool, StepMemory | None]:
+    """Return whether chunks are recomputed, and with `trainer.recompute=auto` the memory that decides."""
     if config.trainer.recompute != "auto":
-        return config.trainer.recompute == "always"
-    return memory is not None and not memory.fits
+        return config.trainer.recompute == "always", None
+    memory = measure_memory(config, encoder, rows, device)
+    return memory is not None and not memory.fits, memory
 
 
 def measure_memory(config: Config, encoder: PromptEncoder, rows: TokenRows, device: torch.device) -> StepMemory | None:
