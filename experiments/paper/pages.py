@@ -153,11 +153,12 @@ def _p_above(differences_n: np.ndarray, bound: float) -> float:
     return float(scipy.stats.ttest_1samp(differences_n, bound, alternative="greater").pvalue)
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values adjusted for multiple tests (Holm 1979), in the given order."""
-    adjusted, largest = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Return p-values adjusted for multiple tests (Holm 1979), in the given order; None, where there was no test, stays None."""
+    tests = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
+    adjusted, largest = list(p_values), 0.0
+    for rank, (p, index) in enumerate(tests):
+        largest = max(largest, min(1.0, (len(tests) - rank) * p))
         adjusted[index] = largest
     return adjusted
 
@@ -206,11 +207,9 @@ def overview_table(study: Study, model: Results, encoder: str) -> list[str]:
 
 def count_of_seeds(study: Study) -> str:
     """Return the default number of seeds, with the reason for fewer than five."""
-    return (
-        "1 seed"
-        if study.seeds == 1
-        else f"{study.seeds} seeds, because all studies with five would take days on two cores"
-    )
+    if study.seeds == 1:
+        return "1 seed"
+    return f"{study.seeds} seeds, because all studies with five would take days on two cores"
 
 
 def task_table(study: Study, model: Results, encoder: str) -> list[str]:
@@ -262,8 +261,7 @@ def baseline_table(study: Study, model: Results) -> list[str]:
         tested.append(p)
         share = f"{runs[0]['trained_parameters']:,} ({100 * runs[0]['trained_share']:.2f} %)"
         lines.append([row.name, f"`{' '.join(row.overrides)}`", share, text, format_p(p)])
-    adjusted = iter(holm([p for p in tested if p is not None]))
-    lines = [[*line, format_p(None if p is None else next(adjusted))] for line, p in zip(lines, tested, strict=True)]
+    lines = [[*line, format_p(p)] for line, p in zip(lines, holm(tested), strict=True)]
     header = ["row", "overrides", "trained parameters", f"dev against {study.baseline}", "p", "p (Holm)"]
     return markdown_table(header, lines)
 
@@ -351,11 +349,9 @@ def summary_rows() -> list[list[str]]:
         for key, model in (read_results(name) or {"–": {"rows": {}, "frozen": {}}}).items()
         for claim in study.claims
     ]
-    tested = [index for index, (*_, one) in enumerate(judged) if one.p is not None]
-    adjusted = dict(zip(tested, holm([judged[index][2].p or 0.0 for index in tested]), strict=True))
     rows = []
-    for index, (name, key, one) in enumerate(judged):
-        study, p = STUDIES[name], adjusted.get(index)
+    for (name, key, one), p in zip(judged, holm([one.p for *_, one in judged]), strict=True):
+        study = STUDIES[name]
         title = f"[{study.title}]({name}/README.md)" if (study_folder(name) / "README.md").is_file() else study.title
         what, task, paper, ours, raw = claim_cells(study, key, one)
         verdict = f"**{one.verdict}**" if p is not None and p < 1 - LEVEL else one.verdict
