@@ -43,7 +43,7 @@ from promcse_pl.training.machine import choose_precision
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-ROUNDS, ENCODE_ROUNDS, SENTENCES, STS_PART = 5, 2, 2000, 10
+ROUNDS, ENCODE_ROUNDS, SENTENCES, STS_PART = 4, 2, 1000, 20
 
 
 def of_this_machine(rows: tuple[str, ...], default: torch.dtype) -> list[str]:

@@ -43,6 +43,7 @@ def test_the_page_says_what_failed_and_what_did_not_fit(checked, tmp_path):
     results = json.loads((checked / "gpu-check.json").read_text())
     for name in ("seconds", "tokens", "before", "peak", "sentences"):
         del results["encoders"][2]["cases"][0][name]
+    results["encoders"][2]["cases"][0]["problem"] = "out of memory"
     results["encoders"][0]["synchronisations"] = 2
     results["encoders"][1]["differences"]["gradient"] = float("nan")
     results["tests"] = {"exit_code": 1, "summary": "1 failed, 81 passed in 30.00s"}
@@ -56,6 +57,17 @@ def test_the_page_says_what_failed_and_what_did_not_fit(checked, tmp_path):
     page = draw(tmp_path)
     assert "| 2,048 | kept | out of memory | | |" in page
     assert "Failed checks: pytest -m gpu: 1 failed" in page
+
+
+def test_after_the_time_limit_no_case_is_measured_and_the_check_fails(checked):
+    encoder = gpu_check.check_encoder("MiniLM", gpu_check.TINY, end=0.0)
+    assert [case["problem"] for case in encoder["cases"]] == ["420 s were over"] * len(gpu_check.CASES)
+    results = json.loads((checked / "gpu-check.json").read_text())
+    results["encoders"] = [encoder]
+    assert gpu_check.failures(results) == ["MiniLM: 6 of 6 cases not measured: 420 s were over"]
+    (checked / "late").mkdir()
+    (checked / "late" / "gpu-check.json").write_text(json.dumps(results))
+    assert "| 2,048 | kept | 420 s were over | | |" in draw(checked / "late")
 
 
 def test_without_a_gpu_one_line_says_so_and_nothing_is_written(tmp_path, monkeypatch, capsys):
