@@ -80,7 +80,7 @@ def test_the_package_and_the_sweeper_come_from_the_wheel(here):
 
 @pytest.mark.slow
 def test_the_default_run(here):
-    promcse(here, "train", "debug=fast", "evaluation.tasks=[]", "evaluation.frozen=false")
+    promcse(here, "train", "debug=fast", "trainer.max_steps=2", "evaluation.tasks=[]", "evaluation.frozen=false")
     (folder,) = here.glob("outputs/*/*-minilm-demo")
     assert (folder / "results.json").exists()
     assert "already finished" in promcse(here, "train", f"resume={folder}")

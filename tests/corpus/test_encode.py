@@ -131,7 +131,9 @@ PromCSE.encode = encode
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "code"), [("SIGKILL", -9), ("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize(
+    ("name", "code"), [("SIGKILL", -9), ("SIGTERM", 143), pytest.param("SIGINT", 130, marks=pytest.mark.exhaustive)]
+)
 def test_a_killed_command_continues_bit_for_bit(name, code, model, adapter, corpus, tmp_path):
     encode_corpus(model, [corpus], tmp_path / "whole", options=OPTIONS)
     command = ("encode", adapter, corpus, "--out", tmp_path / "out", "--rows-per-shard", 5, "--device", "cpu")

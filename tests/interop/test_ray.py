@@ -5,9 +5,9 @@ import dataclasses
 import importlib
 import json
 import os
-import signal
 import socket
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +142,42 @@ def test_the_command_writes_the_files_of_one_process(cluster, adapter, model, co
 
 
 @pytest.mark.slow
+def test_the_command_writes_the_missing_files_of_one_process_even_if_a_worker_is_killed(
+    cluster, adapter, model, corpus, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(corpus)
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        encode_corpus(model, ["a.jsonl"], folder, options=dataclasses.replace(OPTIONS, prompt=""))
+    for path in [path for path in two.glob("*.parquet") if path.stem > "a.jsonl-00001"]:
+        path.unlink()
+    assert len(finished_shards(two)) == 2
+    killed: list[int] = []
+
+    def kill_the_first_that_works() -> None:
+        while not killed:
+            for worker in busy_workers()[:1]:
+                worker.kill()
+                killed.append(worker.pid)
+
+    killer = threading.Thread(target=kill_the_first_that_works)
+    killer.start()
+    capsys.readouterr()
+    command = ["encode", str(adapter), "a.jsonl", "--rows-per-shard", "5", "--engine", "ray"]
+    assert main([*command, "--out", "../two", "--workers", "2"]) == 0
+    killer.join(10)
+    assert killed
+    assert contents(two) == contents(one)
+    printed = capsys.readouterr()
+    last = printed.out.splitlines()[-1]  # Ray has printed that a worker died
+    assert last == "../two: new: 50 x 16 float32, unit length, in 10 shards; 2 finished before"
+    reported = [line.split(": ")[0] for line in printed.err.splitlines() if line.startswith("a.jsonl")]
+    assert sorted(reported) == [f"a.jsonl-{i:05d}" for i in range(2, 12)]
+    assert ": 50 texts so far, " in printed.err
+    assert "0 h 00 min left" in printed.err
+
+
+@pytest.mark.slow
 @pytest.mark.exhaustive
 def test_a_replaced_adapter_is_loaded_again(cluster, corpus, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(corpus)
@@ -178,29 +214,6 @@ def test_an_interrupted_command_is_resumed(cluster, adapter, model, corpus, tmp_
     assert len(finished_shards(two)) < 36
     encode_corpus(model, [corpus], two, options=OPTIONS, engine=on_one)
     assert contents(two) == contents(tmp_path / "one")
-
-
-@pytest.mark.slow
-def test_a_killed_worker_loses_nothing_and_only_missing_shards_are_encoded(cluster, adapter, model, corpus, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    for folder in (one, two):
-        encode_corpus(model, [corpus], folder, options=OPTIONS)
-    for path in [path for path in two.glob("*.parquet") if not path.name.startswith("a.jsonl-0000")]:
-        path.unlink()
-    finished = len(finished_shards(two))
-    assert finished == 10
-    killed: list[psutil.Process] = []
-
-    def kill_once(progress: CorpusProgress) -> None:
-        if not killed and progress.shard:
-            killed.extend(busy_workers()[:1])
-            os.kill(killed[0].pid, signal.SIGKILL)
-
-    on_two = engine.RayCorpusEngine(adapter, workers=2)
-    done = encode_corpus(model, [corpus], two, options=OPTIONS, report=kill_once, engine=on_two)
-    assert killed
-    assert (done.shards, done.skipped) == (36 - finished, finished)
-    assert contents(two) == contents(one)
 
 
 @pytest.mark.slow

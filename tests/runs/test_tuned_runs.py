@@ -64,7 +64,15 @@ class Fail(pl.Callback):
             raise RuntimeError("on purpose")
 
 
-@pytest.mark.parametrize("name", ["bias", "lora", "full", "lora and prompt"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("bias", marks=pytest.mark.exhaustive),
+        pytest.param("lora", marks=pytest.mark.exhaustive),
+        "full",
+        "lora and prompt",
+    ],
+)
 def test_a_resumed_run_is_bit_identical(name, tmp_path, dev):
     sections = {**dev, "optim": {"lr": 0.02}, **SECTIONS[name], "trainer": {"epochs": 2, "save_every": 1}}
     sections["trainer"] |= {"eval_every": 2, "chunk_tokens": 20}

@@ -12,7 +12,7 @@ from support.sweep_jobs import SETTINGS, files, run, small_config
 from promcse_pl.config import SweepConfig
 from promcse_pl.run_folder import Status, read_config, read_status, write_status
 from promcse_pl.sweeps import execute, pool, search
-from promcse_pl.sweeps.plan import read_plan
+from promcse_pl.sweeps.plan import SharedSettings, read_plan
 from promcse_pl.sweeps.pool import Task
 from promcse_pl.sweeps.search import Interval, corners, run_search
 from promcse_pl.utils.errors import ConfigError
@@ -64,8 +64,14 @@ def study(folder: Path) -> optuna.Study:
     return optuna.load_study(storage=storage, study_name="sweep")
 
 
+def measured(*_: object) -> SharedSettings:
+    """What every search measures first, in a process of its own."""
+    return SharedSettings(1, 1, 1, {"auto": "float32"})
+
+
 @pytest.mark.slow
-def test_a_poor_job_is_pruned_with_a_checkpoint_and_not_failed(scripted, tmp_path, capsys):
+def test_a_poor_job_is_pruned_with_a_checkpoint_and_not_failed(scripted, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(search, "measure_shared", measured)
     assert scripted(tmp_path / "sweep", trials=4) == 0
     states = [trial.state.name for trial in study(tmp_path / "sweep").trials]
     assert states == ["COMPLETE", "COMPLETE", "PRUNED", "COMPLETE"]
@@ -139,6 +145,7 @@ def test_settings_that_exclude_each_other_are_left_out_and_the_search_goes_on(sc
             raise ConfigError("these exclude each other")
         return compose(overrides)
 
+    monkeypatch.setattr(search, "measure_shared", measured)
     assert run_search(tmp_path / "sweep", ["x"], SPACE, SweepConfig(trials=2), picky, None) == 0
     assert [trial.state.name for trial in study(tmp_path / "sweep").trials] == ["COMPLETE", "FAIL"]
     assert "is left out: these exclude each other" in capsys.readouterr().out
