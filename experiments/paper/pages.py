@@ -254,13 +254,16 @@ def baseline_table(study: Study, model: Results) -> list[str]:
         if row.name == study.baseline or not runs:
             continue
         first, second = common_scores(base, by_seed(model, row.name, DEV))
-        difference = seed_difference(first, second, is_paired=True) if len(first) > 1 else None
         text, p = FEW_SEEDS, None
-        if difference:
+        if len(first) > 1:
+            difference = seed_difference(first, second, is_paired=True)
             text, p = f"{format_difference(difference, DEV)}, {difference.over}", difference.p
+        elif first:
+            text = f"{format_score(second[0] - first[0], DEV, '+')}, 1 seed"
         tested.append(p)
         share = f"{runs[0]['trained_parameters']:,} ({100 * runs[0]['trained_share']:.2f} %)"
-        lines.append([row.name, f"`{' '.join(row.overrides)}`", share, text, format_p(p)])
+        settings = f"`{' '.join(row.overrides)}`" + (" (removed)" if row.is_removed else "")
+        lines.append([row.name, settings, share, text, format_p(p)])
     lines = [[*line, format_p(p)] for line, p in zip(lines, holm(tested), strict=True)]
     header = ["row", "overrides", "trained parameters", f"dev against {study.baseline}", "p", "p (Holm)"]
     return markdown_table(header, lines)

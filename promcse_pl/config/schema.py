@@ -193,12 +193,6 @@ class LossConfig(Section):
     """Weight of the KL divergence between the softmax over the in-batch cosines of the frozen encoder and that of the model, both
     with `loss.temperature`; 0 disables it. It keeps the embeddings close to those of the frozen encoder (distillation as in SEED;
     Fang et al. 2021, arXiv 2101.04731)."""
-    symmetric: bool = False
-    """Whether NT-Xent is the mean of two directions, from anchors to candidates and from positives to anchors, as in CLIP
-    (Radford et al. 2021, arXiv 2103.00020)."""
-    hardness: Annotated[float, Range(ge=0, le=10, example=0.5)] = 0.0
-    """β: weights the negatives of NT-Xent by exp(β · logit), normalised to a mean of 1 over the negatives of an anchor; 0 weights
-    all equally (Robinson et al. 2021, arXiv 2010.04592, eq. 4)."""
     mlm_weight: Annotated[float, Range(ge=0, le=10, example=0.1)] = 0.0
     """Weight of the masked language modelling loss at step 0; 0 switches it off. It is multiplied by 0.95 every 100 steps
     (official: 0.1 for unsupervised RoBERTa)."""
@@ -220,10 +214,6 @@ class PromptConfig(Section):
     `--prefix_projection`). `shared`: all layers have the same keys and values. `input`: vectors prepended to the input
     embeddings and processed by all layers; requires absolute positions, as in BERT and RoBERTa. The paper compares `deep`,
     `shared` and `input` (table 3)."""
-    init: Literal["random", "data"] = "random"
-    """Initial keys and values. `random`: N(0, 0.02) (official). `data`: the same noise around the mean key and value that the
-    frozen encoder computes for the last token ([SEP] in BERT) of training sentences, so that the slots start in the range of the
-    tokens' keys; attention to [SEP] changes the output little (Clark et al. 2019, arXiv 1906.04341). Needs `prompt.kind=deep`."""
     length: Annotated[int, Range(ge=0, le=256, note="slots")] = 10
     """P: number of prompt slots per layer (paper: 10 to 16); 0: no prompt; only the head or encoder weights are trained."""
     projection_size: Annotated[int | None, Range(ge=1, example=512)] = None
@@ -240,11 +230,6 @@ class PromptConfig(Section):
             raise ConfigError(
                 "prompt.kind=projected needs prompt.projection_size, got null. Try: prompt=projected, or "
                 "prompt.projection_size=512"
-            )
-        if self.init == "data" and (self.kind != "deep" or self.length == 0):
-            raise ConfigError(
-                f"prompt.init=data needs prompt.kind=deep and prompt.length of at least 1, got kind {self.kind} and length "
-                f"{self.length}. Try: prompt.init=random"
             )
         if self.kind != "deep" and self.length == 0:
             raise ConfigError(
@@ -502,13 +487,10 @@ class Config(Section):
                 f"loss.hard_negative_logit={loss.hard_negative_logit:g} has no effect with data.kind={data.kind}: there are no "
                 "hard negatives. Try: loss.hard_negative_logit=0"
             )
-        contrastive = {name: getattr(loss, name) for name in ("mask_false_negatives", "symmetric", "hardness")}
-        unused = next((name for name, value in contrastive.items() if value), None)
-        if data.kind == "scored_pairs" and unused:
-            default = str(getattr(LossConfig(), unused)).lower()
+        if loss.mask_false_negatives and data.kind == "scored_pairs":
             raise ConfigError(
-                f"loss.{unused}={str(contrastive[unused]).lower()} has no effect with data.kind=scored_pairs: CoSENT has no "
-                f"negatives. Try: loss.{unused}={default}"
+                "loss.mask_false_negatives=true has no effect with data.kind=scored_pairs: CoSENT has no negatives. "
+                "Try: loss.mask_false_negatives=false"
             )
         if loss.mask_false_negatives and data.kind == "sentences":
             raise ConfigError(

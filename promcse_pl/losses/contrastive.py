@@ -50,24 +50,3 @@ def ntxent(logits_BC: Tensor) -> Tensor:
         A scalar >= 0.
     """
     return F.cross_entropy(logits_BC, torch.arange(len(logits_BC), device=logits_BC.device))
-
-
-def weight_by_hardness(logits_BC: Tensor, hardness: float) -> Tensor:
-    """Return the logits of NT-Xent with its negatives weighted by their similarity (Robinson et al. 2021, eq. 4 with tau+ = 0).
-
-        weight_ic = exp(hardness * logit_ic) / mean over the negatives n of exp(hardness * logit_in)
-
-    The weights have a gradient, as in the authors' code.
-
-    Args:
-        logits_BC: From `ntxent_logits`; -inf for excluded candidates.
-        hardness: Beta >= 0; 0 weights all negatives equally.
-    """
-    correct_BC = torch.eye(*logits_BC.shape, dtype=torch.bool, device=logits_BC.device)
-    negatives_BC = ~correct_BC & logits_BC.isfinite()
-    weights_BC = hardness * logits_BC  # logarithms
-    # not -inf: the gradient of a row without negatives would be NaN
-    among_negatives_BC = weights_BC.masked_fill(~negatives_BC, torch.finfo(logits_BC.dtype).min)
-    count_B1 = negatives_BC.sum(1, keepdim=True, dtype=logits_BC.dtype).clamp(min=1)
-    log_mean_B1 = among_negatives_BC.logsumexp(1, keepdim=True) - count_B1.log()
-    return torch.where(negatives_BC, logits_BC + weights_BC - log_mean_B1, logits_BC)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from promcse_pl.config import LossConfig
-from promcse_pl.losses.contrastive import ntxent, ntxent_logits, weight_by_hardness
+from promcse_pl.losses.contrastive import ntxent, ntxent_logits
 from promcse_pl.losses.cosent import cosent
 from promcse_pl.losses.guide import candidate_cosines, distillation_loss, false_negatives
 from promcse_pl.losses.hinge import energy_hinge
@@ -112,10 +112,7 @@ def hybrid_loss(
 def _contrastive_terms(
     anchor_BD: Tensor, positive_BD: Tensor, negative_BD: Tensor | None, config: LossConfig, guide_BC: Tensor | None
 ) -> dict[str, Tensor]:
-    """Return NT-Xent and, with hard negatives, the weighted hinge; the embeddings are unit vectors.
-
-    With `symmetric`, NT-Xent is the mean of both directions, as in CLIP (Radford et al. 2021, figure 3).
-    """
+    """Return NT-Xent and, with hard negatives, the weighted hinge; the embeddings are unit vectors."""
     logits_BC = ntxent_logits(
         anchor_BD,
         positive_BD,
@@ -123,23 +120,11 @@ def _contrastive_terms(
         temperature=config.temperature,
         hard_negative_logit=config.hard_negative_logit,
     )
-    mask_guide_BC = guide_BC if config.mask_false_negatives else None
-    contrastive = _guided_ntxent(logits_BC, mask_guide_BC, config.hardness)
-    if config.symmetric:
-        square = slice(len(logits_BC))  # the positives only: hard negatives are never anchors
-        reverse_guide_BB = None if mask_guide_BC is None else mask_guide_BC[:, square].T
-        reverse = _guided_ntxent(logits_BC[:, square].T, reverse_guide_BB, config.hardness)
-        contrastive = (contrastive + reverse) / 2
-    terms = {"contrastive": contrastive}
+    excluded_BC = false_negatives(guide_BC) if config.mask_false_negatives and guide_BC is not None else None
+    if excluded_BC is not None:
+        logits_BC = logits_BC.masked_fill(excluded_BC, -torch.inf)
+    terms = {"contrastive": ntxent(logits_BC)}
     if negative_BD is not None and config.hinge_weight:
-        excluded_BC = None if mask_guide_BC is None else false_negatives(mask_guide_BC)
         hinge = energy_hinge(anchor_BD, positive_BD, negative_BD, margin=config.margin, excluded_BC=excluded_BC)
         terms["hinge"] = config.hinge_weight * hinge
     return terms
-
-
-def _guided_ntxent(logits_BC: Tensor, guide_BC: Tensor | None, hardness: float) -> Tensor:
-    """Return NT-Xent without the false negatives of the guide, and with its negatives weighted by their hardness."""
-    if guide_BC is not None:
-        logits_BC = logits_BC.masked_fill(false_negatives(guide_BC), -torch.inf)
-    return ntxent(weight_by_hardness(logits_BC, hardness) if hardness else logits_BC)

@@ -9,7 +9,7 @@ registered here with transformers. In the others, `promcse_pl.models.families` r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, cast
@@ -28,10 +28,6 @@ PROMPT_ATTENTION = "promcse_prompt"
 Prompts = Sequence[Tensor] | Iterator[Tensor]
 """Keys and values (2, B or 1, K, P, H) of each layer: a sequence indexed by `module.layer_idx`, or an iterator in call order."""
 
-KeyValueObserver = Callable[[Tensor, Tensor], None]
-"""Function of the keys and values of the tokens in a layer, (B, K, T, H) each."""
-
-_observer: ContextVar[KeyValueObserver | None] = ContextVar("observer", default=None)
 _prompts: ContextVar[Prompts | None] = ContextVar("prompts", default=None)
 _WITHOUT_EFFECT = frozenset(
     ("sliding_window", "position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict")
@@ -49,16 +45,6 @@ def prompt_in_attention(prompts: Prompts | None) -> Iterator[None]:
         _prompts.reset(token)
 
 
-@contextmanager
-def observe_keys_values(observer: KeyValueObserver) -> Iterator[None]:
-    """Call a function in every attention layer called inside this context (per thread), in call order."""
-    token = _observer.set(observer)
-    try:
-        yield
-    finally:
-        _observer.reset(token)
-
-
 def prepend_prompt(
     module: nn.Module, key_BKTH: Tensor, value_BKTH: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -69,8 +55,6 @@ def prepend_prompt(
         key_BKTH, value_BKTH: Projections of the tokens.
         mask: Boolean (True = attend) or additive, (..., T), or None. Prompt slots are always visible, with a bias of 0.
     """
-    if (observer := _observer.get()) is not None:
-        observer(key_BKTH, value_BKTH)
     prompts = _prompts.get()
     if prompts is None:
         return key_BKTH, value_BKTH, mask

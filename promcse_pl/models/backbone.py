@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from promcse_pl.data.tokenizer import tokenizer_fingerprint
-from promcse_pl.models.attention import PROMPT_ATTENTION, Prompts, observe_keys_values, prompt_in_attention
+from promcse_pl.models.attention import PROMPT_ATTENTION, Prompts, prompt_in_attention
 from promcse_pl.models.cpu.dropout import use_fast_dropout
 from promcse_pl.models.cpu.layers import can_fuse, run_fused_layers
 from promcse_pl.models.dense import load_dense_layers
@@ -438,31 +438,6 @@ class FrozenBackbone(nn.Module):
         with first_token_only(first_token and unobserved), prompt_in_attention(self._in_order(prompts)):
             output = self.model(**inputs, attention_mask=mask_BT, output_hidden_states=all_layers, use_cache=False)
         return tuple(output.hidden_states) if all_layers else (output.last_hidden_state,)
-
-    @torch.no_grad()
-    def last_token_keys_values(self, ids_BT: Tensor, mask_BT: Tensor, position_offset: int) -> Tensor:
-        """Return the mean key and value of the last token of the sentences in every layer, without a prompt.
-
-        Args:
-            ids_BT, mask_BT: Token ids padded on the right, and attention mask.
-            position_offset: Added to every position.
-
-        Returns:
-            (L, 2, K, H) float32; the keys of rotary encoders are rotated to the position of their token.
-        """
-        last_B, rows_B = mask_BT.sum(1) - 1, torch.arange(len(mask_BT), device=mask_BT.device)
-        means: list[Tensor] = []
-
-        def observe(*key_value: Tensor) -> None:
-            means.append(torch.stack([part[rows_B, :, last_B].float().mean(0) for part in key_value]))
-
-        fused, self.use_fused_layers = self.use_fused_layers, False  # they do not call the observer
-        try:
-            with observe_keys_values(observe):
-                self(ids_BT, mask_BT, None, position_offset=position_offset)
-        finally:
-            self.use_fused_layers = fused
-        return torch.stack(means)
 
     def _adapt(self, model: Any) -> None:  # noqa: ANN401
         """Make the attention of a model take a prompt, and its dropout fast."""

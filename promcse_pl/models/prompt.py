@@ -101,11 +101,6 @@ class DeepPrompt(Prompt):
         prompt = self.flat().view(self.length, self.layers, 2, self.heads, self.head_size).permute(1, 2, 3, 0, 4)
         return prompt.unsqueeze(2)
 
-    @torch.no_grad()
-    def add_to_slots(self, kv_L2NH: Tensor) -> None:
-        """Add a key and value of every layer to all slots of a prompt without re-parametrisation."""
-        self.embedding.weight += kv_L2NH.reshape(1, -1).to(self.embedding.weight)
-
 
 class SharedPrompt(DeepPrompt):
     """The same trainable keys and values in all layers (Jiang et al. 2022, table 3); `embedding.weight` is (P, 2 * D): K, V.

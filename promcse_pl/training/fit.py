@@ -19,15 +19,13 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy
 
 from promcse_pl.config import Config, TrainerConfig
-from promcse_pl.data.batch import Tokens
-from promcse_pl.data.module import PromcseDataModule, epoch_order
+from promcse_pl.data.module import PromcseDataModule
 from promcse_pl.embedder import PromCSE
 from promcse_pl.evaluation.dev import score_dev
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.cpu.dropout import Dropout
-from promcse_pl.models.encoder import PromptEncoder, eval_mode
+from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.mlm import MlmHead
-from promcse_pl.models.prompt import DeepPrompt
 from promcse_pl.models.tuning import Tuning
 from promcse_pl.run_folder import ADAPTER
 from promcse_pl.training.callbacks import BestByDev, History, Progress, WeightAverage
@@ -47,8 +45,6 @@ log = logging.getLogger("promcse_pl")
 
 SHORT_RUN_EVALUATIONS = 4
 """Number of dev evaluations in a run of fewer than two `trainer.eval_every`."""
-INIT_ROWS = 64
-"""Training rows whose last tokens `prompt.init=data` averages; more rows hardly change the mean."""
 MIN_INPUT_TOKENS = 3
 """Tokens of the shortest useful sentence: one word between two special tokens."""
 
@@ -217,8 +213,6 @@ def fit(run: RunContext, parts: Parts, loggers: Sequence[Logger]) -> Fitted:
     """
     config, data = run.config, parts.data
     parts.encoder.to(parts.device)
-    if config.prompt.init == "data" and not run.checkpoint:
-        _start_prompt_from_data(run, parts)
     if config.trainer.max_steps == 0:
         return _untrained(run, parts, loggers)
     epoch_steps = -(-len(data.token_rows) // config.data.batch_size)
@@ -286,21 +280,6 @@ def _untrained(run: RunContext, parts: Parts, loggers: Sequence[Logger]) -> Fitt
         seconds=0.0,
         earlier_seconds=0.0,
         rows_per_second=0.0,
-    )
-
-
-def _start_prompt_from_data(run: RunContext, parts: Parts) -> None:
-    """Move the prompt slots to the keys and values of the last tokens of training sentences (`prompt.init=data`)."""
-    rows, encoder = parts.data.token_rows, parts.encoder
-    assert isinstance(encoder.prompt, DeepPrompt)
-    sample = epoch_order(len(rows), run.config.seed, 0)[:INIT_ROWS]
-    tokens = Tokens.padded(*rows.fetch(sample)).to(parts.device)
-    with eval_mode(encoder):
-        encoder.prompt.add_to_slots(
-            encoder.backbone.last_token_keys_values(tokens.ids_NT, tokens.mask_NT, encoder.position_offset)
-        )
-    log.info(
-        "the prompt starts at the mean key and value of the last token of %d training sentences", len(tokens.ids_NT)
     )
 
 

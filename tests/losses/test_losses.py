@@ -6,7 +6,6 @@ import pytest
 import torch
 from support.losses import (
     assert_equal_with_gradients,
-    dot,
     slow_hinge,
     slow_hybrid,
     slow_ntxent,
@@ -17,7 +16,7 @@ from support.losses import (
 from torch.nn import functional as F
 
 from promcse_pl.config import LossConfig
-from promcse_pl.losses.contrastive import ntxent, ntxent_logits, weight_by_hardness
+from promcse_pl.losses.contrastive import ntxent, ntxent_logits
 from promcse_pl.losses.hinge import energy_hinge
 from promcse_pl.losses.hybrid import hybrid_loss, mlm_loss, mlm_weight_at
 
@@ -63,54 +62,6 @@ def test_ntxent_of_equal_candidates_is_the_logarithm_of_their_number():
     same = F.normalize(torch.ones(6, 4, dtype=torch.float64), dim=1)
     loss = ntxent(ntxent_logits(same, same, same, temperature=0.05))
     assert loss.item() == pytest.approx(math.log(12), rel=1e-12)
-
-
-# --- hardness
-
-
-def slow_hard_ntxent(anchors, positives, negatives, beta, excluded=()):
-    total = 0.0
-    for i, anchor in enumerate(anchors):
-        logits = [dot(anchor, candidate) / TEMPERATURE for candidate in [*positives, *(negatives or [])]]
-        wrong = [logit for c, logit in enumerate(logits) if c != i and (i, c) not in excluded]
-        mean = sum(math.exp(beta * logit) for logit in wrong) / max(1, len(wrong))
-        weighted = sum(math.exp(beta * logit) / mean * math.exp(logit) for logit in wrong)
-        total -= math.log(math.exp(logits[i]) / (math.exp(logits[i]) + weighted))
-    return total / len(anchors)
-
-
-@pytest.mark.parametrize("beta", [0.3, 1.0])
-@pytest.mark.parametrize("views", [2, 3])
-@pytest.mark.parametrize("batch", [1, 5])
-def test_hardness_weighting_equals_the_loop(batch, views, beta):
-    config = LossConfig(temperature=TEMPERATURE, hinge_weight=0.0, hardness=beta)
-
-    def ours(anchor, positive, negative=None):
-        return hybrid_loss(anchor, positive, negative, config).total
-
-    def slow(anchor, positive, negative=None):
-        return slow_hard_ntxent(unit(anchor), unit(positive), unit(negative), beta)
-
-    assert_equal_with_gradients(ours, slow, some_views(batch, views))
-
-
-def test_hardness_weighting_leaves_out_candidates_that_are_no_negatives():
-    excluded = {(0, 1), (1, 2), (2, 0), (2, 1)}  # the last row keeps no negative
-    mask_BC = torch.tensor([[(i, c) in excluded for c in range(3)] for i in range(3)])
-
-    def ours(anchor, positive):
-        logits_BC = ntxent_logits(anchor, positive, temperature=TEMPERATURE).masked_fill(mask_BC, -torch.inf)
-        return ntxent(weight_by_hardness(logits_BC, 0.5))
-
-    def slow(anchor, positive):
-        return slow_hard_ntxent(anchor, positive, None, 0.5, excluded)
-
-    assert_equal_with_gradients(ours, slow, unit_views(3, 2))
-
-
-def test_weighting_with_hardness_zero_changes_nothing():
-    logits_BC = ntxent_logits(*unit_views(4, 3), temperature=TEMPERATURE)
-    torch.testing.assert_close(weight_by_hardness(logits_BC, 0.0), logits_BC)
 
 
 # --- energy hinge
