@@ -189,18 +189,9 @@ class LossConfig(Section):
     """Whether NT-Xent and the hinge exclude probable false negatives: candidates whose cosine with the anchor, computed by the
     frozen encoder, is higher than that of the positive (GISTEmbed; Solatorio 2024, arXiv 2402.16829). The difference may be
     rounding (0.001), so that copies of the positive are excluded."""
-    distillation_weight: Annotated[float, Range(ge=0, le=10_000, example=0.3)] = 0.0
-    """Weight of the KL divergence between the softmax over the in-batch cosines of the frozen encoder and that of the model, both
-    with `loss.temperature`; 0 disables it. It keeps the embeddings close to those of the frozen encoder (distillation as in SEED;
-    Fang et al. 2021, arXiv 2101.04731)."""
     mlm_weight: Annotated[float, Range(ge=0, le=10, example=0.1)] = 0.0
     """Weight of the masked language modelling loss at step 0; 0 switches it off. It is multiplied by 0.95 every 100 steps
     (official: 0.1 for unsupervised RoBERTa)."""
-
-    @property
-    def needs_guide(self) -> bool:
-        """Whether a term compares with the frozen encoder's embeddings of the training sentences."""
-        return self.mask_false_negatives or self.distillation_weight > 0
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,4 +1,4 @@
-"""Loss terms guided by the frozen encoder without a prompt: false-negative masking and distillation."""
+"""False negatives according to a guide, the frozen encoder without a prompt."""
 
 # B anchors, D width, C candidates (B without hard negatives, 2B with)
 
@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 GUIDE_ROUNDING = 1e-3
 """Upper bound of the rounding of a cosine of the guide, whose unit vectors are stored as float16."""
@@ -40,20 +39,3 @@ def false_negatives(guide_BC: Tensor) -> Tensor:
     """
     mask_BC = guide_BC >= guide_BC.diagonal().unsqueeze(1) - GUIDE_ROUNDING
     return mask_BC.fill_diagonal_(False)
-
-
-def distillation_loss(cosines_BC: Tensor, guide_BC: Tensor, *, temperature: float) -> Tensor:
-    """Mean KL divergence of the candidates' distribution from that of the guide (as SEED; Fang et al. 2021, arXiv 2101.04731).
-
-        L = 1/B sum_i sum_c p_ic log(p_ic / q_ic),  p_i = softmax(cos_guide_i / temperature),  q_i = softmax(cos_i / temperature)
-
-    Args:
-        cosines_BC: Cosines of the trained model, from `candidate_cosines`.
-        guide_BC: Those of the guide.
-        temperature: Divides both cosines, > 0.
-
-    Returns:
-        A scalar >= 0; 0 if the distributions are equal.
-    """
-    model_BC, target_BC = (F.log_softmax(cosines / temperature, dim=1) for cosines in (cosines_BC, guide_BC))
-    return F.kl_div(model_BC, target_BC, reduction="batchmean", log_target=True)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from promcse_pl.config import LossConfig
 from promcse_pl.losses.contrastive import ntxent, ntxent_logits
 from promcse_pl.losses.cosent import cosent
-from promcse_pl.losses.guide import candidate_cosines, distillation_loss, false_negatives
+from promcse_pl.losses.guide import false_negatives
 from promcse_pl.losses.hinge import energy_hinge
 
 MLM_DECAY, MLM_DECAY_STEPS = 0.95, 100
@@ -30,12 +30,11 @@ class LossParts:
     contrastive: Tensor | None = None
     cosent: Tensor | None = None
     hinge: Tensor | None = None
-    distillation: Tensor | None = None
     mlm: Tensor | None = None
 
     def named(self) -> dict[str, Tensor]:
         """Return the terms that are used, by name."""
-        names = ("contrastive", "cosent", "hinge", "distillation", "mlm")
+        names = ("contrastive", "cosent", "hinge", "mlm")
         parts = {"loss": self.total, **{name: getattr(self, name) for name in names}}
         return {name: part for name, part in parts.items() if part is not None}
 
@@ -72,14 +71,14 @@ def hybrid_loss(
 ) -> LossParts:
     """Sum the loss terms (Jiang et al. 2022, eq. 12, and the official code's MLM term).
 
-        L = L_NT-Xent + lambda * L_hinge + w_kl * L_distillation + w_mlm * L_MLM
+        L = L_NT-Xent + lambda * L_hinge + w_mlm * L_MLM
 
     Args:
         anchor_BD, positive_BD, negative_BD: Unnormalised embeddings, one row per example; no negatives for pairs.
         config: Weights and parameters of the terms. Its `hinge_weight` must be 0 without hard negatives; its `mlm_weight` is not
             used, since that weight depends on the step.
         scores_B: Scores of the pairs, which are then trained with CoSENT in place of NT-Xent; None for rows without scores.
-        guide_BC: Cosines of the guide, see `candidate_cosines`; needed by `mask_false_negatives` and the distillation.
+        guide_BC: Cosines of the guide, see `candidate_cosines`; needed by `mask_false_negatives`.
         mlm: The weighted MLM loss, or None.
 
     Returns:
@@ -90,8 +89,8 @@ def hybrid_loss(
     """
     if negative_BD is None and config.hinge_weight:
         raise ValueError("the energy hinge needs hard negatives (triplets); set hinge_weight to 0 for pairs")
-    if config.needs_guide and guide_BC is None:
-        raise ValueError("mask_false_negatives and distillation_weight need the cosines of the guide, guide_BC")
+    if config.mask_false_negatives and guide_BC is None:
+        raise ValueError("mask_false_negatives needs the cosines of the guide, guide_BC")
     anchor_BD, positive_BD = F.normalize(anchor_BD, dim=1), F.normalize(positive_BD, dim=1)
     negative_BD = None if negative_BD is None else F.normalize(negative_BD, dim=1)
     terms: dict[str, Tensor] = {}
@@ -100,10 +99,6 @@ def hybrid_loss(
         terms["cosent"] = cosent(cosines_B, scores_B, temperature=config.temperature)
     else:
         terms |= _contrastive_terms(anchor_BD, positive_BD, negative_BD, config, guide_BC)
-    if config.distillation_weight and guide_BC is not None:
-        cosines_BC = candidate_cosines(anchor_BD, positive_BD, negative_BD)
-        kl = distillation_loss(cosines_BC, guide_BC, temperature=config.temperature)
-        terms["distillation"] = config.distillation_weight * kl
     if mlm is not None:
         terms["mlm"] = mlm
     return LossParts(reduce(operator.add, terms.values()), **terms)

@@ -227,7 +227,7 @@ def fit(run: RunContext, parts: Parts, loggers: Sequence[Logger]) -> Fitted:
         chunk_tokens=chunk_tokens,
         recompute=must_recompute(config, parts.encoder, data.token_rows, parts.device),
         mlm_head=parts.mlm_head,
-        guide=_guide(run, parts, chunk_tokens) if config.loss.needs_guide else None,
+        guide=_guide(run, parts, chunk_tokens) if config.loss.mask_false_negatives else None,
     )
     data.start_step = run.checkpoint.step if run.checkpoint else 0
     log_every = min(config.trainer.log_every, steps)  # at least one entry in a short run

@@ -34,7 +34,7 @@ class PromcseModule(pl.LightningModule):
         total_steps: Number of steps of the schedule.
         chunk_tokens, recompute: See `PromptEncoder.forward`.
         mlm_head: Head of the MLM task; trained with the prompt, but not part of the adapter.
-        guide: Embeddings of the training sentences by the frozen encoder, for the terms that need them.
+        guide: Embeddings of the training sentences by the frozen encoder, for `loss.mask_false_negatives`.
         official_gradient: With several ranks, scale the gradient by 1 / ranks and average the MLM loss per rank, as the official
             code does. By default, loss and gradient equal those of a single process.
     """

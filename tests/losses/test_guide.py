@@ -7,7 +7,7 @@ import torch
 from support.losses import assert_equal_with_gradients, dot, slow_hinge, slow_ntxent, some_views, unit, unit_views
 
 from promcse_pl.config import LossConfig
-from promcse_pl.losses.guide import candidate_cosines, distillation_loss, false_negatives
+from promcse_pl.losses.guide import candidate_cosines, false_negatives
 from promcse_pl.losses.hinge import energy_hinge
 from promcse_pl.losses.hybrid import hybrid_loss
 
@@ -68,48 +68,6 @@ def test_an_anchor_without_negatives_has_no_hinge_and_a_finite_gradient():
     assert not views[0].grad[0].any()
 
 
-def slow_distillation(cosines, guide):
-    def softmax(row):
-        exponentials = [math.exp(cosine / TEMPERATURE) for cosine in row]
-        return [value / sum(exponentials) for value in exponentials]
-
-    total = 0.0
-    for row, guide_row in zip(cosines, guide, strict=True):
-        total += sum(p * math.log(p / q) for q, p in zip(softmax(row), softmax(guide_row), strict=True))
-    return total / len(cosines)
-
-
-@pytest.mark.parametrize("views", [2, 3])
-def test_distillation_equals_the_loop(views):
-    guide_BC = candidate_cosines(*unit_views(4, views, seed=1))
-
-    def ours(*tensors):
-        return distillation_loss(candidate_cosines(*tensors), guide_BC, temperature=TEMPERATURE)
-
-    def slow(*rows):
-        return slow_distillation(slow_cosines(*rows), guide_BC.tolist())
-
-    assert_equal_with_gradients(ours, slow, unit_views(4, views))
-
-
-def test_distillation_is_zero_for_the_guide_itself():
-    cosines_BC = candidate_cosines(*unit_views(4, 3))
-    assert distillation_loss(cosines_BC, cosines_BC, temperature=0.05).item() == pytest.approx(0, abs=1e-12)
-
-
-def test_the_weighted_distillation_is_added_to_the_total():
-    views, guide_BC = some_views(4, 3), candidate_cosines(*unit_views(4, 3, seed=1))
-    config = LossConfig(temperature=TEMPERATURE, distillation_weight=0.5)
-    parts, plain = (
-        hybrid_loss(*views, config, guide_BC=guide_BC),
-        hybrid_loss(*views, LossConfig(temperature=TEMPERATURE)),
-    )
-    expected = slow_distillation(slow_cosines(*(unit(view.tolist()) for view in views)), guide_BC.tolist())
-    assert parts.distillation.item() == pytest.approx(0.5 * expected)
-    assert parts.total.item() == pytest.approx(plain.total.item() + 0.5 * expected)
-
-
-@pytest.mark.parametrize("setting", [{"mask_false_negatives": True}, {"distillation_weight": 0.1}])
-def test_a_term_with_a_guide_is_refused_without_its_cosines(setting):
-    with pytest.raises(ValueError, match="need the cosines of the guide"):
-        hybrid_loss(*some_views(4, 3), LossConfig(**setting))
+def test_masking_is_refused_without_the_cosines_of_the_guide():
+    with pytest.raises(ValueError, match="mask_false_negatives needs the cosines of the guide"):
+        hybrid_loss(*some_views(4, 3), LossConfig(mask_false_negatives=True))

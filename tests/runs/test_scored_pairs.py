@@ -115,11 +115,8 @@ def test_settings_without_effect_are_refused(override, message):
 
 def test_a_run_trains_on_scored_pairs_and_logs_the_first_row(tmp_path):
     write(tmp_path / "train.csv")
-    results, output = run_small(
-        tmp_path, data={"kind": "scored_pairs"}, loss={"hinge_weight": 0.0, "distillation_weight": 0.1}
-    )
+    results, output = run_small(tmp_path, data={"kind": "scored_pairs"}, loss={"hinge_weight": 0.0})
     assert results["rows"] == 10
     assert "first row: sentence1 'w5 w7', sentence2 'w6 w8 w9', score 0" in " ".join(output.split())
     history = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert "train/cosent" in history
-    assert "train/distillation" in history

@@ -63,7 +63,6 @@ def make_module(
         hard_negative_logit=0.3 if width == 3 else 0.0,
         mlm_weight=0.1 * mlm,
         mask_false_negatives=term == "guide",
-        distillation_weight=0.5 if term == "guide" else 0.0,
     )
     vectors_RWD = np.random.default_rng(0).normal(size=(20, width, 6)).astype(np.float16)
     module = PromcseModule(
