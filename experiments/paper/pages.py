@@ -14,6 +14,7 @@ from study import (
     TRAINED,
     Claim,
     Results,
+    Row,
     Study,
     read_results,
     study_folder,
@@ -190,18 +191,25 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list
     return ["", *(f"| {' | '.join(line)} |" for line in lines), ""]
 
 
+def name_of(row: Row) -> str:
+    """Return the name of a row on the page."""
+    return f"{row.name} (removed)" if row.is_removed else row.name
+
+
 def overview_table(study: Study, model: Results, encoder: str) -> list[str]:
     """Return the table of the headline and the dev score with the settings of each row."""
     measured, frozen = list(dict.fromkeys([study.headline, DEV])), model["frozen"]
     lines = [[FROZEN, "", *(format_score(frozen.get(task), task) for task in measured), "", "", ""]]
     for row in study.rows:
         runs = model["rows"].get(row.name, {"runs": []})["runs"]
+        if row.is_removed and not runs:
+            continue
         rates = [line[9:] for run in runs for line in run["overrides"] if line.startswith("optim.lr=")]
         paper = format_score(paper_scores(study, row.name, encoder).get(study.headline), study.headline)
         scores = (format_scores(values(model, row.name, task), task) for task in measured)
         seeds = ", ".join(str(run["seed"]) for run in runs) or "none"
         best = ", ".join(f"{run['best_step']}" for run in runs) + (f" of {runs[0]['steps']}" if runs else "")
-        lines.append([row.name, paper, *scores, rates[0] if rates else "recipe" if runs else "", best, seeds])
+        lines.append([name_of(row), paper, *scores, rates[0] if rates else "recipe" if runs else "", best, seeds])
     return markdown_table(["row", f"paper ({encoder})", *measured, "learning rate", "best step", "seeds"], lines)
 
 
@@ -248,24 +256,20 @@ def claim_table(study: Study, key: str, model: Results) -> list[str]:
 def baseline_table(study: Study, model: Results) -> list[str]:
     """Return the table of the dev scores of all rows relative to the baseline, paired by seed, and of the trained parameters."""
     assert study.baseline is not None
-    base, lines, tested = by_seed(model, study.baseline, DEV), [], []
+    base, lines = by_seed(model, study.baseline, DEV), []
     for row in study.rows:
         runs = model["rows"].get(row.name, {"runs": []})["runs"]
-        if row.name == study.baseline or not runs:
-            continue
         first, second = common_scores(base, by_seed(model, row.name, DEV))
-        text, p = FEW_SEEDS, None
-        if len(first) > 1:
-            difference = seed_difference(first, second, is_paired=True)
-            text, p = f"{format_difference(difference, DEV)}, {difference.over}", difference.p
-        elif first:
+        if row.name == study.baseline or not first:
+            continue
+        if len(first) == 1:
             text = f"{format_score(second[0] - first[0], DEV, '+')}, 1 seed"
-        tested.append(p)
+        else:
+            difference = seed_difference(first, second, is_paired=True)
+            text = f"{format_difference(difference, DEV)}, {difference.over}"
         share = f"{runs[0]['trained_parameters']:,} ({100 * runs[0]['trained_share']:.2f} %)"
-        settings = f"`{' '.join(row.overrides)}`" + (" (removed)" if row.is_removed else "")
-        lines.append([row.name, settings, share, text, format_p(p)])
-    lines = [[*line, format_p(p)] for line, p in zip(lines, holm(tested), strict=True)]
-    header = ["row", "overrides", "trained parameters", f"dev against {study.baseline}", "p", "p (Holm)"]
+        lines.append([name_of(row), f"`{' '.join(row.overrides)}`", share, text])
+    header = ["row", "overrides", "trained parameters", f"dev against {study.baseline}"]
     return markdown_table(header, lines)
 
 

@@ -77,8 +77,8 @@ def _main(results: Data) -> list[str]:
         f"## With{'' if fast == 'bfloat16' else 'out'} fast bfloat16: `trainer.precision=auto` picks {fast}",
         "",
         f"{_machine(machine)} A large matrix product runs at {rates} (GFLOP/s), measured in the same run. Rows are "
-        "interleaved; medians over the rounds of one run on a shared machine. A speed-up is the median of the ratios of the "
-        "rounds. Only the ratios are meaningful.",
+        f"interleaved; medians of {work['rounds']} rounds on a shared machine. A speed-up is the median of the ratios of the "
+        "rounds, which can differ from the ratio of the medians. Only the ratios are meaningful.",
         "",
         "### Training",
         "",
@@ -187,10 +187,7 @@ def _first_token(results: Data) -> list[str]:
     rows = []
     for case in results["cases"]:
         off, on = (statistics.median(case["seconds"][name]) for name in ("every token", "first token"))
-        less = statistics.median(
-            before / after
-            for before, after in zip(case["seconds"]["every token"], case["seconds"]["first token"], strict=True)
-        )
+        less = _ratio(case["seconds"], "every token", "first token")
         rows.append(
             f"| {case['shape']} | {case['work']} | {case['sentences']} | {case['precision']} "
             f"| {off:.2f} | {on:.2f} | {less:.2f}x |"
@@ -253,12 +250,11 @@ def _quality(results: Data) -> list[str]:
 def _gpu(results: Data) -> list[str]:
     """Return the section of `gpu_check.py`; a case without `seconds` has a `problem`."""
     encoders = results["encoders"]
-    sentences = {case["sentences"] for encoder in encoders for case in encoder["cases"] if "seconds" in case}
     lines = [
         "## GPU",
         "",
         f"{_machine(results['machine'])} `make gpu-check` took {results['seconds']:.0f} s; `pytest -m gpu`: "
-        f"{results['tests']['summary']}. Random weights in bfloat16, {', '.join(map(str, sentences))} sentences of 6 to 32 "
+        f"{results['tests']['summary']}. Random weights in bfloat16, {results['sentences']} sentences of 6 to 32 "
         f"tokens per step, P = {results['prompt_length']}, seed {results['seed']}. A step includes the upload of the batch, "
         "clipping and the optimiser; the fastest round. MFU is 4 x non-embedding weights x real tokens per second, divided by "
         f"the rate of a large matrix product on the same device: {results['rate'] / 1e12:.1f} TFLOP/s, measured, not from a "

@@ -50,6 +50,13 @@ ABSENT = {
     "gradient_accumulation_steps": "data.batch_size is the full batch of a step; trainer.chunk_tokens limits its memory",
 }
 """Settings of other trainers that have no counterpart, and the reason."""
+REMOVED = {
+    "loss.distillation_weight": 0.0,
+    "loss.hardness": 0.0,
+    "loss.symmetric": False,
+    "prompt.init": "random",
+}
+"""Settings of earlier versions, and the value without effect, which the config.yaml of their runs contains."""
 
 
 @dataclass(slots=True)
@@ -101,8 +108,9 @@ def _build(schema: Any, raw: object, known: Mapping[str, Setting] | None = None)
         raise ConfigError(f"{section or 'the config'} must hold settings, got {shown(raw)}")
     kinds, values = get_type_hints(schema), {}
     for name in raw:
-        if name not in kinds:
-            raise unknown_key(f"{section}.{name if isinstance(name, str) else shown(name)}".lstrip("."), known)
+        key = f"{section}.{name if isinstance(name, str) else shown(name)}".lstrip(".")
+        if name not in kinds and (key not in REMOVED or raw[name] != REMOVED[key]):
+            raise unknown_key(key, known)
     for name, kind in kinds.items():
         setting = known.get(f"{section}.{name}".lstrip("."))
         if setting is None:
@@ -234,6 +242,8 @@ def unknown_key(key: str, known: Collection[str]) -> ConfigError:
     section, _, name = key.rpartition(".")
     if key in known:  # in a file or dictionary: on the command line it is a setting
         return ConfigError(f"{key} must be written as a section. Try: {section}: {{{name}: VALUE}}")
+    if key in REMOVED:
+        return ConfigError(f"{key} was removed, because it improved no score (docs/decisions.md). Try: leave it out")
     if name in ABSENT:
         return ConfigError(f"{key} is not a setting: {ABSENT[name]}. Try: leave it out")
     siblings = [other for other in known if section and other.rpartition(".")[0] == section]

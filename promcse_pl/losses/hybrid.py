@@ -78,14 +78,14 @@ def hybrid_loss(
         config: Weights and parameters of the terms. Its `hinge_weight` must be 0 without hard negatives; its `mlm_weight` is not
             used, since that weight depends on the step.
         scores_B: Scores of the pairs, which are then trained with CoSENT in place of NT-Xent; None for rows without scores.
-        guide_BC: Cosines of the guide, see `candidate_cosines`; needed by `mask_false_negatives`.
+        guide_BC: Cosines of the guide, see `candidate_cosines`, with `mask_false_negatives`; else None.
         mlm: The weighted MLM loss, or None.
 
     Returns:
         The total and its weighted terms.
 
     Raises:
-        ValueError: hinge_weight is not 0 without hard negatives, or a term needs the guide.
+        ValueError: hinge_weight is not 0 without hard negatives, or the cosines of the guide are missing.
     """
     if negative_BD is None and config.hinge_weight:
         raise ValueError("the energy hinge needs hard negatives (triplets); set hinge_weight to 0 for pairs")
@@ -115,8 +115,9 @@ def _contrastive_terms(
         temperature=config.temperature,
         hard_negative_logit=config.hard_negative_logit,
     )
-    excluded_BC = false_negatives(guide_BC) if config.mask_false_negatives and guide_BC is not None else None
-    if excluded_BC is not None:
+    excluded_BC = None
+    if guide_BC is not None:
+        excluded_BC = false_negatives(guide_BC)
         logits_BC = logits_BC.masked_fill(excluded_BC, -torch.inf)
     terms = {"contrastive": ntxent(logits_BC)}
     if negative_BD is not None and config.hinge_weight:

@@ -1,6 +1,6 @@
 """The guide of the loss: embeddings of all training sentences by the frozen encoder, computed once and memory-mapped."""
 
-# R rows, W texts per row, V views, B rows of a batch, N sentences, D width
+# R rows, W texts per row, B rows of a batch, N sentences, D width
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class Guide:
         self._vectors_RWD = vectors_RWD
 
     def views(self, rows_B: Tensor) -> Tensor:
-        """Return the embeddings of rows, (V, B, D) float32 on the CPU; a single sentence is both views."""
+        """Return the embeddings of rows, (W, B, D) float32 on the CPU."""
         vectors_WBD = torch.from_numpy(self._vectors_RWD[rows_B.cpu().numpy()]).float().transpose(0, 1)
-        return F.normalize(vectors_WBD, dim=2).expand(max(2, len(vectors_WBD)), -1, -1)
+        return F.normalize(vectors_WBD, dim=2)
 
 
 def load_guide(

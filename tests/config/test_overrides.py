@@ -1,7 +1,7 @@
 """Settings by dotted key: unknown keys, choices of groups, and what a setting affects."""
 
 import pytest
-from support.configs import valid
+from support.configs import config_of, valid
 
 from promcse_pl.config import Config, check_overrides, decides, parsing
 from promcse_pl.config.fields import settings
@@ -87,6 +87,18 @@ def test_every_alias_refers_to_an_existing_setting():
     names = [name for others in parsing.OTHER_NAMES.values() for name in others]
     assert len(names) == len(set(names))
     assert not {*names, *parsing.ABSENT} & {key.rpartition(".")[2] for key in every}
+
+
+@pytest.mark.parametrize("key", parsing.REMOVED)
+def test_a_removed_setting_is_dropped_where_it_had_no_effect_and_else_an_error(key):
+    section, _, name = key.partition(".")
+    raw = config_of("data=demo").to_dict()
+    assert Config.from_dict({**raw, section: {**raw[section], name: parsing.REMOVED[key]}}).to_dict() == raw
+    message = rf"^{key} was removed, because it improved no score \(docs/decisions.md\). Try: leave it out$"
+    with pytest.raises(ConfigError, match=message):
+        Config.from_dict({**raw, section: {**raw[section], name: 0.5}})
+    with pytest.raises(ConfigError, match=message):
+        check_overrides([f"{key}=0.5"], {})
 
 
 @pytest.mark.parametrize("key", ["gradient_accumulation_steps", "trainer.gradient_accumulation_steps"])

@@ -303,14 +303,28 @@ def test_rows_without_a_claim_of_the_paper_are_compared_with_the_baseline_by_see
         "options",
         **{PROMCSE_EH: [87.0, 87.4, 87.2], "symmetric NT-Xent": [87.2, 87.5, 87.5], "biases, lr = 1e-3": [87.0]},
     )
-    test = scipy.stats.ttest_1samp([0.2, 0.1, 0.3], 0.0)
-    low, high = test.confidence_interval(0.95)
+    low, high = scipy.stats.ttest_1samp([0.2, 0.1, 0.3], 0.0).confidence_interval(0.95)
     lines = pages.baseline_table(STUDIES["options"], study.read_results("options")["minilm-3"])
-    cells = {line.split(" | ")[0][2:]: line.split(" | ")[3:] for line in lines if line.startswith("| ")}
-    assert cells["symmetric NT-Xent"][0] == f"+0.20 [{low:.2f}, {high:.2f}], 3 paired seeds"
-    assert cells["symmetric NT-Xent"][1:] == [f"{test.pvalue:.3f}", f"{test.pvalue:.3f} |"]
-    assert cells["biases, lr = 1e-3"] == ["+0.00, 1 seed", "", " |"]
-    assert set(cells) == {"row", "---", "symmetric NT-Xent", "biases, lr = 1e-3"}
+    cells = {line.split(" | ")[0][2:]: line.split(" | ")[3] for line in lines if line.startswith("| ")}
+    assert cells.pop("row") == "dev against PromCSE + EH |"
+    assert cells == {
+        "---": "--- |",
+        "symmetric NT-Xent (removed)": f"+0.20 [{low:.2f}, {high:.2f}], 3 paired seeds |",
+        "biases, lr = 1e-3": "+0.00, 1 seed |",
+    }
+
+
+def test_a_row_whose_setting_was_removed_is_shown_but_not_run(workspace, capsys):
+    write("options", **{PROMCSE_EH: [87.0], "symmetric NT-Xent": [87.2]})
+    removed = {row.name for row in STUDIES["options"].rows if row.is_removed}
+    assert "symmetric NT-Xent" in removed
+    assert removed.isdisjoint(row.name for row in study.selected_rows(STUDIES["options"], []))
+    with pytest.raises(SystemExit):
+        run.parse(["options", "--data", "data", "--only", "symmetric"])
+    assert "symmetric NT-Xent was removed from the code; its page shows" in capsys.readouterr().err
+    page = pages.study_page("options", STUDIES["options"], study.read_results("options"))
+    assert page.count("| symmetric NT-Xent (removed) |") == 2
+    assert "weighted negatives" not in page
 
 
 def test_every_study_has_a_page_for_partial_results(workspace):
@@ -319,7 +333,7 @@ def test_every_study_has_a_page_for_partial_results(workspace):
     assert run.main(["--draw"]) == 0
     for name, table in STUDIES.items():
         text = (study.study_folder(name) / "README.md").read_text()
-        assert all(f"| {row.name} |" in text for row in table.rows)
+        assert all(f"| {pages.name_of(row)} |" in text for row in table.rows)
         assert (study.study_folder(name) / "minilm-3.png").is_file() == bool(table.curves)
         assert "nan" not in text
 

@@ -1,4 +1,4 @@
-"""Loss terms with a guide equal plain loops; gradients equal finite differences."""
+"""The loss without false negatives equals plain loops; gradients equal finite differences."""
 
 import math
 

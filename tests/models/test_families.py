@@ -101,8 +101,7 @@ def test_keys_and_values_of_every_layer_change_the_embedding(family):
 
 @every_family
 def test_padding_batch_composition_and_order_do_not_change_an_embedding(family):
-    # one token, a mean over two layers, and a token that the length selects; test_pooling.py has all
-    for pooling in POOLINGS if family == "bert" else ("cls", "avg_first_last", "lasttoken"):
+    for pooling in POOLINGS if family == "bert" else ("cls", "avg", "avg_first_last", "lasttoken"):
         encoder = prompt_encoder(family, pooling=pooling, dtype=torch.float32)
         tokens = batch_for(encoder)
         together = F.normalize(encoder(tokens)[0])

@@ -292,6 +292,12 @@ def test_the_launcher_stops_all_ranks_if_one_dies_and_leaves_no_orphan_if_killed
     assert read_status(folder).error.startswith("RankError: rank 1 of 2 was killed by SIGKILL")
     assert not any(map(alive, ranks))
 
+    starter, ranks = started("checkpoints/step-16")
+    os.kill(starter.pid, signal.SIGTERM)
+    assert end(starter) == 143
+    assert read_status(folder).state == "stopped"
+    assert not any(map(alive, ranks))
+
     assert ended(begin_ranks(tmp_path / "log", *train(config, folder))) == [0, 0]
     assert outcome(folder) == outcome(straight)
 

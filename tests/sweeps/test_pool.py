@@ -32,13 +32,6 @@ sys.exit(runner.exit_code or 0)
 """
 
 
-HOW = [
-    pytest.param(True, id="forked"),
-    pytest.param(False, id="new interpreter", marks=pytest.mark.exhaustive),
-]
-"""How a task starts: forked from a process with the imports, or as a process of its own."""
-
-
 def until(condition: Callable[[], object], what: str) -> None:
     end = time.monotonic() + 20
     while not condition():
@@ -136,7 +129,7 @@ def test_ctrl_c_once_waits_for_running_jobs_and_starts_no_more(tmp_path):
     assert not (tmp_path / "0.saved").exists()
 
 
-@pytest.mark.parametrize("can_fork", HOW)
+@pytest.mark.parametrize("can_fork", [True, False], ids=["forked", "new interpreter"])
 def test_ctrl_c_twice_stops_running_tasks_and_waits_until_they_have_saved(can_fork, tmp_path):
     parent = Parent(tmp_path, 2, 3, can_fork=can_fork)
     parent.began(0)
@@ -173,7 +166,11 @@ def test_a_task_that_does_not_stop_is_killed_in_the_end(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("can_fork", HOW)
+@pytest.mark.parametrize(
+    "can_fork",
+    [True, pytest.param(False, marks=pytest.mark.exhaustive)],
+    ids=["forked", "new interpreter"],
+)
 def test_a_killed_parent_leaves_no_orphan(can_fork, tmp_path):
     parent = Parent(tmp_path, 2, 3, "support.scripted_jobs:patient", "slowly", can_fork=can_fork)
     jobs = [parent.began(0), parent.began(1)]

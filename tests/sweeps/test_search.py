@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import optuna
@@ -9,7 +10,7 @@ import pytest
 from support.folders import ROOT
 from support.sweep_jobs import SETTINGS, files, run, small_config
 
-from promcse_pl.config import SweepConfig
+from promcse_pl.config import Config, SweepConfig
 from promcse_pl.run_folder import Status, read_config, read_status, write_status
 from promcse_pl.sweeps import execute, pool, search
 from promcse_pl.sweeps.plan import SharedSettings, read_plan
@@ -64,9 +65,9 @@ def study(folder: Path) -> optuna.Study:
     return optuna.load_study(storage=storage, study_name="sweep")
 
 
-def measured(*_: object) -> SharedSettings:
-    """What every search measures first, in a process of its own."""
-    return SharedSettings(1, 1, 1, {"auto": "float32"})
+def measured(folder: Path, pool: pool.Pool, configs: Iterable[Config]) -> SharedSettings:
+    """In place of `measure_shared`, which imports torch in a process of its own."""
+    return SharedSettings(parallel=1, threads=1, share=1, precision={"auto": "float32"})
 
 
 @pytest.mark.slow
