@@ -57,10 +57,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         options.studies = [
             name for name in options.studies if name in STUDIES and selected_rows(STUDIES[name], options.only)
         ]
-        rows = [row for name in options.studies for row in selected_rows(STUDIES[name], options.only)]
-        if removed := [row.name for row in rows if row.is_removed]:
-            parser.error(f"{removed[0]} was removed from the code; its page shows the earlier results")
     if not options.studies:
+        removed = [row.name for study in STUDIES.values() for row in study.rows if row.is_removed]
+        if named := [name for name in removed if any(text in name for text in options.only)]:
+            parser.error(f"{named[0]} was removed from the code; its page shows the earlier results")
         parser.error(
             f"no row of these studies contains {' or '.join(options.only)}. Try: --dry-run, which lists the rows"
         )

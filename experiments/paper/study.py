@@ -351,9 +351,9 @@ STUDIES["options"] = Study(
     title="Options beyond the paper",
     about="Losses, initialisation, averaging, heads, poolings and trained weights beyond the paper, each added to "
     f"{PROMCSE_EH} with the same learning rate; LoRA and biases alone replace the prompt, with two rates each. Rows that gain "
-    "less than 0.1 with the first seed are not run with further seeds, so the differences of the others are too high by "
-    "selection, and there is no test of significance. The row of a mean over steps has the score of the mean itself, not of the "
-    "better of the mean and the best step.",
+    "less than 0.1 with the first seed are not run with further seeds, so the differences of rows with more seeds are "
+    "biased upwards, and no test of significance is shown. The row of a mean over steps has the score of the mean itself, not of "
+    "the better of the mean and the best step.",
     rows=(
         Row(PROMCSE_EH, PRESETS[PROMCSE_EH]),
         *(
@@ -416,7 +416,6 @@ def read_results(name: str) -> Results:
 
 
 def selected_rows(study: Study, only: Sequence[str]) -> tuple[Row, ...]:
-    """Return the rows whose name or preset contains one of the texts; without texts, all that can be run."""
-    if not only:
-        return tuple(row for row in study.rows if not row.is_removed)
-    return tuple(row for row in study.rows if any(text in row.name or text in row.preset for text in only))
+    """Return the rows that can be run and whose name or preset contains one of the texts; without texts, all that can be run."""
+    rows = tuple(row for row in study.rows if not row.is_removed)
+    return tuple(row for row in rows if any(text in row.name or text in row.preset for text in only)) if only else rows

@@ -140,7 +140,6 @@ def measure(data: Path, cache: Path, default: torch.dtype) -> dict[str, object]:
             "seed": SEED,
             "real_tokens": tokens,
             "weights": non_embedding_weights(),
-            "rounds": ROUNDS,
             "sentences": SENTENCES,
             "sts_part": STS_PART,
         },

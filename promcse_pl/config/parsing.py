@@ -107,9 +107,9 @@ def _build(schema: Any, raw: object, known: Mapping[str, Setting] | None = None)
     if not isinstance(raw, dict):
         raise ConfigError(f"{section or 'the config'} must hold settings, got {shown(raw)}")
     kinds, values = get_type_hints(schema), {}
-    for name in raw:
+    for name in [name for name in raw if name not in kinds]:
         key = f"{section}.{name if isinstance(name, str) else shown(name)}".lstrip(".")
-        if name not in kinds and (key not in REMOVED or raw[name] != REMOVED[key]):
+        if key not in REMOVED or raw[name] != REMOVED[key]:
             raise unknown_key(key, known)
     for name, kind in kinds.items():
         setting = known.get(f"{section}.{name}".lstrip("."))

@@ -103,8 +103,9 @@ def nested(features: np.ndarray, labels: np.ndarray, seed: int) -> tuple[list[fl
 
 
 @pytest.mark.slow
-def test_cross_validation_is_that_of_plain_loops(senteval):
-    data = load_transfer(senteval, "CR")
+@pytest.mark.parametrize("task", ["CR", pytest.param("MR", marks=pytest.mark.exhaustive)])
+def test_cross_validation_is_that_of_plain_loops(senteval, task):
+    data = load_transfer(senteval, task)
     vectors = vectors_for(data, 1)
     score = score_transfer(data, vectors, seed=5)
     chosen, correct = nested(*matrix(data.splits["all"], vectors), seed=5)
@@ -113,7 +114,8 @@ def test_cross_validation_is_that_of_plain_loops(senteval):
     assert (score.correct_N == correct).all()
 
 
-def test_a_test_fold_does_not_affect_its_penalty(senteval):
+@pytest.mark.parametrize("count", [2, pytest.param(5, marks=pytest.mark.exhaustive)])
+def test_a_test_fold_does_not_affect_its_penalty(senteval, count):
     data = load_transfer(senteval, "CR")
     vectors = vectors_for(data, 1)
     rows = data.splits["all"]
@@ -121,7 +123,7 @@ def test_a_test_fold_does_not_affect_its_penalty(senteval):
     labels = [row.label for row in rows]
     others_changed = False
     folds = [test for _, test in StratifiedKFold(10, shuffle=True, random_state=1111).split(labels, labels)]
-    for number, test in enumerate(folds[:2]):
+    for number, test in enumerate(folds[:count]):
         # the fold's embeddings now indicate the wrong class: using them would select another penalty
         wrong = {
             rows[position].texts[0]: np.eye(WIDTH, dtype=np.float32)[1 - rows[position].label] for position in test

@@ -322,6 +322,8 @@ def test_a_row_whose_setting_was_removed_is_shown_but_not_run(workspace, capsys)
     with pytest.raises(SystemExit):
         run.parse(["options", "--data", "data", "--only", "symmetric"])
     assert "symmetric NT-Xent was removed from the code; its page shows" in capsys.readouterr().err
+    # removed rows have the same preset
+    assert run.parse(["options", "--data", "data", "--only", "table1/prompt_eh"]).studies == ["options"]
     page = pages.study_page("options", STUDIES["options"], study.read_results("options"))
     assert page.count("| symmetric NT-Xent (removed) |") == 2
     assert "weighted negatives" not in page

@@ -172,7 +172,7 @@ def test_the_command_writes_the_missing_files_of_one_process_even_if_a_worker_is
         ended.set()
     assert killed
     assert contents(two) == contents(one)
-    assert "; 10 finished before\n" in capsys.readouterr().out  # Ray also prints that a worker died
+    assert "in 26 shards; 10 finished before\n" in capsys.readouterr().out  # Ray also prints that a worker died
 
 
 @pytest.mark.slow

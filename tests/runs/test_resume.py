@@ -25,7 +25,7 @@ from promcse_pl.training.checkpoint import RunCheckpoints, newest_checkpoint
 from promcse_pl.utils.errors import AdapterError, ConfigError, DataError, PromcseError
 from promcse_pl.utils.signals import Stopped
 
-KILLS = 20 if os.environ.get("PROMCSE_TESTS") == "all" else 8
+KILLS, RUNS = (20, 3) if os.environ.get("PROMCSE_TESTS") == "all" else (8, 2)
 
 
 def go(config: Path, folder: Path, die_at: int | None = None, die_in: str | None = None) -> None:
@@ -118,7 +118,7 @@ def test_a_run_killed_at_any_moment_and_resumed_is_bit_identical_to_an_uninterru
     began = time.perf_counter()
     assert end(start(config, tmp_path / "timed")) == 0
     length = time.perf_counter() - began
-    while kills < KILLS or runs < 2:
+    while kills < KILLS or runs < RUNS:
         folder = tmp_path / f"run{runs}"
         for attempt in range(8):  # most runs are resumed several times
             by_time = attempt % 2 == 0

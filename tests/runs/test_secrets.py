@@ -152,7 +152,7 @@ def test_reports_evaluations_and_sweeps_hold_none_either(home, finished):
         ),
     ]
     settings = (
-        f"-m seed=1 debug=fast data=triplets data.train={home}/train.csv data.on_bad_row=skip data.dev={home}/dev.tsv "
+        f"-m seed=1,2 debug=fast data=triplets data.train={home}/train.csv data.on_bad_row=skip data.dev={home}/dev.tsv "
         f"data.max_length=16 model.path={home}/encoder tracking.wandb=offline hydra.sweep.dir=sweep"
     )
     ended.append(promcse(home / "log", "train", *settings.split(), before=surroundings(home)))
