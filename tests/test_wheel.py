@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from support.folders import ROOT
+from support.shadows import imported_shadows, write_shadows
 
 pytestmark = pytest.mark.slow
 ROWS = ["A woman is reading.,Someone reads.,A woman is running.", "A dog sleeps.,A pet rests.,A dog barks."] * 10
@@ -79,10 +80,14 @@ def test_the_package_and_the_sweeper_come_from_the_wheel(here):
 
 
 @pytest.mark.slow
-def test_the_default_run(here):
-    promcse(here, "train", "debug=fast", "trainer.max_steps=2", "evaluation.tasks=[]", "evaluation.frozen=false")
+def test_the_default_run_imports_nothing_from_the_current_folder(here):
+    write_shadows(here)
+    short = ["debug=fast", "trainer.max_steps=2", "evaluation.tasks=[]", "evaluation.frozen=false"]
+    promcse(here, "train", *short, "tracking.wandb=offline")
     (folder,) = here.glob("outputs/*/*-minilm-demo")
     assert (folder / "results.json").exists()
+    assert list(folder.glob("wandb/offline-run-*")), "W&B's process did not start"
+    assert imported_shadows(here) == []
     assert "already finished" in promcse(here, "train", f"resume={folder}")
 
 

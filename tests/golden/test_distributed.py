@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from support.folders import GOLDEN
 from support.official import build_encoder, build_mlm_head, official_state, read_json, tokens_of, worst
+from support.processes import PROCESSES, end
 
 from promcse_pl.config import LossConfig, OptimConfig
 from promcse_pl.data.batch import Tokens, TrainBatch
@@ -90,7 +90,11 @@ def run_rank(rank, jobs, out):
 def results(tmp_path_factory):
     """Loss of every rank and the mean gradient, by job; the processes start once for all jobs."""
     out = tmp_path_factory.mktemp("ranks")
-    mp.spawn(run_rank, (JOBS, str(out)), nprocs=max(len(sizes) for _, sizes, _ in JOBS), join=True)
+    most = max(len(sizes) for _, sizes, _ in JOBS)
+    processes = [PROCESSES.Process(target=run_rank, args=(rank, JOBS, str(out))) for rank in range(most)]
+    for process in processes:
+        process.start()
+    assert [end(process) for process in processes] == [0] * most
 
     def find(case, sizes, official_gradient):
         number = JOBS.index((case, sizes, official_gradient))

@@ -19,6 +19,7 @@ from support.encoders import NO_DROPOUT, save_small_encoder
 from support.folders import ROOT
 from support.processes import begin, end, promcse
 from support.runs import KILL_AT_STEP, outcome, small_config, word_rows
+from support.shadows import imported_shadows, write_shadows
 
 from promcse_pl.config import Config
 from promcse_pl.run_folder import is_running, read_config, read_history, read_status, write_config
@@ -261,27 +262,46 @@ def test_a_setting_that_the_encoder_refuses_leaves_no_folder_of_a_run_on_two_ran
     assert not (tmp_path / "run").exists()
 
 
-def test_the_launcher_stops_all_ranks_if_one_dies_and_leaves_no_orphan_if_killed(long_run, tmp_path):
-    config, straight = long_run
+SLEEPING_RANKS = f"""
+import os
+from promcse_pl.runs import launcher
+real = launcher.python_command
+launcher.python_command = lambda target, *arguments: real("support.scripted_jobs:sleeping_rank", *arguments)
+os.environ["PYTHONPATH"] = {str(ROOT / "tests")!r}
+"""
+"""The launcher starts new processes in the same way, but they import no torch and train nothing."""
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)])
+def test_the_launcher_passes_a_signal_on_and_leaves_no_orphan_if_killed(signum, code, long_run, tmp_path):
     folder = tmp_path / "run"
-
-    def started(saved: str) -> tuple:
-        process = begin(tmp_path / "log", *train(config, folder))
-        # the save may be of the process before, which went on until it was killed
-        while len(ranks := children(process.pid)) < 2 or not (folder / saved).exists():
-            assert process.is_alive(), Path(f"{tmp_path}/log.err").read_text()
-            time.sleep(0.002)
-        return process, ranks
-
-    starter, ranks = started("checkpoints/step-4")
-    starter.kill()
-    end(starter)
+    starter = begin(tmp_path / "log", *train(long_run[0], folder), before=SLEEPING_RANKS)
+    while not all((folder / f"{rank}.pid").exists() and (folder / f"{rank}.pid").read_text() for rank in (0, 1)):
+        assert starter.is_alive(), Path(f"{tmp_path}/log.err").read_text()
+        time.sleep(0.01)
+    ranks = [int((folder / f"{rank}.pid").read_text()) for rank in (0, 1)]
+    assert is_running(folder)
+    os.kill(starter.pid, signum)
+    assert end(starter) == code
     deadline = time.monotonic() + 5
     while any(map(alive, ranks)) or is_running(folder):
         assert time.monotonic() < deadline, "orphans"
+        assert signum == signal.SIGKILL, "the launcher must wait for the ranks"
         time.sleep(0.01)
 
-    starter, ranks = started("checkpoints/step-8")
+
+@pytest.mark.slow
+def test_the_launcher_stops_all_ranks_if_one_dies_and_they_import_nothing_from_the_current_folder(long_run, tmp_path):
+    config, straight = long_run
+    folder, here = tmp_path / "run", tmp_path / "here"
+    here.mkdir()
+    write_shadows(here)
+    starter = begin(tmp_path / "log", *train(config, folder), before=f"import os; os.chdir({str(here)!r})")
+    while not (folder / "checkpoints/step-8").exists():
+        assert starter.is_alive(), Path(f"{tmp_path}/log.err").read_text()
+        time.sleep(0.002)
+    ranks = children(starter.pid)
+    assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGKILL)
     began = time.monotonic()
     assert end(starter) == 2
@@ -291,13 +311,8 @@ def test_the_launcher_stops_all_ranks_if_one_dies_and_leaves_no_orphan_if_killed
     assert f"python run.py resume={folder}" in error
     assert read_status(folder).error.startswith("RankError: rank 1 of 2 was killed by SIGKILL")
     assert not any(map(alive, ranks))
-
-    starter, ranks = started("checkpoints/step-16")
-    os.kill(starter.pid, signal.SIGTERM)
-    assert end(starter) == 143
-    assert read_status(folder).state == "stopped"
-    assert not any(map(alive, ranks))
-
+    assert imported_shadows(here) == []
+    (folder / "run-rank1.log").unlink()  # kept, because the run failed
     assert ended(begin_ranks(tmp_path / "log", *train(config, folder))) == [0, 0]
     assert outcome(folder) == outcome(straight)
 

@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 from support.encoders import save_small_encoder
 from support.folders import ROOT
+from support.shadows import SHADOWS, imported_shadows, write_shadows
 
 from promcse_pl.utils.interpreter import python_command
 
-SHADOWS = ("h2", "json", "torch", "wandb", "yaml", "promcse_pl", "numpy")
-"""Names that the current folder gives to modules of its own; nobody but the user may import them."""
 SETTINGS = (
     "data=triplets data.train=train.csv data.max_length=16 data.batch_size=8 data.dev=holdout model.path=encoder "
     "trainer.precision=float32 trainer.device=cpu trainer.max_steps=2 tracking.wandb=offline evaluation.frozen=false"
@@ -28,11 +27,7 @@ def here(tmp_path) -> Path:
     save_small_encoder(folder / "encoder")
     rows = [f"w{row} w7,w{row} w8,w{row + 40}" for row in range(5, 45)]
     (folder / "train.csv").write_text("\n".join(["anchor,positive,negative", *rows]) + "\n")
-    for name in SHADOWS:
-        marker = tmp_path / f"imported-{name}"
-        (folder / f"{name}.py").write_text(
-            f"open({str(marker)!r}, 'w').close()\nraise ImportError('the user\\'s own')\n"
-        )
+    write_shadows(folder)
     return folder
 
 
@@ -44,22 +39,13 @@ def run(here: Path, *command: str, **environment: str) -> subprocess.CompletedPr
     )
 
 
-def markers(here: Path) -> list[str]:
-    return sorted(path.name for path in here.parent.glob("imported-*"))
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "how",
-    [
-        "trainer.devices=2 hydra.run.dir=run",
-        pytest.param("-m seed=1,2 hydra.sweep.dir=sweep", marks=pytest.mark.exhaustive),
-    ],
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("how", ["trainer.devices=2 hydra.run.dir=run", "-m seed=1,2 hydra.sweep.dir=sweep"])
 def test_ranks_jobs_and_the_wandb_process_import_nothing_from_the_current_folder(how, here):
     done = run(here, str(ROOT / "run.py"), *how.split(), *SETTINGS.split(), PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr
-    assert markers(here) == []
+    assert imported_shadows(here) == []
     assert [*here.glob("*/wandb/offline-run-*"), *here.glob("*/*/wandb/offline-run-*")], "W&B's process did not start"
 
 
@@ -83,7 +69,7 @@ def test_a_clone_that_is_the_current_folder_gives_a_subprocess_the_package_and_n
     arguments, argv, file, no_h2 = json.loads(done.stdout)
     assert (arguments, argv) == (["one argument"], ["promcse_pl.probe", "one argument"])
     assert (file, no_h2) == (str(here / "promcse_pl/__init__.py"), True)
-    assert markers(here) == []
+    assert imported_shadows(here) == []
 
 
 def test_a_users_pythonpath_is_kept(here, tmp_path):
