@@ -254,22 +254,23 @@ def claim_table(study: Study, key: str, model: Results) -> list[str]:
 
 
 def baseline_table(study: Study, model: Results) -> list[str]:
-    """Return the table of the dev scores of all rows relative to the baseline, paired by seed, and of the trained parameters."""
+    """Return the table of the scores of all rows relative to the baseline, paired by seed, and of the trained parameters."""
     assert study.baseline is not None
-    base, lines = by_seed(model, study.baseline, DEV), []
+    task = study.headline
+    base, lines = by_seed(model, study.baseline, task), []
     for row in study.rows:
         runs = model["rows"].get(row.name, {"runs": []})["runs"]
-        first, second = common_scores(base, by_seed(model, row.name, DEV))
+        first, second = common_scores(base, by_seed(model, row.name, task))
         if row.name == study.baseline or not first:
             continue
         if len(first) == 1:
-            text = f"{format_score(second[0] - first[0], DEV, '+')}, 1 seed"
+            text = f"{format_score(second[0] - first[0], task, '+')}, 1 seed"
         else:
             difference = seed_difference(first, second, is_paired=True)
-            text = f"{format_difference(difference, DEV)}, {difference.over}"
+            text = f"{format_difference(difference, task)}, {difference.over}"
         share = f"{runs[0]['trained_parameters']:,} ({100 * runs[0]['trained_share']:.2f} %)"
         lines.append([name_of(row), f"`{' '.join(row.overrides)}`", share, text])
-    header = ["row", "overrides", "trained parameters", f"dev against {study.baseline}"]
+    header = ["row", "overrides", "trained parameters", f"{task} against {study.baseline}"]
     return markdown_table(header, lines)
 
 
