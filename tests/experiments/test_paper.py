@@ -312,6 +312,23 @@ def test_rows_without_a_claim_of_the_paper_are_compared_with_the_baseline_by_see
         "symmetric NT-Xent (removed)": f"+0.20 [{low:.2f}, {high:.2f}], 3 paired seeds |",
         "biases, lr = 1e-3": "+0.00, 1 seed |",
     }
+    pages.draw(["options"])
+    further = study.summary_page().read_text().partition("## Further pages")[2]
+    assert [line for line in further.splitlines() if line.startswith("- ")] == [
+        "- [Options beyond the paper](options/README.md)"
+    ]
+
+
+def test_the_best_option_is_compared_with_the_baseline_on_the_test_sets(workspace):
+    rows = {PROMCSE_EH: [87.0, 87.4, 87.2], "biases, lr = 1e-3": [87.5, 87.8, 88.0]}
+    write("best_option", **rows)
+    model = study.read_results("best_option")["minilm-3"]
+    for row in model["rows"].values():
+        for one in row["runs"]:
+            one["scores"]["Avg"] = 168 - one["dev_spearman"]
+    table = "\n".join(pages.baseline_table(STUDIES["best_option"], model))
+    assert "Avg against PromCSE + EH" in table
+    assert "| -0.57 [" in table
 
 
 def test_a_row_whose_setting_was_removed_is_shown_but_not_run(workspace, capsys):
