@@ -395,7 +395,7 @@ STUDIES["best_option"] = Study(
     about="The option with the best mean dev score (study `options`) on the test sets, which were not used to select it.",
     rows=tuple(row for row in STUDIES["options"].rows if row.name in (PROMCSE_EH, "biases, lr = 1e-3")),
     baseline=PROMCSE_EH,
-    limits="The prompt has one learning rate of three, the biases one of two.",
+    limits="Learning rates were selected on the dev set: that of the prompt from three, that of the biases from two.",
 )
 
 LEARNING_RATE_OF = {
