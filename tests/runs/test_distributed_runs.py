@@ -319,6 +319,28 @@ def test_the_launcher_stops_all_ranks_if_one_dies_and_they_import_nothing_from_t
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
+def test_a_run_whose_launcher_is_killed_and_later_stopped_is_bit_identical_to_an_uninterrupted_run(long_run, tmp_path):
+    config, straight = long_run
+    folder = tmp_path / "run"
+    for signum, code, saved in ((signal.SIGKILL, -signal.SIGKILL, "step-4"), (signal.SIGTERM, 143, "step-16")):
+        starter = begin(tmp_path / "log", *train(config, folder))
+        # the save may be of the process before, which went on until it was killed
+        while len(ranks := children(starter.pid)) < 2 or not (folder / "checkpoints" / saved).exists():
+            assert starter.is_alive(), Path(f"{tmp_path}/log.err").read_text()
+            time.sleep(0.002)
+        os.kill(starter.pid, signum)
+        assert end(starter) == code
+        deadline = time.monotonic() + 5
+        while any(map(alive, ranks)) or is_running(folder):
+            assert time.monotonic() < deadline, "orphans"
+            time.sleep(0.01)
+    assert read_status(folder).state == "stopped"
+    assert ended(begin_ranks(tmp_path / "log", *train(config, folder))) == [0, 0]
+    assert outcome(folder) == outcome(straight)
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_job_of_a_multirun_trains_one_run_on_both_ranks_in_one_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_small_encoder(tmp_path / "encoder", **NO_DROPOUT)
