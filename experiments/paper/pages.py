@@ -453,9 +453,9 @@ def draw_diagnostics() -> None:
         "# Diagnostics",
         "",
         "STS-B dev scores of variants of the adapters of `experiment=table1/prompt_eh`: mean ± standard deviation and interval "
-        "over seeds. No test set is used. Differences are paired by seed; the frozen encoder is a fixed number. The cosine of "
-        "the concatenated embeddings of several adapters is the mean of their cosines, an upper bound for distillation into one "
-        "adapter; it consists of the adapters that it is compared with, so its difference has no interval.",
+        "over seeds. No test set is evaluated. Differences are paired by seed; the frozen encoder is a fixed number. The cosine "
+        "of the concatenated embeddings of several adapters is the mean of their cosines, an upper bound for distillation into "
+        "one adapter; it consists of the adapters that it is compared with, so its difference has no interval.",
     ]
     results = read_results("diagnostics")
     for key, model in results.items():

@@ -55,7 +55,8 @@ def draw(model: str, study: dict) -> str:
     lines = [
         f"# Hyperparameters of the {model} recipe",
         "",
-        f"Hyperparameters compared for `model={model} data=nli`, ranked by STS-B dev (Spearman x 100). No test set was used.",
+        f"Hyperparameters compared for `model={model} data=nli`, ranked by STS-B dev (Spearman x 100). "
+        "No test set was evaluated.",
         f"Training: one epoch of the first {study['rows']:,} NLI triplets. The frozen encoder scores {study['frozen_dev']:.2f}.",
         *(["`position_offset=null` shifts the positions by P = 10, as the official code does."] * shifts),
         "",

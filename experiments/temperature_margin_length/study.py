@@ -157,7 +157,7 @@ def page(study: dict) -> str:
             "",
             f"`python run.py -m {' '.join(GRID)}` with MiniLM on {study['rows']:,} of the NLI triplets (a sample "
             f"with seed {ROW_SEED} of `{TRAINING}`, sha256 of the sample "
-            f"`{study['training_sha256'][:16]}`), evaluated on STS-B dev. No test set was used.",
+            f"`{study['training_sha256'][:16]}`), evaluated on STS-B dev. No test set was evaluated.",
             "",
             "![heat maps](heatmaps.png)",
             "",

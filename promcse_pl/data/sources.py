@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from promcse_pl.data.demo import demo_pairs, demo_triplets
 from promcse_pl.data.pairs import ScoredPairs, load_pairs, load_stsb
 from promcse_pl.data.readers import BadRow, stream_rows
 from promcse_pl.data.retrieval import QRELS, DevSet, is_retrieval, load_retrieval
-from promcse_pl.data.test_sets import refuse_test_set
+from promcse_pl.data.test_sets import SUITE_TASKS, contaminated_tasks, refuse_test_set
 from promcse_pl.data.tokens import RowSource, file_source, memory_source
 from promcse_pl.utils.errors import ConfigError, DataError
 from promcse_pl.utils.paths import expand, is_folder, is_there
@@ -103,11 +103,20 @@ def load_sources(config: DataConfig, seed: int) -> tuple[RowSource, DevSet | Non
         ConfigError, DataError: A file or folder is missing, or a row is broken.
     """
     source = _train_source(config)
-    if config.max_rows is not None:
-        source = _first_rows(source, config.max_rows)
     if config.dev != "holdout":
         return source, dev_set(config)
     return _hold_out(source, seed)
+
+
+def find_contaminated_tasks(config: DataConfig, suites: Sequence[str]) -> dict[str, float]:
+    """Return the tasks of suites whose test pairs are in the training file, with their share; see `contaminated_tasks`.
+
+    Only pairs with scores are compared: 83 % of STS-B train are test pairs of other tasks.
+    """
+    if config.kind != "scored_pairs" or not set(suites) & set(SUITE_TASKS):
+        return {}
+    rows = _train_source(config).rows([])
+    return contaminated_tasks(((first, second) for first, second, _ in rows), suites, senteval_dir(config))
 
 
 def check_training_file(config: DataConfig, seed: int) -> None:
@@ -137,14 +146,16 @@ def check_training_file(config: DataConfig, seed: int) -> None:
 
 def _train_source(config: DataConfig) -> RowSource:
     if config.train == "demo":
-        return memory_source("demo", demo_triplets())
-    return file_source(
-        train_split(find_file(config.train, config, "data.train")),
-        kind=ROW_KINDS[config.kind],
-        columns=config.columns,
-        header=config.header,
-        on_bad_row=config.on_bad_row,
-    )
+        source = memory_source("demo", demo_triplets())
+    else:
+        source = file_source(
+            train_split(find_file(config.train, config, "data.train")),
+            kind=ROW_KINDS[config.kind],
+            columns=config.columns,
+            header=config.header,
+            on_bad_row=config.on_bad_row,
+        )
+    return source if config.max_rows is None else _first_rows(source, config.max_rows)
 
 
 def _first_rows(source: RowSource, most: int) -> RowSource:

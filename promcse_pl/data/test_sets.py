@@ -1,8 +1,9 @@
-"""Reject test sets as dev sets: a model selected on a test set has an optimistic test score."""
+"""Find test pairs in dev and training sets: a model selected or trained on them has an optimistic test score."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from promcse_pl.data.pairs import TASKS, ScoredPairs, load_task
@@ -14,6 +15,9 @@ MOST_SHARED = {"STS-B": 0.1, "SICK-R": 0.1}
 """Share of a dev set's pairs that may also be test pairs of a task."""
 MOST_SHARED_YEAR = 0.5
 """The same for a yearly task: STS-B was drawn from them, and 39 % of its dev pairs are test pairs of STS15."""
+MOST_TRAINED = 0.05
+"""Share of a task's test pairs that may also be training pairs: SICK-R train has 1.5 % of the test pairs of SICK-R."""
+SUITE_TASKS = {"sts": TASKS[:-1], "sick": TASKS[-1:]}
 
 
 def refuse_test_set(path: Path, dev: ScoredPairs, senteval: Path | None) -> None:
@@ -35,13 +39,30 @@ def refuse_test_set(path: Path, dev: ScoredPairs, senteval: Path | None) -> None
         )
 
 
+def contaminated_tasks(pairs: Iterable[tuple[str, str]], suites: Iterable[str], senteval: Path) -> dict[str, float]:
+    """Return the tasks of which more than `MOST_TRAINED` of the test pairs are training pairs, with this share.
+
+    Args:
+        pairs: The training pairs.
+        suites: Suites whose tasks are compared; others than those in `SUITE_TASKS` are ignored.
+        senteval: SentEval's data folder.
+
+    Raises:
+        DataError: A missing or broken file.
+    """
+    trained = {_normalised(*pair) for pair in pairs}
+    tested = {task: _test_pairs(senteval, task) for suite in suites for task in SUITE_TASKS.get(suite, ())}
+    shares = {task: len(pairs & trained) / len(pairs) for task, pairs in tested.items()}
+    return {task: share for task, share in shares.items() if share > MOST_TRAINED}
+
+
 def _by_content(dev: ScoredPairs, senteval: Path | None) -> str | None:
     if senteval is None:
         return None
     wanted = _pairs(dev)
     for task in TASKS:
         try:
-            tested = {pair for subset in load_task(senteval, task) for pair in _pairs(subset)}
+            tested = _test_pairs(senteval, task)
         except DataError:
             continue  # the task cannot be evaluated without its files
         shared = len(wanted & tested) / len(wanted)
@@ -50,9 +71,14 @@ def _by_content(dev: ScoredPairs, senteval: Path | None) -> str | None:
     return None
 
 
+def _test_pairs(senteval: Path, task: str) -> set[frozenset[str]]:
+    return {pair for subset in load_task(senteval, task) for pair in _pairs(subset)}
+
+
 def _pairs(pairs: ScoredPairs) -> set[frozenset[str]]:
-    """Return the pairs without regard to order, case, punctuation and spaces."""
-    return {
-        frozenset(re.sub(r"\W+", "", text.casefold()) for text in pair)
-        for pair in zip(pairs.first, pairs.second, strict=True)
-    }
+    return {_normalised(*pair) for pair in zip(pairs.first, pairs.second, strict=True)}
+
+
+def _normalised(first: str, second: str) -> frozenset[str]:
+    """Return a pair without regard to order, case, punctuation and spaces."""
+    return frozenset(re.sub(r"\W+", "", text.casefold()) for text in (first, second))

@@ -22,7 +22,7 @@ from promcse_pl.data.columns import ROW_KINDS
 from promcse_pl.data.module import PromcseDataModule
 from promcse_pl.data.pairs import ScoredPairs
 from promcse_pl.data.retrieval import RetrievalSet
-from promcse_pl.data.sources import cache_dir, data_dir
+from promcse_pl.data.sources import cache_dir, data_dir, find_contaminated_tasks
 from promcse_pl.embedder import PromCSE
 from promcse_pl.evaluation import suite
 from promcse_pl.evaluation.dev import dev_score, dev_texts, highest_score
@@ -187,6 +187,12 @@ def _report_data(run: RunContext, data: PromcseDataModule, max_length: int | Non
         log.info("dev set: %s, %s", data.dev.name, data.dev.size)
         if isinstance(data.dev, RetrievalSet) and data.dev.name.endswith(" test"):
             log.warning("the best step is selected on the split test: its score does not measure generalisation")
+    if shares := find_contaminated_tasks(run.config.data, run.config.evaluation.tasks):
+        log.warning(
+            "%s contains test pairs of %s: these scores do not measure generalisation",
+            data.config.train,
+            ", ".join(f"{task} ({100 * share:.0f} %)" for task, share in shares.items()),
+        )
 
 
 def _excerpt(text: str | float) -> str:

@@ -16,6 +16,7 @@ from promcse_pl.data.sources import check_training_file
 from promcse_pl.utils.errors import ConfigError, DataError
 
 ROWS = [(f"w{5 + i} w7", f"w{6 + i} w8 w9", i / 4) for i in range(10)]
+TESTED = [(f"w{5 + i} w20", f"w{6 + i} w21", i / 4) for i in range(6)]
 
 
 def write(path, rows=ROWS, header="score,sentence1,sentence2", order=(2, 0, 1)):
@@ -120,3 +121,20 @@ def test_a_run_trains_on_scored_pairs_and_logs_the_first_row(tmp_path):
     assert "first row: sentence1 'w5 w7', sentence2 'w6 w8 w9', score 0" in " ".join(output.split())
     history = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert "train/cosent" in history
+
+
+def test_a_run_warns_of_test_pairs_in_the_training_file(tmp_path):
+    write(tmp_path / "train.csv")
+    lines = [
+        f"{row}\t{first}\t{second}\t{1 + score}" for row, (first, second, score) in enumerate([*ROWS[:4], *TESTED])
+    ]
+    (tmp_path / "senteval" / "SICK").mkdir(parents=True)
+    (tmp_path / "senteval" / "SICK" / "SICK_test_annotated.txt").write_text("\n".join(["header", *lines]) + "\n")
+    for max_rows, share in ((None, "40 %"), (2, "20 %")):
+        data = {"kind": "scored_pairs", "dir": str(tmp_path), "max_rows": max_rows}
+        evaluation = {"tasks": ["sick"], "frozen": False}
+        _, output = run_small(tmp_path, f"run{max_rows}", data=data, loss={"hinge_weight": 0.0}, evaluation=evaluation)
+        warning = f"train.csv contains test pairs of SICK-R ({share}): these scores do not measure generalisation"
+        assert warning in " ".join(output.split())
+    _, output = run_small(tmp_path, "no evaluation", data=data, loss={"hinge_weight": 0.0})
+    assert "do not measure" not in output
