@@ -16,6 +16,7 @@ from study import (
     Results,
     Row,
     Study,
+    learning_rates,
     read_results,
     study_folder,
     summary_page,
@@ -37,8 +38,9 @@ MARGIN = 0.2
 """Equivalence margin in points, for claims of no difference."""
 VERDICT_RULE = (
     "A claim of a difference is confirmed or contradicted if the 95 % confidence interval of the difference over seeds excludes "
-    f"0. A claim of no difference is confirmed if the difference is significantly smaller than {MARGIN:g} points (two one-sided "
-    "t-tests, whose p is shown), contradicted if it is significantly larger, and otherwise inconclusive."
+    f"0. A claim of no difference is confirmed if two one-sided t-tests show that the difference is smaller than {MARGIN:g} "
+    "points (the larger p is shown). All seeds use the same training sample and test pairs, whose choice the intervals do not "
+    "cover."
 )
 LEARNING_RATES = (
     "On a sample, a row uses the learning rate with the best dev score of its method (study `learning_rate`), once all rates of "
@@ -70,8 +72,8 @@ class Judgement:
 def by_seed(model: Results, row: str, task: str) -> dict[int, float]:
     """Return the scores of a row's runs on a task by seed."""
     runs = model["rows"].get(row, {"runs": []})["runs"]
-    found = {run["seed"]: run["dev_spearman"] if task == DEV else run["scores"].get(task) for run in runs}
-    return {seed: value for seed, value in found.items() if value is not None}
+    scores = {run["seed"]: run["dev_spearman"] if task == DEV else run["scores"].get(task) for run in runs}
+    return {seed: value for seed, value in scores.items() if value is not None}
 
 
 def values(model: Results, row: str, task: str) -> list[float]:
@@ -126,32 +128,25 @@ def judge(model: Results, claim: Claim) -> Judgement:
     if difference.low is None or difference.high is None:
         return Judgement(claim, task, difference, None, "no interval, so no verdict")
     if claim.expected == "equal":
-        p, verdict = judge_equivalence(np.subtract(second, first))
+        p = p_of_equivalence(np.subtract(second, first))
+        verdict = "confirmed" if p < 1 - LEVEL else "not significant"
     else:
         higher, lower, neither = VERDICTS[claim.expected]
         p, verdict = difference.p, higher if difference.low > 0 else lower if difference.high < 0 else neither
     return Judgement(claim, task, difference, p, verdict if is_scored else f"{verdict} (proxy)")
 
 
-def judge_equivalence(differences_n: np.ndarray) -> tuple[float, str]:
-    """Judge a claim of no difference by two one-sided t-tests (TOST, Schuirmann 1987) with `MARGIN`.
+def p_of_equivalence(differences_n: np.ndarray) -> float:
+    """Return the p-value of two one-sided t-tests that the mean is within `MARGIN` of 0 (TOST, Schuirmann 1987).
 
     Args:
         differences_n: (n,) differences, one for each seed.
-
-    Returns:
-        The p-value and the verdict: confirmed if the mean is inside the margin, contradicted if it is outside.
     """
-    above_low, above_high = (_p_above(differences_n, bound) for bound in (-MARGIN, MARGIN))
-    inside, outside = max(above_low, 1 - above_high), min(1.0, 2 * min(above_high, 1 - above_low))
-    if inside < 1 - LEVEL:
-        return inside, "confirmed"
-    return (outside, "contradicted") if outside < 1 - LEVEL else (inside, "inconclusive")
-
-
-def _p_above(differences_n: np.ndarray, bound: float) -> float:
-    """Return the p-value of a one-sided t-test of a mean above a bound."""
-    return float(scipy.stats.ttest_1samp(differences_n, bound, alternative="greater").pvalue)
+    tests = (
+        scipy.stats.ttest_1samp(differences_n, bound, alternative=side)
+        for bound, side in ((-MARGIN, "greater"), (MARGIN, "less"))
+    )
+    return max(float(test.pvalue) for test in tests)
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
@@ -166,8 +161,8 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
 def paper_scores(study: Study, row: str, encoder: str) -> dict[str, float]:
     """Return the paper's scores of a row."""
-    (found,) = (one for one in study.rows if one.name == row)
-    return (found.paper or {}).get(encoder, {})
+    (scores,) = (each.paper or {} for each in study.rows if each.name == row)
+    return scores.get(encoder, {})
 
 
 def paper_difference(study: Study, claim: Claim, encoder: str) -> str:
@@ -199,18 +194,21 @@ def name_of(row: Row) -> str:
 def overview_table(study: Study, model: Results, encoder: str) -> list[str]:
     """Return the table of the headline and the dev score with the settings of each row."""
     measured, frozen = list(dict.fromkeys([study.headline, DEV])), model["frozen"]
-    lines = [[FROZEN, "", *(format_score(frozen.get(task), task) for task in measured), "", "", ""]]
+    paper = {row.name: paper_scores(study, row.name, encoder).get(study.headline) for row in study.rows}
+    has_paper = any(score is not None for score in paper.values())
+    lines = [[FROZEN, *[""] * has_paper, *(format_score(frozen.get(task), task) for task in measured), "", "", ""]]
     for row in study.rows:
         runs = model["rows"].get(row.name, {"runs": []})["runs"]
         if row.is_removed and not runs:
             continue
         rates = [line[9:] for run in runs for line in run["overrides"] if line.startswith("optim.lr=")]
-        paper = format_score(paper_scores(study, row.name, encoder).get(study.headline), study.headline)
+        published = [format_score(paper[row.name], study.headline)] * has_paper
         scores = (format_scores(values(model, row.name, task), task) for task in measured)
         seeds = ", ".join(str(run["seed"]) for run in runs) or "none"
         best = ", ".join(f"{run['best_step']}" for run in runs) + (f" of {runs[0]['steps']}" if runs else "")
-        lines.append([name_of(row), paper, *scores, rates[0] if rates else "recipe" if runs else "", best, seeds])
-    return markdown_table(["row", f"paper ({encoder})", *measured, "learning rate", "best step", "seeds"], lines)
+        lines.append([name_of(row), *published, *scores, rates[0] if rates else "recipe" if runs else "", best, seeds])
+    header = ["row", *[f"paper ({encoder})"] * has_paper, *measured, "learning rate", "best step", "seeds"]
+    return markdown_table(header, lines)
 
 
 def count_of_seeds(study: Study) -> str:
@@ -226,8 +224,10 @@ def task_table(study: Study, model: Results, encoder: str) -> list[str]:
     for row in study.rows:
         if paper := paper_scores(study, row.name, encoder):
             lines.append([f"{row.name} (paper)", *(format_score(paper.get(task), task) for task in study.tasks)])
-        scores = ((values(model, row.name, task), task) for task in study.tasks)
-        lines.append([row.name, *(format_score(float(np.mean(one)), task) if one else "–" for one, task in scores)])
+        by_task = ((task, values(model, row.name, task)) for task in study.tasks)
+        lines.append(
+            [row.name, *(format_score(float(np.mean(scores)), task) if scores else "–" for task, scores in by_task)]
+        )
     return ["Means over the seeds:", *markdown_table(["", *study.tasks], lines)]
 
 
@@ -250,7 +250,19 @@ def claim_table(study: Study, key: str, model: Results) -> list[str]:
     """Return the table of the claims of a study."""
     header = ["comparison", "task", "paper", "difference", "p", "the paper's claim"]
     judgements = [judge(model, claim) for claim in study.claims]
-    return markdown_table(header, [[*claim_cells(study, key, one), one.verdict] for one in judgements])
+    return markdown_table(header, [[*claim_cells(study, key, judged), judged.verdict] for judged in judgements])
+
+
+def selection_table(model: Results) -> list[str]:
+    """Return the table of the learning rates that are selected."""
+    lines = []
+    for preset in dict.fromkeys(row.preset for row in STUDIES["learning_rate"].rows):
+        scores = {rate: score for rate, score in learning_rates(model, preset).items() if score is not None}
+        if scores:
+            selected, rates = max(scores, key=scores.__getitem__), sorted(scores, key=float)
+            edge = {rates[0]: ", the lowest", rates[-1]: ", the highest"}.get(selected, "")
+            lines.append([f"`experiment={preset}`", f"{selected}{edge}", f"{len(rates)}", f"{scores[selected]:.4f}"])
+    return markdown_table(["method", "selected rate", "rates", "dev"], lines)
 
 
 def baseline_table(study: Study, model: Results) -> list[str]:
@@ -292,8 +304,8 @@ def provenance(model: Results) -> list[str]:
         f"Data: {data}.",
         "",
         f"First run: `python run.py {' '.join(example['overrides'])}`, with `data.dir` and the sample as `data.train`. "
-        f"{len(runs)} runs, {hours:.1f} hours (wall time, with pauses and other load) with {machine['threads']} threads of a "
-        f"{machine['device']}, {machine['precision']}; {versions}.",
+        f"{len(runs)} runs (shared with other tables that have the same rows), {hours:.1f} hours (wall time, with pauses and "
+        f"other load) with {machine['threads']} threads of a {machine['device']}, {machine['precision']}; {versions}.",
     ]
 
 
@@ -342,6 +354,7 @@ def study_page(name: str, study: Study, results: Results) -> str:
         lines += draw_curves(study, results, study_folder(name))
     for key, model in results.items():
         lines += ["", f"## {key}", *score_tables(study, model, key)]
+        lines += selection_table(model) if name == "learning_rate" else []
         lines += claim_table(study, key, model) if study.claims else []
         lines += baseline_table(study, model) if study.baseline else []
         lines += provenance(model)
@@ -350,7 +363,7 @@ def study_page(name: str, study: Study, results: Results) -> str:
 
 
 def summary_rows() -> list[list[str]]:
-    """Return all claims of all studies; verdicts that are significant after Holm's correction are bold."""
+    """Return all claims of all studies, with verdicts that say whether they hold after Holm's correction."""
     judged = [
         (name, key, judge(model, claim))
         for name, study in STUDIES.items()
@@ -358,11 +371,14 @@ def summary_rows() -> list[list[str]]:
         for claim in study.claims
     ]
     rows = []
-    for (name, key, one), p in zip(judged, holm([one.p for *_, one in judged]), strict=True):
+    for (name, key, judgement), p in zip(judged, holm([judgement.p for *_, judgement in judged]), strict=True):
         study = STUDIES[name]
         title = f"[{study.title}]({name}/README.md)" if (study_folder(name) / "README.md").is_file() else study.title
-        what, task, paper, ours, raw = claim_cells(study, key, one)
-        verdict = f"**{one.verdict}**" if p is not None and p < 1 - LEVEL else one.verdict
+        what, task, paper, ours, raw = claim_cells(study, key, judgement)
+        is_decided = judgement.verdict.startswith(("confirmed", "contradicted"))
+        verdict = judgement.verdict
+        if is_decided and p is not None:
+            verdict = f"**{verdict}**" if p < 1 - LEVEL else f"{verdict}, not after adjustment"
         rows.append([title, key, f"{what}, {task}", paper, ours, raw, format_p(p), verdict])
     return rows
 
@@ -392,7 +408,8 @@ def summary() -> str:
             "model=bert-base data.dir=DATA`.",
             "",
             f"{VERDICT_RULE} Without any true difference, one comparison in twenty is significant by chance. p (Holm) is "
-            "adjusted for all comparisons of this table (Holm 1979), and verdicts that remain significant are bold.",
+            "adjusted for the comparisons of this table that were run (Holm 1979). Verdicts that remain significant are bold; "
+            "the others hold only if a single comparison is considered.",
             "",
             LEARNING_RATES,
             *markdown_table(header, summary_rows()),
@@ -454,8 +471,8 @@ def draw_diagnostics() -> None:
         "",
         "STS-B dev scores of variants of the adapters of `experiment=table1/prompt_eh`: mean ± standard deviation and interval "
         "over seeds. No test set is evaluated. Differences are paired by seed; the frozen encoder is a fixed number. The cosine "
-        "of the concatenated embeddings of several adapters is the mean of their cosines, an upper bound for distillation into "
-        "one adapter; it consists of the adapters that it is compared with, so its difference has no interval.",
+        "of the concatenated embeddings of several adapters is the mean of their cosines, the teacher of a self-distillation; it "
+        "consists of the adapters that it is compared with, so its difference has no interval.",
     ]
     results = read_results("diagnostics")
     for key, model in results.items():

@@ -17,7 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from study import MODELS, SEEDS, STUDIES, selected_rows
+from study import DEFAULT_SEEDS, MODELS, SEEDS, STUDIES, selected_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE_ROWS = 5120
@@ -34,7 +34,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="minilm", choices=MODELS, help="choice of `model` (default minilm)")
     parser.add_argument("--encoder", type=Path, help="folder of the encoder, if it cannot be downloaded")
     parser.add_argument(
-        "--seeds", type=int, choices=range(1, len(SEEDS) + 1), help="number of seeds (default: set by the study)"
+        "--seeds",
+        type=int,
+        choices=range(1, len(SEEDS) + 1),
+        help="number of seeds (default: set by the study; learning_rate always uses 1)",
     )
     parser.add_argument("--rows", type=int, default=SAMPLE_ROWS, help="rows of the sample for minilm and mpnet")
     parser.add_argument(
@@ -110,7 +113,7 @@ def _run(options: argparse.Namespace) -> list[str]:
             elif options.dry_run:
                 print("diagnostics: scores the runs of table 1, trains nothing else")
             else:
-                run_diagnostics(workspace, SEEDS[: options.seeds or 3], report)
+                run_diagnostics(workspace, SEEDS[: options.seeds or DEFAULT_SEEDS], report)
         except (PromcseError, subprocess.CalledProcessError) as error:
             failed.append(f"{name}: {error}")
             report(failed[-1])

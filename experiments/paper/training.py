@@ -19,10 +19,10 @@ from study import (
     DEV,
     LEARNING_RATE_OF,
     RESULTS,
-    STUDIES,
     Results,
     Row,
     Study,
+    learning_rates,
     read_results,
     selected_rows,
     study_folder,
@@ -44,6 +44,7 @@ MINIATURE_OVERRIDES = (
     "trainer.eval_every=10",
     "trainer.precision=float32",  # `auto` could differ between runs
 )
+COMMON_OVERRIDES = ("evaluation=none", "tracking=local")
 SOURCES = {"nli": "nli/nli_train.csv", "wiki": "wiki/wiki.txt.gz"}
 SAMPLE_SEED = 42
 RECORD_KEYS = (
@@ -116,8 +117,7 @@ class Workspace:
             f"data.dir={self.data}",
             *([f"data.train={self.sample(source)}", *miniature] if self.rows else []),
             *([f"model.path={self.encoder}"] if self.encoder else []),
-            "evaluation=none",
-            "tracking=local",
+            *COMMON_OVERRIDES,
             *self.extra,
         ]
 
@@ -128,17 +128,9 @@ class Workspace:
 
     def run_folder(self, row: Row, seed: int) -> Path:
         """Return the folder of a run, named after the overrides that vary, so that studies share runs."""
-        local = (
-            "seed=",
-            "model=",
-            "model.path=",
-            "data.",
-            "evaluation=",
-            "tracking=",
-            *MINIATURE_OVERRIDES,
-            *self.extra,
-        )
-        varying = [line for line in self.overrides(row, seed) if not line.startswith(local)]
+        common = {f"seed={seed}", f"model={self.model}", *COMMON_OVERRIDES, *MINIATURE_OVERRIDES, *self.extra}
+        local = ("data.dir=", "data.train=", "model.path=")
+        varying = [line for line in self.overrides(row, seed) if line not in common and not line.startswith(local)]
         return self.folder / "_".join(varying).replace("/", "-").replace("=", "-") / f"seed{seed}"
 
 
@@ -157,16 +149,9 @@ def selected_learning_rate(workspace: Workspace, preset: str) -> str | None:
         ConfigError: Only some rates of the method were run.
     """
     method = LEARNING_RATE_OF.get(preset, preset)
-    rows = read_results("learning_rate").get(workspace.name, {"rows": {}})["rows"]
-    scores: dict[str, float] = {}
-    missing = []
-    for row in STUDIES["learning_rate"].rows:
-        if row.preset == method:
-            rate, runs = row.overrides[0].removeprefix("optim.lr="), rows.get(row.name, {"runs": []})["runs"]
-            if runs:
-                scores[rate] = runs[0]["dev_spearman"]
-            else:
-                missing.append(rate)
+    rates = learning_rates(read_results("learning_rate").get(workspace.name, {}), method)
+    scores = {rate: score for rate, score in rates.items() if score is not None}
+    missing = [rate for rate in rates if rate not in scores]
     if scores and missing:
         sample = f" --rows {workspace.rows}" if workspace.rows else ""
         raise ConfigError(
@@ -328,11 +313,11 @@ def write_record(name: str, study: Study, key: str, about: Results, row: Row, re
     results = read_results(name)
     earlier = results.get(key, {"rows": {}})
     rows = {}
-    for one in study.rows:
-        settings = {"preset": one.preset, "overrides": [*one.overrides]}
-        known = earlier["rows"].get(one.name, {})
+    for each in study.rows:
+        settings = {"preset": each.preset, "overrides": [*each.overrides]}
+        known = earlier["rows"].get(each.name, {})
         is_same = all(known.get(part) == value for part, value in settings.items())
-        rows[one.name] = {**settings, "runs": known["runs"] if is_same else []}
+        rows[each.name] = {**settings, "runs": known["runs"] if is_same else []}
     rows[row.name]["runs"] = add_record(rows[row.name]["runs"], record)
     results[key] = {part: earlier.get(part, {}) | entries for part, entries in about.items()} | {"rows": rows}
     write_text(study_folder(name) / RESULTS, json.dumps(results, indent=2) + "\n")

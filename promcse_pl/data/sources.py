@@ -111,7 +111,7 @@ def load_sources(config: DataConfig, seed: int) -> tuple[RowSource, DevSet | Non
 def find_contaminated_tasks(config: DataConfig, suites: Sequence[str]) -> dict[str, float]:
     """Return the tasks of suites whose test pairs are in the training file, with their share; see `contaminated_tasks`.
 
-    Only pairs with scores are compared: 83 % of STS-B train are test pairs of other tasks.
+    Files without scores can be large and are not compared.
     """
     if config.kind != "scored_pairs" or not set(suites) & set(SUITE_TASKS):
         return {}

@@ -16,8 +16,9 @@ MOST_SHARED = {"STS-B": 0.1, "SICK-R": 0.1}
 MOST_SHARED_YEAR = 0.5
 """The same for a yearly task: STS-B was drawn from them, and 39 % of its dev pairs are test pairs of STS15."""
 MOST_TRAINED = 0.05
-"""Share of a task's test pairs that may also be training pairs: SICK-R train has 1.5 % of the test pairs of SICK-R."""
+"""Share of a task's test pairs that may also be training pairs: SICK train has 1.5 % of the test pairs of SICK-R."""
 SUITE_TASKS = {"sts": TASKS[:-1], "sick": TASKS[-1:]}
+"""Suite -> its STS tasks."""
 
 
 def refuse_test_set(path: Path, dev: ScoredPairs, senteval: Path | None) -> None:
@@ -50,9 +51,10 @@ def contaminated_tasks(pairs: Iterable[tuple[str, str]], suites: Iterable[str], 
     Raises:
         DataError: A missing or broken file.
     """
-    trained = {_normalised(*pair) for pair in pairs}
-    tested = {task: _test_pairs(senteval, task) for suite in suites for task in SUITE_TASKS.get(suite, ())}
-    shares = {task: len(pairs & trained) / len(pairs) for task, pairs in tested.items()}
+    tests = {task: _test_pairs(senteval, task) for suite in suites for task in SUITE_TASKS.get(suite, ())}
+    tested: set[frozenset[str]] = set().union(*tests.values())
+    trained = tested.intersection(_normalised(*pair) for pair in pairs)
+    shares = {task: len(test & trained) / len(test) for task, test in tests.items()}
     return {task: share for task, share in shares.items() if share > MOST_TRAINED}
 
 

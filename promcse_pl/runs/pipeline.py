@@ -187,11 +187,11 @@ def _report_data(run: RunContext, data: PromcseDataModule, max_length: int | Non
         log.info("dev set: %s, %s", data.dev.name, data.dev.size)
         if isinstance(data.dev, RetrievalSet) and data.dev.name.endswith(" test"):
             log.warning("the best step is selected on the split test: its score does not measure generalisation")
-    if shares := find_contaminated_tasks(run.config.data, run.config.evaluation.tasks):
+    if run.is_main and (shares := find_contaminated_tasks(run.config.data, run.config.evaluation.tasks)):
         log.warning(
-            "%s contains test pairs of %s: these scores do not measure generalisation",
+            "%s contains %s: their scores do not measure generalisation. Remove these pairs, or the tasks from evaluation.tasks",
             data.config.train,
-            ", ".join(f"{task} ({100 * share:.0f} %)" for task, share in shares.items()),
+            ", ".join(f"{100 * share:.0f} % of the test pairs of {task}" for task, share in shares.items()),
         )
 
 

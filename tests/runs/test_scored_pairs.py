@@ -134,7 +134,7 @@ def test_a_run_warns_of_test_pairs_in_the_training_file(tmp_path):
         data = {"kind": "scored_pairs", "dir": str(tmp_path), "max_rows": max_rows}
         evaluation = {"tasks": ["sick"], "frozen": False}
         _, output = run_small(tmp_path, f"run{max_rows}", data=data, loss={"hinge_weight": 0.0}, evaluation=evaluation)
-        warning = f"train.csv contains test pairs of SICK-R ({share}): these scores do not measure generalisation"
+        warning = f"train.csv contains {share} of the test pairs of SICK-R: their scores do not measure generalisation"
         assert warning in " ".join(output.split())
     _, output = run_small(tmp_path, "no evaluation", data=data, loss={"hinge_weight": 0.0})
     assert "do not measure" not in output
