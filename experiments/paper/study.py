@@ -194,7 +194,7 @@ STUDIES: dict[str, Study] = {
         headline=DEV,
         suites=(),
         seeds=1,
-        limits="One seed; no test set is evaluated.",
+        limits="One seed; no test set is evaluated. The highest rate of the prompt is the highest that the paper uses.",
     ),
     "table1": Study(
         title="Table 1: semantic textual similarity",
