@@ -243,7 +243,9 @@ def unknown_key(key: str, known: Collection[str]) -> ConfigError:
     if key in known:  # in a file or dictionary: on the command line it is a setting
         return ConfigError(f"{key} must be written as a section. Try: {section}: {{{name}: VALUE}}")
     if key in REMOVED:
-        return ConfigError(f"{key} was removed, because it improved no score (docs/decisions.md). Try: leave it out")
+        return ConfigError(
+            f"{key} was removed, because it gained less than 0.1 on the dev set (docs/decisions.md). Try: leave it out"
+        )
     if name in ABSENT:
         return ConfigError(f"{key} is not a setting: {ABSENT[name]}. Try: leave it out")
     siblings = [other for other in known if section and other.rpartition(".")[0] == section]

@@ -109,8 +109,8 @@ class DataConfig(Section):
     `save_to_disk` of the datasets library (its `train` split). A relative path is searched in `data.dir`, then in the current
     folder."""
     dev: str | None = None
-    """Dev set that selects the best step: `demo`, `stsb` (STS-B dev, needs `data.dir`), `holdout` (10 % of the training triplets,
-    at most 500, are held out), a file with two texts and a score per row, or a folder in BEIR layout
+    """Dev set that selects the best step: `demo`, `stsb` (STS-B dev, needs `data.dir`), `holdout` (10 % of the anchors, at most
+    500, are held out with all their triplets), a file with two texts and a score per row, or a folder in BEIR layout
     ([retrieval](evaluation.md#retrieval): the split `dev` or the only split; FOLDER/qrels/SPLIT.tsv names another one). Pairs are
     scored by Spearman, retrieval by nDCG@10. `null`: no dev evaluation, the last step is kept."""
     dir: str | None = None
@@ -137,7 +137,8 @@ class DataConfig(Section):
     batch_size: Annotated[int, Range(ge=2, note="(the other rows of a batch are the negatives)")] = 256
     """Number of training rows per optimiser step, over all processes (paper: 256 or 512; official README also 64)."""
     cache_dir: Annotated[str | None, EXECUTION] = None
-    """Folder of the tokenised dataset cache; `null` for `$XDG_CACHE_HOME/promcse_pl` or `~/.cache/promcse_pl`."""
+    """Folder of the caches: tokenised data, embeddings, results of MTEB, and the embeddings for `loss.mask_false_negatives`;
+    `null` for `$XDG_CACHE_HOME/promcse_pl` or `~/.cache/promcse_pl`."""
 
     def _check_combinations(self) -> None:
         if not self.train.strip():
@@ -462,7 +463,7 @@ class Config(Section):
         if "retrieval" in self.evaluation.tasks and data.dir is None:
             raise ConfigError(
                 "evaluation.tasks=[retrieval] reads the folders of data.dir/retrieval, but data.dir is not set. Try: "
-                "data.dir=FOLDER with retrieval/ in it, or 'evaluation.tasks=[FOLDER]'"
+                "data.dir=FOLDER with retrieval/ in it, or 'evaluation.tasks=[./FOLDER]'"
             )
 
     def _check_loss(self) -> None:

@@ -36,7 +36,7 @@ def refuse_test_set(path: Path, dev: ScoredPairs, senteval: Path | None) -> None
     if found:
         raise ConfigError(
             f"data.dev={path} is a test set ({found}): its scores would no longer measure generalisation. Try: data.dev=stsb "
-            "(STS-B's dev set), data.dev=holdout, or another file"
+            "(STS-B's dev set), another file, or, for triplets, data.dev=holdout"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,7 +161,7 @@ def _seed_members(folder: Path, encoder: str | None, device: str) -> tuple[Membe
             keys = sorted(key for key in {*setting, *settings[0]} if setting.get(key) != settings[0].get(key))
             raise DataError(
                 f"the runs of {folder} must differ by the seed alone, but {runs[0].name} and {run.name} differ in "
-                f"{', '.join(keys)}. Give them as separate targets: {folder}/*"
+                f"{', '.join(keys)}. Give them as separate targets: {shlex.join(map(str, runs))}"
             )
     return tuple(members)
 

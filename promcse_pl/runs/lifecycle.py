@@ -279,7 +279,7 @@ def _finished_results(folder: Path, console: Console) -> dict[str, Any]:
     if not (folder / RESULTS).exists():
         raise DataError(
             f"the run in {folder} is finished, but its {RESULTS} is missing. Its adapter is complete. To evaluate it: "
-            f"promcse evaluate {folder}"
+            f"promcse evaluate {folder} --tasks sts,sick --data FOLDER"
         )
     console.print(plain(f"the run in {folder} is already finished"), soft_wrap=True)
     return read_results(folder)

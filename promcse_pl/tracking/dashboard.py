@@ -30,6 +30,7 @@ CURVES = {
     "Training": {
         "loss": "train/loss",
         "contrastive": "train/contrastive",
+        "CoSENT": "train/cosent",
         "energy hinge": "train/hinge",
         "masked language model": "train/mlm",
         "gradient norm before clipping": "train/gradient_norm",

@@ -11,6 +11,7 @@ from support.folders import ROOT
 
 from promcse_pl.cli.main import main
 from promcse_pl.config import Config
+from promcse_pl.config.parsing import REMOVED
 from promcse_pl.run_folder import read_config, write_config
 from promcse_pl.sweeps.plan import Plan, kept_overrides, write_plan
 from promcse_pl.utils.paths import run_command
@@ -47,6 +48,21 @@ def test_a_saved_config_gives_the_same_config_again(text, jobs):
     with Path("config.yaml").open("a") as stream:
         stream.write("resolved:\n  trainer.device: cuda\n")
     assert composed(jobs, "--config", "config.yaml") == saved
+
+
+def test_removed_settings_of_a_config_file_are_dropped_if_they_had_no_effect(jobs, capsys):
+    config = composed(jobs, "data=demo")
+    write_config(config, "config.yaml")
+    tree = yaml.safe_load(Path("config.yaml").read_text())
+    for key, without_effect in REMOVED.items():
+        section, _, name = key.partition(".")
+        tree[section][name] = without_effect
+    Path("old.yaml").write_text(yaml.safe_dump(tree))
+    assert composed(jobs, "--config", "old.yaml") == config
+    tree["loss"]["symmetric"] = True
+    Path("old.yaml").write_text(yaml.safe_dump(tree))
+    assert main(["train", "--config", "old.yaml"]) == 2
+    assert "loss.symmetric was removed, because" in capsys.readouterr().err
 
 
 def test_prompts_of_a_config_file_are_kept_whatever_their_names_and_texts(jobs, tmp_path):

@@ -94,7 +94,7 @@ def test_a_removed_setting_is_dropped_where_it_had_no_effect_and_else_an_error(k
     section, _, name = key.partition(".")
     raw = config_of("data=demo").to_dict()
     assert Config.from_dict({**raw, section: {**raw[section], name: parsing.REMOVED[key]}}).to_dict() == raw
-    message = rf"^{key} was removed, because it improved no score \(docs/decisions.md\). Try: leave it out$"
+    message = rf"^{key} was removed, because it gained less than 0\.1 on the dev set \(docs/decisions.md\). Try: leave it out$"
     with pytest.raises(ConfigError, match=message):
         Config.from_dict({**raw, section: {**raw[section], name: 0.5}})
     with pytest.raises(ConfigError, match=message):

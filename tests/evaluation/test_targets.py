@@ -1,6 +1,7 @@
 """Resolution of target names on the command line."""
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -99,10 +100,14 @@ def test_a_folder_of_runs_is_one_target_with_a_member_for_each_seed(tmp_path, be
 
 
 def test_runs_that_differ_by_more_than_the_seed_are_refused_with_what_differs(tmp_path, bert):
-    save_run(tmp_path / "a", bert, 1)
-    save_run(tmp_path / "b", bert, 2, lr=0.2)
-    with pytest.raises(DataError, match=r"differ by the seed alone, but a and b differ in optim\.lr"):
-        only(tmp_path)
+    folder = tmp_path / "my sweep"
+    save_run(folder / "a", bert, 1)
+    save_run(folder / "b", bert, 2, lr=0.2)
+    (folder / "sweep.json").write_text("{}")
+    with pytest.raises(DataError, match=r"differ by the seed alone, but a and b differ in optim\.lr") as caught:
+        only(folder)
+    targets = find_targets(shlex.split(str(caught.value).partition("separate targets: ")[2]))
+    assert [target.name for target in targets] == ["a", "b"]
 
 
 def test_runs_of_the_same_or_of_no_seed_are_refused(tmp_path, bert):

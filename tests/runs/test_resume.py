@@ -1,5 +1,6 @@
 """A run that was killed and resumed equals the uninterrupted run, byte for byte except for times."""
 
+import argparse
 import dataclasses
 import importlib
 import json
@@ -7,6 +8,7 @@ import multiprocessing as mp
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -18,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from support.processes import PROCESSES, end
 from support.runs import left, outcome, small_config, word_rows
 
+from promcse_pl.cli import evaluate
 from promcse_pl.config import Config
 from promcse_pl.run_folder import is_running, locked, read_config, read_status, write_config, write_status
 from promcse_pl.runs.lifecycle import resume_job, run_job
@@ -431,8 +434,13 @@ def test_a_finished_run_without_results_says_how_to_evaluate_its_adapter(long_ru
     folder = tmp_path / "run"
     shutil.copytree(long_run[1], folder)
     (folder / "results.json").unlink()
-    with pytest.raises(DataError, match=r"is finished, but its results\.json is missing.*: promcse evaluate .*/run"):
+    with pytest.raises(
+        DataError, match=r"is finished, but its results\.json is missing.*: promcse evaluate .*/run"
+    ) as caught:
         resume_job(folder)
+    commands = argparse.ArgumentParser().add_subparsers()
+    evaluate.add_parser(commands)
+    commands.choices["evaluate"].parse_args(shlex.split(str(caught.value).partition("promcse evaluate ")[2]))
 
 
 def test_a_run_that_fails_before_training_can_be_resumed_when_the_cause_is_fixed(tmp_path):

@@ -33,7 +33,7 @@ def test_the_view_has_its_sections_and_panels(view):
     assert list(kinds) == ["Training", "Development", "Sweep", "Scores", "Speed"]
     of_a_metric = ["Scatter Plot", "Scatter Plot", "Parallel Coordinates Plot", "Parameter Importance"]
     assert kinds["Sweep"] == [*of_a_metric * len(DEV_METRICS), "Weave"]
-    assert kinds["Training"] == ["Run History Line Plot"] * 6
+    assert kinds["Training"] == ["Run History Line Plot"] * 7
     heat, length = (panel["config"] for panel in view["Sweep"][:2])
     assert [heat[axis] for axis in ("xAxis", "yAxis", "zAxis")] == [
         "config:loss.value.temperature",
@@ -50,8 +50,8 @@ def test_every_key_of_the_view_is_one_that_a_run_logs(view, trained_run):
     logged |= {key for r in stored if r.HasField("summary") for key in items(r.summary.update)}
     shown = keys_of(view)
     assert len(shown) >= 12
-    # the demo run has no MLM loss and no test sets, and its dev set consists of pairs
-    assert shown - {"train/mlm", "test/avg", "dev/ndcg_at_10", "dev/best_ndcg_at_10"} <= logged
+    # the demo run has triplets, no MLM loss and no test sets, and its dev set consists of pairs
+    assert shown - {"train/cosent", "train/mlm", "test/avg", "dev/ndcg_at_10", "dev/best_ndcg_at_10"} <= logged
     settings = set(re.findall(r"config:(\w+)\.value\.(\w+)", json.dumps(view)))
     assert len(settings) >= 5
     sent = next(r.run for r in stored if r.HasField("run"))
