@@ -367,8 +367,6 @@ STUDIES["options"] = Study(
             Row(name, PRESETS[PROMCSE_EH], overrides)
             for name, overrides in {
                 "false negatives masked": ("loss.mask_false_negatives=true",),
-                "mean of the last half": ("trainer.average=0.5",),
-                "two epochs, mean of the second": ("trainer.epochs=2", "trainer.average=0.5"),
                 "prompt and low-rank head": ("model.head=low_rank", "model.head_rank=8"),
                 "prompt, mean of the last two layers": ("model.pooling=avg_top2",),
                 "prompt and LoRA": ("tuning.weights=lora", "tuning.rank=1", "tuning.alpha=0.02"),
@@ -385,6 +383,8 @@ STUDIES["options"] = Study(
                 "symmetric NT-Xent": ("loss.symmetric=true",),
                 "weighted negatives": ("loss.hardness=0.5",),
                 "prompt from data": ("prompt.init=data",),
+                "mean of the last half": ("trainer.average=0.5",),
+                "two epochs, mean of the second": ("trainer.epochs=2", "trainer.average=0.5"),
             }.items()
         ),
     ),

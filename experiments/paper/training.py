@@ -209,9 +209,6 @@ def _sample(path: Path, source: str, rows: int) -> bytes:
 def train(workspace: Workspace, row: Row, seed: int) -> Results:
     """Train a run, or resume it, unless it is finished; return its record.
 
-    Returns:
-        The record; for a run with `trainer.average`, `dev_spearman` is the score of the mean.
-
     Raises:
         CalledProcessError: The run failed.
         ConfigError: The run folder has other settings.
@@ -225,9 +222,7 @@ def train(workspace: Workspace, row: Row, seed: int) -> Results:
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         subprocess.run([sys.executable, "run.py", *arguments], cwd=ROOT, env=environment, check=True)
     results = json.loads((folder / "results.json").read_text())
-    record = {"seed": seed, "overrides": workspace.portable(overrides), **{name: results[name] for name in RECORD_KEYS}}
-    # the score of the mean itself: the better of the mean and the best step could not be worse than without the mean
-    return record | {"dev_spearman": results["average"]["dev_score"]} if results["average"] else record
+    return {"seed": seed, "overrides": workspace.portable(overrides), **{name: results[name] for name in RECORD_KEYS}}
 
 
 def is_recorded(name: str, workspace: Workspace, row: Row, seed: int, tasks: set[str]) -> bool:

@@ -55,6 +55,7 @@ REMOVED = {
     "loss.hardness": 0.0,
     "loss.symmetric": False,
     "prompt.init": "random",
+    "trainer.average": None,
 }
 """Settings of earlier versions, and the value without effect, which the config.yaml of their runs contains."""
 

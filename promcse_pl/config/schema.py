@@ -301,12 +301,6 @@ class TrainerConfig(Section):
     patience: Annotated[int | None, Range(ge=1, note="dev evaluations", example=5)] = None
     """Early stopping: training stops after this number of consecutive dev evaluations without a better score. The learning-rate
     schedule still covers the planned number of steps. `null`: training never stops early."""
-    average: Annotated[float | None, Range(gt=0, le=1, note="(fraction of the steps)", example=0.25)] = None
-    """Weight averaging: the trained tensors are averaged over the steps in this last fraction of the training, rounded up, with
-    equal weights (Izmailov et al. 2018, arXiv 1803.05407). The mean is evaluated on the dev set after the last step and kept if
-    it is better than the best step; without a dev set it is kept. With `trainer.patience`, the fraction refers to the planned
-    steps: a run that stops within it evaluates the mean so far, and a run that stops before it has no mean. `null`: no
-    averaging."""
     log_every: Annotated[int, Range(ge=1), EXECUTION] = 10
     """Number of optimiser steps between two entries in `metrics.jsonl`, and between two progress lines."""
     save_every: Annotated[int | None, Range(ge=1), EXECUTION] = 100
@@ -347,12 +341,11 @@ class TrainerConfig(Section):
             raise ConfigError(
                 "trainer.device=mps trains in one process. Try: trainer.devices=1 trainer.num_nodes=1, or trainer.device=cpu"
             )
-        for key, value in (("patience", self.patience), ("average", self.average)):
-            if self.max_steps == 0 and value is not None:
-                raise ConfigError(
-                    f"trainer.{key}={value:g} has no effect with trainer.max_steps=0, which trains nothing. Try: "
-                    f"trainer.{key}=null"
-                )
+        if self.max_steps == 0 and self.patience is not None:
+            raise ConfigError(
+                f"trainer.patience={self.patience} has no effect with trainer.max_steps=0, which trains nothing. Try: "
+                "trainer.patience=null"
+            )
 
 
 @dataclass(kw_only=True, slots=True)

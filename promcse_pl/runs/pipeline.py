@@ -180,9 +180,7 @@ def _report_data(run: RunContext, data: PromcseDataModule, max_length: int | Non
             write_text(run.folder / BAD_ROWS, "".join(f"{hide_home(str(row))}\n" for row in rows.bad_rows))
         log.warning("%d bad rows were skipped; they are listed in %s", len(rows.bad_rows), run.folder / BAD_ROWS)
     if data.dev is None:
-        log.info(
-            "no dev set: %s is kept", "the mean of the last steps" if run.config.trainer.average else "the last step"
-        )
+        log.info("no dev set: the last step is kept")
     else:
         log.info("dev set: %s, %s", data.dev.name, data.dev.size)
         if isinstance(data.dev, RetrievalSet) and data.dev.name.endswith(" test"):
@@ -310,7 +308,6 @@ def _summarize(config: Config, data: PromcseDataModule, fitted: Fitted) -> dict[
         "steps": fitted.steps,
         "stopped_early": fitted.stopped_early,
         "best_step": fitted.best_step,
-        "average": fitted.average and dataclasses.asdict(fitted.average),
         "dev": data.dev.name if data.dev else None,
         f"dev_{data.dev.metric if data.dev else 'spearman'}": None
         if fitted.dev_score is None

@@ -1,4 +1,4 @@
-"""Lightning callbacks of a training run: weight averaging, dev evaluation, history, progress output.
+"""Lightning callbacks of a training run: dev evaluation, history, progress output.
 
 The class names are keys in checkpoints: renaming one breaks the resumption of runs that an earlier version started.
 """
@@ -16,7 +16,6 @@ import pytorch_lightning as pl
 import torch
 from rich.console import Console
 from torch import Tensor
-from torch.optim.swa_utils import get_swa_multi_avg_fn
 
 from promcse_pl.adapter import save_adapter
 from promcse_pl.data.batch import TrainBatch
@@ -32,50 +31,6 @@ from promcse_pl.utils.terminal import stages
 log = logging.getLogger("promcse_pl")
 
 
-class WeightAverage(pl.Callback):
-    """Average the trained tensors of the encoder over the last steps, with equal weights (Izmailov et al. 2018, algorithm 1).
-
-    At the end of training, the encoder holds the mean; `BestByDev`, which must follow it, decides whether to keep it. All ranks
-    compute the mean: their trained tensors are equal.
-
-    Args:
-        first_step: First step of the mean.
-    """
-
-    def __init__(self, first_step: int) -> None:
-        self.first_step, self.steps = first_step, 0
-        self.mean: dict[str, Tensor] = {}
-        self._add = get_swa_multi_avg_fn()  # type: ignore[no-untyped-call]
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any) -> None:
-        """Add the tensors of the step to the mean."""
-        assert isinstance(pl_module, PromcseModule)
-        if trainer.global_step < self.first_step:
-            return
-        tensors = pl_module.encoder.state_dict()
-        if not self.steps:
-            self.mean = {name: tensor.clone() for name, tensor in tensors.items()}
-        else:
-            # a mean from a checkpoint is on the CPU
-            self.mean = {name: mean.to(tensors[name].device) for name, mean in self.mean.items()}
-            self._add(list(self.mean.values()), [tensors[name] for name in self.mean], self.steps)
-        self.steps += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the mean and its number of steps."""
-        return {"steps": self.steps, "mean": self.mean}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state of `state_dict`."""
-        self.steps, self.mean = state_dict["steps"], dict(state_dict["mean"])
-
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Load the mean into the encoder."""
-        if self.steps:
-            assert isinstance(pl_module, PromcseModule)
-            pl_module.encoder.load_state_dict(self.mean)
-
-
 class BestByDev(pl.Callback):
     """Evaluate the test-time embeddings on the dev set, keep the best step and restore its tensors at the end of training.
 
@@ -89,8 +44,6 @@ class BestByDev(pl.Callback):
             disk; None to save nothing.
         patience: Stop training after this number of evaluations without a better score; None: never. All ranks stop after the
             same step.
-        average: Mean of the last steps, which is evaluated at the end of training and kept if it is better than the best step;
-            None without one.
     """
 
     def __init__(
@@ -101,17 +54,14 @@ class BestByDev(pl.Callback):
         every: int,
         save_to: Path | None = None,
         patience: int | None = None,
-        average: WeightAverage | None = None,
     ) -> None:
         self.dev, self.tokenizer, self.every, self.save_to = dev, tokenizer, every, save_to
-        self.patience, self.average = patience, average
+        self.patience = patience
         self.best_score: float | None = None
         self.best_step: int | None = None
         self.history: list[tuple[int, float]] = []
         self.stopped_early: str | None = None
         """Why training stopped before its last step; always None on ranks other than 0, until the run is resumed."""
-        self.average_score: float | None = None
-        self.average_kept = False
         self._best: dict[str, Tensor] = {}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -141,10 +91,12 @@ class BestByDev(pl.Callback):
     def _evaluate(self, trainer: pl.Trainer, module: PromcseModule, step: int) -> None:
         score, metric = self._score(module), self.dev.metric
         self.history.append((step, score))
-        self._keep_if_better(module, step, score)
+        if self.best_score is None or score > self.best_score:
+            self._keep(module, step, score)
         assert self.best_score is not None
         percent, best = 100 * score, 100 * self.best_score
-        self._log(trainer, step, {f"dev/{metric}": percent, f"dev/best_{metric}": best})
+        for logger in trainer.loggers:
+            logger.log_metrics({f"dev/{metric}": percent, f"dev/best_{metric}": best}, step=step)
         module.log("dev", percent, logger=False)
         module.log(f"dev/{metric}", percent, logger=False)  # the name in the history, for callbacks that monitor it
         name = DEV_METRICS[metric]
@@ -154,20 +106,13 @@ class BestByDev(pl.Callback):
         """Return the dev score of the encoder's current tensors."""
         return score_dev(PromCSE(module.encoder, self.tokenizer), self.dev)
 
-    def _keep_if_better(self, module: PromcseModule, step: int, score: float) -> bool:
-        """Keep the encoder's current tensors if their score is the best so far; return whether they were kept."""
-        is_better = self.best_score is None or score > self.best_score
-        if is_better:
-            self.best_score, self.best_step = score, step
-            self._best = {name: tensor.detach().clone() for name, tensor in module.encoder.state_dict().items()}
-            if self.save_to is not None:
-                training = {"best_step": step, f"dev_{self.dev.metric}": round(100 * score, 4)}
-                save_adapter(module.encoder, self.save_to, training=training)
-        return is_better
-
-    def _log(self, trainer: pl.Trainer, step: int, metrics: dict[str, float]) -> None:
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=step)
+    def _keep(self, module: PromcseModule, step: int, score: float) -> None:
+        """Keep the encoder's current tensors, and save them as an adapter."""
+        self.best_score, self.best_step = score, step
+        self._best = {name: tensor.detach().clone() for name, tensor in module.encoder.state_dict().items()}
+        if self.save_to is not None:
+            training = {"best_step": step, f"dev_{self.dev.metric}": round(100 * score, 4)}
+            save_adapter(module.encoder, self.save_to, training=training)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the scores so far and the tensors of the best step."""
@@ -181,32 +126,10 @@ class BestByDev(pl.Callback):
         self.stopped_early = state_dict.get("stopped_early")
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Evaluate the mean of the last steps if there is one, and restore the best tensors."""
-        assert isinstance(pl_module, PromcseModule)
-        if trainer.is_global_zero and self.average is not None and self.average.steps:
-            self._evaluate_average(trainer, pl_module, self.average)
+        """Restore the best tensors."""
         if self._best:
+            assert isinstance(pl_module, PromcseModule)
             pl_module.encoder.load_state_dict(self._best)
-
-    def _evaluate_average(self, trainer: pl.Trainer, module: PromcseModule, average: WeightAverage) -> None:
-        module.encoder.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
-        module.encoder.load_state_dict(average.mean)
-        step, before = trainer.global_step, self.best_score
-        self.average_score = self._score(module)
-        self.average_kept = self._keep_if_better(module, step, self.average_score)
-        assert self.best_score is not None
-        percent, best = 100 * self.average_score, 100 * self.best_score
-        metric = self.dev.metric
-        self._log(trainer, step, {f"dev/average_{metric}": percent, f"dev/best_{metric}": best})
-        log.info(
-            "mean of steps %d to %d: dev %s %.2f (%s; best step: %.2f)",
-            average.first_step,
-            step,
-            DEV_METRICS[metric],
-            percent,
-            "kept" if self.average_kept else "not kept",
-            100 * before if before is not None else float("nan"),
-        )
 
 
 class History(pl.Callback):

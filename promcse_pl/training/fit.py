@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy
 
-from promcse_pl.config import Config, TrainerConfig
+from promcse_pl.config import Config
 from promcse_pl.data.module import PromcseDataModule
 from promcse_pl.embedder import PromCSE
 from promcse_pl.evaluation.dev import score_dev
@@ -28,7 +27,7 @@ from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.mlm import MlmHead
 from promcse_pl.models.tuning import Tuning
 from promcse_pl.run_folder import ADAPTER
-from promcse_pl.training.callbacks import BestByDev, History, Progress, WeightAverage
+from promcse_pl.training.callbacks import BestByDev, History, Progress
 from promcse_pl.training.checkpoint import RunCheckpoints, Saver, check_callbacks
 from promcse_pl.training.context import RunContext
 from promcse_pl.training.distributed import Ranks, rank_zero_first
@@ -67,31 +66,14 @@ class Parts:
 
 
 @dataclass(frozen=True, slots=True)
-class Average:
-    """Mean of the trained tensors over the last steps.
-
-    Attributes:
-        first_step, last_step: Steps of the mean.
-        dev_score: Its dev score x 100; None without a dev set.
-        kept: Whether the trained encoder holds the mean instead of the best step.
-    """
-
-    first_step: int
-    last_step: int
-    dev_score: float | None
-    kept: bool
-
-
-@dataclass(frozen=True, slots=True)
 class Fitted:
     """Statistics of a training run; the encoder is trained in place.
 
     Attributes:
         steps: Optimiser steps of the run.
         stopped_early: Why the run has fewer steps than planned; None if it has all of them.
-        best_step: Step whose tensors are kept: the best by dev score, or the last without a dev set or if the mean is kept.
+        best_step: Step whose tensors are kept: the best by dev score, or the last without a dev set.
         dev_score: Dev score of the kept tensors in its metric, in [-1, 1]; None without a dev set.
-        average: The mean over the last steps; None without averaging.
         seconds: Training time, dev evaluation included.
         earlier_seconds: Duration of the run in earlier processes, up to the checkpoint that this one resumed from.
         rows_per_second: Training rows per second, dev evaluation excluded.
@@ -101,7 +83,6 @@ class Fitted:
     stopped_early: str | None
     best_step: int
     dev_score: float | None
-    average: Average | None
     seconds: float
     earlier_seconds: float
     rows_per_second: float
@@ -198,7 +179,7 @@ def build_data(config: Config, encoder: PromptEncoder, progress: Callable[[int],
 
 
 def fit(run: RunContext, parts: Parts, loggers: Sequence[Logger]) -> Fitted:
-    """Train an encoder in place; at the end, it holds the tensors of the best step, or the mean of the last steps.
+    """Train an encoder in place; at the end, it holds the tensors of the best step.
 
     Args:
         run: The run; its config must be resolved, and all ranks must have joined.
@@ -231,11 +212,9 @@ def fit(run: RunContext, parts: Parts, loggers: Sequence[Logger]) -> Fitted:
     )
     data.start_step = run.checkpoint.step if run.checkpoint else 0
     log_every = min(config.trainer.log_every, steps)  # at least one entry in a short run
-    history, average, saver = History(log_every, chunk_tokens), _weight_average(config.trainer, steps), Saver(run)
-    best = _dev_evaluation(run, parts, steps, average)
+    history, best, saver = History(log_every, chunk_tokens), _dev_evaluation(run, parts, steps), Saver(run)
     progress = Progress(run.console, log_every, saver.total_training_seconds)
-    measured = [part for part in (history, average, best) if part]  # best restores its tensors after average
-    callbacks: list[pl.Callback] = [*measured, progress, *run.callbacks]
+    callbacks: list[pl.Callback] = [history, *([best] if best else []), progress, *run.callbacks]
     check_callbacks(run.callbacks)
     callbacks.append(saver)  # the last: a checkpoint contains the state of the others after the step
     with warnings.catch_warnings():
@@ -256,7 +235,6 @@ def fit(run: RunContext, parts: Parts, loggers: Sequence[Logger]) -> Fitted:
         stopped_early=early,
         best_step=best.best_step if best and best.best_step is not None else step,
         dev_score=best.best_score if best else None,
-        average=_describe_average(average, best, step),
         seconds=saver.total_training_seconds(),
         earlier_seconds=saver.seconds,
         rows_per_second=history.total_rows / history.total_seconds,
@@ -276,7 +254,6 @@ def _untrained(run: RunContext, parts: Parts, loggers: Sequence[Logger]) -> Fitt
         stopped_early=None,
         best_step=0,
         dev_score=score,
-        average=None,
         seconds=0.0,
         earlier_seconds=0.0,
         rows_per_second=0.0,
@@ -294,23 +271,7 @@ def _guide(run: RunContext, parts: Parts, chunk_tokens: int | None) -> Guide:
         return load_guide(parts.encoder, parts.data, chunk_tokens, progress)
 
 
-def _weight_average(trainer: TrainerConfig, steps: int) -> WeightAverage | None:
-    """Return the callback that averages the trained tensors; None without `trainer.average`."""
-    if trainer.average is None:
-        return None
-    averaged = max(1, math.ceil(round(trainer.average * steps, 9)))  # 0.07 * 100 is 7.000000000000001
-    return WeightAverage(steps - averaged + 1)
-
-
-def _describe_average(average: WeightAverage | None, best: BestByDev | None, step: int) -> Average | None:
-    """Return the mean over the last steps, up to `step`, and whether it is kept; None if there is none."""
-    if average is None or not average.steps:
-        return None
-    score = None if best is None or best.average_score is None else round(100 * best.average_score, 4)
-    return Average(average.first_step, step, score, best is None or best.average_kept)
-
-
-def _dev_evaluation(run: RunContext, parts: Parts, steps: int, average: WeightAverage | None) -> BestByDev | None:
+def _dev_evaluation(run: RunContext, parts: Parts, steps: int) -> BestByDev | None:
     """Return the callback that evaluates on the dev set; None without one."""
     if parts.data.dev is None:
         return None
@@ -323,9 +284,7 @@ def _dev_evaluation(run: RunContext, parts: Parts, steps: int, average: WeightAv
     if patience is not None and patience > evaluations - 2:
         log.warning("trainer.patience=%d has no effect on a run of %d dev evaluations", patience, evaluations)
     save_to = run.folder / ADAPTER
-    return BestByDev(
-        parts.data.dev, parts.data.tokenizer, every=every, save_to=save_to, patience=patience, average=average
-    )
+    return BestByDev(parts.data.dev, parts.data.tokenizer, every=every, save_to=save_to, patience=patience)
 
 
 def _build_trainer(

@@ -326,10 +326,6 @@ def test_the_default_tuning_changes_no_setting():
             "loss.mlm_weight=0.1 has no effect with prompt.length=0 .* Try: loss.mlm_weight=0",
         ),
         (
-            ["trainer.max_steps=0", "trainer.average=0.5"],
-            "trainer.average=0.5 has no effect with .* Try: trainer.average=null",
-        ),
-        (
             ["trainer.max_steps=0", "trainer.patience=2"],
             "trainer.patience=2 has no effect with .* Try: trainer.patience=null",
         ),

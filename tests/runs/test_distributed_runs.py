@@ -444,31 +444,19 @@ def test_a_rank_that_is_killed_while_it_reports_has_no_error(sent, tmp_path, mon
 
 
 BEST_AT_STEP_5 = """
-import os
-from safetensors.torch import save_file
-from promcse_pl.training.callbacks import BestByDev, WeightAverage
+from promcse_pl.training.callbacks import BestByDev
 BestByDev._score = lambda watch, module: -abs(module.global_step - 5) / 100
-load = WeightAverage.on_fit_end
-def save_mean(average, *arguments):
-    save_file(average.mean, "{folder}/mean" + os.environ["RANK"])
-    load(average, *arguments)
-WeightAverage.on_fit_end = save_mean
 """
 
 
 @pytest.mark.slow
-def test_all_ranks_stop_early_after_the_same_step_with_the_same_mean(tmp_path):
-    path = write_config(distributed(tmp_path, trainer={"patience": 2, "average": 0.9}), tmp_path / "start.yaml")
-    patch = BEST_AT_STEP_5.format(folder=tmp_path)
+def test_all_ranks_stop_early_after_the_same_step(tmp_path):
+    path = write_config(distributed(tmp_path, trainer={"patience": 2}), tmp_path / "start.yaml")
     straight, folder = tmp_path / "straight", tmp_path / "run"
-    assert ended(begin_ranks(tmp_path / "log", *train(path, straight), before=patch)) == [0, 0]
-    means = [(tmp_path / f"mean{rank}").read_bytes() for rank in (0, 1)]
-    assert means[0] == means[1]
+    assert ended(begin_ranks(tmp_path / "log", *train(path, straight), before=BEST_AT_STEP_5)) == [0, 0]
     results = json.loads((straight / "results.json").read_text())
     assert (results["steps"], results["best_step"]) == (15, 5)
-    assert results["average"] == {"first_step": 3, "last_step": 15, "dev_score": -10.0, "kept": False}
-    killed = begin_ranks(tmp_path / "log", *train(path, folder), before=patch + KILL_AT_STEP.format(step=9))
+    killed = begin_ranks(tmp_path / "log", *train(path, folder), before=BEST_AT_STEP_5 + KILL_AT_STEP.format(step=9))
     assert ended(killed) == [143, 143]
-    assert ended(begin_ranks(tmp_path / "log", *train(path, folder), before=patch)) == [0, 0]
+    assert ended(begin_ranks(tmp_path / "log", *train(path, folder), before=BEST_AT_STEP_5)) == [0, 0]
     assert outcome(folder) == outcome(straight)
-    assert [(tmp_path / f"mean{rank}").read_bytes() for rank in (0, 1)] == means

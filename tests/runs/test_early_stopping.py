@@ -1,6 +1,5 @@
-"""Runs with early stopping, weight averaging and other schedules: their records, and exact resume after an interruption."""
+"""Runs with early stopping and other schedules: their records, and exact resume after an interruption."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -23,8 +22,7 @@ class InterruptedRunError(Exception):
 def config_in(folder: Path, **sections: dict) -> Config:
     """Return the config of a run of 27 steps in three epochs, with dropout; evaluations and saves fall on different steps."""
     folder.mkdir(exist_ok=True)
-    rows = 18 if sections["data"]["dev"] else 17
-    (folder / "train.csv").write_text("a,b,c\n" + "\n".join(word_rows(rows)) + "\n")
+    (folder / "train.csv").write_text("a,b,c\n" + "\n".join(word_rows(18)) + "\n")
     data = {"batch_size": 2, **sections["data"]}
     trainer = {"epochs": 3, "eval_every": 3, "save_every": 4, "log_every": 3, **sections["trainer"]}
     optim = {"schedule": "cosine", "warmup": 0.2, "weight_decay": 0.1}
@@ -32,11 +30,7 @@ def config_in(folder: Path, **sections: dict) -> Config:
 
 
 def stopping(folder: Path) -> Config:
-    return config_in(folder, data={"dev": "holdout"}, trainer={"patience": 2, "average": 0.75})
-
-
-def averaging(folder: Path) -> Config:
-    return config_in(folder, data={"dev": None}, trainer={"average": 0.75})
+    return config_in(folder, data={"dev": "holdout"}, trainer={"patience": 2})
 
 
 def interrupt(monkeypatch, config: Config, folder: Path, step: int | None) -> None:
@@ -70,7 +64,6 @@ def test_an_early_stop_is_recorded_and_exact_on_resume(tmp_path, monkeypatch):
     config, straight = stopping(tmp_path), tmp_path / "straight"
     results = run_job(config, straight)
     assert (results["steps"], results["best_step"], results["stopped_early"]) == (12, 6, REASON)
-    assert results["average"] == {"first_step": 7, "last_step": 12, "dev_score": -6.0, "kept": False}
     status = read_status(straight)
     assert (status.state, status.stopped_early, status.step, status.steps) == ("finished", REASON, 12, 27)
     log = (straight / "run.log").read_text()
@@ -78,7 +71,6 @@ def test_an_early_stop_is_recorded_and_exact_on_resume(tmp_path, monkeypatch):
     assert "step 12 of 27: loss" in log
     history = read_history(straight / "metrics.jsonl")
     assert [entry["step"] for entry in history if "dev/spearman" in entry] == [3, 6, 9, 12]
-    assert [entry["dev/average_spearman"] for entry in history if "dev/average_spearman" in entry] == [-6.0]
     for step in (5, 9, None):
         folder = tmp_path / f"interrupted{step}"
         interrupt(monkeypatch, config, folder, step)
@@ -88,21 +80,6 @@ def test_an_early_stop_is_recorded_and_exact_on_resume(tmp_path, monkeypatch):
     before = outcome(straight)
     assert resume_job(straight)["steps"] == 12
     assert outcome(straight) == before
-
-
-def test_the_mean_of_the_last_steps_is_exact_on_resume_and_changes_no_step(tmp_path, monkeypatch):
-    config, straight = averaging(tmp_path), tmp_path / "straight"
-    results = run_job(config, straight)
-    assert results["average"] == {"first_step": 7, "last_step": 27, "dev_score": None, "kept": True}
-    assert (results["steps"], results["best_step"], results["stopped_early"]) == (27, 27, None)
-    interrupt(monkeypatch, config, tmp_path / "interrupted", 14)
-    resume_job(tmp_path / "interrupted")
-    assert outcome(tmp_path / "interrupted") == outcome(straight)
-    plain = config_in(tmp_path, data={"dev": None}, trainer={})
-    assert run_job(plain, tmp_path / "plain")["average"] is None
-    assert outcome(tmp_path / "plain")["metrics.jsonl"] == outcome(straight)["metrics.jsonl"]
-    assert outcome(tmp_path / "plain")["adapter.safetensors"] != outcome(straight)["adapter.safetensors"]
-    assert json.loads((straight / "adapter/adapter.json").read_text())["training"]["average"] == results["average"]
 
 
 def test_a_patience_without_effect_is_reported(tmp_path):

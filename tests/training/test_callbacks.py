@@ -8,13 +8,12 @@ import torch
 from safetensors.torch import load_file
 from support.encoders import small_backbone, small_tokenizer
 
-from promcse_pl.config import DataConfig, LossConfig, OptimConfig, TrainerConfig
+from promcse_pl.config import DataConfig, LossConfig, OptimConfig
 from promcse_pl.data.module import PromcseDataModule
 from promcse_pl.data.pairs import ScoredPairs
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.training import callbacks
-from promcse_pl.training.callbacks import BestByDev, History, WeightAverage
-from promcse_pl.training.fit import _weight_average
+from promcse_pl.training.callbacks import BestByDev, History
 from promcse_pl.training.module import PromcseModule
 
 PAIRS = ScoredPairs.of("dev", [("w5 w6", "w7", 1.0), ("w8", "w9 w10", 0.0), ("w11", "w12", 0.5)])
@@ -91,11 +90,6 @@ class States(pl.Callback):
     def on_train_batch_end(self, trainer, pl_module, *_):
         self.after.append({name: tensor.clone() for name, tensor in pl_module.encoder.state_dict().items()})
 
-    def mean(self, first: int) -> dict[str, torch.Tensor]:
-        """Return the mean over the steps from `first`, in float64."""
-        kept = self.after[first - 1 :]
-        return {name: sum(state[name].double() for state in kept) / len(kept) for name in kept[0]}
-
 
 def equals(module: PromcseModule, expected: dict[str, torch.Tensor]) -> bool:
     tensors = module.encoder.state_dict()
@@ -126,44 +120,6 @@ def test_training_stops_when_the_patience_is_exhausted(scores, patience, last, b
     assert watch.stopped_early == (reason if last else None)
     assert watch.best_step == best
     assert equals(module, states.after[best - 1])
-
-
-@pytest.mark.parametrize(("first", "steps"), [(1, 4), (3, 5), (5, 5)])
-def test_without_a_dev_set_the_mean_of_the_last_steps_is_kept(first, steps, tmp_path):
-    states, average = States(), WeightAverage(first)
-    module = train(tmp_path, steps, average, states)
-    assert average.steps == steps - first + 1
-    assert equals(module, states.mean(first))
-    assert not equals(module, states.after[0])
-
-
-@pytest.mark.parametrize(
-    ("fraction", "steps", "first"), [(0.07, 100, 94), (0.25, 10, 8), (0.28, 100, 73), (1.0, 9, 1), (1e-12, 9, 9)]
-)
-def test_the_fraction_of_the_averaged_steps_is_rounded_up_but_not_its_rounding_error(fraction, steps, first):
-    assert _weight_average(TrainerConfig(average=fraction), steps).first_step == first
-
-
-@pytest.mark.parametrize(("score", "kept"), [(0.5, True), (0.4, False), (0.3, False)])
-def test_the_mean_is_kept_if_it_is_strictly_better_than_the_best_step(score, kept, tmp_path, monkeypatch):
-    script(monkeypatch, [0.1, 0.4, 0.3, 0.2, score])
-    states, average = States(), WeightAverage(2)
-    watch = BestByDev(PAIRS, small_tokenizer(), every=1, average=average)
-    module = train(tmp_path, 4, average, watch, states)
-    assert (watch.average_kept, watch.average_score) == (kept, score)
-    assert (watch.best_step, watch.best_score) == ((4, 0.5) if kept else (2, 0.4))
-    assert equals(module, states.mean(2) if kept else states.after[1])
-
-
-@pytest.mark.parametrize("first", [3, 5])
-def test_a_run_that_stops_early_has_the_mean_so_far_if_it_has_one(first, tmp_path, monkeypatch):
-    script(monkeypatch, [0.5, 0.4, 0.3, 0.2, 0.9])  # the last is that of the mean
-    states, average = States(), WeightAverage(first)
-    watch = BestByDev(PAIRS, small_tokenizer(), every=1, patience=3, average=average)
-    module = train(tmp_path, 6, average, watch, states)
-    assert len(states.after) == 4
-    assert watch.average_kept == (first == 3)
-    assert equals(module, states.mean(3) if first == 3 else states.after[0])
 
 
 def test_the_history_counts_rows_and_tokens_and_leaves_the_ragged_batch_in(tmp_path):
