@@ -16,6 +16,7 @@ from study import (
     Results,
     Row,
     Study,
+    best_rate,
     learning_rates,
     read_results,
     study_folder,
@@ -254,12 +255,12 @@ def claim_table(study: Study, key: str, model: Results) -> list[str]:
 
 
 def selection_table(model: Results) -> list[str]:
-    """Return the table of the learning rates that are selected."""
+    """Return the table of the learning rates that are selected; a method needs all its rates."""
     lines = []
     for preset in dict.fromkeys(row.preset for row in STUDIES["learning_rate"].rows):
-        scores = {rate: score for rate, score in learning_rates(model, preset).items() if score is not None}
-        if scores:
-            selected, rates = max(scores, key=scores.__getitem__), sorted(scores, key=float)
+        scores = learning_rates(model, preset)
+        if selected := best_rate(scores):
+            rates = sorted(scores, key=float)
             edge = {rates[0]: ", the lowest", rates[-1]: ", the highest"}.get(selected, "")
             lines.append([f"`experiment={preset}`", f"{selected}{edge}", f"{len(rates)}", f"{scores[selected]:.4f}"])
     return markdown_table(["method", "selected rate", "rates", "dev"], lines)

@@ -427,6 +427,12 @@ def learning_rates(results: Results, preset: str) -> dict[str, float | None]:
     return dict(zip((row.overrides[0].removeprefix("optim.lr=") for row in rows), scores, strict=True))
 
 
+def best_rate(scores: dict[str, float | None]) -> str | None:
+    """Return the learning rate with the best dev score, of `learning_rates`; None if a rate was not run."""
+    known = {rate: score for rate, score in scores.items() if score is not None}
+    return max(known, key=known.__getitem__) if known and len(known) == len(scores) else None
+
+
 def study_folder(name: str) -> Path:
     """Return the folder of a study (results and page)."""
     return HERE / name

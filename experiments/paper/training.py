@@ -22,6 +22,7 @@ from study import (
     Results,
     Row,
     Study,
+    best_rate,
     learning_rates,
     read_results,
     selected_rows,
@@ -150,16 +151,15 @@ def selected_learning_rate(workspace: Workspace, preset: str) -> str | None:
     """
     method = LEARNING_RATE_OF.get(preset, preset)
     rates = learning_rates(read_results("learning_rate").get(workspace.name, {}), method)
-    scores = {rate: score for rate, score in rates.items() if score is not None}
-    missing = [rate for rate in rates if rate not in scores]
-    if scores and missing:
+    missing = [rate for rate, score in rates.items() if score is None]
+    if 0 < len(missing) < len(rates):
         sample = f" --rows {workspace.rows}" if workspace.rows else ""
         raise ConfigError(
             f"the learning rates {', '.join(missing)} of {method} were not run for {workspace.name}, others were. Try: "
             f"python experiments/paper/run.py learning_rate --only {method} --model {workspace.model}{sample} "
             f"--data {shlex.quote(str(workspace.data))} --runs {shlex.quote(str(workspace.runs))}"
         )
-    return max(scores, key=scores.__getitem__) if scores else None
+    return best_rate(rates)
 
 
 def write_sample(workspace: Workspace, source: str) -> Results:

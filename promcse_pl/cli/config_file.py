@@ -15,7 +15,7 @@ from typing import Any, get_type_hints
 
 from promcse_pl.config import Config, check_overrides, flat_settings
 from promcse_pl.config.fields import settings as every_setting
-from promcse_pl.config.parsing import REMOVED
+from promcse_pl.config.parsing import is_removed_without_effect
 from promcse_pl.run_folder import read_yaml, split_resolved
 from promcse_pl.runs.compose import config_groups, quoted
 from promcse_pl.utils.errors import ConfigError
@@ -39,7 +39,7 @@ def file_overrides(file: str, typed: Sequence[str], folders: Sequence[Path]) -> 
     """
     read = flat_settings(_read(expand(file)))
     # config.yaml of an earlier version has removed settings without effect
-    settings = {key: value for key, value in read.items() if key not in REMOVED or value != REMOVED[key]}
+    settings = {key: value for key, value in read.items() if not is_removed_without_effect(key, value)}
     groups = config_groups(folders)
     for key in settings:
         if not re.fullmatch(r"\w+(\.\w+)*", key) or key.split(".")[0] == "hydra":

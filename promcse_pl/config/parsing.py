@@ -94,6 +94,11 @@ class Section:
         return dataclasses.asdict(self)
 
 
+def is_removed_without_effect(key: str, value: object) -> bool:
+    """Return whether a key is a setting of an earlier version, with the value that had no effect."""
+    return key in REMOVED and value == REMOVED[key]
+
+
 def shown(value: object) -> str:
     """Return the repr of a value, shortened for messages."""
     try:
@@ -110,7 +115,7 @@ def _build(schema: Any, raw: object, known: Mapping[str, Setting] | None = None)
     kinds, values = get_type_hints(schema), {}
     for name in [name for name in raw if name not in kinds]:
         key = f"{section}.{name if isinstance(name, str) else shown(name)}".lstrip(".")
-        if key not in REMOVED or raw[name] != REMOVED[key]:
+        if not is_removed_without_effect(key, raw[name]):
             raise unknown_key(key, known)
     for name, kind in kinds.items():
         setting = known.get(f"{section}.{name}".lstrip("."))

@@ -21,7 +21,9 @@ YEARS: dict[str, tuple[str, ...]] = {
     "STS15": ("answers-forums", "answers-students", "belief", "headlines", "images"),
     "STS16": ("answer-answer", "headlines", "plagiarism", "postediting", "question-question"),
 }
-TASKS = (*YEARS, "STS-B", "SICK-R")
+SUITE_TASKS = {"sts": (*YEARS, "STS-B"), "sick": ("SICK-R",)}
+"""Suite -> its tasks."""
+TASKS = tuple(task for tasks in SUITE_TASKS.values() for task in tasks)
 STSB_FILES = {"train": "sts-train.csv", "dev": "sts-dev.csv", "test": "sts-test.csv"}
 SICK_FILES = {"train": "SICK_train.txt", "dev": "SICK_trial.txt", "test": "SICK_test_annotated.txt"}
 

@@ -15,10 +15,10 @@ from promcse_pl.config import DataConfig
 from promcse_pl.data.arrow import train_split
 from promcse_pl.data.columns import ROW_KINDS, ColumnRequest, is_number
 from promcse_pl.data.demo import demo_pairs, demo_triplets
-from promcse_pl.data.pairs import ScoredPairs, load_pairs, load_stsb
+from promcse_pl.data.pairs import SUITE_TASKS, ScoredPairs, load_pairs, load_stsb
 from promcse_pl.data.readers import BadRow, stream_rows
 from promcse_pl.data.retrieval import QRELS, DevSet, is_retrieval, load_retrieval
-from promcse_pl.data.test_sets import SUITE_TASKS, contaminated_tasks, refuse_test_set
+from promcse_pl.data.test_sets import contaminated_tasks, refuse_test_set
 from promcse_pl.data.tokens import RowSource, file_source, memory_source
 from promcse_pl.utils.errors import ConfigError, DataError
 from promcse_pl.utils.paths import expand, is_folder, is_there

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from promcse_pl.data.pairs import TASKS, ScoredPairs, load_task
+from promcse_pl.data.pairs import SUITE_TASKS, TASKS, ScoredPairs, load_task
 from promcse_pl.utils.errors import ConfigError, DataError
 
 TEST_FILES = re.compile(r"sts-test|STS\.(input|gs)\.|SICK_test_annotated|cxc-sts-test", re.IGNORECASE)
@@ -17,8 +17,6 @@ MOST_SHARED_YEAR = 0.5
 """The same for a yearly task: STS-B was drawn from them, and 39 % of its dev pairs are test pairs of STS15."""
 MOST_TRAINED = 0.05
 """Share of a task's test pairs that may also be training pairs: SICK train has 1.5 % of the test pairs of SICK-R."""
-SUITE_TASKS = {"sts": TASKS[:-1], "sick": TASKS[-1:]}
-"""Suite -> its STS tasks."""
 
 
 def refuse_test_set(path: Path, dev: ScoredPairs, senteval: Path | None) -> None:

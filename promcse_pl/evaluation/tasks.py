@@ -14,7 +14,7 @@ import numpy as np
 
 from promcse_pl.config import DATA_SUITES, MTEB, SENTEVAL_SUITES
 from promcse_pl.data.demo import demo_pairs
-from promcse_pl.data.pairs import TASKS, ScoredPairs, load_pairs, load_stsb, load_task
+from promcse_pl.data.pairs import SUITE_TASKS, TASKS, ScoredPairs, load_pairs, load_stsb, load_task
 from promcse_pl.data.retrieval import DevSet, RetrievalSet, Text, is_retrieval, load_retrieval
 from promcse_pl.evaluation import cxc
 from promcse_pl.evaluation.geometry import POSITIVE, alignment, cosine_density, effective_rank, mean_cosine, uniformity
@@ -125,10 +125,8 @@ def load_tasks(names: Sequence[str], data: str | Path | None) -> list[Task]:
 
 def _load(name: str, folder: Path) -> list[Task]:
     senteval = folder / "senteval"
-    if name == "sts":
-        return [pair_task(task, name, load_task(senteval, task)) for task in TASKS if task != "SICK-R"]
-    if name == "sick":
-        return [pair_task("SICK-R", name, load_task(senteval, "SICK-R"))]
+    if name in SUITE_TASKS:
+        return [pair_task(task, name, load_task(senteval, task)) for task in SUITE_TASKS[name]]
     if name == "cxc":
         return [_cxc_task(cxc.load_cxc(folder / "cxc"))]
     if name == "demo":
