@@ -216,7 +216,7 @@ def count_of_seeds(study: Study) -> str:
     """Return the default number of seeds, with the reason for fewer than five."""
     if study.seeds == 1:
         return "1 seed"
-    return f"{study.seeds} seeds, because all studies with five would take days on two cores"
+    return f"{study.seeds} seeds, because all studies together had 12 hours of two cores"
 
 
 def task_table(study: Study, model: Results, encoder: str) -> list[str]:

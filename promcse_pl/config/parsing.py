@@ -53,6 +53,7 @@ ABSENT = {
 REMOVED = {
     "loss.distillation_weight": 0.0,
     "loss.hardness": 0.0,
+    "loss.mask_false_negatives": False,
     "loss.symmetric": False,
     "prompt.init": "random",
     "trainer.average": None,

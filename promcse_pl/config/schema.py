@@ -137,8 +137,8 @@ class DataConfig(Section):
     batch_size: Annotated[int, Range(ge=2, note="(the other rows of a batch are the negatives)")] = 256
     """Number of training rows per optimiser step, over all processes (paper: 256 or 512; official README also 64)."""
     cache_dir: Annotated[str | None, EXECUTION] = None
-    """Folder of the caches: tokenised data, embeddings, results of MTEB, and the embeddings for `loss.mask_false_negatives`;
-    `null` for `$XDG_CACHE_HOME/promcse_pl` or `~/.cache/promcse_pl`."""
+    """Folder of the caches: tokenised data, embeddings and results of MTEB; `null` for `$XDG_CACHE_HOME/promcse_pl` or
+    `~/.cache/promcse_pl`."""
 
     def _check_combinations(self) -> None:
         if not self.train.strip():
@@ -186,10 +186,6 @@ class LossConfig(Section):
     """λ: weight of the energy hinge; 0 switches it off. It needs triplets (paper, section 4.2)."""
     hard_negative_logit: Annotated[float, Range(ge=-1000, le=1000)] = 0.0
     """Added to the NT-Xent logit of an anchor with its own hard negative (official: `--hard_negative_weight`)."""
-    mask_false_negatives: bool = False
-    """Whether NT-Xent and the hinge exclude probable false negatives: candidates whose cosine with the anchor, computed by the
-    frozen encoder, is higher than that of the positive (GISTEmbed; Solatorio 2024, arXiv 2402.16829). The difference may be
-    rounding (0.001), so that copies of the positive are excluded."""
     mlm_weight: Annotated[float, Range(ge=0, le=10, example=0.1)] = 0.0
     """Weight of the masked language modelling loss at step 0; 0 switches it off. It is multiplied by 0.95 every 100 steps
     (official: 0.1 for unsupervised RoBERTa)."""
@@ -471,16 +467,6 @@ class Config(Section):
             raise ConfigError(
                 f"loss.hard_negative_logit={loss.hard_negative_logit:g} has no effect with data.kind={data.kind}: there are no "
                 "hard negatives. Try: loss.hard_negative_logit=0"
-            )
-        if loss.mask_false_negatives and data.kind == "scored_pairs":
-            raise ConfigError(
-                "loss.mask_false_negatives=true has no effect with data.kind=scored_pairs: CoSENT has no negatives. "
-                "Try: loss.mask_false_negatives=false"
-            )
-        if loss.mask_false_negatives and data.kind == "sentences":
-            raise ConfigError(
-                "loss.mask_false_negatives=true needs positives, but with data.kind=sentences a sentence is its own positive, "
-                "and only copies of it are as similar. Try: loss.mask_false_negatives=false"
             )
         if loss.mlm_weight and self.prompt.length == 0 and self.tuning.weights == "none":
             raise ConfigError(

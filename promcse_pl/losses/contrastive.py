@@ -44,7 +44,7 @@ def ntxent(logits_BC: Tensor) -> Tensor:
         L = -1/B sum_i log(exp(logit_ii) / sum_c exp(logit_ic))
 
     Args:
-        logits_BC: From `ntxent_logits`; -inf for excluded candidates.
+        logits_BC: From `ntxent_logits`.
 
     Returns:
         A scalar >= 0.

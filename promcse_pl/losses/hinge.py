@@ -14,7 +14,6 @@ def energy_hinge(
     negative_BD: Tensor,
     *,
     margin: float,
-    excluded_BC: Tensor | None = None,
 ) -> Tensor:
     """Mean hinge between each anchor's positive and its hardest negative, on cosines (Jiang et al. 2022, eq. 10-12).
 
@@ -26,8 +25,6 @@ def energy_hinge(
     Args:
         anchor_BD, positive_BD, negative_BD: Unit vectors, one row per example.
         margin: Required cosine gap, in [0, 2].
-        excluded_BC: Boolean mask of excluded candidates (`false_negatives`); the columns are the positives, then the hard
-            negatives. An anchor without any negative contributes 0.
 
     Returns:
         A scalar >= 0; 0 if every positive exceeds its hardest negative by the margin.
@@ -35,6 +32,4 @@ def energy_hinge(
     cosines_BB = anchor_BD @ positive_BD.T
     same_row_BB = torch.eye(len(anchor_BD), dtype=torch.bool, device=anchor_BD.device)
     wrong_BC = torch.cat([cosines_BB.masked_fill(same_row_BB, -torch.inf), anchor_BD @ negative_BD.T], dim=1)
-    if excluded_BC is not None:
-        wrong_BC = wrong_BC.masked_fill(excluded_BC, -torch.inf)
     return (margin + wrong_BC.amax(dim=1) - cosines_BB.diagonal()).clamp(min=0).mean()

@@ -1,6 +1,6 @@
 """The training loss: the weighted sum of its terms."""
 
-# B anchors, D width, C candidates, M masked tokens, V vocabulary
+# B anchors, D width, M masked tokens, V vocabulary
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ import operator
 from dataclasses import dataclass
 from functools import reduce
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from promcse_pl.config import LossConfig
 from promcse_pl.losses.contrastive import ntxent, ntxent_logits
 from promcse_pl.losses.cosent import cosent
-from promcse_pl.losses.guide import false_negatives
 from promcse_pl.losses.hinge import energy_hinge
 
 MLM_DECAY, MLM_DECAY_STEPS = 0.95, 100
@@ -66,7 +64,6 @@ def hybrid_loss(
     config: LossConfig,
     *,
     scores_B: Tensor | None = None,
-    guide_BC: Tensor | None = None,
     mlm: Tensor | None = None,
 ) -> LossParts:
     """Sum the loss terms (Jiang et al. 2022, eq. 12, and the official code's MLM term).
@@ -78,19 +75,16 @@ def hybrid_loss(
         config: Weights and parameters of the terms. Its `hinge_weight` must be 0 without hard negatives; its `mlm_weight` is not
             used, since that weight depends on the step.
         scores_B: Scores of the pairs, which are then trained with CoSENT in place of NT-Xent; None for rows without scores.
-        guide_BC: Cosines of the guide, see `candidate_cosines`, with `mask_false_negatives`; else None.
         mlm: The weighted MLM loss, or None.
 
     Returns:
         The total and its weighted terms.
 
     Raises:
-        ValueError: hinge_weight is not 0 without hard negatives, or the cosines of the guide are missing.
+        ValueError: hinge_weight is not 0 without hard negatives.
     """
     if negative_BD is None and config.hinge_weight:
         raise ValueError("the energy hinge needs hard negatives (triplets); set hinge_weight to 0 for pairs")
-    if config.mask_false_negatives and guide_BC is None:
-        raise ValueError("mask_false_negatives needs the cosines of the guide, guide_BC")
     anchor_BD, positive_BD = F.normalize(anchor_BD, dim=1), F.normalize(positive_BD, dim=1)
     negative_BD = None if negative_BD is None else F.normalize(negative_BD, dim=1)
     terms: dict[str, Tensor] = {}
@@ -98,14 +92,14 @@ def hybrid_loss(
         cosines_B = (anchor_BD * positive_BD).sum(1)
         terms["cosent"] = cosent(cosines_B, scores_B, temperature=config.temperature)
     else:
-        terms |= _contrastive_terms(anchor_BD, positive_BD, negative_BD, config, guide_BC)
+        terms |= _contrastive_terms(anchor_BD, positive_BD, negative_BD, config)
     if mlm is not None:
         terms["mlm"] = mlm
     return LossParts(reduce(operator.add, terms.values()), **terms)
 
 
 def _contrastive_terms(
-    anchor_BD: Tensor, positive_BD: Tensor, negative_BD: Tensor | None, config: LossConfig, guide_BC: Tensor | None
+    anchor_BD: Tensor, positive_BD: Tensor, negative_BD: Tensor | None, config: LossConfig
 ) -> dict[str, Tensor]:
     """Return NT-Xent and, with hard negatives, the weighted hinge; the embeddings are unit vectors."""
     logits_BC = ntxent_logits(
@@ -115,12 +109,8 @@ def _contrastive_terms(
         temperature=config.temperature,
         hard_negative_logit=config.hard_negative_logit,
     )
-    excluded_BC = None
-    if guide_BC is not None:
-        excluded_BC = false_negatives(guide_BC)
-        logits_BC = logits_BC.masked_fill(excluded_BC, -torch.inf)
     terms = {"contrastive": ntxent(logits_BC)}
     if negative_BD is not None and config.hinge_weight:
-        hinge = energy_hinge(anchor_BD, positive_BD, negative_BD, margin=config.margin, excluded_BC=excluded_BC)
+        hinge = energy_hinge(anchor_BD, positive_BD, negative_BD, margin=config.margin)
         terms["hinge"] = config.hinge_weight * hinge
     return terms

@@ -30,15 +30,13 @@ from promcse_pl.run_folder import ADAPTER
 from promcse_pl.training.callbacks import BestByDev, History, Progress
 from promcse_pl.training.checkpoint import RunCheckpoints, Saver, check_callbacks
 from promcse_pl.training.context import RunContext
-from promcse_pl.training.distributed import Ranks, rank_zero_first
+from promcse_pl.training.distributed import Ranks
 from promcse_pl.training.encoder_settings import resolve_pooling, resolve_text, training_prompts
 from promcse_pl.training.gather import collective
-from promcse_pl.training.guide import Guide, load_guide
 from promcse_pl.training.machine import must_recompute
 from promcse_pl.training.module import PromcseModule
 from promcse_pl.utils.errors import ConfigError
 from promcse_pl.utils.signals import Stopped
-from promcse_pl.utils.terminal import progress_bar
 
 log = logging.getLogger("promcse_pl")
 
@@ -208,7 +206,6 @@ def fit(run: RunContext, parts: Parts, loggers: Sequence[Logger]) -> Fitted:
         chunk_tokens=chunk_tokens,
         recompute=must_recompute(config, parts.encoder, data.token_rows, parts.device),
         mlm_head=parts.mlm_head,
-        guide=_guide(run, parts, chunk_tokens) if config.loss.mask_false_negatives else None,
     )
     data.start_step = run.checkpoint.step if run.checkpoint else 0
     log_every = min(config.trainer.log_every, steps)  # at least one entry in a short run
@@ -258,17 +255,6 @@ def _untrained(run: RunContext, parts: Parts, loggers: Sequence[Logger]) -> Fitt
         earlier_seconds=0.0,
         rows_per_second=0.0,
     )
-
-
-def _guide(run: RunContext, parts: Parts, chunk_tokens: int | None) -> Guide:
-    """Return the frozen encoder's embeddings of the training sentences, which rank 0 computes if the cache has none."""
-    rows = parts.data.token_rows
-    title = "encoding the training sentences with the frozen encoder"
-    with (
-        rank_zero_first(run.ranks),
-        progress_bar(run.console, title, len(rows) * rows.width) as progress,
-    ):
-        return load_guide(parts.encoder, parts.data, chunk_tokens, progress)
 
 
 def _dev_evaluation(run: RunContext, parts: Parts, steps: int) -> BestByDev | None:

@@ -14,13 +14,11 @@ from torch import Tensor
 from promcse_pl.config import LossConfig, OptimConfig
 from promcse_pl.data.batch import TrainBatch, upload
 from promcse_pl.data.masking import IGNORED
-from promcse_pl.losses.guide import candidate_cosines
 from promcse_pl.losses.hybrid import LossParts, hybrid_loss, mlm_loss, mlm_weight_at
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.mlm import MlmHead
 from promcse_pl.training.finite import CheckedStep, FiniteCheck
 from promcse_pl.training.gather import average_gradients, gather_rows, scaled_gradient, sum_over_ranks, world_size
-from promcse_pl.training.guide import Guide
 from promcse_pl.training.optimizer import build_optimizer, learning_rate_factor
 
 
@@ -34,12 +32,11 @@ class PromcseModule(pl.LightningModule):
         total_steps: Number of steps of the schedule.
         chunk_tokens, recompute: See `PromptEncoder.forward`.
         mlm_head: Head of the MLM task; trained with the prompt, but not part of the adapter.
-        guide: Embeddings of the training sentences by the frozen encoder, for `loss.mask_false_negatives`.
         official_gradient: With several ranks, scale the gradient by 1 / ranks and average the MLM loss per rank, as the official
             code does. By default, loss and gradient equal those of a single process.
     """
 
-    def __init__(  # 9 parameters: each is independent, and most have a default
+    def __init__(  # 8 parameters: each is independent, and most have a default
         self,
         encoder: PromptEncoder,
         *,
@@ -49,12 +46,11 @@ class PromcseModule(pl.LightningModule):
         chunk_tokens: int | None = None,
         recompute: bool = False,
         mlm_head: MlmHead | None = None,
-        guide: Guide | None = None,
         official_gradient: bool = False,
     ) -> None:
         super().__init__()
         self.encoder, self.mlm_head, self.official_gradient = encoder, mlm_head, official_gradient
-        self.guide, self.finite = guide, FiniteCheck()
+        self.finite = FiniteCheck()
         self.loss, self.optim, self.total_steps = loss, optim, total_steps
         self.chunk_tokens, self.recompute = chunk_tokens, recompute
         self.entry: dict[str, Tensor] = {}
@@ -77,7 +73,6 @@ class PromcseModule(pl.LightningModule):
             views[2] if batch.views == 3 else None,
             self.loss,
             scores_B=None if batch.scores_B is None else gather_rows(batch.scores_B.view(1, -1, 1)).flatten(),
-            guide_BC=self._guide_cosines(batch.rows_B, vectors_ND.device),
             mlm=self._mlm_loss(hidden_MD, batch.tokens.mlm_labels_NT),
         )
         total = parts.total
@@ -89,12 +84,6 @@ class PromcseModule(pl.LightningModule):
 
     def _trained(self) -> list[Tensor]:
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
-
-    def _guide_cosines(self, rows_B: Tensor, device: torch.device) -> Tensor | None:
-        """Return the cosines of the guide between all anchors and candidates of the batch, or None without a guide."""
-        if self.guide is None:
-            return None
-        return candidate_cosines(*gather_rows(upload(self.guide.views(rows_B), device)))
 
     def _mlm_loss(self, hidden_MD: Tensor | None, labels_NT: Tensor | None) -> Tensor | None:
         """Return the weighted MLM loss over all ranks, or None without the MLM task."""

@@ -18,6 +18,7 @@ from support.runs import small_config
 
 from promcse_pl import PromCSE
 from promcse_pl.adapter import adapter_hash, load_adapter, save_adapter
+from promcse_pl.cli.main import main
 from promcse_pl.embedder import model_hash
 from promcse_pl.evaluation.embeddings import EmbeddingCache
 from promcse_pl.evaluation.report import render
@@ -164,6 +165,19 @@ def test_an_mteb_task_is_scored_beside_others_and_its_result_is_cached_by_the_ad
     again = evaluate([target], load_tasks(names[:1], None), cache)
     cached = again["targets"]["a"]["scores"]["mteb:SmallSTS"]["value"]
     assert cached == pytest.approx(scores["mteb:SmallSTS"]["value"], abs=1e-3)  # mteb stores rounded scores
+
+
+def test_the_command_evaluates_an_mteb_task(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(mteb, "get_task", lambda name: {"SmallSTS": SmallSTS}[name]())
+    monkeypatch.setattr(wrapper, "why_unreachable", lambda *_, **__: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    encoder = small_prompt_encoder(tmp_path / "encoder")
+    save_adapter(encoder, tmp_path / "adapter")
+    command = ["evaluate", str(tmp_path / "adapter"), "--tasks", "mteb:SmallSTS", "--device", "cpu"]
+    assert main([*command, "--format", "markdown"]) == 0
+    model = PromCSE(encoder)
+    expected = 100 * spearmanr((model.encode(FIRST) * model.encode(SECOND)).sum(1), SCORES).statistic
+    assert f"| {expected:.2f} |" in capsys.readouterr().out
 
 
 def test_rounded_weights_do_not_get_the_cached_result_of_float32(tmp_path, monkeypatch):

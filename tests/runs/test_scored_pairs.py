@@ -104,7 +104,6 @@ def test_pairs_with_a_score_column_name_the_command_for_scored_pairs(tmp_path, m
     [
         ("loss.hinge_weight=10", "loss.hinge_weight=10 needs hard negatives"),
         ("loss.hard_negative_logit=1", "no effect with data.kind=scored_pairs"),
-        ("loss.mask_false_negatives=true", "CoSENT has no negatives"),
         ("data.columns=[a,b]", r"data.columns=\[sentence1,sentence2,score\]"),
         ("data.dev=holdout", "data.dev=holdout needs triplets"),
     ],

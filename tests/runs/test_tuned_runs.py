@@ -1,4 +1,4 @@
-"""Runs with each `tuning`: trained weights, comparison with the pre-trained encoder, bit-identical resume, sweeps."""
+"""Runs with each `tuning`: trained weights, comparison with the pre-trained encoder, bit-identical resume."""
 
 import importlib.util
 import json
@@ -16,6 +16,7 @@ SECTIONS = {
     "bias": {**PLAIN, "tuning": {"weights": "bias"}},
     "lora": {**PLAIN, "tuning": {"weights": "lora", "rank": 2, "alpha": 4.0}},
     "full": {**PLAIN, "tuning": {"weights": "full"}},
+    "head": {"prompt": {"length": 0}, "model": {"head": "low_rank", "head_rank": 2}},
     "lora and prompt": {"tuning": {"weights": "lora", "rank": 2, "alpha": 4.0}},
     "none": {**PLAIN, "trainer": {"max_steps": 0}},
 }

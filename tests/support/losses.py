@@ -20,27 +20,25 @@ def unit(rows):
     return None if rows is None else [[x / math.sqrt(dot(row, row)) for x in row] for row in rows]
 
 
-def slow_ntxent(anchors, positives, negatives, temperature, logit=0.0, excluded=()):
+def slow_ntxent(anchors, positives, negatives, temperature, logit=0.0):
     total = 0.0
     for i, anchor in enumerate(anchors):
         scores = [dot(anchor, positive) / temperature for positive in positives]
         for j, negative in enumerate(negatives or []):
             scores.append(dot(anchor, negative) / temperature + (logit if i == j else 0.0))
-        kept = [score for column, score in enumerate(scores) if (i, column) not in excluded]
-        total -= math.log(math.exp(scores[i]) / sum(math.exp(score) for score in kept))
+        total -= math.log(math.exp(scores[i]) / sum(math.exp(score) for score in scores))
     return total / len(anchors)
 
 
-def slow_hinge(anchors, positives, negatives, margin, excluded=()):
+def slow_hinge(anchors, positives, negatives, margin):
     total = 0.0
     for i, anchor in enumerate(anchors):
         hardest = -math.inf
         for j, positive in enumerate(positives):
-            if j != i and (i, j) not in excluded:
+            if j != i:
                 hardest = max(hardest, dot(anchor, positive))
-        for j, negative in enumerate(negatives):
-            if (i, len(positives) + j) not in excluded:
-                hardest = max(hardest, dot(anchor, negative))
+        for negative in negatives:
+            hardest = max(hardest, dot(anchor, negative))
         total += max(0.0, margin + hardest - dot(anchor, positives[i]))
     return total / len(anchors)
 

@@ -323,3 +323,13 @@ def test_the_shared_precision_applies_to_jobs_with_precision_auto(tmp_path):
     ):
         config = small_config(tmp_path, trainer={"precision": given, "device": device})
         assert SHARED.apply(config).trainer.precision == becomes
+
+
+@pytest.mark.parametrize(
+    ("weights", "becomes"), [("none", "bfloat16"), ("lora", "bfloat16"), ("full", "auto"), ("bias", "auto")]
+)
+def test_jobs_that_train_weights_of_the_encoder_do_not_get_the_shared_precision(weights, becomes, tmp_path):
+    files(tmp_path)
+    tuning = {"weights": weights, **({"rank": 2, "alpha": 4.0} if weights == "lora" else {})}
+    config = small_config(tmp_path, trainer={"precision": "auto", "device": "cpu"}, tuning=tuning)
+    assert SHARED.apply(config).trainer.precision == becomes

@@ -3,7 +3,6 @@
 import multiprocessing as mp
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,7 +18,6 @@ from promcse_pl.models.mlm import MlmHead
 from promcse_pl.models.tuning import Tuning
 from promcse_pl.training.distributed import Ranks, find_ranks, refuse_sweep
 from promcse_pl.training.gather import average_gradients
-from promcse_pl.training.guide import Guide
 from promcse_pl.training.module import PromcseModule
 from promcse_pl.utils.errors import ConfigError
 
@@ -39,8 +37,6 @@ JOBS = [
         (3, True, 2, 30, False, ""),  # of three ranks one has no row
         (3, True, 1, None, False, ""),  # and here all but one
         (2, False, 7, 30, True, ""),
-        (3, False, 7, 30, False, "guide"),
-        (3, False, 2, None, False, "guide"),
         (2, False, 7, 30, False, "scores"),
         (2, False, 2, None, False, "scores"),
     ]
@@ -62,9 +58,7 @@ def make_module(
         hinge_weight=10.0 if width == 3 else 0.0,
         hard_negative_logit=0.3 if width == 3 else 0.0,
         mlm_weight=0.1 * mlm,
-        mask_false_negatives=term == "guide",
     )
-    vectors_RWD = np.random.default_rng(0).normal(size=(20, width, 6)).astype(np.float16)
     module = PromcseModule(
         encoder,
         loss=loss,
@@ -72,7 +66,6 @@ def make_module(
         total_steps=1,
         chunk_tokens=chunk_tokens,
         mlm_head=head,
-        guide=Guide(vectors_RWD) if term == "guide" else None,
         official_gradient=official,
     )
     return module.to(dtype).train()
