@@ -146,7 +146,7 @@ def save_adapter(encoder: PromptEncoder, folder: str | Path, *, training: dict[s
             a name were trained.
         EncoderError: Weights of the encoder were trained and then rounded to another type than float32.
     """
-    folder, backbone = Path(folder), encoder.backbone
+    folder, backbone = expand(folder), encoder.backbone
     check_target(folder)
     _require_named_encoder(backbone)
     if backbone.is_rounded:
@@ -294,7 +294,8 @@ def load_adapter(
         AdapterError: Not an adapter, a newer format, missing or unknown keys, wrong shapes, a truncated file, not finite, or
             trained on an encoder with different weights, config or tokenizer.
     """
-    found = find_adapter(Path(folder)) or Path(folder)
+    folder = expand(folder)
+    found = find_adapter(folder) or folder
     where = None if encoder is None else str(encoder)
     return read_unchanged(found, DESCRIPTION, lambda: _load(found, where, dtype))
 

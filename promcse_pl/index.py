@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from promcse_pl.models.weights import file_sha256, read_json_object
 from promcse_pl.utils.errors import AdapterError, ConfigError, DataError, PromcseError
 from promcse_pl.utils.files import current, own_description, read_unchanged, refuse_taken, update_folder
+from promcse_pl.utils.paths import expand
 from promcse_pl.version import __version__
 
 Kind = Literal["exact", "flat", "ivf"]
@@ -161,7 +162,7 @@ class SentenceIndex:
             AdapterError: The folder cannot be written, or contains something other than an index.
             DataError: The index is empty.
         """
-        folder = Path(folder)
+        folder = expand(folder)
         if self._vectors is None:
             raise DataError("the index is empty: add sentences before you save it")
         if own_description(folder, DESCRIPTION, {"format", "promcse_pl", "adapter", "sha256"}) is None:
@@ -193,7 +194,7 @@ class SentenceIndex:
                 inconsistent with the others.
             ConfigError: It needs FAISS, which is not installed.
         """
-        folder = Path(folder)
+        folder = expand(folder)
         return read_unchanged(folder, DESCRIPTION, lambda: cls._load(folder, adapter, width))
 
     @classmethod

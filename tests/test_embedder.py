@@ -15,6 +15,7 @@ from transformers import AutoModel
 from promcse_pl import embedder as module
 from promcse_pl.adapter import save_adapter
 from promcse_pl.embedder import PromCSE
+from promcse_pl.interop.peft import export_peft
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.device import pick_device
 from promcse_pl.models.encoder import PromptEncoder
@@ -368,6 +369,22 @@ def test_save_pretrained_and_from_pretrained_round_trip(model, tmp_path):
     model.save_pretrained(tmp_path / "adapter")  # an adapter is replaced
     for name in (tmp_path, str(tmp_path / "adapter")):
         assert np.array_equal(PromCSE.from_pretrained(name, device="cpu").encode(MIXED), model.encode(MIXED))
+
+
+def test_a_folder_in_the_home_folder_is_written_and_read_there(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    model.save_pretrained("~/adapter")
+    export_peft(model.encoder, "~/peft")
+    model.build_index(MIXED)
+    model.save_index("~/index")
+    assert {path.name for path in (tmp_path / "home").iterdir()} == {"adapter", "peft", "index"}
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    for load in (PromCSE.load, PromCSE.from_pretrained):
+        read = load("~/adapter", device="cpu")
+        assert read.adapter_hash() == model.adapter_hash()
+    read.load_index("~/index")
+    assert read.search(MIXED[0], top_k=1)[0][0] == MIXED[0]
 
 
 def test_save_pretrained_refuses_a_tokenizer_that_it_cannot_store(model, tmp_path):

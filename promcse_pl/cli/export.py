@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 from promcse_pl.cli.inputs import add_adapter, load_model
 from promcse_pl.utils.errors import ConfigError
+from promcse_pl.utils.paths import expand
 from promcse_pl.utils.streams import visible
 
 
@@ -27,10 +27,10 @@ def add_parser(commands: Any) -> None:  # noqa: ANN401  (argparse's type is priv
     parser.add_argument(
         "--data",
         metavar="FOLDER",
-        type=Path,
+        type=expand,
         help="with --int8: report its STS-B dev score (FOLDER has senteval/ in it)",
     )
-    parser.add_argument("-o", "--out", metavar="FOLDER", type=Path, required=True, help="the new folder")
+    parser.add_argument("-o", "--out", metavar="FOLDER", type=expand, required=True, help="the new folder")
     parser.set_defaults(run=run)
 
 

@@ -23,7 +23,7 @@ def add_parser(commands: Any) -> None:  # noqa: ANN401  (argparse's type is priv
     parser.add_argument(
         "--encoder", metavar="NAME", help="refer to this encoder if it equals that of the checkpoint bit for bit"
     )
-    parser.add_argument("-o", "--out", metavar="ADAPTER", type=Path, required=True, help="folder of the new adapter")
+    parser.add_argument("-o", "--out", metavar="ADAPTER", type=expand, required=True, help="folder of the new adapter")
     parser.set_defaults(run=run)
 
 

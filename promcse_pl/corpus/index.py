@@ -31,6 +31,7 @@ from promcse_pl.index import best_hits, check_search, faiss_library, read_faiss,
 from promcse_pl.models.weights import read_json_object
 from promcse_pl.utils.errors import AdapterError, ConfigError, DataError, PromcseError
 from promcse_pl.utils.files import current, own_description, read_unchanged, refuse_taken, update_folder
+from promcse_pl.utils.paths import expand
 from promcse_pl.version import __version__
 
 log = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ def build_corpus_index(
         ConfigError: An unknown kind, or FAISS is not installed.
         DataError: The corpus is incomplete, damaged or too small for the kind, or the subfolder has other content.
     """
-    folder = Path(folder)
+    folder = expand(folder)
     if kind not in CORPUS_KINDS:
         raise ConfigError(f"kind must be one of {', '.join(CORPUS_KINDS)}, got {kind!r}")
     faiss_library()
@@ -151,7 +152,7 @@ class CorpusIndex:
             DataError: The folder is not an index, or is damaged.
             ConfigError: FAISS is not installed.
         """
-        folder = Path(folder)
+        folder = expand(folder)
         if own_description(folder, DESCRIPTION, {"format"}) is None:
             built = [kind for kind in CORPUS_KINDS if own_description(folder / kind, DESCRIPTION, {"format"})]
             advice = f"{folder / built[0]}" if built else _index_command(folder, "ivfpq")

@@ -67,8 +67,9 @@ class EmbeddingCache:
         if missing:
             encoded = encode_texts(model, [text for text, _ in missing], progress)
             self.encoded += len(missing)
-            known.update((digest, encoded[text]) for text, digest in missing)
-            _write(path, known)
+            new = {digest: encoded[text] for text, digest in missing}
+            known |= new
+            _write(path, _read(path, model.width) | new)  # read again: another process may have written it meanwhile
         found = {text: known[digest] for text, digest in zip(distinct, digests, strict=True)}
         check_embeddings(found)
         return found

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from promcse_pl.adapter_folder import DESCRIPTION, find_adapter
 from promcse_pl.config import decides, flat_settings
 from promcse_pl.config.pooling import ALLOWED_POOLINGS, is_pooling, nearest_pooling
@@ -25,7 +23,7 @@ from promcse_pl.models.encoder_files import read_config
 from promcse_pl.models.families import FAMILIES
 from promcse_pl.models.hub import locate
 from promcse_pl.models.pipeline import read_pipeline
-from promcse_pl.run_folder import split_resolved
+from promcse_pl.run_folder import CONFIG, read_resolved_config
 from promcse_pl.utils.errors import AdapterError, ConfigError, DataError
 from promcse_pl.utils.files import current
 from promcse_pl.utils.paths import expand, looks_like_path
@@ -168,13 +166,6 @@ def _seed_members(folder: Path, encoder: str | None, device: str) -> tuple[Membe
 
 def _settings(run: Path) -> dict[str, Any]:
     """Return the settings of a run that affect its adapter, flat; empty for an adapter without its run."""
-    path = run / "config.yaml"
-    if not path.is_file():
-        return {}
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-        typed, resolved = split_resolved(raw)
-        settings = flat_settings(typed) | resolved
-    except (OSError, ValueError, RecursionError, AttributeError, yaml.YAMLError) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
+    path = run / CONFIG
+    settings = flat_settings(read_resolved_config(path).to_dict()) if path.is_file() else {}
     return {key: value for key, value in settings.items() if key != "seed" and decides(key) == "training"}

@@ -8,7 +8,6 @@ runs without torch (Conneau & Kiela 2018). Embeddings are scaled to length 1, so
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from itertools import combinations
 from typing import TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
@@ -139,9 +139,12 @@ def _predictions(train_NF: Features, labels_N: Labels, test_MF: Features, grid: 
 
 
 def _parallel(work: Callable[[int], Result], items: int) -> Iterator[Result]:
-    """Yield `work` of 0, 1, ..., in this order, on all cores, each with one BLAS thread (more do not help small products)."""
+    """Yield `work` of 0, 1, ..., in this order.
+
+    It has as many threads as torch, each with one BLAS thread: more do not help small products.
+    """
     with threadpool_limits(1, user_api="blas"):
-        pool = ThreadPoolExecutor(os.cpu_count())
+        pool = ThreadPoolExecutor(torch.get_num_threads())
         try:
             yield from pool.map(work, range(items))
         finally:

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from promcse_pl.data.texts import list_of_texts
 from promcse_pl.utils.errors import ConfigError
+from promcse_pl.utils.paths import expand
 
 Run = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float32]]
 """Function of token ids and attention mask, (N, T), that returns the embeddings (N, D)."""
@@ -28,11 +29,12 @@ class GraphEncoder:
 
     Args:
         run: The graph.
-        tokenizer: Its tokenizer, which pads and truncates.
+        tokenizer: Its tokenizer, which truncates; its padding is applied to each batch.
     """
 
     def __init__(self, run: Run, tokenizer: Tokenizer) -> None:
-        self.run, self.tokenizer = run, tokenizer
+        self.run, self.tokenizer, self._padding = run, tokenizer, tokenizer.padding or {}
+        tokenizer.no_padding()  # else all texts are padded to the longest one
 
     @classmethod
     def load(cls, folder: str | Path, file: str | None = None, *, threads: int = 0) -> GraphEncoder:
@@ -46,7 +48,7 @@ class GraphEncoder:
         Raises:
             ConfigError: The runtime is not installed, or the folder has no such graph.
         """
-        folder = Path(folder)
+        folder = expand(folder)
         file = file or next((name for name in (OPENVINO, GRAPH) if (folder / name).is_file()), GRAPH)
         for name in (file, "tokenizer.json"):
             if not (folder / name).is_file():
@@ -78,20 +80,21 @@ class GraphEncoder:
         if not texts:
             return self.encode(["A"], batch_size)[:0]  # the graph gives D
         encoded = self.tokenizer.encode_batch_fast(texts)
-        order = np.argsort([-sum(each.attention_mask) for each in encoded], kind="stable")
-        parts = []
-        for start in range(0, len(order), batch_size):
-            rows = [encoded[row] for row in order[start : start + batch_size]]
-            longest = max(sum(row.attention_mask) for row in rows)
-            padded_at_start = (self.tokenizer.padding or {}).get("direction") == "left"
-            columns = slice(-longest, None) if padded_at_start else slice(longest)
-            ids_NT, mask_NT = (
-                np.array([getattr(row, name)[columns] for row in rows], dtype=np.int64)
-                for name in ("ids", "attention_mask")
-            )
-            parts.append(self.run(ids_NT, mask_NT))
+        order = np.argsort([-len(each.ids) for each in encoded], kind="stable")
+        batches = (order[start : start + batch_size] for start in range(0, len(order), batch_size))
+        parts = [self.run(*self._padded([encoded[row].ids for row in batch])) for batch in batches]
         embeddings_ND: NDArray[np.float32] = np.concatenate(parts)[np.argsort(order)]
         return embeddings_ND
+
+    def _padded(self, rows: list[list[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return token ids and attention mask, (N, T) with T tokens in the longest row."""
+        longest = max(map(len, rows))
+        ids_NT = np.full((len(rows), longest), self._padding.get("pad_id", 0), dtype=np.int64)
+        mask_NT = np.zeros_like(ids_NT)
+        for row, ids in enumerate(rows):
+            columns = slice(longest - len(ids), None) if self._padding.get("direction") == "left" else slice(len(ids))
+            ids_NT[row, columns], mask_NT[row, columns] = ids, 1
+        return ids_NT, mask_NT
 
 
 def require_modules(extra: str, *modules: str) -> None:

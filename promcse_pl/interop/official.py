@@ -292,7 +292,7 @@ def export_official(encoder: PromptEncoder, folder: str | Path) -> str:
     Raises:
         AdapterError: The official code does not support the adapter, or the folder cannot be written.
     """
-    folder, backbone = Path(folder), encoder.backbone
+    folder, backbone = expand(folder), encoder.backbone
     family, config = backbone.model_type, backbone.model.config
     reason = _no_export(encoder)
     if reason:

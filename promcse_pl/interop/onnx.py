@@ -35,6 +35,7 @@ from promcse_pl.models.encoder_files import first_line, quiet_transformers
 from promcse_pl.models.tuning import merge_lora
 from promcse_pl.utils.errors import AdapterError
 from promcse_pl.utils.files import new_folder
+from promcse_pl.utils.paths import expand
 
 TOLERANCE = 1e-5
 """Largest difference from PyTorch in an entry of a unit-length embedding, in float32."""
@@ -98,7 +99,7 @@ def export_onnx(model: PromCSE, folder: str | Path, *, int8: bool = False) -> Ex
     """
     require_modules("onnx", "onnx", "onnxscript", "onnxruntime")
     _check_model(model)
-    with new_folder(Path(folder), error=AdapterError) as new:
+    with new_folder(expand(folder), error=AdapterError) as new:
         _write_graph(model, new / GRAPH)
         notes = _write_files(model, new)
         exported = GraphEncoder.load(new, GRAPH)
@@ -120,7 +121,7 @@ def export_openvino(model: PromCSE, folder: str | Path) -> ExportReport:
     _check_model(model)
     import openvino
 
-    with new_folder(Path(folder), error=AdapterError) as new, tempfile.TemporaryDirectory() as temporary:
+    with new_folder(expand(folder), error=AdapterError) as new, tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / GRAPH
         _write_graph(model, path)
         graph = openvino.convert_model(path)

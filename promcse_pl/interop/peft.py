@@ -27,6 +27,7 @@ from promcse_pl.models.pooling import count_pooled_parts
 from promcse_pl.models.prompt import DeepPrompt
 from promcse_pl.utils.errors import AdapterError, ConfigError
 from promcse_pl.utils.files import new_folder
+from promcse_pl.utils.paths import expand
 
 FAMILIES = ("bert", "roberta", "xlm-roberta", "electra")
 """Encoders that take a cache of past tokens, as PEFT needs; each has a test."""
@@ -59,7 +60,7 @@ def export_peft(encoder: PromptEncoder, folder: str | Path) -> None:
         >>> from promcse_pl.adapter import load_adapter
         >>> export_peft(load_adapter(Path("outputs/.../adapter")), Path("peft_adapter"))  # doctest: +SKIP
     """
-    folder = Path(folder)
+    folder = expand(folder)
     backbone, length = encoder.backbone, encoder.prompt.length
     _check_family(backbone)
     if backbone.tuning.weights != "none":
@@ -134,7 +135,7 @@ def import_peft(folder: str | Path, *, pooling: str = "avg", encoder: str | Path
     """
     if not is_pooling(pooling):
         raise ConfigError(f"pooling must be one of {ALLOWED_POOLINGS}, got {pooling!r}")
-    folder = Path(folder)
+    folder = expand(folder)
     config, prompt = _read_config(folder / CONFIG), _read_prompt(folder)
     name = encoder or config.get("base_model_name_or_path")
     if not name:

@@ -28,7 +28,7 @@ from promcse_pl.models.pipeline import POOLING_MODES, SHORTEST_INPUT
 from promcse_pl.models.texts import tokenize
 from promcse_pl.utils.errors import AdapterError, ConfigError, DataError
 from promcse_pl.utils.files import new_folder, update_folder
-from promcse_pl.utils.paths import require_regular_file
+from promcse_pl.utils.paths import expand, require_regular_file
 
 try:
     from sentence_transformers import SentenceTransformer
@@ -192,7 +192,7 @@ def export_sentence_transformers(model: PromCSE, folder: str | Path) -> str:
             encoder.
         EncoderError: The folder would contain the encoder, which was read in another type than float32.
     """
-    folder = Path(folder)
+    folder = expand(folder)
     model.require_encoder_tokenizer("export_sentence_transformers")
     encoder = model.encoder
     description = {**describe(encoder), "training": training_summary(encoder)}
@@ -242,7 +242,7 @@ def _save_plain(model: PromCSE, folder: Path) -> None:
     encoder, text = model.encoder, model.encoder.text
     # the library builds BERT with a pooler, which it does not use and which would be random in each export
     with tempfile.TemporaryDirectory() as temporary, quiet_transformers(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would also seed the GPUs
         encoder.backbone.save(Path(temporary))
         transformer = Transformer(temporary, max_seq_length=model.max_tokens, do_lower_case=text.lower_case)
     modes = tuple(POOLING_MODES[part] for part in encoder.pooling.split("+"))

@@ -486,15 +486,16 @@ class FrozenBackbone(nn.Module):
 
         If the encoder takes an input prompt, also with respect to its vectors.
         """
-        with torch.enable_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
+        with torch.enable_grad():
             shape = (self.layers, 2, 1, self.kv_heads, 1, self.head_size)
-            prompt_kv = torch.randn(shape, dtype=self.dtype).to(self.device).requires_grad_()
-            vectors = torch.randn(1, int(self.takes_input_prompt), self.input_width, dtype=self.dtype)
+            prompt_kv = torch.randn(shape, dtype=self.dtype, generator=generator).to(self.device).requires_grad_()
+            rows = int(self.takes_input_prompt)
+            vectors = torch.randn(1, rows, self.input_width, dtype=self.dtype, generator=generator)
             vectors = vectors.to(self.device).requires_grad_()
             state = self._probe(prompt_kv.unbind(0), vectors)
             # a random direction: the sum over a LayerNorm's outputs is constant and has no gradient
-            weights = torch.randn(state.shape, dtype=torch.float32).to(self.device)
+            weights = torch.randn(state.shape, dtype=torch.float32, generator=generator).to(self.device)
             grad, input_grad = torch.autograd.grad(
                 (state.float() * weights).sum(), (prompt_kv, vectors), allow_unused=True
             )

@@ -7,12 +7,13 @@ import fcntl
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from promcse_pl.config import Config
-from promcse_pl.run_folder import START, check_run_folder, read_json, read_status, write_config
+from promcse_pl.run_folder import START, Status, check_run_folder, read_json, read_status, write_config
 from promcse_pl.tracking.wandb import MAX_TAG_LENGTH, short
 from promcse_pl.utils.errors import ConfigError, DataError, PromcseError
 from promcse_pl.utils.files import write_text
@@ -278,15 +279,16 @@ def missing_jobs(folder: Path, plan: Plan) -> list[SweepJob]:
                 f"{folder / job.folder} is a symbolic link, but a job needs a folder inside the sweep folder. Try: replace the "
                 "link by the folder that it points to"
             )
-    return [job for job in plan.jobs if _state(folder / job.folder) not in ("finished", "pruned")]
+    return [job for job in plan.jobs if outcome(folder / job.folder) is None]
 
 
-def _state(folder: Path) -> str | None:
-    try:
+def outcome(folder: Path) -> Status | None:
+    """Return the status of a finished or pruned job; None for others, whose status may be damaged: they are run or resumed."""
+    with suppress(DataError):
         status = read_status(folder)
-    except DataError:
-        return None
-    return status.state if status else None
+        if status is not None and status.state in ("finished", "pruned"):
+            return status
+    return None
 
 
 def check_new(folder: Path, jobs: Iterable[SweepJob]) -> None:

@@ -31,6 +31,7 @@ from promcse_pl.sweeps.plan import (
     check_job,
     check_new,
     kept_overrides,
+    outcome,
     read_plan,
     write_plan,
     write_start,
@@ -93,7 +94,9 @@ def run_search(
     Raises:
         PromcseError: The space is empty or contains an invalid value, or Optuna is not installed.
     """
-    space = {key: _whole(values) if is_integer(key) else values for key, values in space.items()}
+    space = {
+        key: _checked_range(key, values) if isinstance(values, Interval) else values for key, values in space.items()
+    }
     seen: set[str] = set()
     configs = [check_gpus(check_job(corner, compose, seen), settings) for corner in corners(space)]
     for config in configs:
@@ -139,11 +142,23 @@ def corners(space: Space) -> Iterator[list[str]]:
         yield [f"{key}={texts[min(row, len(texts) - 1)]}" for key, texts in values.items()]
 
 
-def _whole(values: Sequence[str] | Interval) -> Sequence[str] | Interval:
-    """Return a range with integers as ends: those of Hydra's `interval(4,16)` are floats."""
-    if not isinstance(values, Interval):
+def _checked_range(key: str, values: Interval) -> Interval:
+    """Return a range; that of an integer setting with integers as ends: those of Hydra's `interval(4,16)` are floats.
+
+    Raises:
+        ConfigError: It contains no value, or values without a logarithm.
+    """
+    typed, whole = f"{key}=interval({values.low:g},{values.high:g})", is_integer(key)
+    if not -math.inf < values.low <= values.high < math.inf:
+        raise ConfigError(f"{typed} must have two numbers, the smaller one first")
+    if values.log and values.low <= 0:
+        raise ConfigError(f"{typed} cannot be searched in the logarithm: its ends must be above 0")
+    if not whole:
         return values
-    return Interval(math.ceil(values.low), math.floor(values.high), log=values.log)
+    low, high = math.ceil(values.low), math.floor(values.high)
+    if low > high:
+        raise ConfigError(f"{typed} contains no integer, but {key} is one")
+    return Interval(low, high, log=values.log)
 
 
 def _text(value: float) -> str:
@@ -213,7 +228,7 @@ class Search:
             except KeyboardInterrupt:
                 return 130
             for job in batch:
-                self._record(job.folder, read_status(self.folder / job.folder) or Status(state="failed"))
+                self._record(job.folder, outcome(self.folder / job.folder) or Status(state="failed"))
         return None
 
     def _jobs(self) -> Iterator[SweepJob]:
@@ -228,11 +243,7 @@ class Search:
             job = self._job_of(name, frozen.params)
             if job is None:
                 continue
-            status = read_status(self.folder / name)
-            if status is not None and status.state in (
-                "finished",
-                "pruned",
-            ):  # the sweep was killed before it recorded this
+            if status := outcome(self.folder / name):  # the sweep was killed before it recorded this
                 self._record(name, status)
             else:
                 wait_for_earlier(self.folder, [job])

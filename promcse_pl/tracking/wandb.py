@@ -26,7 +26,7 @@ from promcse_pl.config import Config, TrackingConfig
 from promcse_pl.run_folder import HISTORY, find_dev
 from promcse_pl.utils.errors import ConfigError
 from promcse_pl.utils.interpreter import python_command
-from promcse_pl.utils.paths import looks_like_path
+from promcse_pl.utils.paths import SUFFIXES, file_suffix, is_there, looks_like_path
 from promcse_pl.utils.processes import ChildProcess, kill_descendants, start_process, stop_all
 
 log = logging.getLogger("promcse_pl")
@@ -129,9 +129,13 @@ def hide_folders(value: Any) -> Any:  # noqa: ANN401  (a tree of settings)
         return value
     # an override names several values: data.train=FILE,loss.margin=0.2
     return "".join(
-        PurePath(part).name if "/" in part and looks_like_path(part) else part
-        for part in re.split(r"([=,\[\]])", value)
+        PurePath(part).name if "/" in part and _is_path(part) else part for part in re.split(r"([=,\[\]])", value)
     )
+
+
+def _is_path(name: str) -> bool:
+    """Return whether a name with a slash is a path; otherwise it is a hub id, OWNER/NAME."""
+    return looks_like_path(name) or file_suffix(Path(name)) in SUFFIXES or is_there(Path(name))
 
 
 def short(text: str, max_length: int) -> str:

@@ -6,6 +6,7 @@ The class names are keys in checkpoints: renaming one breaks the resumption of r
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -26,6 +27,7 @@ from promcse_pl.models.cpu.chunks import padded_tokens
 from promcse_pl.run_folder import DEV_METRICS
 from promcse_pl.training.gather import sum_over_ranks
 from promcse_pl.training.module import PromcseModule
+from promcse_pl.utils.errors import DataError
 from promcse_pl.utils.terminal import stages
 
 log = logging.getLogger("promcse_pl")
@@ -34,7 +36,8 @@ log = logging.getLogger("promcse_pl")
 class BestByDev(pl.Callback):
     """Evaluate the test-time embeddings on the dev set, keep the best step and restore its tensors at the end of training.
 
-    Only a strictly better score replaces the best step. Rank 0 evaluates; the other ranks wait for it in their next step.
+    Only a strictly better score replaces the best step. A step after it whose embeddings have no score, because all cosines are
+    equal, is logged and counts as not better. Rank 0 evaluates; the other ranks wait for it in their next step.
 
     Args:
         dev: The dev set.
@@ -89,7 +92,17 @@ class BestByDev(pl.Callback):
         trainer.should_stop = trainer.should_stop or bool(has_stopped)
 
     def _evaluate(self, trainer: pl.Trainer, module: PromcseModule, step: int) -> None:
-        score, metric = self._score(module), self.dev.metric
+        metric = self.dev.metric
+        try:
+            score = self._score(module)
+        except DataError as error:  # all cosines equal
+            if self.best_step is None:
+                raise DataError(
+                    f"no dev score at step {step}: {error}. Try: a new run with a smaller optim.lr"
+                ) from error
+            log.warning("no dev score at step %d: %s. The best step so far is %d", step, error, self.best_step)
+            self.history.append((step, math.nan))
+            return
         self.history.append((step, score))
         if self.best_score is None or score > self.best_score:
             self._keep(module, step, score)

@@ -102,7 +102,9 @@ class RunCheckpoints(CheckpointIO):
         self.run = run
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write a checkpoint atomically and remove older ones, except the last `KEPT_CHECKPOINTS`.
+        """Write a checkpoint atomically, and remove all but the last `KEPT_CHECKPOINTS` up to its step.
+
+        Those of later steps are invalid: the run did not resume from them.
 
         Raises:
             DataError: It cannot be written; existing checkpoints are unchanged.
@@ -124,7 +126,7 @@ class RunCheckpoints(CheckpointIO):
         }
         if history.exists():
             sync(history)
-        content = save(tensors)
+        content = save(_unshared(tensors))
         stored["sha256"] = _checksum(stored, content)
         try:
             with staging_folder(folder.parent) as staged:
@@ -133,7 +135,9 @@ class RunCheckpoints(CheckpointIO):
                 publish(staged, folder, replace=True)  # an existing checkpoint of this step is damaged
         except OSError as error:
             raise DataError(f"cannot write the checkpoint {folder}: {error.strerror or error}") from error
-        for path in checkpoint_folders(self.run)[:-KEPT_CHECKPOINTS]:
+        folders = checkpoint_folders(self.run)
+        last = folders.index(folder) + 1
+        for path in [*folders[: max(0, last - KEPT_CHECKPOINTS)], *folders[last:]]:
             shutil.rmtree(path, ignore_errors=True)
 
     def load_checkpoint(
@@ -175,7 +179,7 @@ def _check_callback_state(name: str, state: Any) -> None:
 def _to_plain(value: Any, tensors: dict[str, Tensor]) -> Any:
     """Return a JSON value for a tree of plain values; tensors are added to `tensors` and referenced by name."""
     match value:
-        case Tensor():
+        case Tensor() if value.layout is torch.strided:
             tensors[name := str(len(tensors))] = value.detach().cpu().contiguous()
             return {"tensor": name}
         case dict():
@@ -186,7 +190,18 @@ def _to_plain(value: Any, tensors: dict[str, Tensor]) -> Any:
             return {"tuple": [_to_plain(item, tensors) for item in value]}
         case None | bool() | int() | float() | str():
             return value
-    raise TypeError(f"a checkpoint can contain plain values and tensors, but not {type(value).__name__}")
+    what = "sparse tensors" if isinstance(value, Tensor) else type(value).__name__
+    raise TypeError(f"a checkpoint can contain plain values and tensors, but not {what}")
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors of which no two share memory, which safetensors refuses."""
+    storages, unshared = set[int](), dict[str, Tensor]()
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage().data_ptr()
+        unshared[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    return unshared
 
 
 def _from_plain(value: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -206,13 +221,13 @@ def _from_plain(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def random_state() -> dict[str, Any]:
-    """Return the state of all random generators of this process as plain values and tensors."""
+    """Return the state of the random generators of this process and its device as plain values and tensors."""
     state: Any = np.random.get_state()  # numpy's global generator: this package does not use it, but a library may
     return {
         "python": random.getstate(),
         "numpy": (state[0], torch.from_numpy(state[1].astype(np.int64)), *state[2:]),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
     }
 
 
@@ -225,13 +240,14 @@ def seed_rank(seed: int, rank: int) -> None:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Restore the state of all random generators of this process."""
+    """Restore the state of the random generators of this process and its device."""
     name, keys, *rest = state["numpy"]
     random.setstate(state["python"])
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if torch.cuda.is_available() and (states := state["cuda"]):
+        # earlier versions saved all visible GPUs, of which there may be fewer now
+        torch.cuda.set_rng_state(states[min(torch.cuda.current_device(), len(states) - 1)])
 
 
 class Saver(pl.Callback):

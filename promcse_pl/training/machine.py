@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ MAX_BFLOAT16_CHUNK = 2048
 _PADDING = 1.2
 """Assumed ratio of padded to real tokens: NLI triplets in chunks of 2,048 tokens have 1.18 with 128 rows, 1.06 with 512."""
 _ROWS, _WIDTH, _REPEATS = 512, 768, 5
-_CGROUP = Path("/sys/fs/cgroup")
+_CGROUP, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _PROBE_SENTENCES = 4
 
 
@@ -290,9 +291,23 @@ def free_bytes(device: torch.device) -> int | None:
         return int(torch.cuda.mem_get_info(device)[0]) + cached
     if device.type != "cpu":
         return None
-    free = int(psutil.virtual_memory().available)
+    return min([int(psutil.virtual_memory().available), *_container_free()])
+
+
+def _container_free() -> list[int]:
+    """Return the free memory of every control group of this process (cgroup v2) that has a limit, such as a container or job."""
     try:
-        limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        lines = _OWN_CGROUP.read_text().splitlines()
     except OSError:
-        return free
-    return free if limit == "max" else min(free, int(limit) - int(used))
+        return []
+    own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
+    free = []
+    for folder in [_CGROUP / own, *(_CGROUP / own).parents]:
+        with suppress(OSError):  # absent: the files of the root, and groups outside the container
+            if (limit := (folder / "memory.max").read_text().strip()) != "max":
+                statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                cached = int(statistics["inactive_file"])  # pages of files, which the kernel drops if memory is short
+                free.append(int(limit) - int((folder / "memory.current").read_text()) + cached)
+        if folder == _CGROUP:
+            break
+    return free

@@ -65,6 +65,21 @@ def test_only_new_sentences_are_encoded_and_the_file_then_holds_both(model, tmp_
     assert cache.encoded == 5
 
 
+def test_sentences_that_another_process_has_stored_meanwhile_are_kept(model, tmp_path, monkeypatch):
+    encode = model.encode
+
+    def slow_encode(texts, **options):
+        monkeypatch.undo()
+        EmbeddingCache(tmp_path).embeddings(model, SENTENCES[10:15])
+        return encode(texts, **options)
+
+    monkeypatch.setattr(model, "encode", slow_encode)
+    EmbeddingCache(tmp_path).embeddings(model, SENTENCES[:10])
+    cache = EmbeddingCache(tmp_path)
+    cache.embeddings(model, SENTENCES[:15])
+    assert cache.encoded == 0
+
+
 def test_no_sentence_is_stored_and_nothing_is_left_beside_the_file(model, tmp_path):
     EmbeddingCache(tmp_path).embeddings(model, SENTENCES)
     (path,) = tmp_path.iterdir()

@@ -1,21 +1,23 @@
 """Resolution of target names on the command line."""
 
-import json
 import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from support.encoders import add_pipeline, save_small_encoder
 from support.folders import GOLDEN
 
 from promcse_pl.adapter import save_adapter
+from promcse_pl.config import Config
 from promcse_pl.embedder import PromCSE
 from promcse_pl.evaluation.targets import find_targets, frozen_target
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.pipeline import TextSettings
+from promcse_pl.run_folder import write_config
 from promcse_pl.utils.errors import AdapterError, ConfigError, DataError
 
 SENTENCES = ["w5 w6 w7", "w8"]
@@ -30,9 +32,9 @@ def save_run(folder: Path, bert: Path, seed: int | None, lr: float = 0.1) -> Pat
     torch.manual_seed(seed or 0)
     encoder = PromptEncoder(FrozenBackbone.load(str(bert)), length=2, pooling="avg")
     save_adapter(encoder, folder / "adapter", training={} if seed is None else {"seed": seed})
-    (folder / "config.yaml").write_text(
-        json.dumps({"seed": seed, "optim": {"lr": lr}, "tracking": {"name": str(seed)}})
-    )
+    raw = {"seed": seed or 0, "optim": {"lr": lr}, "tracking": {"name": str(seed)}}
+    raw["data"], raw["model"] = {"kind": "triplets", "train": "demo"}, {"path": str(bert)}
+    write_config(Config.from_dict(raw), folder / "config.yaml")
     return folder
 
 
@@ -110,6 +112,21 @@ def test_runs_that_differ_by_more_than_the_seed_are_refused_with_what_differs(tm
     assert [target.name for target in targets] == ["a", "b"]
 
 
+def test_a_run_of_an_earlier_version_differs_from_others_by_its_settings_alone(tmp_path, bert):
+    for seed in (1, 2):
+        save_run(tmp_path / str(seed), bert, seed)
+    path = tmp_path / "1/config.yaml"
+    tree = yaml.safe_load(path.read_text())
+    del tree["prompt"]["position_offset"]
+    tree["loss"]["symmetric"], tree["trainer"]["average"] = False, None
+    path.write_text(yaml.safe_dump(tree))
+    assert len(only(tmp_path).members) == 2
+    tree["loss"]["symmetric"] = True
+    path.write_text(yaml.safe_dump(tree))
+    with pytest.raises(ConfigError, match=r"1/config.yaml: loss.symmetric was removed"):
+        only(tmp_path)
+
+
 def test_runs_of_the_same_or_of_no_seed_are_refused(tmp_path, bert):
     save_run(tmp_path / "a", bert, 1)
     save_run(tmp_path / "b", bert, 1)
@@ -151,8 +168,7 @@ def test_runs_with_equal_training_settings_are_seeds_of_one_target(tmp_path, ber
     for seed in (1, 2):
         save_run(tmp_path / f"seed{seed}", bert, seed)
         config = tmp_path / f"seed{seed}/config.yaml"
-        raw = json.loads(config.read_text()) | {
-            "trainer": {"save_every": seed, "recompute": "always" if seed == 1 else "auto"}
-        }
-        config.write_text(json.dumps(raw))
+        raw = yaml.safe_load(config.read_text())
+        raw["trainer"] |= {"save_every": seed, "recompute": "always" if seed == 1 else "auto"}
+        config.write_text(yaml.safe_dump(raw))
     assert len(only(tmp_path).members) == 2

@@ -188,6 +188,16 @@ def test_a_single_text_no_text_and_entries_that_are_not_texts_are_treated_as_by_
             graph.encode(wrong)
 
 
+def test_texts_are_padded_by_batch_and_not_to_the_longest_of_all(exported):
+    model, out, _ = exported
+    graph, run, shapes = GraphEncoder.load(out), GraphEncoder.load(out).run, []
+    graph.run = lambda *inputs: shapes.append(inputs[0].shape) or run(*inputs)
+    encoded = graph.encode(["w5", "w5 " * 60, "w6 w7", "w8"], batch_size=2)
+    assert shapes == [(2, 20), (2, 3)]
+    assert graph.tokenizer.padding is None
+    np.testing.assert_allclose(encoded[2], model.encode("w6 w7", prompt=""), atol=TOLERANCE, rtol=0)
+
+
 def test_an_exported_folder_is_read_without_torch_transformers_and_onnx(exported):
     _, out, _ = exported
     code = (

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from support.sweep_folders import finish, start, write_sweep
 
 from promcse_pl.cli.main import main
@@ -119,6 +120,22 @@ def test_an_unfinished_run_shows_its_best_so_far_and_is_not_ranked(tmp_path):
     rows = rank(read_sweep(tmp_path / "s").runs, by_seed=True)
     assert [(row.rank, row.dev) for row in rows][1] == (None, None)
     assert rows[1].runs[0].dev == pytest.approx(70 + 7 * math.sin(1.7) - 9 * math.exp(-3))
+
+
+def test_runs_of_earlier_versions_have_the_default_of_a_setting_that_they_lack(tmp_path):
+    for seed in (1, 2):
+        finish(tmp_path / "s" / str(seed), [f"seed={seed}"], 70.0)
+    path = tmp_path / "s/1" / CONFIG
+    tree = yaml.safe_load(path.read_text())
+    del tree["prompt"]["position_offset"]
+    tree["trainer"]["average"] = None  # removed, without effect
+    path.write_text(yaml.safe_dump(tree))
+    (row,) = rank(read_sweep(tmp_path / "s").runs, by_seed=True)
+    assert [run.name for run in row.runs] == ["1", "2"]
+    tree["trainer"]["average"] = 0.5  # a setting that this version cannot repeat
+    path.write_text(yaml.safe_dump(tree))
+    rows = rank(read_sweep(tmp_path / "s").runs, by_seed=True)
+    assert [[run.name for run in row.runs] for row in rows] == [["1"], ["2"]]
 
 
 def test_without_dev_scores_nothing_is_ranked(tmp_path, capsys):

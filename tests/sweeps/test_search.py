@@ -1,6 +1,7 @@
 """Searches: proposed jobs, pruning, and resuming."""
 
 import json
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -130,6 +131,7 @@ def test_a_launcher_gets_every_job_and_what_failed_is_tried_again(tmp_path):
 
     assert go() == 1
     assert launched == [["0", "1"], ["2", "3"], ["4"]]
+    (tmp_path / "sweep/1/status.json").write_text("[]")  # damaged
     assert go(resume="x") == 0
     assert launched[3:] == [["1"]]
     assert {trial.state.name for trial in study(tmp_path / "sweep").trials} == {"COMPLETE"}
@@ -175,6 +177,18 @@ def test_every_value_and_both_ends_of_every_range_are_checked_before_the_first_j
             compose_in(tmp_path),
             None,
         )
+    for key, values, message in (
+        (
+            "optim.lr",
+            Interval(3e-2, 1e-3),
+            r"^optim.lr=interval\(0.03,0.001\) must have two numbers, the smaller one first",
+        ),
+        ("optim.lr", Interval(1e-3, math.inf), "must have two numbers"),
+        ("optim.warmup", Interval(0, 0.1, log=True), "cannot be searched in the logarithm: its ends must be above 0"),
+        ("prompt.length", Interval(4.2, 4.8), r"contains no integer, but prompt.length is one"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            run_search(tmp_path / "s", [], {**SPACE, key: values}, SweepConfig(trials=1), compose_in(tmp_path), None)
     with pytest.raises(ConfigError, match="the search space has a single point"):
         list(corners({"seed": ["3"]}))
     with pytest.raises(ConfigError, match=r"a search needs a dev score, but data.dev=null"):

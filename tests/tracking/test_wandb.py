@@ -15,7 +15,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 from promcse_pl.run_folder import write_config
 from promcse_pl.runs.lifecycle import run_job
-from promcse_pl.tracking.wandb import SUMMARY, resolve_mode
+from promcse_pl.tracking.wandb import SUMMARY, hide_folders, resolve_mode
 from promcse_pl.training.module import PromcseModule
 from promcse_pl.utils.errors import ConfigError, NonFiniteError
 
@@ -210,3 +210,13 @@ def test_a_server_that_cannot_be_reached_makes_the_run_an_offline_one_after_some
     assert (tmp_path / "run/adapter/adapter.safetensors").is_file()
     assert "train/loss" in (tmp_path / "run/metrics.jsonl").read_text()
     assert "0" * 40 not in (tmp_path / "run/run.log").read_text()
+
+
+def test_of_a_path_with_a_single_slash_only_the_last_part_is_sent(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "acme/devset").mkdir(parents=True)
+    sent = hide_folders({"data": {"train": "acme/customers.csv.gz", "dev": "acme/devset"}, "path": "owner/encoder"})
+    assert sent == {"data": {"train": "customers.csv.gz", "dev": "devset"}, "path": "owner/encoder"}
+    assert hide_folders("data.train=acme/customers.csv,model.path=owner/encoder") == (
+        "data.train=customers.csv,model.path=owner/encoder"
+    )

@@ -1,4 +1,4 @@
-"""Selection of the best step, early stopping, weight averaging, and measurement of the speed."""
+"""Selection of the best step, early stopping, and measurement of the speed."""
 
 import json
 
@@ -15,6 +15,7 @@ from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.training import callbacks
 from promcse_pl.training.callbacks import BestByDev, History
 from promcse_pl.training.module import PromcseModule
+from promcse_pl.utils.errors import DataError
 
 PAIRS = ScoredPairs.of("dev", [("w5 w6", "w7", 1.0), ("w8", "w9 w10", 0.0), ("w11", "w12", 0.5)])
 
@@ -120,6 +121,26 @@ def test_training_stops_when_the_patience_is_exhausted(scores, patience, last, b
     assert watch.stopped_early == (reason if last else None)
     assert watch.best_step == best
     assert equals(module, states.after[best - 1])
+
+
+def test_a_step_without_a_dev_score_after_the_best_one_counts_as_not_better(tmp_path, monkeypatch, caplog):
+    def collapse(model, _):
+        if steps.pop(0):
+            return 0.3
+        raise DataError("all 3 similarities equal 1.0: a correlation is not defined")
+
+    monkeypatch.setattr(callbacks, "score_dev", collapse)
+    steps, watch = [True, False, False, True], BestByDev(PAIRS, small_tokenizer(), every=1, patience=2)
+    states = States()
+    with caplog.at_level("WARNING", "promcse_pl"):
+        module = train(tmp_path, 4, watch, states)
+    assert (watch.best_step, [step for step, _ in watch.history]) == (1, [1, 2, 3])
+    assert watch.stopped_early == "no better dev score in 2 evaluations since step 1"
+    assert equals(module, states.after[0])
+    assert "no dev score at step 2: all 3 similarities equal 1.0" in caplog.text
+    steps = [False]
+    with pytest.raises(DataError, match=r"^no dev score at step 1: all 3 .* Try: a new run with a smaller optim.lr$"):
+        train(tmp_path, 1, BestByDev(PAIRS, small_tokenizer(), every=1))
 
 
 def test_the_history_counts_rows_and_tokens_and_leaves_the_ragged_batch_in(tmp_path):

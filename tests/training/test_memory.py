@@ -56,15 +56,32 @@ def test_measuring_activations_changes_no_mode_and_no_random_state():
 
 
 def test_free_memory_respects_the_limit_of_a_container(tmp_path, monkeypatch):
-    cpu = torch.device("cpu")
+    cpu, own = torch.device("cpu"), tmp_path / "self"
     monkeypatch.setattr("promcse_pl.training.machine._CGROUP", tmp_path)
+    monkeypatch.setattr("promcse_pl.training.machine._OWN_CGROUP", own)
     free = free_bytes(cpu)
     assert free > 1e8
-    (tmp_path / "memory.current").write_text("700\n")
-    (tmp_path / "memory.max").write_text("1000\n")
-    assert free_bytes(cpu) == 300
-    (tmp_path / "memory.max").write_text("max\n")
-    assert free_bytes(cpu) > 1000
+
+    def limit(group, limit, used, cached):
+        group.mkdir(parents=True, exist_ok=True)
+        (group / "memory.max").write_text(f"{limit}\n")
+        (group / "memory.current").write_text(f"{used}\n")
+        (group / "memory.stat").write_text(f"anon {used - cached}\ninactive_file {cached}\n")
+
+    own.write_text("4:memory:/other\n0::/job/step\n")
+    limit(tmp_path / "job/step", "max", 700, 0)
+    assert free_bytes(cpu) > 1e8
+    limit(tmp_path / "job", 1000, 700, 100)
+    assert free_bytes(cpu) == 400  # of a parent of the own group, without the cache of files
+    limit(tmp_path / "job/step", 500, 300, 0)
+    assert free_bytes(cpu) == 200
+    limit(tmp_path, 150, 50, 10)
+    assert free_bytes(cpu) == 110
+    own.write_text("0::/\n")
+    assert free_bytes(cpu) == 110
+    own.write_text("4:memory:/job\n")  # version 1 alone: its limits are not read
+    limit(tmp_path, "max", 50, 10)
+    assert free_bytes(cpu) > 1e8
 
 
 @pytest.fixture
