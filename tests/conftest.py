@@ -2,9 +2,11 @@
 
 import io
 import os
+from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from rich.console import Console
 from support.encoders import small_backbone
 from support.folders import DATA, GOLDEN
@@ -13,9 +15,8 @@ from support.runs import DEV_PAIRS, SECRETS, Run
 from promcse_pl.config import Config
 from promcse_pl.data.demo import demo_pairs
 from promcse_pl.models.backbone import FrozenBackbone
+from promcse_pl.run_folder import read_results
 from promcse_pl.runs.lifecycle import run_job
-
-torch.set_num_threads(1)  # the encoders are so small that threads slow them down on a busy machine
 
 
 @pytest.fixture
@@ -46,13 +47,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """One short training of MiniLM on demo triplets, tracked offline, with secrets around; shared by many tests."""
-    base = tmp_path_factory.mktemp("trained")
-    rows = demo_pairs("dev")[:DEV_PAIRS]
-    (base / "dev.tsv").write_text(
-        "a\tb\tscore\n" + "".join(f"{a}\t{b}\t{score}\n" for a, b, score in rows), encoding="utf-8"
-    )
-    config = Config.from_dict(
+    """One short training of MiniLM on demo triplets, tracked offline, with secrets around.
+
+    Many tests share and only read it: the first worker that needs it trains, the others wait.
+    """
+    base = tmp_path_factory.getbasetemp()
+    base = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "trained"
+    base.mkdir(exist_ok=True)
+    config = _config_of_the_trained_run(base)
+    with FileLock(base / "lock"):
+        if not (base / "printed").exists():
+            _train(config, base)
+    return Run(base / "run", config, read_results(base / "run"), (base / "printed").read_text(encoding="utf-8"))
+
+
+def _config_of_the_trained_run(base: Path) -> Config:
+    return Config.from_dict(
         {
             "model": {"path": "sentence-transformers/all-MiniLM-L6-v2", "pooling": "avg", "head": "none"},
             "data": {
@@ -76,6 +86,13 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
             "tracking": {"wandb": "offline", "project": "test", "name": "shared", "tags": ["short"]},
         }
     )
+
+
+def _train(config: Config, base: Path) -> None:
+    rows = demo_pairs("dev")[:DEV_PAIRS]
+    (base / "dev.tsv").write_text(
+        "a\tb\tscore\n" + "".join(f"{a}\t{b}\t{score}\n" for a, b, score in rows), encoding="utf-8"
+    )
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SECRETS.items():
@@ -83,5 +100,5 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         patch.setenv("XDG_CACHE_HOME", str(base / "xdg"))
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.delenv("WANDB_MODE", raising=False)
-        results = run_job(config, base / "run", Console(file=printed, width=100))
-    return Run(base / "run", config, results, printed.getvalue())
+        run_job(config, base / "run", Console(file=printed, width=100))
+    (base / "printed").write_text(printed.getvalue(), encoding="utf-8")

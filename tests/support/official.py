@@ -13,6 +13,7 @@ from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import PromptEncoder
 from promcse_pl.models.identity import EncoderId
 from promcse_pl.models.mlm import MlmHead
+from support import single_thread  # noqa: F401
 
 LM_NAMES = {"lm_head.bias": "decoder.bias", "lm_head.decoder.weight": "decoder.weight"}
 LM_PARTS = {"transform.dense": "dense", "transform.LayerNorm": "layer_norm"}

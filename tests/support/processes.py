@@ -1,6 +1,6 @@
 """`promcse ...` in real processes that can be killed.
 
-Each is forked from one that has imported torch and nothing else: a start costs a tenth of a second instead of seconds.
+Each is forked from one that has imported what a run needs: a start costs a tenth of a second instead of seconds.
 """
 
 import multiprocessing as mp
@@ -11,7 +11,16 @@ from pathlib import Path
 
 PROCESSES = mp.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
-    ["promcse_pl.training.fit", "promcse_pl.evaluation.suite", "transformers.models.bert.modeling_bert", "scipy.stats"]
+    [
+        "promcse_pl.cli.main",
+        "promcse_pl.runs.pipeline",
+        "promcse_pl.training.fit",
+        "promcse_pl.evaluation.suite",
+        "transformers.models.auto.modeling_auto",
+        "transformers.models.bert.modeling_bert",
+        "scipy.stats",
+        "pytest",
+    ]
 )
 
 
@@ -28,11 +37,9 @@ def _go(arguments: list[str], before: str, output: Path) -> None:
     for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
         stream.flush()
         os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1 if name == "out" else 2)
-    import torch
-
     from promcse_pl.cli.main import main
+    from support import single_thread  # noqa: F401
 
-    torch.set_num_threads(1)  # as in conftest.py
     exec(before, {})
     sys.exit(main(arguments))
 
