@@ -193,14 +193,14 @@ class LossConfig(Section):
 
 @dataclass(kw_only=True, slots=True)
 class PromptConfig(Section):
-    """The trained prompt: keys and values prepended to those of the tokens in every layer, or vectors prepended to the input
-    embeddings.
+    """The trained prompt: keys and values prepended to those of the tokens in every layer, or vectors added to the sequence of
+    input embeddings.
     """
 
     kind: PromptKind = "deep"
     """`deep`: every layer has its own keys and values. `projected`: an MLP computes them from one embedding per slot (official:
-    `--prefix_projection`). `shared`: all layers have the same keys and values. `input`: vectors prepended to the input
-    embeddings and processed by all layers; requires absolute positions, as in BERT and RoBERTa. The paper compares `deep`,
+    `--prefix_projection`). `shared`: all layers have the same keys and values. `input`: vectors added to the sequence of
+    input embeddings and processed by all layers; requires absolute positions, as in BERT and RoBERTa. The paper compares `deep`,
     `shared` and `input` (table 3)."""
     length: Annotated[int, Range(ge=0, le=256, note="slots")] = 10
     """P: number of prompt slots per layer (paper: 10 to 16); 0: no prompt; only the head or encoder weights are trained."""

@@ -394,7 +394,7 @@ class FrozenBackbone(nn.Module):
 
         Args:
             ids_BT, mask_BT: Token ids, and attention mask (1 for real tokens, 0 for padding).
-            prompt: Keys and values of every layer, (L, 2, B or 1, K, P, H); or vectors in front of the input embeddings,
+            prompt: Keys and values of every layer, (L, 2, B or 1, K, P, H); or vectors beside the input embeddings,
                 (B or 1, P, E), for a family with `embeddings`; or None for the plain encoder.
             position_offset: Added to every position.
             types_BT: Token types (BERT, ELECTRA); zeros if None.
@@ -507,7 +507,7 @@ class FrozenBackbone(nn.Module):
             )
         if self.takes_input_prompt and (input_grad is None or not bool(input_grad.ne(0).any())):
             raise EncoderError(
-                f"{self.identity.name} ({self.model_type}) ignores vectors in front of its input embeddings (prompt.kind=input)"
+                f"{self.identity.name} ({self.model_type}) ignores vectors beside its input embeddings (prompt.kind=input)"
             )
 
 

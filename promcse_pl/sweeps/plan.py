@@ -83,7 +83,8 @@ class Plan:
 
     def varying(self, job: SweepJob) -> list[str]:
         """Return the overrides of a job that not all jobs share."""
-        return [entry for entry in job.overrides if any(entry not in other.overrides for other in self.jobs)]
+        shared = set.intersection(*(set(other.overrides) for other in self.jobs))
+        return [entry for entry in job.overrides if entry not in shared]
 
 
 def write_plan(folder: Path, plan: Plan) -> None:

@@ -40,7 +40,8 @@ class RunContext:
     """State of a run in one of its processes.
 
     Attributes:
-        config: Valid settings; the pipeline replaces `auto` by the values for this machine.
+        config: Valid settings; the pipeline replaces `auto` by the values for this machine, except in `trainer.layers` and
+            `trainer.recompute`.
         typed: The settings as typed, which config.yaml keeps.
         folder: Run folder; only rank 0 writes to it.
         ranks: Rank of this process.

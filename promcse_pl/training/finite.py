@@ -19,7 +19,7 @@ class CheckedStep:
     """A training step and what its error says.
 
     Attributes:
-        name: Number of the step.
+        name: The step in words, such as "step 12".
         rows: Batch and training rows of the step.
         remedy: Advice at the end of the error message.
         batch: Its batch.

@@ -1,4 +1,4 @@
-"""The loss over the batch of all ranks."""
+"""Collective operations: rows, gradients and sums of all ranks, and their errors."""
 
 # V views, B rows of this rank, G rows of all ranks, D width, W ranks
 

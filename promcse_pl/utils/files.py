@@ -78,12 +78,14 @@ def _remove(path: Path) -> None:
 
 
 @contextmanager
-def atomic_file(path: Path, *, error: type[PromcseError] = DataError) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path with the same suffix that is renamed to `path` if the block succeeds.
 
     Args:
         path: The file to write; its folder is created if needed, an existing file is replaced.
-        error: Class of the error that is raised if it cannot be written.
+
+    Raises:
+        DataError: It cannot be written.
     """
     temporary = _temporary(path.parent, path.suffix)
     try:
@@ -92,21 +94,21 @@ def atomic_file(path: Path, *, error: type[PromcseError] = DataError) -> Iterato
         sync(temporary)
         temporary.replace(path)
         sync(path.parent)
-    except OSError as reason:
-        raise error(f"cannot write {path}: {reason.strerror or reason}") from reason
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         _remove(temporary)
 
 
-def write_bytes(path: Path, content: bytes, *, error: type[PromcseError] = DataError) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically; see `atomic_file`."""
-    with atomic_file(path, error=error) as temporary:
+    with atomic_file(path) as temporary:
         temporary.write_bytes(content)
 
 
-def write_text(path: Path, text: str, *, error: type[PromcseError] = DataError) -> None:
+def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file atomically; see `atomic_file`."""
-    write_bytes(path, text.encode("utf-8", errors="backslashreplace"), error=error)
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
 
 
 @contextmanager

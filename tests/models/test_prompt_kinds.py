@@ -112,7 +112,7 @@ def test_an_encoder_that_ignores_the_vectors_is_refused(monkeypatch):
         embeddings.register_forward_hook(hook)
 
     monkeypatch.setattr("promcse_pl.models.backbone.register_input_prompt_hook", append_zeros)
-    with pytest.raises(EncoderError, match="ignores vectors in front of its input embeddings"):
+    with pytest.raises(EncoderError, match="ignores vectors beside its input embeddings"):
         small_backbone()
 
 

@@ -82,7 +82,7 @@ def run_chunks(
 
     Args:
         run: See `Run`. On a CPU, several threads call it.
-        prompt_kv: The prompt's keys and values, or its vectors in front of the input embeddings.
+        prompt_kv: The prompt's keys and values, or its vectors beside the input embeddings.
         chunks: The inputs of each chunk.
         weights: The other tensors that `run` reads and that require a gradient. Their gradients are summed in the order of the
             chunks, and only those of a few chunks are in memory.
