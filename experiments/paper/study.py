@@ -400,7 +400,8 @@ STUDIES["best_option"] = Study(
     about="The option with the best mean dev score (study `options`), evaluated on the test sets.",
     rows=tuple(row for row in STUDIES["options"].rows if row.name in (PROMCSE_EH, "biases, lr = 1e-3")),
     baseline=PROMCSE_EH,
-    limits="Learning rates were selected on the dev set: that of the prompt from three, that of the biases from two.",
+    limits="Learning rates were selected on the dev set: that of the prompt from three, that of the biases from two. The option "
+    "was selected before any of its test scores was computed.",
 )
 
 LEARNING_RATE_OF = {
