@@ -1,7 +1,9 @@
 """Shared fixtures and skips."""
 
 import io
+import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,6 @@ from support.runs import DEV_PAIRS, SECRETS, Run
 from promcse_pl.config import Config
 from promcse_pl.data.demo import demo_pairs
 from promcse_pl.models.backbone import FrozenBackbone
-from promcse_pl.run_folder import read_results
 from promcse_pl.runs.lifecycle import run_job
 
 
@@ -46,19 +47,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def trained_run(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Run:
     """One short training of MiniLM on demo triplets, tracked offline, with secrets around.
 
     Many tests share and only read it: the first worker that needs it trains, the others wait.
     """
     base = tmp_path_factory.getbasetemp()
-    base = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "trained"
+    base = (base if worker_id == "master" else base.parent) / "trained"
     base.mkdir(exist_ok=True)
     config = _config_of_the_trained_run(base)
     with FileLock(base / "lock"):
-        if not (base / "printed").exists():
+        if not (base / "returned.json").exists():
             _train(config, base)
-    return Run(base / "run", config, read_results(base / "run"), (base / "printed").read_text(encoding="utf-8"))
+    returned = json.loads((base / "returned.json").read_text(encoding="utf-8"))
+    return Run(base / "run", config, returned["results"], returned["printed"])
 
 
 def _config_of_the_trained_run(base: Path) -> Config:
@@ -89,6 +91,7 @@ def _config_of_the_trained_run(base: Path) -> Config:
 
 
 def _train(config: Config, base: Path) -> None:
+    shutil.rmtree(base / "run", ignore_errors=True)  # of a worker that failed
     rows = demo_pairs("dev")[:DEV_PAIRS]
     (base / "dev.tsv").write_text(
         "a\tb\tscore\n" + "".join(f"{a}\t{b}\t{score}\n" for a, b, score in rows), encoding="utf-8"
@@ -100,5 +103,6 @@ def _train(config: Config, base: Path) -> None:
         patch.setenv("XDG_CACHE_HOME", str(base / "xdg"))
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.delenv("WANDB_MODE", raising=False)
-        run_job(config, base / "run", Console(file=printed, width=100))
-    (base / "printed").write_text(printed.getvalue(), encoding="utf-8")
+        results = run_job(config, base / "run", Console(file=printed, width=100))
+    returned = {"results": results, "printed": printed.getvalue()}
+    (base / "returned.json").write_text(json.dumps(returned), encoding="utf-8")

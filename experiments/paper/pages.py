@@ -1,4 +1,4 @@
-"""Pages of the studies, and the summary of all claims, drawn from results.json alone."""
+"""Pages of the studies and of all claims, drawn from results.json; estimates of the full replication, from conf/."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

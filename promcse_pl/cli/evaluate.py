@@ -10,7 +10,7 @@ from typing import Any
 from promcse_pl.cli.inputs import add_encoder_option
 from promcse_pl.utils.errors import ConfigError
 from promcse_pl.utils.imports import without_gc
-from promcse_pl.utils.paths import hide_home
+from promcse_pl.utils.paths import expand, hide_home
 from promcse_pl.utils.streams import visible
 
 
@@ -32,10 +32,10 @@ def add_parser(commands: Any) -> None:  # noqa: ANN401  (argparse's type is priv
         "score, folders in BEIR layout (or FOLDER/qrels/SPLIT.tsv), or mteb:NAME",
     )
     parser.add_argument(
-        "--data", metavar="FOLDER", type=Path, help="data sets: senteval/, cxc/ for cxc, retrieval/ for retrieval"
+        "--data", metavar="FOLDER", type=expand, help="data sets: senteval/, cxc/ for cxc, retrieval/ for retrieval"
     )
     parser.add_argument(
-        "--out", metavar="FOLDER", type=Path, help="folder for results.json and the tables in the --format chosen"
+        "--out", metavar="FOLDER", type=expand, help="folder for results.json and the tables in the --format chosen"
     )
     parser.add_argument(
         "--format", choices=("markdown", "latex"), help="print the tables in this format, not as plain text"
@@ -43,7 +43,7 @@ def add_parser(commands: Any) -> None:  # noqa: ANN401  (argparse's type is priv
     parser.add_argument(
         "--plot",
         metavar="FILE",
-        type=Path,
+        type=expand,
         nargs="?",
         const=Path("scores.pdf"),
         help="bar chart with intervals, .pdf, .png or .svg (default scores.pdf); with geometry also FILE-density: cosines by "

@@ -2,6 +2,7 @@
 
 from promcse_pl.config.overrides import (
     check_overrides,
+    comparable_settings,
     decides,
     flat_settings,
     is_dictionary,
@@ -49,6 +50,7 @@ __all__ = [
     "TuningConfig",
     "check_overrides",
     "check_tasks",
+    "comparable_settings",
     "decides",
     "flat_settings",
     "is_dictionary",

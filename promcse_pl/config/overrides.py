@@ -6,6 +6,7 @@ import difflib
 import re
 import types
 from collections.abc import Mapping, Sequence
+from dataclasses import MISSING
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -13,7 +14,7 @@ from typing import Any, get_args, get_origin
 import yaml
 
 from promcse_pl.config.fields import Decides, settings
-from promcse_pl.config.parsing import shown, unknown_key
+from promcse_pl.config.parsing import is_removed_without_effect, shown, unknown_key
 from promcse_pl.config.schema import Config, SweepConfig
 from promcse_pl.utils.errors import ConfigError
 from promcse_pl.utils.paths import SUFFIXES, file_suffix, run_command
@@ -59,6 +60,15 @@ def flat_settings(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
         is_section = isinstance(value, Mapping) and f"{prefix}{key}" not in _dictionaries()
         flat |= flat_settings(value, f"{prefix}{key}.") if is_section else {f"{prefix}{key}": value}
     return flat
+
+
+def comparable_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a run, by dotted key, so that they can be compared with those of other versions.
+
+    Settings that an earlier version lacks get their defaults, and removed ones without effect are left out.
+    """
+    defaults = {key: setting.default for key, setting in settings(Config).items() if setting.default is not MISSING}
+    return defaults | {key: value for key, value in stored.items() if not is_removed_without_effect(key, value)}
 
 
 def resumed_with(config: Config, overrides: Sequence[str]) -> Config:

@@ -37,7 +37,7 @@ from promcse_pl.data.arrow import content_sha256, dataset_files, is_saved_datase
 from promcse_pl.data.readers import OnBadRow
 from promcse_pl.utils.errors import ConfigError, DataError
 from promcse_pl.utils.files import atomic_file, remove_leftovers
-from promcse_pl.utils.paths import hide_home
+from promcse_pl.utils.paths import expand, hide_home
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -190,7 +190,7 @@ def encode_corpus(
             other content, or a concurrent call with other settings has written to it.
         AdapterError, ConfigError: The shards in `out` were written with another adapter or other options.
     """
-    options, out = options or CorpusOptions(), Path(out)
+    options, out = options or CorpusOptions(), expand(out)
     files = find_inputs(inputs, out=out)
     settings = corpus_settings(model, options)
     check_out(out)

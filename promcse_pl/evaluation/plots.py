@@ -10,6 +10,7 @@ import numpy as np
 
 from promcse_pl.utils.errors import ConfigError
 from promcse_pl.utils.files import atomic_file
+from promcse_pl.utils.paths import expand
 
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 """Okabe and Ito (2008): distinguishable with every kind of colour blindness."""
@@ -34,7 +35,7 @@ def check_plot(path: str | Path) -> None:
     Raises:
         ConfigError: Its suffix is not supported, the folder is not writable, or matplotlib is not installed.
     """
-    path = Path(path)
+    path = expand(path)
     if path.suffix not in FORMATS:
         raise ConfigError(f"a plot must end in {', '.join(FORMATS)}, got {path}")
     parent = next(folder for folder in path.absolute().parents if folder.exists())
@@ -57,7 +58,7 @@ def draw(tree: dict[str, Any], path: str | Path) -> list[Path]:
     Returns:
         The files.
     """
-    path = Path(path)
+    path = expand(path)
     import matplotlib.pyplot as plt
 
     written = []

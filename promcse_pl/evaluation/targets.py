@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from promcse_pl.adapter_folder import DESCRIPTION, find_adapter
-from promcse_pl.config import decides, flat_settings
+from promcse_pl.config import comparable_settings, decides, flat_settings
 from promcse_pl.config.pooling import ALLOWED_POOLINGS, is_pooling, nearest_pooling
 from promcse_pl.embedder import PromCSE
 from promcse_pl.interop.official import CLASSES, import_official
@@ -23,7 +23,7 @@ from promcse_pl.models.encoder_files import read_config
 from promcse_pl.models.families import FAMILIES
 from promcse_pl.models.hub import locate
 from promcse_pl.models.pipeline import read_pipeline
-from promcse_pl.run_folder import CONFIG, read_resolved_config
+from promcse_pl.run_folder import CONFIG, read_yaml, split_resolved
 from promcse_pl.utils.errors import AdapterError, ConfigError, DataError
 from promcse_pl.utils.files import current
 from promcse_pl.utils.paths import expand, looks_like_path
@@ -167,5 +167,11 @@ def _seed_members(folder: Path, encoder: str | None, device: str) -> tuple[Membe
 def _settings(run: Path) -> dict[str, Any]:
     """Return the settings of a run that affect its adapter, flat; empty for an adapter without its run."""
     path = run / CONFIG
-    settings = flat_settings(read_resolved_config(path).to_dict()) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        typed, resolved = split_resolved(read_yaml(path))
+        settings = comparable_settings(flat_settings(typed) | resolved)
+    except (ConfigError, AttributeError) as error:
+        raise DataError(f"{path} cannot be read as settings: {error}") from error
     return {key: value for key, value in settings.items() if key != "seed" and decides(key) == "training"}

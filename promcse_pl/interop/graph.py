@@ -33,8 +33,9 @@ class GraphEncoder:
     """
 
     def __init__(self, run: Run, tokenizer: Tokenizer) -> None:
-        self.run, self.tokenizer, self._padding = run, tokenizer, tokenizer.padding or {}
-        tokenizer.no_padding()  # else all texts are padded to the longest one
+        self.run, self._padding = run, tokenizer.padding or {}
+        self.tokenizer = Tokenizer.from_str(tokenizer.to_str())
+        self.tokenizer.no_padding()  # else all texts are padded to the longest one
 
     @classmethod
     def load(cls, folder: str | Path, file: str | None = None, *, threads: int = 0) -> GraphEncoder:

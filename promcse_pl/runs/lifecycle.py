@@ -47,7 +47,7 @@ from promcse_pl.training.distributed import STORE, find_ranks
 from promcse_pl.utils.errors import ConfigError, DataError, PromcseError, RankError
 from promcse_pl.utils.files import remove_leftovers
 from promcse_pl.utils.imports import without_gc
-from promcse_pl.utils.paths import run_command
+from promcse_pl.utils.paths import expand, run_command
 from promcse_pl.utils.signals import Stopped
 from promcse_pl.utils.terminal import NO_TERMINAL_WIDTH, logging_to, output_console, plain
 
@@ -90,7 +90,7 @@ def run_job(
         PromcseError: Another error that the user can correct; the message says how.
         Stopped: A signal stopped the run; `resume_job` resumes it.
     """
-    folder, console = Path(folder), console or output_console()
+    folder, console = expand(folder), console or output_console()
     ranks = find_ranks(config.trainer)
     if ranks is None and (callbacks or loggers):
         raise ConfigError(
@@ -147,7 +147,7 @@ def resume_job(folder: str | Path, console: Console | None = None, overrides: Se
         DataError: The data, the encoder or a setting have changed since the run started.
         PromcseError, Stopped: As for `run_job`.
     """
-    folder, console = Path(folder), console or output_console()
+    folder, console = expand(folder), console or output_console()
     if not (folder / CONFIG).is_file():
         reason = f"it has no {CONFIG}" if folder.is_dir() else "there is no such folder"
         raise ConfigError(f"{folder} contains no run to resume: {reason}. Try: the folder of a run")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from promcse_pl.config import Config, decides, flat_settings
+from promcse_pl.config import comparable_settings, decides, flat_settings
 from promcse_pl.run_folder import (
     CONFIG,
     HISTORY,
@@ -26,7 +25,8 @@ from promcse_pl.run_folder import (
     split_resolved,
 )
 from promcse_pl.sweeps.plan import PLAN, read_plan
-from promcse_pl.utils.errors import ConfigError, DataError
+from promcse_pl.utils.errors import DataError
+from promcse_pl.utils.paths import expand
 
 FROZEN = "frozen encoder"
 """Name of the baseline in results.json."""
@@ -117,7 +117,7 @@ def read_sweep(folder: str | Path, command: str = "promcse report") -> Sweep:
     Raises:
         DataError: The folder does not exist or contains no run.
     """
-    folder = Path(folder)
+    folder = expand(folder)
     if not folder.is_dir():
         raise DataError(
             f"{folder} is not a folder (current folder: {Path.cwd()}). Try: {command} FOLDER, with the folder that the sweep "
@@ -213,10 +213,7 @@ def _read_run(sweep: Path, name: str, overrides: dict[str, Any] | None) -> Run:
 
 
 def _read_config(run: Run) -> dict[str, Any]:
-    """Return the settings by dotted name, from start.yaml if it exists, else config.yaml with the resolved values.
-
-    Settings that the file of an earlier version lacks have their defaults, and removed ones without effect are left out.
-    """
+    """Return the settings by dotted name, from start.yaml if it exists, else config.yaml with the resolved values."""
     for path in (run.folder / START, run.folder / CONFIG):
         if not path.exists():
             continue
@@ -224,9 +221,7 @@ def _read_config(run: Run) -> dict[str, Any]:
             raw, resolved = split_resolved(_load_yaml(path.read_text(encoding="utf-8")))
             if not isinstance(raw, Mapping):
                 raise ValueError(f"it holds {type(raw).__name__}, not settings")
-            with suppress(ConfigError):  # else of a version with other settings
-                raw = Config.from_dict(dict(raw)).to_dict()
-            return flat_settings(raw) | resolved
+            return comparable_settings(flat_settings(raw) | resolved)
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             run.problems.append(f"{path} cannot be read: {error}")
     return {}

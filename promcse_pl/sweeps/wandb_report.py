@@ -190,15 +190,16 @@ def report_sections(tracked: TrackedSweep, project: str, entity: str) -> list[Se
     return [section for section in sections if section.paragraphs or section.columns or section.panels]
 
 
-def _text(value: object) -> str:
-    """Return a setting, name or fact as text, without folders."""
-    return visible(hide_folders(setting_text(value)))
+def _text(value: object, key: str = "") -> str:
+    """Return the value of a setting, or a name or fact, as text without folders."""
+    return visible(hide_folders(setting_text(value), key))
 
 
 def _summary(sweep: Sweep, grouped: Sequence[Row], best: Best | None) -> list[str]:
     runs = sweep.runs
+    keys = {"data": "data.train", "encoder": "model.path", "dev_name": "data.dev"}
     public = [
-        dataclasses.replace(run, **{key: hide_folders(getattr(run, key)) for key in ("data", "encoder", "dev_name")})
+        dataclasses.replace(run, **{name: hide_folders(getattr(run, name), key) for name, key in keys.items()})
         for run in runs
     ]
     facts = sweep_facts(dataclasses.replace(sweep, runs=public), tests=False)
@@ -224,7 +225,7 @@ def _jobs(runs: Sequence[Run]) -> str:
 
 
 def _levels_text(runs: Sequence[Run], name: str) -> str:
-    levels = [_text(level) for level in levels_of(runs, name)]
+    levels = [_text(level, name) for level in levels_of(runs, name)]
     shown = ", ".join(levels) if len(levels) <= MAX_LEVELS else f"{len(levels)} values, {levels[0]} to {levels[-1]}"
     return f"{_text(name)} ({shown})"
 
@@ -397,7 +398,9 @@ def heat_map(runs: Sequence[Run], grouped: Sequence[Row], names: Sequence[str]) 
         key: f"{marks[key]} {cells[key]:.2f}" if key in cells else "" for key in product(row_levels, column_levels)
     }
     fixed = ", ".join(
-        f"{_text(name)}={_text(ranked[0][0][name])}" for name in names if name not in (row_setting, column_setting)
+        f"{_text(name)}={_text(ranked[0][0][name], name)}"
+        for name in names
+        if name not in (row_setting, column_setting)
     )
     return HeatMap(
         row_setting,
@@ -405,21 +408,21 @@ def heat_map(runs: Sequence[Run], grouped: Sequence[Row], names: Sequence[str]) 
         f"Dev score of {_text(row_setting)} (rows) and {_text(column_setting)} (columns)"
         + (f" at {fixed}, the best values of the other settings" if fixed else "")
         + f"; means over seeds. {SHADES[0]} to {SHADES[-1]}: quarters of the range from {low:.2f} to {high:.2f}.",
-        [f"{_text(row_setting)} / {_text(column_setting)}", *map(_text, column_levels)],
-        [[_text(level), *(table[level, other] for other in column_levels)] for level in row_levels],
+        [f"{_text(row_setting)} / {_text(column_setting)}", *(_text(level, column_setting) for level in column_levels)],
+        [[_text(level, row_setting), *(table[level, other] for other in column_levels)] for level in row_levels],
     )
 
 
 def _table(name: str, paragraphs: list[str], rows: Sequence[Row], runs: Sequence[Run], names: Sequence[str]) -> Section:
     """Return a table of ranked rows."""
-    columns = ["#", "dev", "n", "run", *map(_text, names), "time", "status"]
+    columns = ["#", "dev", "n", "run", *names, "time", "status"]
     cells = [
-        [_text(str(text)) if text is not None else "" for text, _ in row["cells"]]
+        ["" if text is None else _text(str(text), key) for key, (text, _) in zip(columns, row["cells"], strict=True)]
         for row in table_rows(rows, runs, names, [])
     ]
     if len(cells) > MAX_ROWS:
         paragraphs = [*paragraphs, f"The first {MAX_ROWS} of {len(cells)} rows; promcse report shows all."]
-    return Section(name, paragraphs, columns, cells[:MAX_ROWS])
+    return Section(name, paragraphs, [*map(_text, columns)], cells[:MAX_ROWS])
 
 
 def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

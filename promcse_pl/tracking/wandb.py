@@ -26,12 +26,14 @@ from promcse_pl.config import Config, TrackingConfig
 from promcse_pl.run_folder import HISTORY, find_dev
 from promcse_pl.utils.errors import ConfigError
 from promcse_pl.utils.interpreter import python_command
-from promcse_pl.utils.paths import SUFFIXES, file_suffix, is_there, looks_like_path
+from promcse_pl.utils.paths import SUFFIXES, file_suffix, looks_like_path
 from promcse_pl.utils.processes import ChildProcess, kill_descendants, start_process, stop_all
 
 log = logging.getLogger("promcse_pl")
 
 MODES = ("online", "offline", "disabled")
+_FILES = ("data.train", "data.dev", "evaluation.tasks")
+"""Settings whose values with a slash are always paths; in others, OWNER/NAME is a hub id."""
 START_SECONDS = 30
 """Time in which the server must answer; otherwise the W&B run is an offline one."""
 FINISH_SECONDS = 60
@@ -119,23 +121,25 @@ def open_run(tracking: TrackingConfig, folder: Path, run_id: str, **run: Any) ->
     return WandbRun({"id": run_id, **options}, folder.absolute(), mode)
 
 
-def hide_folders(value: Any) -> Any:  # noqa: ANN401  (a tree of settings)
-    """Return settings in which every path is replaced by its last part."""
+def hide_folders(value: Any, key: str = "") -> Any:  # noqa: ANN401  (a tree of settings)
+    """Return settings in which every path is replaced by its last part.
+
+    Args:
+        value: A tree of settings, or the value of one, or overrides such as data.train=FILE,loss.margin=0.2.
+        key: Dotted key of the value, if it is known.
+    """
     if isinstance(value, Mapping):
-        return {name: hide_folders(part) for name, part in value.items()}
+        return {name: hide_folders(part, f"{key}.{name}".lstrip(".")) for name, part in value.items()}
     if isinstance(value, list):
-        return [hide_folders(part) for part in value]
+        return [hide_folders(part, key) for part in value]
     if not isinstance(value, str):
         return value
-    # an override names several values: data.train=FILE,loss.margin=0.2
-    return "".join(
-        PurePath(part).name if "/" in part and _is_path(part) else part for part in re.split(r"([=,\[\]])", value)
-    )
-
-
-def _is_path(name: str) -> bool:
-    """Return whether a name with a slash is a path; otherwise it is a hub id, OWNER/NAME."""
-    return looks_like_path(name) or file_suffix(Path(name)) in SUFFIXES or is_there(Path(name))
+    parts, shown = re.split(r"([=,\[\]])", value), []
+    for part, after in zip(parts, [*parts[1:], ""], strict=True):
+        key = part if after == "=" else key
+        is_path = "/" in part and (key in _FILES or looks_like_path(part) or file_suffix(Path(part)) in SUFFIXES)
+        shown.append(PurePath(part).name if is_path else part)
+    return "".join(shown)
 
 
 def short(text: str, max_length: int) -> str:

@@ -136,6 +136,8 @@ class RunCheckpoints(CheckpointIO):
         except OSError as error:
             raise DataError(f"cannot write the checkpoint {folder}: {error.strerror or error}") from error
         folders = checkpoint_folders(self.run)
+        if folder not in folders:  # a callback of the user saves elsewhere
+            return
         last = folders.index(folder) + 1
         for path in [*folders[: max(0, last - KEPT_CHECKPOINTS)], *folders[last:]]:
             shutil.rmtree(path, ignore_errors=True)

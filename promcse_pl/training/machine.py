@@ -305,9 +305,9 @@ def _container_free() -> list[int]:
     for folder in [_CGROUP / own, *(_CGROUP / own).parents]:
         with suppress(OSError):  # absent: the files of the root, and groups outside the container
             if (limit := (folder / "memory.max").read_text().strip()) != "max":
+                free.append(int(limit) - int((folder / "memory.current").read_text()))
                 statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                cached = int(statistics["inactive_file"])  # pages of files, which the kernel drops if memory is short
-                free.append(int(limit) - int((folder / "memory.current").read_text()) + cached)
+                free[-1] += int(statistics.get("inactive_file", 0))  # pages of files, dropped if memory is short
         if folder == _CGROUP:
             break
     return free

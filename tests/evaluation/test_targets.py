@@ -121,9 +121,15 @@ def test_a_run_of_an_earlier_version_differs_from_others_by_its_settings_alone(t
     tree["loss"]["symmetric"], tree["trainer"]["average"] = False, None
     path.write_text(yaml.safe_dump(tree))
     assert len(only(tmp_path).members) == 2
-    tree["loss"]["symmetric"] = True
+    tree["loss"]["symmetric"] = True  # of both runs: they are comparable, although this version cannot repeat them
     path.write_text(yaml.safe_dump(tree))
-    with pytest.raises(ConfigError, match=r"1/config.yaml: loss.symmetric was removed"):
+    with pytest.raises(DataError, match=r"differ by the seed alone, but 1 and 2 differ in loss\.symmetric"):
+        only(tmp_path)
+    tree["seed"] = 2
+    (tmp_path / "2/config.yaml").write_text(yaml.safe_dump(tree))
+    assert len(only(tmp_path).members) == 2
+    path.write_text("[1]")
+    with pytest.raises(DataError, match=r"1/config.yaml cannot be read as settings"):
         only(tmp_path)
 
 

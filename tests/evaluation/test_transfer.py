@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 from sklearn.model_selection import StratifiedKFold
@@ -182,6 +183,18 @@ def test_f1_is_that_of_the_paraphrases(senteval):
     predicted = np.where(score.correct_N, labels, 1 - labels)
     assert 0 < score.accuracy < 1
     assert score.f1 == pytest.approx(f1_score(labels, predicted))
+
+
+@pytest.mark.parametrize("task", ["CR", "TREC"])
+def test_several_threads_give_the_scores_of_one(senteval, task):
+    data = load_transfer(senteval, task)
+    vectors = vectors_for(data, signal=0.5)
+    alone = score_transfer(data, vectors)
+    torch.set_num_threads(3)
+    try:
+        assert score_transfer(data, vectors) == alone
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_the_length_of_the_vectors_does_not_matter_and_a_second_scoring_is_the_first(senteval):

@@ -194,7 +194,9 @@ def test_texts_are_padded_by_batch_and_not_to_the_longest_of_all(exported):
     graph.run = lambda *inputs: shapes.append(inputs[0].shape) or run(*inputs)
     encoded = graph.encode(["w5", "w5 " * 60, "w6 w7", "w8"], batch_size=2)
     assert shapes == [(2, 20), (2, 3)]
-    assert graph.tokenizer.padding is None
+    tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
+    GraphEncoder(graph.run, tokenizer)
+    assert tokenizer.padding is not None, "the tokenizer of the caller is not changed"
     np.testing.assert_allclose(encoded[2], model.encode("w6 w7", prompt=""), atol=TOLERANCE, rtol=0)
 
 

@@ -127,7 +127,7 @@ def test_runs_of_earlier_versions_have_the_default_of_a_setting_that_they_lack(t
         finish(tmp_path / "s" / str(seed), [f"seed={seed}"], 70.0)
     path = tmp_path / "s/1" / CONFIG
     tree = yaml.safe_load(path.read_text())
-    del tree["prompt"]["position_offset"]
+    offset = tree["prompt"].pop("position_offset")
     tree["trainer"]["average"] = None  # removed, without effect
     path.write_text(yaml.safe_dump(tree))
     (row,) = rank(read_sweep(tmp_path / "s").runs, by_seed=True)
@@ -136,6 +136,10 @@ def test_runs_of_earlier_versions_have_the_default_of_a_setting_that_they_lack(t
     path.write_text(yaml.safe_dump(tree))
     rows = rank(read_sweep(tmp_path / "s").runs, by_seed=True)
     assert [[run.name for run in row.runs] for row in rows] == [["1"], ["2"]]
+    tree["prompt"]["position_offset"], tree["seed"] = offset, 2
+    (tmp_path / "s/2" / CONFIG).write_text(yaml.safe_dump(tree))
+    (row,) = rank(read_sweep(tmp_path / "s").runs, by_seed=True)
+    assert [run.name for run in row.runs] == ["1", "2"]
 
 
 def test_without_dev_scores_nothing_is_ranked(tmp_path, capsys):

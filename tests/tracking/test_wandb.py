@@ -212,11 +212,20 @@ def test_a_server_that_cannot_be_reached_makes_the_run_an_offline_one_after_some
     assert "0" * 40 not in (tmp_path / "run/run.log").read_text()
 
 
-def test_of_a_path_with_a_single_slash_only_the_last_part_is_sent(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "acme/devset").mkdir(parents=True)
-    sent = hide_folders({"data": {"train": "acme/customers.csv.gz", "dev": "acme/devset"}, "path": "owner/encoder"})
-    assert sent == {"data": {"train": "customers.csv.gz", "dev": "devset"}, "path": "owner/encoder"}
-    assert hide_folders("data.train=acme/customers.csv,model.path=owner/encoder") == (
-        "data.train=customers.csv,model.path=owner/encoder"
+def test_of_a_path_with_a_single_slash_only_the_last_part_is_sent():
+    sent = hide_folders(
+        {
+            "model": {"path": "owner/encoder"},
+            "data": {"train": "acme/saved", "dev": "acme/devset"},
+            "evaluation": {"tasks": ["sts", "acme/beir", "mteb:STS17"]},
+        }
     )
+    assert sent == {
+        "model": {"path": "owner/encoder"},
+        "data": {"train": "saved", "dev": "devset"},
+        "evaluation": {"tasks": ["sts", "beir", "mteb:STS17"]},
+    }
+    assert hide_folders("data.train=acme/saved,model.path=owner/encoder,evaluation.tasks=[sts,acme/beir]") == (
+        "data.train=saved,model.path=owner/encoder,evaluation.tasks=[sts,beir]"
+    )
+    assert (hide_folders("acme/saved", "data.train"), hide_folders("acme/customers.csv")) == ("saved", "customers.csv")

@@ -55,6 +55,14 @@ def test_a_run_that_could_not_resume_from_its_newest_checkpoints_replaces_them(t
     assert [path.name for path in checkpoint_folders(tmp_path)] == ["step-200", "step-300"]
 
 
+def test_a_checkpoint_that_a_callback_saves_elsewhere_removes_none_of_the_run(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, step)
+    RunCheckpoints(tmp_path).save_checkpoint({"global_step": 2}, tmp_path / "mine.ckpt")
+    assert (tmp_path / "mine.ckpt").is_dir()
+    assert [path.name for path in checkpoint_folders(tmp_path)] == ["step-1", "step-2"]
+
+
 def test_tensors_that_share_memory_are_saved(tmp_path):
     whole = torch.arange(12.0)
     state = {

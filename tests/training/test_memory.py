@@ -79,6 +79,8 @@ def test_free_memory_respects_the_limit_of_a_container(tmp_path, monkeypatch):
     assert free_bytes(cpu) == 110
     own.write_text("0::/\n")
     assert free_bytes(cpu) == 110
+    (tmp_path / "memory.stat").unlink()
+    assert free_bytes(cpu) == 100
     own.write_text("4:memory:/job\n")  # version 1 alone: its limits are not read
     limit(tmp_path, "max", 50, 10)
     assert free_bytes(cpu) > 1e8
