@@ -327,7 +327,8 @@ def _load(folder: Path, encoder: str | None, dtype: torch.dtype) -> PromptEncode
     }
     _check_header(header, wanted, folder)
     stored = _read_tensors(about, folder)
-    model = PromptEncoder(backbone, **options)
+    with torch.random.fork_rng(devices=[]):
+        model = PromptEncoder(backbone, **options)
     model.load_state_dict({**in_encoder, **stored}, strict=True)
     backbone.freeze()
     model.trained_by = (adapter_hash(model), about["training"])

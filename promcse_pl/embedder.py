@@ -30,9 +30,12 @@ from promcse_pl.models.texts import tokenize
 from promcse_pl.models.vectors import Embeddings, Vectors, is_embeddings, require_finite, unit_embeddings
 from promcse_pl.publish import push_adapter
 from promcse_pl.utils.errors import AdapterError, ConfigError, DataError
+from promcse_pl.utils.locks import Lock
 from promcse_pl.utils.terminal import progress_bar
 
 Progress = Callable[[int], None]
+_TOKENIZING = threading.Lock()
+"""Models may share a tokenizer, whose truncation is a state."""
 BLOCK_SENTENCES = 4096
 """Number of sentences tokenised and sorted by length at once; this bounds the memory in addition to the embeddings."""
 
@@ -85,7 +88,7 @@ class PromCSE:
     def __init__(self, encoder: PromptEncoder, tokenizer: Any | None = None) -> None:  # noqa: ANN401
         self.encoder = encoder
         self.tokenizer = encoder.backbone.tokenizer if tokenizer is None else tokenizer
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._index: SentenceIndex | None = None
 
     @classmethod
@@ -431,7 +434,8 @@ class PromCSE:
         return self._index
 
     def _encode_block(self, sentences: Sequence[str], batch_size: int | None, unit_length: bool) -> Vectors:
-        tokens = tokenize(self.tokenizer, sentences, self.max_tokens, len(self.encoder.backbone.word_embeddings))
+        with _TOKENIZING:
+            tokens = tokenize(self.tokenizer, sentences, self.max_tokens, len(self.encoder.backbone.word_embeddings))
         with self._lock, eval_mode(self.encoder), torch.inference_mode():
             device = self.encoder.backbone.device
             embeddings_ND, _ = self.encoder(

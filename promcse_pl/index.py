@@ -7,7 +7,6 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict, get_args
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from promcse_pl.models.weights import file_sha256, read_json_object
 from promcse_pl.utils.errors import AdapterError, ConfigError, DataError, PromcseError
 from promcse_pl.utils.files import current, own_description, read_unchanged, refuse_taken, update_folder
+from promcse_pl.utils.locks import Lock
 from promcse_pl.utils.paths import expand
 from promcse_pl.version import __version__
 
@@ -73,7 +73,7 @@ class SentenceIndex:
         self.kind = kind
         self.sentences: list[str] = []
         self._vectors: Any = None  # (N, D) float32 of an exact index, else the FAISS index
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     def __len__(self) -> int:
         return len(self.sentences)

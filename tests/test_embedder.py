@@ -1,5 +1,6 @@
 """PromCSE.encode and similarity: order, shapes, equality with plain transformers, and what is refused."""
 
+import copy
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 from support.encoders import save_small_encoder, small_tokenizer
+from tokenizers import processors
 from torch.nn import functional as F
 from transformers import AutoModel
 
@@ -539,3 +541,53 @@ def test_a_device_that_is_not_there_is_refused():
 
 def test_auto_is_a_device_that_is_there():
     assert torch.zeros(1, device=pick_device("auto")).device.type == pick_device("auto").type
+
+
+# --- the process around it
+
+
+def test_loading_and_encoding_ignore_torchs_default_type_and_device_and_its_random_state(model, tmp_path):
+    model.save_pretrained(tmp_path / "adapter")
+    expected, state = model.encode(MIXED), torch.get_rng_state()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        read = PromCSE.load(tmp_path / "adapter", device="cpu")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {parameter.dtype for parameter in read.encoder.parameters()} == {torch.float32}
+    assert np.array_equal(read.encode(MIXED), expected)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_encoding_restores_the_mode_of_every_module(model):
+    model.encoder.train()
+    model.encoder.backbone.eval()
+    try:
+        before = [module.training for module in model.encoder.modules()]
+        model.encode("w5")
+        assert [module.training for module in model.encoder.modules()] == before
+    finally:
+        model.encoder.eval()
+
+
+def test_a_copy_of_a_model_gives_its_embeddings(model):
+    model.build_index(MIXED)
+    copied = copy.deepcopy(model)
+    assert np.array_equal(copied.encode(MIXED), model.encode(MIXED))
+    assert copied.search(MIXED[0], top_k=1) == model.search(MIXED[0], top_k=1)
+
+
+def test_a_text_without_tokens_is_an_error(model):
+    tokenizer = small_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence([])  # no special tokens, as in some decoders
+    with pytest.raises(DataError, match="a text has no tokens and cannot be encoded: ''"):
+        PromCSE(model.encoder, tokenizer).encode(["w5", ""])
+
+
+@pytest.mark.parametrize("name", ["cuda:1", "cuda:9"])
+def test_a_gpu_that_this_machine_lacks_is_an_error(name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match=f"there is no {name} on this machine. Allowed: cuda:0"):
+        pick_device(name)
+    assert pick_device("cuda:0") == torch.device("cuda:0")

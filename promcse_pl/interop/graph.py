@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import importlib
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -133,8 +134,11 @@ def _openvino(path: Path, threads: int) -> Run:
 
     compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_NUM_THREADS": threads} if threads else {})
 
+    lock = threading.Lock()  # the compiled model has one request for all threads
+
     def run(ids_NT: NDArray[np.int64], mask_NT: NDArray[np.int64]) -> NDArray[np.float32]:
-        found_ND: NDArray[np.float32] = compiled(dict(zip(INPUTS, (ids_NT, mask_NT), strict=True)))[OUTPUT].copy()
+        with lock:
+            found_ND: NDArray[np.float32] = compiled(dict(zip(INPUTS, (ids_NT, mask_NT), strict=True)))[OUTPUT].copy()
         return found_ND
 
     return run

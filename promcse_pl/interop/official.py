@@ -117,7 +117,8 @@ def import_official(source: str | Path, *, pooling: str | None = None, encoder: 
     with torch.device("meta"):  # shapes only: one tensor must not determine how much memory is allocated for the others
         wanted = PromptEncoder(backbone, **options).state_dict()
     _fit(trained, wanted, path)
-    model = PromptEncoder(backbone, **options)
+    with torch.random.fork_rng(devices=[]):
+        model = PromptEncoder(backbone, **options)
     model.load_state_dict(trained, strict=True)
     prompt = f"prompt length {model.prompt.length}, " + (
         "no projection" if projection is None else f"projection of size {len(projection)}"
@@ -236,7 +237,7 @@ def _build_backbone(folder: Path, frozen: dict[str, Tensor], path: Path) -> Froz
     except Exception as error:
         raise AdapterError(f"{folder / 'config.json'} describes no encoder: {first_line(error)}") from error
     _fit(frozen, wanted, path)
-    with quiet_transformers():
+    with quiet_transformers(), torch.random.fork_rng(devices=[]):
         model = AutoModel.from_config(config, dtype=torch.float32, **without_pooler(config))
     model.load_state_dict(frozen, strict=True)
     backbone = FrozenBackbone(model, EncoderId(str(folder), None, file_sha256(path)), folder)

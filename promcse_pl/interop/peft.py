@@ -149,7 +149,8 @@ def import_peft(folder: str | Path, *, pooling: str = "avg", encoder: str | Path
     length, wanted = config.get("num_virtual_tokens"), backbone.layers * 2 * backbone.width
     if tuple(prompt.shape) != (length, wanted):
         raise AdapterError(f"{folder}: {TENSOR} has shape {tuple(prompt.shape)}, expected {(length, wanted)}")
-    model = PromptEncoder(backbone, length=len(prompt), pooling=pooling, dropout=0.0)
+    with torch.random.fork_rng(devices=[]):
+        model = PromptEncoder(backbone, length=len(prompt), pooling=pooling, dropout=0.0)
     model.prompt.embedding.weight.data.copy_(prompt)
     return model.eval()
 

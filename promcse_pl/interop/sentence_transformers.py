@@ -8,6 +8,7 @@ promcse_pl. Without a prompt, the folder contains the library's own modules only
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from promcse_pl.models.encoder_files import quiet_transformers
 from promcse_pl.models.pipeline import POOLING_MODES, SHORTEST_INPUT
 from promcse_pl.models.texts import tokenize
 from promcse_pl.utils.errors import AdapterError, ConfigError, DataError
-from promcse_pl.utils.files import new_folder, update_folder
+from promcse_pl.utils.files import new_folder, update_folder, write_text
 from promcse_pl.utils.paths import expand, require_regular_file
 
 try:
@@ -60,7 +61,9 @@ class PromptTransformer(InputModule):  # type: ignore[misc]
         max_seq_length: int | None = None,
     ) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.recompute = encoder, False
+        # sentence-transformers would also enable that of transformers, which recomputes layers without the prompt
+        encoder.backbone.model.supports_gradient_checkpointing = False  # type: ignore[assignment]
         self.tokenizer = encoder.backbone.tokenizer if tokenizer is None else tokenizer
         if max_seq_length is None:
             max_seq_length = min(encoder.longest_input, encoder.text.max_length or encoder.longest_input)
@@ -105,11 +108,17 @@ class PromptTransformer(InputModule):  # type: ignore[misc]
         tokens = tokenize(self.tokenizer, texts, self.max_seq_length, vocabulary)
         return {"input_ids": tokens.ids_NT, "attention_mask": tokens.mask_NT}
 
+    def gradient_checkpointing_enable(self, *_: object, **_options: object) -> None:
+        """Compute activations again in the backward pass instead of keeping them (`gradient_checkpointing` of the trainer)."""
+        self.recompute = True
+
     def forward(self, features: dict[str, Tensor], **_: object) -> dict[str, Tensor]:
         """Add `sentence_embedding`, (N, D), to the features from `preprocess`."""
         tokens = Tokens(features["input_ids"], features["attention_mask"])
         budget = CHUNK_TOKENS[tokens.ids_NT.device.type]  # so that one long text does not pad the whole batch
-        features["sentence_embedding"], _hidden = self.encoder(tokens, train_head=self.training, chunk_tokens=budget)
+        features["sentence_embedding"], _hidden = self.encoder(
+            tokens, train_head=self.training, chunk_tokens=budget, recompute=self.recompute
+        )
         return features
 
     def save(self, output_path: str, *_: object, **_options: object) -> None:
@@ -257,6 +266,9 @@ def _save_plain(model: PromCSE, folder: Path) -> None:
     )
     with quiet_transformers():
         plain.save_pretrained(str(folder), create_model_card=False)
+    # without it, sentence-transformers truncates to max_position_embeddings, which some encoders exceed
+    path = folder / PromptTransformer.config_file_name
+    write_text(path, json.dumps(json.loads(path.read_text()) | {"max_seq_length": model.max_tokens}, indent=2) + "\n")
 
 
 def _is_export(folder: Path) -> bool:

@@ -294,12 +294,12 @@ class FrozenBackbone(nn.Module):
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
-        return next(self.model.parameters()).device
+        return self.word_embeddings.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Type of the weights."""
-        return next(self.model.parameters()).dtype
+        return self.word_embeddings.dtype
 
     @property
     def word_embeddings(self) -> Tensor:
@@ -489,13 +489,16 @@ class FrozenBackbone(nn.Module):
         generator = torch.Generator().manual_seed(0)
         with torch.enable_grad():
             shape = (self.layers, 2, 1, self.kv_heads, 1, self.head_size)
-            prompt_kv = torch.randn(shape, dtype=self.dtype, generator=generator).to(self.device).requires_grad_()
+            prompt_kv = (
+                torch.randn(shape, dtype=self.dtype, device="cpu", generator=generator).to(self.device).requires_grad_()
+            )
             rows = int(self.takes_input_prompt)
-            vectors = torch.randn(1, rows, self.input_width, dtype=self.dtype, generator=generator)
+            vectors = torch.randn(1, rows, self.input_width, dtype=self.dtype, device="cpu", generator=generator)
             vectors = vectors.to(self.device).requires_grad_()
             state = self._probe(prompt_kv.unbind(0), vectors)
             # a random direction: the sum over a LayerNorm's outputs is constant and has no gradient
-            weights = torch.randn(state.shape, dtype=torch.float32, generator=generator).to(self.device)
+            weights = torch.randn(state.shape, dtype=torch.float32, device="cpu", generator=generator)
+            weights = weights.to(self.device)
             grad, input_grad = torch.autograd.grad(
                 (state.float() * weights).sum(), (prompt_kv, vectors), allow_unused=True
             )

@@ -23,4 +23,9 @@ def pick_device(name: str) -> torch.device:
     if not available.get(device.type, False):
         found = ", ".join(kind for kind, is_available in available.items() if is_available)
         raise ConfigError(f"there is no {device.type} device on this machine (there is: {found}). Try: device auto")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
+        raise ConfigError(
+            f"there is no {name} on this machine. Allowed: {', '.join(f'cuda:{n}' for n in range(last + 1))}"
+        )
     return device

@@ -36,7 +36,7 @@ class MlpHead(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.dense = nn.Linear(width, width)
+        self.dense = nn.Linear(width, width, dtype=torch.float32)
         nn.init.normal_(self.dense.weight, std=INIT_STD)
         nn.init.zeros_(self.dense.bias)
 
@@ -55,7 +55,8 @@ class LowRankHead(nn.Module):
 
     def __init__(self, width: int, rank: int) -> None:
         super().__init__()
-        self.down, self.up = nn.Linear(width, rank, bias=False), nn.Linear(rank, width, bias=False)
+        self.down = nn.Linear(width, rank, bias=False, dtype=torch.float32)
+        self.up = nn.Linear(rank, width, bias=False, dtype=torch.float32)
         nn.init.normal_(self.down.weight, std=INIT_STD)
         nn.init.zeros_(self.up.weight)
 
@@ -292,13 +293,14 @@ def _build_head(head: Head, width: int, rank: int | None) -> nn.Module | None:
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Put a module into eval mode in a block, and restore its mode afterwards."""
-    training = module.training
+    """Put a module into eval mode in a block, and restore the mode of each of its modules afterwards."""
+    modes = [(each, each.training) for each in module.modules()]
     module.eval()
     try:
         yield
     finally:
-        module.train(training)
+        for each, training in modes:
+            each.training = training
 
 
 def _float(tensor: Tensor) -> Tensor:

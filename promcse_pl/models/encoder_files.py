@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,8 @@ _UNSUPPORTED_FIELDS = ("quantization_config", "per_layer_config")
 """Fields of config.json that replace layers without changing the other fields; no supported encoder needs them."""
 
 _PEFT_ADAPTER = "adapter_config.json"
+_MOST_POSITIONS = 2**24
+_QUIET = threading.RLock()
 
 
 def first_line(error: BaseException) -> str:
@@ -38,15 +41,16 @@ def quiet_transformers() -> Iterator[None]:
     """Hide the loading bars and reports of transformers; callers check what matters in them."""
     from transformers.utils import logging
 
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
+    with _QUIET:  # two threads would restore each other's settings
+        verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(verbosity)
+            if bar:
+                logging.enable_progress_bar()
 
 
 def read_config(source: str | Path, name: str, revision: str | None = None) -> Any:  # noqa: ANN401  (a transformers config)
@@ -73,7 +77,7 @@ def read_config(source: str | Path, name: str, revision: str | None = None) -> A
             raise unsupported(unknown, name) from error
         hint = (
             f"{name} is neither a local folder nor an installed weight wheel, and cannot be downloaded from the hub. Check "
-            "the name and the network, or type model.path=FOLDER with a downloaded encoder"
+            "the name and the network, or use a downloaded encoder: model.path=FOLDER in a run, --encoder FOLDER elsewhere"
             if not isinstance(source, Path)
             else "expected a folder with config.json and model.safetensors as transformers writes them"
         )
@@ -82,6 +86,10 @@ def read_config(source: str | Path, name: str, revision: str | None = None) -> A
         ) from error
     if config.model_type not in SUPPORTED:
         raise unsupported(config.model_type, name)
+    if getattr(config, "max_position_embeddings", 0) > _MOST_POSITIONS:  # allocated in full by some families
+        raise EncoderError(
+            f"{name}: max_position_embeddings is {config.max_position_embeddings}, the maximum is {_MOST_POSITIONS}"
+        )
     try:
         FAMILIES[config.model_type].require_supported(config)
     except EncoderError as error:
@@ -147,7 +155,7 @@ def without_pooler(config: Any) -> dict[str, bool]:  # noqa: ANN401
 
 def _check_sizes(config: Any, folder: Path) -> None:  # noqa: ANN401
     """Check that a config does not declare more weights than its weight files contain, before transformers allocates them."""
-    stored = [spec for path in sorted(folder.glob("*.safetensors")) for spec in read_header(path).values()]
+    stored = [spec for path in weight_files(folder) for spec in read_header(path).values()]
     if config.num_hidden_layers > len(stored):
         raise ValueError(
             f"config.json declares {config.num_hidden_layers} layers, the weight files contain {len(stored)} tensors"
@@ -202,15 +210,26 @@ def read_model(folder: Path, config: Any, name: str, dtype: torch.dtype) -> nn.M
     return found
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files that transformers reads the weights from: model.safetensors, or the shards of it."""
+    if (whole := folder / "model.safetensors").is_file():
+        return [whole]
+    return sorted(folder.glob("model-*.safetensors")) or sorted(folder.glob("*.safetensors"))
+
+
 def weights_sha256(folder: Path) -> str:
     """Return the sha256 of the weights in a folder; for sharded weights, that of all shards in the order of their names."""
-    files = sorted(folder.glob("*.safetensors"))
+    files = weight_files(folder)
     if not files:
         if not any(folder.glob("*.bin")):
             raise EncoderError(f"{folder} holds no *.safetensors: copy the encoder from its source again")
-        raise EncoderError(
-            f"{folder} holds no *.safetensors. Pickled weights are not read; convert them once: "
+        convert = (
             "AutoModel.from_pretrained(OLD, weights_only=True).save_pretrained(NEW), and the same with AutoTokenizer"
+        )
+        if (folder / "modules.json").is_file():  # pooling, Dense layers and prompts are kept too
+            convert = "SentenceTransformer(OLD).save_pretrained(NEW)"
+        raise EncoderError(
+            f"{folder} holds no *.safetensors. Pickled weights are not read; convert them once: {convert}"
         )
     if len(files) == 1:
         return file_sha256(files[0])
@@ -270,7 +289,7 @@ def read_mlm_head(folder: Path, family: str) -> dict[str, Tensor] | None:
 
     names = FAMILIES[family].mlm_head
     found: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
             stored = set(file.keys())
             found |= {ours: file.get_tensor(theirs) for ours, theirs in names.items() if theirs in stored}

@@ -174,8 +174,8 @@ def _cached_without_network(name: str, revision: str | None, patterns: Sequence[
         raise EncoderError(
             f"the encoder {name} cannot be downloaded: {why}. It is neither a local folder nor an installed weight wheel, nor in "
             f"the cache {hide_home(constants.HF_HUB_CACHE)}. On a machine with network access run: "
-            f"{shlex.join(['hf', 'download', name, *chosen, '--local-dir', 'FOLDER'])}. Then copy FOLDER here and set "
-            "model.path=FOLDER (or HF_HOME=FOLDER if another cache has it)"
+            f"{shlex.join(['hf', 'download', name, *chosen, '--local-dir', 'FOLDER'])}. Then copy FOLDER here and use "
+            "model.path=FOLDER in a run, --encoder FOLDER elsewhere (or set HF_HOME=FOLDER if another cache has it)"
         ) from error
 
 

@@ -35,7 +35,7 @@ class Prompt(nn.Module):
     def __init__(self, length: int, *, width: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.length, self.dropout = length, dropout
-        self.embedding = nn.Embedding(length, width)
+        self.embedding = nn.Embedding(length, width, dtype=torch.float32)  # whatever torch's default type is
         nn.init.normal_(self.embedding.weight, std=INIT_STD)
 
     def drop(self, prompt: Tensor, sentences: int) -> Tensor:
@@ -85,7 +85,10 @@ class DeepPrompt(Prompt):
         self.layers, self.heads, self.head_size = layers, heads, head_size
         self.trans: nn.Sequential | None = None
         if projection_size is not None:
-            layers_in_out = nn.Linear(width, projection_size), nn.Linear(projection_size, flat)
+            layers_in_out = (
+                nn.Linear(width, projection_size, dtype=torch.float32),
+                nn.Linear(projection_size, flat, dtype=torch.float32),
+            )
             for layer in layers_in_out:
                 nn.init.normal_(layer.weight, std=INIT_STD)
                 nn.init.zeros_(layer.bias)

@@ -9,6 +9,7 @@ from typing import Any
 
 from promcse_pl.data.batch import Tokens
 from promcse_pl.data.tokens import require_embeddings
+from promcse_pl.utils.errors import DataError
 
 
 def tokenize(tokenizer: Any, sentences: Sequence[str], longest: int, vocabulary: int | None = None) -> Tokens:  # noqa: ANN401
@@ -24,7 +25,7 @@ def tokenize(tokenizer: Any, sentences: Sequence[str], longest: int, vocabulary:
         Tokens, padded at the end.
 
     Raises:
-        DataError: The encoder has no embedding for a token.
+        DataError: The encoder has no embedding for a token, or a text has no tokens.
     """
     encoded = tokenizer(
         list(sentences),
@@ -35,7 +36,13 @@ def tokenize(tokenizer: Any, sentences: Sequence[str], longest: int, vocabulary:
         return_token_type_ids=False,
         return_tensors="pt",
     )
+    ids_NT, mask_NT = (
+        encoded[name].long().cpu() for name in ("input_ids", "attention_mask")
+    )  # torch may create them elsewhere
     if vocabulary is not None:
-        require_embeddings(tokenizer, encoded["input_ids"].numpy(), vocabulary, "the texts cannot be encoded")
-    mask_NT = encoded["attention_mask"]
-    return Tokens(encoded["input_ids"], mask_NT, lengths_N=mask_NT.sum(1))
+        require_embeddings(tokenizer, ids_NT.numpy(), vocabulary, "the texts cannot be encoded")
+    lengths_N = mask_NT.sum(1)
+    if not lengths_N.all():
+        text = sentences[int(lengths_N.argmin())]
+        raise DataError(f"a text has no tokens and cannot be encoded: {text[:80]!r}")
+    return Tokens(ids_NT, mask_NT, lengths_N=lengths_N)

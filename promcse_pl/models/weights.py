@@ -29,7 +29,8 @@ _DTYPES = {
 }
 
 
-_JSON_BYTES = 2**24
+_JSON_BYTES, _HEADER_BYTES = 2**24, 100_000_000
+"""Maximum sizes of a JSON file and of the header of a safetensors file (safetensors has the same limit)."""
 
 
 class TensorSpec(NamedTuple):
@@ -101,6 +102,8 @@ def read_header(path: Path) -> dict[str, TensorSpec]:
         header_size = int.from_bytes(handle.read(8), "little")
         if size < 8 or header_size > size - 8:
             raise ValueError("the file is shorter than its header")
+        if header_size > _HEADER_BYTES:
+            raise ValueError(f"its header has {header_size:,} bytes, the maximum is {_HEADER_BYTES:,}")
         header = json.loads(handle.read(header_size))
     header.pop("__metadata__", None)
     specs = {
@@ -123,7 +126,7 @@ def read_pickle(path: Path) -> Any:  # noqa: ANN401
     size = require_regular_file(path).stat().st_size
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            if any(entry.file_size > size for entry in archive.infolist()):  # torch.save does not compress
+            if sum(entry.file_size for entry in archive.infolist()) > size:  # torch.save does not compress
                 raise ValueError("it is compressed, unlike files written by torch.save")
     state = torch.load(path, map_location="cpu", weights_only=True)
     for name, tensor in state.items() if isinstance(state, dict) else ():

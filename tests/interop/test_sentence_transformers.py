@@ -360,3 +360,33 @@ def test_a_model_with_another_tokenizer_than_its_encoders_is_not_exported(model,
     with pytest.raises(AdapterError, match=r"does not use the tokenizer .*PromCSE\(model\.encoder\)"):
         export_sentence_transformers(PromCSE(model.encoder, tokenizer), tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_gradient_checkpointing_does_not_change_the_gradients(model):
+    def gradient(*, checkpointing: bool) -> torch.Tensor:
+        wrapped = as_sentence_transformer(PromCSE(model.encoder))
+        if checkpointing:
+            wrapped.gradient_checkpointing_enable({"use_reentrant": False})
+        model.encoder.zero_grad()
+        features = wrapped[0].preprocess(TEXTS)
+        wrapped[0](features)["sentence_embedding"].square().sum().backward()
+        return model.encoder.prompt.embedding.weight.grad.clone()
+
+    plain = gradient(checkpointing=False)
+    assert plain.abs().max() > 1e-3
+    torch.testing.assert_close(gradient(checkpointing=True), plain, atol=1e-6, rtol=1e-5)
+
+
+def test_the_trainer_checkpoints_gradients(tmp_path, model):
+    small_training(model, tmp_path, gradient_checkpointing=True, max_steps=1).train()
+
+
+def test_a_plain_export_keeps_a_maximum_length_above_the_positions_in_its_config(tmp_path):
+    model = PromCSE(
+        PromptEncoder(FrozenBackbone.load(str(save_small_encoder(tmp_path / "encoder", "nomic_bert"))), length=0)
+    )
+    assert model.max_tokens == 40
+    export_sentence_transformers(model, tmp_path / "export")
+    path = tmp_path / "export/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 12, "n_positions": 12}))
+    assert SentenceTransformer(str(tmp_path / "export"), device="cpu").max_seq_length == 40

@@ -1,5 +1,6 @@
 """The identity of an encoder: complete for the config, equal for copies, and different for another tokenizer."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from promcse_pl.models.backbone import SUPPORTED, FrozenBackbone
 from promcse_pl.models.encoder_files import auto_class
 from promcse_pl.models.families import decoders
 from promcse_pl.models.identity import EncoderId, differences, output_config
+from promcse_pl.utils.errors import EncoderError
 
 SEEN = {
     *("hidden_act", "hidden_activation", "activation", "feed_forward_proj"),
@@ -189,3 +191,18 @@ def test_unknown_values_are_not_compared():
 def test_an_encoder_without_a_tokenizer_is_read_and_has_no_fingerprint(tmp_path):
     small_encoder("bert").save_pretrained(tmp_path)
     assert FrozenBackbone.load(str(tmp_path)).identity.tokenizer is None
+
+
+def test_weight_files_that_transformers_does_not_read_do_not_matter(tmp_path):
+    folder = save_small_encoder(tmp_path / "encoder")
+    identity = FrozenBackbone.load(str(folder)).identity
+    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
+    assert FrozenBackbone.load(str(folder)).identity == identity
+
+
+def test_more_positions_than_any_encoder_has_are_refused_before_they_are_allocated(tmp_path):
+    folder = save_small_encoder(tmp_path / "encoder", "deberta-v2")
+    config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 3_000_000_000}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(EncoderError, match="max_position_embeddings is 3000000000, the maximum is 16777216"):
+        FrozenBackbone.load(str(folder))

@@ -11,6 +11,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import lru_cache
 from threading import Barrier
 from typing import Any, TypeVar, cast
@@ -105,10 +106,16 @@ class _Chunk:
 
     def __init__(self, run: Run, inputs: Any, seed: int | None) -> None:  # noqa: ANN401
         self.run, self.inputs, self.seed = run, inputs, seed
+        self._autocast = {  # of the caller: other threads and the backward pass have none
+            device: torch.get_autocast_dtype(device) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
+        }
         self._graph: tuple[Tensor, Outputs] | None = None
 
     def forward(self, prompt_kv: Tensor) -> Outputs:
-        with seeded_dropout(self.seed, prompt_kv.device):
+        with ExitStack() as stack:
+            for device, dtype in self._autocast.items():
+                stack.enter_context(torch.autocast(device, dtype=dtype, cache_enabled=False))
+            stack.enter_context(seeded_dropout(self.seed, prompt_kv.device))
             return self.run(self.inputs, prompt_kv)
 
     def forward_with_graph(self, prompt_kv: Tensor) -> Outputs:

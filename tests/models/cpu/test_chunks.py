@@ -194,3 +194,20 @@ def test_a_worker_uses_one_core_and_the_calling_thread_keeps_all():
     finally:
         torch.set_num_threads(before)
         _workers.cache_clear()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_autocast_of_the_caller_applies_in_all_threads_and_in_the_backward_pass(recompute, threads):
+    torch.set_num_threads(threads)
+    seen = []
+
+    def run(rows, prompt_kv):
+        product = prompt_kv @ prompt_kv
+        seen.append(product.dtype)
+        return (product.float().sum() * rows,)
+
+    prompt_kv = torch.ones(2, 2, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run_chunks(run, prompt_kv, [1.0, 2.0, 3.0, 4.0], recompute=recompute)
+    sum(value for (value,) in found).backward()
+    assert seen == [torch.bfloat16] * (8 if recompute else 4)
