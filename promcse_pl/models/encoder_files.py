@@ -88,7 +88,8 @@ def read_config(source: str | Path, name: str, revision: str | None = None) -> A
         raise unsupported(config.model_type, name)
     if getattr(config, "max_position_embeddings", 0) > _MOST_POSITIONS:  # allocated in full by some families
         raise EncoderError(
-            f"{name}: max_position_embeddings is {config.max_position_embeddings}, the maximum is {_MOST_POSITIONS}"
+            f"cannot read the encoder {name}: max_position_embeddings is {config.max_position_embeddings}, the maximum is "
+            f"{_MOST_POSITIONS}"
         )
     try:
         FAMILIES[config.model_type].require_supported(config)

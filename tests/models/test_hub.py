@@ -41,7 +41,7 @@ def test_without_network_the_error_has_the_download_command_at_once_and_no_retri
     message = str(caught.value)
     assert "cannot be downloaded: no network (" in message
     assert str(cache) in message
-    assert "set model.path=FOLDER" in message
+    assert "use model.path=FOLDER in a run, --encoder FOLDER elsewhere" in message
     assert "HF_HOME=" in message
     assert capfd.readouterr().err == ""
     command = re.search(r"run: (hf download .*?)\. Then", message)[1]
