@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -27,7 +27,8 @@ def file_overrides(file: str, typed: Sequence[str], folders: Sequence[Path]) -> 
     """Return the settings of a YAML file as overrides, without those that the command line overrides.
 
     A top-level name such as `model: roberta-large` chooses from that group; everything else sets a value. A group chosen on the
-    command line replaces the section of its name, and all that its file in conf/ sets.
+    command line replaces the section of its name, and all that its file in conf/ sets or chooses. The data set that a model
+    chooses is only a default and replaces nothing.
 
     Args:
         file: Any part of a config, for example RUN/config.yaml.
@@ -51,15 +52,29 @@ def file_overrides(file: str, typed: Sequence[str], folders: Sequence[Path]) -> 
     for override in typed:
         key, _, value = override.lstrip("+~").partition("=")
         settings.pop(key, None)
-        chosen = [folder / key for folder in folders if key and (folder / key).is_dir()]
-        files = [
-            path for group in chosen for choice in value.split(",") if (path := group / f"{choice}.yaml").is_file()
-        ]
-        replaced = {setting for path in files for setting in flat_settings(_read(path))}
-        if chosen:
-            replaced |= {setting for setting in settings if setting.startswith(f"{key}.")}
-        settings = {setting: entry for setting, entry in settings.items() if setting not in replaced}
+        if key and any((folder / key).is_dir() for folder in folders):
+            replaced = {name for choice in value.split(",") for name in _set_by(key, choice, folders)}
+            settings = {
+                setting: entry
+                for setting, entry in settings.items()
+                if setting not in replaced and setting.split(".")[0] not in replaced
+            }
     return [f"{key}={_value(key, value)}" for key, value in settings.items()]
+
+
+def _set_by(group: str, choice: str, folders: Sequence[Path]) -> Iterator[str]:
+    """Yield the section of a group and the settings in a choice's file and in the files of its `defaults`."""
+    yield group
+    for path in (folder / group / f"{choice}.yaml" for folder in folders):
+        tree = read_yaml(path) if path.is_file() else None
+        if not isinstance(tree, dict):
+            continue
+        yield from flat_settings(tree)
+        for entry in tree.get("defaults") or ():  # CHOICE of the same group, or {"override /GROUP": CHOICE}
+            for key, other in (entry if isinstance(entry, dict) else {f"override /{group}": entry}).items():
+                selected = str(key).removeprefix("override /")
+                if selected != key and (group, selected) != ("model", "data"):
+                    yield from _set_by(selected, str(other), folders)
 
 
 def _check_choice(file: str, group: str, value: object, groups: Mapping[str, Sequence[str]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -113,11 +114,15 @@ def _encode_file(options: argparse.Namespace, file: str, out: Path) -> None:
     import numpy as np
     from rich.console import Console
 
-    from promcse_pl.utils.files import atomic_file
+    from promcse_pl.utils.files import atomic_file, refuse_unwritable
     from promcse_pl.utils.terminal import progress_bar
 
     if not out.absolute().parent.is_dir():
         raise DataError(f"the folder of --out {out} does not exist")
+    if out.is_dir():
+        raise DataError(f"cannot write {out}: it is a folder. Try: --out {shlex.quote(f'{out}/embeddings.npy')}")
+    if out != Path("-"):
+        refuse_unwritable(out.parent)
     sentences = read_sentences(file)
     model = load_model(options, options.device, options.precision)
     prompt = prompt_text(model, options)

@@ -96,29 +96,31 @@ def run(options: argparse.Namespace) -> None:
     for warning in tree["warnings"]:
         sys.stderr.write(f"warning: {visible(warning)}\n")
     text = render(tree, options.format) if options.format else ""
-    if options.out:
-        write_text(options.out / "results.json", json.dumps(tree, indent=2) + "\n")
-        if text:
-            write_text(options.out / f"results.{'tex' if options.format == 'latex' else 'md'}", text)
     if text:
         sys.stdout.write(text)
     else:
         console = output_console()
         for table in tables(tree):
             console.print(table)
+    if options.out:
+        write_text(options.out / "results.json", json.dumps(tree, indent=2) + "\n")
+        if text:
+            write_text(options.out / f"results.{'tex' if options.format == 'latex' else 'md'}", text)
     for path in draw(tree, options.plot) if options.plot else ():
         sys.stderr.write(f"{visible(str(path))}\n")
 
 
 def _check_results(folder: Path) -> None:
-    """Check that existing results in a folder come from an evaluation and may be overwritten.
+    """Check that results can be written to a folder, and that existing ones come from an evaluation.
 
     Raises:
         ConfigError: The folder has a results file that no evaluation wrote, for example that of a run.
+        DataError: It cannot be written.
     """
     from promcse_pl.run_folder import RESULTS
-    from promcse_pl.utils.files import own_description
+    from promcse_pl.utils.files import own_description, refuse_unwritable
 
+    refuse_unwritable(folder)
     if own_description(folder, RESULTS, {"targets", "tasks", "comparisons"}) is not None:
         return
     for path in (folder / RESULTS, folder / "results.md", folder / "results.tex"):

@@ -114,12 +114,13 @@ def read_sentences(file: str) -> list[str]:
     Raises:
         DataError: The file cannot be read, is empty, is not UTF-8 or has an empty line.
     """
+    from promcse_pl.data.columns import BY_POSITION
     from promcse_pl.data.readers import read_rows
 
     if file != "-":
         notes: list[str] = []
         texts = [text for (text,) in read_rows(Path(file), width=1, notes=notes, configurable=False)]
-        sys.stderr.write("".join(f"{note}\n" for note in notes if "; not read: " in note))
+        sys.stderr.write("".join(f"{note}\n" for note in notes if "; not read: " in note or note.endswith(BY_POSITION)))
         return texts
     try:
         text = sys.stdin.buffer.read().decode("utf-8-sig")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from typing import Any
 
@@ -91,10 +92,19 @@ def _print(
                 {"sentence": sentence, "score": score} | ({"columns": columns} if columns else {})
                 for score, sentence, columns in hits
             ]
-            line = json.dumps({"query": query, "hits": named}, ensure_ascii=False, default=str)
+            line = json.dumps(_finite({"query": query, "hits": named}), ensure_ascii=False, default=str)
             sys.stdout.write(line + "\n")
         return
     shown = visible if sys.stdout.isatty() else str  # unchanged in a pipe
     sys.stdout.write("".join(f"{score:.4f}\t{shown(sentence)}\n" for score, sentence, _ in results[0]))
     if not results[0]:
         sys.stderr.write(f"no sentence has a cosine >= {options.threshold}. Try: leave --threshold out\n")
+
+
+def _finite(value: Any) -> Any:  # noqa: ANN401  (any value of a column)
+    """Return a value with None for NaN and infinity, which JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return [_finite(entry) for entry in value] if isinstance(value, list | tuple) else value

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -27,6 +26,7 @@ from promcse_pl.corpus.folder import (
     check_out,
     check_settings,
     matching_shards,
+    remove_input_command,
     shard_name,
     write_manifest,
     write_shard,
@@ -174,8 +174,8 @@ def encode_corpus(
 ) -> EncodedCorpus:
     """Write the embeddings (unit length) of all texts of some files to a folder of shards.
 
-    Finished shards are skipped, so repeating the call resumes an interrupted one, with bit-identical files. Memory use depends
-    neither on the size nor on the number of files.
+    Finished shards are skipped, so repeating the call resumes an interrupted one, with bit-identical files. Memory use does
+    not depend on the size of the files; the descriptions of all finished shards are in memory.
 
     Args:
         model: The adapter with its encoder.
@@ -192,9 +192,8 @@ def encode_corpus(
     """
     options, out = options or CorpusOptions(), expand(out)
     files = find_inputs(inputs, out=out)
-    settings = corpus_settings(model, options)
     check_out(out)
-    check_settings(out, settings)
+    settings = check_settings(out, corpus_settings(model, options))
     out.mkdir(parents=True, exist_ok=True)
     remove_leftovers(out, older_than=_STALE_SECONDS)
     write_manifest(out, settings, [file.name for file in files])
@@ -265,7 +264,7 @@ class _Task:
         if any(shard.input_sha256 != sha256 for shard in finished.values()):
             raise DataError(
                 f"{file.path} has changed since its shards in {self.out} were written. To encode it again: "
-                f"rm {shlex.quote(str(self.out / file.name))}-*, then the same command; or give another --out"
+                f"{remove_input_command(self.out, file.name)}, then the same command; or give another --out"
             )
 
         def is_wanted(shard: int) -> bool:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import shlex
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -34,6 +34,8 @@ _OPTIONS = {
     "shard_format": "--format",
 }
 """Settings of a corpus and the options that set them."""
+_NAMED_SHARDS = 20
+"""Most shards that a message names; longer messages are truncated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +155,11 @@ def read_settings(folder: Path) -> CorpusSettings | None:
     return CorpusSettings(**about["settings"])
 
 
-def check_settings(folder: Path, settings: CorpusSettings) -> None:
+def check_settings(folder: Path, settings: CorpusSettings) -> CorpusSettings:
     """Check that the shards in a folder, if there are any, have the same settings.
+
+    Returns:
+        The settings, with the name that the folder has for the encoder: another name of the same encoder changes no shard.
 
     Raises:
         AdapterError: They were computed with another adapter.
@@ -162,8 +167,8 @@ def check_settings(folder: Path, settings: CorpusSettings) -> None:
         DataError: See `read_settings`.
     """
     stored = read_settings(folder)
-    if stored is None or stored == settings:
-        return
+    if stored is None:
+        return settings
     if stored.adapter != settings.adapter:
         raise AdapterError(
             f"the shards in {folder} were computed with another adapter ({stored.adapter[:12]}…, encoder {stored.encoder}; "
@@ -176,6 +181,7 @@ def check_settings(folder: Path, settings: CorpusSettings) -> None:
             raise ConfigError(
                 f"the shards in {folder} were written with {key}={old!r}, now it is {new!r}. Try: {advice}, or another --out"
             )
+    return replace(settings, encoder=stored.encoder)
 
 
 def write_shard(folder: Path, shard: Shard) -> None:
@@ -187,12 +193,12 @@ def read_shard(folder: Path, name: str) -> Shard | None:
     """Return the description of a finished shard; None if it is not finished or its files are incomplete."""
     about = own_description(folder, f"{name}.json", {field.name for field in fields(Shard)})
     shard = None if about is None else Shard(**{field.name: about[field.name] for field in fields(Shard)})
-    return shard if shard is not None and shard.is_intact(folder) else None
+    return shard if shard is not None and shard.name == name and shard.is_intact(folder) else None
 
 
 def finished_shards(folder: Path) -> list[Shard]:
     """Return the finished shards, sorted by input and number."""
-    names = (path.name.removesuffix(".json") for path in folder.glob("*-[0-9][0-9][0-9][0-9][0-9]*.json"))
+    names = (path.stem for path in folder.glob("*-[0-9][0-9][0-9][0-9][0-9]*.json"))
     found = (read_shard(folder, name) for name in names)
     return sorted((shard for shard in found if shard is not None), key=lambda shard: (shard.input, shard.number))
 
@@ -206,9 +212,10 @@ def matching_shards(folder: Path, settings: CorpusSettings) -> list[Shard]:
     shards = finished_shards(folder)
     others = [shard.name for shard in shards if shard.settings_sha256 != settings.sha256]
     if others:
+        remove = f"{remove_command(folder, others)} and the promcse encode command again, or "
         raise DataError(
             f"{folder}: {len(others)} shards were written with other settings than those in {MANIFEST}, by a command that ran "
-            f"at the same time. Try: {remove_command(folder, others)} and the promcse encode command again, or another --out"
+            f"at the same time. Try: {remove if len(others) <= _NAMED_SHARDS else ''}another --out"
         )
     return shards
 
@@ -216,6 +223,11 @@ def matching_shards(folder: Path, settings: CorpusSettings) -> list[Shard]:
 def remove_command(folder: Path, names: Iterable[str]) -> str:
     """Return the shell command that removes shards, so that they can be written again."""
     return "rm " + " ".join(f"{shlex.quote(str(folder / name))}.*" for name in names)
+
+
+def remove_input_command(folder: Path, name: str) -> str:
+    """Return the shell command that removes all shards of an input, and none of `NAME-more`."""
+    return f"rm {shlex.quote(str(folder / name))}-{'[0-9]' * 5}.*"
 
 
 def complete_shards(folder: Path) -> list[Shard]:
@@ -235,7 +247,7 @@ def complete_shards(folder: Path) -> list[Shard]:
         of_inputs.setdefault(shard.input, []).append(shard)
     for name, found in of_inputs.items():
         if not _is_complete(found):
-            remove = f"{remove_command(folder, [shard.name for shard in found])}; " if found else ""
+            remove = f"{remove_input_command(folder, name)}; " if found else ""
             raise DataError(
                 f"{folder}: the input {name} has {len(found)} finished shards, and others are missing. Run the same promcse "
                 f"encode command again to finish it. To leave it out: {remove}promcse encode with the other inputs"

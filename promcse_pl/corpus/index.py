@@ -28,10 +28,9 @@ from promcse_pl.corpus.folder import (
 from promcse_pl.corpus.rows import BLOCK_ROWS, EMBEDDING
 from promcse_pl.data.arrow import content_sha256
 from promcse_pl.index import best_hits, check_search, faiss_library, read_faiss, write_faiss
-from promcse_pl.models.weights import read_json_object
 from promcse_pl.utils.errors import AdapterError, ConfigError, DataError, PromcseError
 from promcse_pl.utils.files import current, own_description, read_unchanged, refuse_taken, update_folder
-from promcse_pl.utils.paths import expand
+from promcse_pl.utils.paths import expand, require_regular_file
 from promcse_pl.version import __version__
 
 log = logging.getLogger(__name__)
@@ -171,7 +170,7 @@ class CorpusIndex:
     @classmethod
     def _load(cls, folder: Path, adapter: str, width: int) -> CorpusIndex:
         try:
-            about = read_json_object(current(folder, DESCRIPTION))
+            about = json.loads(require_regular_file(current(folder, DESCRIPTION)).read_text(encoding="utf-8"))
             if about["format"] != FORMAT:
                 raise DataError(
                     f"{folder} has format {about['format']!r} (written by promcse_pl {about.get('promcse_pl')}); this version "

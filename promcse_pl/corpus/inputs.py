@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
-from promcse_pl.data.arrow import is_saved_dataset
+from promcse_pl.corpus.folder import is_corpus
+from promcse_pl.data.arrow import STATE, is_saved_dataset
 from promcse_pl.utils.errors import DataError
 from promcse_pl.utils.paths import SUFFIXES, expand, file_suffix, is_folder, is_there
 
@@ -32,12 +35,13 @@ def find_inputs(given: Sequence[str | Path], *, out: Path) -> list[InputFile]:
     """Return the input files, sorted by name.
 
     Args:
-        given: Files, folders (all data files below them) and patterns such as `corpus/*.parquet` or `corpus/**/*.jsonl`.
-            Folders and patterns skip names that start with . or _.
+        given: Files, folders (all data files and saved datasets below them) and patterns such as `corpus/*.parquet` or
+            `corpus/**/*.jsonl`. Folders and patterns skip names that start with . or _; folders skip encoded corpora.
         out: Output folder; files in it are not inputs.
 
     Raises:
-        DataError: An entry matches nothing, a file has an unknown format, or two files would have the same shard names.
+        DataError: An entry matches nothing, a folder cannot be read, a file has an unknown format, or two files would have
+            the same shard names.
     """
     inputs: dict[Path, InputFile] = {}
     for entry in given:
@@ -76,10 +80,8 @@ def find_inputs(given: Sequence[str | Path], *, out: Path) -> list[InputFile]:
 def _matches(entry: str | Path) -> Iterator[InputFile]:
     path = expand(entry)
     if is_folder(path) and not is_saved_dataset(path):
-        for file in sorted(path.rglob("*")):
-            below = file.relative_to(path)
-            if file_suffix(file) in SUFFIXES and file.is_file() and not _is_skipped(below):
-                yield InputFile(_name(below), file)
+        for file in sorted(_below(path)):
+            yield InputFile(_name(file.relative_to(path)), file)
     elif is_there(path):
         yield InputFile(path.name, path)
     elif _WILDCARD.search(str(entry)):
@@ -94,6 +96,34 @@ def _matches(entry: str | Path) -> Iterator[InputFile]:
         raise DataError(f"{entry} does not exist{where}")
 
 
+def _below(folder: Path) -> Iterator[Path]:
+    """Yield the data files and saved datasets below a folder.
+
+    Links to folders are followed after all other folders: what has a path without links is found under it, and a loop ends.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"the folder {error.filename} cannot be read: {error.strerror}") from error
+
+    pending: list[Path] = [folder]
+    seen: set[str] = set()
+    while pending:
+        for name, folders, files in os.walk(pending.pop(0), onerror=refuse):
+            parent, real = Path(name), os.path.realpath(name)
+            is_dataset = (parent / STATE).is_file()
+            if real in seen or is_dataset or (parent != folder and is_corpus(parent)):
+                folders.clear()
+                if is_dataset and real not in seen:
+                    yield parent
+            else:
+                folders[:] = sorted(entry for entry in folders if not _is_skipped(Path(entry)))
+                pending += [parent / entry for entry in folders if (parent / entry).is_symlink()]
+                for file in (parent / entry for entry in files if not _is_skipped(Path(entry))):
+                    if file_suffix(file) in SUFFIXES and file.is_file():
+                        yield file
+            seen.add(real)
+
+
 def _is_skipped(below: Path) -> bool:
     """Return whether a part of a path starts with . or _, which marks hidden and temporary files."""
     return any(part.startswith((".", "_")) for part in below.parts)
@@ -104,5 +134,5 @@ def _name(below: Path) -> str:
 
 
 def _common(first: Path, second: Path) -> Path:
-    parts = [a for a, b in zip(first.parts[:-1], second.parts[:-1], strict=False) if a == b]
-    return Path(*parts)
+    pairs = zip(first.parts[:-1], second.parts[:-1], strict=False)
+    return Path(*(part for part, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)))

@@ -31,6 +31,8 @@ sentence1, sentence2; sentence_A, sentence_B; a, b) get their roles by rank, see
 """
 METADATA = ("note", "source", "split")
 """Names that are not suggested as texts; they are read by position like unknown names."""
+BY_POSITION = " (by position)"
+"""End of the note about columns whose names do not identify them."""
 Record = list[tuple[str, Any]] | str
 """Label and value of each requested column, or why the row cannot be used."""
 Records = Iterator[tuple[int, Record]]
@@ -200,7 +202,8 @@ class ColumnRequest:
             read = (f"{title}={labels[i]}" for title, i in zip(self.kind.titles, positions, strict=True))
             rest = [label for i, label in enumerate(labels) if i not in positions]
             unread = f"; not read: {listed(rest)}" if rest else ""
-            self.notes.append(f"{self.path}: {', '.join(read)}{unread}")
+            is_guess = names and self.chosen is None and not columns.match(self.kind)
+            self.notes.append(f"{self.path}: {', '.join(read)}{unread}{BY_POSITION if is_guess else ''}")
         return positions
 
     def command(self, kind: str, columns: Iterable[str] = ()) -> str:
@@ -295,6 +298,8 @@ class ColumnRequest:
         """Return the command or option with the most plausible columns, or the names to rename columns to."""
         if self.option and columns.names:
             return f"Try: {self.option} {shlex.quote(columns.names[columns.guess(self.kind)[0]])}"
+        if self.option and self.chosen is not None:
+            return f"The columns have no names. Leave {self.option} out"
         if not self.configurable:
             plural = "s" * (len(self.kind.titles) > 1)
             return f"Rename the column{plural} to read to {', '.join(self.kind.titles)}"

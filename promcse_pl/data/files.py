@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import os
+import shlex
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ def open_file(path: Path) -> Iterator[io.BufferedReader]:
             f"{path} is a folder, but not one written by save_to_disk of the datasets library. Give a file or such a folder"
         ) from error
     except PermissionError as error:
-        raise DataError(f"{path} cannot be read: permission denied. Try: chmod u+r {path}") from error
+        raise DataError(f"{path} cannot be read: permission denied. Try: chmod u+r {shlex.quote(str(path))}") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path} is not a complete gzip file ({error}). Copy or compress it again") from error
     except OSError as error:

@@ -213,4 +213,7 @@ def _hold_out(source: RowSource, seed: int) -> tuple[RowSource, ScoredPairs]:
     kept = dataclasses.replace(
         memory_source(source.name, train), rows=remaining, notes=source.notes, sha256=source.sha256
     )
+    if bad_rows:  # the token cache stores them
+        skipped = f"{kept.fingerprint} skipped {[(bad.line, bad.reason) for bad in bad_rows]}"
+        kept = dataclasses.replace(kept, fingerprint=hashlib.sha256(skipped.encode()).hexdigest())
     return kept, ScoredPairs.of(f"{most} anchors kept back", pairs)

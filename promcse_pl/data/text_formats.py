@@ -16,6 +16,12 @@ from typing import IO, Any
 from promcse_pl.data.columns import SCORED_PAIRS, ColumnRequest, Columns, Records, is_number, listed, short_name
 from promcse_pl.utils.errors import DataError
 
+_UNSPACED = (
+    r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+"""Letters of scripts without spaces: Thai, Lao, Burmese, Khmer, kana, Chinese characters."""
+_WORD = re.compile(rf"[{_UNSPACED}]{{2}}|[^\s{_UNSPACED}]+")
+_SENTENCE_ENDS = (".", "!", "?", "。", "！", "？", "…")
 _Lines = Iterator[tuple[int, list[Any] | dict[str, Any] | str]]
 """Line number, and all cells of the row or why it is bad; "" for a blank line."""
 
@@ -232,9 +238,8 @@ def _is_header(cells: list[str], request: ColumnRequest, header: bool | None) ->
     used = [cells[position] for position in chosen if isinstance(position, int) and 0 <= position < len(cells)]
     if request.kind is SCORED_PAIRS and len(used) == len(SCORED_PAIRS.roles) and is_number(used[-1]):
         return False
-    most_words = max((len(cell.split()) for cell in used), default=0)
-    has_known_name = any(columns.roles)
-    if most_words >= 4 or (most_words > 1 and not has_known_name) or any(map(is_number, used)):
+    has_spaces = any(len(cell.split()) > 1 for cell in used)
+    if any(map(_is_text, used)) or (has_spaces and not any(columns.roles)) or any(map(is_number, used)):
         advice = (
             "Set data.header=false if it is data, data.header=true if it holds column names"
             if request.configurable
@@ -244,3 +249,8 @@ def _is_header(cells: list[str], request: ColumnRequest, header: bool | None) ->
             f"{request.path}: the first row looks like data, not like column names: {listed(used)}. {advice}"
         )
     return True
+
+
+def _is_text(cell: str) -> bool:
+    """Return whether a cell looks like a sentence, not like the name of a column."""
+    return cell.rstrip().endswith(_SENTENCE_ENDS) or len(_WORD.findall(cell)) >= 4

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _FORMAT = 2  # increase it when the files below, or the rows that the readers return, change
-_BATCH = 10_000  # sentences per call of the tokenizer; memory does not grow with the file
+_BATCH = 10_000  # sentences per call of the tokenizer; only the rows of data.dev=holdout are all in memory
 _STALE_SECONDS = 24 * 3600
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 from promcse_pl.utils.paths import hide_home
@@ -56,5 +57,5 @@ def of_the_system(error: OSError) -> PromcseError:
 
 def write_error(error: PromcseError) -> None:
     """Print an error to stderr in one line: home folder as ~, control characters escaped, at most 3,000 characters."""
-    message = visible(hide_home(str(error)))
+    message = re.sub(r"(?<!\S)'~/", "~/'", visible(hide_home(str(error))))  # a shell does not expand a quoted ~
     sys.stderr.write(f"error: {message if len(message) < 3000 else message[:3000] + '…'}\n")

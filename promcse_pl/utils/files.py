@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from promcse_pl.utils.errors import DataError, PromcseError
-from promcse_pl.utils.paths import require_regular_file
+from promcse_pl.utils.paths import is_folder, require_regular_file
 
 T = TypeVar("T")
 
@@ -275,6 +275,17 @@ def refuse_taken(folder: Path, *, error: type[PromcseError] = DataError) -> None
         is_free = folder.is_dir() and all(_LEFTOVER.fullmatch(path.name) for path in folder.iterdir())
         if os.path.lexists(folder) and not is_free:
             raise error(f"{folder} already exists and is not overwritten. Give another name, or delete it first")
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Check that files can be written to a folder that exists or can be created.
+
+    Raises:
+        DataError: They cannot.
+    """
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if not is_folder(nearest) or not os.access(nearest, os.W_OK | os.X_OK):
+        raise DataError(f"cannot write to {folder}: {nearest} is not a writable folder")
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from promcse_pl.cli.main import main
 from promcse_pl.data.demo import demo_pairs
 from promcse_pl.runs.inputs import check_inputs
 from promcse_pl.runs.lifecycle import run_job
-from promcse_pl.utils.errors import ConfigError
+from promcse_pl.utils.errors import ConfigError, DataError
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -120,6 +120,24 @@ def test_a_plot_that_cannot_be_written_is_an_error_and_leaves_no_file(mine, tmp_
         assert str(path) in message
         assert "can be written" in message or "cannot write" in message
     assert [path for path in sorted(tmp_path.iterdir()) if path.name != "xdg"] == before
+
+
+def test_results_that_cannot_be_written_are_an_error_before_the_evaluation(mine, capsys, monkeypatch):
+    monkeypatch.setattr("promcse_pl.evaluation.suite.evaluate", lambda *_: pytest.fail("evaluated"))
+    for out in (mine, mine / "folder"):
+        assert main(["evaluate", MINILM, "--tasks", str(mine), "--out", str(out)]) == 2
+        assert f"cannot write to {out}: {mine} is not a writable folder" in capsys.readouterr().err
+
+
+def test_the_tables_are_printed_even_if_they_cannot_be_written(mine, tmp_path, capsys, monkeypatch):
+    def fail(path: Path, text: str) -> None:
+        raise DataError(f"cannot write {path}: No space left on device")
+
+    monkeypatch.setattr("promcse_pl.utils.files.write_text", fail)
+    assert main(["evaluate", MINILM, "--tasks", str(mine), "--device", "cpu", "--out", str(tmp_path / "out")]) == 2
+    printed = capsys.readouterr()
+    assert "mine.tsv" in printed.out
+    assert "No space left" in printed.err
 
 
 def test_results_of_something_else_are_not_overwritten(trained_run, mine, tmp_path, capsys):

@@ -109,6 +109,13 @@ def test_search_reads_the_corpus_from_a_pipe_and_says_when_nothing_is_near(promc
     assert err == "no sentence has a cosine >= 1.0. Try: leave --threshold out\n"
 
 
+def test_a_column_whose_name_is_not_known_is_reported(promcse, tmp_path):
+    path = tmp_path / "corpus.csv"
+    for name, note in (("文本", f"{path}: sentence=文本 (by position)\n"), ("sentence", "")):
+        path.write_text(f"{name}\nw5 w6\n")
+        assert promcse("encode", path, "--out", tmp_path / "v.npy")[2] == note
+
+
 def test_similarity_of_two_sentences_is_one_number(promcse, model):
     wanted = f"{float(model.similarity('w5 w6', 'w7 w8')):.4f}\n"
     assert promcse("similarity", "w5 w6", "w7 w8") == (0, wanted, "")
@@ -165,11 +172,14 @@ def test_a_long_sentence_is_not_looked_up_as_a_file(promcse):
     assert (code, out) == (0, "1.0000\n")  # both are the unknown word
 
 
-def test_a_folder_that_may_not_be_written_is_an_error_and_leaves_nothing(promcse, corpus, tmp_path):
+def test_a_folder_that_may_not_be_written_is_an_error_and_leaves_nothing(promcse, corpus, tmp_path, monkeypatch):
     (tmp_path / "v.npy").mkdir()
     code, _, err = promcse("encode", corpus, "--out", tmp_path / "v.npy")
     assert code == 2
-    assert f"cannot write {tmp_path / 'v.npy'}: Is a directory" in err
+    assert f"cannot write {tmp_path / 'v.npy'}: it is a folder. Try: --out {tmp_path / 'v.npy'}/embeddings.npy" in err
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr("promcse_pl.embedder.PromCSE.load", lambda *_, **__: pytest.fail("loaded"))
+    assert promcse("encode", corpus, "--out", tmp_path / "w.npy")[0] == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.txt", "v.npy"]
 
 

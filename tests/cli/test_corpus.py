@@ -2,9 +2,12 @@
 
 import io
 import json
+import math
 import shlex
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from support.encoders import save_small_adapter
 
@@ -77,6 +80,20 @@ def test_a_pattern_needs_a_folder(adapter, corpus, capsys, monkeypatch):
     monkeypatch.chdir(corpus)
     assert main(["encode", str(adapter), "*.jsonl", "--out", "v.npy"]) == 2
     assert "--out v.npy takes one file, and *.jsonl is a pattern. Try: --out FOLDER" in capsys.readouterr().err
+
+
+def test_columns_that_are_not_finite_are_printed_as_null(adapter, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("faiss")
+    table = pa.table({"text": ["w11 w12"], "x": [math.nan], "deep": [[{"y": math.inf, "z": 1.5}]]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    out = str(tmp_path / "out")
+    assert main(["encode", str(adapter), str(tmp_path / "a.parquet"), "--out", out]) == 0
+    assert main(["index", out, "--kind", "flat"]) == 0
+    capsys.readouterr()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"w11 w12\n")))
+    assert main(["search", str(adapter), f"{out}/flat", "-"]) == 0
+    (hit,) = json.loads(capsys.readouterr().out)["hits"]
+    assert hit["columns"] == {"x": None, "deep": [{"y": None, "z": 1.5}]}
 
 
 @pytest.mark.parametrize("name", ["out", "v.npy"])

@@ -199,6 +199,11 @@ def test_a_search_warns_of_shards_that_are_not_in_the_index(model, tmp_path, cap
     assert not caplog.messages
 
 
+def test_the_description_of_an_index_may_be_larger_than_other_json_files(encoded, model, monkeypatch):
+    monkeypatch.setattr("promcse_pl.models.weights._JSON_BYTES", 100)
+    assert len(load(encoded / "flat", model)) == 600
+
+
 def test_ivfpq_of_one_row_is_an_error_whose_command_works(model, tmp_path):
     (tmp_path / "a.txt").write_text("w1\n")
     encode_corpus(model, [tmp_path / "a.txt"], tmp_path / "out")

@@ -259,6 +259,64 @@ def test_an_input_that_changed_is_an_error_whose_command_works(model, corpus, tm
     assert len(complete_shards(out)) == 11
 
 
+def test_the_command_for_a_changed_input_keeps_the_shards_of_inputs_whose_names_start_with_its_name(
+    model, corpus, tmp_path
+):
+    out, other = tmp_path / "out", corpus / "c.jsonl-more.txt"
+    other.write_text("w1\n")
+    encode_corpus(model, [corpus], out, options=OPTIONS)
+    (corpus / "c.jsonl").write_text('{"text": "w7"}\n')
+    with pytest.raises(DataError, match="has changed") as error:
+        encode_corpus(model, [corpus], out, options=OPTIONS)
+    subprocess.run(str(error.value).split("again: ")[1].split(", then")[0], shell=True, check=True)
+    assert {shard.input for shard in finished_shards(out)} == {"a.txt", "b.parquet", other.name}
+
+
+def test_many_shards_with_other_settings_are_not_listed(model, corpus, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    encode_corpus(model, [corpus], out, options=OPTIONS)
+    manifest = out / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"width": 16', '"width": 17'))
+    monkeypatch.setattr(folder, "_NAMED_SHARDS", 10)
+    with pytest.raises(DataError, match=r"11 shards were written .* at the same time\. Try: another --out$"):
+        complete_shards(out)
+
+
+def test_the_shards_of_an_incomplete_input_are_named_by_one_pattern(model, corpus, tmp_path):
+    out = tmp_path / "the out"
+    encode_corpus(model, [corpus], out, options=OPTIONS)
+    (out / "a.txt-00002.json").unlink()
+    with pytest.raises(DataError, match=r"a\.txt has 4 finished shards") as error:
+        complete_shards(out)
+    command = str(error.value).split("leave it out: ")[1].split(";")[0]
+    assert command == f"rm '{out}/a.txt'-{'[0-9]' * 5}.*"
+
+
+def test_descriptions_under_another_name_are_no_shards(model, corpus, tmp_path):
+    encode_corpus(model, [corpus], tmp_path / "out", options=OPTIONS)
+    before = finished_shards(tmp_path / "out")
+    description = (tmp_path / "out/a.txt-00000.json").read_text()
+    for name in (".promcse_pl-1234567890123456.json", "a.txt-00000 (copy).json"):
+        (tmp_path / "out" / name).write_text(description)
+    assert finished_shards(tmp_path / "out") == before
+
+
+def test_a_hidden_file_that_is_given_by_name_is_encoded_completely(model, tmp_path):
+    (tmp_path / ".a.txt").write_text("w1\n")
+    encode_corpus(model, [tmp_path / ".a.txt"], tmp_path / "out", options=OPTIONS)
+    assert len(complete_shards(tmp_path / "out")) == 1
+
+
+def test_another_name_of_the_encoder_keeps_the_finished_shards(model, corpus, tmp_path, monkeypatch):
+    encode_corpus(model, [corpus / "a.txt"], tmp_path / "out", options=OPTIONS)
+    real = encode.corpus_settings
+    monkeypatch.setattr(
+        encode, "corpus_settings", lambda *given: dataclasses.replace(real(*given), encoder="/moved/encoder")
+    )
+    assert encode_corpus(model, [corpus], tmp_path / "out", options=OPTIONS).skipped == 5
+    assert len(complete_shards(tmp_path / "out")) == 11
+
+
 def test_a_file_that_changes_while_it_is_read_is_an_error(model, corpus, tmp_path):
     def change(progress: encode.CorpusProgress) -> None:
         with (corpus / "c.jsonl").open("a") as stream:

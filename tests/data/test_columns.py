@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_dir
 from support.folders import ROOT
 
 from promcse_pl.config import DataConfig
+from promcse_pl.corpus.rows import RowSettings, read_blocks
 from promcse_pl.data.readers import read_rows, read_scored_pairs
 from promcse_pl.data.sources import check_training_file, load_sources
 from promcse_pl.runs.compose import config_of
@@ -125,6 +126,9 @@ def test_read_and_unread_columns_are_reported(tmp_path):
     notes: list[str] = []
     assert list(read_rows(path, width=3, notes=notes)) == [("a", "b", "c")]
     assert notes == [f"{path}: anchor=query, positive=answer, negative=wrong; not read: id, note"]
+    path = write(tmp_path / "my.csv", "x,y", [["a", "b"]])
+    assert list(read_rows(path, width=2, notes=notes)) == [("a", "b")]
+    assert notes[1:] == [f"{path}: anchor=x, positive=y (by position)"]
 
 
 # --- what no rule decides
@@ -277,6 +281,13 @@ def test_lists_of_jsonl_have_positions_alone(tmp_path):
         list(read_rows(path, width=2))
     with pytest.raises(DataError, match=r"my\.jsonl:2: 2 fields, the first row has 3\. Fix"):
         list(read_rows(path, width=2, columns=[0, 1]))
+
+
+@pytest.mark.parametrize(("name", "content"), [("my.txt", "a b\n"), ("my.jsonl", '["a", "b"]\n')])
+def test_a_column_of_a_file_without_names_is_not_chosen_by_name(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=r"no column 'body' .* The columns have no names\. Leave --text out$"):
+        list(read_blocks(tmp_path / name, RowSettings("body", "stop", 10), lambda shard: True))
 
 
 def test_a_key_that_a_later_object_lacks_makes_a_bad_row(tmp_path):

@@ -271,6 +271,17 @@ def test_a_first_row_that_looks_like_data_asks_for_data_header(write):
     assert read(path, 1, columns=["a man is cooking"]) == [("b",)]
 
 
+@pytest.mark.parametrize("cell", ["今天天气很好。", "今天我们去公园玩", "ช่วยด้วย!", "Hello.", "Really?", "それは本当…"])
+def test_a_sentence_in_the_first_row_is_no_column_name(write, cell):
+    with pytest.raises(DataError, match="looks like data"):
+        read(write("d.csv", f"{cell}\nb\n"))
+
+
+@pytest.mark.parametrize("cell", ["文本", "句子内容", "ข้อความ", "テキスト", "caption"])
+def test_a_word_in_the_first_row_is_a_column_name(write, cell):
+    assert read(write("d.csv", f"{cell}\nb\n")) == [("b",)]
+
+
 def test_a_header_that_cannot_be_read_is_no_row_to_skip(write):
     for content in [b"\xff,b\nx,y\n", b'"a"a,b\nx,y\n', b"\na,b\nx,y\n"]:
         with pytest.raises(DataError, match=r"d.csv:1: .*must start with column names"):
@@ -425,7 +436,7 @@ def test_a_file_without_permission_is_one_error(write):
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (PermissionError(13, "Permission denied"), "permission denied. Try: chmod"),
+        (PermissionError(13, "Permission denied"), "permission denied. Try: chmod u\\+r '.*/my d.csv'$"),
         (OSError(5, "I/O error"), "I/O error"),
     ],
 )
@@ -433,7 +444,7 @@ def test_an_error_of_the_system_is_one_error(write, monkeypatch, error, message)
     def fail(*_):
         raise error
 
-    path = write("d.csv", "a\nb\n")
+    path = write("my d.csv", "a\nb\n")
     monkeypatch.setattr(Path, "open", fail)
     with pytest.raises(DataError, match=message):
         read(path)

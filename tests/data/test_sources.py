@@ -7,7 +7,8 @@ import pytest
 
 from promcse_pl.config import DataConfig
 from promcse_pl.data import sources
-from promcse_pl.data.sources import FIRST_ROWS, check_training_file, dev_set, find_file
+from promcse_pl.data.sources import FIRST_ROWS, check_training_file, dev_set, find_file, load_sources
+from promcse_pl.data.tokens import RowSource, memory_source
 from promcse_pl.utils.errors import ConfigError, DataError
 
 
@@ -53,6 +54,17 @@ def test_a_file_that_cannot_be_trained_on_is_refused(tmp_path, content, settings
     (tmp_path / "my.csv").write_text(content)
     with pytest.raises(DataError, match=re.escape(message)):
         check_training_file(config(tmp_path / "my.csv", **settings), 0)
+
+
+def test_skipped_rows_are_part_of_the_fingerprint_of_the_rows_that_are_not_held_out(tmp_path):
+    def training_rows(*bad: str) -> RowSource:
+        (tmp_path / "my.csv").write_text("".join(["a,b,c\n", *(f"x{i},y{i},z{i}\n" for i in range(20)), *bad]))
+        return load_sources(config(tmp_path / "my.csv", dev="holdout", on_bad_row="skip"), 0)[0]
+
+    source = training_rows()
+    assert source.fingerprint == memory_source("", list(source.rows([]))).fingerprint, "as in earlier versions"
+    others = training_rows("x,y\n"), training_rows("x,y\n", "x,,z\n")
+    assert len({source.fingerprint, *(other.fingerprint for other in others)}) == 3
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from promcse_pl.utils.files import (
     publish,
     read_unchanged,
     refuse_taken,
+    refuse_unwritable,
     remove_leftovers,
     staging_folder,
     update_folder,
@@ -328,6 +329,18 @@ def test_a_missing_entry_is_an_error_without_waiting(old_folder):
     (old_folder / "weights.bin").unlink()
     with pytest.raises(FileNotFoundError):
         read_unchanged(old_folder, "about.json", lambda: versions(old_folder))
+
+
+@pytest.mark.parametrize("name", ["file", "file/sub", "locked", "locked/sub/deep"])
+def test_a_folder_that_cannot_be_written_is_refused_before_it_is_created(name, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "locked").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: "locked" not in str(path))
+    nearest = tmp_path / name.partition("/")[0]
+    with pytest.raises(DataError, match=f"^cannot write to {tmp_path / name}: {nearest} is not a writable folder$"):
+        refuse_unwritable(tmp_path / name)
+    refuse_unwritable(tmp_path / "new/folder")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_file_keeps_its_suffix_while_it_is_written(tmp_path):

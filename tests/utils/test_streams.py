@@ -5,6 +5,8 @@ import json
 import logging
 import os
 import pty
+import shlex
+import subprocess
 import sys
 
 import pytest
@@ -29,6 +31,17 @@ def test_control_characters_are_escaped_and_other_text_is_unchanged():
 def test_an_error_is_one_line_without_control_characters(capsys):
     write_error(DataError(f"{EVIL} is not there"))
     assert capsys.readouterr().err == f"error: {SHOWN} is not there\n"
+
+
+def test_a_shell_expands_the_home_folder_of_a_quoted_path_in_an_error(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    quoted = shlex.quote(f"{tmp_path}/my data/it's x")
+    write_error(DataError(f"Try: rm {quoted}-[0-9].* data.train='{tmp_path}/a b'"))
+    command = capsys.readouterr().err.removeprefix("error: Try: ")
+    assert command.startswith("rm ~/'my data/it'")
+    assert command.endswith("-[0-9].* data.train='~/a b'\n")
+    typed = f"printf %s {command[3:].split('-[0-9]')[0]}"
+    assert subprocess.run(typed, shell=True, capture_output=True, text=True).stdout == f"{tmp_path}/my data/it's x"
 
 
 def test_log_lines_on_the_terminal_and_in_the_file_hold_no_control_characters(tmp_path):
