@@ -61,6 +61,7 @@ class PromcseSweeper(Sweeper):
         refuse_sweep()
         raw: Any = OmegaConf.to_container(self.config.sweep, resolve=True)
         settings = SweepConfig.from_dict(raw)
+        check_effects([*self.config.hydra.overrides.hydra, *arguments], settings)
         folder = Path(str(self.config.hydra.sweep.dir))
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         lines = [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
@@ -88,10 +89,25 @@ class PromcseSweeper(Sweeper):
 
     def _launch(self, jobs: Sequence[SweepJob]) -> None:
         """Pass jobs to the Hydra launcher that the user chose; its workers call `promcse_pl.cli.run.run_composed`."""
-        launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=self.hydra_context, task_function=self.task_function, config=self.config
-        )
+        with hydra_errors():
+            launcher = Plugins.instance().instantiate_launcher(
+                hydra_context=self.hydra_context, task_function=self.task_function, config=self.config
+            )
         launcher.launch([[*job.overrides, f"hydra.sweep.subdir={job.folder}"] for job in jobs], initial_job_idx=0)
+
+
+def check_effects(overrides: Sequence[str], settings: SweepConfig) -> None:
+    """Check that a sweep has no settings of single runs, and only a search those of searches: they would have no effect.
+
+    Raises:
+        ConfigError: An override has no effect.
+    """
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        if key == "hydra.run.dir":
+            raise ConfigError(f"{override} has no effect on a sweep. Try: hydra.sweep.dir={value}")
+        if key in ("sweep.prune", "sweep.seed") and settings.trials is None:
+            raise ConfigError(f"{override} has no effect without a search. Try: sweep=optuna, or leave it out")
 
 
 def check_launcher(engine: str, launcher: str) -> None:

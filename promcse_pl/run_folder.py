@@ -51,6 +51,8 @@ DEV_METRICS = {"spearman": "Spearman", "ndcg_at_10": "nDCG@10"}
 _BEFORE_START = {DATA, START, OUTPUT, STATUS, LOCK, LOG, ".hydra"}
 _FIRST_FILES = re.compile("|".join(map(re.escape, (CONFIG, STATUS, LOCK, LOG, BAD_ROWS))) + r"|run-rank\d+\.log")
 """Files that a run writes before inputs.json."""
+_LOCK_SECONDS = 1.0
+"""Time to wait for the lock of a run folder: `is_running` holds it for a moment."""
 _NEW_FOLDER = "the same command with hydra.run.dir=NEW_FOLDER (promcse train: --out NEW_FOLDER)"
 State = Literal["running", "finished", "failed", "stopped", "pruned"]
 
@@ -186,10 +188,19 @@ def check_run_folder(folder: Path, *, advice: str = _NEW_FOLDER) -> None:
         raise ConfigError(
             f"{folder} already contains a run. Try: {run_command(f'resume={folder}')} to resume it, or another folder"
         )
-    foreign = [name for name in names if name not in _BEFORE_START]
+    foreign = [name for name in names if name not in _BEFORE_START or (name == STATUS and _is_foreign_status(folder))]
     if foreign:
         shown = ", ".join(foreign[:5]) + (", ..." if len(foreign) > 5 else "")
         raise ConfigError(f"a run needs a new or empty folder, but {folder.absolute()} contains {shown}. Try: {advice}")
+
+
+def _is_foreign_status(folder: Path) -> bool:
+    """Return whether status.json is not of this package; that of a job of a sweep, which has a start.yaml, may be damaged."""
+    try:
+        read_status(folder)
+    except DataError:
+        return not (folder / START).exists()
+    return False
 
 
 def remove_first_files(folder: Path, *, before: Collection[str] | None) -> None:
@@ -239,10 +250,16 @@ def locked(folder: Path) -> Iterator[int]:
     except OSError as error:
         raise ConfigError(f"cannot create the run folder {folder}: {error.strerror}") from error
     with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"another process is running in {folder}. Try: another folder, or wait for it") from None
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    message = f"another process is running in {folder}. Try: another folder, or wait for it"
+                    raise ConfigError(message) from None
+            time.sleep(0.05)
         yield stream.fileno()
 
 

@@ -7,7 +7,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from contextlib import suppress
 from contextvars import ContextVar
 from importlib.util import find_spec
@@ -38,10 +38,10 @@ from promcse_pl.runs.compose import (
 from promcse_pl.sweeps.plan import engine_of, resumed_arguments, without_home
 from promcse_pl.utils.errors import ConfigError, PromcseError
 from promcse_pl.utils.exit_codes import exit_code
-from promcse_pl.utils.paths import expand, run_command
+from promcse_pl.utils.paths import expand, is_folder, run_command
 
-_EXISTING: ContextVar[Path | None] = ContextVar("_EXISTING", default=None)
-"""Folder of --out if it existed before Hydra was called."""
+_EXISTING: ContextVar[Set[Path]] = ContextVar("_EXISTING", default=frozenset())
+"""Folders that the run folder may be in or be, as far as they existed before Hydra was called."""
 
 
 def compose_and_run(
@@ -64,12 +64,12 @@ def compose_and_run(
         [*(["--config", config_file] if config_file else ()), *(["--out", str(out)] if out else ()), *flags, *overrides]
     )
     folders = [CONF, *(expand(flag.partition("=")[2]) for flag in flags if flag.startswith("--config-dir="))]
-    given = [without_home(override) for override in overrides]
+    given = [_with_home(without_home(override)) for override in overrides]
     if config_file is not None:
         given = _with_file(config_file, given, folders, "--multirun" in flags)
     if out is not None:
-        _EXISTING.set(out.absolute() if out.is_dir() else None)
         given.append(f"hydra.{'sweep' if '--multirun' in flags else 'run'}.dir={quoted(str(out))}")
+    _EXISTING.set(_existing(out, given))
     if any(override.startswith("sweep.resume=") for override in given):
         _, *given = resumed_arguments(given)
         flags = [*(flag for flag in flags if flag != "--multirun"), "--multirun"]
@@ -81,6 +81,12 @@ def compose_and_run(
     if "--shell-completion" not in flags and not searches_elsewhere:
         check_overrides(given, config_groups(folders))
     _call_hydra([*flags, *(given if "--multirun" in flags else replace_prompts(given))])
+
+
+def _with_home(override: str) -> str:
+    """Return an override with the home folder for the ~ of a run or sweep folder, which Hydra would create as it is."""
+    folder = re.fullmatch(r"(hydra\.(?:run|sweep)\.dir)=(['\"]?)(~[^'\"]*)\2", override)
+    return f"{folder[1]}='{expand(folder[3])}'" if folder else override
 
 
 def _with_file(file: str, overrides: Sequence[str], folders: Sequence[Path], is_sweep: bool) -> list[str]:
@@ -187,11 +193,15 @@ def _run_apart(composed: DictConfig, folder: Path) -> float:
     """Run a job for a launcher or sweeper of Hydra's; our own sweeper has written its start.yaml."""
     from promcse_pl.run_folder import START
     from promcse_pl.sweeps.execute import run_single
-    from promcse_pl.sweeps.plan import SweepJob, add_job
+    from promcse_pl.sweeps.plan import SweepJob, add_job, read_plan
 
     job = SweepJob(folder.name, list(HydraConfig.get().overrides.task))
     if not (folder / START).is_file():
         add_job(folder.parent, job, config_of(composed))
+    elif job not in read_plan(folder.parent).jobs:
+        raise ConfigError(
+            f"{folder} has a job with other settings. Try: the same command with hydra.sweep.dir=NEW_FOLDER"
+        )
     return run_single(folder.parent, job)
 
 
@@ -204,11 +214,19 @@ def _check_single() -> None:
         raise ConfigError(f"{unused[0]} has no effect on a single run. Try: {typed_command(sweep=True)}")
 
 
+def _existing(out: Path | None, overrides: Sequence[str]) -> Set[Path]:
+    """Return the existing folders among the run folder, its parents and, if its name contains the time, those next to it."""
+    typed = [value for key, _, value in (entry.partition("=") for entry in overrides) if key == "hydra.run.dir"]
+    folder = out or Path((typed or ["outputs/"])[-1].strip("'\"").partition("${")[0])
+    inside = folder.absolute().glob("*") if is_folder(folder) else ()
+    return {path for path in (folder.absolute(), *folder.absolute().parents, *inside) if is_folder(path)}
+
+
 def _remove_empty(folder: Path) -> None:
-    """Remove the folder that Hydra created for a run that did not start, and its parents below the current folder if empty."""
+    """Remove the folders that Hydra created for a run that did not start: its folder, and empty parents in the current folder."""
     here = Path.cwd()
     with suppress(OSError):  # a link, a mount point, or removed by another rank
-        while folder.is_dir() and folder not in (here, _EXISTING.get()) and not any(folder.iterdir()):
+        while folder.is_dir() and folder not in {here, *_EXISTING.get()} and not any(folder.iterdir()):
             folder.rmdir()
             folder = folder.parent
             if here not in folder.parents:

@@ -24,6 +24,8 @@ def add_parser(commands: Any) -> None:  # noqa: ANN401  (argparse's type is priv
         "--out", metavar="FOLDER", type=expand, help="folder of the new run or sweep (default: outputs/...)"
     )
     parser.add_argument("--resume", metavar="RUN", help="resume the run in this folder; the same as resume=RUN")
+    # start.yaml of a job of a sweep; its path may contain =
+    parser.add_argument("--start", metavar="FILE", type=expand, help=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=f"promcse {__version__}")
 
     def flag(group: Any, long: str, *short: str, text: str = argparse.SUPPRESS, **value: Any) -> None:  # noqa: ANN401
@@ -60,10 +62,12 @@ def run(options: argparse.Namespace) -> None:
         return
     files = [override for override in overrides if "=" not in override and not override.startswith("~")]
     if files and options.out and len(overrides) == 1 and not options.flags and not options.config:
+        options.start = expand(files[0])
+    if options.start and options.out:
         from promcse_pl.run_folder import read_config
         from promcse_pl.runs.lifecycle import run_job
 
-        run_job(read_config(expand(files[0])), options.out)
+        run_job(read_config(options.start), options.out)
         return
     if files and files[0].endswith((".yaml", ".yml")):
         raise ConfigError(f"{files[0]} is not KEY=VALUE. Try: {run_command('--config', files[0])}")

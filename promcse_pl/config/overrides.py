@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
@@ -27,16 +27,29 @@ def decides(key: str) -> Decides:
 
 
 def is_integer(key: str) -> bool:
-    """Return whether a dotted key of a job's config is a setting that holds an integer (or null)."""
+    """Return whether a dotted key of a job's config is a setting that holds an integer (or null, or a word such as `auto`)."""
+    kinds = {kind for kind in _kinds(key) if get_origin(kind) is not Literal}
+    return kinds - {types.NoneType} == {int}
+
+
+def is_list(key: str) -> bool:
+    """Return whether a dotted key of a job's config is a setting that holds a list."""
+    return any(get_origin(kind) is list for kind in _kinds(key))
+
+
+def _kinds(key: str) -> tuple[Any, ...]:
+    """Return the types that a setting allows; empty for an unknown key."""
     setting = settings(Config).get(key)
-    return setting is not None and {*(get_args(setting.kind) or [setting.kind])} - {types.NoneType} == {int}
+    if setting is None:
+        return ()
+    is_union = get_origin(setting.kind) in (Union, types.UnionType)
+    return get_args(setting.kind) if is_union else (setting.kind,)
 
 
 @cache
 def _dictionaries() -> set[str]:
     """Return the settings that hold a dictionary."""
-    kinds = {key: (setting.kind, *get_args(setting.kind)) for key, setting in settings(Config).items()}
-    return {key for key, options in kinds.items() if any(get_origin(option) is dict for option in options)}
+    return {key for key in settings(Config) if any(get_origin(kind) is dict for kind in _kinds(key))}
 
 
 def is_dictionary(key: str) -> bool:

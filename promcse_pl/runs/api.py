@@ -20,7 +20,7 @@ from promcse_pl.runs.compose import compose_config, config_groups, recipe_note
 from promcse_pl.runs.lifecycle import run_job
 from promcse_pl.training.distributed import find_ranks
 from promcse_pl.utils.errors import ConfigError, DataError, EncoderError
-from promcse_pl.utils.files import write_text
+from promcse_pl.utils.files import write_bytes
 from promcse_pl.utils.paths import expand, file_suffix, is_folder, run_command
 from promcse_pl.utils.signals import Stopped
 
@@ -166,15 +166,19 @@ def _saved_rows(rows: list[tuple[str, ...]], folder: Path) -> Iterator[None]:
         yield
         return
     check_run_folder(folder)
-    is_new = not folder.exists()
+    is_new, path = not folder.exists(), folder / DATA
     titles = TRAINING_ROWS[len(rows[0])].titles
     lines = [json.dumps(dict(zip(titles, row, strict=True)), ensure_ascii=False) + "\n" for row in rows]
-    write_text(folder / DATA, "".join(lines))
+    content = "".join(lines).encode(errors="backslashreplace")
+    is_own = not path.exists()
+    if not is_own and not (path.is_file() and path.read_bytes() == content):
+        raise ConfigError(f"{path} has other rows and is not overwritten. Try: another folder, or data={str(path)!r}")
+    write_bytes(path, content)
     try:
         yield
     finally:
-        if not (folder / CONFIG).exists():
-            (folder / DATA).unlink()
+        if is_own and not (folder / CONFIG).exists():
+            path.unlink()
             if is_new:
                 with suppress(OSError):
                     folder.rmdir()

@@ -149,11 +149,21 @@ def _run_missing(folder: Path, plan: Plan, runner: Pool | Launch) -> int:
         )
         exit_code = runner.exit_code
     elif jobs:
-        try:
-            runner(jobs)
-        except KeyboardInterrupt:
-            exit_code = 130
+        exit_code = launch_jobs(runner, jobs)
     return summarise(folder, plan, exit_code)
+
+
+def launch_jobs(launch: Launch, jobs: Sequence[SweepJob]) -> int | None:
+    """Pass jobs to a launcher of Hydra; return the exit code after Ctrl-C, or None. States are in the folders of the jobs."""
+    try:
+        launch(jobs)
+    except KeyboardInterrupt:
+        return 130
+    except PromcseError:
+        raise
+    except Exception as error:  # such as submitit's UncompletedJobError
+        print_line(f"warning: the launcher failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+    return None
 
 
 def run_single(folder: Path, job: SweepJob) -> float:
@@ -218,7 +228,7 @@ def describe_shared(plan: Plan, parallel: int) -> str:
 def job_task(folder: Path, job: SweepJob) -> Task:
     """Return the task of a job: a new run of its start.yaml, or the resumption of its run."""
     run = folder / job.folder
-    arguments = ["--resume", str(run)] if (run / CONFIG).is_file() else [str(run / START), "--out", str(run)]
+    arguments = ["--resume", str(run)] if (run / CONFIG).is_file() else ["--start", str(run / START), "--out", str(run)]
     return Task(job.folder, "promcse_pl.cli.main:main", ["train", *arguments], run / OUTPUT)
 
 
@@ -311,13 +321,14 @@ def wait_for_earlier(folder: Path, jobs: Iterable[SweepJob]) -> None:
             time.sleep(0.2)
 
 
-def summarise(folder: Path, plan: Plan, exit_code: int | None) -> int:
+def summarise(folder: Path, plan: Plan, exit_code: int | None, unplanned: int = 0) -> int:
     """Print the outcome of a sweep and send it to W&B; return the exit code of the sweep.
 
     Args:
         folder: Folder of the sweep.
         plan: Its plan.
         exit_code: Exit code after a signal; None: there was none.
+        unplanned: Number of jobs that a stopped search has not suggested yet.
     """
     varying = {job.folder: " ".join(plan.varying(job)) for job in plan.jobs}
     names = {job: f" ({overrides})" if overrides else "" for job, overrides in varying.items()}
@@ -330,9 +341,9 @@ def summarise(folder: Path, plan: Plan, exit_code: int | None) -> int:
         print_line(f"best on dev: {score}, job {best.run.name}{names[best.run.name]}")
     elif why := different_dev_sets(runs):
         print_line(f"warning: {why}")
-    missing = missing_jobs(folder, plan)
+    missing = len(missing_jobs(folder, plan)) + unplanned
     if missing:
-        print_line(f"to run the {len(missing)} unfinished jobs: {run_command('-m', f'sweep.resume={folder}')}")
+        print_line(f"to run the {missing} unfinished jobs: {run_command('-m', f'sweep.resume={folder}')}")
     try:
         if upload := publish_sweep(folder):
             print_line(f"to upload its offline W&B runs: wandb login && {upload}")

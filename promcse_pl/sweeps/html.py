@@ -12,7 +12,7 @@ from typing import Any
 
 from promcse_pl.run_folder import LOG, is_number
 from promcse_pl.sweeps.collect import FROZEN, Run, Sweep
-from promcse_pl.sweeps.ranking import Row, dev_sets, format_score, rank, varied_settings
+from promcse_pl.sweeps.ranking import Row, dev_sets, different_dev_sets, format_score, rank, varied_settings
 from promcse_pl.sweeps.report import commands, dev_text, duration, failures, notes, setting_text, tested_tasks
 from promcse_pl.utils.errors import ConfigError
 from promcse_pl.utils.files import write_text
@@ -76,13 +76,14 @@ def page_content(sweep: Sweep, *, tests: bool) -> dict[str, Any]:
     names, tasks = varied_settings(runs), tested_tasks(runs) if tests else []
     curves = sum(len(_curves(run)) for run in runs)
     most = max(MIN_CURVE, min(MAX_CURVE, MAX_POINTS // max(1, curves)))
-    levels = [levels_of(runs, name) for name in names]
+    levels, incomparable = [levels_of(runs, name) for name in names], different_dev_sets(runs)
     return {
         "title": f"Sweep {sweep_name(sweep)}" + (f": {', '.join(names)}" if names else ""),
         "version": __version__,
         "facts": sweep_facts(sweep, tests=tests),
         "notes": notes(sweep, grouped, tests=tests),
         "commands": commands(sweep),
+        "incomparable": incomparable,
         "columns": ["#", "dev", "n", "run", *names, *tasks, "time", "status"],
         "filters": [*zip(names, levels, strict=True), ("status", [*dict.fromkeys(run.state for run in runs)])],
         "grouped": table_rows(grouped, runs, names, tasks) if len(grouped) < len(single) else [],
@@ -94,6 +95,7 @@ def page_content(sweep: Sweep, *, tests: bool) -> dict[str, Any]:
         "data": {
             "settings": names,
             "levels": levels,
+            "comparable": incomparable is None,
             "runs": [
                 {
                     "name": run.name,

@@ -96,7 +96,7 @@ def write_plan(folder: Path, plan: Plan) -> None:
 
 
 def without_home(entry: str) -> str:
-    """Return an override with ~ for the home folder, quoted as Hydra requires.
+    """Return an override with ~ for the home folder, quoted as Hydra requires; also a ~ that was typed.
 
     The command line is rewritten before Hydra reads it, so that a sweep and its resumption compose the same text.
     """
@@ -108,7 +108,8 @@ def without_home(entry: str) -> str:
     if "'" in value or '"' in value:
         return entry
     parts = [(part, hide_home(part)) for part in re.split(r"([,\[\]()])", value)]
-    return key + equals + "".join(part if part == hidden else f"'{hidden}'" for part, hidden in parts)
+    quoted = (f"'{hidden}'" if hidden.startswith("~") or hidden != part else part for part, hidden in parts)
+    return key + equals + "".join(quoted)
 
 
 def read_plan(folder: Path) -> Plan:

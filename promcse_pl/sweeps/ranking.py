@@ -23,7 +23,7 @@ class Row:
     Attributes:
         runs: Runs in the order of the sweep; at least one.
         rank: Rank by dev score, from 1; None without a score, and if the runs used different dev sets.
-        dev: Mean dev score of the finished runs, x 100; NaN if one of them is NaN; None: no score.
+        dev: Mean dev score over seeds, x 100; NaN if one of the scores is NaN; None: no score.
         std: Sample standard deviation of these scores; None for fewer than two.
         n: Number of these scores.
         seconds: Mean duration of the finished runs, or of all runs if none is finished.
@@ -37,6 +37,11 @@ class Row:
     seconds: float | None
 
     @property
+    def seeds(self) -> list[Run]:
+        """One finished run for each seed: a search may repeat a run, which adds no information."""
+        return one_per_seed(self.runs)
+
+    @property
     def states(self) -> str:
         """States of the runs: `finished`, or `2 finished, 1 failed`."""
         counts = Counter(run.state for run in self.runs)
@@ -48,8 +53,8 @@ class Row:
         return self.dev is not None and math.isfinite(self.dev)
 
     def test(self, task: str) -> tuple[float | None, float | None]:
-        """Return mean and standard deviation of a task's final scores over the runs."""
-        mean, std, _ = _mean_std_n(run.tests.get(task) for run in self.runs)
+        """Return mean and standard deviation of a task's final scores over the seeds."""
+        mean, std, _ = _mean_std_n(run.tests.get(task) for run in self.seeds)
         return mean, std
 
 
@@ -89,13 +94,22 @@ def rank(runs: Sequence[Run], *, by_seed: bool) -> list[Row]:
         groups.setdefault(settings, []).append(run)
     rows = []
     for members in groups.values():
-        dev, std, n = _mean_std_n(run.dev for run in members if run.finished)
+        dev, std, n = _mean_std_n(run.dev for run in one_per_seed(members))
         times = [run.seconds for run in members if run.finished] or [run.seconds for run in members]
         rows.append(Row(members, None, dev, std, n, _mean_std_n(times)[0]))
     if len(dev_sets(runs)) > 1:
         return rows
     rows.sort(key=lambda row: -(row.dev or 0.0) if row.has_finite_score else math.inf)
     return [dataclasses.replace(row, rank=n) if row.has_finite_score else row for n, row in enumerate(rows, start=1)]
+
+
+def one_per_seed(runs: Iterable[Run]) -> list[Run]:
+    """Return the first finished run of each seed."""
+    first: dict[str, Run] = {}
+    for run in runs:
+        if run.finished:
+            first.setdefault(_hashable(run.settings.get(SEED)), run)
+    return list(first.values())
 
 
 def find_best(runs: Sequence[Run]) -> Best | None:

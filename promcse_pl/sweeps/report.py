@@ -117,7 +117,7 @@ def notes(sweep: Sweep, rows: Sequence[Row], *, tests: bool) -> list[str]:
         lines.append("the best settings have the highest mean over seeds; they may differ from those of the first row")
     if any(len(row.runs) > 1 for row in rows):
         lines.append(
-            "runs that differ by the seed alone share a row: mean ± standard deviation of n finished runs (--runs: a row per run)"
+            "runs that differ by the seed alone share a row: mean ± standard deviation over n seeds (--runs: a row per run)"
         )
     if any(not run.finished and run.dev is not None for run in sweep.runs):
         lines.append("scores in brackets are the best so far of unfinished runs; they are not ranked")

@@ -18,6 +18,7 @@ from promcse_pl.sweeps.execute import (
     describe_shared,
     dev_score,
     end_job,
+    launch_jobs,
     measure_shared,
     open_runner,
     start_job,
@@ -121,7 +122,11 @@ def run_search(
             shared = describe_shared(plan, runner.engine.parallel) if isinstance(runner, Pool) else ""
             print_line(f"search {folder}: {settings.trials} jobs, {search.n_finished()} done{shared}")
             stopped = search.run(runner) if isinstance(runner, Pool) else search.launch(runner)
-            return summarise(folder, plan, stopped)
+            if not plan.jobs and not stopped:
+                raise ConfigError(
+                    f"no job was run: all {settings.trials} trials were left out. Try: another search space"
+                )
+            return summarise(folder, plan, stopped, unplanned=(settings.trials or 0) - search.n_suggested())
 
 
 def corners(space: Space) -> Iterator[list[str]]:
@@ -205,6 +210,10 @@ class Search:
         """Return the number of trials that have an outcome."""
         return sum(trial.state.is_finished() for trial in self.study.get_trials(deepcopy=False))
 
+    def n_suggested(self) -> int:
+        """Return the number of trials so far, at most that of the settings."""
+        return min(len(self.study.get_trials(deepcopy=False)), self.settings.trials or 0)
+
     def run(self, pool: Pool) -> int | None:
         """Run all missing jobs in a pool; return the exit code after a signal, or None."""
 
@@ -223,10 +232,8 @@ class Search:
         """Pass all missing jobs to a launcher, `sweep.parallel` at a time; return the exit code after Ctrl-C, or None."""
         jobs = self._jobs()
         while batch := list(itertools.islice(jobs, self.settings.parallel)):
-            try:
-                launch(batch)
-            except KeyboardInterrupt:
-                return 130
+            if code := launch_jobs(launch, batch):
+                return code
             for job in batch:
                 self._record(job.folder, outcome(self.folder / job.folder) or Status(state="failed"))
         return None
@@ -248,7 +255,7 @@ class Search:
             else:
                 wait_for_earlier(self.folder, [job])
                 yield job
-        while len(self.study.get_trials(deepcopy=False)) < (self.settings.trials or 0):
+        while self.n_suggested() < (self.settings.trials or 0):
             trial = self._ask()
             self.trials[str(trial.number)] = trial
             if job := self._job_of(str(trial.number), trial.params):

@@ -236,7 +236,7 @@ def _best_text(best: Best, runs: Sequence[Run]) -> str:
     settings = ", ".join(
         f"{name}={run.settings[name]}" for name in varied_settings(runs) if name != SEED and name in run.settings
     )
-    scores = [member.dev for member in row.runs if member.finished and member.dev is not None]
+    scores = [member.dev for member in row.seeds if member.dev is not None]
     metric = DEV_METRICS[run.metric]
     if row.n > 1:
         _, _, low, high = mean_over_seeds(scores)

@@ -27,6 +27,8 @@ def build_logger(config: Config, folder: Path, step: int) -> Logger | None:
         folder: Run folder, whose history ends at `step`.
         step: Step of the checkpoint that the run is resumed from; 0 for a new run.
     """
+    # MLflow refuses other values of a setting, and execution settings may change on resume
+    has_settings = config.tracking.logger == "mlflow" and (folder / _MLFLOW_RUN).exists()
     match config.tracking.logger:
         case "csv":
             for name in ("metrics.csv", "hparams.yaml"):  # rewritten from the history, without Lightning's warning
@@ -41,7 +43,8 @@ def build_logger(config: Config, folder: Path, step: int) -> Logger | None:
             logger = _mlflow_logger(config, folder)
         case "none":
             return None
-    logger.log_hyperparams(flat_settings(sent_settings(config)))
+    if not has_settings:
+        logger.log_hyperparams(flat_settings(sent_settings(config)))
     if isinstance(logger, CSVLogger) and (folder / HISTORY).exists():
         for entry in read_history(folder / HISTORY):
             logger.log_metrics({name: value for name, value in entry.items() if name != "step"}, entry["step"])

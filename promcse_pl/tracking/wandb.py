@@ -22,18 +22,18 @@ from contextlib import suppress
 from pathlib import Path, PurePath
 from typing import Any
 
-from promcse_pl.config import Config, TrackingConfig
+from promcse_pl.config import Config, TrackingConfig, is_list
 from promcse_pl.run_folder import HISTORY, find_dev
 from promcse_pl.utils.errors import ConfigError
 from promcse_pl.utils.interpreter import python_command
-from promcse_pl.utils.paths import SUFFIXES, file_suffix, looks_like_path
+from promcse_pl.utils.paths import SUFFIXES, expand, file_suffix, is_folder, looks_like_path
 from promcse_pl.utils.processes import ChildProcess, kill_descendants, start_process, stop_all
 
 log = logging.getLogger("promcse_pl")
 
 MODES = ("online", "offline", "disabled")
 _FILES = ("data.train", "data.dev", "evaluation.tasks")
-"""Settings whose values with a slash are always paths; in others, OWNER/NAME is a hub id."""
+"""Settings whose values with a slash are always paths; in others, OWNER/NAME may be a hub id."""
 START_SECONDS = 30
 """Time in which the server must answer; otherwise the W&B run is an offline one."""
 FINISH_SECONDS = 60
@@ -134,12 +134,18 @@ def hide_folders(value: Any, key: str = "") -> Any:  # noqa: ANN401  (a tree of 
         return [hide_folders(part, key) for part in value]
     if not isinstance(value, str):
         return value
-    parts, shown = re.split(r"([=,\[\]])", value), []
+    is_single = key != "" and not is_list(key)
+    parts, shown = [value] if is_single else re.split(r"('[^']*'|\"[^\"]*\"|[=,\[\]])", value), []
     for part, after in zip(parts, [*parts[1:], ""], strict=True):
-        key = part if after == "=" else key
-        is_path = "/" in part and (key in _FILES or looks_like_path(part) or file_suffix(Path(part)) in SUFFIXES)
-        shown.append(PurePath(part).name if is_path else part)
+        key, text = part if after == "=" else key, part.strip("'\"")
+        shown.append(part.replace(text, PurePath(text).name) if _is_path(text, key) else part)
     return "".join(shown)
+
+
+def _is_path(text: str, key: str) -> bool:
+    """Return whether a value is a path; OWNER/NAME is one in a setting for files, and of an encoder in the current folder."""
+    is_local = key in _FILES or (key == "model.path" and is_folder(expand(text)))
+    return "/" in text and (is_local or looks_like_path(text) or file_suffix(Path(text)) in SUFFIXES)
 
 
 def short(text: str, max_length: int) -> str:

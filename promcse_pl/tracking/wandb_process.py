@@ -2,7 +2,7 @@
 
 It may be killed at any time. `promcse_pl.tracking.wandb.WandbRun` writes two JSON lines to its stdin: the task, and how the run
 ended; stdin is closed early if the run was killed. The follower writes JSON lines to stdout: events `started`, `failed` and
-`done`. In between it follows the run's metrics.jsonl: line n of that file is W&B's step n, so that nothing is sent twice.
+`done`. In between it follows the run's metrics.jsonl and sends the entries after the last `step` that W&B has.
 """
 
 from __future__ import annotations
@@ -132,8 +132,8 @@ def _write_run(task: Message, end: RunEnd, send: Callable[[Message], None]) -> N
 
 def _follow(run: Any, history: Path, end: RunEnd) -> None:  # noqa: ANN401  (a W&B run)
     """Log the lines of a growing history that W&B does not have, until the run has ended."""
-    known = run.step
-    number, offset, is_last = 0, 0, False
+    known = dict(run.summary)  # last values of a resumed run
+    offset, is_last = 0, False
     while not is_last:
         is_last = end.received.wait(1)  # before reading: nothing is written after it
         with suppress(FileNotFoundError), history.open("rb") as stream:
@@ -142,9 +142,16 @@ def _follow(run: Any, history: Path, end: RunEnd) -> None:  # noqa: ANN401  (a W
                 if not line.endswith(b"\n"):
                     break
                 offset += len(line)
-                if number >= known:
-                    run.log(json.loads(line), step=number)
-                number += 1
+                entry = json.loads(line)
+                if not _is_known(entry, known):
+                    run.log(entry)
+
+
+def _is_known(entry: Message, known: Message) -> bool:
+    """Return whether W&B has an entry; the dev evaluation of its last step may be missing, if the run was killed during it."""
+    step, last = entry["step"] or 0, known.get("step", -1)
+    dev = {name: value for name, value in entry.items() if name.startswith("dev/")}
+    return step < last or (step == last and all(known.get(name) == value for name, value in dev.items()))
 
 
 def _check_disk(directory: Path) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import Checkpoint as CheckpointCallback
 from pytorch_lightning.plugins.io import CheckpointIO
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -107,7 +108,7 @@ class RunCheckpoints(CheckpointIO):
         Those of later steps are invalid: the run did not resume from them.
 
         Raises:
-            DataError: It cannot be written; existing checkpoints are unchanged.
+            DataError: It cannot be written, or the path exists and is no checkpoint; existing checkpoints are unchanged.
             ConfigError: The state of a callback contains other values than plain ones and tensors.
         """
         folder, tensors = Path(path), dict[str, Tensor]()
@@ -129,10 +130,11 @@ class RunCheckpoints(CheckpointIO):
         content = save(_unshared(tensors))
         stored["sha256"] = _checksum(stored, content)
         try:
+            _check_replaceable(folder)
             with staging_folder(folder.parent) as staged:
                 (staged / TENSORS).write_bytes(content)
                 (staged / STATE).write_bytes(json.dumps(stored).encode())
-                publish(staged, folder, replace=True)  # an existing checkpoint of this step is damaged
+                publish(staged, folder, replace=True)
         except OSError as error:
             raise DataError(f"cannot write the checkpoint {folder}: {error.strerror or error}") from error
         folders = checkpoint_folders(self.run)
@@ -154,13 +156,29 @@ class RunCheckpoints(CheckpointIO):
         shutil.rmtree(path, ignore_errors=True)
 
 
-def check_callbacks(callbacks: Iterable[pl.Callback]) -> None:
-    """Check before training that the state of the user's callbacks can be saved.
+def _check_replaceable(path: Path) -> None:
+    """Check that a path is absent or a checkpoint, which is replaced: the run found it damaged, or a callback overwrites its own.
 
     Raises:
-        ConfigError: It contains other values than plain ones and tensors; the message names the class.
+        DataError: It is a file, or a folder with other content.
+    """
+    if path.exists() and not (path.is_dir() and {entry.name for entry in path.iterdir()} <= {TENSORS, STATE}):
+        raise DataError(f"{path} is not a checkpoint and is not replaced. Try: a new path in trainer.save_checkpoint")
+
+
+def check_callbacks(callbacks: Iterable[pl.Callback]) -> None:
+    """Check before a run that it can use the user's callbacks.
+
+    Raises:
+        ConfigError: One of them saves checkpoints itself, or its state contains other values than plain ones and tensors; the
+            message names the class.
     """
     for callback in callbacks:
+        if isinstance(callback, CheckpointCallback):
+            raise ConfigError(
+                f"the callback {type(callback).__name__} cannot save checkpoints of a run, which saves its own. Try: "
+                "trainer.save_every=STEPS"
+            )
         state: Any = None
         with suppress(Exception):  # it may need attributes that a hook creates; then it is checked when it is saved
             state = callback.state_dict()

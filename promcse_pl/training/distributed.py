@@ -28,6 +28,8 @@ LAUNCHER_VARIABLES = {
     "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),  # of a job step, not of the batch script
 }
 """Launcher -> environment variables of the rank, the world size and the local rank of a process."""
+_LOCAL_SIZES = {"torchrun": "LOCAL_WORLD_SIZE", "srun": "SLURM_NTASKS_PER_NODE"}
+"""Launcher -> environment variable of the number of ranks on this machine; srun sets it for --ntasks-per-node."""
 TIMEOUT = timedelta(hours=1)
 """Timeout of collective operations; longer than any dev evaluation. The exit of a rank is detected at once."""
 
@@ -73,15 +75,16 @@ def find_ranks(trainer: TrainerConfig) -> Ranks | None:
             )
         return Ranks() if size == 1 else None
     starter, rank, started, local = environment
+    local_size = os.environ.get(_LOCAL_SIZES[starter], "")
+    devices = max(1, min(started, int(local_size) if local_size.isdigit() else started // trainer.num_nodes))
+    advice = f"trainer=ddp trainer.devices={devices} trainer.num_nodes={started // devices}"
     if started != size:
-        raise ConfigError(
-            f"{starter} started {started} processes, but {settings} are {size}. Try: trainer=ddp trainer.devices="
-            f"{started // trainer.num_nodes or 1} trainer.num_nodes={trainer.num_nodes}"
-        )
+        raise ConfigError(f"{starter} started {started} processes, but {settings} are {size}. Try: {advice}")
     ranks = Ranks(rank, size, trainer.devices)
     if local != ranks.local or not 0 <= rank < size:
         raise ConfigError(
             f"process {rank} of {started} has local rank {local}, but with {settings} it must be {ranks.local}. Try: "
+            f"{'' if devices == trainer.devices else f'{advice}, and '}"
             "as many processes on every machine, one machine after the other (srun --distribution=block)"
         )
     return ranks

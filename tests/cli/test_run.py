@@ -86,6 +86,8 @@ MISTAKES = {
     "--resolve": "--resolve has an effect only with --cfg or --help. Try: python run.py --cfg job",
     "sweep.parallel=2": "sweep.parallel=2 has no effect on a single run. Try: python run.py -m sweep.parallel=2",
     "hydra.sweep.dir=x": "hydra.sweep.dir=x has no effect on a single run. Try: python run.py -m hydra.sweep.dir=x",
+    "-m seed=1,2 hydra.run.dir=x": "hydra.run.dir=x has no effect on a sweep. Try: hydra.sweep.dir=x",
+    "-m seed=1,2 sweep.seed=3": "sweep.seed=3 has no effect without a search. Try: sweep=optuna, or leave it out",
     "-m seed=${x}": "no job was started; job seed=$\\{x\\}: seed: Interpolation key 'x' not found. Try: ",
 }
 
@@ -176,6 +178,13 @@ def test_a_user_error_changes_no_unrelated_folder(light, here):
     (here / "outputs/earlier").mkdir(parents=True)
     assert light(here, "seed=-1").returncode == 2
     assert [path.relative_to(here).as_posix() for path in here.rglob("*")] == ["outputs", "outputs/earlier"]
+
+
+@pytest.mark.parametrize("out", ["--out=results/a", "hydra.run.dir=results/${now:%H}", "hydra.run.dir=results/b/a"])
+def test_a_failed_start_removes_only_folders_that_it_created(out, light, here):
+    (here / "results").mkdir()
+    assert light(here, out, "data.train=typo.csv").returncode == 2
+    assert [path.name for path in here.rglob("*")] == ["results"]
 
 
 @pytest.mark.slow

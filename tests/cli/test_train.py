@@ -13,7 +13,8 @@ from promcse_pl.cli.main import main
 from promcse_pl.config import Config
 from promcse_pl.config.parsing import REMOVED
 from promcse_pl.run_folder import read_config, write_config
-from promcse_pl.sweeps.plan import Plan, kept_overrides, write_plan
+from promcse_pl.sweeps.execute import job_task
+from promcse_pl.sweeps.plan import Plan, SweepJob, kept_overrides, write_plan, write_start
 from promcse_pl.utils.paths import run_command
 
 TEXTS = ["null", "", "ä, ü [1] {2} (3)", "${oc.env:HOME}", "a\\\\${x} \\ ${y}\\"]
@@ -122,6 +123,24 @@ def test_a_group_chosen_on_the_command_line_replaces_what_the_file_sets(jobs):
     assert (config.optim.lr, config.prompt.position_offset) == (0.2, 0), "the other settings are the file's"
 
 
+@pytest.mark.parametrize("experiment", ["table1/full", "table1/unsup_prompt"])
+def test_an_experiment_replaces_what_the_choices_in_its_file_set(experiment, jobs):
+    write_config(composed(jobs, "prompt.dropout=0.3", "loss.temperature=0.3"), "config.yaml")
+    chosen = [f"experiment={experiment}", "data.dir=x"]
+    config, expected = composed(jobs, "--config", "config.yaml", *chosen), composed(jobs, *chosen)
+    assert (config.data, config.tuning, config.evaluation) == (expected.data, expected.tuning, expected.evaluation)
+    assert config.loss.hinge_weight == expected.loss.hinge_weight == 0
+    assert config.loss.temperature == 0.3, "the other settings are the file's"
+    if experiment == "table1/full":
+        assert (config.optim, config.prompt) == (expected.optim, expected.prompt)
+
+
+def test_a_model_replaces_no_data_of_a_config_file(jobs):
+    write_config(composed(jobs, "data=triplets", "data.train=my.csv"), "config.yaml")
+    config = composed(jobs, "--config", "config.yaml", "model=bert-base-uncased")
+    assert (config.data.train, config.model.path) == ("my.csv", "google-bert/bert-base-uncased")
+
+
 def test_a_run_of_a_config_file_gets_the_given_folder_or_one_named_after_the_file(jobs, tmp_path):
     (tmp_path / "mine.yaml").write_text("seed: 7\n")
     (tmp_path / "${x}'s file.yaml").write_text("seed: 7\n")
@@ -201,6 +220,22 @@ def test_a_config_file_selects_no_file_outside_of_the_conf_folders(group, form, 
 def test_a_config_file_without_its_option_is_named_in_the_message(jobs, capsys):
     assert main(["train", "mine.yaml"]) == 2
     assert capsys.readouterr().err == "error: mine.yaml is not KEY=VALUE. Try: python run.py --config mine.yaml\n"
+
+
+def test_a_job_of_a_sweep_starts_in_a_folder_of_any_name(jobs, tmp_path):
+    folder = tmp_path / "lr=0.1 ~"
+    config = composed(jobs, "seed=7")
+    write_start(folder, Plan([]), SweepJob("0", []), config, names=[])
+    assert main(job_task(folder, SweepJob("0", [])).arguments) == 0
+    ((started, run),) = jobs
+    assert (started.seed, run) == (7, folder / "0")
+
+
+@pytest.mark.parametrize("typed", ["~/x", "'~/x'"])
+def test_the_home_folder_may_be_part_of_a_run_folder(typed, jobs, monkeypatch):
+    monkeypatch.setenv("HOME", str(Path("home").absolute()))
+    assert main(["train", f"hydra.run.dir={typed}"]) == 0
+    assert jobs.pop()[1] == Path("home/x").absolute()
 
 
 def test_a_path_without_its_setting_gets_the_setting(jobs, capsys):

@@ -3,7 +3,7 @@
 import pytest
 from support.configs import config_of, valid
 
-from promcse_pl.config import Config, check_overrides, decides, parsing
+from promcse_pl.config import Config, check_overrides, decides, is_integer, parsing
 from promcse_pl.config.fields import settings
 from promcse_pl.utils.errors import ConfigError
 
@@ -127,3 +127,17 @@ def test_a_dictionary_that_the_shell_has_split_gets_a_command_with_quotes(argume
     with pytest.raises(ConfigError, match=advice):
         check_overrides([argument, "query: }"], {})
     check_overrides(['model.prompts={query: "query: "}', "model.prompts={}", "model.prompts=null"], {})
+
+
+@pytest.mark.parametrize(
+    ("key", "whole"),
+    [
+        *((key, True) for key in ("prompt.length", "model.max_length", "trainer.max_steps")),
+        *(
+            (key, False)
+            for key in ("optim.lr", "trainer.precision", "evaluation.frozen", "evaluation.tasks", "no.such")
+        ),
+    ],
+)
+def test_integer_settings_may_also_allow_null_and_words(key, whole):
+    assert is_integer(key) is whole

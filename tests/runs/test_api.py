@@ -5,12 +5,13 @@ import inspect
 import json
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import EarlyStopping
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from support.encoders import save_small_encoder
 from support.runs import word_rows
@@ -56,6 +57,26 @@ def test_rows_in_memory_train_the_adapter_that_a_file_of_them_does(train, tmp_pa
     in_memory, from_file = train(ROWS), train(path, folder=tmp_path / "file")
     assert in_memory.encode(["w5 w6"]).shape == (1, 16)
     assert in_memory.adapter_hash() == from_file.adapter_hash()
+
+
+def test_rows_in_memory_do_not_overwrite_other_rows(train, tmp_path):
+    (tmp_path / "run").mkdir()
+    path = tmp_path / "run/data.jsonl"
+    path.write_text("years of work")
+    with pytest.raises(
+        ConfigError, match=r"run/data\.jsonl has other rows and is not overwritten\. Try: another folder"
+    ):
+        train(ROWS)
+    assert path.read_text() == "years of work"
+
+
+def test_a_file_of_the_same_rows_remains_if_the_run_does_not_start(train, tmp_path):
+    train(ROWS)
+    (tmp_path / "other").mkdir()
+    shutil.copy(tmp_path / "run/data.jsonl", tmp_path / "other")
+    with pytest.raises(DataError, match=r"data\.dev=missing\.csv does not exist"):
+        train(ROWS, "data.dev=missing.csv", folder=tmp_path / "other")
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["data.jsonl"]
 
 
 def test_the_config_of_rows_in_memory_repeats_the_run(train, tmp_path):
@@ -147,6 +168,15 @@ def test_a_callback_state_that_cannot_be_saved_is_an_error_that_names_the_class(
         train(ROWS, callbacks=[callback])
     assert callback.steps == steps
     assert read_status(tmp_path / "run").state == "failed"
+
+
+def test_a_callback_that_saves_checkpoints_itself_is_refused_before_training(train, tmp_path):
+    count = Count()
+    with pytest.raises(
+        ConfigError, match=r"the callback ModelCheckpoint cannot save .* Try: trainer\.save_every=STEPS"
+    ):
+        train(ROWS, callbacks=[count, ModelCheckpoint(tmp_path)])
+    assert count.steps == 0
 
 
 def test_a_state_dict_that_works_only_during_training_is_accepted(train):

@@ -1,9 +1,11 @@
 """Whole runs: what is in the folder, that it can be repeated, and what happens to bad rows, caches and broken losses."""
 
+import fcntl
 import io
 import json
 import random
 import re
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,7 @@ from promcse_pl.data.sources import load_sources
 from promcse_pl.evaluation.sts import score_pairs
 from promcse_pl.models.backbone import FrozenBackbone
 from promcse_pl.models.encoder import PromptEncoder
-from promcse_pl.run_folder import read_config, read_history, read_status, write_config
+from promcse_pl.run_folder import is_running, locked, read_config, read_history, read_status, write_config
 from promcse_pl.runs.lifecycle import run_job
 from promcse_pl.runs.pipeline import _score_frozen
 from promcse_pl.training.context import RunContext
@@ -38,6 +40,23 @@ def test_a_saved_config_does_not_run_in_a_folder_with_other_content(tmp_path):
     with pytest.raises(ConfigError, match=r"a run needs a new or empty folder, but .* contains encoder, train.csv"):
         run_job(read_config(config), tmp_path)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_status_file_of_another_program_is_not_overwritten(tmp_path):
+    status = tmp_path / "run/status.json"
+    status.parent.mkdir()
+    status.write_text("{}")
+    with pytest.raises(ConfigError, match=r"a run needs a new or empty folder, but .*run contains status\.json"):
+        run_small(tmp_path)
+    assert status.read_text() == "{}"
+
+
+def test_a_moment_in_which_a_report_reads_the_lock_does_not_stop_a_run(tmp_path):
+    with (tmp_path / ".lock").open("wb") as stream:
+        fcntl.flock(stream, fcntl.LOCK_SH)
+        threading.Timer(0.2, fcntl.flock, (stream, fcntl.LOCK_UN)).start()
+        with locked(tmp_path):
+            assert is_running(tmp_path)
 
 
 # --- the shared run --------------------------------------------------------------------------------------------------

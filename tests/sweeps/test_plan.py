@@ -142,6 +142,7 @@ def test_names_and_tags_of_long_paths_keep_their_last_part_and_fit(sweep):
         ("data.dir='/home/me/my data'", "data.dir='~/my data'"),
         (r"data.train=/home/me/a\,b.csv", r"data.train=/home/me/a\,b.csv"),
         ("hydra.sweep.dir=/home/me/x", "hydra.sweep.dir=/home/me/x"),
+        ("data.train=~/a.csv,b.csv", "data.train='~/a.csv',b.csv"),
         ("data.train=/home/meyer/a.csv", "data.train=/home/meyer/a.csv"),
         ("-m", "-m"),
     ],

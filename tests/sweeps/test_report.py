@@ -77,6 +77,18 @@ def test_seeds_are_grouped_by_everything_else(tmp_path, capsys):
     assert (row.dev, row.n, row.states) == (71.0, 2, "2 finished, 1 failed")
 
 
+def test_a_run_that_a_search_repeats_counts_once(tmp_path):
+    write_sweep(tmp_path / "s", loss__margin=[0.1, 0.2], seed=[1, 2, 2])
+    for name, score in zip("012345", (70.0, 74.0, 74.0, 60.0, 60.0, 60.0), strict=True):
+        finish(tmp_path / "s" / name, [], score)
+    first, second = rank(read_sweep(tmp_path / "s").runs, by_seed=True)
+    assert (first.dev, first.std, first.n) == (72.0, pytest.approx(math.sqrt(8)), 2)
+    assert [run.name for run in first.seeds] == ["0", "1"]
+    assert (second.dev, second.n, second.states) == (60.0, 2, "3 finished")
+    start(tmp_path / "s/1", ["seed=2"], "failed")
+    assert [run.name for run in rank(read_sweep(tmp_path / "s").runs, by_seed=True)[0].seeds] == ["0", "2"]
+
+
 def test_every_state_is_named_and_damaged_files_are_messages(tmp_path, capsys):
     plan = write_sweep(tmp_path / "s", loss__margin=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
     folders = [tmp_path / "s" / job.folder for job in plan.jobs]
@@ -162,6 +174,12 @@ def test_scores_on_different_dev_sets_are_not_ranked_and_no_run_is_best(tmp_path
     out, err = report(capsys, tmp_path / "s")
     assert "the runs are not ranked, since they were evaluated on different dev sets (STS-B dev, demo dev)" in err
     assert "70.00" in out
+    page = (tmp_path / "s/report.html").read_text()
+    assert (
+        "charts of mean dev scores are left out: the runs are not ranked, since they were evaluated on different"
+        in page
+    )
+    assert page_content(sweep, tests=False)["data"]["comparable"] is False
 
 
 def with_dev_content(run: Path, sha256: str) -> None:
@@ -285,6 +303,14 @@ def test_text_of_runs_is_escaped_in_the_page(tmp_path):
     data = json.loads(page.split('id="data">')[1].split("</script>")[0])
     assert data["settings"] == ["loss.margin", markup]
     assert data["runs"][1]["dev"] is None
+
+
+def test_a_group_of_a_single_run_has_a_row_among_the_groups_and_one_among_the_runs(tmp_path):
+    plan = write_sweep(tmp_path / "s", loss__margin=[0.1, 0.2], seed=[1, 2])
+    plan.jobs.pop()
+    write_plan(tmp_path / "s", plan)
+    page = write_html(read_sweep(tmp_path / "s"), tests=False).read_text()
+    assert (page.count('class="grouped"'), page.count('class="single"')) == (2, 3)
 
 
 def test_the_page_has_test_scores_only_if_asked(tmp_path):

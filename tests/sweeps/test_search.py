@@ -137,6 +137,50 @@ def test_a_launcher_gets_every_job_and_what_failed_is_tried_again(tmp_path):
     assert {trial.state.name for trial in study(tmp_path / "sweep").trials} == {"COMPLETE"}
 
 
+def finish(folder: Path, jobs) -> None:
+    for job in jobs:
+        (folder / job.folder / "results.json").write_text(json.dumps({"dev_spearman": 70.0}))
+        write_status(folder / job.folder, Status(state="finished"))
+
+
+def test_a_search_that_was_stopped_between_jobs_prints_how_to_resume_it(tmp_path, capsys):
+    files(tmp_path)
+
+    def launch(jobs):
+        finish(tmp_path / "sweep", jobs)
+        raise KeyboardInterrupt
+
+    settings = SweepConfig(trials=5, parallel=2)
+    assert run_search(tmp_path / "sweep", ["x"], SPACE, settings, compose_in(tmp_path), launch) == 130
+    assert "to run the 3 unfinished jobs: python run.py -m sweep.resume=" in capsys.readouterr().out
+
+
+def test_an_error_of_a_launcher_is_a_warning_and_the_states_of_the_jobs_count(tmp_path, capsys):
+    files(tmp_path)
+
+    def launch(jobs):
+        finish(tmp_path / "sweep", jobs)
+        raise RuntimeError("job 7 has no result\nand a long log")
+
+    settings = SweepConfig(trials=2)
+    assert run_search(tmp_path / "sweep", ["x"], SPACE, settings, compose_in(tmp_path), launch) == 0
+    assert capsys.readouterr().out.count("warning: the launcher failed: RuntimeError: job 7 has no result\n") == 2
+
+
+def test_a_search_whose_trials_were_all_left_out_is_an_error(tmp_path):
+    files(tmp_path)
+    compose, composed = compose_in(tmp_path), []
+
+    def picky(overrides):
+        composed.append(overrides)
+        if len(composed) > 2:  # the corners
+            raise ConfigError("these exclude each other")
+        return compose(overrides)
+
+    with pytest.raises(ConfigError, match="all 3 trials were left out"):
+        run_search(tmp_path / "sweep", ["x"], SPACE, SweepConfig(trials=3), picky, lambda _: None)
+
+
 @pytest.mark.slow
 def test_settings_that_exclude_each_other_are_left_out_and_the_search_goes_on(scripted, tmp_path, monkeypatch, capsys):
     compose = compose_in(tmp_path)

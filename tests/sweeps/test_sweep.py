@@ -5,14 +5,17 @@ import os
 import shutil
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
-from support.sweep_jobs import ROWS, SETTINGS, begin, files, run
+from support.sweep_jobs import ROWS, SETTINGS, begin, files, run, small_config
 
 from hydra_plugins.promcse_sweeper import check_launcher
+from promcse_pl.cli import run as cli
 from promcse_pl.cli.run import _with_launcher
 from promcse_pl.run_folder import is_running, locked, read_config, read_status
-from promcse_pl.sweeps.plan import missing_jobs, read_plan
+from promcse_pl.sweeps import execute
+from promcse_pl.sweeps.plan import SweepJob, add_job, missing_jobs, read_plan
 from promcse_pl.utils.errors import ConfigError
 
 
@@ -118,6 +121,19 @@ def test_the_launchers_of_hydra_keep_working(launcher, tmp_path):
     assert read_status(tmp_path / "sweep/0").state == "finished"
     assert "1 finished" in printed
     assert json.loads((tmp_path / "sweep/0/results.json").read_text())["dev_spearman"] is not None
+
+
+def test_a_job_of_another_sweeper_does_not_return_the_score_of_other_settings(tmp_path, monkeypatch):
+    add_job(tmp_path / "sweep", SweepJob("0", ["seed=1"]), small_config(tmp_path))
+    monkeypatch.setattr(execute, "run_single", lambda _folder, job: float(job.overrides == ["seed=1"]))
+    for seed in (1, 2):
+        hydra = SimpleNamespace(overrides=SimpleNamespace(task=[f"seed={seed}"]))
+        monkeypatch.setattr(cli, "HydraConfig", SimpleNamespace(get=lambda hydra=hydra: hydra))
+        if seed == 1:
+            assert cli._run_apart({}, tmp_path / "sweep/0") == 1
+        else:
+            with pytest.raises(ConfigError, match=r"sweep/0 has a job with other settings\. Try: .*hydra\.sweep\.dir="):
+                cli._run_apart({}, tmp_path / "sweep/0")
 
 
 def test_sweep_parallel_is_not_silently_ignored_by_another_launcher(tmp_path):

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pytorch_lightning.loggers import CSVLogger
 from support.runs import run_small, small_config
 
 from promcse_pl.run_folder import read_history
 from promcse_pl.runs.inputs import check_inputs
 from promcse_pl.runs.lifecycle import resume_job
+from promcse_pl.tracking import lightning
 from promcse_pl.training.module import PromcseModule
 from promcse_pl.utils.errors import ConfigError
 from promcse_pl.utils.signals import Stopped
@@ -125,6 +127,24 @@ def test_mlflow_has_the_history_and_the_settings_and_no_user_name(run, monkeypat
     history = read_history(folder / "metrics.jsonl")
     assert losses == pytest.approx({entry["step"]: entry["train/loss"] for entry in history if "train/loss" in entry})
     assert "test/test.tsv" in found.data.metrics
+
+
+def test_the_settings_are_logged_once_to_the_mlflow_run_of_a_resumed_run(tmp_path, monkeypatch):
+    logged = []
+
+    class Recording(CSVLogger):
+        def log_hyperparams(self, params=None):
+            logged.append(params)
+
+    def logger(_config, folder):
+        (folder / "mlflow_run.txt").touch()
+        return Recording(folder)
+
+    monkeypatch.setattr(lightning, "_mlflow_logger", logger)
+    config = small_config(tmp_path, tracking={"wandb": "disabled", "logger": "mlflow"})
+    for step in (0, 2):
+        lightning.build_logger(config, tmp_path, step)
+    assert [params["loss.margin"] for params in logged] == [0.2]
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "mlflow"])

@@ -23,6 +23,7 @@ from promcse_pl.config import TrackingConfig
 from promcse_pl.run_folder import read_history, read_status, write_config
 from promcse_pl.tracking import wandb as tracking
 from promcse_pl.tracking.wandb import WandbRun, open_run
+from promcse_pl.tracking.wandb_process import _is_known
 
 KEY = "0123456789" * 4
 
@@ -191,6 +192,19 @@ def test_a_full_disk_for_wandb_is_a_warning_and_the_run_is_complete(free, online
         assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2000
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_run_resumed_with_another_log_interval_sends_all_later_entries(server, tmp_path):
+    begin(tmp_path / "run", lines=5).finish(1)
+    (tmp_path / "run/metrics.jsonl").write_text(
+        '{"step": 4, "train/loss": 1}\n{"step": 5, "dev/spearman": 2}\n{"step": 8, "train/loss": 1}\n'
+    )
+    run = open_run(TrackingConfig(wandb="online", project="test"), tmp_path / "run", "id1", name="n", config={})
+    run.finish()
+    sent = [entry for _, entry in sorted(server.runs["id1"]["history"].items())]
+    assert [entry["step"] for entry in sent] == [1, 2, 3, 4, 5, 5, 8]
+    assert sent[5]["dev/spearman"] == 2, "the run was killed during this evaluation"
+    assert _is_known({"step": 5, "dev/spearman": 2}, sent[5])
 
 
 def test_a_resumed_run_continues_its_wandb_run_with_every_entry_once(server, tmp_path, caplog):

@@ -212,6 +212,13 @@ def test_a_server_that_cannot_be_reached_makes_the_run_an_offline_one_after_some
     assert "0" * 40 not in (tmp_path / "run/run.log").read_text()
 
 
+def test_an_encoder_in_the_current_folder_is_a_path_and_not_a_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "acme/encoder").mkdir(parents=True)
+    assert hide_folders({"model": {"path": "acme/encoder"}}) == {"model": {"path": "encoder"}}
+    assert hide_folders("model.path=acme/encoder,model.path=acme/other") == "model.path=encoder,model.path=acme/other"
+
+
 def test_of_a_path_with_a_single_slash_only_the_last_part_is_sent():
     sent = hide_folders(
         {
@@ -228,4 +235,6 @@ def test_of_a_path_with_a_single_slash_only_the_last_part_is_sent():
     assert hide_folders("data.train=acme/saved,model.path=owner/encoder,evaluation.tasks=[sts,acme/beir]") == (
         "data.train=saved,model.path=owner/encoder,evaluation.tasks=[sts,beir]"
     )
+    assert hide_folders({"data": {"train": "/srv/acme,inc/x=1/[a].csv"}}) == {"data": {"train": "[a].csv"}}
+    assert hide_folders("data.train='/srv/acme,inc/x.csv',loss.margin=0.2") == "data.train='x.csv',loss.margin=0.2"
     assert (hide_folders("acme/saved", "data.train"), hide_folders("acme/customers.csv")) == ("saved", "customers.csv")

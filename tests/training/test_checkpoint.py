@@ -8,7 +8,7 @@ import torch
 
 from promcse_pl.run_folder import checkpoint_folders
 from promcse_pl.training.checkpoint import RunCheckpoints, _checksum, newest_checkpoint, random_state, set_random_state
-from promcse_pl.utils.errors import ConfigError
+from promcse_pl.utils.errors import ConfigError, DataError
 
 ENTRIES = 12_347
 """A size that no other tensor has."""
@@ -61,6 +61,17 @@ def test_a_checkpoint_that_a_callback_saves_elsewhere_removes_none_of_the_run(tm
     RunCheckpoints(tmp_path).save_checkpoint({"global_step": 2}, tmp_path / "mine.ckpt")
     assert (tmp_path / "mine.ckpt").is_dir()
     assert [path.name for path in checkpoint_folders(tmp_path)] == ["step-1", "step-2"]
+
+
+@pytest.mark.parametrize("path", ["results", "results/scores.csv"])
+def test_a_path_that_is_not_a_checkpoint_is_not_replaced(path, tmp_path):
+    (tmp_path / path).parent.mkdir(exist_ok=True)
+    (tmp_path / path).write_text("years of work")
+    with pytest.raises(
+        DataError, match=r"results is not a checkpoint and is not replaced\. Try: a new path in trainer\."
+    ):
+        RunCheckpoints(tmp_path).save_checkpoint({"global_step": 2}, tmp_path / "results")
+    assert (tmp_path / path).read_text() == "years of work"
 
 
 def test_tensors_that_share_memory_are_saved(tmp_path):

@@ -175,12 +175,13 @@ def trainer(devices: int = 1, num_nodes: int = 1) -> TrainerConfig:
 
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE")
 
 
 @pytest.fixture
 def environment(monkeypatch):
     """Set the environment variables of torchrun or srun."""
-    for name in NAMES:
+    for name in (*NAMES, *LOCAL_SIZES):
         monkeypatch.delenv(name, raising=False)
 
     def say(starter: str, rank: int, size: int, local: int) -> None:
@@ -203,7 +204,7 @@ def test_a_process_without_a_launcher_runs_alone_or_must_start_the_ranks():
 
 
 @pytest.mark.parametrize("starter", ["torchrun", "srun"])
-def test_the_rank_that_torchrun_or_slurm_set_is_used(starter, environment):
+def test_the_rank_that_torchrun_or_slurm_set_is_used(starter, environment, monkeypatch):
     environment(starter, 6, 8, 2)
     ranks = find_ranks(trainer(4, 2))
     assert (ranks, ranks.local) == (Ranks(6, 8, 4), 2)
@@ -211,6 +212,14 @@ def test_the_rank_that_torchrun_or_slurm_set_is_used(starter, environment):
         ConfigError, match=rf"{starter} started 8 processes, but trainer.devices=4 x trainer.num_nodes=1 "
     ):
         find_ranks(trainer(4, 1))
+    monkeypatch.setenv({"torchrun": "LOCAL_WORLD_SIZE", "srun": "SLURM_NTASKS_PER_NODE"}[starter], "2")
+    with pytest.raises(ConfigError, match=r"started 8 .* Try: trainer=ddp trainer\.devices=2 trainer\.num_nodes=4$"):
+        find_ranks(trainer(2, 1))
+    environment(starter, 6, 8, 0)
+    with pytest.raises(
+        ConfigError, match=r"has local rank 0, .* Try: trainer=ddp trainer\.devices=2 trainer\.num_nodes=4,"
+    ):
+        find_ranks(trainer(4, 2))
     with pytest.raises(ConfigError, match=rf"{starter} started 8 processes, and each would run the whole sweep"):
         refuse_sweep()
 

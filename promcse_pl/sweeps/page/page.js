@@ -1,6 +1,6 @@
 // Filters and sorts the table of runs and draws the charts. Names and values of runs are inserted as text only.
 "use strict";
-const {settings, levels, runs} = JSON.parse(document.getElementById("data").textContent);
+const {settings, levels, runs, comparable} = JSON.parse(document.getElementById("data").textContent);
 const SEED = settings.indexOf("seed");
 const CURVES = ["#4477aa", "#ee6677", "#228833", "#b8860b", "#33a1c9", "#aa3377", "#808080", "#e07020"];
 const DASHES = ["solid", "dash", "dot"], BORDERS = ["solid", "dashed", "dotted"];
@@ -91,8 +91,8 @@ function drawSettings(shown) {
     byId(id).hidden = !shown.length || !isPossible;
     if (!byId(id).hidden) draw();
   };
-  section("heat", compared.length > 1, () => drawHeat(shown));
-  section("effects", compared.length, () => panels("effects", compared.length).forEach((panel, n) => drawEffect(panel, compared[n], shown)));
+  section("heat", comparable && compared.length > 1, () => drawHeat(shown));
+  section("effects", comparable && compared.length, () => panels("effects", compared.length).forEach((panel, n) => drawEffect(panel, compared[n], shown)));
   section("parallel", settings.length, () => drawParallel(shown));
 }
 
