@@ -61,7 +61,8 @@ class PromcseSweeper(Sweeper):
         refuse_sweep()
         raw: Any = OmegaConf.to_container(self.config.sweep, resolve=True)
         settings = SweepConfig.from_dict(raw)
-        check_effects([*self.config.hydra.overrides.hydra, *arguments], settings)
+        typed: Any = OmegaConf.to_container(self.config.hydra.overrides.hydra, resolve=False)
+        check_effects([*typed, *arguments], settings)
         folder = Path(str(self.config.hydra.sweep.dir))
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         lines = [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
@@ -106,7 +107,7 @@ def check_effects(overrides: Sequence[str], settings: SweepConfig) -> None:
         key, _, value = override.lstrip("+").partition("=")
         if key == "hydra.run.dir":
             raise ConfigError(f"{override} has no effect on a sweep. Try: hydra.sweep.dir={value}")
-        if key in ("sweep.prune", "sweep.seed") and settings.trials is None:
+        if key in ("sweep.prune", "sweep.seed") and settings.trials is None and settings.resume is None:
             raise ConfigError(f"{override} has no effect without a search. Try: sweep=optuna, or leave it out")
 
 

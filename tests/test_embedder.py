@@ -546,7 +546,7 @@ def test_auto_is_a_device_that_is_there():
 # --- the process around it
 
 
-def test_loading_and_encoding_ignore_torchs_default_type_and_device_and_its_random_state(model, tmp_path):
+def test_loading_ignores_torchs_default_type_and_does_not_change_its_random_state(model, tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     expected, state = model.encode(MIXED), torch.get_rng_state()
     torch.set_default_dtype(torch.bfloat16)

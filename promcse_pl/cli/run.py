@@ -195,7 +195,8 @@ def _run_apart(composed: DictConfig, folder: Path) -> float:
     from promcse_pl.sweeps.execute import run_single
     from promcse_pl.sweeps.plan import SweepJob, add_job, read_plan
 
-    job = SweepJob(folder.name, list(HydraConfig.get().overrides.task))
+    typed: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    job = SweepJob(folder.name, typed)
     if not (folder / START).is_file():
         add_job(folder.parent, job, config_of(composed))
     elif job not in read_plan(folder.parent).jobs:

@@ -16,6 +16,8 @@ from promcse_pl.utils.errors import DataError
 from promcse_pl.utils.paths import SUFFIXES, expand, file_suffix, is_folder, is_there
 
 _WILDCARD = re.compile(r"[*?\[]")
+_DATASET_INFO = "dataset_info.json"
+"""`save_to_disk` writes it beside state.json, a name that other programs use too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,14 +105,17 @@ def _below(folder: Path) -> Iterator[Path]:
     """
 
     def refuse(error: OSError) -> None:
-        raise DataError(f"the folder {error.filename} cannot be read: {error.strerror}") from error
+        raise DataError(
+            f"the folder {error.filename} cannot be read: {error.strerror}. Try: a pattern such as "
+            f"{shlex.quote(f'{folder}/*.txt')} instead of the folder"
+        ) from error
 
     pending: list[Path] = [folder]
     seen: set[str] = set()
     while pending:
         for name, folders, files in os.walk(pending.pop(0), onerror=refuse):
             parent, real = Path(name), os.path.realpath(name)
-            is_dataset = (parent / STATE).is_file()
+            is_dataset = (parent / STATE).is_file() and (parent / _DATASET_INFO).is_file()
             if real in seen or is_dataset or (parent != folder and is_corpus(parent)):
                 folders.clear()
                 if is_dataset and real not in seen:
@@ -125,8 +130,8 @@ def _below(folder: Path) -> Iterator[Path]:
 
 
 def _is_skipped(below: Path) -> bool:
-    """Return whether a part of a path starts with . or _, which marks hidden and temporary files."""
-    return any(part.startswith((".", "_")) for part in below.parts)
+    """Return whether a part of a path starts with . or _, which marks hidden and temporary files, or is that of a file system."""
+    return any(part.startswith((".", "_")) or part == "lost+found" for part in below.parts)
 
 
 def _name(below: Path) -> str:

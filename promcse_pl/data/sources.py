@@ -211,9 +211,10 @@ def _hold_out(source: RowSource, seed: int) -> tuple[RowSource, ScoredPairs]:
         return iter(train)
 
     kept = dataclasses.replace(
-        memory_source(source.name, train), rows=remaining, notes=source.notes, sha256=source.sha256
+        memory_source(source.name, train),
+        rows=remaining,
+        notes=source.notes,
+        sha256=source.sha256,
+        bad_rows=tuple(bad_rows),
     )
-    if bad_rows:  # the token cache stores them
-        skipped = f"{kept.fingerprint} skipped {[(bad.line, bad.reason) for bad in bad_rows]}"
-        kept = dataclasses.replace(kept, fingerprint=hashlib.sha256(skipped.encode()).hexdigest())
     return kept, ScoredPairs.of(f"{most} anchors kept back", pairs)

@@ -59,6 +59,8 @@ class RowSource:
     is_scored: bool = False
     sha256: str = ""
     """sha256 of the file, of the Arrow files of a saved dataset, or of rows in memory."""
+    bad_rows: tuple[BadRow, ...] | None = None
+    """The bad rows, if they are not part of what the fingerprint covers: then a reused token cache has others."""
 
 
 def file_source(
@@ -216,7 +218,7 @@ def load_tokens(
     key = _sha256(described if limit is None else [*described, limit])
     folder = cache_dir / "tokens" / key
     if _is_whole(folder):
-        return TokenRows(folder, source.name, reused=True)
+        return _of_source(TokenRows(folder, source.name, reused=True), source)
     if folder.exists():
         log.warning("The token cache %s of %s is damaged and will be rebuilt.", folder, source.name)
     try:
@@ -231,7 +233,13 @@ def load_tokens(
                     publish(staged, folder, replace=True)
     except OSError as error:
         raise DataError(f"the token cache {folder} cannot be written: {error}. Try: data.cache_dir=FOLDER") from error
-    return TokenRows(folder, source.name, reused=False)
+    return _of_source(TokenRows(folder, source.name, reused=False), source)
+
+
+def _of_source(rows: TokenRows, source: RowSource) -> TokenRows:
+    if source.bad_rows is not None:
+        rows.bad_rows = [*source.bad_rows]
+    return rows
 
 
 def require_embeddings(

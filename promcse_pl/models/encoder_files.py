@@ -156,7 +156,7 @@ def without_pooler(config: Any) -> dict[str, bool]:  # noqa: ANN401
 
 def _check_sizes(config: Any, folder: Path) -> None:  # noqa: ANN401
     """Check that a config does not declare more weights than its weight files contain, before transformers allocates them."""
-    stored = [spec for path in weight_files(folder) for spec in read_header(path).values()]
+    stored = [spec for path in sorted(folder.glob("*.safetensors")) for spec in read_header(path).values()]
     if config.num_hidden_layers > len(stored):
         raise ValueError(
             f"config.json declares {config.num_hidden_layers} layers, the weight files contain {len(stored)} tensors"
@@ -211,16 +211,9 @@ def read_model(folder: Path, config: Any, name: str, dtype: torch.dtype) -> nn.M
     return found
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Return the files that transformers reads the weights from: model.safetensors, or the shards of it."""
-    if (whole := folder / "model.safetensors").is_file():
-        return [whole]
-    return sorted(folder.glob("model-*.safetensors")) or sorted(folder.glob("*.safetensors"))
-
-
 def weights_sha256(folder: Path) -> str:
     """Return the sha256 of the weights in a folder; for sharded weights, that of all shards in the order of their names."""
-    files = weight_files(folder)
+    files = sorted(folder.glob("*.safetensors"))
     if not files:
         if not any(folder.glob("*.bin")):
             raise EncoderError(f"{folder} holds no *.safetensors: copy the encoder from its source again")
@@ -290,7 +283,7 @@ def read_mlm_head(folder: Path, family: str) -> dict[str, Tensor] | None:
 
     names = FAMILIES[family].mlm_head
     found: dict[str, Tensor] = {}
-    for path in weight_files(folder):
+    for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             stored = set(file.keys())
             found |= {ours: file.get_tensor(theirs) for ours, theirs in names.items() if theirs in stored}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from promcse_pl.config import SweepConfig, is_integer
-from promcse_pl.run_folder import HISTORY, START, Status, find_dev, locked, read_history, read_status
+from promcse_pl.run_folder import HISTORY, START, STATUS, Status, find_dev, locked, read_history, read_status
 from promcse_pl.sweeps.execute import (
     Launch,
     describe_shared,
@@ -234,6 +234,8 @@ class Search:
         while batch := list(itertools.islice(jobs, self.settings.parallel)):
             if code := launch_jobs(launch, batch):
                 return code
+            if not any((self.folder / job.folder / STATUS).exists() for job in batch):
+                return 1  # the launcher starts nothing: the other trials would be lost too
             for job in batch:
                 self._record(job.folder, outcome(self.folder / job.folder) or Status(state="failed"))
         return None

@@ -37,7 +37,7 @@ class BestByDev(pl.Callback):
     """Evaluate the test-time embeddings on the dev set, keep the best step and restore its tensors at the end of training.
 
     Only a strictly better score replaces the best step. A step after it without a score, because all cosines of the pairs are
-    equal, is logged as NaN and counts as not better. Rank 0 evaluates; the other ranks wait for it in their next step.
+    equal, counts as not better. Rank 0 evaluates; the other ranks wait for it in their next step.
 
     Args:
         dev: The dev set.
@@ -102,7 +102,7 @@ class BestByDev(pl.Callback):
                 ) from error
             log.warning("no dev score at step %d: %s. The best step so far is %d", step, error, self.best_step)
             self.history.append((step, math.nan))
-            self._log(module, math.nan)
+            module.log("dev", math.nan, logger=False)
             return
         self.history.append((step, score))
         if self.best_score is None or score > self.best_score:
@@ -111,14 +111,10 @@ class BestByDev(pl.Callback):
         percent, best = 100 * score, 100 * self.best_score
         for logger in trainer.loggers:
             logger.log_metrics({f"dev/{metric}": percent, f"dev/best_{metric}": best}, step=step)
-        self._log(module, percent)
+        module.log("dev", percent, logger=False)
+        module.log(f"dev/{metric}", percent, logger=False)  # the name in the history, for callbacks that monitor it
         name = DEV_METRICS[metric]
         log.info("step %d: dev %s %.2f (best %.2f at step %d)", step, name, percent, best, self.best_step)
-
-    def _log(self, module: PromcseModule, percent: float) -> None:
-        """Set the score in Lightning's metrics: for the progress output, and by the name in the history for callbacks."""
-        for name in ("dev", f"dev/{self.dev.metric}"):
-            module.log(name, percent, logger=False)
 
     def _score(self, module: PromcseModule) -> float:
         """Return the dev score of the encoder's current tensors."""

@@ -99,9 +99,13 @@ def test_a_folder_below_that_cannot_be_read_is_an_error(corpus, monkeypatch):
 def test_saved_datasets_below_a_folder_are_inputs_and_encoded_corpora_are_not(corpus):
     for name, content in (
         ("sub/saved/state.json", "{}"),
+        ("sub/saved/dataset_info.json", "{}"),
+        ("sub/deep/state.json", "{}"),
+        ("lost+found/d.txt", "w5"),
         ("sub/saved/more.txt", "w5"),
         ("splits/dataset_dict.json", '{"splits": ["train"]}'),
         ("splits/train/state.json", "{}"),
+        ("splits/train/dataset_info.json", "{}"),
         ("encoded/a.txt-00000.parquet", ""),
         ("encoded/manifest.json", '{"format": 1, "promcse_pl": "1", "settings": {}, "inputs": []}'),
     ):

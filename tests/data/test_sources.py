@@ -4,11 +4,12 @@ import itertools
 import re
 
 import pytest
+from support.encoders import small_tokenizer
 
 from promcse_pl.config import DataConfig
 from promcse_pl.data import sources
 from promcse_pl.data.sources import FIRST_ROWS, check_training_file, dev_set, find_file, load_sources
-from promcse_pl.data.tokens import RowSource, memory_source
+from promcse_pl.data.tokens import RowSource, load_tokens, memory_source
 from promcse_pl.utils.errors import ConfigError, DataError
 
 
@@ -56,15 +57,18 @@ def test_a_file_that_cannot_be_trained_on_is_refused(tmp_path, content, settings
         check_training_file(config(tmp_path / "my.csv", **settings), 0)
 
 
-def test_skipped_rows_are_part_of_the_fingerprint_of_the_rows_that_are_not_held_out(tmp_path):
+def test_skipped_rows_do_not_change_the_fingerprint_of_the_rows_that_are_not_held_out_and_are_listed(tmp_path):
     def training_rows(*bad: str) -> RowSource:
         (tmp_path / "my.csv").write_text("".join(["a,b,c\n", *(f"x{i},y{i},z{i}\n" for i in range(20)), *bad]))
         return load_sources(config(tmp_path / "my.csv", dev="holdout", on_bad_row="skip"), 0)[0]
 
     source = training_rows()
     assert source.fingerprint == memory_source("", list(source.rows([]))).fingerprint, "as in earlier versions"
-    others = training_rows("x,y\n"), training_rows("x,y\n", "x,,z\n")
-    assert len({source.fingerprint, *(other.fingerprint for other in others)}) == 3
+    for bad in ([], ["x,y\n"], ["x,y\n", "x,,z\n"], []):
+        source = training_rows(*bad)
+        assert source.fingerprint == training_rows().fingerprint
+        tokens = load_tokens(source, small_tokenizer(), max_length=8, cache_dir=tmp_path / "cache")
+        assert [row.line for row in tokens.bad_rows] == [22 + number for number in range(len(bad))]
 
 
 @pytest.mark.parametrize(

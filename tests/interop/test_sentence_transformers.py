@@ -19,7 +19,7 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator, SentenceEvaluator
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
-from support.encoders import add_pipeline, save_small_encoder, small_tokenizer
+from support.encoders import NO_DROPOUT, add_pipeline, save_small_encoder, small_tokenizer
 from support.folders import ROOT
 
 from promcse_pl import PromCSE
@@ -362,9 +362,13 @@ def test_a_model_with_another_tokenizer_than_its_encoders_is_not_exported(model,
     assert not (tmp_path / "other").exists()
 
 
-def test_gradient_checkpointing_does_not_change_the_gradients(model):
+def test_gradient_checkpointing_does_not_change_the_gradients(tmp_path):
+    encoder = FrozenBackbone.load(str(save_small_encoder(tmp_path / "encoder", **NO_DROPOUT)))
+    model = PromCSE(PromptEncoder(encoder, length=4, pooling="avg", dropout=0.0))
+    torch.nn.init.normal_(model.encoder.prompt.embedding.weight, std=0.5)
+
     def gradient(*, checkpointing: bool) -> torch.Tensor:
-        wrapped = as_sentence_transformer(PromCSE(model.encoder))
+        wrapped = as_sentence_transformer(PromCSE(model.encoder)).train()
         if checkpointing:
             wrapped.gradient_checkpointing_enable({"use_reentrant": False})
         model.encoder.zero_grad()

@@ -193,13 +193,6 @@ def test_an_encoder_without_a_tokenizer_is_read_and_has_no_fingerprint(tmp_path)
     assert FrozenBackbone.load(str(tmp_path)).identity.tokenizer is None
 
 
-def test_weight_files_that_transformers_does_not_read_do_not_matter(tmp_path):
-    folder = save_small_encoder(tmp_path / "encoder")
-    identity = FrozenBackbone.load(str(folder)).identity
-    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
-    assert FrozenBackbone.load(str(folder)).identity == identity
-
-
 def test_more_positions_than_any_encoder_has_are_refused_before_they_are_allocated(tmp_path):
     folder = save_small_encoder(tmp_path / "encoder", "deberta-v2")
     config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 3_000_000_000}

@@ -8,6 +8,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from omegaconf import OmegaConf
 from support.sweep_jobs import ROWS, SETTINGS, begin, files, run, small_config
 
 from hydra_plugins.promcse_sweeper import check_launcher
@@ -124,10 +125,11 @@ def test_the_launchers_of_hydra_keep_working(launcher, tmp_path):
 
 
 def test_a_job_of_another_sweeper_does_not_return_the_score_of_other_settings(tmp_path, monkeypatch):
-    add_job(tmp_path / "sweep", SweepJob("0", ["seed=1"]), small_config(tmp_path))
-    monkeypatch.setattr(execute, "run_single", lambda _folder, job: float(job.overrides == ["seed=1"]))
+    name = "tracking.name=x-${seed}"  # compared as typed
+    add_job(tmp_path / "sweep", SweepJob("0", [name, "seed=1"]), small_config(tmp_path))
+    monkeypatch.setattr(execute, "run_single", lambda _folder, job: float(job.overrides == [name, "seed=1"]))
     for seed in (1, 2):
-        hydra = SimpleNamespace(overrides=SimpleNamespace(task=[f"seed={seed}"]))
+        hydra = OmegaConf.create({"overrides": {"task": [name, f"seed={seed}"]}})
         monkeypatch.setattr(cli, "HydraConfig", SimpleNamespace(get=lambda hydra=hydra: hydra))
         if seed == 1:
             assert cli._run_apart({}, tmp_path / "sweep/0") == 1
