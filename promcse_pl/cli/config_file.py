@@ -70,7 +70,7 @@ def _set_by(group: str, choice: str, folders: Sequence[Path]) -> Iterator[str]:
         if not isinstance(tree, dict):
             continue
         yield from flat_settings(tree)
-        for entry in tree.get("defaults") or ():  # CHOICE of the same group, or {"override /GROUP": CHOICE}
+        for entry in tree.get("defaults") or ():  # CHOICE of this group, or {"override /GROUP": CHOICE}
             for key, other in (entry if isinstance(entry, dict) else {f"override /{group}": entry}).items():
                 selected = str(key).removeprefix("override /")
                 if selected != key and (group, selected) != ("model", "data"):

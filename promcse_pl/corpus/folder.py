@@ -159,7 +159,7 @@ def check_settings(folder: Path, settings: CorpusSettings) -> CorpusSettings:
     """Check that the shards in a folder, if there are any, have the same settings.
 
     Returns:
-        The settings, with the name that the folder has for the encoder: another name of the same encoder changes no shard.
+        The settings, with the encoder's name in the stored ones: an encoder that was renamed or moved gives equal shards.
 
     Raises:
         AdapterError: They were computed with another adapter.

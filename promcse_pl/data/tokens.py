@@ -60,7 +60,7 @@ class RowSource:
     sha256: str = ""
     """sha256 of the file, of the Arrow files of a saved dataset, or of rows in memory."""
     bad_rows: tuple[BadRow, ...] | None = None
-    """The bad rows, if they are not part of what the fingerprint covers: then a reused token cache has others."""
+    """Bad rows that the fingerprint does not cover, so that a reused token cache may list others; None: it covers them."""
 
 
 def file_source(
@@ -218,7 +218,7 @@ def load_tokens(
     key = _sha256(described if limit is None else [*described, limit])
     folder = cache_dir / "tokens" / key
     if _is_whole(folder):
-        return _of_source(TokenRows(folder, source.name, reused=True), source)
+        return _open(folder, source, reused=True)
     if folder.exists():
         log.warning("The token cache %s of %s is damaged and will be rebuilt.", folder, source.name)
     try:
@@ -233,10 +233,11 @@ def load_tokens(
                     publish(staged, folder, replace=True)
     except OSError as error:
         raise DataError(f"the token cache {folder} cannot be written: {error}. Try: data.cache_dir=FOLDER") from error
-    return _of_source(TokenRows(folder, source.name, reused=False), source)
+    return _open(folder, source, reused=False)
 
 
-def _of_source(rows: TokenRows, source: RowSource) -> TokenRows:
+def _open(folder: Path, source: RowSource, *, reused: bool) -> TokenRows:
+    rows = TokenRows(folder, source.name, reused=reused)
     if source.bad_rows is not None:
         rows.bad_rows = [*source.bad_rows]
     return rows

@@ -25,7 +25,7 @@ from promcse_pl.embedder import PromCSE, model_hash
 from promcse_pl.evaluation.sts import Embeddings
 from promcse_pl.models.vectors import require_finite
 from promcse_pl.utils.errors import DataError
-from promcse_pl.utils.files import atomic_file
+from promcse_pl.utils.files import atomic_file, file_version
 
 log = logging.getLogger(__name__)
 
@@ -61,13 +61,13 @@ class EmbeddingCache:
         # the longest first, so that an out-of-memory error occurs early
         distinct = sorted(set(sentences), key=_longest_first)
         path = Path(self.folder) / f"{model_hash(model)}.safetensors"
-        version, known = _version(path), _read(path, model.width)
+        version, known = file_version(path), _read(path, model.width)
         digests = [_digest(model, text) for text in distinct]
         missing = [(text, digest) for text, digest in zip(distinct, digests, strict=True) if digest not in known]
         if missing:
             encoded = encode_texts(model, [text for text, _ in missing], progress)
             self.encoded += len(missing)
-            if _version(path) != version:  # another process has written it meanwhile
+            if file_version(path) != version:  # another process has written it meanwhile
                 known |= _read(path, model.width)
             known.update((digest, encoded[text]) for text, digest in missing)
             _write(path, known)
@@ -159,15 +159,6 @@ def _read(path: Path, width: int) -> dict[bytes, NDArray[np.float32]]:
         log.warning("%s is damaged (%s); the sentences are encoded again", path, reason)
         return {}
     return {row.tobytes(): vector_D for row, vector_D in zip(digests_N32, vectors_ND, strict=True)}
-
-
-def _version(path: Path) -> tuple[int, int] | None:
-    """Return what differs after another process has replaced a file; None if there is no file."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_ino, status.st_mtime_ns
 
 
 def _write(path: Path, vectors: Mapping[bytes, NDArray[np.float32]]) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from promcse_pl.utils.errors import ConfigError
-from promcse_pl.utils.files import atomic_file
+from promcse_pl.utils.files import atomic_file, find_obstacle
 from promcse_pl.utils.paths import expand
 
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
@@ -38,9 +37,8 @@ def check_plot(path: str | Path) -> None:
     path = expand(path)
     if path.suffix not in FORMATS:
         raise ConfigError(f"a plot must end in {', '.join(FORMATS)}, got {path}")
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ConfigError(f"no plot can be written to {path}: {parent} is not a writable folder")
+    if obstacle := find_obstacle(path.parent):
+        raise ConfigError(f"no plot can be written to {path}: {obstacle} is not a writable folder")
     try:
         import matplotlib as mpl
     except ImportError:

@@ -36,9 +36,8 @@ def tokenize(tokenizer: Any, sentences: Sequence[str], longest: int, vocabulary:
         return_token_type_ids=False,
         return_tensors="pt",
     )
-    ids_NT, mask_NT = (
-        encoded[name].long().cpu() for name in ("input_ids", "attention_mask")
-    )  # torch may create them elsewhere
+    # torch may have another default device
+    ids_NT, mask_NT = (encoded[name].long().cpu() for name in ("input_ids", "attention_mask"))
     if vocabulary is not None:
         require_embeddings(tokenizer, ids_NT.numpy(), vocabulary, "the texts cannot be encoded")
     lengths_N = mask_NT.sum(1)

@@ -31,6 +31,7 @@ from promcse_pl.evaluation.report import condensed, headline, tables
 from promcse_pl.evaluation.sts import score_warning
 from promcse_pl.evaluation.targets import Member, Target, frozen_target
 from promcse_pl.evaluation.tasks import dev_task, load_tasks
+from promcse_pl.models.encoder import eval_mode
 from promcse_pl.run_folder import ADAPTER, BAD_ROWS, CONFIG, DEV_METRICS, HISTORY, RESULTS, write_config
 from promcse_pl.runs.inputs import describe_inputs, ignores_pipeline, record_inputs
 from promcse_pl.tracking.lightning import build_logger
@@ -228,20 +229,16 @@ def _score_frozen(run: RunContext, parts: Parts) -> None:
     data, encoder = parts.data, parts.encoder
     dev = data.dev
     assert dev is not None
-    modes = [(module, module.training) for module in encoder.modules()]
-    model = frozen_target(PromCSE(encoder.to(parts.device), data.tokenizer)).members[0].load()
-    texts = dev_texts(dev)
+    texts, title = dev_texts(dev), "scoring the frozen encoder on the dev set"
     try:
-        with progress_bar(run.console, "scoring the frozen encoder on the dev set", len(set(texts))) as progress:
+        with eval_mode(encoder), progress_bar(run.console, title, len(set(texts))) as progress:
+            model = frozen_target(PromCSE(encoder.to(parts.device), data.tokenizer)).members[0].load()
             cache = EmbeddingCache(cache_dir(run.config.data.cache_dir) / "vectors")
             score = dev_score(dev, cache.embeddings(model, texts, progress))
         highest = highest_score(dev)
     except DataError as error:
         log.warning("the frozen encoder cannot be scored on the dev set: %s", error)
         return
-    finally:
-        for module, training in modes:
-            module.training = training
     name = DEV_METRICS[dev.metric]
     if score >= highest - 1e-9:
         log.warning(

@@ -153,12 +153,12 @@ def _checked_range(key: str, values: Interval) -> Interval:
     Raises:
         ConfigError: It contains no value, or values without a logarithm.
     """
-    typed, whole = f"{key}=interval({values.low:g},{values.high:g})", is_integer(key)
+    typed = f"{key}=interval({values.low:g},{values.high:g})"
     if not -math.inf < values.low <= values.high < math.inf:
         raise ConfigError(f"{typed} must have two numbers, the smaller one first")
     if values.log and values.low <= 0:
         raise ConfigError(f"{typed} cannot be searched in the logarithm: its ends must be above 0")
-    if not whole:
+    if not is_integer(key):
         return values
     low, high = math.ceil(values.low), math.floor(values.high)
     if low > high:

@@ -177,7 +177,7 @@ def build_data(config: Config, encoder: PromptEncoder, progress: Callable[[int],
 
 
 def fit(run: RunContext, parts: Parts, loggers: Sequence[Logger]) -> Fitted:
-    """Train an encoder in place; at the end, it holds the tensors of the best step, or of the last one without a dev set.
+    """Train the encoder of `parts`; at the end, it holds the tensors of the best step, or of the last one without a dev set.
 
     Args:
         run: The run; its config must be resolved, and all ranks must have joined.

@@ -239,6 +239,14 @@ def own_description(folder: Path, name: str, keys: Set[str]) -> dict[str, Any] |
     return about if isinstance(about, dict) and keys <= set(about) else None
 
 
+def file_version(path: Path) -> tuple[int, int] | None:
+    """Return what differs after another process has replaced a file; None if there is no file."""
+    with suppress(OSError, ValueError):  # also for a name that no file can have
+        found = path.stat()
+        return found.st_ino, found.st_mtime_ns
+    return None
+
+
 def read_unchanged(folder: Path, name: str, read: Callable[[], T]) -> T:
     """Return the result of `read`, and retry if a concurrent save replaced the entry `name` in the meantime.
 
@@ -249,10 +257,7 @@ def read_unchanged(folder: Path, name: str, read: Callable[[], T]) -> T:
     """
 
     def version() -> tuple[int, int] | None:
-        with suppress(OSError, ValueError):  # also for a name that no file can have
-            found = current(folder, name).stat()
-            return found.st_ino, found.st_mtime_ns
-        return None
+        return file_version(current(folder, name))
 
     for attempt in range(_ATTEMPTS):
         before, is_moving = version(), os.path.isdir(folder / COMMIT)  # noqa: PTH112  (Path.is_dir raises for a long name)
@@ -283,9 +288,14 @@ def refuse_unwritable(folder: Path) -> None:
     Raises:
         DataError: They cannot.
     """
+    if obstacle := find_obstacle(folder):
+        raise DataError(f"cannot write to {folder}: {obstacle} is not a writable folder")
+
+
+def find_obstacle(folder: Path) -> Path | None:
+    """Return the nearest existing path of a folder or its parents if it is not a writable folder; else None."""
     nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
-    if not is_folder(nearest) or not os.access(nearest, os.W_OK | os.X_OK):
-        raise DataError(f"cannot write to {folder}: {nearest} is not a writable folder")
+    return None if is_folder(nearest) and os.access(nearest, os.W_OK | os.X_OK) else nearest
 
 
 @contextmanager
