@@ -1,6 +1,7 @@
 """PromCSE.encode and similarity: order, shapes, equality with plain transformers, and what is refused."""
 
 import copy
+import pickle
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -572,9 +573,9 @@ def test_encoding_restores_the_mode_of_every_module(model):
 
 def test_a_copy_of_a_model_gives_its_embeddings(model):
     model.build_index(MIXED)
-    copied = copy.deepcopy(model)
-    assert np.array_equal(copied.encode(MIXED), model.encode(MIXED))
-    assert copied.search(MIXED[0], top_k=1) == model.search(MIXED[0], top_k=1)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert np.array_equal(copied.encode(MIXED), model.encode(MIXED))
+        assert copied.search(MIXED[0], top_k=1) == model.search(MIXED[0], top_k=1)
 
 
 def test_a_text_without_tokens_is_an_error(model):
